@@ -1,0 +1,144 @@
+"""`LinearAttention`: what the four attention modules share. Owns every parameter and buffer; knows nothing of Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import AttentionConfig
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's state depends on besides the settings."""
+
+    num_heads: int
+    head_dim: int
+    layer_idx: int = 0
+    is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a layer's state. `learned` ones become parameters, the others float32 buffers."""
+
+    shape: tuple[int, ...]
+    learned: bool
+    draw: Callable[[], Tensor]  # float32, on the CPU, the same on every machine and rank
+
+
+class LinearAttention(nn.Module):
+    """Attention of one layer, `[batch, heads, tokens, head_dim]` in and out.
+
+    Subclasses define `state_spec` (which tensors the layer has) and `attend` (the pure function that uses them).
+    Buffers are float32 whatever the model's dtype, and stay so under `.to(dtype)`, `.half()` and `.bfloat16()`:
+    directions and statistics are constants of the estimator, not weights.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, config: AttentionConfig, shape: LayerShape) -> None:
+        super().__init__()
+        self.check(config, shape)
+        self.config = config
+        self.shape = shape
+        for name, spec in self.state_spec(config, shape).items():
+            if spec.learned:
+                self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
+            else:
+                self.register_buffer(name, torch.empty(spec.shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    # -- to be defined by a kind ------------------------------------------------------------------------------------
+    @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer."""
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        """Names and shapes of the layer's tensors, and how each gets its first value."""
+        raise NotImplementedError
+
+    @classmethod
+    def attend(
+        cls,
+        config: AttentionConfig,
+        state: Mapping[str, Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        scaling: float,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """The attention itself: a pure function of its arguments."""
+        raise NotImplementedError
+
+    # -- shared -----------------------------------------------------------------------------------------------------
+    def initial_state(self) -> dict[str, Tensor]:
+        """First values of all tensors: a deterministic function of (settings, shape). float32, on the CPU."""
+        return {name: spec.draw() for name, spec in self.state_spec(self.config, self.shape).items()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the tensors with their first values. A no-op on the meta device."""
+        own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        if any(tensor.is_meta for tensor in own.values()):
+            return
+        for name, tensor in self.initial_state().items():
+            own[name].copy_(tensor)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        scaling: float | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[batch, heads, tokens, head_dim]`. May be shorter than `key` in a causal layer: the last queries.
+            key, value: `[batch, heads, key_tokens, head_dim]`.
+            key_mask: `[batch, key_tokens]` bool, True where a token is real.
+            scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
+            grid: Height and width in patches, when the tokens after the global ones are an image.
+        Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
+        """
+        state = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        return self.attend(
+            self.config,
+            state,
+            query,
+            key,
+            value,
+            key_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            is_causal=self.shape.is_causal,
+            grid=grid,
+            training=self.training,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
+        # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        fields: dict[str, Any] = self.config.to_dict()
+        return ", ".join(f"{k}={v!r}" for k, v in fields.items()) + f", {self.shape}"

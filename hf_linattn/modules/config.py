@@ -1,0 +1,108 @@
+"""Base class of the per-kind settings: validation, dictionary form, defaults that depend on the model family."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from ..errors import ConfigError, UnknownFieldError, did_you_mean
+
+C = TypeVar("C", bound="AttentionConfig")
+
+
+def attention_config(cls: type[C]) -> type[C]:
+    """Turn a class into a frozen, keyword-only settings dataclass whose constructor names near misses."""
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    generated: Callable[..., None] = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: C, *args: Any, **fields: Any) -> None:
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in allowed:
+                raise UnknownFieldError(
+                    f"{cls.__name__} has no field {name!r}; fields: {allowed}.{did_you_mean(name, allowed)}"
+                )
+        generated(self, *args, **fields)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@attention_config
+class AttentionConfig:
+    """Settings that every kind has.
+
+    Args:
+        window_size: Tokens in the exact local window: the queries of one block of `window_size` tokens see the keys of
+            their own block exactly. On a 2-D grid of patches it is the side of the square block. 0 means no window
+            (not for EVA). `None` takes the default of the kind and model family (`modules/defaults.py`).
+        num_global_tokens: Leading tokens that every query sees exactly and that see every key exactly (ViT's [CLS]).
+            `None` takes the default of the model family.
+        slot_dropout: Probability of dropping a slot from a query's second softmax, in training only.
+        seed: Seed of everything random in the layer; the layer index is mixed in.
+    """
+
+    kind: ClassVar[str] = ""
+
+    window_size: int | None = None
+    num_global_tokens: int | None = None
+    slot_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    # -- validation -------------------------------------------------------------------------------------------------
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first field whose value cannot work."""
+        self._check_int("window_size", minimum=0, optional=True)
+        self._check_int("num_global_tokens", minimum=0, optional=True)
+        self._check_int("seed", minimum=0, maximum=2**63 - 1)
+        dropout = self.slot_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            self._fail("slot_dropout", "a number with 0 <= slot_dropout < 1")
+
+    def _fail(self, field: str, allowed: str, advice: str = "") -> None:
+        raise ConfigError(
+            f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}."
+            + (f" {advice}" if advice else "")
+        )
+
+    def _check_int(self, field: str, *, minimum: int, maximum: int | None = None, optional: bool = False) -> None:
+        value = getattr(self, field)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or (maximum and value > maximum):
+            bound = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum else "")
+            self._fail(field, bound + (" (or None for the default)" if optional else ""))
+
+    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            self._fail(field, f"one of {list(allowed)}", did_you_mean(value, allowed).strip())
+
+    def _check_bool(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            self._fail(field, "True or False")
+
+    # -- dictionary form --------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the kind's name under `"kind"`."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Inverse of `to_dict`. Raises `UnknownFieldError` for a field the class does not have."""
+        return cls(**{name: value for name, value in values.items() if name != "kind"})
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with some fields changed (and validated again)."""
+        return dataclasses.replace(self, **changes)
+
+    def filled(self: C, defaults: Mapping[str, Any]) -> C:
+        """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""
+        return self.replace(**{k: v for k, v in defaults.items() if getattr(self, k, 0) is None})
