@@ -1,0 +1,55 @@
+# On a fresh machine: `make quickstart` or `make test`. Both create .venv and install what they need on the first run.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# One thread per process: the tests run several processes, and tiny models only lose time to more threads.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow test-gpu quality style clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Stamp files: an installed environment is left alone until pyproject.toml changes.
+$(VENV)/.stamp-torch: scripts/install_torch.sh
+	@test -x $(PY) || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@sh scripts/install_torch.sh $(PY)
+	@touch $@
+
+$(VENV)/.stamp-quickstart: pyproject.toml $(VENV)/.stamp-torch
+	@echo "Installing hf_linattn and the recipes' requirements into $(VENV)"
+	@$(PIP) install --quiet --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
+	@echo "Installing hf_linattn and the test requirements into $(VENV)"
+	@$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.stamp-quickstart
+
+quickstart: $(VENV)/.stamp-quickstart  ## swap, fine-tune, evaluate, save, push and reload MiniLM (a few minutes, no Hub)
+	@$(PY) recipes/quickstart.py
+
+test: $(VENV)/.stamp-dev  ## all tests that need no GPU and are not slow
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.stamp-dev  ## the slow tests
+	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.stamp-dev  ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+quality: $(VENV)/.stamp-dev  ## lint, format and type checks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+style: $(VENV)/.stamp-dev  ## fix what the formatter and linter can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove the environment, caches and outputs of the quickstart
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist quickstart runs *.egg-info
