@@ -1,0 +1,128 @@
+"""FAVOR#: data-adapted positive random features (Likhosherstov et al. 2023, arXiv:2302.00787)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops.favor import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
+from .base import LayerShape, LinearAttention, StateTensor
+from .config import AttentionConfig, attention_config
+from .favor_plus import FavorConfig, projection_spec
+from .registry import AttentionKind, register_kind
+
+VARIANTS = ("saderf", "gerf")
+
+
+@attention_config
+class FavorSharpConfig(FavorConfig):
+    """Settings of FAVOR#. See `FavorConfig` and `AttentionConfig` for the shared ones.
+
+    The statistics that adapt the features to the data are taken from each row's real tokens in a bidirectional layer. A
+    causal layer must not look at later tokens, so it uses stored ones; until they are set they are neutral, which makes the
+    layer FAVOR+ (one warning says so).
+
+    Args:
+        variant: "saderf" balances the coordinates of queries and keys, then stretches all directions by the optimal factor;
+            "gerf" only stretches.
+        centring: Take the mean query and key off first: exact, and less variance.
+    """
+
+    kind = "favor_sharp"
+
+    variant: str = "saderf"
+    centring: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_choice("variant", VARIANTS)
+        self._check_bool("centring")
+
+
+class FavorSharpAttention(LinearAttention):
+    """FAVOR# with the layer's own directions and, in a causal layer, stored statistics."""
+
+    kind = "favor_sharp"
+    config: FavorSharpConfig
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        assert isinstance(config, FavorSharpConfig)
+        spec = {"projection": projection_spec(config, shape)}
+        if shape.is_causal:
+            neutral = neutral_statistics(shape.num_heads, shape.head_dim)
+            for name, tensor in neutral._asdict().items():
+                spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
+        return spec
+
+    @classmethod
+    def attend(
+        cls,
+        config: AttentionConfig,
+        state: Mapping[str, Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        scaling: float,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        assert isinstance(config, FavorSharpConfig)
+        if is_causal:
+            statistics = FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
+            _warn_if_neutral(statistics)
+        else:
+            statistics = favor_statistics(
+                query, key, key_mask=key_mask, scaling=scaling, variant=config.variant, centring=config.centring
+            )
+        return favor_attention(
+            query,
+            key,
+            value,
+            state["projection"],
+            key_mask=key_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            statistics=statistics,
+            window_size=config.window_size or 0,
+            grid=grid,
+            num_global_tokens=config.num_global_tokens or 0,
+            chunk_size=config.chunk_size,
+            slot_dropout=config.slot_dropout if training else 0.0,
+        )
+
+
+_warned_neutral = False
+
+
+def _warn_if_neutral(statistics: FavorStatistics) -> None:
+    """Say once per process that a causal layer has no statistics. Reads values, so it is skipped while compiling."""
+    global _warned_neutral
+    if _warned_neutral or torch.compiler.is_compiling() or statistics.shape.is_meta:
+        return
+    if not bool(statistics.shape.any()):
+        _warned_neutral = True
+        warnings.warn(
+            "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the sequence itself"
+            " would let a token look ahead. Set the layer's statistics_* buffers from other data to get FAVOR#.",
+            stacklevel=2,
+        )
+
+
+register_kind(
+    AttentionKind(
+        name="favor_sharp",
+        title="FAVOR#",
+        config_cls=FavorSharpConfig,
+        module_cls=FavorSharpAttention,
+        supports_causal=True,
+        supports_cross=True,
+        paper="arXiv:2302.00787",
+    )
+)

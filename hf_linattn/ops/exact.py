@@ -1,0 +1,102 @@
+"""Exact softmax attention with its log-sum-exp, and the checks that every public attention function starts with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .slots import Partial, mask_logits, weigh
+
+Fn = TypeVar("Fn", bound=Callable[..., Tensor])
+
+
+def attention_function(fn: Fn) -> Fn:
+    """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
+
+    Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
+    """
+
+    @functools.wraps(fn)
+    def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_inputs(query, key, value, kwargs.get("key_mask"))
+        dtype = query.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast(query.device.type, enabled=False):
+            return fn(query, key, value, *args, **kwargs).to(dtype)
+
+    return cast(Fn, wrapper)
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
+    """Raise `InputError` unless the shapes fit together."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise InputError(f"query, key and value must be [batch, heads, tokens, head_dim]; got {shapes}.")
+    if key.shape != value.shape and key.shape[:3] != value.shape[:3]:
+        raise InputError(f"key and value must agree in batch, heads and tokens; got {shapes}.")
+    if query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+        raise InputError(f"query and key must agree in batch, heads and head_dim; got {shapes}. Repeat grouped key heads first.")
+    if not query.is_floating_point():
+        raise InputError(f"query, key and value must be floating point; got {query.dtype}.")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
+        raise InputError(
+            f"key_mask must be a bool tensor [batch, key tokens] = {(key.shape[0], key.shape[2])}, True where a token is real;"
+            f" got {key_mask.dtype} {tuple(key_mask.shape)}."
+        )
+
+
+def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
+    """`x = sqrt(s) q`, `y = sqrt(s) k`: the coordinates in which the weight of a key is `exp(x . y)`."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling <= 0:
+        raise InputError(f"scaling must be > 0; got {scaling!r}.")
+    return query * scaling**0.5, key * scaling**0.5
+
+
+def causal_visibility(query_tokens: int, key_tokens: int, device: torch.device) -> Tensor:
+    """`[queries, keys]` bool, aligned at the end: the last query sees every key."""
+    rows = torch.arange(query_tokens, device=device)[:, None] + (key_tokens - query_tokens)
+    return torch.arange(key_tokens, device=device)[None, :] <= rows
+
+
+def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
+    """Softmax attention on scaled inputs, with its mass. `visible` broadcasts to `[..., queries, keys]`."""
+    return weigh(mask_logits(x @ y.transpose(-1, -2), visible), value)
+
+
+@attention_function
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Exact softmax attention: the reference every kind is measured against.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1. Differs from it: a query without any visible key gives 0.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, heads, keys, head_dim]`.
+        key_mask: `[batch, keys]` bool, True where a key is real.
+        scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
+        is_causal: No query sees a later key; the last query is aligned with the last key.
+    Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
+    Raises: InputError if the shapes do not fit.
+    Cost: O(queries * keys * head_dim) time, O(queries * keys) memory. Random: no.
+    """
+    x, y = scale_inputs(query, key, scaling)
+    visible = None if key_mask is None else key_mask[:, None, None, :]
+    if is_causal:
+        causal = causal_visibility(x.shape[2], y.shape[2], x.device)
+        visible = causal if visible is None else causal & visible
+    return exact_partial(x, y, value, visible).output

@@ -1,0 +1,200 @@
+r"""Attention through slots: the one structure behind all four kinds.
+
+Every kind is a self-normalised estimator of softmax attention and can be written as two softmaxes:
+
+    slot value   u_j = sum_n softmax_n(c[j, n]) v_n        what slot j has read from the keys
+    slot mass    b_j = logsumexp_n c[j, n]                  the log of how much those keys weigh
+    output       o_t = sum_j softmax_j(a[t, j] + b_j) u_j   what query t reads from the slots
+
+`c` are the log-weights of the keys for a slot and `a` those of a query for the slots; a kind is a choice of `a` and `c`.
+Both lines are the same operation (`weigh`), and so is putting several groups of slots or keys under one softmax
+(`merge`), because a group is fully described by its output and the log of its mass.
+
+Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visible member has mass `-inf` and output 0,
+and gradients through such a group are 0. Logits are expected in float32 or float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Up to this many blocks their states are combined with one weight per pair of blocks; beyond it by a logarithmic scan.
+_DENSE_BLOCKS = 32
+
+
+class Partial(NamedTuple):
+    """The softmax-weighted mean over one group of keys or slots, and the log of the group's total weight.
+
+    `output` is `[..., queries, head_dim]`, `log_mass` is `[..., queries]` (`-inf` where nothing was visible).
+    """
+
+    output: Tensor
+    log_mass: Tensor
+
+
+def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`exp(logits - max)` along the last dimension and the maximum, which is finite even if every logit is `-inf`."""
+    top = logits.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return (logits - top).exp(), top.squeeze(-1)
+
+
+def _log_or_minus_inf(total: Tensor) -> tuple[Tensor, Tensor]:
+    """A divisor that is never 0 and the logarithm of `total`, `-inf` (with zero gradient) where it is 0."""
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    return safe, safe.log().masked_fill(empty, float("-inf"))
+
+
+def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
+    """Softmax over the last dimension of `logits`, applied to `values`; keeps the log-sum-exp.
+
+    Args:
+        logits: `[..., queries, members]`; `-inf` where a member is not visible.
+        values: `[..., members, head_dim]`.
+        dropout: Probability of dropping a weight (after normalisation, rescaled), for training.
+    """
+    weights, top = _shifted_exp(logits)
+    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return Partial(weights @ values / total.unsqueeze(-1), log_total + top)
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """The softmax over the union of disjoint groups, from the groups' partial results."""
+    if len(partials) == 1:
+        return partials[0]
+    weights, top = _shifted_exp(torch.stack([p.log_mass for p in partials], dim=-1))
+    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    shares = weights / total.unsqueeze(-1)
+    output = sum(p.output * shares[..., i, None] for i, p in enumerate(partials))
+    return Partial(output, log_total + top)  # type: ignore[arg-type]
+
+
+def mask_logits(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """`-inf` where `visible` is False."""
+    return logits if visible is None else logits.masked_fill(~visible, float("-inf"))
+
+
+def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> Partial:
+    """Every query reads every slot, every slot reads every key.
+
+    Args:
+        query_logits: `[..., queries, slots]`, the `a[t, j]`.
+        key_logits: `[..., keys, slots]`, the `c[j, n]` (keys first); `-inf` for a masked key.
+        value: `[..., keys, head_dim]`.
+    Cost: O((queries + keys) * slots * head_dim).
+    """
+    slots = weigh(key_logits.transpose(-1, -2), value)
+    return weigh(query_logits + slots.log_mass.unsqueeze(-2), slots.output, dropout=dropout)
+
+
+# -- states of blocks -----------------------------------------------------------------------------------------------
+
+
+def block_states(key_logits: Tensor, value: Tensor) -> Partial:
+    """The slots of each block of keys on their own.
+
+    Args:
+        key_logits: `[..., blocks, keys, slots]`. value: `[..., blocks, keys, head_dim]`.
+    Returns: output `[..., blocks, slots, head_dim]`, log_mass `[..., blocks, slots]`.
+    """
+    return weigh(key_logits.transpose(-1, -2), value)
+
+
+def states_before(states: Partial) -> Partial:
+    """For every block the merged state of all earlier blocks (an exclusive prefix scan in log space)."""
+    num_blocks = states.log_mass.shape[-2]
+    if num_blocks <= _DENSE_BLOCKS:
+        index = torch.arange(num_blocks, device=states.log_mass.device)
+        return _combine(states, index[:, None] > index[None, :])
+    return _scan(states)
+
+
+def states_elsewhere(states: Partial) -> Partial:
+    """For every block the merged state of all other blocks, without subtracting anything."""
+    num_blocks = states.log_mass.shape[-2]
+    if num_blocks <= _DENSE_BLOCKS:
+        return _combine(states, ~torch.eye(num_blocks, dtype=torch.bool, device=states.log_mass.device))
+    reverse = Partial(states.output.flip(-3), states.log_mass.flip(-2))
+    after = _scan(reverse)
+    return merge([_scan(states), Partial(after.output.flip(-3), after.log_mass.flip(-2))])
+
+
+def _combine(states: Partial, visible: Tensor) -> Partial:
+    """Block i gets the merge of the blocks k with `visible[i, k]`: a softmax over blocks, slot by slot."""
+    mass = states.log_mass.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]
+    merged = weigh(mask_logits(mass, visible), states.output.transpose(-2, -3))
+    return Partial(merged.output.transpose(-2, -3), merged.log_mass.transpose(-1, -2))
+
+
+def _shift(states: Partial, steps: int) -> Partial:
+    """Move states `steps` blocks later, filling with the empty state."""
+    return Partial(
+        F.pad(states.output, (0, 0, 0, 0, steps, 0))[..., : states.output.shape[-3], :, :],
+        F.pad(states.log_mass, (0, 0, steps, 0), value=float("-inf"))[..., : states.log_mass.shape[-2], :],
+    )
+
+
+def _scan(states: Partial) -> Partial:
+    """Exclusive prefix merge by doubling: log2(blocks) steps over all blocks at once."""
+    merged, step = _shift(states, 1), 1
+    while step < states.log_mass.shape[-2]:
+        merged = merge([merged, _shift(merged, step)])
+        step *= 2
+    return merged
+
+
+# -- causal, without an exact window --------------------------------------------------------------------------------
+
+
+def causal_within_blocks(query_logits: Tensor, key_logits: Tensor, value: Tensor) -> Partial:
+    r"""Slot attention of each block's queries to the keys of the same block that are not later, exactly.
+
+    The slots of a query here hold only keys up to its own, so they differ from query to query. Block lengths are powers of
+    two and pairs of halves are nested: the right half of every pair reads the left half through the kernel
+    `sum_j exp(a[t, j] + c[j, n])`, as a product of two feature matrices. The stabiliser of the keys is taken over the
+    left half only, which *all* queries of the right half see: no weight underflows because of a key that is not
+    visible, and nothing of a later key enters an earlier query, not even a maximum.
+
+    Args:
+        query_logits, key_logits: `[..., length, slots]`, `length` a power of two. value: `[..., length, head_dim]`.
+    Cost: O(length * slots) exponentials and O(length^2 * slots) multiplications per block.
+    """
+    length = value.shape[-2]
+    _, own_mass = _log_sum_exp(query_logits + key_logits)
+    partials = [Partial(value, own_mass)]
+    half = 1
+    while half < length:
+
+        def pairs(x: Tensor, half: int = half) -> Tensor:
+            return x.unflatten(-2, (length // (2 * half), 2, half))
+
+        left_keys, right_queries = pairs(key_logits)[..., 0, :, :], pairs(query_logits)[..., 1, :, :]
+        lowest = torch.finfo(left_keys.dtype).min
+        slot_top = left_keys.detach().amax(-2, keepdim=True).clamp_min(lowest)
+        key_features = (left_keys - slot_top).exp()
+        query_features, top = _shifted_exp(right_queries + slot_top)
+        weights = query_features @ key_features.transpose(-1, -2)
+        total, log_total = _log_or_minus_inf(weights.sum(-1))
+        output = weights @ pairs(value)[..., 0, :, :] / total.unsqueeze(-1)
+        log_mass = log_total + top
+        partials.append(
+            Partial(
+                torch.stack([torch.zeros_like(output), output], dim=-3).flatten(-4, -2),
+                torch.stack([torch.full_like(log_mass, float("-inf")), log_mass], dim=-2).flatten(-3, -1),
+            )
+        )
+        half *= 2
+    return merge(partials)
+
+
+def _log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    weights, top = _shifted_exp(logits)
+    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    return total, log_total + top
