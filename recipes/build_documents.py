@@ -1,7 +1,7 @@
 """Build long documents with a known label out of labelled sentences.
 
-Each document has `--sentences` sentences, of which `--majority` carry one label and the rest the other label, in random
-order. Its label is that of the majority, so a model has to weigh the whole document: no single sentence decides.
+Each document has `--sentences` sentences, of which `--majority` carry one label and the rest the other label, in
+random order. Its label is that of the majority, so a model has to weigh the whole document: no single sentence decides.
 
     python recipes/build_documents.py --input sst2/train.parquet --output documents/train.parquet --documents 4000
 """
@@ -43,8 +43,8 @@ def build_documents(
     """
     if not sentences_per_document / 2 < majority <= sentences_per_document:
         raise BuildError(
-            f"majority must be more than half of the {sentences_per_document} sentences of a document and at most all of "
-            f"them; got {majority}."
+            f"majority must be more than half of the {sentences_per_document} sentences of a document and at most all "
+            f"of them; got {majority}."
         )
     values = sorted(set(labels))
     if len(values) != 2:

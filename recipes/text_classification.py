@@ -1,0 +1,396 @@
+"""Fine-tune a pretrained model on text classification, with softmax or any linear attention.
+
+Runs with plain `python` or with `accelerate launch`, on Hub names or local folders and files:
+
+    python recipes/text_classification.py --model_name_or_path google-bert/bert-base-uncased --attention favor_sharp \\
+        --train_file train.parquet --validation_file dev.parquet --max_length 512 \\
+        --do_train --do_eval --eval_strategy epoch --num_train_epochs 2 --output_dir runs/favor_sharp
+
+Every `TrainingArguments` flag works. A run that was cut short goes on from its last checkpoint when it is started
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from _common import (
+    AttentionArguments,
+    ClassificationMetrics,
+    RecipeError,
+    apply_attention,
+    find_column,
+    linear_attention_of,
+    load_splits,
+    run,
+    versions,
+    write_json,
+)
+
+logger = logging.getLogger("hf_linattn.recipes")
+
+TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
+PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
+LABEL_NAMES = ("label", "labels", "target", "class")
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or local folder; stock or already converted"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "If it is not with the model"})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub name for the model card, if the path is local"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how it is read."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration"})
+    train_file: str | None = field(default=None, metadata={"help": "parquet, csv, tsv, json or jsonl"})
+    validation_file: str | None = field(default=None, metadata={"help": "parquet, csv, tsv, json or jsonl"})
+    test_file: str | None = field(
+        default=None, metadata={"help": "parquet, csv, tsv, json or jsonl; for --do_predict"}
+    )
+    text_column: str | None = field(default=None, metadata={"help": f"Default: the first of {', '.join(TEXT_NAMES)}"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "For pairs of texts"})
+    label_column: str | None = field(
+        default=None, metadata={"help": f"Default: the first of {', '.join(LABEL_NAMES)}"}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens after which a text is cut (default: as many as the model has positions)"},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
+    from_scratch: bool = field(default=False, metadata={"help": "Ignore checkpoints that are in the output folder"})
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """`TrainingArguments` that put texts of similar length into a batch, to save padding."""
+
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "'group_by_length' or 'random' (or another that Trainer knows)"}
+    )
+
+
+class RecipeTrainer(Trainer):
+    """A `Trainer` whose model card is the one of the library, with the metrics of the run."""
+
+    card_facts: dict[str, Any]
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if linear_attention_of(model) is None:
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            from hf_linattn.hub import write_card
+
+            write_card(model, self.args.output_dir, **self.card_facts)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Columns:
+    text: str
+    pair: str | None
+    label: str
+
+
+def find_columns(splits: datasets.DatasetDict, args: DataArguments) -> Columns:
+    """Names of the text and label columns, the same in every split."""
+    names = next(iter(splits.values())).column_names
+    text = find_column(names, args.text_column, TEXT_NAMES, "text_column")
+    pair = args.text_pair_column
+    if pair is not None:
+        find_column(names, pair, (), "text_pair_column")
+    elif args.text_column is None and PAIR_NAMES.get(text) in names:
+        pair = PAIR_NAMES[text]
+    columns = Columns(text, pair, find_column(names, args.label_column, LABEL_NAMES, "label_column"))
+    for split, data in splits.items():
+        for name in filter(None, (columns.text, columns.pair, columns.label)):
+            if name not in data.column_names:
+                raise RecipeError(f"The {split} data has no column {name!r}; its columns: {data.column_names}.")
+    return columns
+
+
+def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
+    """The labels in the order of their indices: that of a `ClassLabel` column, else sorted."""
+    first = next(iter(splits.values()))
+    feature = first.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(range(feature.num_classes))
+    values: set[Any] = set()
+    for split, data in splits.items():
+        found = set(data.unique(column))
+        wrong = [v for v in found if isinstance(v, bool) or not isinstance(v, (int, str))]
+        if wrong:
+            raise RecipeError(
+                f"Column {column!r} of the {split} data must hold class labels (whole numbers or text); got "
+                f"{wrong[0]!r}. Regression and missing labels are not supported. Name another column with --label_column."
+            )
+        values |= found
+    if len({type(v) for v in values}) > 1:
+        raise RecipeError(
+            f"Column {column!r} holds text in one split and numbers in another: {sorted(map(str, values))}."
+        )
+    if len(values) < 2:
+        raise RecipeError(f"Column {column!r} holds one label only: {values}. Classification needs at least two.")
+    if len(values) > 1000:
+        raise RecipeError(f"Column {column!r} holds {len(values)} different labels. Is it the right --label_column?")
+    return sorted(values)
+
+
+def label_names(splits: datasets.DatasetDict, column: str, labels: Sequence[Any], config: Any) -> list[str]:
+    """Names for `id2label`: of the data if it has any, else of the checkpoint if they fit, else the values."""
+    feature = next(iter(splits.values())).features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    known = getattr(config, "id2label", None) or {}
+    if labels == list(range(len(labels))) and len(known) == len(labels):
+        return [known[i] for i in labels]
+    return [f"LABEL_{v}" if isinstance(v, int) else v for v in labels]
+
+
+def position_limit(config: Any) -> int | None:
+    """How many positions the model has, where the config says so."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def tokenizer_function(
+    tokenizer: PreTrainedTokenizerBase, columns: Columns, labels: Sequence[Any], max_length: int
+) -> Callable[[dict[str, list]], dict[str, list]]:
+    """What turns a batch of rows into model inputs. Padding comes later, per batch."""
+    index = {label: i for i, label in enumerate(labels)}
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        texts = [rows[columns.text]] + ([rows[columns.pair]] if columns.pair else [])
+        if any(not isinstance(text, str) for texts_ in texts for text in texts_):
+            raise RecipeError(f"Column {columns.text!r} (or its pair) has values that are not text, or are missing.")
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        encoded["label"] = [index[label] for label in rows[columns.label]]
+        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+        return encoded
+
+    return tokenize
+
+
+def choose_splits(
+    splits: datasets.DatasetDict, data: DataArguments, training: TrainingArguments
+) -> datasets.DatasetDict:
+    """The splits that the run needs, each cut to its maximal size."""
+    needed = {
+        "train": (training.do_train, data.max_train_samples),
+        "validation": (training.do_eval, data.max_eval_samples),
+        "test": (training.do_predict, data.max_predict_samples),
+    }
+    if not any(wanted for wanted, _ in needed.values()):
+        raise RecipeError("Nothing to do: give --do_train, --do_eval or --do_predict.")
+    chosen = datasets.DatasetDict()
+    for split, (wanted, limit) in needed.items():
+        if not wanted:
+            continue
+        if split not in splits:
+            raise RecipeError(f"The run needs {split} data, but there is only {list(splits)}. Give --{split}_file.")
+        rows = splits[split]
+        chosen[split] = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    return chosen
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+def load(
+    args: ModelArguments, attention: AttentionArguments, splits: datasets.DatasetDict, columns: Columns
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Any]]:
+    """Model (converted, if asked for), tokenizer and labels."""
+    source = {"revision": args.model_revision}
+    config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
+    labels = find_labels(splits, columns.label)
+    names = label_names(splits, columns.label, labels, config)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **source)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config, **source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return apply_attention(model, attention), tokenizer, labels
+
+
+def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
+    """`--max_length`, checked against the positions of the model."""
+    limit = position_limit(config)
+    if wanted is not None and limit is not None and wanted > limit:
+        raise RecipeError(
+            f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Extend the "
+            "positions of the checkpoint first."
+        )
+    return wanted or min(limit or 512, tokenizer.model_max_length)
+
+
+def find_checkpoint(training: TrainingArguments, data: DataArguments, model: PreTrainedModel) -> str | None:
+    """Where to resume: the checkpoint that was named, else the last one in the output folder."""
+    wanted = training.resume_from_checkpoint
+    if wanted in ("True", "true"):
+        wanted = None
+    elif wanted:
+        if not Path(wanted).is_dir():
+            raise RecipeError(f"--resume_from_checkpoint must be a checkpoint folder; {wanted!r} is none.")
+    found = wanted
+    if not found and not data.from_scratch and Path(training.output_dir).is_dir():
+        found = get_last_checkpoint(training.output_dir)
+    if not found:
+        return None
+    saved = json.loads((Path(found) / "config.json").read_text(encoding="utf-8")).get("linear_attention")
+    present = json.loads(json.dumps(linear_attention_of(model)))
+    if saved != present:
+        raise RecipeError(
+            f"{found} was trained with other attention settings ({saved}) than this run has ({present}). "
+            "Use another --output_dir, the same settings, or --from_scratch."
+        )
+    logger.warning("Resuming from %s (--from_scratch starts anew)", found)
+    return found
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+def parse(argv: Sequence[str] | None) -> tuple[Any, ...]:
+    parser = HfArgumentParser(
+        (ModelArguments, AttentionArguments, DataArguments, RecipeTrainingArguments), description=__doc__
+    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Run the recipe. Returns what it writes to `results.json`."""
+    started = time.perf_counter()
+    model_args, attention_args, data_args, training_args = parse(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    if not training_args.should_log:
+        transformers.utils.logging.set_verbosity_error()
+        datasets.utils.disable_progress_bars()
+    set_seed(training_args.seed)
+    if not torch.accelerator.is_available():
+        training_args.dataloader_pin_memory = False  # it would only warn
+
+    with training_args.main_process_first(desc="reading the data"):
+        files = {s: getattr(data_args, f"{s}_file") for s in ("train", "validation", "test")}
+        splits = load_splits(files, data_args.dataset_name, data_args.dataset_config_name)
+    splits = choose_splits(splits, data_args, training_args)
+    columns = find_columns(splits, data_args)
+    model, tokenizer, labels = load(model_args, attention_args, splits, columns)
+    max_length = choose_max_length(data_args.max_length, tokenizer, model.config)
+    checkpoint = find_checkpoint(training_args, data_args, model) if training_args.do_train else None
+
+    tokenize = tokenizer_function(tokenizer, columns, labels, max_length)
+    with training_args.main_process_first(desc="tokenizing"):
+        encoded = datasets.DatasetDict(
+            {
+                split: data.map(tokenize, batched=True, remove_columns=data.column_names, desc=f"Tokenizing {split}")
+                for split, data in splits.items()
+            }
+        )
+    for split, data in encoded.items():
+        cut = sum(length >= max_length for length in data["length"])
+        logger.info("%s: %d rows, %d of them of %d tokens (cut there if longer)", split, len(data), cut, max_length)
+
+    metric = ClassificationMetrics(num_labels=len(labels))
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
+
+    trainer = RecipeTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=encoded.get("train"),
+        eval_dataset=encoded.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        compute_metrics=compute_metrics,
+        callbacks=list(callbacks),
+    )
+    trainer.card_facts = {"base_model": model_args.base_model or _hub_name(model_args.model_name_or_path)}
+
+    metrics: dict[str, dict[str, float]] = {}
+    if training_args.do_train:
+        metrics["train"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if training_args.do_eval:
+        metrics["eval"] = trainer.evaluate()
+    if training_args.do_predict:
+        metrics["test"] = trainer.predict(encoded["test"], metric_key_prefix="test").metrics
+    for split, values in metrics.items():
+        trainer.log_metrics(split, values)
+
+    results = {
+        "recipe": Path(__file__).stem,
+        "model": asdict(model_args),
+        "attention": linear_attention_of(model) or {"kind": "softmax"},
+        "data": {**asdict(data_args), "max_length": max_length, "labels": labels, **asdict(columns)},
+        "training": json.loads(training_args.to_json_string()),
+        "metrics": metrics,
+        "log": trainer.state.log_history,
+        "processes": training_args.world_size,
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": versions(),
+    }
+    # After evaluation: the card carries the metrics.
+    scores = {
+        k.removeprefix("eval_"): v for k, v in metrics.get("eval", {}).items() if k in ("eval_accuracy", "eval_f1")
+    }
+    trainer.card_facts |= {"metrics": scores, "dataset": data_args.dataset_name}
+    if training_args.do_train:
+        trainer.save_model()  # the tokenizer too; every rank takes part, as sharded models need
+        trainer.save_state()
+        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        path = write_json(Path(training_args.output_dir) / "results.json", results)
+        logger.info("Wrote %s", path)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def _hub_name(name_or_path: str) -> str | None:
+    return None if Path(name_or_path).exists() else name_or_path
+
+
+if __name__ == "__main__":
+    run(main)
