@@ -1,7 +1,7 @@
 """Build long documents with a known label out of labelled sentences.
 
 Each document has `--sentences` sentences, of which `--majority` carry one label and the rest the other label, in
-random order. Its label is that of the majority, so a model has to weigh the whole document: no single sentence decides.
+random order. Its label is that of the majority, so a model has to weigh the whole document.
 
     python recipes/build_documents.py --input sst2/train.parquet --output documents/train.parquet --documents 4000
 """

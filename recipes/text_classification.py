@@ -100,11 +100,17 @@ class DataArguments:
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` that put texts of similar length into a batch, to save padding."""
+    """`TrainingArguments` that put texts of similar length into a batch, and need no `--use_cpu` without a GPU."""
 
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "'group_by_length' or 'random' (or another that Trainer knows)"}
     )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise --bf16 is refused
+            self.dataloader_pin_memory = False
+        super().__post_init__()
 
 
 class RecipeTrainer(Trainer):
@@ -160,7 +166,7 @@ def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
         if wrong:
             raise RecipeError(
                 f"Column {column!r} of the {split} data must hold class labels (whole numbers or text); got "
-                f"{wrong[0]!r}. Regression and missing labels are not supported. Name another column with --label_column."
+                f"{wrong[0]!r}. Regression and missing labels are not supported. See --label_column."
             )
         values |= found
     if len({type(v) for v in values}) > 1:
@@ -307,8 +313,6 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         transformers.utils.logging.set_verbosity_error()
         datasets.utils.disable_progress_bars()
     set_seed(training_args.seed)
-    if not torch.accelerator.is_available():
-        training_args.dataloader_pin_memory = False  # it would only warn
 
     with training_args.main_process_first(desc="reading the data"):
         files = {s: getattr(data_args, f"{s}_file") for s in ("train", "validation", "test")}
