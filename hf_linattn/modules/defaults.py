@@ -22,7 +22,11 @@ _BASE: dict[str, dict[str, Any]] = {
     "vision": {"window_size": 4, "num_global_tokens": 1},
 }
 
-_BY_KIND: dict[tuple[str, str], dict[str, Any]] = {}
+_BY_KIND: dict[tuple[str, str], dict[str, Any]] = {
+    ("eva", "encoder"): {"query_proposals": True},
+    ("eva", "vision"): {"query_proposals": True},
+    ("eva", "decoder"): {"query_proposals": False},
+}
 
 
 def family_defaults(kind: str, family: str) -> dict[str, Any]:

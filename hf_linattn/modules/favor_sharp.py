@@ -98,16 +98,16 @@ class FavorSharpAttention(LinearAttention):
         )
 
 
-_warned_neutral = False
+_checked_statistics: set[tuple[int, int]] = set()
 
 
 def _warn_if_neutral(statistics: FavorStatistics) -> None:
-    """Say once per process that a causal layer has no statistics. Reads values, so it is skipped while compiling."""
-    global _warned_neutral
-    if _warned_neutral or torch.compiler.is_compiling() or statistics.shape.is_meta:
+    """Say so if a causal layer has no statistics. Reads values, so it looks at each tensor once and not while compiling."""
+    shape = statistics.shape
+    if torch.compiler.is_compiling() or shape.is_meta or (shape.data_ptr(), shape._version) in _checked_statistics:
         return
-    if not bool(statistics.shape.any()):
-        _warned_neutral = True
+    _checked_statistics.add((shape.data_ptr(), shape._version))
+    if not bool(shape.any()):
         warnings.warn(
             "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the sequence itself"
             " would let a token look ahead. Set the layer's statistics_* buffers from other data to get FAVOR#.",
