@@ -1,0 +1,205 @@
+"""The model card of a converted model: rendered from its config, parsed by the Hub.
+
+Works on plain data (`config.linear_attention`, the names of classes), so it knows nothing of Transformers' internals.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from ..errors import ConfigError
+from ..modules.registry import get_kind
+
+MARK = "<!-- This card is written by hf_linattn."
+GENERATED = (
+    MARK,
+    "model that has been pushed on the Hub. This model card has been automatically generated",
+    "This model card has been generated automatically according to the information the Trainer had access to",
+)
+
+# Suffix of the class name -> (Auto class, pipeline tag of the Hub). Longer suffixes first: "Model" ends many names.
+HEADS: dict[str, tuple[str, str | None]] = {
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForMultipleChoice": ("AutoModelForMultipleChoice", "multiple-choice"),
+    "ForNextSentencePrediction": ("AutoModelForNextSentencePrediction", None),
+    "ForPreTraining": ("AutoModelForPreTraining", None),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "ForMaskedImageModeling": ("AutoModelForMaskedImageModeling", None),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "DoubleHeadsModel": ("", None),
+    "ViTModel": ("AutoModel", "image-feature-extraction"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+NOT_SETTINGS = {"version", "kind", "layers", "attention_dropout"}
+
+
+def write_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> Path:
+    """Write `README.md` for `model` into `folder`. Takes the facts of `render_card`. Returns the path.
+
+    A README that a person wrote keeps its text; only metadata that it lacks is added. One that this function or
+    Transformers generated is replaced.
+    """
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = render_card(model, **facts)
+    if path.exists():
+        own = path.read_text(encoding="utf-8")
+        if not any(mark in own for mark in GENERATED):
+            content = _with_metadata(own, content)
+    # Written beside and moved: a reader never sees half a card.
+    draft = path.with_name(".README.md.tmp")
+    draft.write_text(content, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def render_card(
+    model: Any,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    notes: str | None = None,
+) -> str:
+    """The model card (YAML header and text) of a converted model.
+
+    Args:
+        model: A converted model: `model.config.linear_attention` names the kind, its settings and the layers.
+        repo_id: Name on the Hub, for the snippet and the title.
+        base_model: Hub name of the model this one was made from. Default: where it was loaded from, if that is on the
+            Hub, else what the card there says.
+        license, language: Default: those of the card of the base model, where that is at hand without a download.
+        metrics: Name -> value, shown as a table and listed in the header.
+        dataset, split: What the metrics were measured on; `dataset` is a name on the Hub or plain text.
+        notes: More text (Markdown), put after the results.
+    Raises: ConfigError if the model is not converted.
+    """
+    config = model.config
+    settings = getattr(config, "linear_attention", None)
+    if not settings:
+        raise ConfigError(
+            f"A model card can be written for a converted model; {type(model).__name__} has no "
+            "`config.linear_attention`. Convert it first with `hf_linattn.convert`."
+        )
+    class_name = type(model).__name__
+    kind = get_kind(settings["kind"])
+    source = getattr(config, "_name_or_path", "") or ""
+    known = _source_card(source)
+    base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
+    heads = (head for suffix, head in HEADS.items() if class_name.endswith(suffix))
+    auto_class, pipeline_tag = next(heads, ("AutoModel", None))
+    model_name = repo_id or f"{(base_model or class_name).rsplit('/', 1)[-1]}-{kind.name.replace('_', '-')}"
+    shown = {name: _number(value) for name, value in (metrics or {}).items()}
+
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        license=license or known.get("license"),
+        language=language or known.get("language"),
+        pipeline_tag=pipeline_tag,
+        tags=["linear-attention", "hf_linattn", kind.name],
+        metrics=list(shown) or None,
+        datasets=[dataset] if dataset and _is_hub_name(dataset) else None,
+        **_eval_results(model_name, pipeline_tag, dataset, split, metrics),
+    )
+    template = importlib.resources.files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    layers = list(settings.get("layers") or [])
+    others = [i for i in range(getattr(config, "num_hidden_layers", 0)) if i not in layers]
+    total = len(layers) + len(others)
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        model_name=model_name,
+        class_name=class_name,
+        repo_id=repo_id or "path/or/name",
+        auto_class=auto_class or class_name,
+        kind=kind.name,
+        kind_title=kind.title,
+        paper=kind.paper,
+        paper_url="https://arxiv.org/abs/" + kind.paper.removeprefix("arXiv:"),
+        layers=layers,
+        layers_text=f"{len(layers)} of {total} layers" if others else f"all {total} layers",
+        other_layers=", ".join(map(str, others)),
+        settings={k: v for k, v in settings.items() if k not in NOT_SETTINGS},
+        attention_dropout=settings.get("attention_dropout"),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        metrics=shown,
+        dataset=dataset,
+        split=split,
+        notes=notes,
+    )
+    return str(card)
+
+
+def _eval_results(
+    model_name: str, task: str | None, dataset: str | None, split: str | None, metrics: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """The `model-index` of the header, for which the Hub wants to know the task and the data."""
+    if not (task and dataset and metrics):
+        return {}
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name,
+            metric_value=float(value),
+        )
+        for name, value in metrics.items()
+    ]
+    return {"model_name": model_name, "eval_results": results}
+
+
+def _source_card(source: str) -> dict[str, Any]:
+    """Metadata worth carrying over from the card of what was loaded, if it is on this machine."""
+    if not source:
+        return {}
+    path = Path(source) / "README.md"
+    if not path.is_file() and _is_hub_name(source):
+        cached = try_to_load_from_cache(source, "README.md")
+        path = Path(cached) if isinstance(cached, str) else path
+    if not path.is_file():
+        return {}
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except ValueError:  # a card without a header, or with a broken one, has nothing to carry over
+        return {}
+    found = {"license": card.data.license, "language": card.data.language}
+    if MARK in card.text:  # a converted model, trained on: it still comes from the same base
+        found["base_model"] = card.data.base_model
+    return found
+
+
+def _with_metadata(own: str, rendered: str) -> str:
+    """`own` with the metadata of `rendered` that its header lacks, and the tags of both."""
+    card, ours = ModelCard(own, ignore_metadata_errors=True), ModelCard(rendered)
+    for name, value in ours.data.to_dict().items():
+        if name != "model-index" and card.data.get(name) is None:
+            setattr(card.data, name, value)
+    tags = list(card.data.get("tags") or [])
+    card.data["tags"] = tags + [tag for tag in ours.data.get("tags") if tag not in tags]
+    return str(card)
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
