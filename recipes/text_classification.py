@@ -351,8 +351,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
     )
-    # Classification heads take `num_items_in_batch` and ignore it: Trainer, believing that they divided by it, would scale
-    # gradients by the number of processes and of accumulation steps.
+    # Classification heads take `num_items_in_batch` and ignore it: Trainer, believing that they divided by it, would
+    # scale gradients by the number of processes and of accumulation steps.
     trainer.model_accepts_loss_kwargs = False
     trainer.card_facts = {"base_model": model_args.base_model or _hub_name(model_args.model_name_or_path)}
 
