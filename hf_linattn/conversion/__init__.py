@@ -1,0 +1,5 @@
+"""Conversion of stock models."""
+
+from .convert import convert, revert
+
+__all__ = ["convert", "revert"]

@@ -1,0 +1,86 @@
+"""Converted model classes: one per stock head, and their registration with Transformers' Auto classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from . import bert, gpt2, vit
+
+# Stock class -> converted class.
+COUNTERPARTS: dict[type[PreTrainedModel], Any] = {
+    cls.__bases__[-1]: cls
+    for cls in (
+        bert.LinAttnBertModel,
+        bert.LinAttnBertForPreTraining,
+        bert.LinAttnBertLMHeadModel,
+        bert.LinAttnBertForMaskedLM,
+        bert.LinAttnBertForNextSentencePrediction,
+        bert.LinAttnBertForSequenceClassification,
+        bert.LinAttnBertForMultipleChoice,
+        bert.LinAttnBertForTokenClassification,
+        bert.LinAttnBertForQuestionAnswering,
+        gpt2.LinAttnGPT2Model,
+        gpt2.LinAttnGPT2LMHeadModel,
+        gpt2.LinAttnGPT2DoubleHeadsModel,
+        gpt2.LinAttnGPT2ForSequenceClassification,
+        gpt2.LinAttnGPT2ForTokenClassification,
+        gpt2.LinAttnGPT2ForQuestionAnswering,
+        vit.LinAttnViTModel,
+        vit.LinAttnViTForImageClassification,
+        vit.LinAttnViTForMaskedImageModeling,
+    )
+}
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "bert": bert.LinAttnBertConfig,
+    "gpt2": gpt2.LinAttnGPT2Config,
+    "vit": vit.LinAttnViTConfig,
+}
+
+# Auto class -> stock class it picks for each model. `tests/test_conversion.py` compares this with Transformers' own tables.
+AUTO_CLASSES: dict[str, tuple[str, ...]] = {
+    "AutoModel": ("BertModel", "GPT2Model", "ViTModel"),
+    "AutoModelForPreTraining": ("BertForPreTraining", "GPT2LMHeadModel"),
+    "AutoModelForCausalLM": ("BertLMHeadModel", "GPT2LMHeadModel"),
+    "AutoModelForMaskedLM": ("BertForMaskedLM",),
+    "AutoModelForNextSentencePrediction": ("BertForNextSentencePrediction",),
+    "AutoModelForSequenceClassification": ("BertForSequenceClassification", "GPT2ForSequenceClassification"),
+    "AutoModelForTokenClassification": ("BertForTokenClassification", "GPT2ForTokenClassification"),
+    "AutoModelForMultipleChoice": ("BertForMultipleChoice",),
+    "AutoModelForQuestionAnswering": ("BertForQuestionAnswering", "GPT2ForQuestionAnswering"),
+    "AutoModelForTextEncoding": ("BertModel",),
+    "AutoModelForImageClassification": ("ViTForImageClassification",),
+    "AutoModelForMaskedImageModeling": ("ViTForMaskedImageModeling",),
+}
+
+
+def register_auto_classes() -> None:
+    """Register configs and models with Transformers. Repeatable."""
+    by_name = {stock.__name__: cls for stock, cls in COUNTERPARTS.items()}
+    for config_class in CONFIGS.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_name, stock_names in AUTO_CLASSES.items():
+        auto_class = getattr(transformers, auto_name, None)
+        if auto_class is None:
+            from transformers.models.auto import modeling_auto
+
+            auto_class = getattr(modeling_auto, auto_name)
+        for stock_name in stock_names:
+            cls = by_name[stock_name]
+            auto_class.register(cls.config_class, cls, exist_ok=True)
+    _register_preprocessing()
+
+
+def _register_preprocessing() -> None:
+    """Let AutoTokenizer and AutoImageProcessor find what the stock model uses."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    stock = {"bert": transformers.BertConfig, "gpt2": transformers.GPT2Config, "vit": transformers.ViTConfig}
+    for name, config_class in CONFIGS.items():
+        for mapping in (TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING):
+            if stock[name] in mapping:
+                mapping.register(config_class, mapping[stock[name]], exist_ok=True)

@@ -1,0 +1,86 @@
+"""Linear attention for pretrained Transformers models.
+
+Importing the package registers the attention kinds with Transformers' AttentionInterface and the converted models with its
+Auto classes. Everything else is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .integrations.interface import register_kinds
+from .models import register_auto_classes
+
+if TYPE_CHECKING:
+    from . import functional as functional
+    from .conversion import convert as convert
+    from .conversion import revert as revert
+
+register_kinds()
+register_auto_classes()
+
+# Public name -> module that defines it; `None` as attribute means the module itself.
+_LAZY: dict[str, str] = {
+    "EvaConfig": "hf_linattn.modules.eva",
+    "FavorPlusConfig": "hf_linattn.modules.favor_plus",
+    "FavorSharpConfig": "hf_linattn.modules.favor_sharp",
+    "LaraConfig": "hf_linattn.modules.lara",
+    "list_kinds": "hf_linattn.modules.registry",
+    "convert": "hf_linattn.conversion.convert",
+    "revert": "hf_linattn.conversion.convert",
+    "compare": "hf_linattn.conversion.compare",
+    "LinAttnError": "hf_linattn.errors",
+    "ConfigError": "hf_linattn.errors",
+    "UnknownFieldError": "hf_linattn.errors",
+    "UnsupportedError": "hf_linattn.errors",
+    "InputError": "hf_linattn.errors",
+    "CheckpointError": "hf_linattn.errors",
+    **{
+        f"LinAttn{name}": f"hf_linattn.models.{module}"
+        for module, names in {
+            "bert": (
+                "BertConfig",
+                "BertModel",
+                "BertForPreTraining",
+                "BertLMHeadModel",
+                "BertForMaskedLM",
+                "BertForNextSentencePrediction",
+                "BertForSequenceClassification",
+                "BertForMultipleChoice",
+                "BertForTokenClassification",
+                "BertForQuestionAnswering",
+            ),
+            "gpt2": (
+                "GPT2Config",
+                "GPT2Model",
+                "GPT2LMHeadModel",
+                "GPT2DoubleHeadsModel",
+                "GPT2ForSequenceClassification",
+                "GPT2ForTokenClassification",
+                "GPT2ForQuestionAnswering",
+            ),
+            "vit": ("ViTConfig", "ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
+        }.items()
+        for name in names
+    },
+}
+_LAZY_MODULES = ("functional",)
+
+__all__ = ["__version__", *_LAZY, *_LAZY_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _LAZY_MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,74 @@
+"""Give the layers of a model their linear attention, and take it away again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError, UnsupportedError
+from ..modules.base import LinearAttention
+from ..modules.registry import get_kind, list_kinds
+from .families import Family, get_family, layer_shape, set_attention_dropout
+from .settings import LinearAttentionSettings, parse_settings
+
+ATTRIBUTE = "linattn"
+
+
+def settings_of(config: Any) -> LinearAttentionSettings:
+    """The settings in a converted model's config, validated. Raises `CheckpointError` if there are none."""
+    value = getattr(config, "linear_attention", None)
+    if value is None:
+        raise CheckpointError(
+            f"{type(config).__name__} has no `linear_attention`, so it is unknown which attention the model uses. Loading a "
+            f"stock checkpoint into a LinAttn class needs it: from_pretrained(..., linear_attention=kind) with one of "
+            f"{list_kinds()} or a kind's settings. In a converted checkpoint the field is missing from config.json: the "
+            "checkpoint is damaged."
+        )
+    return parse_settings(value, family=get_family(config).name, num_layers=config.num_hidden_layers)
+
+
+def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> dict[int, LinearAttention]:
+    """New attention modules for the selected layers, on the device and in the dtype of the layers' weights.
+
+    Raises: `UnsupportedError` where the kind cannot work, before anything has changed.
+    """
+    kind = get_kind(settings.config.kind)
+    built = {}
+    for index in settings.layers or ():
+        layer = layers[index]
+        shape = layer_shape(layer, index)
+        if shape.is_causal and not kind.supports_causal:
+            able = [name for name in list_kinds() if get_kind(name).supports_causal]
+            raise UnsupportedError(
+                f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see later ones. "
+                f"Use one of {able}."
+            )
+        weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+        module = kind.module_cls(settings.config, shape)
+        built[index] = module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+    return built
+
+
+def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, LinearAttention]) -> None:
+    """Attach built modules as `.linattn`; softmax layers get the stock attention dropout back."""
+    for index, layer in enumerate(family_layers(model)):
+        if index in built:
+            setattr(layer, ATTRIBUTE, built[index])
+            set_attention_dropout(layer, 0.0)
+        else:
+            set_attention_dropout(layer, settings.attention_dropout or 0.0)
+
+
+def detach(model: Any, settings: LinearAttentionSettings) -> None:
+    """Remove `.linattn` from every layer and restore attention dropout."""
+    for layer in family_layers(model):
+        if hasattr(layer, ATTRIBUTE):
+            delattr(layer, ATTRIBUTE)
+        set_attention_dropout(layer, settings.attention_dropout or 0.0)
+
+
+def family_layers(model: Any) -> list[nn.Module]:
+    """Self-attention modules of a supported model with any head, first layer first."""
+    family: Family = get_family(model.config)
+    return family.layers(model.base_model)

@@ -1,0 +1,101 @@
+"""Where BERT, GPT-2 and ViT keep their attention layers, and what those layers are called in their configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.utils import output_capturing
+
+from ..errors import UnsupportedError
+from ..modules.base import LayerShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the library has to know about a model architecture to convert it.
+
+    Args:
+        name: Stock `model_type`; also selects the column of default settings.
+        dropout_field: Config field with the probability of attention dropout.
+        layers: Self-attention modules of a base model, first layer first.
+    """
+
+    name: str
+    dropout_field: str
+    layers: Callable[[Any], list[nn.Module]]
+
+
+FAMILIES = {
+    "bert": Family(
+        name="bert",
+        dropout_field="attention_probs_dropout_prob",
+        layers=lambda base: [layer.attention.self for layer in base.encoder.layer],
+    ),
+    "gpt2": Family(
+        name="gpt2",
+        dropout_field="attn_pdrop",
+        layers=lambda base: [block.attn for block in base.h],
+    ),
+    "vit": Family(
+        name="vit",
+        dropout_field="attention_probs_dropout_prob",
+        layers=lambda base: [layer.attention for layer in base.layers],
+    ),
+}
+
+MODEL_TYPE_PREFIX = "linattn_"
+
+
+def is_converted(config: Any) -> bool:
+    """Whether a config belongs to a converted model (`model_type` `linattn_bert`, `linattn_gpt2`, `linattn_vit`)."""
+    return str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX)
+
+
+def get_family(config: Any) -> Family:
+    """The family of a stock or converted config. Raises `UnsupportedError` for any other architecture."""
+    model_type = getattr(config, "model_type", None)
+    name = str(model_type).removeprefix(MODEL_TYPE_PREFIX)
+    if name not in FAMILIES:
+        raise UnsupportedError(
+            f"Conversion is implemented for the architectures {list(FAMILIES)}; got model_type {model_type!r}. "
+            "Without conversion, `model.set_attn_implementation(kind)` works for any architecture that uses "
+            "Transformers' AttentionInterface, or raises where it cannot be right."
+        )
+    return FAMILIES[name]
+
+
+def family_of(config: Any, *, is_causal: bool) -> str:
+    """Column of the default settings for any architecture: an exact match, else "vision", "decoder" or "encoder"."""
+    name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
+    if name in FAMILIES:
+        return name
+    if hasattr(config, "image_size") and hasattr(config, "patch_size") and not hasattr(config, "vocab_size"):
+        return "vision"
+    return "decoder" if is_causal else "encoder"
+
+
+def layer_shape(layer: nn.Module, index: int) -> LayerShape:
+    """Heads, head dimension and causality of a stock self-attention module."""
+    heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
+    head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.attention_head_size
+    return LayerShape(num_heads=int(heads), head_dim=int(head_dim), layer_idx=index, is_causal=bool(layer.is_causal))
+
+
+def set_attention_dropout(layer: Any, probability: float) -> None:
+    """Set the probability of attention dropout of a stock self-attention module."""
+    if hasattr(layer, "attn_dropout"):  # GPT-2
+        layer.attn_dropout.p = probability
+    elif hasattr(layer, "attention_dropout"):  # ViT
+        layer.attention_dropout = probability
+    else:  # BERT
+        layer.dropout.p = probability
+
+
+def set_model_class(model: Any, cls: type) -> None:
+    """Turn a model into another class with the same attributes, keeping `output_hidden_states` working."""
+    model.__class__ = cls
+    # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
+    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs

@@ -1,0 +1,236 @@
+"""The attention function of each kind: what a model calls instead of softmax attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..errors import InputError, UnsupportedError
+from ..modules.config import AttentionConfig
+from ..modules.registry import get_kind, list_kinds
+from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
+from .families import family_of, is_converted
+from .masks import causal_key_mask, linattn_mask, pad_one_key
+from .native import image_grid, native_layer
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+
+def register_kinds() -> None:
+    """Register every kind's name with Transformers, as an attention and as a mask function. Repeatable."""
+    for kind in list_kinds():
+        AttentionInterface.register(kind, attention_function(kind))
+        # Without this one Transformers hands None to the attention function, and padding is attended to.
+        AttentionMaskInterface.register(kind, linattn_mask)
+
+
+def attention_function(kind: str) -> AttentionFunction:
+    """The function to register under a kind's name with `AttentionInterface`."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        return attend(kind, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    attention.__name__ = attention.__qualname__ = f"{kind}_attention"
+    return attention
+
+
+def attend(
+    kind: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer of a stock or converted model, by the contract of Transformers' AttentionInterface.
+
+    Args:
+        module: The model's attention module, with `config`, and `linattn` if it has been converted.
+        query: `[batch, heads, queries, head_dim]`; in a causal layer the last ones of the keys' tokens.
+        key, value: `[batch, key/value heads, keys, head_dim]`.
+        attention_mask: What `linattn_mask` returned.
+        scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
+        dropout: Attention dropout; honoured by layers left on softmax, otherwise one warning.
+    Returns: `([batch, queries, heads, head_dim], None)`.
+    Raises: `InputError` and `UnsupportedError` where the result would be wrong; the message says what to do.
+    """
+    check_mask(attention_mask)
+    check_kwargs(kind, kwargs)
+    config = getattr(module, "config", None)
+    is_causal = _causality(module, config, kwargs)
+    cross = is_cross_attention(
+        module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2]
+    )
+    key, value, mask = _drop_unseen(key, value, attention_mask)
+    if not cross:
+        check_positions(kwargs.get("position_ids"), mask, query.shape[2])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    layer = getattr(module, "linattn", None)
+    if layer is None and is_converted(config):
+        return _softmax(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal)
+    warn_attention_dropout(dropout)
+    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    if layer is not None:
+        if layer.kind != kind:
+            raise UnsupportedError(
+                f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {kind!r}. Call "
+                f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it to {kind!r}."
+            )
+        if layer.shape.is_causal != is_causal:
+            raise UnsupportedError(
+                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert the model "
+                "and convert it again with a config that says so."
+            )
+        output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
+    else:
+        output = _native(
+            kind, module, config, query, key, value, mask, scaling=scaling, is_causal=is_causal, cross=cross, kwargs=kwargs
+        )
+    return output.transpose(1, 2), None
+
+
+def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", None)
+        if is_causal is None:
+            raise UnsupportedError(
+                f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing could let "
+                "a token see later ones. Set `is_causal` on the attention modules, or use attn_implementation='sdpa'."
+            )
+        if is_causal and getattr(config, "is_causal", True) is False:
+            raise UnsupportedError(
+                f"config.is_causal is False, but {type(module).__name__} is causal. Pass is_causal=False to the model, or set "
+                "it on its attention modules."
+            )
+    return bool(is_causal)
+
+
+def _drop_unseen(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys that a static cache holds room for but has not seen, recognised by a mask shorter than the keys."""
+    if mask is None or mask.shape[1] == key.shape[2]:
+        return key, value, mask
+    if mask.shape[1] > key.shape[2]:
+        raise InputError(
+            f"attention_mask must cover the {key.shape[2]} keys; got {tuple(mask.shape)}. With past keys and values it covers "
+            "past and new tokens, without them the new ones alone."
+        )
+    return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]], mask
+
+
+def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:
+    """Grouped-query attention: give every query head its own copy of its group's keys or values."""
+    repeats = query.shape[1] // states.shape[1]
+    return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
+
+
+def _softmax(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    is_causal: bool,
+) -> tuple[Tensor, None]:
+    """Exact attention of a layer that was not converted: what `attn_implementation="sdpa"` computes."""
+    queries, keys = query.shape[2], key.shape[2]
+    mask = None
+    if is_causal and (key_mask is not None or 1 < queries < keys):
+        mask = causal_key_mask(queries, keys, key_mask, query.device)
+    elif key_mask is not None:
+        mask = key_mask[:, None, None, :].expand(-1, -1, queries, -1)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
+    )
+    return output, None
+
+
+def _converted_grid(module: nn.Module, layer: Any, key: Tensor, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches, when the tokens after the global ones are an image."""
+    if family_of(module.config, is_causal=layer.shape.is_causal) != "vit":
+        return None
+    found = image_grid(module.config, key.shape[2], kwargs.get("grid"))
+    return found[0] if found is not None and found[1] == layer.config.num_global_tokens else None
+
+
+def _native(
+    kind: str,
+    module: nn.Module,
+    config: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    is_causal: bool,
+    cross: bool,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    declared = get_kind(kind)
+    if is_causal and not declared.supports_causal:
+        raise UnsupportedError(f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. {_other('supports_causal')}")
+    if cross and not declared.supports_cross:
+        raise UnsupportedError(
+            f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
+            f"{_other('supports_cross')}"
+        )
+    family = family_of(config, is_causal=is_causal)
+    image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
+    settings, state = native_layer(
+        kind,
+        family,
+        getattr(config, "linear_attention", None),
+        query.shape[1],
+        query.shape[3],
+        getattr(module, "layer_idx", None) or 0,
+        is_causal,
+        None if image is None else image[1],
+        str(query.device),
+    )
+    if cross:
+        _check_cross(kind, settings)
+        if query.shape[2] == key.shape[2]:
+            key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
+    grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
+    return declared.module_cls.attend(
+        settings, state, query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
+    )
+
+
+def _check_cross(kind: str, settings: AttentionConfig) -> None:
+    if settings.window_size or settings.num_global_tokens:
+        raise UnsupportedError(
+            f"Cross-attention under {kind!r} needs window_size=0 and num_global_tokens=0 (queries and keys are different "
+            f"sequences); got window_size={settings.window_size} and num_global_tokens={settings.num_global_tokens}. Set "
+            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the "
+            "model: conversion leaves cross-attention on softmax."
+        )
+
+
+def _other(capability: str) -> str:
+    able = [name for name in list_kinds() if getattr(get_kind(name), capability)]
+    return f"Use one of {able}, or attn_implementation='sdpa'."
+
+

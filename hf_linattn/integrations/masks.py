@@ -1,0 +1,113 @@
+"""The mask function: what Transformers calls once per forward to prepare the attention mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils.import_utils import is_tracing
+
+from ..errors import InputError, UnsupportedError
+
+_PLAIN = (causal_mask_function, bidirectional_mask_function)
+
+
+def linattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    *,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Turn what the user and the model asked for into a mask over tokens. Causality is left to the attention function.
+
+    Args:
+        q_length, kv_length: Tokens of the queries and of the keys as the cache will return them.
+        q_offset: Tokens already seen (a tensor under a static cache).
+        mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured.
+        attention_mask: `[batch, seen + q_length]`, True where a token is real.
+        local_size, use_vmap: Set by Transformers for local windows and for user-defined overlays.
+    Returns: `[batch, tokens]` bool, True where a token is real, or `None` when all are. Shorter than `kv_length` if
+        the cache is longer than what has been seen (static cache): the attention function then drops the unseen keys.
+    Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns.
+        What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
+    """
+    tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
+    if local_size is not None or use_vmap or (not tracing and mask_function not in _PLAIN):
+        raise UnsupportedError(
+            "A linear attention kind honours the plain causal and the plain bidirectional attention pattern; this "
+            "model or input asks for another one (packed sequences, sliding window, chunked or blockwise attention, "
+            f"or an overlay; mask function {getattr(mask_function, '__qualname__', mask_function)!r}). Give one "
+            "sequence per row with a 2-D attention_mask, switch the pattern off in the model's config, or keep "
+            "attn_implementation='sdpa' for this model."
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise InputError(
+            "attention_mask must be 2-D, [batch, tokens] with 1 where a token is real; got "
+            f"{attention_mask.ndim}-D {tuple(attention_mask.shape)}. A linear attention kind cannot hide single "
+            "query-key pairs."
+        )
+    seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, mask_function is bidirectional_mask_function)
+    if seen > kv_length:
+        raise UnsupportedError(
+            f"The cache returns {kv_length} keys where {seen} tokens have been seen: a cache that forgets tokens is not "
+            "supported by a linear attention kind. Use the default (dynamic) cache."
+        )
+    if attention_mask is None:
+        if seen == kv_length:
+            return None
+        return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+    if attention_mask.shape[1] != seen:
+        raise InputError(
+            f"attention_mask must cover all tokens, past ones included: [batch, {seen}]; got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    mask = attention_mask.to(torch.bool)
+    if mask.shape[0] != batch_size:
+        mask = mask.expand(batch_size, -1)
+    if not tracing and seen == kv_length and bool(mask.all()):
+        return None
+    return mask
+
+
+def _seen_tokens(
+    q_length: int, kv_length: int, q_offset: int | Tensor, attention_mask: Tensor | None, bidirectional: bool
+) -> int:
+    """Tokens that exist once the queries have been added: less than `kv_length` under a static cache."""
+    if bidirectional:
+        return kv_length  # the keys may be those of another sequence
+    if not isinstance(q_offset, Tensor):
+        return q_offset + q_length
+    if not is_tracing(q_offset):
+        return int(q_offset) + q_length
+    # The number of seen tokens is a value in a tensor here; the mask's width is the only thing known about it.
+    if attention_mask is None:
+        raise UnsupportedError(
+            "A compiled forward with a static cache needs attention_mask, [batch, seen tokens]; got None. Pass it, or use "
+            "the default (dynamic) cache."
+        )
+    return attention_mask.shape[1]
+
+
+def causal_key_mask(query_tokens: int, key_tokens: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """`[batch or 1, 1, queries, keys]` bool, the queries being the last tokens; for exact softmax."""
+    mask = torch.ones(query_tokens, key_tokens, dtype=torch.bool, device=device).tril(key_tokens - query_tokens)
+    return mask[None, None] if key_mask is None else mask & key_mask[:, None, None, :]
+
+
+def pad_one_key(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Append one key that is masked out, which changes nothing but the number of keys."""
+    if key_mask is None:
+        key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), F.pad(key_mask, (0, 1), value=False)

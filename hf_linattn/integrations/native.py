@@ -1,0 +1,105 @@
+"""Settings and buffers of native mode, where nothing is attached to the model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..modules.base import LayerShape
+from ..modules.config import AttentionConfig
+from ..modules.defaults import resolve
+from ..modules.registry import get_kind
+from .settings import parse_settings
+
+MAX_LEADING_TOKENS = 16  # [CLS], distillation and register tokens before the patches
+
+
+@torch.compiler.assume_constant_result
+def native_layer(
+    kind: str,
+    family: str,
+    settings: dict[str, Any] | None,
+    num_heads: int,
+    head_dim: int,
+    layer_idx: int,
+    is_causal: bool,
+    num_leading: int | None,
+    device: str,
+) -> tuple[AttentionConfig, dict[str, Tensor]]:
+    """Settings and state of one layer: a function of plain values, so `torch.compile` may take it as a constant.
+
+    Args:
+        settings: `config.linear_attention` if the model's config has it.
+        num_leading: Tokens before the patches of an image; replaces `num_global_tokens` unless that is set.
+    Raises: `ConfigError` for settings of another kind; what the kind's `check` raises.
+    """
+    frozen = None if settings is None else json.dumps(settings, sort_keys=True)
+    return _layer(kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device)
+
+
+@functools.lru_cache(maxsize=512)
+def _layer(
+    kind: str, family: str, settings: str | None, shape: LayerShape, num_leading: int | None, device: str
+) -> tuple[AttentionConfig, dict[str, Tensor]]:
+    declared = get_kind(kind)
+    if settings is None:
+        config = declared.config_cls()
+        if num_leading is not None:
+            config = config.replace(num_global_tokens=num_leading)
+        config = resolve(config, family)
+    else:
+        values = {"kind": kind, **json.loads(settings)}
+        if num_leading is not None and values.get("num_global_tokens") is None:
+            values["num_global_tokens"] = num_leading
+        config = parse_settings(values, family=family).config
+        if config.kind != kind:
+            raise ConfigError(
+                f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is {kind!r}. "
+                f"Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
+            )
+    declared.module_cls.check(config, shape)
+    return config, _state(config, shape, device)
+
+
+@functools.lru_cache(maxsize=512)
+def _state(config: AttentionConfig, shape: LayerShape, device: str) -> dict[str, Tensor]:
+    """Non-learned tensors of a layer, float32. Usable in training even if first drawn under inference_mode."""
+    module_cls = get_kind(config.kind).module_cls
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        return {
+            name: spec.draw().to(device)
+            for name, spec in module_cls.state_spec(config, shape).items()
+            if not spec.learned
+        }
+
+
+def image_grid(config: Any, num_tokens: int, size: tuple[int, int] | None = None) -> tuple[tuple[int, int], int] | None:
+    """`((rows, columns), tokens before the patches)` of an image model, or `None` if the tokens do not fit its patches.
+
+    Args:
+        config: Config with `image_size` and `patch_size`, each an integer or a pair.
+        size: Rows and columns of patches, when known from the input.
+    """
+    grid = size
+    if grid is None:
+        image, patch = as_pair(getattr(config, "image_size", None)), as_pair(getattr(config, "patch_size", None))
+        if image is None or patch is None:
+            return None
+        grid = (image[0] // patch[0], image[1] // patch[1])
+    leading = num_tokens - grid[0] * grid[1]
+    return (grid, leading) if 0 <= leading <= MAX_LEADING_TOKENS else None
+
+
+def as_pair(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    return None
+
+

@@ -1,0 +1,45 @@
+"""What the configs of converted models have in common: the field `linear_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..integrations.families import get_family
+from ..integrations.settings import parse_settings
+from ..modules.registry import list_kinds
+
+
+class LinAttnConfigMixin:
+    """Adds `linear_attention` to a stock config.
+
+    The field accepts a kind's name, a kind's settings object or a dictionary, and always holds the canonical dictionary
+    (`LinearAttentionSettings.to_dict`), whether it is given to the constructor, through `from_pretrained`, or assigned.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # that of a stock config.json read through this class
+        settings = getattr(self, "linear_attention", None)
+        if settings is not None and kwargs.get("attn_implementation") is None:
+            # Never saved by Transformers, so it has to follow from the settings.
+            kwargs["attn_implementation"] = settings["kind"]
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "linear_attention" or value is None:
+            super().__setattr__(name, value)
+            return
+        family = get_family(self)
+        settings = parse_settings(value, family=family.name, num_layers=self.num_hidden_layers)  # type: ignore[attr-defined]
+        values = settings.to_dict()
+        if settings.attention_dropout is None:
+            # A linear kind cannot apply it: remember it for the softmax layers and for `revert`.
+            values["attention_dropout"] = float(getattr(self, family.dropout_field))
+            setattr(self, family.dropout_field, 0.0)
+        super().__setattr__(name, values)
+        active = self.__dict__.get("_attn_implementation_internal")
+        if "_attn_implementation_internal" in self.__dict__ and (active is None or active in list_kinds()):
+            self._attn_implementation_internal = settings.config.kind
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: the class lives in an installed package, so there is no code to copy into a checkpoint."""

@@ -1,0 +1,170 @@
+"""What turns a stock model class into its converted counterpart."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from ..errors import CheckpointError, InputError
+from ..integrations.attach import ATTRIBUTE, attach, build_layers, family_layers, settings_of
+from ..integrations.families import MODEL_TYPE_PREFIX, set_model_class
+from ..modules.base import LinearAttention
+from ..modules.registry import list_kinds
+from .saving import push_folder, save_atomically
+
+_KEY = f".{ATTRIBUTE}."
+
+
+class LinAttnMixin:
+    """Put before a stock class among the bases: `class LinAttnBertModel(LinAttnBertMixin, BertModel)`."""
+
+    base_model_class: ClassVar[type[PreTrainedModel]]  # the converted class of the model inside a head
+
+    def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+        settings = settings_of(config)
+        super().__init__(config, *inputs, **kwargs)
+        inner = self.base_model  # type: ignore[attr-defined]
+        if inner is not self:
+            # Transformers initialises weights through the innermost model, so that one has to be ours too.
+            set_model_class(inner, self.base_model_class)
+        attach(self, settings, build_layers(family_layers(self), settings))
+        self.post_init()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, LinearAttention):
+            for name, value in module.initial_state().items():
+                init.copy_(getattr(module, name), value)  # leaves what a checkpoint has filled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        config = self.config  # type: ignore[attr-defined]
+        wanted = kwargs.get("output_attentions")
+        if (config.output_attentions if wanted is None else wanted) and config._attn_implementation in list_kinds():
+            raise InputError(
+                "output_attentions=True has no answer in a model with linear attention: there are no attention weights. Call "
+                "model.set_attn_implementation('eager') first to get those of softmax attention."
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers. Loads stock checkpoints too, given `linear_attention=` (or a config that has it).
+
+        Args:
+            linear_attention: A kind's name, its settings object, or a dictionary as in config.json.
+        Raises: `CheckpointError` if a converted checkpoint lacks tensors that its config asks for, or has others.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _check_loaded(model, info, pretrained_model_name_or_path, allow_mismatch=allow_mismatch, kwargs=kwargs)
+        return (model, info) if with_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = False,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in Transformers, with these differences.
+
+        * safetensors only.
+        * An interrupted save leaves the checkpoint that was in the folder, or a folder that does not load; never a mix.
+        * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume a
+          ViT (it loads them by name, without renaming).
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise CheckpointError(
+                "safe_serialization must be True: checkpoints are written in the safetensors format only. Drop the argument."
+            )
+        arguments = {
+            "is_main_process": is_main_process,
+            "state_dict": state_dict,
+            "max_shard_size": max_shard_size,
+            "variant": variant,
+            "save_peft_format": save_peft_format,
+            "save_original_format": save_original_format,
+            "distributed_checkpoint": distributed_checkpoint,
+        }
+        if distributed_checkpoint:  # every rank writes its part straight into the folder
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, token=token, **arguments, **kwargs)  # type: ignore[misc]
+            return
+        save = super().save_pretrained  # type: ignore[misc]
+        writes = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
+        save_atomically(save, save_directory, arguments, writes=writes)
+        if push_to_hub and writes:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
+            push_folder(self, save_directory, repo_id, token=token, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **kwargs: Any) -> str:
+        """Upload weights, config and a model card. Arguments as in Transformers; returns the commit's address."""
+        return push_folder(self, None, repo_id, max_shard_size=max_shard_size, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: the class lives in an installed package, so there is no code to copy into a checkpoint."""
+
+
+def _check_loaded(
+    model: PreTrainedModel, info: dict[str, Any], source: Any, *, allow_mismatch: bool, kwargs: dict[str, Any]
+) -> None:
+    """Raise if weights and config disagree about the linear attention, instead of starting from fresh tensors."""
+    expected = {name for name in model.state_dict() if _KEY in name}
+    missing = {name for name in info["missing_keys"] if _KEY in name}
+    unexpected = {name for name in info["unexpected_keys"] if _KEY in name}
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    ours = [name for name in mismatched if _KEY in name]
+    fresh = missing == expected and not unexpected and not ours
+    if fresh and _saved_model_type(source, kwargs).startswith(MODEL_TYPE_PREFIX):
+        raise CheckpointError(
+            f"{source!r} says that it is a converted model, but its weights hold no linear attention tensors (expected "
+            f"{_some(missing)}). The checkpoint is incomplete: save it again, or convert the stock checkpoint anew."
+        )
+    if not fresh and (missing or unexpected or ours):
+        found = "; ".join(
+            f"{what} {_some(names)}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", ours))
+            if names
+        )
+        raise CheckpointError(
+            f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: {found}. Use the "
+            "settings that the checkpoint was saved with; to change the kind, revert the model and convert it again."
+        )
+    if mismatched and not allow_mismatch:
+        raise RuntimeError(
+            f"Some weights of {source!r} have another shape than in {type(model).__name__}: {_some(mismatched)}. Pass "
+            "ignore_mismatched_sizes=True to start these from fresh values."
+        )
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _saved_model_type(source: Any, kwargs: dict[str, Any]) -> str:
+    """`model_type` in the checkpoint's own config.json, or "" if there is none (a state dict was given)."""
+    if source is None:
+        return ""
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in names if k in kwargs})
+    except OSError:
+        return ""
+    return str(values.get("model_type", ""))

@@ -1,0 +1,55 @@
+"""ViT with linear attention: the config, and one class per head that Transformers has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from ..integrations.native import as_pair
+from .config import LinAttnConfigMixin
+from .mixin import LinAttnMixin
+
+
+@strict
+class LinAttnViTConfig(LinAttnConfigMixin, ViTConfig):
+    """`ViTConfig` with `linear_attention`: a kind's name, its settings, or the dictionary that config.json holds."""
+
+    model_type = "linattn_vit"
+
+    linear_attention: Any = None
+
+
+class LinAttnViTMixin(LinAttnMixin):
+    config_class = LinAttnViTConfig
+
+
+class LinAttnViTModel(LinAttnViTMixin, ViTModel):
+    """`ViTModel` with linear attention in the layers that `config.linear_attention` names."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        patch = as_pair(self.config.patch_size)
+        if pixels is not None and patch is not None:
+            # Images may be larger than config.image_size (interpolate_pos_encoding) and need not be square.
+            kwargs["grid"] = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
+        return super().__call__(*args, **kwargs)
+
+
+LinAttnViTMixin.base_model_class = LinAttnViTModel
+
+# Checkpoints of ViT name their weights differently from the model. Transformers renames them for its own classes only;
+# without this a stock checkpoint would load with every encoder weight left at its random initial value.
+register_checkpoint_conversion_mapping(
+    "LinAttnViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+)
+
+
+class LinAttnViTForImageClassification(LinAttnViTMixin, ViTForImageClassification):
+    """`ViTForImageClassification` with linear attention."""
+
+
+class LinAttnViTForMaskedImageModeling(LinAttnViTMixin, ViTForMaskedImageModeling):
+    """`ViTForMaskedImageModeling` with linear attention."""
