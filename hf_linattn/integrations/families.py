@@ -99,3 +99,13 @@ def set_model_class(model: Any, cls: type) -> None:
     model.__class__ = cls
     # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
     output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def share_preprocessing(config_class: type, stock_model_type: str) -> None:
+    """Let AutoTokenizer and AutoImageProcessor treat a config class as the stock one, without loading either."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    for mapping in (TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING):
+        # Not `register`: it needs the processor's class, whose import may bring torchvision along.
+        mapping._reverse_config_mapping[config_class.__name__] = stock_model_type

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..integrations.families import share_preprocessing
 from . import bert, gpt2, vit
 
 # Stock class -> converted class.
@@ -71,16 +72,5 @@ def register_auto_classes() -> None:
         for stock_name in stock_names:
             cls = by_name[stock_name]
             auto_class.register(cls.config_class, cls, exist_ok=True)
-    _register_preprocessing()
-
-
-def _register_preprocessing() -> None:
-    """Let AutoTokenizer and AutoImageProcessor find what the stock model uses."""
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-
-    stock = {"bert": transformers.BertConfig, "gpt2": transformers.GPT2Config, "vit": transformers.ViTConfig}
     for name, config_class in CONFIGS.items():
-        for mapping in (TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING):
-            if stock[name] in mapping:
-                mapping.register(config_class, mapping[stock[name]], exist_ok=True)
+        share_preprocessing(config_class, name)

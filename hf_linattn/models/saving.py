@@ -126,20 +126,19 @@ def push_folder(
 
 
 def _write_card(model: Any, folder: str, api: Any, repo_id: str, revision: str | None, tags: list[str] | None) -> None:
-    """README.md: the one in the folder or on the Hub if there is one, else a rendered card."""
+    """README.md: the one in the folder; else a rendered card, which keeps what a person wrote on the Hub."""
     from huggingface_hub import ModelCard
+
+    from ..hub import write_card
 
     path = Path(folder, "README.md")
     if not path.exists():
-        if api.file_exists(repo_id, "README.md", revision=revision):
-            shutil.copyfile(api.hf_hub_download(repo_id, "README.md", revision=revision), path)
-        else:
-            try:
-                from ..hub import write_card
-            except ImportError:
-                return
-            write_card(model, folder)
+        if api.file_exists(repo_id, path.name, revision=revision):
+            shutil.copyfile(api.hf_hub_download(repo_id, path.name, revision=revision), path)
+        write_card(model, folder, repo_id=repo_id)
     if tags:
         card = ModelCard.load(path)
         card.data.tags = sorted({*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags)})
-        card.save(path)
+        content = str(card)
+        path.unlink()  # it may be a link to the user's own file
+        path.write_text(content, encoding="utf-8")
