@@ -217,7 +217,7 @@ def eva_attention(
     num_tokens, device = tokens.y.shape[2], y.device
     windows = Blocks(num_tokens, window_size, grid)
     block_x, block_y, block_value = (windows.split(z) for z in (tokens.x, tokens.y, tokens.value))
-    seen = windows.valid(tokens.valid, device)[:, None, :, None, :]
+    seen = windows.real(tokens.valid, device)[:, None, :, None, :]
     if is_causal:
         seen = seen & causal_visibility(window_size, window_size, device)
     partials = [exact_partial(block_x, block_y, block_value, seen)]

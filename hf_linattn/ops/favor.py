@@ -169,7 +169,8 @@ def favor_attention(
         window_size: Exact local window in tokens (side of the square with a `grid`); 0 for none.
         grid: Height and width in patches of the tokens after the global ones.
         num_global_tokens: Leading tokens that see and are seen exactly (bidirectional only).
-        chunk_size: Block length of the causal form without a window, a power of two; changes cost, not the result.
+        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of the
+            slots (causal or with a window); changes cost, not the result.
         slot_dropout: Dropout on the weights of the slots.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes do not fit or queries and keys differ where they may not; UnsupportedError for global

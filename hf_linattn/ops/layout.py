@@ -108,7 +108,7 @@ class Blocks:
         x = x.unflatten(-2, (size, size)).unflatten(-4, (rows // size, columns // size)).transpose(-3, -4)
         return x.flatten(-3, -2).flatten(-4, -3)[..., :height, :width, :].flatten(-3, -2)
 
-    def valid(self, mask: Tensor | None, device: torch.device) -> Tensor:
+    def real(self, mask: Tensor | None, device: torch.device) -> Tensor:
         """`[batch or 1, blocks, tokens per block]`, True where a block has a real token."""
         if mask is None:
             mask = torch.ones(1, self.tokens, dtype=torch.bool, device=device)

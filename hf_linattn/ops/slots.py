@@ -62,6 +62,8 @@ def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
     total, log_total = _log_or_minus_inf(weights.sum(-1))
     if dropout:
         weights = F.dropout(weights, dropout)
+    if values.shape[-2] < values.shape[-1]:  # fewer weights than results: cheaper to normalise the weights
+        return Partial((weights / total.unsqueeze(-1)) @ values, log_total + top)
     return Partial(weights @ values / total.unsqueeze(-1), log_total + top)
 
 
@@ -150,51 +152,44 @@ def _scan(states: Partial) -> Partial:
     return merged
 
 
-# -- causal, without an exact window --------------------------------------------------------------------------------
+# -- between blocks that are close, without states -------------------------------------------------------------------
 
 
-def causal_within_blocks(query_logits: Tensor, key_logits: Tensor, value: Tensor) -> Partial:
-    r"""Slot attention of each block's queries to the keys of the same block that are not later, exactly.
+def between_halves(query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool) -> Partial:
+    r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
-    The slots of a query here hold only keys up to its own, so they differ from query to query. Block lengths are powers of
-    two and pairs of halves are nested: the right half of every pair reads the left half through the kernel
-    `sum_j exp(a[t, j] + c[j, n])`, as a product of two feature matrices. The stabiliser of the keys is taken over the
-    left half only, which *all* queries of the right half see: no weight underflows because of a key that is not
-    visible, and nothing of a later key enters an earlier query, not even a maximum.
+    Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser of the
+    keys is taken over their half alone, all of which every query of the other half sees: no weight underflows because
+    of a key that is not visible, and nothing of a later key enters an earlier query, not even a maximum.
 
     Args:
-        query_logits, key_logits: `[..., length, slots]`, `length` a power of two. value: `[..., length, head_dim]`.
-    Cost: O(length * slots) exponentials and O(length^2 * slots) multiplications per block.
+        query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens, head_dim]`.
+        is_causal: Only right halves read, the left ones.
+    Cost: O(tokens * slots) exponentials, O(tokens * half * slots) multiplications.
     """
-    length = value.shape[-2]
-    _, own_mass = _log_sum_exp(query_logits + key_logits)
-    partials = [Partial(value, own_mass)]
-    half = 1
-    while half < length:
 
-        def pairs(x: Tensor, half: int = half) -> Tensor:
-            return x.unflatten(-2, (length // (2 * half), 2, half))
+    def side(x: Tensor, number: int) -> Tensor:
+        return x.unflatten(-2, (-1, 2, half))[..., number, :, :]
 
-        left_keys, right_queries = pairs(key_logits)[..., 0, :, :], pairs(query_logits)[..., 1, :, :]
-        lowest = torch.finfo(left_keys.dtype).min
-        slot_top = left_keys.detach().amax(-2, keepdim=True).clamp_min(lowest)
-        key_features = (left_keys - slot_top).exp()
-        query_features, top = _shifted_exp(right_queries + slot_top)
-        weights = query_features @ key_features.transpose(-1, -2)
+    lowest = torch.finfo(key_logits.dtype).min
+    outputs, masses = [], []
+    for readers in (0, 1):
+        if is_causal and readers == 0:
+            outputs.append(torch.zeros_like(side(value, 0)))
+            masses.append(torch.full_like(outputs[0][..., 0], float("-inf")))
+            continue
+        keys = side(key_logits, 1 - readers)
+        slot_top = keys.detach().amax(-2, keepdim=True).clamp_min(lowest)
+        query_features, top = _shifted_exp(side(query_logits, readers) + slot_top)
+        weights = query_features @ (keys - slot_top).exp().transpose(-1, -2)
         total, log_total = _log_or_minus_inf(weights.sum(-1))
-        output = weights @ pairs(value)[..., 0, :, :] / total.unsqueeze(-1)
-        log_mass = log_total + top
-        partials.append(
-            Partial(
-                torch.stack([torch.zeros_like(output), output], dim=-3).flatten(-4, -2),
-                torch.stack([torch.full_like(log_mass, float("-inf")), log_mass], dim=-2).flatten(-3, -1),
-            )
-        )
-        half *= 2
-    return merge(partials)
+        outputs.append(weights @ side(value, 1 - readers) / total.unsqueeze(-1))
+        masses.append(log_total + top)
+    return Partial(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
 
 
-def _log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    weights, top = _shifted_exp(logits)
-    total, log_total = _log_or_minus_inf(weights.sum(-1))
-    return total, log_total + top
+def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor) -> Partial:
+    """What every query reads through the slots from the key at its own position alone."""
+    weights, top = _shifted_exp(query_logits + key_logits)
+    _, log_total = _log_or_minus_inf(weights.sum(-1))
+    return Partial(value, log_total + top)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .exact import causal_visibility, exact_partial
 from .layout import Blocks
 from .slots import (
     Partial,
+    between_halves,
     block_states,
-    causal_within_blocks,
     mask_logits,
     merge,
+    own_key,
     states_before,
     states_elsewhere,
     through_slots,
@@ -33,13 +36,15 @@ def slot_attention(
     """Attention through slots, with the keys of the query's own block exact when there is a window.
 
     The slots a query reads then hold the keys of the other blocks only (of the earlier blocks if causal), so that no key
-    counts twice. For that, every block's slots are summarised on their own and merged.
+    counts twice. Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a pair at a
+    time; between groups every group's slots are summarised on their own and merged.
 
     Args:
         query_logits, key_logits: `[batch, heads, tokens, slots]`, `a[t, j]` and `c[j, n]`. With a window or global tokens
             they must be on the scale of `x . y`, constants included.
         window_size: Tokens of a block (side of a square with a grid); 0 for none.
-        chunk_size: Tokens per block in the causal form without a window; a power of two.
+        chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots; changes the
+            cost, not the result.
     Returns: output `[batch, heads, tokens, head_dim]` and its log mass.
     Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
     """
@@ -47,35 +52,46 @@ def slot_attention(
     if not is_causal and not window_size:
         return through_slots(query_logits, key_logits, tokens.value, dropout=dropout)
 
-    num_tokens = tokens.y.shape[2]
-    size = window_size or chunk_size
-    blocks = Blocks(num_tokens, size, tokens.grid)
-    valid = blocks.valid(tokens.valid, tokens.y.device)[:, None]  # [batch or 1, 1, blocks, size]
-    value = blocks.split(tokens.value)
-    block_queries = blocks.split(query_logits)
-    block_keys = mask_logits(blocks.split(key_logits), valid.unsqueeze(-1))
+    size = window_size or 1
+    blocks = Blocks(tokens.y.shape[2], size, tokens.grid)
+    members = size if tokens.grid is None else size**2
+    # Blocks that are close read each other directly, in groups of 2^k; only groups get a state of their slots.
+    per_group = 1 << max(0, min(chunk_size // members, _next_power_of_two(blocks.num_blocks)).bit_length() - 1)
+    padding = -blocks.num_blocks % per_group
 
+    def grouped(x: Tensor) -> Tensor:
+        x = F.pad(blocks.split(x), (0, 0, 0, 0, 0, padding))
+        return x.unflatten(-3, (-1, per_group)).flatten(-3, -2)
+
+    real = torch.ones_like(tokens.y[:1, :1, :, :1]) if tokens.valid is None else tokens.valid[:, None, :, None].to(tokens.y)
+    valid = grouped(real) > 0
+    value = grouped(tokens.value)
+    query_logits = grouped(query_logits)
+    key_logits = mask_logits(grouped(key_logits), valid)
     if window_size:
-        visible = valid.unsqueeze(-2)
+        visible = valid.squeeze(-1).unflatten(-1, (per_group, members)).unsqueeze(-2)
         if is_causal:
-            visible = visible & causal_visibility(size, size, value.device)
-        near = exact_partial(blocks.split(tokens.x), blocks.split(tokens.y), value, visible)
+            visible = visible & causal_visibility(members, members, value.device)
+        x, y = (grouped(z).unflatten(-2, (per_group, members)) for z in (tokens.x, tokens.y))
+        near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
+        partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
     else:
-        near = causal_within_blocks(block_queries, block_keys, value)
-    if blocks.num_blocks == 1:
-        return _joined(blocks, near)
-    states = block_states(block_keys, value)
-    far_states = states_before(states) if is_causal else states_elsewhere(states)
-    far = weigh(block_queries + far_states.log_mass.unsqueeze(-2), far_states.output, dropout=dropout)
-    return _joined(blocks, merge([near, far]))
+        partials = [own_key(query_logits, key_logits, value)]
+    half = members
+    while half < per_group * members:
+        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal))
+        half *= 2
+    if value.shape[-3] > 1:
+        states = block_states(key_logits, value)
+        far = states_before(states) if is_causal else states_elsewhere(states)
+        partials.append(weigh(query_logits + far.log_mass.unsqueeze(-2), far.output, dropout=dropout))
+    merged = merge(partials)
+
+    def joined(x: Tensor) -> Tensor:
+        return blocks.join(x.unflatten(-2, (per_group, members)).flatten(-4, -3)[..., : blocks.num_blocks, :, :])
+
+    return Partial(joined(merged.output), joined(merged.log_mass.unsqueeze(-1)).squeeze(-1))
 
 
-def _joined(blocks: Blocks, partial: Partial) -> Partial:
-    return Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1))
-
-
-def largest_power_of_two(limit: int) -> int:
-    """The largest power of two that is at most `limit` (and at least 1)."""
-    return 1 << max(0, limit.bit_length() - 1)
-
-
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
