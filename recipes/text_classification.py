@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,24 @@ from _common import (
     ClassificationMetrics,
     RecipeError,
     apply_attention,
-    find_column,
     linear_attention_of,
     load_splits,
     run,
     versions,
     write_json,
 )
+from _text import (
+    ColumnArguments,
+    Columns,
+    checkpoint_index,
+    choose_max_length,
+    find_columns,
+    find_labels,
+    label_names,
+    tokenizer_function,
+)
 
 logger = logging.getLogger("hf_linattn.recipes")
-
-TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
-PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
-LABEL_NAMES = ("label", "labels", "target", "class")
 
 
 @dataclass
@@ -73,7 +78,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ColumnArguments):
     """Which data, and how it is read."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder"})
@@ -82,15 +87,6 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "parquet, csv, tsv, json or jsonl"})
     test_file: str | None = field(
         default=None, metadata={"help": "parquet, csv, tsv, json or jsonl; for --do_predict"}
-    )
-    text_column: str | None = field(default=None, metadata={"help": f"Default: the first of {', '.join(TEXT_NAMES)}"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "For pairs of texts"})
-    label_column: str | None = field(
-        default=None, metadata={"help": f"Default: the first of {', '.join(LABEL_NAMES)}"}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens after which a text is cut (default: as many as the model has positions)"},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
@@ -128,92 +124,7 @@ class RecipeTrainer(Trainer):
             write_card(model, self.args.output_dir, **self.card_facts)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
-@dataclass
-class Columns:
-    text: str
-    pair: str | None
-    label: str
-
-
-def find_columns(splits: datasets.DatasetDict, args: DataArguments) -> Columns:
-    """Names of the text and label columns, the same in every split."""
-    names = next(iter(splits.values())).column_names
-    text = find_column(names, args.text_column, TEXT_NAMES, "text_column")
-    pair = args.text_pair_column
-    if pair is not None:
-        find_column(names, pair, (), "text_pair_column")
-    elif args.text_column is None and PAIR_NAMES.get(text) in names:
-        pair = PAIR_NAMES[text]
-    columns = Columns(text, pair, find_column(names, args.label_column, LABEL_NAMES, "label_column"))
-    for split, data in splits.items():
-        for name in filter(None, (columns.text, columns.pair, columns.label)):
-            if name not in data.column_names:
-                raise RecipeError(f"The {split} data has no column {name!r}; its columns: {data.column_names}.")
-    return columns
-
-
-def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
-    """The labels in the order of their indices: that of a `ClassLabel` column, else sorted."""
-    first = next(iter(splits.values()))
-    feature = first.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(range(feature.num_classes))
-    values: set[Any] = set()
-    for split, data in splits.items():
-        found = set(data.unique(column))
-        wrong = [v for v in found if isinstance(v, bool) or not isinstance(v, (int, str))]
-        if wrong:
-            raise RecipeError(
-                f"Column {column!r} of the {split} data must hold class labels (whole numbers or text); got "
-                f"{wrong[0]!r}. Regression and missing labels are not supported. See --label_column."
-            )
-        values |= found
-    if len({type(v) for v in values}) > 1:
-        raise RecipeError(
-            f"Column {column!r} holds text in one split and numbers in another: {sorted(map(str, values))}."
-        )
-    if len(values) < 2:
-        raise RecipeError(f"Column {column!r} holds one label only: {values}. Classification needs at least two.")
-    if len(values) > 1000:
-        raise RecipeError(f"Column {column!r} holds {len(values)} different labels. Is it the right --label_column?")
-    return sorted(values)
-
-
-def label_names(splits: datasets.DatasetDict, column: str, labels: Sequence[Any], config: Any) -> list[str]:
-    """Names for `id2label`: of the data if it has any, else of the checkpoint if they fit, else the values."""
-    feature = next(iter(splits.values())).features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    known = getattr(config, "id2label", None) or {}
-    if labels == list(range(len(labels))) and len(known) == len(labels):
-        return [known[i] for i in labels]
-    return [f"LABEL_{v}" if isinstance(v, int) else v for v in labels]
-
-
-def position_limit(config: Any) -> int | None:
-    """How many positions the model has, where the config says so."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def tokenizer_function(
-    tokenizer: PreTrainedTokenizerBase, columns: Columns, labels: Sequence[Any], max_length: int
-) -> Callable[[dict[str, list]], dict[str, list]]:
-    """What turns a batch of rows into model inputs. Padding comes later, per batch."""
-    index = {label: i for i, label in enumerate(labels)}
-
-    def tokenize(rows: dict[str, list]) -> dict[str, list]:
-        texts = [rows[columns.text]] + ([rows[columns.pair]] if columns.pair else [])
-        if any(not isinstance(text, str) for texts_ in texts for text in texts_):
-            raise RecipeError(f"Column {columns.text!r} (or its pair) has values that are not text, or are missing.")
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        encoded["label"] = [index[label] for label in rows[columns.label]]
-        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return encoded
-
-    return tokenize
-
-
+# -- the run's data ---------------------------------------------------------------------------------------------------
 def choose_splits(
     splits: datasets.DatasetDict, data: DataArguments, training: TrainingArguments
 ) -> datasets.DatasetDict:
@@ -239,14 +150,17 @@ def choose_splits(
 # -- model ------------------------------------------------------------------------------------------------------------
 def load(
     args: ModelArguments, attention: AttentionArguments, splits: datasets.DatasetDict, columns: Columns
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Any]]:
-    """Model (converted, if asked for), tokenizer and labels."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[Any, int]]:
+    """Model (converted, if asked for), tokenizer and the model's index of each label."""
     source = {"revision": args.model_revision}
     config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
     labels = find_labels(splits, columns.label)
-    names = label_names(splits, columns.label, labels, config)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
+    names = label_names(splits, columns.label, labels)
+    index = checkpoint_index(labels, names, config)
+    if index is None:  # a new head
+        index = {label: i for i, label in enumerate(labels)}
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = "single_label_classification"
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **source)
     model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config, **source)
@@ -254,18 +168,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return apply_attention(model, attention), tokenizer, labels
-
-
-def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
-    """`--max_length`, checked against the positions of the model."""
-    limit = position_limit(config)
-    if wanted is not None and limit is not None and wanted > limit:
-        raise RecipeError(
-            f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Extend the "
-            "positions of the checkpoint first."
-        )
-    return wanted or min(limit or 512, tokenizer.model_max_length)
+    return apply_attention(model, attention), tokenizer, index
 
 
 def find_checkpoint(training: TrainingArguments, data: DataArguments, model: PreTrainedModel) -> str | None:
@@ -319,11 +222,11 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         splits = load_splits(files, data_args.dataset_name, data_args.dataset_config_name)
     splits = choose_splits(splits, data_args, training_args)
     columns = find_columns(splits, data_args)
-    model, tokenizer, labels = load(model_args, attention_args, splits, columns)
+    model, tokenizer, index = load(model_args, attention_args, splits, columns)
     max_length = choose_max_length(data_args.max_length, tokenizer, model.config)
     checkpoint = find_checkpoint(training_args, data_args, model) if training_args.do_train else None
 
-    tokenize = tokenizer_function(tokenizer, columns, labels, max_length)
+    tokenize = tokenizer_function(tokenizer, columns, index, max_length)
     with training_args.main_process_first(desc="tokenizing"):
         encoded = datasets.DatasetDict(
             {
@@ -335,7 +238,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         cut = sum(length >= max_length for length in data["length"])
         logger.info("%s: %d rows, %d of them of %d tokens (cut there if longer)", split, len(data), cut, max_length)
 
-    metric = ClassificationMetrics(num_labels=len(labels))
+    metric = ClassificationMetrics(num_labels=model.config.num_labels)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -370,7 +273,12 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         "recipe": Path(__file__).stem,
         "model": asdict(model_args),
         "attention": linear_attention_of(model) or {"kind": "softmax"},
-        "data": {**asdict(data_args), "max_length": max_length, "labels": labels, **asdict(columns)},
+        "data": {
+            **asdict(data_args),
+            "max_length": max_length,
+            "labels": {str(k): v for k, v in index.items()},
+            **asdict(columns),
+        },
         "training": json.loads(training_args.to_json_string()),
         "metrics": metrics,
         "log": trainer.state.log_history,
