@@ -2,8 +2,8 @@
 
     python recipes/evaluate_checkpoint.py --model_name_or_path runs/favor_sharp --test_file dev.parquet
 
-The original is the same checkpoint under softmax attention (what `hf_linattn.revert` gives), or `--baseline`, say a model
-fine-tuned with softmax. Each model is measured in a process of its own, so that neither finds the other's memory.
+The original is the same checkpoint under softmax attention (what `hf_linattn.revert` gives), or `--baseline`, say a
+model fine-tuned with softmax. Each model is measured in a process of its own, so that neither finds the other's memory.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class EvaluationArguments(ColumnArguments):
     baseline: str | None = field(
         default=None, metadata={"help": "Model to compare with (default: the checkpoint itself under softmax)"}
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set on the Hub; its test split, or --split"}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub; see --split"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration"})
     split: str = field(default="test", metadata={"help": "Split of --dataset_name"})
     test_file: str | None = field(default=None, metadata={"help": "parquet, csv, tsv, json or jsonl"})
@@ -129,10 +127,10 @@ def make_batches(args: EvaluationArguments, model: Any, tokenizer: Any) -> tuple
     index = checkpoint_index(values, label_names(splits, columns.label, values), model.config)
     if index is None:
         raise RecipeError(f"The labels {values} do not fit those of the checkpoint, {model.config.label2id}.")
-    tokenize = tokenizer_function(
-        tokenizer, columns, index, choose_max_length(args.max_length, tokenizer, model.config)
-    )
-    data = data.map(tokenize, batched=True, remove_columns=data.column_names, desc="Tokenizing").sort("length")
+    max_length = choose_max_length(args.max_length, tokenizer, model.config)
+    tokenize = tokenizer_function(tokenizer, columns, index, max_length)
+    data = data.map(tokenize, batched=True, remove_columns=data.column_names, desc="Tokenizing")
+    data = data.select([i for _, i in sorted((length, i) for i, length in enumerate(data["length"]))])
     labels = list(data["label"])
     data = data.remove_columns(["label", "length"])
     pad = DataCollatorWithPadding(tokenizer)
@@ -191,15 +189,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure both, print the table. Returns what `--output` gets."""
     parser = HfArgumentParser(EvaluationArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if argv is None else argv))
-    results = []
-    for path, softmax, title in (
-        (
-            args.baseline or args.model_name_or_path,
-            args.baseline is None,
-            "softmax" if not args.baseline else "baseline",
-        ),
+    jobs = [
+        (args.baseline, False, "baseline") if args.baseline else (args.model_name_or_path, True, "softmax"),
         (args.model_name_or_path, False, "checkpoint"),
-    ):
+    ]
+    results = []
+    for path, softmax, title in jobs:
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
             results.append(pool.submit(measure, args, path, softmax, title).result())
     original, ours = results
