@@ -1,0 +1,20 @@
+"""Shared fixtures: no network, fixed seeds, and warnings that are given once per process given once per test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import hf_linattn.integrations.checks as checks
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(checks, "_dropout_warned", False)
+    monkeypatch.setattr(checks, "_last_checked", None)

@@ -1,0 +1,54 @@
+"""What `import hf_linattn` costs and what it leaves unimported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MEASURE = """
+import sys, time
+from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTModel
+start = time.perf_counter()
+import hf_linattn
+print(time.perf_counter() - start)
+heavy = ("triton", "matplotlib", "typer", "rich", "datasets", "accelerate", "evaluate", "torchvision", "jinja2")
+before = {name for name in heavy if name in sys.modules}
+print(",".join(sorted(name for name in before if name == "triton" or name not in PRESENT)))
+"""
+
+
+def run(code: str) -> list[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stderr == "", out.stderr
+    return out.stdout.splitlines()
+
+
+def test_import_is_cheap() -> None:
+    """Under 0.3 s on top of the stock model classes (best of three), and no package that they do not import."""
+    present = "import sys\nfrom transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTModel\n"
+    code = MEASURE.replace("start = time", "PRESENT = set(sys.modules)\nstart = time", 1)
+    seconds, imported = [], set()
+    for _ in range(3):
+        took, names = (run(code) + [""])[:2]
+        seconds.append(float(took))
+        imported |= set(filter(None, names.split(",")))
+    assert min(seconds) < 0.3, seconds
+    assert not imported, f"import hf_linattn also imports {sorted(imported)} ({present!r} does not)"
+
+
+def test_public_names() -> None:
+    import hf_linattn
+
+    assert hf_linattn.__version__ == "0.1.0"
+    for name in hf_linattn.__all__:
+        assert getattr(hf_linattn, name) is not None, name
+        assert name in dir(hf_linattn)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hf_linattn.no_such_name

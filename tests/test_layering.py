@@ -1,0 +1,51 @@
+"""Imports go one way; read from the source, so that it also holds for imports inside functions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_linattn"
+
+# Each part may import itself and the parts before it.
+ORDER = ["errors", "_version", "ops", "functional", "modules", "hub", "integrations", "models", "conversion"]
+# Parts that must work without Transformers.
+NO_TRANSFORMERS = {"errors", "_version", "ops", "functional", "modules", "hub"}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, absolute module name) of every import in a file."""
+    package = ("hf_linattn", *path.relative_to(PACKAGE).parent.parts)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "hf_linattn" else [module]
+            found += [(node.lineno, name) for name in names]
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    assert len(files) > 20
+    wrong = []
+    for path in files:
+        own = part(path)
+        assert own in ORDER, f"{own} has no place in the order: add it to ORDER and to docs/architecture.md"
+        for line, name in imports(path):
+            where = f"{path.relative_to(PACKAGE.parent)}:{line} imports {name}"
+            parts = name.split(".")
+            if parts[0] == "hf_linattn" and len(parts) > 1 and ORDER.index(parts[1]) > ORDER.index(own):
+                wrong.append(where)
+            if parts[0] == "transformers" and own in NO_TRANSFORMERS:
+                wrong.append(where)
+            if parts[0] in ("recipes", "tests", "benchmarks"):
+                wrong.append(where)
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,364 @@
+"""Native mode: stock models of many architectures under an attention kind, without conversion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CAUSAL_KINDS, GPT2, KINDS, MATRIX, TOKENS, VOCAB, ModelCase, bert_config, gpt2_config, largest, logits
+from transformers import (
+    AutoModel,
+    BertLMHeadModel,
+    BertModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    StaticCache,
+    ViTModel,
+)
+
+import hf_linattn
+from hf_linattn.errors import UnsupportedError
+
+TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.2}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+IMAGE = {"image_size": 24, "patch_size": 4, "initializer_range": 0.2}
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "roberta": lambda: RobertaModel(RobertaConfig(**TEXT, **SIZES)),
+    "distilbert": lambda: DistilBertModel(
+        DistilBertConfig(vocab_size=VOCAB, max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **SIZES, num_key_value_heads=2)),
+    "deit": lambda: DeiTModel(DeiTConfig(**IMAGE, **SIZES)),
+    "dinov2": lambda: Dinov2Model(
+        Dinov2Config(**IMAGE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2)
+    ),
+}
+VISION = ("deit", "dinov2")
+OTHER_CASES = [
+    pytest.param(kind, name, id=f"{kind}-{name}")
+    for kind in KINDS
+    for name in OTHERS
+    if name != "llama" or kind in CAUSAL_KINDS
+]
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    model = OTHERS[name]().eval()
+    if name == "distilbert":  # its init ignores the range
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(8)
+    return model
+
+
+def inputs_for(name: str, batch: int = 2) -> dict[str, torch.Tensor]:
+    if name in VISION:
+        return {"pixel_values": torch.randn(batch, 3, 24, 24)}
+    return {"input_ids": torch.randint(3, VOCAB, (batch, TOKENS))}
+
+
+@pytest.mark.parametrize(("kind", "case"), MATRIX)
+def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) -> None:
+    """`attn_implementation=kind` and `set_attn_implementation(kind)` agree, differ from softmax, and add no parameters."""
+    stock, inputs = case.build(), case.inputs()
+    expected = logits(stock, **inputs)
+    stock.config.linear_attention = case.settings(kind).to_dict()
+    stock.save_pretrained(tmp_path)
+    native = case.auto.from_pretrained(tmp_path, attn_implementation=kind)
+    assert type(native) is case.stock
+    assert native.state_dict().keys() == stock.state_dict().keys()
+    got = logits(native, **inputs)
+    assert largest(got - expected) > 1e-4
+    stock.set_attn_implementation(kind)
+    assert torch.equal(logits(stock, **inputs), got)
+    assert torch.equal(logits(stock, **inputs), got), "the second call differs: something is drawn inside"
+    stock.set_attn_implementation("sdpa")
+    assert torch.equal(logits(stock, **inputs), expected)
+
+
+@pytest.mark.parametrize(("kind", "case"), MATRIX)
+def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> None:
+    """Same settings, same seeds: conversion starts from what native mode computes, except per-layer directions in ViT."""
+    native, inputs = case.build(), case.inputs()
+    settings = case.settings(kind)
+    native.config.linear_attention = settings.to_dict()
+    native.set_attn_implementation(kind)
+    converted = hf_linattn.convert(case.build(), settings)
+    if case.name == "vit":
+        second = converted.vit.layers[1].attention.linattn
+        second.shape = converted.vit.layers[0].attention.linattn.shape  # native ViT layers do not know their index
+        second.reset_parameters()
+    assert largest(logits(converted, **inputs) - logits(native, **inputs)) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHER_CASES)
+def test_other_architectures(kind: str, name: str) -> None:
+    """More features come closer to softmax; padding and batch composition change nothing."""
+    model, inputs = build(name), inputs_for(name)
+    exact = logits(model, **inputs)
+    model.set_attn_implementation(kind)
+    small = {"favor_plus": "num_features", "favor_sharp": "num_features", "lara": "num_landmarks", "eva": "num_chunks"}
+    errors = []
+    for size, window in ((2, 2), (4096 if "favor" in kind else 64, 4)):
+        model.config.linear_attention = {"kind": kind, "window_size": window, small[kind]: size}
+        if kind == "eva":
+            model.config.linear_attention["chunk_size"] = 1 if window == 4 else 2
+        errors.append(float((logits(model, **inputs) - exact).square().mean()))
+    assert 0 < errors[1] < errors[0], errors
+    if name in VISION:
+        return
+    alone = logits(model, input_ids=inputs["input_ids"][:1, :25])
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 25:] = 0
+    assert largest(logits(model, attention_mask=mask, **inputs)[0, :25] - alone[0]) < 2e-5
+
+
+def test_grouped_query_heads() -> None:
+    """The same as the model with its key and value heads written out."""
+    few = build("llama")
+    config = LlamaConfig(**TEXT, **SIZES, num_key_value_heads=4)
+    many = LlamaForCausalLM(config).eval()
+    state = few.state_dict()
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = tensor.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    many.load_state_dict(state)
+    inputs = inputs_for("llama")
+    for kind in CAUSAL_KINDS:
+        few.set_attn_implementation(kind)
+        many.set_attn_implementation(kind)
+        assert largest(logits(few, **inputs) - logits(many, **inputs)) < 1e-5
+
+
+def test_leading_tokens_of_an_image_are_global() -> None:
+    """ViT's [CLS], and DeiT's [CLS] and distillation token, are exact: with a window over the whole image all is."""
+    for kind in KINDS:
+        for model, leading in ((ViTModel(vit()), 1), (build("deit"), 2)):
+            model.eval()
+            inputs = inputs_for("deit")
+            exact = logits(model, **inputs)
+            model.set_attn_implementation(kind)
+            model.config.linear_attention = {"kind": kind, "window_size": 6}
+            assert largest(logits(model, **inputs) - exact) < 1e-4, (kind, leading)
+            model.config.linear_attention = {"kind": kind, "window_size": 6, "num_global_tokens": 0}
+            if "favor" in kind:  # the others are exact at one token per chunk or landmark
+                assert largest(logits(model, **inputs) - exact) > 1e-4, (kind, leading)
+
+
+def vit() -> Any:
+    from cases import vit_config
+
+    return vit_config()
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, :6], mask[2, :13] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+GENERATE = {"max_new_tokens": 14, "do_sample": False}
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+def test_generate_with_a_cache(kind: str, converted: bool) -> None:
+    """Greedy decoding with the stock KV cache equals recomputing everything, left-padded rows equal unpadded ones."""
+    model = GPT2.build()
+    settings = GPT2.settings(kind)
+    if converted:
+        hf_linattn.convert(model, settings)
+    else:
+        model.config.linear_attention = settings.to_dict()
+        model.set_attn_implementation(kind)
+    inputs = left_padded()
+
+    def run(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = model.generate(**inputs, **GENERATE, return_dict_in_generate=True, output_logits=True, **changes)
+        return out.sequences, torch.stack(out.logits)
+
+    cached, cached_logits = run()
+    full, full_logits = run(use_cache=False)
+    assert torch.equal(cached, full)
+    assert largest(cached_logits - full_logits) < 1e-4
+    static, static_logits = run(cache_implementation="static")
+    assert torch.equal(static, full)
+    assert largest(static_logits - full_logits) < 1e-4
+    beams = {"num_beams": 2}
+    assert torch.equal(run(**beams)[0], run(**beams, use_cache=False)[0])
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        alone = model.generate(inputs["input_ids"][row, real][None], **GENERATE)
+        assert torch.equal(alone[0, real.sum() :], cached[row, 20:])
+    repeated = float((cached[:, 20:] == cached[:, 20:21]).float().mean())
+    assert repeated < 1, "the model generates one token only: the comparison proves nothing"
+
+
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+def test_prefill_in_parts(kind: str) -> None:
+    """Queries are the last tokens of the keys when a prompt is continued."""
+    model = GPT2.build()
+    model.config.linear_attention = GPT2.settings(kind).to_dict()
+    model.set_attn_implementation(kind)
+    ids = GPT2.inputs()["input_ids"]
+    whole = logits(model, input_ids=ids)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :13], use_cache=True)
+        second = model(input_ids=ids[:, 13:30], past_key_values=first.past_key_values, use_cache=True)
+        third = model(input_ids=ids[:, 30:], past_key_values=second.past_key_values, use_cache=True)
+    parts = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    assert largest(parts - whole) < 1e-4
+
+
+def test_static_cache_without_mask() -> None:
+    """Keys that the cache has room for but has not seen take no part."""
+    model = GPT2.build()
+    model.set_attn_implementation("favor_plus")
+    ids = GPT2.inputs()["input_ids"]
+    whole = logits(model, input_ids=ids)
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :13], past_key_values=cache, use_cache=True).logits
+        second = model(input_ids=ids[:, 13:], past_key_values=cache, use_cache=True).logits
+    assert largest(torch.cat([first, second], dim=1) - whole) < 1e-4
+
+
+def test_causal_favor_sharp_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_linattn.modules.favor_sharp as module
+
+    monkeypatch.setattr(module, "_checked_statistics", set())
+    model = GPT2.build()
+    model.set_attn_implementation("favor_sharp")
+    with pytest.warns(UserWarning, match="behaves like FAVOR\\+"):
+        out = logits(model, **GPT2.inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, **GPT2.inputs())
+    model.set_attn_implementation("favor_plus")
+    assert largest(out - logits(model, **GPT2.inputs())) < 1e-4
+
+
+def test_settings_of_native_mode() -> None:
+    """They come from config.linear_attention; the seed changes the result and equal seeds agree."""
+    model, inputs = GPT2.build(), GPT2.inputs()
+    model.set_attn_implementation("favor_plus")
+    outs = []
+    for seed in (0, 1, 0):
+        model.config.linear_attention = {"kind": "favor_plus", "seed": seed, "window_size": 4}
+        outs.append(logits(model, **inputs))
+    assert torch.equal(outs[0], outs[2])
+    assert largest(outs[0] - outs[1]) > 1e-4
+
+
+def test_state_drawn_in_inference_mode_can_be_trained_with() -> None:
+    model = BertModel(bert_config()).eval()
+    model.set_attn_implementation("favor_plus")
+    model.config.linear_attention = {"kind": "favor_plus", "seed": 12345}
+    with torch.inference_mode():
+        model(input_ids=torch.randint(3, VOCAB, (1, 10)))
+    model(input_ids=torch.randint(3, VOCAB, (1, 10)))[0].sum().backward()
+
+
+def test_cross_attention() -> None:
+    """Done without window and global tokens by the kinds that can; encoder and decoder padding are kept apart."""
+    torch.manual_seed(0)
+    model = BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True)).eval()
+    ids, states = torch.randint(3, VOCAB, (2, 12)), torch.randn(2, 12, 32)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 7:] = 0
+    inputs = {"input_ids": ids, "encoder_hidden_states": states, "encoder_attention_mask": mask}
+    exact = logits(model, **inputs)
+    model.set_attn_implementation("favor_plus")
+    with pytest.raises(UnsupportedError, match="window_size=0"):
+        model(**inputs)
+    settings = {"kind": "favor_plus", "window_size": 0, "num_global_tokens": 0}
+    errors = []
+    for size in (8, 8192):
+        model.config.linear_attention = {**settings, "num_features": size}
+        close = logits(model, **inputs)
+        errors.append(float((close - exact).square().mean()))
+    assert 0 < errors[1] < 0.2 * errors[0], errors
+    other = {**inputs, "encoder_hidden_states": states.clone()}
+    other["encoder_hidden_states"][0, 7:] = 9.0
+    assert largest(logits(model, **other) - close) < 1e-5
+    shorter = {**inputs, "encoder_hidden_states": states[:1, :7], "encoder_attention_mask": None, "input_ids": ids[:1]}
+    assert largest(logits(model, **shorter)[0] - close[0]) < 1e-5
+    for kind in ("eva", "lara"):
+        model.set_attn_implementation(kind)
+        model.config.linear_attention = None
+        with pytest.raises(UnsupportedError, match=r"cannot do cross-attention|no causal form"):
+            model(**inputs)
+
+
+def test_cross_attention_stays_on_softmax_when_converted() -> None:
+    torch.manual_seed(0)
+    model = BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True)).eval()
+    hf_linattn.convert(model, "eva")
+    layer = model.bert.encoder.layer[0]
+    seen: list[Any] = []
+    layer.crossattention.self.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    states, mask = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    logits(model, input_ids=torch.randint(3, VOCAB, (2, 9)), encoder_hidden_states=states, encoder_attention_mask=mask)
+    attention = layer.crossattention.self
+    hidden: list[Any] = []
+    attention.register_forward_pre_hook(lambda module, args, kwargs: hidden.append(args[0]), with_kwargs=True)
+    logits(model, input_ids=torch.randint(3, VOCAB, (2, 9)), encoder_hidden_states=states, encoder_attention_mask=mask)
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.view(2, -1, 4, 8).transpose(1, 2)
+
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        heads(attention.query(hidden[0])),
+        heads(attention.key(states)),
+        heads(attention.value(states)),
+        attn_mask=mask.bool()[:, None, None, :],
+    )
+    assert largest(seen[1] - expected.transpose(1, 2).reshape(2, 9, 32)) < 1e-5
+
+
+@pytest.mark.parametrize("case_name", ["bert", "gpt2"])
+@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
+def test_compile_without_graph_breaks(case_name: str, converted: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = BertModel(bert_config()) if case_name == "bert" else GPT2Model(gpt2_config())
+    model.eval()
+    if converted:
+        hf_linattn.convert(model, "favor_plus")
+    else:
+        model.set_attn_implementation("favor_plus")
+    ids = torch.randint(3, VOCAB, (2, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[1, 30:] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False)[0]
+            got = compiled(**inputs, use_cache=False)[0]
+        assert largest(got - expected) < 1e-5
+
+
+def test_automodel_loads_every_kind_by_name(tmp_path: Any) -> None:
+    GPT2LMHeadModel(gpt2_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="favour_plus"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="favour_plus")
+    for kind in KINDS:
+        assert AutoModel.from_pretrained(tmp_path, attn_implementation=kind).config._attn_implementation == kind
