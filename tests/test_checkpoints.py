@@ -1,0 +1,347 @@
+"""Checkpoints: stock ones into converted classes, damaged and contradictory ones, interrupted saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BERT, GPT2, KINDS, VIT, ModelCase, largest, logits, supported
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM
+
+import hf_linattn
+from hf_linattn.errors import CheckpointError, ConfigError
+from hf_linattn.models import COUNTERPARTS
+
+CASES = [
+    pytest.param(kind, case, id=f"{kind}-{case.name}") for case in (BERT, GPT2) for kind in KINDS if supported(kind, case)
+]
+LOADING: list[dict[str, Any]] = [
+    {},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"dtype": "auto"},
+    {"device_map": {"": "cpu"}},
+    {"device_map": "auto"},
+    {"device_map": "cpu", "dtype": torch.bfloat16},
+]
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Path:
+    BERT.build().save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    hf_linattn.convert(BERT.build(), BERT.settings("favor_plus")).save_pretrained(tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; `None` removes one."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is None:
+            values.pop(name, None)
+        else:
+            values[name] = value
+    path.write_text(json.dumps(values))
+
+
+# -- stock checkpoints ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments", LOADING, ids=str)
+@pytest.mark.parametrize(("kind", "case"), CASES)
+def test_stock_checkpoint_into_a_converted_class(
+    kind: str, case: ModelCase, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The new state is what `convert` gives, however the model is loaded, and nothing is left uninitialised."""
+    original = case.build()
+    original.save_pretrained(tmp_path)
+    expected = hf_linattn.convert(original, case.settings(kind))
+    cls = COUNTERPARTS[case.stock]
+    # Memory that Transformers hands out for missing tensors is often zero by luck: fill it with something else.
+    filler = [torch.full((4096,), float("nan")) for _ in range(200)]
+    del filler
+    loaded = cls.from_pretrained(tmp_path, linear_attention=case.settings(kind), **arguments)
+    assert loaded.config.model_type == f"linattn_{case.name[:4]}"
+    assert loaded.config.linear_attention == expected.config.linear_attention
+    assert loaded.config._attn_implementation == kind
+    target = loaded.state_dict()
+    for name, tensor in expected.state_dict().items():
+        got = target[name]
+        assert not got.is_meta
+        if "linattn" in name and name not in dict(expected.named_parameters()):
+            assert got.dtype == torch.float32
+        assert torch.equal(got, tensor.to(got.dtype)), name
+    if "dtype" not in arguments:
+        assert torch.equal(logits(loaded, **case.inputs()), logits(expected, **case.inputs()))
+
+
+@pytest.mark.parametrize("form", ["favor_plus", {"kind": "favor_plus", "num_features": 7}, "object"])
+def test_forms_of_linear_attention(form: Any, stock: Path) -> None:
+    form = hf_linattn.FavorPlusConfig(num_features=7) if form == "object" else form
+    model = hf_linattn.LinAttnBertForMaskedLM.from_pretrained(stock, linear_attention=form)
+    values = model.config.linear_attention
+    assert values["kind"] == "favor_plus"
+    assert values["version"] == 1
+    assert values["num_features"] == (256 if form == "favor_plus" else 7)
+    assert values["layers"] == [0, 1]
+    assert values["attention_dropout"] == 0.1
+    assert model.config.attention_probs_dropout_prob == 0
+    config = hf_linattn.LinAttnBertConfig.from_pretrained(stock, linear_attention=form)
+    again = hf_linattn.LinAttnBertForMaskedLM.from_pretrained(stock, config=config)
+    assert torch.equal(logits(again, **BERT.inputs()), logits(model, **BERT.inputs()))
+
+
+def test_from_config_and_direct_construction(converted: Path) -> None:
+    config = hf_linattn.LinAttnBertConfig.from_pretrained(converted)
+    expected = AutoModelForMaskedLM.from_pretrained(converted).state_dict()
+    direct = hf_linattn.LinAttnBertForMaskedLM(config)
+    by_auto = AutoModelForMaskedLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        on_meta = hf_linattn.LinAttnBertForMaskedLM(config)
+    on_meta.to_empty(device="cpu")
+    for module in on_meta.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    on_meta.initialize_weights()
+    for model in (direct, by_auto, on_meta):
+        state = model.state_dict()
+        for name in expected:
+            if "linattn" in name:
+                assert state[name].dtype == torch.float32
+                assert torch.equal(state[name], expected[name]), name
+
+
+def test_base_model_and_heads_load_each_other(converted: Path, tmp_path: Path) -> None:
+    full = AutoModelForMaskedLM.from_pretrained(converted)
+    base = AutoModel.from_pretrained(converted)
+    assert type(base) is hf_linattn.LinAttnBertModel
+    states = full(**BERT.inputs(), output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(base(**BERT.inputs()).last_hidden_state, states)
+    base.save_pretrained(tmp_path / "base")
+    head = hf_linattn.LinAttnBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert torch.equal(head.bert(**BERT.inputs()).last_hidden_state, states)
+
+
+def test_casts_keep_the_buffers(converted: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(converted)
+    before = {name: tensor.clone() for name, tensor in model.named_buffers() if "linattn" in name}
+    assert before
+    for cast in (model.bfloat16, model.half, model.float, lambda: model.to(torch.float16)):
+        cast()
+        for name, tensor in before.items():
+            assert torch.equal(model.get_buffer(name), tensor), name
+
+
+def test_stock_checkpoint_needs_linear_attention(stock: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"needs it: from_pretrained\(\.\.\., linear_attention=kind\)"):
+        hf_linattn.LinAttnBertForMaskedLM.from_pretrained(stock)
+    with pytest.raises(CheckpointError, match="linear_attention=kind"):
+        hf_linattn.LinAttnBertForMaskedLM(BERT.config())
+
+
+# -- damaged and contradictory checkpoints --------------------------------------------------------------------------
+def test_missing_field(converted: Path) -> None:
+    edit_config(converted, linear_attention=None)
+    with pytest.raises(CheckpointError, match=r"has no `linear_attention`.*damaged"):
+        AutoModelForMaskedLM.from_pretrained(converted)
+
+
+def test_newer_version(converted: Path) -> None:
+    values = json.loads((converted / "config.json").read_text())["linear_attention"]
+    edit_config(converted, linear_attention={**values, "version": 2})
+    with pytest.raises(CheckpointError, match=r"version'\] is 2.*up to 1.*[Uu]pgrade"):
+        AutoModelForMaskedLM.from_pretrained(converted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [0]}, "unexpected .*layer.1.*linattn"),
+        ({"num_features": 16}, "of another shape .*linattn.projection"),
+        ({"kind": "eva"}, "no field 'num_features'"),
+    ],
+)
+def test_field_contradicts_the_weights(change: dict[str, Any], message: str, converted: Path) -> None:
+    values = json.loads((converted / "config.json").read_text())["linear_attention"]
+    edit_config(converted, linear_attention={**values, **change})
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        AutoModelForMaskedLM.from_pretrained(converted)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        AutoModelForMaskedLM.from_pretrained(converted, ignore_mismatched_sizes=True)
+
+
+def test_another_kind_than_the_weights(converted: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"contradict `linear_attention`.*revert the model"):
+        AutoModelForMaskedLM.from_pretrained(converted, linear_attention="lara")
+
+
+@pytest.mark.parametrize("dropped", ["all", "one"])
+def test_weights_without_linear_attention(dropped: str, converted: Path) -> None:
+    path = converted / "model.safetensors"
+    state = load_file(path)
+    names = sorted(name for name in state if "linattn" in name)
+    for name in names if dropped == "all" else names[:1]:
+        del state[name]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="incomplete" if dropped == "all" else "contradict.*missing"):
+        AutoModelForMaskedLM.from_pretrained(converted)
+
+
+def test_mismatched_sizes_elsewhere_keep_their_meaning(converted: Path) -> None:
+    edit_config(converted, vocab_size=61)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes=True"):
+        AutoModelForMaskedLM.from_pretrained(converted)
+    model, info = AutoModelForMaskedLM.from_pretrained(
+        converted, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert model.config.vocab_size == 61
+    assert info["mismatched_keys"]
+
+
+# -- saving ---------------------------------------------------------------------------------------------------------
+def test_safetensors_only(converted: Path, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(converted)
+    with pytest.raises(CheckpointError, match="safe_serialization must be True"):
+        model.save_pretrained(tmp_path / "x", safe_serialization=False)
+    assert not any(name.endswith(".bin") for name in os.listdir(converted))
+
+
+def test_arguments_of_save_pretrained(converted: Path, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(converted)
+    expected = logits(model, **BERT.inputs())
+    target = tmp_path / "out"
+    model.save_pretrained(target, max_shard_size="10KB")
+    assert (target / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(target), **BERT.inputs()), expected)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(target, state_dict=dict(state))  # over the sharded one: no shard or index may stay
+    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
+    name = "bert.embeddings.LayerNorm.bias"
+    assert torch.equal(load_file(target / "model.safetensors")[name], state[name])
+    (target / "pytorch_model.bin").write_bytes(b"old")
+    (target / "notes.txt").write_text("mine")
+    model.save_pretrained(target)
+    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors", "notes.txt"]
+    model.save_pretrained(target, variant="fp16")
+    assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(target, variant="fp16"), **BERT.inputs()), expected)
+    assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(target), **BERT.inputs()), expected)
+    other = tmp_path / "other"
+    model.save_pretrained(other, is_main_process=False)
+    assert os.listdir(other) == []
+    with pytest.raises(NotADirectoryError, match="must be a folder"):
+        model.save_pretrained(target / "notes.txt")
+
+
+class Interrupted(BaseException):
+    """Stands for a signal: not an Exception, so that no handler swallows it."""
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("previous", ["converted", "stock", "sharded"])
+def test_interrupted_save(previous: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at any step, the folder holds the old checkpoint or does not load; the next save works."""
+    first = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
+    old = BERT.build() if previous == "stock" else first
+    second = hf_linattn.convert(BERT.build(), BERT.settings("favor_sharp", num_features=16), layers=[1])
+    with torch.no_grad():
+        second.bert.embeddings.word_embeddings.weight.add_(1)
+    # Every step of a save that changes the disk, counted in a dry run.
+    steps: list[str] = []
+    budget = [10**9]
+
+    def counted(name: str, function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            steps.append(name)
+            if len(steps) > budget[0]:
+                raise Interrupted(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    import transformers.modeling_utils as modeling
+
+    monkeypatch.setattr(modeling, "safe_save_file", counted("weights", modeling.safe_save_file))
+    monkeypatch.setattr(os, "replace", counted("replace", os.replace))
+    monkeypatch.setattr(Path, "unlink", counted("unlink", Path.unlink))
+    shards = {"max_shard_size": "8KB"} if previous == "sharded" else {}
+    template = tmp_path / "template"
+    old.save_pretrained(template, **shards)
+    expected_old = tensors(template)
+    steps.clear()
+    scratch = tmp_path / "scratch"
+    shutil.copytree(template, scratch)
+    second.save_pretrained(scratch, **shards)
+    total = len(steps)
+    assert total >= 4
+    expected_new = tensors(scratch)
+    outcomes = set()
+    for stop in range(total):
+        folder = tmp_path / f"stop{stop}"
+        budget[0] = 10**9
+        shutil.copytree(template, folder)
+        steps.clear()
+        budget[0] = stop
+        with pytest.raises(Interrupted):
+            second.save_pretrained(folder, **shards)
+        budget[0] = 10**9
+        try:
+            found = tensors(folder)
+        except ValueError as error:
+            assert "Unrecognized model" in str(error)
+            outcomes.add("does not load")
+            for cls in (BertForMaskedLM, hf_linattn.LinAttnBertForMaskedLM):
+                with pytest.raises((OSError, ValueError, RuntimeError)):
+                    cls.from_pretrained(folder)
+        else:
+            outcomes.add("old")
+            assert found.keys() == expected_old.keys()
+            assert all(torch.equal(found[name], expected_old[name]) for name in found)
+        second.save_pretrained(folder, **shards)
+        found = tensors(folder)
+        assert all(torch.equal(found[name], expected_new[name]) for name in expected_new)
+        assert not [name for name in os.listdir(folder) if name.startswith("_incomplete")]
+        shutil.rmtree(folder)
+    assert outcomes == {"old", "does not load"}
+
+
+def test_killed_during_a_save(converted: Path) -> None:
+    """What a process that is killed leaves behind does not disturb loading, and the next save removes it."""
+    left_over = converted / "_incomplete_save_abc"
+    left_over.mkdir()
+    (left_over / "config.json").write_text("{}")
+    (left_over / "model.safetensors").write_bytes(b"half")
+    model = AutoModelForMaskedLM.from_pretrained(converted)
+    model.save_pretrained(converted)
+    assert not left_over.exists()
+
+
+def test_register_for_auto_class_does_nothing(converted: Path, tmp_path: Path) -> None:
+    hf_linattn.LinAttnBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+    hf_linattn.LinAttnBertConfig.register_for_auto_class()
+    AutoModelForMaskedLM.from_pretrained(converted).save_pretrained(tmp_path / "again")
+    assert not [name for name in os.listdir(tmp_path / "again") if name.endswith(".py")]
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_a_reverted_model_saves_as_a_stock_one(converted: Path, tmp_path: Path) -> None:
+    model = hf_linattn.revert(AutoModelForMaskedLM.from_pretrained(converted))
+    model.save_pretrained(tmp_path / "stock")
+    values = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert values["model_type"] == "bert"
+    assert values["architectures"] == ["BertForMaskedLM"]
+    assert "linear_attention" not in values
+    loaded = BertForMaskedLM.from_pretrained(tmp_path / "stock")
+    assert torch.equal(logits(loaded, **BERT.inputs()), logits(BERT.build(), **BERT.inputs()))
+    assert largest(logits(VIT.build(), **VIT.inputs())) > 0
