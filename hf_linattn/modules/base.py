@@ -116,7 +116,7 @@ class LinearAttention(nn.Module):
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
         state = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
-        return self.attend(
+        output = self.attend(
             self.config,
             state,
             query,
@@ -128,6 +128,11 @@ class LinearAttention(nn.Module):
             grid=grid,
             training=self.training,
         )
+        if self.training and torch.is_grad_enabled():
+            # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the graph.
+            for parameter in self.parameters(recurse=False):
+                output = output + 0.0 * parameter.sum().to(output.dtype)
+        return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
         # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.
