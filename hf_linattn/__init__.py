@@ -1,7 +1,7 @@
 """Linear attention for pretrained Transformers models.
 
-Importing the package registers the attention kinds with Transformers' AttentionInterface and the converted models with its
-Auto classes. Everything else is loaded when it is first used.
+Importing the package registers the attention kinds with Transformers' AttentionInterface, and the converted models
+with its Auto classes. Everything else is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 register_kinds()
 register_auto_classes()
 
-# Public name -> module that defines it; `None` as attribute means the module itself.
+# Public name -> module that defines it.
 _LAZY: dict[str, str] = {
     "EvaConfig": "hf_linattn.modules.eva",
     "FavorPlusConfig": "hf_linattn.modules.favor_plus",

@@ -25,7 +25,9 @@ print(",".join(sorted(name for name in before if name == "triton" or name not in
 
 def run(code: str) -> list[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    out = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     assert out.stderr == "", out.stderr
     return out.stdout.splitlines()
 

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CAUSAL_KINDS, GPT2, KINDS, MATRIX, TOKENS, VOCAB, ModelCase, bert_config, gpt2_config, largest, logits
+from cases import (
+    CAUSAL_KINDS,
+    GPT2,
+    KINDS,
+    MATRIX,
+    TOKENS,
+    VOCAB,
+    ModelCase,
+    bert_config,
+    gpt2_config,
+    largest,
+    logits,
+)
 from transformers import (
     AutoModel,
     BertLMHeadModel,
@@ -75,7 +87,7 @@ def inputs_for(name: str, batch: int = 2) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
 def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) -> None:
-    """`attn_implementation=kind` and `set_attn_implementation(kind)` agree, differ from softmax, and add no parameters."""
+    """`attn_implementation=kind` and `set_attn_implementation(kind)` agree, differ from softmax, add no parameters."""
     stock, inputs = case.build(), case.inputs()
     expected = logits(stock, **inputs)
     stock.config.linear_attention = case.settings(kind).to_dict()
@@ -94,7 +106,7 @@ def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) 
 
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
 def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> None:
-    """Same settings, same seeds: conversion starts from what native mode computes, except per-layer directions in ViT."""
+    """Same settings, same seeds: conversion starts from what native mode computes (but for ViT's layer index)."""
     native, inputs = case.build(), case.inputs()
     settings = case.settings(kind)
     native.config.linear_attention = settings.to_dict()

@@ -87,7 +87,9 @@ def test_trainer_resume(tmp_path: Path) -> None:
     settings = VIT.settings("lara")
     whole = train(hf_linattn.convert(VIT.build(), settings), tmp_path / "run", 4)
     torch.manual_seed(99)
-    fresh = hf_linattn.convert(VIT.stock(VIT.config()), settings)  # other random weights: all must come from the checkpoint
+    fresh = hf_linattn.convert(
+        VIT.stock(VIT.config()), settings
+    )  # other random weights: all must come from the checkpoint
     resumed = train(fresh, tmp_path / "run", 4, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     expected = whole.state_dict()
     for name, tensor in resumed.state_dict().items():

@@ -30,9 +30,9 @@ def convert(
 ) -> PreTrainedModel:
     """Replace softmax attention in a BERT, GPT-2 or ViT with any stock head.
 
-    The model's class becomes its LinAttn counterpart and its config a LinAttn config. All weights are kept; each converted
-    layer gets a module `.linattn` with its own state. Attention dropout, which linear attention cannot apply, becomes 0 in
-    converted layers. Nothing has changed if an error is raised.
+    The model's class becomes its LinAttn counterpart and its config a LinAttn config. All weights are kept; each
+    converted layer gets a module `.linattn` with its own state. Attention dropout, which a linear kind cannot apply,
+    becomes 0 in converted layers. Nothing has changed if an error is raised.
 
     Args:
         model: A model of a stock class.
@@ -41,22 +41,24 @@ def convert(
         copy: Convert a deep copy and leave `model` as it is.
     Returns: The converted model: `model` itself unless `copy`.
     Raises:
-        UnsupportedError: Already converted, another architecture, a subclass of a stock class, or a kind that cannot work
-            in this model.
+        UnsupportedError: Already converted, another architecture, a subclass of a stock class, or a kind that cannot
+            work in this model.
         ConfigError: Unknown kind, unknown or impossible setting, layers that do not exist.
     """
     if is_converted(getattr(model, "config", None)) or type(model) in COUNTERPARTS.values():
         kind = settings_of(model.config).config.kind
         raise UnsupportedError(
-            f"{type(model).__name__} is already converted (to {kind!r}). Call hf_linattn.revert(model) first to convert it to "
-            "something else; trained weights are kept."
+            f"{type(model).__name__} is already converted (to {kind!r}). Call hf_linattn.revert(model) first to "
+            "convert it to something else; trained weights are kept."
         )
     family = get_family(getattr(model, "config", None))
     if type(model) not in COUNTERPARTS:
-        known = sorted(cls.__name__ for cls in COUNTERPARTS if getattr(cls.config_class, "model_type", "") == family.name)
+        known = sorted(
+            cls.__name__ for cls in COUNTERPARTS if getattr(cls.config_class, "model_type", "") == family.name
+        )
         raise UnsupportedError(
-            f"convert() needs a model of one of the classes {known}; got {type(model).__name__}. Unwrap it (DDP, compile, PEFT) "
-            "or convert the stock model and derive your class from its LinAttn counterpart."
+            f"convert() needs a model of one of the classes {known}; got {type(model).__name__}. Unwrap it (DDP, "
+            "compile, PEFT) or convert the stock model and derive your class from its LinAttn counterpart."
         )
     count = model.config.num_hidden_layers
     settings = parse_settings(config, family=family.name, num_layers=count)
@@ -90,7 +92,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     stock = {converted: cls for cls, converted in COUNTERPARTS.items()}
     if type(model) not in stock:
         raise UnsupportedError(
-            f"revert() needs a converted model; got {type(model).__name__}. Convert one with hf_linattn.convert(model, kind)."
+            f"revert() needs a converted model; got {type(model).__name__}. Convert one with "
+            "hf_linattn.convert(model, kind)."
         )
     settings = settings_of(model.config)
     family = get_family(model.config)
@@ -126,7 +129,7 @@ def _report(model: PreTrainedModel, stock_name: str, settings: LinearAttentionSe
     """Say what has been converted, what is new, and what became of attention dropout."""
     count = model.config.num_hidden_layers
     converted = settings.layers or ()
-    learned = [parameter for layer in converted for parameter in family_layers(model)[layer].linattn.parameters()]  # type: ignore[union-attr, operator]
+    learned = [parameter for layer in converted for parameter in family_layers(model)[layer].linattn.parameters()]  # type: ignore[union-attr]
     logger.info(
         "Converted %s to %s: %s in %s; %d new learned parameters.",
         stock_name,
@@ -137,7 +140,7 @@ def _report(model: PreTrainedModel, stock_name: str, settings: LinearAttentionSe
     )
     if settings.attention_dropout:
         logger.warning(
-            "Attention dropout was %s and is now 0 in converted layers: linear attention has no attention weights to drop. "
-            "`slot_dropout` in the kind's settings is its replacement; revert() restores it.",
+            "Attention dropout was %s and is now 0 in converted layers: linear attention has no attention weights to "
+            "drop. `slot_dropout` in the kind's settings is its replacement; revert() restores it.",
             settings.attention_dropout,
         )

@@ -1,1 +1,1 @@
-"""Everything that touches Transformers' internals: attention and mask functions, and where models keep their layers."""
+"""Everything that touches Transformers' internals: attention and mask functions, where models keep layers."""

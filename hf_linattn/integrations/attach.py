@@ -20,10 +20,10 @@ def settings_of(config: Any) -> LinearAttentionSettings:
     value = getattr(config, "linear_attention", None)
     if value is None:
         raise CheckpointError(
-            f"{type(config).__name__} has no `linear_attention`, so it is unknown which attention the model uses. Loading a "
-            f"stock checkpoint into a LinAttn class needs it: from_pretrained(..., linear_attention=kind) with one of "
-            f"{list_kinds()} or a kind's settings. In a converted checkpoint the field is missing from config.json: the "
-            "checkpoint is damaged."
+            f"{type(config).__name__} has no `linear_attention`, so it is unknown which attention the model uses. "
+            "Loading a stock checkpoint into a LinAttn class needs it: from_pretrained(..., linear_attention=kind) "
+            f"with one of {list_kinds()} or a kind's settings. In a converted checkpoint the field is missing from "
+            "config.json: the checkpoint is damaged."
         )
     return parse_settings(value, family=get_family(config).name, num_layers=config.num_hidden_layers)
 
@@ -41,8 +41,8 @@ def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> 
         if shape.is_causal and not kind.supports_causal:
             able = [name for name in list_kinds() if get_kind(name).supports_causal]
             raise UnsupportedError(
-                f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see later ones. "
-                f"Use one of {able}."
+                f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see "
+                f"later ones. Use one of {able}."
             )
         weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
         module = kind.module_cls(settings.config, shape)

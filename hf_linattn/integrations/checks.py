@@ -30,8 +30,8 @@ HARMLESS = frozenset(
 )
 
 _PACKED = (
-    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the other "
-    "sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
+    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
+    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
 )
 
 # Arguments that do change it, with what to do about each.
@@ -40,7 +40,9 @@ REFUSED = {
         "Attention weights do not exist in a linear attention kind, so output_attentions=True has no answer. Call "
         "model.set_attn_implementation('eager') first to get those of softmax attention."
     ),
-    "softcap": "A soft cap on attention logits cannot be applied by a linear attention kind. Use attn_implementation='eager'.",
+    "softcap": (
+        "A soft cap on attention logits cannot be applied by a linear attention kind. Use attn_implementation='eager'."
+    ),
     "sliding_window": (
         "A linear attention kind attends to the whole sequence. Set the model's config.sliding_window to None, or use "
         "attn_implementation='sdpa'."
@@ -68,8 +70,8 @@ def check_kwargs(kind: str, kwargs: Mapping[str, Any]) -> None:
             error = InputError if REFUSED[name] is _PACKED or name == "output_attentions" else UnsupportedError
             raise error(f"{REFUSED[name]} Got {name}={_short(value)} under {kind!r}.")
         raise UnsupportedError(
-            f"The attention function of {kind!r} was given {name}={_short(value)}, which it does not know: ignoring it could "
-            "give a wrong result. If it comes from your call, drop it; if the model passes it, use "
+            f"The attention function of {kind!r} was given {name}={_short(value)}, which it does not know: ignoring "
+            "it could give a wrong result. If it comes from your call, drop it; if the model passes it, use "
             "attn_implementation='sdpa' for this model."
         )
 
@@ -85,8 +87,9 @@ def check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         shape = f"{mask.ndim}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(
-            f"attention_mask must be 2-D, [batch, tokens] with 1 where a token is real; got {shape}. A linear attention "
-            "kind cannot hide single query-key pairs: pass the padding mask, or use attn_implementation='sdpa'."
+            f"attention_mask must be 2-D, [batch, tokens] with 1 where a token is real; got {shape}. A linear "
+            "attention kind cannot hide single query-key pairs: pass the padding mask, or use "
+            "attn_implementation='sdpa'."
         )
 
 
@@ -125,13 +128,16 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
     if bool(wrong.any()):
         row = int(wrong.any(-1).nonzero()[0])
         raise InputError(
-            f"position_ids must increase along the real tokens of a row; row {row} has {positions[row].tolist()[:16]}. {_PACKED}"
+            f"position_ids must increase along the real tokens of a row; row {row} has "
+            f"{positions[row].tolist()[:16]}. {_PACKED}"
         )
     if version is not None:
         _last_checked = (weakref.ref(position_ids), version)
 
 
-def is_cross_attention(module: nn.Module, config: Any, kwargs: Mapping[str, Any], *, is_causal: bool, same_length: bool) -> bool:
+def is_cross_attention(
+    module: nn.Module, config: Any, kwargs: Mapping[str, Any], *, is_causal: bool, same_length: bool
+) -> bool:
     """Whether queries and keys come from different sequences.
 
     Raises `UnsupportedError` where a module of an encoder-decoder model does not let one tell.
@@ -148,8 +154,8 @@ def is_cross_attention(module: nn.Module, config: Any, kwargs: Mapping[str, Any]
     is_decoder = getattr(module, "is_decoder", None)
     if getattr(config, "is_encoder_decoder", False) and is_decoder is None:
         raise UnsupportedError(
-            f"{type(module).__name__} of an encoder-decoder model does not say whether it attends to its own sequence or to "
-            "the encoder's. Use attn_implementation='sdpa' for this model."
+            f"{type(module).__name__} of an encoder-decoder model does not say whether it attends to its own sequence "
+            "or to the encoder's. Use attn_implementation='sdpa' for this model."
         )
     return bool(is_decoder)
 
@@ -164,8 +170,9 @@ def warn_attention_dropout(probability: float) -> None:
         return
     _dropout_warned = True
     warnings.warn(
-        f"Attention dropout (p={probability}) is not applied by a linear attention kind: there are no attention weights to "
-        "drop. Set it to 0 in the model's config (conversion does), and use `slot_dropout` in the kind's settings instead.",
+        f"Attention dropout (p={probability}) is not applied by a linear attention kind: there are no attention "
+        "weights to drop. Set it to 0 in the model's config (conversion does), and use `slot_dropout` in the kind's "
+        "settings instead.",
         UserWarning,
         stacklevel=2,
     )

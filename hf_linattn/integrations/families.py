@@ -77,11 +77,11 @@ def family_of(config: Any, *, is_causal: bool) -> str:
     return "decoder" if is_causal else "encoder"
 
 
-def layer_shape(layer: nn.Module, index: int) -> LayerShape:
+def layer_shape(layer: Any, index: int) -> LayerShape:
     """Heads, head dimension and causality of a stock self-attention module."""
     heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
     head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.attention_head_size
-    return LayerShape(num_heads=int(heads), head_dim=int(head_dim), layer_idx=index, is_causal=bool(layer.is_causal))
+    return LayerShape(num_heads=heads, head_dim=head_dim, layer_idx=index, is_causal=bool(layer.is_causal))
 
 
 def set_attention_dropout(layer: Any, probability: float) -> None:

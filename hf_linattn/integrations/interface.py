@@ -75,10 +75,8 @@ def attend(
     check_kwargs(kind, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
-    cross = is_cross_attention(
-        module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2]
-    )
-    key, value, mask = _drop_unseen(key, value, attention_mask)
+    cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
+    key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
     if not cross:
         check_positions(kwargs.get("position_ids"), mask, query.shape[2])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -92,17 +90,28 @@ def attend(
         if layer.kind != kind:
             raise UnsupportedError(
                 f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {kind!r}. Call "
-                f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it to {kind!r}."
+                f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
+                f"to {kind!r}."
             )
         if layer.shape.is_causal != is_causal:
             raise UnsupportedError(
-                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert the model "
-                "and convert it again with a config that says so."
+                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert "
+                "the model and convert it again with a config that says so."
             )
         output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(
-            kind, module, config, query, key, value, mask, scaling=scaling, is_causal=is_causal, cross=cross, kwargs=kwargs
+            kind,
+            module,
+            config,
+            query,
+            key,
+            value,
+            mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            cross=cross,
+            kwargs=kwargs,
         )
     return output.transpose(1, 2), None
 
@@ -113,24 +122,28 @@ def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
         is_causal = getattr(module, "is_causal", None)
         if is_causal is None:
             raise UnsupportedError(
-                f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing could let "
-                "a token see later ones. Set `is_causal` on the attention modules, or use attn_implementation='sdpa'."
+                f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing "
+                "could let a token see later ones. Set `is_causal` on the attention modules, or use "
+                "attn_implementation='sdpa'."
             )
         if is_causal and getattr(config, "is_causal", True) is False:
             raise UnsupportedError(
-                f"config.is_causal is False, but {type(module).__name__} is causal. Pass is_causal=False to the model, or set "
-                "it on its attention modules."
+                f"config.is_causal is False, but {type(module).__name__} is causal. Pass is_causal=False to the "
+                "model, or set it on its attention modules."
             )
     return bool(is_causal)
 
 
-def _drop_unseen(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys that a static cache holds room for but has not seen, recognised by a mask shorter than the keys."""
-    if mask is None or mask.shape[1] == key.shape[2]:
+def _match_keys(
+    key: Tensor, value: Tensor, mask: Tensor | None, query_tokens: int, *, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Drop keys that a static cache has room for but has not seen, recognised by a mask shorter than the keys."""
+    keys = key.shape[2]
+    if mask is None or mask.shape[1] == keys:
         return key, value, mask
-    if mask.shape[1] > key.shape[2]:
+    if not is_causal or not query_tokens <= mask.shape[1] < keys:
         raise InputError(
-            f"attention_mask must cover the {key.shape[2]} keys; got {tuple(mask.shape)}. With past keys and values it covers "
+            f"attention_mask must cover the {keys} keys; got {tuple(mask.shape)}. With past keys and values it covers "
             "past and new tokens, without them the new ones alone."
         )
     return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]], mask
@@ -190,7 +203,10 @@ def _native(
 ) -> Tensor:
     declared = get_kind(kind)
     if is_causal and not declared.supports_causal:
-        raise UnsupportedError(f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. {_other('supports_causal')}")
+        raise UnsupportedError(
+            f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
+            f"{_other('supports_causal')}"
+        )
     if cross and not declared.supports_cross:
         raise UnsupportedError(
             f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
@@ -215,22 +231,30 @@ def _native(
             key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
     grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
     return declared.module_cls.attend(
-        settings, state, query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
+        settings,
+        state,
+        query,
+        key,
+        value,
+        mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        grid=grid,
+        training=module.training,
     )
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:
     if settings.window_size or settings.num_global_tokens:
         raise UnsupportedError(
-            f"Cross-attention under {kind!r} needs window_size=0 and num_global_tokens=0 (queries and keys are different "
-            f"sequences); got window_size={settings.window_size} and num_global_tokens={settings.num_global_tokens}. Set "
-            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the "
-            "model: conversion leaves cross-attention on softmax."
+            f"Cross-attention under {kind!r} needs window_size=0 and num_global_tokens=0 (queries and keys are "
+            f"different sequences); got window_size={settings.window_size} and "
+            f"num_global_tokens={settings.num_global_tokens}. Set model.config.linear_attention = "
+            f"{{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the model: conversion leaves "
+            "cross-attention on softmax."
         )
 
 
 def _other(capability: str) -> str:
     able = [name for name in list_kinds() if getattr(get_kind(name), capability)]
     return f"Use one of {able}, or attn_implementation='sdpa'."
-
-

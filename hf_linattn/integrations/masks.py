@@ -58,11 +58,12 @@ def linattn_mask(
             f"{attention_mask.ndim}-D {tuple(attention_mask.shape)}. A linear attention kind cannot hide single "
             "query-key pairs."
         )
-    seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, mask_function is bidirectional_mask_function)
+    bidirectional = mask_function is bidirectional_mask_function
+    seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
     if seen > kv_length:
         raise UnsupportedError(
-            f"The cache returns {kv_length} keys where {seen} tokens have been seen: a cache that forgets tokens is not "
-            "supported by a linear attention kind. Use the default (dynamic) cache."
+            f"The cache returns {kv_length} keys where {seen} tokens have been seen: a cache that forgets tokens is "
+            "not supported by a linear attention kind. Use the default (dynamic) cache."
         )
     if attention_mask is None:
         if seen == kv_length:
@@ -76,7 +77,10 @@ def linattn_mask(
     mask = attention_mask.to(torch.bool)
     if mask.shape[0] != batch_size:
         mask = mask.expand(batch_size, -1)
-    if not tracing and seen == kv_length and bool(mask.all()):
+    # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention function to
+    # compare with the keys it gets.
+    comparable = bidirectional and q_length != kv_length
+    if not tracing and not comparable and seen == kv_length and bool(mask.all()):
         return None
     return mask
 
@@ -94,8 +98,8 @@ def _seen_tokens(
     # The number of seen tokens is a value in a tensor here; the mask's width is the only thing known about it.
     if attention_mask is None:
         raise UnsupportedError(
-            "A compiled forward with a static cache needs attention_mask, [batch, seen tokens]; got None. Pass it, or use "
-            "the default (dynamic) cache."
+            "A compiled forward with a static cache needs attention_mask, [batch, seen tokens]; got None. Pass it, or "
+            "use the default (dynamic) cache."
         )
     return attention_mask.shape[1]
 

@@ -59,8 +59,8 @@ def _layer(
         config = parse_settings(values, family=family).config
         if config.kind != kind:
             raise ConfigError(
-                f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is {kind!r}. "
-                f"Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
+                f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is "
+                f"{kind!r}. Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
             )
     declared.module_cls.check(config, shape)
     return config, _state(config, shape, device)
@@ -78,8 +78,10 @@ def _state(config: AttentionConfig, shape: LayerShape, device: str) -> dict[str,
         }
 
 
-def image_grid(config: Any, num_tokens: int, size: tuple[int, int] | None = None) -> tuple[tuple[int, int], int] | None:
-    """`((rows, columns), tokens before the patches)` of an image model, or `None` if the tokens do not fit its patches.
+def image_grid(
+    config: Any, num_tokens: int, size: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], int] | None:
+    """`((rows, columns), tokens before the patches)` of an image model, or `None` if the tokens do not fit.
 
     Args:
         config: Config with `image_size` and `patch_size`, each an integer or a pair.
@@ -101,5 +103,3 @@ def as_pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value):
         return value[0], value[1]
     return None
-
-

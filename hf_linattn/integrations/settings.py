@@ -66,7 +66,9 @@ def parse_settings(value: Any, *, family: str, num_layers: int | None = None) ->
         )
     config = config_from_dict({name: field for name, field in value.items() if name not in OWN_KEYS})
     dropout = value.get("attention_dropout")
-    if dropout is not None and (isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1):
+    if dropout is not None and (
+        isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1
+    ):
         raise ConfigError(f"linear_attention['attention_dropout'] must be a number from 0 to 1; got {dropout!r}.")
     return LinearAttentionSettings(resolve(config, family), check_layers(value.get("layers"), num_layers), dropout)
 

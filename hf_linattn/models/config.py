@@ -12,8 +12,9 @@ from ..modules.registry import list_kinds
 class LinAttnConfigMixin:
     """Adds `linear_attention` to a stock config.
 
-    The field accepts a kind's name, a kind's settings object or a dictionary, and always holds the canonical dictionary
-    (`LinearAttentionSettings.to_dict`), whether it is given to the constructor, through `from_pretrained`, or assigned.
+    The field accepts a kind's name, a kind's settings object or a dictionary, and always holds the canonical
+    dictionary (`LinearAttentionSettings.to_dict`), whether it is given to the constructor, through `from_pretrained`,
+    or assigned.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ class LinAttnMixin:
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         settings = settings_of(config)
-        super().__init__(config, *inputs, **kwargs)
+        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         inner = self.base_model  # type: ignore[attr-defined]
         if inner is not self:
             # Transformers initialises weights through the innermost model, so that one has to be ours too.
@@ -47,8 +47,8 @@ class LinAttnMixin:
         wanted = kwargs.get("output_attentions")
         if (config.output_attentions if wanted is None else wanted) and config._attn_implementation in list_kinds():
             raise InputError(
-                "output_attentions=True has no answer in a model with linear attention: there are no attention weights. Call "
-                "model.set_attn_implementation('eager') first to get those of softmax attention."
+                "output_attentions=True has no answer in a model with linear attention: there are no attention "
+                "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
             )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -85,13 +85,14 @@ class LinAttnMixin:
         """As in Transformers, with these differences.
 
         * safetensors only.
-        * An interrupted save leaves the checkpoint that was in the folder, or a folder that does not load; never a mix.
-        * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume a
-          ViT (it loads them by name, without renaming).
+        * An interrupted save leaves the checkpoint that was there, or a folder that does not load, never a mix.
+        * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume
+          a ViT (it loads them by name, without renaming).
         """
         if not kwargs.pop("safe_serialization", True):
             raise CheckpointError(
-                "safe_serialization must be True: checkpoints are written in the safetensors format only. Drop the argument."
+                "safe_serialization must be True: checkpoints are written in the safetensors format only. Drop the "
+                "argument."
             )
         arguments = {
             "is_main_process": is_main_process,
@@ -133,8 +134,9 @@ def _check_loaded(
     fresh = missing == expected and not unexpected and not ours
     if fresh and _saved_model_type(source, kwargs).startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
-            f"{source!r} says that it is a converted model, but its weights hold no linear attention tensors (expected "
-            f"{_some(missing)}). The checkpoint is incomplete: save it again, or convert the stock checkpoint anew."
+            f"{source!r} says that it is a converted model, but its weights hold no linear attention tensors "
+            f"(expected {_some(missing)}). The checkpoint is incomplete: save it again, or convert the stock "
+            "checkpoint anew."
         )
     if not fresh and (missing or unexpected or ours):
         found = "; ".join(
@@ -143,8 +145,9 @@ def _check_loaded(
             if names
         )
         raise CheckpointError(
-            f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: {found}. Use the "
-            "settings that the checkpoint was saved with; to change the kind, revert the model and convert it again."
+            f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: {found}. "
+            "Use the settings that the checkpoint was saved with; to change the kind, revert the model and convert it "
+            "again."
         )
     if mismatched and not allow_mismatch:
         raise RuntimeError(

@@ -31,8 +31,8 @@ def save_atomically(
 ) -> None:
     """Save into a subfolder first, then put the files in place, config.json last.
 
-    Interrupted before the old config.json is removed, the folder holds the old checkpoint; after that it has no config.json
-    and does not load, until everything else is in place.
+    Interrupted before the old config.json is removed, the folder holds the old checkpoint; after that it has no
+    config.json and does not load, until everything else is in place.
 
     Args:
         save: The stock `save_pretrained`.
@@ -74,9 +74,9 @@ def _is_weight_file(name: str, variant: str | None) -> bool:
     infix = "" if variant is None else rf"\.{re.escape(variant)}"
     shard = r"(-\d{5}-of-\d{5})?"
     # Transformers puts the variant before the shard's number in new files and after it in old ones.
-    return bool(re.fullmatch(rf"(model|pytorch_model)({infix}{shard}|{shard}{infix})\.(safetensors|bin)", name)) or bool(
-        re.fullmatch(rf"(model\.safetensors|pytorch_model\.bin)\.index{infix}\.json", name)
-    )
+    return bool(
+        re.fullmatch(rf"(model|pytorch_model)({infix}{shard}|{shard}{infix})\.(safetensors|bin)", name)
+    ) or bool(re.fullmatch(rf"(model\.safetensors|pytorch_model\.bin)\.index{infix}\.json", name))
 
 
 def push_folder(

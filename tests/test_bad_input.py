@@ -1,0 +1,359 @@
+"""Every bad input gets an error that names the wrong value, what is allowed and what to do; nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import BERT, BY_NAME, CAUSAL_KINDS, GPT2, KINDS, TOKENS, VIT, VOCAB, ModelCase, bert_config, largest, logits
+from transformers import (
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Model,
+)
+
+import hf_linattn
+from hf_linattn.errors import ConfigError, InputError, LinAttnError, UnknownFieldError, UnsupportedError
+
+TEXT_CASES = [
+    pytest.param(case, converted, id=f"{case.name}-{'converted' if converted else 'native'}")
+    for case in (BERT, GPT2)
+    for converted in (False, True)
+]
+
+
+def ready(case: ModelCase, converted: bool, kind: str = "favor_plus") -> Any:
+    model = case.build()
+    if converted:
+        return hf_linattn.convert(model, case.settings(kind))
+    model.set_attn_implementation(kind)
+    return model
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (
+            "favour_plus",
+            ConfigError,
+            "Unknown attention kind 'favour_plus'; registered kinds: .*Did you mean 'favor_plus'",
+        ),
+        ("performer", ConfigError, r"registered kinds: \['eva', 'favor_plus', 'favor_sharp', 'lara'\]"),
+        ({"kind": "Favor-Plus"}, ConfigError, "Did you mean 'favor_plus'"),
+        ({"num_features": 8}, ConfigError, "need the key 'kind'"),
+        (
+            {"kind": "favor_plus", "num_featurs": 8},
+            UnknownFieldError,
+            "no field 'num_featurs'.*Did you mean 'num_features'",
+        ),
+        ({"kind": "favor_plus", "num_features": 0}, ConfigError, "num_features must be an integer >= 1; got 0"),
+        ({"kind": "favor_plus", "num_features": 2.5}, ConfigError, "num_features must be .*got 2.5"),
+        ({"kind": "favor_plus", "window_size": -1}, ConfigError, "window_size must be an integer >= 0.*got -1"),
+        ({"kind": "eva", "window_size": 0}, ConfigError, "window_size"),
+        ({"kind": "lara", "num_landmarks": 0}, ConfigError, "num_landmarks must be an integer >= 1; got 0"),
+        ({"kind": "favor_plus", "slot_dropout": 1.0}, ConfigError, "slot_dropout must be .*got 1.0"),
+        ({"kind": "favor_plus", "attention_dropout": 3}, ConfigError, "from 0 to 1; got 3"),
+        ({"kind": "favor_plus", "version": "1"}, LinAttnError, "must be a positive integer; got '1'"),
+        (["favor_plus"], ConfigError, r"must be the name of a kind .*got \['favor_plus'\]"),
+        (None, ConfigError, "must be the name of a kind .*got None"),
+    ],
+    ids=str,
+)
+def test_settings(config: Any, error: type[Exception], message: str) -> None:
+    model, inputs = BERT.build(), BERT.inputs()
+    before = logits(model, **inputs)
+    with pytest.raises(error, match=message):
+        hf_linattn.convert(model, config)
+    assert type(model) is BertForMaskedLM
+    assert torch.equal(logits(model, **inputs), before), "a failed conversion changed the model"
+    if config is not None:
+        with pytest.raises(error, match=message):
+            hf_linattn.LinAttnBertConfig(**{**BERT.config().to_dict(), "linear_attention": config})
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([2], r"integers from 0 to 1; got 2 in \[2\]"),
+        ([-1], r"integers from 0 to 1; got -1"),
+        ([0, 0], r"name each layer once; got \[0, 0\]"),
+        ([], "at least one layer, or be None for all"),
+        ([0.5], "integers from 0 to 1; got 0.5"),
+        ("all", "list of layer indices.*got 'all'"),
+        (1, "list of layer indices.*got 1"),
+    ],
+    ids=str,
+)
+def test_layers(layers: Any, message: str) -> None:
+    model = BERT.build()
+    with pytest.raises(ConfigError, match=message):
+        hf_linattn.convert(model, "favor_plus", layers=layers)
+    assert type(model) is BertForMaskedLM
+
+
+def test_settings_of_another_kind_than_the_active_one() -> None:
+    model = BERT.build()
+    model.config.linear_attention = {"kind": "eva"}
+    model.set_attn_implementation("favor_plus")
+    with pytest.raises(ConfigError, match=r"settings of 'eva', but the active attn_implementation is 'favor_plus'"):
+        model(**BERT.inputs())
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+def test_converting_twice() -> None:
+    model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
+    before = logits(model, **BERT.inputs())
+    with pytest.raises(UnsupportedError, match=r"already converted \(to 'favor_plus'\).*revert"):
+        hf_linattn.convert(model, "eva")
+    assert torch.equal(logits(model, **BERT.inputs()), before)
+    with pytest.raises(UnsupportedError, match="needs a converted model; got BertForMaskedLM"):
+        hf_linattn.revert(BERT.build())
+
+
+def test_unsupported_architecture() -> None:
+    small = {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "vocab_size": VOCAB}
+    with pytest.raises(
+        UnsupportedError, match=r"\['bert', 'gpt2', 'vit'\]; got model_type 't5'.*set_attn_implementation"
+    ):
+        hf_linattn.convert(T5Model(T5Config(**small)), "favor_plus")
+    with pytest.raises(UnsupportedError, match="got model_type None"):
+        hf_linattn.convert(torch.nn.Linear(2, 2), "favor_plus")  # type: ignore[arg-type]
+
+
+class Mine(BertForMaskedLM):
+    pass
+
+
+def test_subclass_of_a_stock_class() -> None:
+    with pytest.raises(UnsupportedError, match="one of the classes .*'BertForMaskedLM'.*; got Mine"):
+        hf_linattn.convert(Mine(BERT.config()), "favor_plus")
+
+
+def test_causal_lara() -> None:
+    for model in (GPT2.build(), BertLMHeadModel(bert_config(is_decoder=True))):
+        before = type(model)
+        with pytest.raises(UnsupportedError, match="LARA .*no causal form.*favor_plus"):
+            hf_linattn.convert(model, "lara")
+        assert type(model) is before
+        model.set_attn_implementation("lara")
+        with pytest.raises(UnsupportedError, match="LARA .*no causal form.*favor_plus"):
+            model(**GPT2.inputs())
+
+
+def test_another_kind_than_converted() -> None:
+    model = hf_linattn.convert(BERT.build(), "favor_plus")
+    model.set_attn_implementation("eva")
+    with pytest.raises(
+        UnsupportedError, match="converted to 'favor_plus', but the active attn_implementation is 'eva'"
+    ):
+        model(**BERT.inputs())
+
+
+def test_window_that_is_no_window_for_a_causal_eva() -> None:
+    with pytest.raises(ConfigError, match="chunk_size"):
+        hf_linattn.convert(GPT2.build(), {"kind": "eva", "window_size": 6, "chunk_size": 4})
+
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("case", "converted"), TEXT_CASES)
+def test_masks(case: ModelCase, converted: bool) -> None:
+    model, inputs = ready(case, converted), case.inputs()
+    full = torch.ones(2, 1, TOKENS, TOKENS)
+    for mask in (full, full.bool(), full.bool().tril()):
+        with pytest.raises(InputError, match=r"must be 2-D.*got 4-D \(2, 1, 40, 40\)"):
+            model(**inputs, attention_mask=mask)
+    with pytest.raises(InputError, match="attention_mask"):
+        model(**inputs, attention_mask=full[:, 0])
+    with pytest.raises(InputError, match="attention_mask must cover"):
+        model(**inputs, attention_mask=full[:, 0, 0, :30])
+
+
+def test_mask_of_new_tokens_only_with_a_cache() -> None:
+    model = ready(GPT2, False)
+    ids = GPT2.inputs()["input_ids"]
+    past = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+    with pytest.raises(InputError, match=r"past ones included: \[batch, 40\]; got \(2, 20\)"):
+        model(input_ids=ids[:, 20:], past_key_values=past, attention_mask=torch.ones(2, 20))
+
+
+def test_sliding_window() -> None:
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = MistralModel(config).eval()
+    model.set_attn_implementation("favor_plus")
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        forward = torch.compile(model, backend="eager") if compiled else model
+        with pytest.raises(Exception, match="sliding window"):
+            forward(**GPT2.inputs())
+    config.sliding_window = None
+    without = MistralModel(config).eval()
+    without.set_attn_implementation("favor_plus")
+    assert torch.isfinite(logits(without, **GPT2.inputs())).all()
+
+
+# -- packed sequences -----------------------------------------------------------------------------------------------
+PACKED = torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)
+
+
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize(("case", "converted"), TEXT_CASES)
+def test_packed_sequences(case: ModelCase, converted: bool, kind: str) -> None:
+    model, inputs = ready(case, converted, kind), case.inputs()
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    for extra in ({}, {"attention_mask": mask}, {"use_cache": False}):
+        with pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
+            model(**inputs, position_ids=PACKED.clone(), **extra)
+    with pytest.raises(InputError, match="Packed sequences"):
+        model(**inputs, cu_seq_lens_q=torch.tensor([0, 25, 40]))
+    positions = torch.arange(TOKENS)[None]
+    expected = logits(model, **inputs, position_ids=positions)
+    positions[0, 25:] -= 25  # the same tensor again, changed in place
+    with pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
+        model(**inputs, position_ids=positions)
+    positions[0, 25:] += 25
+    assert torch.equal(logits(model, **inputs, position_ids=positions), expected)
+    # Positions of padding may be anything; gaps between real tokens are fine.
+    mask[0, :9] = 0
+    padded = torch.arange(TOKENS).repeat(2, 1) + 3
+    padded[0, :9] = 1
+    assert torch.isfinite(logits(model, **inputs, position_ids=padded, attention_mask=mask)).all()
+    with torch.inference_mode(), pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
+        model(**inputs, position_ids=PACKED.clone())
+
+
+# -- arguments that cannot be honoured ------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", [BERT, GPT2, VIT], ids=lambda case: case.name)
+def test_output_attentions(case: ModelCase, tmp_path: Any) -> None:
+    model, inputs = ready(case, True), case.inputs()
+    with pytest.raises(InputError, match="output_attentions=True.*eager"):
+        model(**inputs, output_attentions=True)
+    if case is GPT2:
+        with pytest.raises(InputError, match="output_attentions=True"):
+            model.generate(**inputs, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    else:
+        with pytest.raises(InputError, match="output_attentions=True"):
+            ready(case, False)(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="output_attentions.*'eager'"):
+        case.auto.from_pretrained(tmp_path, output_attentions=True)
+    model.set_attn_implementation("eager")
+    weights = model(**inputs, output_attentions=True).attentions
+    assert len(weights) == 2
+    assert largest(weights[0].sum(-1) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("softcap", 30.0, "soft cap"),
+        ("position_bias", torch.zeros(1), "bias on attention logits"),
+        ("s_aux", torch.zeros(4), "sinks"),
+        ("seq_idx", torch.zeros(2, TOKENS, dtype=torch.int), "Packed sequences"),
+        ("is_causal", True, "is_causal"),
+        ("frobnicate", 3, "frobnicate=3, which it does not know.*drop it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments(name: str, value: Any, message: str, converted: bool) -> None:
+    model = ready(BERT, converted)
+    if name == "is_causal" and not converted:
+        assert torch.isfinite(logits(model, **BERT.inputs(), is_causal=True)).all()
+        return
+    with pytest.raises((InputError, UnsupportedError), match=message):
+        model(**BERT.inputs(), **{name: value})
+
+
+def test_harmless_arguments() -> None:
+    for converted in (False, True):
+        model = ready(BERT, converted)
+        expected = logits(model, **BERT.inputs())
+        extra = {"output_attentions": False, "output_hidden_states": True, "num_items_in_batch": torch.tensor(4)}
+        assert torch.equal(logits(model, **BERT.inputs(), **extra, softcap=None), expected)
+
+
+def test_is_causal_given_to_the_model_is_honoured() -> None:
+    """An encoder run causally, as Transformers allows: no token sees a later one."""
+    model = ready(BERT, False)
+    embeddings = torch.randn(1, TOKENS, 32, requires_grad=True)
+    model(inputs_embeds=embeddings, is_causal=True)[0][:, 10].square().sum().backward()
+    assert embeddings.grad is not None
+    assert largest(embeddings.grad[:, 11:]) == 0
+    assert largest(embeddings.grad[:, :11]) > 0
+
+
+def test_module_that_does_not_say_whether_it_is_causal() -> None:
+    model = ready(BERT, False)
+    del model.bert.encoder.layer[0].attention.self.is_causal
+    with pytest.raises(UnsupportedError, match="BertSelfAttention does not say whether it is causal"):
+        model(**BERT.inputs())
+
+
+def test_relative_positions() -> None:
+    """T5 adds a bias to its attention logits; ignoring it would be silently wrong."""
+    small = {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "vocab_size": VOCAB}
+    model = T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0)).eval()
+    ids = BERT.inputs()["input_ids"]
+    model.set_attn_implementation("favor_plus")
+    with pytest.raises(UnsupportedError, match="bias on attention logits"):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+# -- attention dropout ----------------------------------------------------------------------------------------------
+def test_attention_dropout_warns_once() -> None:
+    model = ready(BERT, False).train()
+    with pytest.warns(UserWarning, match=r"Attention dropout \(p=0.1\) is not applied.*slot_dropout"):
+        model(**BERT.inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**BERT.inputs())
+
+
+def test_no_warning_after_conversion(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_linattn"):
+        model = hf_linattn.convert(BERT.build(), "favor_plus").train()
+    assert caplog.text.count("Attention dropout") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**BERT.inputs())
+
+
+# -- not silently wrong ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_composition_changes_nothing(kind: str) -> None:
+    case = BY_NAME["bert-classifier"]
+    model = ready(case, True, kind)
+    ids = case.inputs(batch=4)["input_ids"]
+    together = logits(model, input_ids=ids)
+    for row in range(4):
+        assert largest(logits(model, input_ids=ids[row : row + 1])[0] - together[row]) < 1e-5
+
+
+def test_every_kind_name_is_registered_with_both_interfaces() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for kind in KINDS:
+        assert kind in AttentionInterface._global_mapping
+        assert kind in AttentionMaskInterface._global_mapping
+    assert isinstance(BertModel(bert_config()), BertModel)
+    assert issubclass(hf_linattn.LinAttnGPT2LMHeadModel, GPT2LMHeadModel)
