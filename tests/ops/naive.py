@@ -1,0 +1,289 @@
+"""Slow references, written from the formulas: one row without padding at a time, dense weights, loops over lists of tokens.
+
+They share no code with the library. `x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; every function
+returns `[tokens, dim]`. `per_row` applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int] | None
+
+
+def per_row(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    per_head: Sequence[Callable[[int, int], dict]] = (),
+    **settings: object,
+) -> Tensor:
+    """Run `function` on the real tokens of every row and head; zeros at padding.
+
+    `per_head` functions give further keyword arguments for (row, head).
+    """
+    root = math.sqrt(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    rows = []
+    for b in range(query.shape[0]):
+        mask = torch.ones(key.shape[2], dtype=torch.bool) if key_mask is None else key_mask[b]
+        heads = []
+        for h in range(query.shape[1]):
+            out = torch.zeros_like(value[b, h])
+            if mask.any():
+                extra = {k: v for give in per_head for k, v in give(b, h).items()}
+                x, y, v = query[b, h][mask] * root, key[b, h][mask] * root, value[b, h][mask]
+                out = out.index_put((mask,), function(x, y, v, **settings, **extra))
+            heads.append(out)
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def block_of(token: int, window: int, grid: Grid) -> tuple[int, ...]:
+    if grid is None:
+        return (token // window,)
+    return (token // grid[1] // window, token % grid[1] // window)
+
+
+def from_log_weights(log_weights: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(log_weights, -1) @ v
+
+
+def exact_where(
+    log_kernel: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    window: int = 0,
+    grid: Grid = None,
+    num_global: int = 0,
+    causal: bool = False,
+) -> Tensor:
+    """Log-weights `[queries, keys]` with exact ones inside a window's block and for global tokens; causal ones cut off."""
+    n = x.shape[0]
+    dots = x @ y.T
+    keep = torch.zeros(n, n, dtype=torch.bool)
+    for t in range(n):
+        for s in range(n):
+            special = t < num_global or s < num_global
+            near = (
+                not special
+                and window
+                and block_of(t - num_global, window, grid) == block_of(s - num_global, window, grid)
+            )
+            keep[t, s] = bool(special or near)
+    out = torch.where(keep, dots, log_kernel)
+    return out.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf")) if causal else out
+
+
+def softmax(x: Tensor, y: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    return from_log_weights(exact_where(x @ y.T, x, y, causal=causal), v)
+
+
+# -- FAVOR ----------------------------------------------------------------------------------------------------------
+
+
+def log_f(w: Tensor, x: Tensor, shape: Tensor) -> Tensor:
+    """`log f(w, x)` for every `x` `[n, d]` and direction `w` `[m, d]`, with `A = diag(shape)`: `[n, m]`."""
+    root = (1 - 4 * shape).sqrt()
+    det = (1 - 4 * shape).log().sum() / 4
+    return det + (w * shape * w).sum(-1) + (x * root) @ w.T - (x * x).sum(-1, keepdim=True) / 2
+
+
+def favor_log_kernel(x: Tensor, y: Tensor, w: Tensor, stats: dict[str, Tensor] | None = None) -> Tensor:
+    """Log of the estimate of `exp(x . y)`: the mean over the directions of `f(w, x) f(w, y)`."""
+    stats = stats or {}
+    zero = torch.zeros(x.shape[-1], dtype=x.dtype)
+    a, c = stats.get("query_mean", zero), stats.get("key_mean", zero)
+    psi, shape = stats.get("balance", torch.ones_like(zero)), stats.get("shape", zero)
+    fx, fy = log_f(w, (x - a) * psi, shape), log_f(w, (y - c) / psi, shape)
+    mean = torch.logsumexp(fx[:, None] + fy[None], -1) - math.log(w.shape[0])
+    return mean + (y @ a)[None] + (x @ c)[:, None] - a @ c
+
+
+def favor(
+    x: Tensor, y: Tensor, v: Tensor, w: Tensor, stats: dict[str, Tensor] | None = None, **where: object
+) -> Tensor:
+    return from_log_weights(exact_where(favor_log_kernel(x, y, w, stats), x, y, **where), v)
+
+
+# -- RA and LARA ----------------------------------------------------------------------------------------------------
+
+
+def log_xi(x: Tensor, w: Tensor) -> Tensor:
+    return w @ x - x @ x / 2
+
+
+def randomized(x: Tensor, y: Tensor, v: Tensor, noise: Tensor, proposal: str, causal: bool = False) -> Tensor:
+    out = []
+    for t in range(x.shape[0]):
+        seen = y[: t + 1] if causal else y
+        p = (
+            torch.softmax(seen @ x[t], 0)
+            if proposal == "softmax_mean"
+            else torch.full((len(seen),), 1 / len(seen)).to(x)
+        )
+        w = x[t] + p @ seen + noise[t]
+        out.append(torch.softmax(torch.stack([log_xi(k, w) for k in seen]), 0) @ v[: len(seen)])
+    return torch.stack(out)
+
+
+def segments(n: int, landmarks: int) -> list[list[int]]:
+    if n <= landmarks:
+        return [[t] for t in range(n)]
+    small = n // landmarks
+    sizes = [small] * ((small + 1) * landmarks - n) + [small + 1] * (n - small * landmarks)
+    starts = [sum(sizes[:i]) for i in range(landmarks)]
+    return [list(range(s, s + size)) for s, size in zip(starts, sizes, strict=True)]
+
+
+def bins(grid: tuple[int, int], landmarks: int) -> list[list[int]]:
+    p = math.isqrt(landmarks)
+    height, width = grid
+    return [
+        [
+            row * width + column
+            for row in range(math.floor(r * height / p), math.ceil((r + 1) * height / p))
+            for column in range(math.floor(c * width / p), math.ceil((c + 1) * width / p))
+        ]
+        for r in range(p)
+        for c in range(p)
+    ]
+
+
+def lara(
+    x: Tensor,
+    y: Tensor,
+    v: Tensor,
+    landmarks: int,
+    weighting: str = "balance",
+    noise: Tensor | None = None,
+    query_map: Tensor | None = None,
+    key_map: Tensor | None = None,
+    offset: float = 0.0,
+    window: int = 0,
+    grid: Grid = None,
+    num_global: int = 0,
+    correct: bool = True,
+) -> Tensor:
+    g = num_global
+    rx, ry = x[g:], y[g:]
+    groups = bins(grid, landmarks) if grid else segments(len(rx), landmarks)
+    q_bar = torch.stack([rx[m].mean(0) for m in groups]) if groups else rx[:0]
+    k_bar = torch.stack([ry[m].mean(0) for m in groups]) if groups else ry[:0]
+    q_bar = q_bar if query_map is None else q_bar @ query_map
+    k_bar = k_bar if key_map is None else k_bar @ key_map
+    mu = q_bar + k_bar
+    w = mu if noise is None else mu + noise[: len(mu)]
+    log_kernel = torch.full((len(x), len(x)), float("-inf"), dtype=x.dtype)
+    if groups:
+        share = torch.softmax(q_bar @ rx.T, dim=1)  # over the queries
+        log_terms = []
+        for a in range(len(mu)):
+            density = torch.stack([log_xi(mu[c], w[a]) for c in range(len(mu))])
+            total = torch.logsumexp(density, 0)
+            if weighting == "balance":
+                e = -total
+            else:
+                e = ((density[a] - total).exp() + share[a] - share.mean(0)).clamp_min(1e-8).log() - density[a]
+            target = torch.stack([log_xi(t, w[a]) for t in rx]) + e
+            log_terms.append(target[:, None] + torch.stack([log_xi(k, w[a]) for k in ry])[None])
+        near = torch.logsumexp(torch.stack(log_terms), 0)
+        if (window or g) and correct and noise is None:
+            probes = [m[len(m) // 2] for m in groups]
+            gaps = [torch.logsumexp(ry @ rx[t], 0) - torch.logsumexp(near[t], 0) for t in probes]
+            near = near + torch.stack(gaps).mean().detach()
+        log_kernel = log_kernel.clone()
+        log_kernel[g:, g:] = near + (offset if window or g else 0.0)
+    return from_log_weights(exact_where(log_kernel, x, y, window=window, grid=grid, num_global=g), v)
+
+
+# -- EVA ------------------------------------------------------------------------------------------------------------
+
+
+def chunk_side(window: int, num_chunks: int, n: int) -> int:
+    fits = (
+        c
+        for c in range(1, n * window + window + 1)
+        if (window % c == 0 or c % window == 0) and -(-n // c) <= num_chunks
+    )
+    return next(fits)
+
+
+def tiles(n: int, side: int, grid: Grid) -> list[list[int]]:
+    """Blocks of `side` tokens, or of `side x side` cells."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for t in range(n):
+        found.setdefault(block_of(t, side, grid), []).append(t)
+    return list(found.values())
+
+
+def eva(
+    x: Tensor,
+    y: Tensor,
+    v: Tensor,
+    window: int,
+    num_chunks: int = 64,
+    chunk_size: int = 8,
+    causal: bool = False,
+    query_proposals: bool = True,
+    weighting: str = "size",
+    query_map: Tensor | None = None,
+    key_map: Tensor | None = None,
+    noise: Tensor | None = None,
+    grid: Grid = None,
+    num_global: int = 0,
+) -> Tensor:
+    g = num_global
+    rx, ry, rv = x[g:], y[g:], v[g:]
+    n = len(rx)
+    side = (
+        chunk_size
+        if causal
+        else chunk_side(window, num_chunks if grid is None else math.isqrt(num_chunks), max(grid or (n,)))
+    )
+    windows, chunks = tiles(n, window, grid), tiles(n, side, grid)
+
+    def summary(members: list[int], eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
+        keys = ry[members]
+        k_bar = keys.mean(0) if key_map is None else keys.mean(0) @ key_map
+        mu = k_bar
+        if query_proposals:
+            q_bar = rx[members].mean(0)
+            mu = mu + (q_bar if query_map is None else q_bar @ query_map)
+        mu = mu if eps is None else mu + eps
+        u = torch.softmax(torch.stack([log_xi(k, mu) for k in keys]), 0) @ rv[members]
+        variance = ((keys - keys.mean(0)) ** 2).mean(0)
+        return k_bar, variance if weighting == "spread" else torch.zeros_like(k_bar), u, math.log(len(members))
+
+    def logit(query: Tensor, part: tuple[Tensor, Tensor, Tensor, float]) -> Tensor:
+        return query @ part[0] + part[3] + (query**2) @ part[1] / 2
+
+    out = []
+    for t in range(g):
+        out.append(torch.softmax(y @ x[t], 0) @ v)
+    number = {t: i for i, members in enumerate(windows) for t in members}
+    for t in range(n):
+        own = windows[number[t]]
+        seen = [s for s in own if not causal or s <= t]
+        logits, values = [rx[t] @ ry[s] for s in seen], [rv[s] for s in seen]
+        logits += [rx[t] @ y[s] for s in range(g)]
+        values += [v[s] for s in range(g)]
+        for c, members in enumerate(chunks):
+            eps = None if noise is None else noise[c]
+            if causal:
+                parts = [summary(members, eps)] if members[0] + chunk_size <= own[0] else []
+            elif not set(members) & set(own):
+                parts = [summary(members, eps)]
+            else:  # the query's own chunk: the other windows inside it, if it has any
+                parts = [summary(w, None) for w in windows if set(w) & set(members) and w != own]
+            logits += [logit(rx[t], part) for part in parts]
+            values += [part[2] for part in parts]
+        out.append(torch.softmax(torch.stack(logits), 0) @ torch.stack(values))
+    return torch.stack(out)

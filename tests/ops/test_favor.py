@@ -1,0 +1,259 @@
+"""FAVOR+ and FAVOR# attention against the dense log-space kernel, for every layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import naive
+import pytest
+import torch
+from torch import Tensor
+
+from hf_linattn.errors import InputError, UnsupportedError
+from hf_linattn.functional import (
+    FavorStatistics,
+    draw_projection,
+    favor_attention,
+    favor_statistics,
+    softmax_attention,
+)
+from hf_linattn.ops import slots
+
+MASKS = {
+    "none": None,
+    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
+    "left": torch.tensor([[0] * 9 + [1] * 14, [1] * 23]).bool(),
+    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
+    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
+}
+
+
+def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens + dim)
+    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
+
+
+def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
+    return draw_projection(heads, features, dim, seed=seed).double()
+
+
+def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: bool = True) -> FavorStatistics | None:
+    return None if kind == "none" else favor_statistics(q, k, key_mask=mask, variant=kind, centring=centring)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, stats: FavorStatistics | None, mask: Tensor | None, **where
+) -> Tensor:
+    def of_head(b: int, h: int) -> dict:
+        picked = (
+            {} if stats is None else {n: s.expand(q.shape[0], -1, -1, -1)[b, h, 0] for n, s in stats._asdict().items()}
+        )
+        return {"w": w[h], "stats": picked}
+
+    return naive.per_row(naive.favor, q, k, v, mask, per_head=[of_head], **where)
+
+
+@pytest.mark.parametrize("kind", ["none", "gerf", "saderf"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 3, 8, 64])
+def test_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
+    q, k, v = inputs()
+    w, key_mask = directions(), MASKS[mask]
+    stats = statistics(kind, q, k, key_mask)
+    expected = reference(q, k, v, w, stats, key_mask, causal=is_causal, window=window)
+    for chunk_size in (1, 2, 8, 64):
+        ours = favor_attention(
+            q,
+            k,
+            v,
+            w,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            statistics=stats,
+            window_size=window,
+            chunk_size=chunk_size,
+        )
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["none", "saderf"])
+@pytest.mark.parametrize("window", [0, 3, 8])
+@pytest.mark.parametrize("count", [1, 3, 23])
+@pytest.mark.parametrize("mask", ["none", "right", "left", "all"])
+def test_global_tokens(kind: str, window: int, count: int, mask: str) -> None:
+    q, k, v = inputs()
+    w, key_mask = directions(), MASKS[mask]
+    stats = statistics(kind, q, k, key_mask)
+    ours = favor_attention(
+        q, k, v, w, key_mask=key_mask, statistics=stats, window_size=window, num_global_tokens=count, chunk_size=8
+    )
+    expected = reference(q, k, v, w, stats, key_mask, window=window, num_global=count)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 1)])
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("count", [0, 1])
+def test_images(grid: tuple[int, int], window: int, count: int) -> None:
+    q, k, v = inputs(grid[0] * grid[1] + count)
+    w = directions()
+    stats = statistics("saderf", q, k, None)
+    expected = reference(q, k, v, w, stats, None, window=window, grid=grid, num_global=count)
+    for chunk_size in (1, 16, 64):
+        ours = favor_attention(
+            q, k, v, w, statistics=stats, window_size=window, grid=grid, num_global_tokens=count, chunk_size=chunk_size
+        )
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("centring", [False, True])
+def test_without_centring(centring: bool) -> None:
+    q, k, v = inputs()
+    q, k = q + 1, k - 0.5
+    stats = favor_statistics(q, k, centring=centring)
+    assert bool((stats.query_mean != 0).all()) is centring
+    for window in (0, 8):
+        ours = favor_attention(q, k, v, directions(), statistics=stats, window_size=window)
+        torch.testing.assert_close(
+            ours, reference(q, k, v, directions(), stats, None, window=window), rtol=0, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+def test_many_blocks_take_the_scan(is_causal: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(61)
+    dense = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window, chunk_size=4)
+    monkeypatch.setattr(slots, "_DENSE_BLOCKS", 0)
+    scan = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window, chunk_size=4)
+    torch.testing.assert_close(scan, dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        scan, reference(q, k, v, directions(), None, None, causal=is_causal, window=window), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("position", [0, 5, 11, 22])
+def test_a_huge_key_does_not_starve_earlier_queries(position: int) -> None:
+    # In float32, chunks that share one maximum over the keys would lose the queries before it.
+    q, k, v = inputs()
+    k[:, :, position] *= 60
+    w = directions()
+    expected = reference(q, k, v, w, None, None, causal=True)
+    for chunk_size in (1, 4, 64):
+        ours = favor_attention(q.float(), k.float(), v.float(), w, is_causal=True, chunk_size=chunk_size)
+        torch.testing.assert_close(ours, expected.float(), rtol=1e-2, atol=1e-2)
+        before = slice(0, position)
+        torch.testing.assert_close(ours[:, :, before], expected.float()[:, :, before], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "saderf"])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 9), (9, 3), (1, 5)])
+def test_cross_attention(kind: str, queries: int, keys: int) -> None:
+    q, k, v = inputs(queries)[0], *inputs(keys)[1:]
+    w = directions()
+    mask = torch.ones(2, keys, dtype=torch.bool)
+    mask[1, 1:] = False
+    stats = statistics(kind, q, k, None)
+    for key_mask in (None, mask):
+        ours = favor_attention(q, k, v, w, key_mask=key_mask, statistics=stats)
+        for b, h in itertools.product(range(2), range(2)):
+            keep = slice(None) if key_mask is None else key_mask[b]
+            one = {} if stats is None else {n: s[b, h, 0] for n, s in stats._asdict().items()}
+            x, y = q[b, h] * 4**-0.25, k[b, h][keep] * 4**-0.25
+            expected = naive.from_log_weights(naive.favor_log_kernel(x, y, w[h], one), v[b, h][keep])
+            torch.testing.assert_close(ours[b, h], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("queries", [1, 6, 16])
+@pytest.mark.parametrize("mask", ["none", "left", "right"])
+def test_the_last_queries_of_a_causal_layer(window: int, queries: int, mask: str) -> None:
+    q, k, v = inputs()
+    options = {"key_mask": MASKS[mask], "is_causal": True, "window_size": window, "chunk_size": 8}
+    full = favor_attention(q, k, v, directions(), **options)
+    last = favor_attention(q[:, :, -queries:], k, v, directions(), **options)
+    torch.testing.assert_close(last, full[:, :, -queries:], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_window_over_everything_is_softmax(is_causal: bool) -> None:
+    q, k, v = inputs()
+    for window in (23, 24, 100):
+        ours = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window)
+        torch.testing.assert_close(ours, softmax_attention(q, k, v, is_causal=is_causal), rtol=0, atol=1e-12)
+
+
+def test_scaling_projection_and_value_shapes() -> None:
+    q, k, _ = inputs()
+    v = torch.randn(2, 2, 23, 7, dtype=torch.float64)
+    shared = directions()[0]
+    for window, is_causal in itertools.product((0, 4), (False, True)):
+        options = {"window_size": window, "is_causal": is_causal}
+        ours = favor_attention(q, k, v, shared, scaling=0.2, **options)
+        unit = favor_attention(q * 0.2**0.5, k * 0.2**0.5, v, shared.expand(2, -1, -1), scaling=1.0, **options)
+        torch.testing.assert_close(ours, unit, rtol=0, atol=1e-12)
+        parts = [favor_attention(q, k, z, shared, scaling=0.2, **options) for z in v.split([4, 3], -1)]
+        torch.testing.assert_close(ours, torch.cat(parts, -1), rtol=0, atol=1e-12)
+
+
+def test_statistics_are_the_moments_of_the_real_tokens() -> None:
+    q, k, _ = inputs()
+    mask = MASKS["holes"]
+    stats = favor_statistics(q, k, key_mask=mask)
+    for b, h in itertools.product(range(2), range(2)):
+        x, y = q[b, h][mask[b]] * 4**-0.25, k[b, h][mask[b]] * 4**-0.25
+        torch.testing.assert_close(stats.query_mean[b, h, 0], x.mean(0))
+        torch.testing.assert_close(stats.key_mean[b, h, 0], y.mean(0))
+        x, y = x - x.mean(0), y - y.mean(0)
+        psi = (y.square().mean(0) / x.square().mean(0)) ** 0.25
+        torch.testing.assert_close(stats.balance[b, h, 0], psi)
+        phi = ((x * psi)[:, None] + (y / psi)[None]).square().sum(-1).mean() / 4  # over all pairs
+        a = (1 - 2 * phi - ((2 * phi + 1) ** 2 + 8 * phi).sqrt()) / 16
+        torch.testing.assert_close(stats.shape[b, h, 0], a.expand(4))
+    assert not any(s.requires_grad for s in favor_statistics(q.requires_grad_(), k))
+
+
+def test_degenerate_statistics_are_finite() -> None:
+    zero = torch.zeros(1, 1, 3, 4)
+    one_sided = favor_statistics(torch.randn(1, 1, 3, 4), zero)
+    for stats in (favor_statistics(zero, zero), one_sided, favor_statistics(zero + 2, zero + 3)):
+        assert all(s.isfinite().all() for s in stats)
+        assert (8 * stats.shape < 1).all()
+        assert (stats.balance > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"projection": torch.zeros(3, 5, 4)}, InputError),
+        ({"projection": torch.zeros(5, 3)}, InputError),
+        ({"chunk_size": 12}, InputError),
+        ({"chunk_size": 0}, InputError),
+        ({"scaling": 0.0}, InputError),
+        ({"key": torch.zeros(2, 2, 9, 4).double()}, InputError),  # not the length of the values
+        ({"key_mask": torch.ones(2, 23)}, InputError),
+        ({"key_mask": torch.ones(2, 22, dtype=torch.bool)}, InputError),
+        ({"grid": (4, 6), "window_size": 2}, InputError),
+        ({"is_causal": True, "num_global_tokens": 1}, UnsupportedError),
+        ({"is_causal": True, "grid": (23, 1)}, UnsupportedError),
+        ({"query": torch.zeros(2, 2, 9, 4).double(), "window_size": 2}, InputError),
+        ({"query": torch.zeros(2, 2, 29, 4).double(), "is_causal": True}, InputError),
+    ],
+)
+def test_wrong_inputs_are_refused(change: dict, error: type[Exception]) -> None:
+    q, k, v = inputs()
+    with pytest.raises(error, match="got|Set it to 0"):
+        favor_attention(**{"query": q, "key": k, "value": v, "projection": directions(), **change})
+    with pytest.raises(InputError, match="variant"):
+        favor_statistics(q, k, variant="aderf")
+
+
+def test_a_masked_grid_is_refused() -> None:
+    q, k, v = inputs()
+    mask = torch.ones(2, 23, dtype=torch.bool)
+    options = {"window_size": 2, "grid": (2, 11), "num_global_tokens": 1}
+    favor_attention(q, k, v, directions(), key_mask=mask, **options)
+    mask[0, 5] = False
+    with pytest.raises(InputError, match="masked patches"):
+        favor_attention(q, k, v, directions(), key_mask=mask, **options)
