@@ -109,6 +109,20 @@ def test_settings_of_another_kind_than_the_active_one() -> None:
         model(**BERT.inputs())
 
 
+def test_layers_in_native_mode() -> None:
+    model = ready(BERT, False)
+    model.config.linear_attention = {"kind": "favor_plus", "layers": [0]}
+    with pytest.raises(ConfigError, match="native mode uses the kind in every layer"):
+        model(**BERT.inputs())
+
+
+def test_config_of_another_class() -> None:
+    config = BERT.config()
+    config.linear_attention = {"kind": "favor_plus"}
+    with pytest.raises(ConfigError, match="needs a LinAttnBertConfig; got BertConfig"):
+        hf_linattn.LinAttnBertForMaskedLM(config)
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 def test_converting_twice() -> None:
     model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,64 @@ def test_a_reverted_model_saves_as_a_stock_one(converted: Path, tmp_path: Path) 
     loaded = BertForMaskedLM.from_pretrained(tmp_path / "stock")
     assert torch.equal(logits(loaded, **BERT.inputs()), logits(BERT.build(), **BERT.inputs()))
     assert largest(logits(VIT.build(), **VIT.inputs())) > 0
+
+
+# -- the Hub --------------------------------------------------------------------------------------------------------
+PUSH = """
+import os, sys, tempfile
+from recipes.local_hub import LocalHub
+home = tempfile.mkdtemp()
+with LocalHub() as hub:
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    os.environ.update(hub.environment(home))
+    sys.path.insert(0, "tests")
+    import torch
+    from cases import BERT, logits
+    from huggingface_hub import HfApi, ModelCard
+    from transformers import AutoModelForMaskedLM
+    import hf_linattn
+
+    api, repo = HfApi(), "local/bert-favor"
+    model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
+    expected = logits(model, **BERT.inputs())
+    model.push_to_hub("bert-favor", max_shard_size="10KB", commit_message="sharded", tags=["mine"])
+    files = set(api.list_repo_files(repo))
+    assert "model.safetensors.index.json" in files and "config.json" in files, files
+    card = ModelCard.load(repo)
+    assert "mine" in card.data.tags and "linear-attention" in card.data.tags, card.data.tags
+    assert "favor_plus" in card.text
+    loaded = AutoModelForMaskedLM.from_pretrained(repo)
+    assert type(loaded) is hf_linattn.LinAttnBertForMaskedLM
+    assert torch.equal(logits(loaded, **BERT.inputs()), expected)
+
+    # In one file: the shards must go, or a client could load them with the new config.
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.mul_(2)
+    expected = logits(model, **BERT.inputs())
+    folder = os.path.join(home, "bert-favor")
+    model.save_pretrained(folder, push_to_hub=True, commit_message="one file")
+    files = set(api.list_repo_files(repo))
+    assert not any("-of-" in name or "index" in name for name in files), files
+    assert not [name for name in files if name.startswith("_")], files
+    loaded = AutoModelForMaskedLM.from_pretrained(repo)
+    assert torch.equal(logits(loaded, **BERT.inputs()), expected)
+
+    # A card that a person has written stays.
+    ModelCard("---\\ntags: [a]\\n---\\n# My own words").push_to_hub(repo)
+    loaded.push_to_hub(repo, revision="second")
+    assert "My own words" in ModelCard.load(api.hf_hub_download(repo, "README.md", revision="second")).content
+    from_branch = AutoModelForMaskedLM.from_pretrained(repo, revision="second")
+    assert torch.equal(logits(from_branch, **BERT.inputs()), expected)
+    native = AutoModelForMaskedLM.from_pretrained(repo, attn_implementation="sdpa")
+    assert native.config._attn_implementation == "sdpa"
+    print("pushed")
+"""
+
+
+@pytest.mark.hub
+def test_push_to_hub() -> None:
+    """Against a local server with the real client, in a process of its own: it reads the address at import."""
+    root = Path(__file__).resolve().parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", PUSH], cwd=root, env=env, capture_output=True, text=True)
+    assert out.stdout.endswith("pushed\n"), out.stderr[-4000:]

@@ -68,6 +68,20 @@ def detach(model: Any, settings: LinearAttentionSettings) -> None:
         set_attention_dropout(layer, settings.attention_dropout or 0.0)
 
 
+def check_consistent(model: Any) -> None:
+    """Raise `CheckpointError` if a model's config no longer describes its layers, as after editing the config."""
+    settings = settings_of(model.config)
+    for index, layer in enumerate(family_layers(model)):
+        held = getattr(layer, ATTRIBUTE, None)
+        told = settings.config if index in (settings.layers or ()) else None
+        if (None if held is None else held.config) != told:
+            raise CheckpointError(
+                f"config.linear_attention does not describe layer {index} any more: the layer has "
+                f"{'softmax' if held is None else held.config}, the config says {told or 'softmax'}. A saved "
+                "checkpoint would load as something else. Revert the model and convert it with the settings you want."
+            )
+
+
 def family_layers(model: Any) -> list[nn.Module]:
     """Self-attention modules of a supported model with any head, first layer first."""
     family: Family = get_family(model.config)

@@ -23,7 +23,7 @@ MAX_LEADING_TOKENS = 16  # [CLS], distillation and register tokens before the pa
 def native_layer(
     kind: str,
     family: str,
-    settings: dict[str, Any] | None,
+    settings: Any,
     num_heads: int,
     head_dim: int,
     layer_idx: int,
@@ -34,10 +34,14 @@ def native_layer(
     """Settings and state of one layer: a function of plain values, so `torch.compile` may take it as a constant.
 
     Args:
-        settings: `config.linear_attention` if the model's config has it.
+        settings: `config.linear_attention` if the model's config has it: a dictionary, a kind's name or its settings.
         num_leading: Tokens before the patches of an image; replaces `num_global_tokens` unless that is set.
     Raises: `ConfigError` for settings of another kind; what the kind's `check` raises.
     """
+    if isinstance(settings, str):
+        settings = {"kind": settings}
+    elif isinstance(settings, AttentionConfig):
+        settings = settings.to_dict()
     frozen = None if settings is None else json.dumps(settings, sort_keys=True)
     return _layer(kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device)
 
@@ -56,7 +60,13 @@ def _layer(
         values = {"kind": kind, **json.loads(settings)}
         if num_leading is not None and values.get("num_global_tokens") is None:
             values["num_global_tokens"] = num_leading
-        config = parse_settings(values, family=family).config
+        parsed = parse_settings(values, family=family)
+        config = parsed.config
+        if parsed.layers is not None:
+            raise ConfigError(
+                f"config.linear_attention['layers'] = {list(parsed.layers)} selects layers of a converted model; "
+                "native mode uses the kind in every layer. Drop 'layers', or convert the model (`hf_linattn.convert`)."
+            )
         if config.kind != kind:
             raise ConfigError(
                 f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..integrations.families import get_family
+from ..integrations.families import MODEL_TYPE_PREFIX, get_family
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds
 
@@ -32,14 +32,23 @@ class LinAttnConfigMixin:
         family = get_family(self)
         settings = parse_settings(value, family=family.name, num_layers=self.num_hidden_layers)  # type: ignore[attr-defined]
         values = settings.to_dict()
+        # A linear kind cannot apply attention dropout: it is remembered for the softmax layers and for `revert`.
         if settings.attention_dropout is None:
-            # A linear kind cannot apply it: remember it for the softmax layers and for `revert`.
             values["attention_dropout"] = float(getattr(self, family.dropout_field))
-            setattr(self, family.dropout_field, 0.0)
+        setattr(self, family.dropout_field, 0.0)
         super().__setattr__(name, values)
         active = self.__dict__.get("_attn_implementation_internal")
         if "_attn_implementation_internal" in self.__dict__ and (active is None or active in list_kinds()):
             self._attn_implementation_internal = settings.config.kind
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; a stock config.json counts as one of this class, so that no warning is given for it."""
+        values, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        own: str = cls.model_type  # type: ignore[attr-defined]
+        if values.get("model_type") == own.removeprefix(MODEL_TYPE_PREFIX):
+            values = {**values, "model_type": own}
+        return values, unused
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

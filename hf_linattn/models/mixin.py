@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from ..errors import CheckpointError, InputError
-from ..integrations.attach import ATTRIBUTE, attach, build_layers, family_layers, settings_of
+from ..errors import CheckpointError, ConfigError, InputError
+from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
 from ..integrations.families import MODEL_TYPE_PREFIX, set_model_class
 from ..modules.base import LinearAttention
 from ..modules.registry import list_kinds
@@ -27,6 +27,12 @@ class LinAttnMixin:
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         settings = settings_of(config)
+        if not isinstance(config, self.config_class):  # type: ignore[attr-defined]
+            wanted = self.config_class.__name__  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{type(self).__name__} needs a {wanted}; got {type(config).__name__}. Make one with "
+                f"{wanted}.from_pretrained(name, linear_attention=kind)."
+            )
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         inner = self.base_model  # type: ignore[attr-defined]
         if inner is not self:
@@ -106,6 +112,7 @@ class LinAttnMixin:
         if distributed_checkpoint:  # every rank writes its part straight into the folder
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, token=token, **arguments, **kwargs)  # type: ignore[misc]
             return
+        check_consistent(self)
         save = super().save_pretrained  # type: ignore[misc]
         writes = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
         save_atomically(save, save_directory, arguments, writes=writes)
