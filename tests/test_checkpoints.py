@@ -246,6 +246,18 @@ def test_arguments_of_save_pretrained(converted: Path, tmp_path: Path) -> None:
         model.save_pretrained(target / "notes.txt")
 
 
+def test_config_changed_after_conversion(converted: Path, tmp_path: Path) -> None:
+    """What is saved is what the model does."""
+    model = AutoModelForMaskedLM.from_pretrained(converted)
+    values = dict(model.config.linear_attention)
+    for change in ({"window_size": 4}, {"layers": [0]}):
+        model.config.linear_attention = {**values, **change}
+        with pytest.raises(CheckpointError, match=r"does not describe layer \d any more"):
+            model.save_pretrained(tmp_path / "x")
+    model.config.linear_attention = values
+    model.save_pretrained(tmp_path / "x")
+
+
 class Interrupted(BaseException):
     """Stands for a signal: not an Exception, so that no handler swallows it."""
 

@@ -14,6 +14,7 @@ from cases import (
     KINDS,
     MATRIX,
     TOKENS,
+    VIT,
     VOCAB,
     ModelCase,
     bert_config,
@@ -277,6 +278,11 @@ def test_settings_of_native_mode() -> None:
         outs.append(logits(model, **inputs))
     assert torch.equal(outs[0], outs[2])
     assert largest(outs[0] - outs[1]) > 1e-4
+    for form in ("favor_plus", hf_linattn.FavorPlusConfig(), None):
+        model.config.linear_attention = form
+        outs.append(logits(model, **inputs))
+    assert torch.equal(outs[3], outs[4])
+    assert torch.equal(outs[3], outs[5])
 
 
 def test_state_drawn_in_inference_mode_can_be_trained_with() -> None:
@@ -346,12 +352,18 @@ def test_cross_attention_stays_on_softmax_when_converted() -> None:
     assert largest(seen[1] - expected.transpose(1, 2).reshape(2, 9, 32)) < 1e-5
 
 
-@pytest.mark.parametrize("case_name", ["bert", "gpt2"])
+@pytest.mark.parametrize("case_name", ["bert", "gpt2", "vit"])
 @pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
 def test_compile_without_graph_breaks(case_name: str, converted: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model: Any = BertModel(bert_config()) if case_name == "bert" else GPT2Model(gpt2_config())
+    classes: dict[str, Any] = {
+        "bert": (BertModel, bert_config),
+        "gpt2": (GPT2Model, gpt2_config),
+        "vit": (ViTModel, vit),
+    }
+    cls, config = classes[case_name]
+    model = cls(config())
     model.eval()
     if converted:
         hf_linattn.convert(model, "favor_plus")
@@ -361,10 +373,11 @@ def test_compile_without_graph_breaks(case_name: str, converted: bool) -> None:
     mask = torch.ones_like(ids)
     mask[1, 30:] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+    text = {"input_ids": ids, "use_cache": False}
+    for inputs in (VIT.inputs(),) if case_name == "vit" else (text, {**text, "attention_mask": mask}):
         with torch.no_grad():
-            expected = model(**inputs, use_cache=False)[0]
-            got = compiled(**inputs, use_cache=False)[0]
+            expected = model(**inputs)[0]
+            got = compiled(**inputs)[0]
         assert largest(got - expected) < 1e-5
 
 

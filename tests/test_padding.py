@@ -78,6 +78,18 @@ def test_all_padding_row(kind: str, case: ModelCase, converted: bool) -> None:
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.parametrize("case", [BERT, GPT2], ids=lambda case: case.name)
+def test_all_padding_row_in_a_softmax_layer(case: ModelCase) -> None:
+    model = hf_linattn.convert(case.build(), case.settings("favor_plus"), layers=[1])
+    inputs = padded("left", rows())
+    inputs["attention_mask"][1] = 0
+    out = model(**inputs)[0]
+    assert torch.isfinite(out).all()
+    out.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_reaches_the_attention_function(kind: str) -> None:
     """Without a registered mask function Transformers drops the mask silently."""
