@@ -20,12 +20,13 @@ class FavorConfig(AttentionConfig):
     Args:
         num_features: Random features per head (M). Cost grows with it, error falls like its square root.
         orthogonal: Orthogonal directions; False draws them independently.
-        chunk_size: Block length of the causal form without a window, a power of two. Changes cost, never the result.
+        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of the
+            slots (causal or with a window). Changes cost, never the result.
     """
 
     num_features: int = 256
     orthogonal: bool = True
-    chunk_size: int = 64
+    chunk_size: int = 32
 
     def validate(self) -> None:
         super().validate()

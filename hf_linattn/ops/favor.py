@@ -150,7 +150,7 @@ def favor_attention(
     window_size: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     slot_dropout: float = 0.0,
 ) -> Tensor:
     """FAVOR+ (or FAVOR#, given `statistics`) attention.

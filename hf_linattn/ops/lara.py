@@ -144,7 +144,7 @@ def lara_attention(
             key_logits,
             is_causal=False,
             window_size=window_size,
-            chunk_size=64,
+            chunk_size=32,
             dropout=slot_dropout,
         )
     )
