@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError, UnsupportedError
+from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
@@ -230,18 +231,10 @@ def _native(
         if query.shape[2] == key.shape[2]:
             key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
     grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
-    return declared.module_cls.attend(
-        settings,
-        state,
-        query,
-        key,
-        value,
-        mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        grid=grid,
-        training=module.training,
+    inputs = AttentionInputs(
+        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
     )
+    return declared.module_cls.attend(settings, state, inputs)
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:

@@ -23,6 +23,32 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class AttentionInputs:
+    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    is_causal: bool
+    grid: tuple[int, int] | None = None
+    training: bool = False
+
+    def options(self, config: AttentionConfig) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        return {
+            "key_mask": self.key_mask,
+            "scaling": self.scaling,
+            "is_causal": self.is_causal,
+            "window_size": config.window_size or 0,
+            "grid": self.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": config.slot_dropout if self.training else 0.0,
+        }
+
+
+@dataclass(frozen=True)
 class StateTensor:
     """One tensor of a layer's state. `learned` ones become parameters, the others float32 buffers."""
 
@@ -64,21 +90,8 @@ class LinearAttention(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def attend(
-        cls,
-        config: AttentionConfig,
-        state: Mapping[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Tensor:
-        """The attention itself: a pure function of its arguments."""
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
 
     # -- shared -----------------------------------------------------------------------------------------------------
@@ -116,9 +129,7 @@ class LinearAttention(nn.Module):
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
         state = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
-        output = self.attend(
-            self.config,
-            state,
+        inputs = AttentionInputs(
             query,
             key,
             value,
@@ -128,6 +139,7 @@ class LinearAttention(nn.Module):
             grid=grid,
             training=self.training,
         )
+        output = self.attend(self.config, state, inputs)
         if self.training and torch.is_grad_enabled():
             # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the graph.
             for parameter in self.parameters(recurse=False):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.eva import WEIGHTINGS, eva_attention
-from .base import LayerShape, LinearAttention, StateTensor
+from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig, attention_config
 from .proposals import adapter_spec, residual_map
 from .registry import AttentionKind, register_kind
@@ -83,39 +83,20 @@ class EvaAttention(LinearAttention):
         return not is_causal if config.query_proposals is None else config.query_proposals
 
     @classmethod
-    def attend(
-        cls,
-        config: AttentionConfig,
-        state: Mapping[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Tensor:
-        assert isinstance(config, EvaConfig) and config.window_size
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        assert isinstance(config, EvaConfig)
         return eva_attention(
-            query,
-            key,
-            value,
-            window_size=config.window_size,
+            inputs.query,
+            inputs.key,
+            inputs.value,
             num_chunks=config.num_chunks,
             chunk_size=config.chunk_size,
-            key_mask=key_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            query_proposals=cls._query_proposals(config, is_causal),
+            query_proposals=cls._query_proposals(config, inputs.is_causal),
             weighting=config.weighting,
             query_map=residual_map(state, "query_adapter"),
             key_map=residual_map(state, "key_adapter"),
-            noise=training and config.sample_noise,
-            grid=grid,
-            num_global_tokens=config.num_global_tokens or 0,
-            slot_dropout=config.slot_dropout if training else 0.0,
+            noise=inputs.training and config.sample_noise,
+            **inputs.options(config),
         )
 
 

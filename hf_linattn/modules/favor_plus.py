@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.favor import favor_attention
 from ..ops.random_features import derive_seed, draw_projection
-from .base import LayerShape, LinearAttention, StateTensor
+from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig, attention_config
 from .registry import AttentionKind, register_kind
 
@@ -85,34 +85,15 @@ class FavorPlusAttention(LinearAttention):
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     @classmethod
-    def attend(
-        cls,
-        config: AttentionConfig,
-        state: Mapping[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Tensor:
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorPlusConfig)
         return favor_attention(
-            query,
-            key,
-            value,
+            inputs.query,
+            inputs.key,
+            inputs.value,
             state["projection"],
-            key_mask=key_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            window_size=config.window_size or 0,
-            grid=grid,
-            num_global_tokens=config.num_global_tokens or 0,
             chunk_size=config.chunk_size,
-            slot_dropout=config.slot_dropout if training else 0.0,
+            **inputs.options(config),
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.favor import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
-from .base import LayerShape, LinearAttention, StateTensor
+from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig, attention_config
 from .favor_plus import FavorConfig, projection_spec
 from .registry import AttentionKind, register_kind
@@ -59,42 +59,28 @@ class FavorSharpAttention(LinearAttention):
         return spec
 
     @classmethod
-    def attend(
-        cls,
-        config: AttentionConfig,
-        state: Mapping[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Tensor:
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorSharpConfig)
-        if is_causal:
+        if inputs.is_causal:
             statistics = FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
             _warn_if_neutral(statistics)
         else:
             statistics = favor_statistics(
-                query, key, key_mask=key_mask, scaling=scaling, variant=config.variant, centring=config.centring
+                inputs.query,
+                inputs.key,
+                key_mask=inputs.key_mask,
+                scaling=inputs.scaling,
+                variant=config.variant,
+                centring=config.centring,
             )
         return favor_attention(
-            query,
-            key,
-            value,
+            inputs.query,
+            inputs.key,
+            inputs.value,
             state["projection"],
-            key_mask=key_mask,
-            scaling=scaling,
-            is_causal=is_causal,
             statistics=statistics,
-            window_size=config.window_size or 0,
-            grid=grid,
-            num_global_tokens=config.num_global_tokens or 0,
             chunk_size=config.chunk_size,
-            slot_dropout=config.slot_dropout if training else 0.0,
+            **inputs.options(config),
         )
 
 

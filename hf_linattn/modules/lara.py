@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..ops.lara import WEIGHTINGS, lara_attention
-from .base import LayerShape, LinearAttention, StateTensor
+from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig, attention_config
 from .proposals import adapter_spec, residual_map
 from .registry import AttentionKind, register_kind
@@ -68,38 +68,19 @@ class LaraAttention(LinearAttention):
         return spec
 
     @classmethod
-    def attend(
-        cls,
-        config: AttentionConfig,
-        state: Mapping[str, Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Tensor:
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, LaraConfig)
         return lara_attention(
-            query,
-            key,
-            value,
+            inputs.query,
+            inputs.key,
+            inputs.value,
             num_landmarks=config.num_landmarks,
-            key_mask=key_mask,
-            scaling=scaling,
-            is_causal=is_causal,
             weighting=config.weighting,
             query_map=residual_map(state, "query_adapter"),
             key_map=residual_map(state, "key_adapter"),
-            noise=training and config.sample_noise,
+            noise=inputs.training and config.sample_noise,
             offset=state.get("mass_offset"),
-            window_size=config.window_size or 0,
-            grid=grid,
-            num_global_tokens=config.num_global_tokens or 0,
-            slot_dropout=config.slot_dropout if training else 0.0,
+            **inputs.options(config),
         )
 
 
