@@ -3,7 +3,7 @@
     python recipes/evaluate_checkpoint.py --model_name_or_path runs/favor_sharp --test_file dev.parquet
 
 The original is the same checkpoint under softmax attention (what `hf_linattn.revert` gives), or `--baseline`, say a
-model fine-tuned with softmax. Each model is measured in a process of its own, so that neither finds the other's memory.
+model fine-tuned with softmax. Each is measured in a process of its own, so that neither finds the other's memory.
 """
 
 from __future__ import annotations

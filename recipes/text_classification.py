@@ -33,6 +33,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -206,12 +207,20 @@ def parse(argv: Sequence[str] | None) -> tuple[Any, ...]:
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """Run the recipe. Returns what it writes to `results.json`."""
+def main(
+    argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
+) -> dict[str, Any]:
+    """Run the recipe. Returns what it writes to `results.json`.
+
+    Args:
+        argv: Command line; that of the program by default.
+        callbacks: Of the `Trainer`, besides its own.
+        quiet: Print nothing but warnings (a caller shows progress through a callback).
+    """
     started = time.perf_counter()
     model_args, attention_args, data_args, training_args = parse(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    logger.setLevel(logging.ERROR if not training_args.should_log else logging.WARNING if quiet else logging.INFO)
     if not training_args.should_log:
         transformers.utils.logging.set_verbosity_error()
         datasets.utils.disable_progress_bars()
@@ -254,10 +263,15 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     # Classification heads take `num_items_in_batch` and ignore it: Trainer, believing that they divided by it, would
     # scale gradients by the number of processes and of accumulation steps.
     trainer.model_accepts_loss_kwargs = False
-    trainer.card_facts = {"base_model": model_args.base_model or _hub_name(model_args.model_name_or_path)}
+    trainer.card_facts = {
+        "base_model": model_args.base_model or _hub_name(model_args.model_name_or_path),
+        "repo_id": training_args.hub_model_id,
+    }
 
     metrics: dict[str, dict[str, float]] = {}
     if training_args.do_train:
@@ -266,8 +280,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         metrics["eval"] = trainer.evaluate()
     if training_args.do_predict:
         metrics["test"] = trainer.predict(encoded["test"], metric_key_prefix="test").metrics
-    for split, values in metrics.items():
-        trainer.log_metrics(split, values)
+    if not quiet:
+        for split, values in metrics.items():
+            trainer.log_metrics(split, values)
 
     results = {
         "recipe": Path(__file__).stem,
