@@ -36,5 +36,7 @@ class CheckpointError(LinAttnError, ValueError):
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """A sentence naming the closest allowed value, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(str(value).lower().replace("-", "_").replace("favour", "favor"), list(allowed), n=1)
+    close = difflib.get_close_matches(
+        str(value).lower().replace("-", "_").replace("favour", "favor"), list(allowed), n=1
+    )
     return f" Did you mean {close[0]!r}?" if close else ""

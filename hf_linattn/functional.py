@@ -1,8 +1,8 @@
 """The attention functions on their own, for people with their own model.
 
-All take `query`, `key`, `value` of shape `[batch, heads, tokens, head_dim]`, a `key_mask` `[batch, keys]` that is True where
-a token is real, and return `[batch, heads, queries, head_dim]` in the dtype of `query`. They compute in float32 at least, hold
-no state, and are differentiable. Padding never matters: a row gives what it would give without it.
+All take `query`, `key`, `value` of shape `[batch, heads, tokens, head_dim]`, a `key_mask` `[batch, keys]` that is True
+where a token is real, and return `[batch, heads, queries, head_dim]` in the dtype of `query`. They compute in float32
+at least, hold no state, and are differentiable. Padding never matters: a row gives what it would give without it.
 """
 
 from __future__ import annotations

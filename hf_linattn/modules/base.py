@@ -1,4 +1,4 @@
-"""`LinearAttention`: what the four attention modules share. Owns every parameter and buffer; knows nothing of Transformers."""
+"""`LinearAttention`: what the attention modules share. Owns all parameters and buffers; knows no Transformers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ class LinearAttention(nn.Module):
         )
         output = self.attend(self.config, state, inputs)
         if self.training and torch.is_grad_enabled():
-            # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the graph.
+            # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the
+            # graph.
             for parameter in self.parameters(recurse=False):
                 output = output + 0.0 * parameter.sum().to(output.dtype)
         return output

@@ -1,10 +1,12 @@
-"""Base class of the per-kind settings: validation, dictionary form, defaults that depend on the model family."""
+"""Base class of the per-kind settings: validation, dictionary form, defaults that depend on the model family.
+
+A kind's settings are a frozen, keyword-only dataclass; a name that is not a field raises and names near misses.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -13,26 +15,7 @@ from ..errors import ConfigError, UnknownFieldError, did_you_mean
 C = TypeVar("C", bound="AttentionConfig")
 
 
-def attention_config(cls: type[C]) -> type[C]:
-    """Turn a class into a frozen, keyword-only settings dataclass whose constructor names near misses."""
-    cls = dataclass(frozen=True, kw_only=True)(cls)
-    generated: Callable[..., None] = cls.__init__
-
-    @functools.wraps(generated)
-    def __init__(self: C, *args: Any, **fields: Any) -> None:
-        allowed = [f.name for f in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in allowed:
-                raise UnknownFieldError(
-                    f"{cls.__name__} has no field {name!r}; fields: {allowed}.{did_you_mean(name, allowed)}"
-                )
-        generated(self, *args, **fields)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls
-
-
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Settings that every kind has.
 
@@ -52,6 +35,15 @@ class AttentionConfig:
     num_global_tokens: int | None = None
     slot_dropout: float = 0.0
     seed: int = 0
+
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in allowed:
+                raise UnknownFieldError(
+                    f"{cls.__name__} has no field {name!r}; fields: {allowed}.{did_you_mean(name, allowed)}"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.validate()

@@ -1,7 +1,7 @@
 """The default of every setting that depends on the kind and the model family, in one place.
 
-A field that is `None` in a config takes its value from here when a model is converted (the saved config is explicit) or, in
-native mode, at every call. `docs/decisions.md` says how the values were chosen.
+A field that is `None` in a config takes its value from here when a model is converted (the saved config is explicit)
+or, in native mode, at every call. `docs/decisions.md` says how the values were chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from .config import AttentionConfig
 from .registry import get_kind
 
 # Families beyond the three that can be converted share the defaults of the closest one.
-FAMILIES = {"bert": "encoder", "gpt2": "decoder", "vit": "vision", "encoder": "encoder", "decoder": "decoder", "vision": "vision"}
+FAMILIES = {
+    "bert": "encoder",
+    "gpt2": "decoder",
+    "vit": "vision",
+    "encoder": "encoder",
+    "decoder": "decoder",
+    "vision": "vision",
+}
 
 _BASE: dict[str, dict[str, Any]] = {
     "encoder": {"window_size": 32, "num_global_tokens": 0},

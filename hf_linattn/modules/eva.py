@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.eva import WEIGHTINGS, eva_attention
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from .config import AttentionConfig, attention_config
+from .config import AttentionConfig
 from .proposals import adapter_spec, residual_map
 from .registry import AttentionKind, register_kind
 
 
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class EvaConfig(AttentionConfig):
     """Settings of EVA. See `AttentionConfig` for the shared ones; `window_size` must be at least 1.
 
     Args:
         num_chunks: Upper bound of the number of chunks in a bidirectional layer.
         chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`.
-        query_proposals: Place a chunk's proposal at its mean query + mean key instead of its mean key. `None` takes the default
-            of the model family: True for encoders, False for decoders, whose cache keeps keys only.
+        query_proposals: Place a chunk's proposal at its mean query + mean key instead of its mean key. `None` takes
+            the default of the model family: True for encoders, False for decoders, whose cache keeps keys only.
         weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query.
-        learn_proposals: A linear map per head on the mean query and key of each chunk, starting at the identity. Converted
-            models only; native mode has no parameters.
+        learn_proposals: A linear map per head on the mean query and key of each chunk, starting at the identity.
+            Converted models only; native mode has no parameters.
         sample_noise: Add standard normal noise to the proposals in training.
     """
 
@@ -61,11 +62,13 @@ class EvaAttention(LinearAttention):
         assert isinstance(config, EvaConfig)
         window = config.window_size
         if not window:
-            raise ConfigError(f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks.")
+            raise ConfigError(
+                f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
+            )
         if shape.is_causal and window % config.chunk_size:
             raise ConfigError(
-                f"EvaConfig.chunk_size must divide window_size in a causal layer; got chunk_size={config.chunk_size!r} and"
-                f" window_size={window!r}."
+                f"EvaConfig.chunk_size must divide window_size in a causal layer; got"
+                f" chunk_size={config.chunk_size!r} and window_size={window!r}."
             )
 
     @classmethod

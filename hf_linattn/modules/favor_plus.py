@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..ops.favor import favor_attention
 from ..ops.random_features import derive_seed, draw_projection
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from .config import AttentionConfig, attention_config
+from .config import AttentionConfig
 from .registry import AttentionKind, register_kind
 
 
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class FavorConfig(AttentionConfig):
     """Settings shared by FAVOR+ and FAVOR#.
 
     Args:
         num_features: Random features per head (M). Cost grows with it, error falls like its square root.
         orthogonal: Orthogonal directions; False draws them independently.
-        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of the
-            slots (causal or with a window). Changes cost, never the result.
+        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
+            the slots (causal or with a window). Changes cost, never the result.
     """
 
     num_features: int = 256
@@ -37,13 +38,13 @@ class FavorConfig(AttentionConfig):
         self._check_bool("orthogonal")
 
 
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class FavorPlusConfig(FavorConfig):
     """Settings of FAVOR+. See `FavorConfig` and `AttentionConfig` for the shared ones.
 
     Args:
-        regularized: Directions of fixed length `head_dim ** 0.5` instead of chi-distributed ones: a little less variance, a
-            slight bias.
+        regularized: Directions of fixed length `head_dim ** 0.5` instead of chi-distributed ones: a little less
+            variance, a slight bias.
     """
 
     kind = "favor_plus"
@@ -54,7 +55,11 @@ class FavorPlusConfig(FavorConfig):
         super().validate()
         self._check_bool("regularized")
         if self.regularized and not self.orthogonal:
-            self._fail("regularized", "False when orthogonal=False", "Fixed lengths only make sense for orthogonal directions.")
+            self._fail(
+                "regularized",
+                "False when orthogonal=False",
+                "Fixed lengths only make sense for orthogonal directions.",
+            )
 
 
 def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops.favor import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from .config import AttentionConfig, attention_config
+from .config import AttentionConfig
 from .favor_plus import FavorConfig, projection_spec
 from .registry import AttentionKind, register_kind
 
 VARIANTS = ("saderf", "gerf")
 
 
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class FavorSharpConfig(FavorConfig):
     """Settings of FAVOR#. See `FavorConfig` and `AttentionConfig` for the shared ones.
 
-    The statistics that adapt the features to the data are taken from each row's real tokens in a bidirectional layer. A
-    causal layer must not look at later tokens, so it uses stored ones; until they are set they are neutral, which makes the
-    layer FAVOR+ (one warning says so).
+    The statistics that adapt the features to the data are taken from each row's real tokens in a bidirectional layer.
+    A causal layer must not look at later tokens, so it uses stored ones; until they are set they are neutral, which
+    makes the layer FAVOR+ (one warning says so).
 
     Args:
-        variant: "saderf" balances the coordinates of queries and keys, then stretches all directions by the optimal factor;
-            "gerf" only stretches.
+        variant: "saderf" balances the coordinates of queries and keys, then stretches all directions by the optimal
+            factor; "gerf" only stretches.
         centring: Take the mean query and key off first: exact, and less variance.
     """
 
@@ -88,15 +89,15 @@ _checked_statistics: set[tuple[int, int]] = set()
 
 
 def _warn_if_neutral(statistics: FavorStatistics) -> None:
-    """Say so if a causal layer has no statistics. Reads values, so it looks at each tensor once and not while compiling."""
+    """Say so if a causal layer has no statistics. Reads values: looks at each tensor once, not while compiling."""
     shape = statistics.shape
     if torch.compiler.is_compiling() or shape.is_meta or (shape.data_ptr(), shape._version) in _checked_statistics:
         return
     _checked_statistics.add((shape.data_ptr(), shape._version))
     if not bool(shape.any()):
         warnings.warn(
-            "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the sequence itself"
-            " would let a token look ahead. Set the layer's statistics_* buffers from other data to get FAVOR#.",
+            "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the"
+            " sequence itself would let a token look ahead. Set the layer's statistics_* buffers from other data.",
             stacklevel=2,
         )
 

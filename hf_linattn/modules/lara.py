@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,20 +11,20 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.lara import WEIGHTINGS, lara_attention
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from .config import AttentionConfig, attention_config
+from .config import AttentionConfig
 from .proposals import adapter_spec, residual_map
 from .registry import AttentionKind, register_kind
 
 
-@attention_config
+@dataclass(frozen=True, kw_only=True)
 class LaraConfig(AttentionConfig):
     """Settings of LARA. See `AttentionConfig` for the shared ones.
 
     Args:
         num_landmarks: Proposals per row: segments of the sequence, or (rounded down to a square) bins of the image.
         weighting: How samples are weighed: "balance" (balance heuristic) or "optimal" (plus a per-query correction).
-        learn_proposals: A linear map per head on the mean query and key of each landmark, starting at the identity. Converted
-            models only; native mode has no parameters.
+        learn_proposals: A linear map per head on the mean query and key of each landmark, starting at the identity.
+            Converted models only; native mode has no parameters.
         sample_noise: Draw the samples around the proposals in training (at their means in evaluation).
     """
 
@@ -43,7 +44,7 @@ class LaraConfig(AttentionConfig):
 
 
 class LaraAttention(LinearAttention):
-    """LARA with learned maps of the landmarks and, beside exact keys, a learned log offset of the slots' mass per head."""
+    """LARA with learned maps of the landmarks and, beside exact keys, a learned offset of the slots' log mass."""
 
     kind = "lara"
     config: LaraConfig
@@ -52,8 +53,8 @@ class LaraAttention(LinearAttention):
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
         if shape.is_causal:
             raise UnsupportedError(
-                "LARA has no causal form here: its proposals are landmarks of the whole sequence, so every query would see"
-                " later keys. Use 'favor_plus', 'favor_sharp' or 'eva' in a causal model."
+                "LARA has no causal form here: its proposals are landmarks of the whole sequence, so every query would"
+                " see later keys. Use 'favor_plus', 'favor_sharp' or 'eva' in a causal model."
             )
 
     @classmethod

@@ -1,6 +1,7 @@
 """Which attention kinds exist and what each can do.
 
-A kind's own module calls `register_kind` when it is imported; the built-in ones are imported on first use of the registry.
+A kind's own module calls `register_kind` when it is imported; the built-in ones are imported on first use of the
+registry.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def get_kind(name: str) -> AttentionKind:
         importlib.import_module(BUILTIN_KINDS[name])
     if name not in _KINDS:
         kinds = list_kinds()
-        raise ConfigError(
-            f"Unknown attention kind {name!r}; registered kinds: {kinds}.{did_you_mean(name, kinds)}"
-        )
+        raise ConfigError(f"Unknown attention kind {name!r}; registered kinds: {kinds}.{did_you_mean(name, kinds)}")
     return _KINDS[name]
 
 
 def config_from_dict(values: Mapping[str, Any]) -> AttentionConfig:
     """Build the settings of any kind from its dictionary form (which names the kind under `"kind"`)."""
     if "kind" not in values:
-        raise ConfigError(f"The settings of an attention kind need the key 'kind' (one of {list_kinds()}); got {dict(values)!r}.")
+        raise ConfigError(
+            f"The settings of an attention kind need the key 'kind' (one of {list_kinds()}); got {dict(values)!r}."
+        )
     return get_kind(values["kind"]).config_cls.from_dict(values)

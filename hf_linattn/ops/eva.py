@@ -1,12 +1,13 @@
-r"""EVA: exact attention in a local window, one control-variate summary per chunk elsewhere (Zheng et al. 2023, arXiv:2302.04542).
+r"""EVA: exact attention in a local window, one control-variate summary per chunk elsewhere (Zheng et al. 2023,
+arXiv:2302.04542).
 
 In scaled coordinates, with `mu_c` from the means of chunk c:
 
     chunk value   u_c = sum_n softmax_n(mu_c . y_n - |y_n|^2 / 2) v_n      over the chunk's own keys
     chunk logit   x_t . ybar_c + log(size of c) [+ the chunk's spread]       an estimate of log sum_n exp(x_t . y_n)
 
-and one softmax runs over the window's keys and the chunks. Chunks never straddle a window's border, and a query does not
-see the chunks of its own window, so that every key counts exactly once.
+and one softmax runs over the window's keys and the chunks. Chunks never straddle a window's border, and a query does
+not see the chunks of its own window, so that every key counts exactly once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WEIGHTINGS = ("size", "spread")
 
 
 class ChunkSummary(NamedTuple):
-    """What a query needs of the chunks: mean key, value and log size, `[batch, heads, chunks(, head_dim)]`; spread or None."""
+    """What a query needs of the chunks: mean key, value, log size, spread; `[batch, heads, chunks(, head_dim)]`."""
 
     key_mean: Tensor
     value: Tensor
@@ -52,11 +53,14 @@ class ChunkSummary(NamedTuple):
             return z.gather(2, rows).unflatten(2, tuple(index.shape[1:]))
 
         size = pick(self.log_size.unsqueeze(-1)).squeeze(-1).masked_fill((index < 0)[:, None], float("-inf"))
-        return ChunkSummary(pick(self.key_mean), pick(self.value), size, None if self.spread is None else pick(self.spread))
+        return ChunkSummary(
+            pick(self.key_mean), pick(self.value), size, None if self.spread is None else pick(self.spread)
+        )
 
 
 def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
-    """The shortest chunk length that gives at most `num_chunks` chunks and fits the windows (element-wise over `tokens`).
+    """The shortest chunk length that gives at most `num_chunks` chunks and fits the windows (element-wise over
+    `tokens`).
 
     It divides `window_size`, or is a multiple of it.
     """
@@ -149,7 +153,9 @@ def summarise_chunks(
     log_size = member.sum(-1).to(y.dtype).log()[:, None].expand(y.shape[0], y.shape[1], -1)
     variance = None
     if spread:
-        variance = masked_mean((keys - raw_mean.unsqueeze(-2)).square().masked_fill(~member[:, None, ..., None], 0.0), member)
+        variance = masked_mean(
+            (keys - raw_mean.unsqueeze(-2)).square().masked_fill(~member[:, None, ..., None], 0.0), member
+        )
     return ChunkSummary(key_mean, chunk_value, log_size, variance)
 
 
@@ -176,16 +182,18 @@ def eva_attention(
 ) -> Tensor:
     """EVA attention.
 
-    Source: Zheng et al. 2023, arXiv:2302.04542, section 4. Differs from it: chunks weigh by their size, a key in the window is
-    not also in a visible chunk, windows and chunks are those of the real tokens of each row, any length works.
+    Source: Zheng et al. 2023, arXiv:2302.04542, section 4. Differs from it: chunks weigh by their size, a key in the
+    window is not also in a visible chunk, windows and chunks are those of a row's real tokens, any length works.
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`. In the causal form queries may be fewer than keys (the last
-            ones), if the proposals come from the keys alone.
+        query, key, value: `[batch, heads, tokens, head_dim]`. In the causal form queries may be fewer than keys (the
+            last ones), if the proposals come from the keys alone.
         window_size: Tokens of a window (side of a square with a `grid`), at least 1.
-        num_chunks: Upper bound of the number of chunks (bidirectional). Chunk lengths divide the window or are multiples of
-            it; in a chunk larger than a window, the other windows of a query's own chunk are summaries of their own.
-        chunk_size: Tokens of a chunk in the causal form, a divisor of `window_size`. Fixed, so that a prefix never changes.
+        num_chunks: Upper bound of the number of chunks (bidirectional). Chunk lengths divide the window or are
+            multiples of it; in a chunk larger than a window, the other windows of a query's own chunk are summaries of
+            their own.
+        chunk_size: Tokens of a chunk in the causal form, a divisor of `window_size`. Fixed, so that a prefix never
+            changes.
         key_mask: `[batch, tokens]` bool, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key: chunks are visible once the window they lie in has passed.
@@ -196,15 +204,17 @@ def eva_attention(
         grid, num_global_tokens, slot_dropout: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes or options do not fit.
-    Cost: O(tokens * (window_size + num_chunks) * head_dim); causal O(tokens * (window_size + tokens / chunk_size) * head_dim).
-        Random: only through `noise` and `slot_dropout`.
+    Cost: O(tokens * (window_size + num_chunks) * head_dim); causal O(tokens * (window_size + tokens / chunk_size) *
+        head_dim). Random: only through `noise` and `slot_dropout`.
     """
     if window_size < 1 or num_chunks < 1:
         raise InputError(f"window_size and num_chunks must be >= 1; got {window_size!r} and {num_chunks!r}.")
     if weighting not in WEIGHTINGS:
         raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {weighting!r}.")
     if is_causal and (chunk_size < 1 or window_size % chunk_size):
-        raise InputError(f"chunk_size must divide window_size in the causal form; got {chunk_size!r} and {window_size!r}.")
+        raise InputError(
+            f"chunk_size must divide window_size in the causal form; got {chunk_size!r} and {window_size!r}."
+        )
     if is_causal and query_proposals and query.shape[2] != key.shape[2]:
         raise InputError(
             f"Causal EVA with query_proposals=True needs the queries of all tokens; got {query.shape[2]} queries and"
@@ -232,7 +242,9 @@ def eva_attention(
             visible = (ends <= torch.arange(windows.num_blocks, device=device)[:, None] * window_size).unsqueeze(0)
         elif grid is not None:
             side = int(chunk_length(window_size, max(1, int(num_chunks**0.5)), torch.tensor([max(grid)])))
-            index, overlap, siblings = (table.to(device).unsqueeze(0) for table in _grid_table(grid, window_size, side))
+            index, overlap, siblings = (
+                table.to(device).unsqueeze(0) for table in _grid_table(grid, window_size, side)
+            )
             visible = ~overlap
         else:
             index, overlap, siblings = _sequence_table(tokens, window_size, num_chunks)
@@ -241,9 +253,7 @@ def eva_attention(
         spread = weighting == "spread"
         source = tokens.x if query_proposals else None
         maps = {"query_map": query_map, "key_map": key_map}
-        summary = summarise_chunks(
-            source, tokens.y, tokens.value, index, member, noise=noise, spread=spread, **maps
-        )
+        summary = summarise_chunks(source, tokens.y, tokens.value, index, member, noise=noise, spread=spread, **maps)
         partials.append(_read(block_x, summary, visible, slot_dropout))
         if siblings.shape[-1]:
             index = windows.index(device).unsqueeze(0)
@@ -253,7 +263,9 @@ def eva_attention(
             ).select(siblings)
             partials.append(weigh(pieces.logits(block_x), pieces.value, dropout=slot_dropout))
     partial = merge(partials)
-    return tokens.finish(Partial(windows.join(partial.output), windows.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
+    return tokens.finish(
+        Partial(windows.join(partial.output), windows.join(partial.log_mass.unsqueeze(-1)).squeeze(-1))
+    )
 
 
 def _read(block_x: Tensor, summary: ChunkSummary, visible: Tensor, dropout: float) -> Partial:

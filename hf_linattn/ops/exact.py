@@ -41,13 +41,15 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
     if key.shape != value.shape and key.shape[:3] != value.shape[:3]:
         raise InputError(f"key and value must agree in batch, heads and tokens; got {shapes}.")
     if query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
-        raise InputError(f"query and key must agree in batch, heads and head_dim; got {shapes}. Repeat grouped key heads first.")
+        raise InputError(
+            f"query and key must agree in batch, heads and head_dim; got {shapes}. Repeat grouped heads first."
+        )
     if not query.is_floating_point():
         raise InputError(f"query, key and value must be floating point; got {query.dtype}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
         raise InputError(
-            f"key_mask must be a bool tensor [batch, key tokens] = {(key.shape[0], key.shape[2])}, True where a token is real;"
-            f" got {key_mask.dtype} {tuple(key_mask.shape)}."
+            f"key_mask must be a bool tensor [batch, key tokens] = {(key.shape[0], key.shape[2])}, True where a token"
+            f" is real; got {key_mask.dtype} {tuple(key_mask.shape)}."
         )
 
 
@@ -82,7 +84,8 @@ def softmax_attention(
 ) -> Tensor:
     """Exact softmax attention: the reference every kind is measured against.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1. Differs from it: a query without any visible key gives 0.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1. Differs from it: a query without any visible key gives
+        0.
 
     Args:
         query: `[batch, heads, queries, head_dim]`.

@@ -4,9 +4,10 @@ With scaled inputs `x`, `y` and a diagonal `A` with `8 A < I`,
 
     f(w, x) = det(I - 4A)^(1/4) exp( w'Aw + w'(I - 4A)^(1/2) x - |x|^2 / 2 ),    w ~ N(0, I)
 
-has `E[f(w, x) f(w, y)] = exp(x . y)`. `A = 0` is FAVOR+ (Choromanski et al. 2021, arXiv:2009.14794, Lemma 1); `A = a I` is
-GERF (Likhosherstov et al. 2022, arXiv:2205.15317); FAVOR# (Likhosherstov et al. 2023, arXiv:2302.00787) also balances the
-coordinates of queries and keys first. Every feature is a slot, so `[tokens, features]` only ever appears as a logit.
+has `E[f(w, x) f(w, y)] = exp(x . y)`. `A = 0` is FAVOR+ (Choromanski et al. 2021, arXiv:2009.14794, Lemma 1); `A = a
+I` is GERF (Likhosherstov et al. 2022, arXiv:2205.15317); FAVOR# (Likhosherstov et al. 2023, arXiv:2302.00787) also
+balances the coordinates of queries and keys first. Every feature is a slot, so `[tokens, features]` only ever appears
+as a logit.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def neutral_statistics(num_heads: int, head_dim: int) -> FavorStatistics:
 
 
 def optimal_shape(phi: Tensor) -> Tensor:
-    """The `a` of `A = a I` with the least mean log second moment, given `phi = mean |x + y|^2 / head_dim`; in (-inf, 0].
+    """The `a` of `A = a I` with the least mean log second moment, given `phi = mean |x + y|^2 / head_dim`; in (-inf,
+    0].
 
     Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1.
     """
@@ -68,7 +70,8 @@ def favor_statistics(
 ) -> FavorStatistics:
     """FAVOR#'s constants from the real tokens of every row and head, without gradient.
 
-    Source: Likhosherstov et al. 2023, arXiv:2302.00787, section 3 (SADERF: a diagonal balance, then GERF). Differs from it:
+    Source: Likhosherstov et al. 2023, arXiv:2302.00787, section 3 (SADERF: a diagonal balance, then GERF). Differs
+        from it:
     `centring` takes the means off first, which changes nothing in expectation and reduces the variance.
 
     Args:
@@ -108,7 +111,8 @@ def favor_log_features(
 ) -> tuple[Tensor, Tensor]:
     r"""Log-features `a[t, j]` of queries and `c[j, n]` of keys with `E[sum_j exp(a + c)] = exp(x . y)`.
 
-    With means `m_x`, `m_y`: `exp(x.y) = exp((x - m_x).(y - m_y)) exp(m_x.y) exp(x.m_y - m_x.m_y)`; the second factor goes to
+    With means `m_x`, `m_y`: `exp(x.y) = exp((x - m_x).(y - m_y)) exp(m_x.y) exp(x.m_y - m_x.m_y)`; the second factor
+        goes to
     the key and the third to the query, so the logits stay on the scale of `x . y` and can stand beside exact ones.
 
     Args:
@@ -155,8 +159,8 @@ def favor_attention(
 ) -> Tensor:
     """FAVOR+ (or FAVOR#, given `statistics`) attention.
 
-    Source: Choromanski et al. 2021, arXiv:2009.14794, Algorithm 1, and the papers named in this module. Differs from them:
-    no epsilon, evaluated in log space through slots, an optional exact window and global tokens in the same softmax.
+    Source: Choromanski et al. 2021, arXiv:2009.14794, Algorithm 1, and the papers named in this module. Differs from
+    them: no epsilon, log space, slots, an optional exact window and global tokens in the same softmax.
 
     Args:
         query: `[batch, heads, queries, head_dim]`. In the causal form queries may be fewer than keys: the last ones.
@@ -169,8 +173,8 @@ def favor_attention(
         window_size: Exact local window in tokens (side of the square with a `grid`); 0 for none.
         grid: Height and width in patches of the tokens after the global ones.
         num_global_tokens: Leading tokens that see and are seen exactly (bidirectional only).
-        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of the
-            slots (causal or with a window); changes cost, not the result.
+        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
+            the slots (causal or with a window); changes cost, not the result.
         slot_dropout: Dropout on the weights of the slots.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes do not fit or queries and keys differ where they may not; UnsupportedError for global

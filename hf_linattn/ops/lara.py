@@ -1,8 +1,8 @@
 r"""LARA: linear randomized attention (Zheng et al. 2022, arXiv:2204.04667), bidirectional.
 
-Softmax attention is an expectation over random directions whose density depends on the query. LARA replaces the density per
-query by a few proposals N(mu_c, I), placed at landmarks of the sequence, and weighs their samples `w_j` by multiple
-importance sampling. In scaled coordinates and with `l(x, w) = w . x - |x|^2 / 2`, sample j is a slot with
+Softmax attention is an expectation over random directions whose density depends on the query. LARA replaces the
+density per query by a few proposals N(mu_c, I), placed at landmarks of the sequence, and weighs their samples `w_j` by
+multiple importance sampling. In scaled coordinates and with `l(x, w) = w . x - |x|^2 / 2`, sample j is a slot with
 
     c[j, n] = l(y_n, w_j)        a[t, j] = l(x_t, w_j) + e[t, j]
 
@@ -43,7 +43,7 @@ def add_noise(mu: Tensor, noise: Tensor | bool) -> Tensor:
 
 
 def log_feature(x: Tensor, w: Tensor) -> Tensor:
-    """`l(x, w) = w . x - |x|^2 / 2` for all pairs: `[..., tokens, dim]`, `[..., samples, dim]` -> `[..., tokens, samples]`."""
+    """`l(x, w) = w . x - |x|^2 / 2` for all pairs of `[..., tokens, dim]` and `[..., samples, dim]`."""
     return x @ w.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2
 
 
@@ -69,11 +69,11 @@ def lara_attention(
 ) -> Tensor:
     r"""LARA attention, bidirectional.
 
-    Source: Zheng et al. 2022, arXiv:2204.04667, section 4. Differs from it: landmarks are those of the real tokens of each
-    row; `noise` is on the scale that the densities assume; no epsilon; an optional exact window and global tokens in the
-    same softmax. Without noise (`w = mu`) a slot's mass is too small by about half the spread of `x + y` around the
-    landmark, which matters only beside exact keys; there the mass of all slots is corrected per row and head by what it is
-    on probe queries (one real query per landmark) against their exact mass, without gradient.
+    Source: Zheng et al. 2022, arXiv:2204.04667, section 4. Differs from it: landmarks are those of the real tokens of
+    each row; `noise` is on the scale that the densities assume; no epsilon; an optional exact window and global
+    tokens in the same softmax. Without noise (`w = mu`) a slot's mass is too small by about half the spread of
+    `x + y` around the landmark, which matters only beside exact keys; there the mass of all slots is corrected per row
+    and head by what it is on probe queries (one real query per landmark) against their exact mass, without gradient.
 
     Args:
         query, key, value: `[batch, heads, tokens, head_dim]` of the same tokens.
@@ -81,11 +81,13 @@ def lara_attention(
         key_mask: `[batch, tokens]` bool, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: Must be False.
-        weighting: "balance" (balance heuristic: the mixture of all proposals is the sampling density) or "optimal" (adds, per
-            query, the approximately optimal correction; it is normalised over the row's queries).
+        weighting: "balance" (balance heuristic: the mixture of all proposals is the sampling density) or "optimal"
+            (adds, per query, the approximately optimal correction; it is normalised over the row's queries).
         query_map, key_map: Applied to the mean query and key of a landmark, `[batch, heads, landmarks, head_dim]`.
-        noise: Standard normal, `[batch, heads, landmarks, head_dim]`, or True to draw it; False evaluates at the means.
-        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log mass of the slots beside exact keys.
+        noise: Standard normal, `[batch, heads, landmarks, head_dim]`, or True to draw it; False evaluates at the
+            means.
+        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log mass of the slots beside exact
+            keys.
         window_size, grid, num_global_tokens, slot_dropout: As in `favor_attention`.
     Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: UnsupportedError if `is_causal`; InputError if shapes or options do not fit.
@@ -93,8 +95,8 @@ def lara_attention(
     """
     if is_causal:
         raise UnsupportedError(
-            "LARA has no causal form here: its proposals are landmarks of the whole sequence, so every query would see later"
-            " keys. Use 'favor_plus', 'favor_sharp' or 'eva' in a causal model."
+            "LARA has no causal form here: its proposals are landmarks of the whole sequence, so every query would see"
+            " later keys. Use 'favor_plus', 'favor_sharp' or 'eva' in a causal model."
         )
     if weighting not in WEIGHTINGS:
         raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {weighting!r}.")

@@ -32,7 +32,8 @@ class Compaction:
         if self.order is None or self.valid is None:
             return x
         moved = x.gather(2, self.order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
-        # Zeroed with a `where`, so that whatever stood in the padding (even inf or NaN) reaches neither values nor gradients.
+        # Zeroed with a `where`, so that whatever stood in the padding (even inf or NaN) reaches neither values nor
+        # gradients.
         return moved.masked_fill(~self.valid[:, None, :, None], 0.0)
 
     def restore(self, x: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:
     """A 2-D layout needs exactly `height * width` tokens, all of them real."""
     if grid[0] * grid[1] != tokens:
         raise InputError(
-            f"A grid of {grid[0]} x {grid[1]} patches needs {grid[0] * grid[1]} tokens after the global ones; got {tokens}."
-            " Pass the grid of these images, or grid=None to treat the tokens as a sequence."
+            f"A grid of {grid[0]} x {grid[1]} patches needs {grid[0] * grid[1]} tokens after the global ones; got"
+            f" {tokens}. Pass the grid of these images, or grid=None to treat the tokens as a sequence."
         )
     if mask is not None and not torch.compiler.is_compiling() and not bool(mask.all()):
         raise InputError(
@@ -121,7 +122,8 @@ class Blocks:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Pick tokens: `x` `[batch, heads, tokens, dim]`, `index` `[batch or 1, groups, members]` -> `[batch, heads, groups, members, dim]`.
+    """Pick tokens: `x` `[batch, heads, tokens, dim]`, `index` `[batch or 1, groups, members]` -> `[batch, heads,
+    groups, members, dim]`.
 
     Negative entries of `index` stand for "no token" and give zeros.
     """
@@ -145,9 +147,9 @@ def masked_mean(x: Tensor, member: Tensor) -> Tensor:
 def segment_index(lengths: Tensor, num_segments: int, longest: int) -> Tensor:
     """Cut each row's first `lengths[b]` tokens into `num_segments` consecutive segments of nearly equal length.
 
-    A row with at most `num_segments` tokens has one token per segment and the rest of its segments empty. Otherwise, with
-    `S = floor(length / num_segments)`, the first segments have `S` tokens and the last `length - S * num_segments` have
-    `S + 1` (the landmarks of LARA; official code, `HKUNLP/efficient-attention`).
+    A row with at most `num_segments` tokens has one token per segment and the rest of its segments empty. Otherwise,
+    with `S = floor(length / num_segments)`, the first segments have `S` tokens and the last `length - S *
+    num_segments` have `S + 1` (the landmarks of LARA; official code, `HKUNLP/efficient-attention`).
 
     Args:
         lengths: `[batch]` integers. longest: An upper bound of the lengths that is known without reading them.

@@ -25,11 +25,12 @@ def draw_projection(
 ) -> Tensor:
     """Directions omega of random features, one independent set per head.
 
-    Orthogonal directions come in blocks of `head_dim` rows, uniformly distributed (QR of a Gaussian matrix with the signs
-    of R's diagonal taken out; without that correction the rows are not uniform and the estimate is biased). Their lengths
-    are drawn as norms of Gaussian vectors, so that each row alone is N(0, I).
+    Orthogonal directions come in blocks of `head_dim` rows, uniformly distributed (QR of a Gaussian matrix with the
+    signs of R's diagonal taken out; without that correction the rows are not uniform and the estimate is biased).
+    Their lengths are drawn as norms of Gaussian vectors, so that each row alone is N(0, I).
 
-    Source: Choromanski et al. 2021, arXiv:2009.14794, section 2.4; sign correction: Mezzadri 2007, arXiv:math-ph/0609050.
+    Source: Choromanski et al. 2021, arXiv:2009.14794, section 2.4; sign correction: Mezzadri 2007,
+        arXiv:math-ph/0609050.
 
     Args:
         num_features: Rows per head; need not be a multiple of `head_dim`.

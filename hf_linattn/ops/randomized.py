@@ -1,4 +1,4 @@
-"""RA: randomized attention, the quadratic method that LARA makes linear (Zheng et al. 2022, arXiv:2204.04667, section 3)."""
+"""RA: randomized attention, the quadratic method that LARA makes linear (Zheng et al. 2022, arXiv:2204.04667)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ def randomized_attention(
     if is_causal:
         causal = causal_visibility(x.shape[2], y.shape[2], x.device)
         visible = causal if visible is None else causal & visible
-    near = x @ y.transpose(-1, -2) if proposal == "softmax_mean" else torch.zeros_like(x[..., :1] @ y[..., :1].transpose(-1, -2))
+    near = (
+        x @ y.transpose(-1, -2)
+        if proposal == "softmax_mean"
+        else torch.zeros_like(x[..., :1] @ y[..., :1].transpose(-1, -2))
+    )
     mu = x + weigh(mask_logits(near, visible), y).output
     samples = add_noise(mu, noise)
     return weigh(mask_logits(log_feature(y, samples).transpose(-1, -2), visible), value).output

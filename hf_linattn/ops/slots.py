@@ -6,12 +6,12 @@ Every kind is a self-normalised estimator of softmax attention and can be writte
     slot mass    b_j = logsumexp_n c[j, n]                  the log of how much those keys weigh
     output       o_t = sum_j softmax_j(a[t, j] + b_j) u_j   what query t reads from the slots
 
-`c` are the log-weights of the keys for a slot and `a` those of a query for the slots; a kind is a choice of `a` and `c`.
-Both lines are the same operation (`weigh`), and so is putting several groups of slots or keys under one softmax
+`c` are the log-weights of the keys for a slot and `a` those of a query for the slots; a kind is a choice of `a` and
+`c`. Both lines are the same operation (`weigh`), and so is putting several groups of slots or keys under one softmax
 (`merge`), because a group is fully described by its output and the log of its mass.
 
-Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visible member has mass `-inf` and output 0,
-and gradients through such a group are 0. Logits are expected in float32 or float64.
+Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visible member has mass `-inf` and output
+0, and gradients through such a group are 0. Logits are expected in float32 or float64.
 """
 
 from __future__ import annotations
@@ -158,12 +158,14 @@ def _scan(states: Partial) -> Partial:
 def between_halves(query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool) -> Partial:
     r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
-    Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser of the
+    Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser
+    of the
     keys is taken over their half alone, all of which every query of the other half sees: no weight underflows because
     of a key that is not visible, and nothing of a later key enters an earlier query, not even a maximum.
 
     Args:
-        query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens, head_dim]`.
+        query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens,
+            head_dim]`.
         is_causal: Only right halves read, the left ones.
     Cost: O(tokens * slots) exponentials, O(tokens * half * slots) multiplications.
     """

@@ -1,4 +1,4 @@
-"""What comes before and after the estimator of every kind: padding, global tokens, queries that are only the last ones."""
+"""What comes before and after every estimator: padding, global tokens, queries that are only the last ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .slots import Partial, merge
 class Tokens:
     """Scaled inputs without padding and without global tokens: what an estimator works on.
 
-    `x`, `y`, `value` are `[batch, heads, tokens, head_dim]`, real tokens first; `valid` is `[batch, tokens]` or `None` if
-    all are real; `lengths` is `[batch]` (or `[1]` without a mask).
+    `x`, `y`, `value` are `[batch, heads, tokens, head_dim]`, real tokens first; `valid` is `[batch, tokens]` or `None`
+    if all are real; `lengths` is `[batch]` (or `[1]` without a mask).
     """
 
     x: Tensor
@@ -69,12 +69,14 @@ def prepare(
     """Take out padding and global tokens.
 
     In a causal layer queries may be fewer than keys (decoding with a cache of keys); they are then the last ones.
-    Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a causal layer.
+    Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a causal
+        layer.
     """
     num_queries, num_keys = x.shape[2], y.shape[2]
     if is_causal and num_global_tokens:
         raise UnsupportedError(
-            f"Global tokens see every token, which a causal layer forbids; got num_global_tokens={num_global_tokens}. Set it to 0."
+            f"Global tokens see every token, which a causal layer forbids; got num_global_tokens={num_global_tokens}."
+            " Set it to 0."
         )
     if is_causal and grid is not None:
         raise UnsupportedError(f"A causal layer reads a sequence, not an image; got grid={grid!r}. Pass grid=None.")

@@ -35,16 +35,16 @@ def slot_attention(
 ) -> Partial:
     """Attention through slots, with the keys of the query's own block exact when there is a window.
 
-    The slots a query reads then hold the keys of the other blocks only (of the earlier blocks if causal), so that no key
-    counts twice. Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a pair at a
-    time; between groups every group's slots are summarised on their own and merged.
+    The slots a query reads then hold the keys of the other blocks only (of the earlier blocks if causal), so that no
+    key counts twice. Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a
+    pair at a time; between groups every group's slots are summarised on their own and merged.
 
     Args:
-        query_logits, key_logits: `[batch, heads, tokens, slots]`, `a[t, j]` and `c[j, n]`. With a window or global tokens
-            they must be on the scale of `x . y`, constants included.
+        query_logits, key_logits: `[batch, heads, tokens, slots]`, `a[t, j]` and `c[j, n]`. With a window or global
+            tokens they must be on the scale of `x . y`, constants included.
         window_size: Tokens of a block (side of a square with a grid); 0 for none.
-        chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots; changes the
-            cost, not the result.
+        chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots;
+            changes the cost, not the result.
     Returns: output `[batch, heads, tokens, head_dim]` and its log mass.
     Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
     """
@@ -63,7 +63,11 @@ def slot_attention(
         x = F.pad(blocks.split(x), (0, 0, 0, 0, 0, padding))
         return x.unflatten(-3, (-1, per_group)).flatten(-3, -2)
 
-    real = torch.ones_like(tokens.y[:1, :1, :, :1]) if tokens.valid is None else tokens.valid[:, None, :, None].to(tokens.y)
+    real = (
+        torch.ones_like(tokens.y[:1, :1, :, :1])
+        if tokens.valid is None
+        else tokens.valid[:, None, :, None].to(tokens.y)
+    )
     valid = grouped(real) > 0
     value = grouped(tokens.value)
     query_logits = grouped(query_logits)
