@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -22,8 +23,30 @@ class LinAttnViTConfig(LinAttnConfigMixin, ViTConfig):
     linear_attention: Any = None
 
 
+@functools.cache
+def _register_renaming() -> None:
+    """Let Transformers rename the weights of ViT checkpoints for our base model as it does for its own.
+
+    Checkpoints of ViT name their weights differently from the model; without this a stock one would load with every
+    encoder weight at its random initial value. Transformers builds all its mappings for this (a good part of a second),
+    so it is done when a model is first loaded or saved, not at import.
+    """
+    register_checkpoint_conversion_mapping(
+        "LinAttnViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+    )
+
+
 class LinAttnViTMixin(LinAttnMixin):
     config_class = LinAttnViTConfig
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        _register_renaming()
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        _register_renaming()
+        super().save_pretrained(*args, **kwargs)
 
 
 class LinAttnViTModel(LinAttnViTMixin, ViTModel):
@@ -39,12 +62,6 @@ class LinAttnViTModel(LinAttnViTMixin, ViTModel):
 
 
 LinAttnViTMixin.base_model_class = LinAttnViTModel
-
-# Checkpoints of ViT name their weights differently from the model. Transformers renames them for its own classes only;
-# without this a stock checkpoint would load with every encoder weight left at its random initial value.
-register_checkpoint_conversion_mapping(
-    "LinAttnViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-)
 
 
 class LinAttnViTForImageClassification(LinAttnViTMixin, ViTForImageClassification):
