@@ -191,13 +191,15 @@ def favor_attention(
     x, y = scale_inputs(query, key, scaling)
     projection = projection.to(x)
     if not (is_causal or window_size or num_global_tokens):
-        log_query, log_key = favor_log_features(x, y, projection, statistics)
         visible = None if key_mask is None else key_mask[:, None, :, None]
+        is_self = x.shape[2] == y.shape[2]
         if visible is not None:
-            value = value.masked_fill(~visible, 0.0)
+            # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
+            y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
+            x = x.masked_fill(~visible, 0.0) if is_self else x
+        log_query, log_key = favor_log_features(x, y, projection, statistics)
         output = through_slots(log_query, mask_logits(log_key, visible), value, dropout=slot_dropout).output
-        is_self = key_mask is not None and x.shape[2] == y.shape[2]
-        return output.masked_fill(~key_mask[:, None, :, None], 0.0) if is_self and key_mask is not None else output
+        return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
     tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
     if tokens.y.shape[2] == 0:
         return tokens.finish(None)
