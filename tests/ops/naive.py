@@ -117,7 +117,8 @@ def favor(
 
 
 def log_xi(x: Tensor, w: Tensor) -> Tensor:
-    return w @ x - x @ x / 2
+    """`w . x - |x|^2 / 2` for one `w` and every `x` `[..., d]`."""
+    return x @ w - (x * x).sum(-1) / 2
 
 
 def randomized(x: Tensor, y: Tensor, v: Tensor, noise: Tensor, proposal: str, causal: bool = False) -> Tensor:
@@ -127,10 +128,10 @@ def randomized(x: Tensor, y: Tensor, v: Tensor, noise: Tensor, proposal: str, ca
         p = (
             torch.softmax(seen @ x[t], 0)
             if proposal == "softmax_mean"
-            else torch.full((len(seen),), 1 / len(seen)).to(x)
+            else torch.ones(len(seen), dtype=x.dtype) / len(seen)
         )
         w = x[t] + p @ seen + noise[t]
-        out.append(torch.softmax(torch.stack([log_xi(k, w) for k in seen]), 0) @ v[: len(seen)])
+        out.append(torch.softmax(log_xi(seen, w), 0) @ v[: len(seen)])
     return torch.stack(out)
 
 
@@ -186,14 +187,14 @@ def lara(
         share = torch.softmax(q_bar @ rx.T, dim=1)  # over the queries
         log_terms = []
         for a in range(len(mu)):
-            density = torch.stack([log_xi(mu[c], w[a]) for c in range(len(mu))])
+            density = log_xi(mu, w[a])
             total = torch.logsumexp(density, 0)
             if weighting == "balance":
                 e = -total
             else:
                 e = ((density[a] - total).exp() + share[a] - share.mean(0)).clamp_min(1e-8).log() - density[a]
-            target = torch.stack([log_xi(t, w[a]) for t in rx]) + e
-            log_terms.append(target[:, None] + torch.stack([log_xi(k, w[a]) for k in ry])[None])
+            target = log_xi(rx, w[a]) + e
+            log_terms.append(target[:, None] + log_xi(ry, w[a])[None])
         near = torch.logsumexp(torch.stack(log_terms), 0)
         if (window or g) and correct and noise is None:
             probes = [m[len(m) // 2] for m in groups]
@@ -240,7 +241,7 @@ def eva(
     grid: Grid = None,
     num_global: int = 0,
 ) -> Tensor:
-    g = num_global
+    g = min(num_global, len(x))
     rx, ry, rv = x[g:], y[g:], v[g:]
     n = len(rx)
     side = (
@@ -258,7 +259,7 @@ def eva(
             q_bar = rx[members].mean(0)
             mu = mu + (q_bar if query_map is None else q_bar @ query_map)
         mu = mu if eps is None else mu + eps
-        u = torch.softmax(torch.stack([log_xi(k, mu) for k in keys]), 0) @ rv[members]
+        u = torch.softmax(log_xi(keys, mu), 0) @ rv[members]
         variance = ((keys - keys.mean(0)) ** 2).mean(0)
         return k_bar, variance if weighting == "spread" else torch.zeros_like(k_bar), u, math.log(len(members))
 

@@ -1,0 +1,106 @@
+"""The kinds of attention as plain functions with small settings, for tests that hold for all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_linattn.functional import (
+    FavorStatistics,
+    draw_projection,
+    eva_attention,
+    favor_attention,
+    favor_statistics,
+    lara_attention,
+)
+
+
+@functools.lru_cache(maxsize=None)
+def directions(heads: int, dim: int) -> Tensor:
+    return draw_projection(heads, 7, dim, seed=3).double()
+
+
+def fixed_statistics(heads: int, dim: int) -> FavorStatistics:
+    """Statistics that come from no data: what a causal layer stores."""
+    ramp = torch.linspace(-0.3, 0.4, dim, dtype=torch.float64).expand(1, heads, 1, dim)
+    return FavorStatistics(ramp, -ramp / 2, 1 + ramp.abs(), torch.full_like(ramp, -0.1))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind with its options. `window` says whether it takes window 0."""
+
+    name: str
+    function: Callable[..., Tensor]
+    is_causal: bool
+    smallest_window: int = 0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, window_size: int = 0, **options: Any) -> Tensor:
+        window_size = max(window_size, self.smallest_window)
+        return self.function(query, key, value, is_causal=self.is_causal, window_size=window_size, **options)
+
+
+def _favor_plus(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return favor_attention(q, k, v, directions(q.shape[1], q.shape[-1]).to(q), chunk_size=4, **options)
+
+
+def _favor_sharp(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    statistics = favor_statistics(q, k, key_mask=options.get("key_mask"))
+    return favor_attention(
+        q, k, v, directions(q.shape[1], q.shape[-1]), statistics=statistics, chunk_size=4, **options
+    )
+
+
+def _favor_sharp_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    statistics = fixed_statistics(q.shape[1], q.shape[-1])
+    return favor_attention(
+        q, k, v, directions(q.shape[1], q.shape[-1]), statistics=statistics, chunk_size=4, **options
+    )
+
+
+def _lara(weighting: str) -> Callable[..., Tensor]:
+    return functools.partial(lara_attention, num_landmarks=3, weighting=weighting)
+
+
+def _eva(weighting: str, query_proposals: bool) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, **options: Any) -> Tensor:
+        chunk_size = 2 if window_size % 2 == 0 else 1
+        return eva_attention(
+            q,
+            k,
+            v,
+            window_size=window_size,
+            num_chunks=3,
+            chunk_size=chunk_size,
+            weighting=weighting,
+            query_proposals=query_proposals,
+            **options,
+        )
+
+    return run
+
+
+VARIANTS = [
+    Variant("favor_plus", _favor_plus, False),
+    Variant("favor_plus-causal", _favor_plus, True),
+    Variant("favor_sharp", _favor_sharp, False),
+    Variant("favor_sharp-fixed", _favor_sharp_fixed, False),
+    Variant("favor_sharp-causal", _favor_sharp_fixed, True),
+    Variant("lara-balance", _lara("balance"), False),
+    Variant("lara-optimal", _lara("optimal"), False),
+    Variant("eva", _eva("size", True), False, smallest_window=1),
+    Variant("eva-spread", _eva("spread", False), False, smallest_window=1),
+    Variant("eva-causal", _eva("size", True), True, smallest_window=1),
+    Variant("eva-causal-spread", _eva("spread", False), True, smallest_window=1),
+]
+CAUSAL = [variant for variant in VARIANTS if variant.is_causal]
+BIDIRECTIONAL = [variant for variant in VARIANTS if not variant.is_causal]
+
+
+def name_of(variant: Variant) -> str:
+    return variant.name
