@@ -14,6 +14,7 @@ from _common import RecipeError, find_column
 TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
 PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
 LABEL_NAMES = ("label", "labels", "target", "class")
+MAX_LABELS = 1000  # more is a column of something else
 
 
 @dataclass
@@ -76,7 +77,7 @@ def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
         )
     if len(values) < 2:
         raise RecipeError(f"Column {column!r} holds one label only: {values}. Classification needs at least two.")
-    if len(values) > 1000:
+    if len(values) > MAX_LABELS:
         raise RecipeError(f"Column {column!r} holds {len(values)} different labels. Is it the right --label_column?")
     return sorted(values)
 

@@ -211,8 +211,8 @@ def main() -> None:
     console.print(
         f"Cosine: mean-pooled embeddings of {args.texts} texts of 16 sentences, attention swapped, nothing trained.\n"
         "Error: of the attention output of a layer, relative to softmax, on the same inputs.\n"
-        f"Accuracy: after {args.epochs:g} epoch(s) of 1,500 sentences with {SHORT_TEXTS.get(args.kind)}; a demonstration,\n"
-        "not a comparison of kinds. Loaded back: bit for bit the logits of the model that was pushed.\n"
+        f"Accuracy: after {args.epochs:g} epoch of 1,500 sentences with {SHORT_TEXTS.get(args.kind)}:\n"
+        "a demonstration, not a comparison of kinds. Loaded back: bit for bit the logits of the pushed model.\n"
         f"The checkpoint and its model card are in {args.output / args.kind}. "
         f"All of it took {time.perf_counter() - started:.0f} seconds.",
         highlight=False,
