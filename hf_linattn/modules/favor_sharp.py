@@ -91,9 +91,12 @@ _checked_statistics: set[tuple[int, int]] = set()
 def _warn_if_neutral(statistics: FavorStatistics) -> None:
     """Say so if a causal layer has no statistics. Reads values: looks at each tensor once, not while compiling."""
     shape = statistics.shape
-    if torch.compiler.is_compiling() or shape.is_meta or (shape.data_ptr(), shape._version) in _checked_statistics:
+    if torch.compiler.is_compiling() or shape.is_meta:
         return
-    _checked_statistics.add((shape.data_ptr(), shape._version))
+    looked_at = (shape.data_ptr(), 0 if shape.is_inference() else shape._version)
+    if looked_at in _checked_statistics:
+        return
+    _checked_statistics.add(looked_at)
     if not bool(shape.any()):
         warnings.warn(
             "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the"
