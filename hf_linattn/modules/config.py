@@ -88,7 +88,9 @@ class AttentionConfig:
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """Inverse of `to_dict`. Raises `UnknownFieldError` for a field the class does not have."""
+        """Inverse of `to_dict`. Raises `UnknownFieldError` for an unknown field, `ConfigError` for another kind."""
+        if values.get("kind", cls.kind) != cls.kind:
+            raise ConfigError(f"{cls.__name__} takes settings of kind {cls.kind!r}; got kind={values['kind']!r}.")
         return cls(**{name: value for name, value in values.items() if name != "kind"})
 
     def replace(self: C, **changes: Any) -> C:
