@@ -155,7 +155,9 @@ def _scan(states: Partial) -> Partial:
 # -- between blocks that are close, without states -------------------------------------------------------------------
 
 
-def between_halves(query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool) -> Partial:
+def between_halves(
+    query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool, dropout: float = 0.0
+) -> Partial:
     r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
     Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser
@@ -167,6 +169,7 @@ def between_halves(query_logits: Tensor, key_logits: Tensor, value: Tensor, half
         query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens,
             head_dim]`.
         is_causal: Only right halves read, the left ones.
+        dropout: Probability of dropping a slot from a query's weights, as in `weigh`.
     Cost: O(tokens * slots) exponentials, O(tokens * half * slots) multiplications.
     """
 
@@ -183,15 +186,20 @@ def between_halves(query_logits: Tensor, key_logits: Tensor, value: Tensor, half
         keys = side(key_logits, 1 - readers)
         slot_top = keys.detach().amax(-2, keepdim=True).clamp_min(lowest)
         query_features, top = _shifted_exp(side(query_logits, readers) + slot_top)
-        weights = query_features @ (keys - slot_top).exp().transpose(-1, -2)
+        key_features = (keys - slot_top).exp().transpose(-1, -2)
+        weights = query_features @ key_features
         total, log_total = _log_or_minus_inf(weights.sum(-1))
+        if dropout:
+            weights = F.dropout(query_features, dropout) @ key_features
         outputs.append(weights @ side(value, 1 - readers) / total.unsqueeze(-1))
         masses.append(log_total + top)
     return Partial(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
 
 
-def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor) -> Partial:
+def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> Partial:
     """What every query reads through the slots from the key at its own position alone."""
     weights, top = _shifted_exp(query_logits + key_logits)
-    _, log_total = _log_or_minus_inf(weights.sum(-1))
+    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    if dropout:
+        value = value * (F.dropout(weights, dropout).sum(-1) / total).unsqueeze(-1)
     return Partial(value, log_total + top)

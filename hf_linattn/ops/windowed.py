@@ -80,10 +80,10 @@ def slot_attention(
         near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
         partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
     else:
-        partials = [own_key(query_logits, key_logits, value)]
+        partials = [own_key(query_logits, key_logits, value, dropout=dropout)]
     half = members
     while half < per_group * members:
-        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal))
+        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout))
         half *= 2
     if value.shape[-3] > 1:
         states = block_states(key_logits, value)
