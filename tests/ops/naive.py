@@ -1,7 +1,7 @@
-"""Slow references, written from the formulas: one row without padding at a time, dense weights, loops over lists of tokens.
+"""Slow references, written from the formulas: one row without padding at a time, dense weights, loops over tokens.
 
-They share no code with the library. `x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; every function
-returns `[tokens, dim]`. `per_row` applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
+They share no code with the library. `x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; functions
+return `[tokens, dim]`. `per_row` applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
 """
 
 from __future__ import annotations
@@ -65,18 +65,15 @@ def exact_where(
     num_global: int = 0,
     causal: bool = False,
 ) -> Tensor:
-    """Log-weights `[queries, keys]` with exact ones inside a window's block and for global tokens; causal ones cut off."""
+    """Log-weights `[queries, keys]`, exact inside a block and for global tokens, cut off if causal."""
     n = x.shape[0]
     dots = x @ y.T
     keep = torch.zeros(n, n, dtype=torch.bool)
     for t in range(n):
         for s in range(n):
             special = t < num_global or s < num_global
-            near = (
-                not special
-                and window
-                and block_of(t - num_global, window, grid) == block_of(s - num_global, window, grid)
-            )
+            blocks = [block_of(i - num_global, window, grid) for i in (t, s)] if window and not special else [0, 1]
+            near = blocks[0] == blocks[1]
             keep[t, s] = bool(special or near)
     out = torch.where(keep, dots, log_kernel)
     return out.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf")) if causal else out

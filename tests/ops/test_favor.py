@@ -257,3 +257,21 @@ def test_a_masked_grid_is_refused() -> None:
     mask[0, 5] = False
     with pytest.raises(InputError, match="masked patches"):
         favor_attention(q, k, v, directions(), key_mask=mask, **options)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+def test_dropout_of_slots_reaches_every_query_and_keeps_the_mean(
+    is_causal: bool, window: int, chunk_size: int
+) -> None:
+    q, k, v = (z[:1, :1] for z in inputs(12, scale=0.7))
+    options = {"is_causal": is_causal, "window_size": window, "chunk_size": chunk_size}
+    plain = favor_attention(q, k, v, directions()[:1], **options)[0]
+    torch.manual_seed(0)
+    many = [z.expand(3000, -1, -1, -1) for z in (q, k, v)]
+    draws = favor_attention(*many, directions()[:1], slot_dropout=0.3, **options)
+    reads_slots = slice(window if is_causal else 0, None)  # the first window of a causal layer has nothing before it
+    assert draws.std(0)[:, reads_slots].min() > 1e-3
+    error = (draws.mean(0) - plain)[:, reads_slots] / (draws.std(0)[:, reads_slots] / 3000**0.5)
+    assert error.abs().max() < 5

@@ -1,4 +1,4 @@
-"""Against numbers from the official implementations and from the epsilon-free formula (see `tests/golden/README.md`)."""
+"""Against numbers from the official implementations and the epsilon-free formula (see `tests/golden/README.md`)."""
 
 from __future__ import annotations
 

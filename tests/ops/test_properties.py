@@ -1,4 +1,4 @@
-"""What must hold for every kind, on random shapes: padding, batch rows, constants, causality, permutations, garbage."""
+"""What must hold for every kind, on random shapes: padding, rows, constants, causality, permutations, garbage."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Directions and features as random variables: unbiasedness, second moments, uniformity.
 
-Every statement about a mean is tested at 5 standard errors (a false alarm in fewer than one of a million draws; seeds are fixed).
+Every statement about a mean is tested at 5 standard errors: a false alarm in fewer than one of a million draws, with
+fixed seeds.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hf_linattn.functional import (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def directions(heads: int, dim: int) -> Tensor:
     return draw_projection(heads, 7, dim, seed=3).double()
 
