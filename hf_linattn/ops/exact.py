@@ -46,6 +46,8 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
     if not query.is_floating_point():
         raise InputError(f"query, key and value must be floating point; got {query.dtype}.")
+    if not query.shape[2] or not key.shape[2]:
+        raise InputError(f"query and key must have at least one token; got {shapes}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
         raise InputError(
             f"key_mask must be a bool tensor [batch, key tokens] = {(key.shape[0], key.shape[2])}, True where a token"
@@ -65,6 +67,14 @@ def causal_visibility(query_tokens: int, key_tokens: int, device: torch.device) 
     """`[queries, keys]` bool, aligned at the end: the last query sees every key."""
     rows = torch.arange(query_tokens, device=device)[:, None] + (key_tokens - query_tokens)
     return torch.arange(key_tokens, device=device)[None, :] <= rows
+
+
+def without_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Masked keys and values set to 0, so that inf or NaN in the padding reaches neither values nor gradients."""
+    if key_mask is None:
+        return key, value
+    padding = ~key_mask[:, None, :, None]
+    return key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
 
 
 def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
@@ -97,6 +107,7 @@ def softmax_attention(
     Raises: InputError if the shapes do not fit.
     Cost: O(queries * keys * head_dim) time, O(queries * keys) memory. Random: no.
     """
+    key, value = without_padding(key, value, key_mask)
     x, y = scale_inputs(query, key, scaling)
     visible = None if key_mask is None else key_mask[:, None, None, :]
     if is_causal:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .exact import attention_function, causal_visibility, scale_inputs
+from .exact import attention_function, causal_visibility, scale_inputs, without_padding
 from .lara import add_noise, log_feature
 from .slots import mask_logits, weigh
 
@@ -43,6 +43,7 @@ def randomized_attention(
     """
     if proposal not in PROPOSALS:
         raise InputError(f"proposal must be one of {list(PROPOSALS)}; got {proposal!r}.")
+    key, value = without_padding(key, value, key_mask)
     x, y = scale_inputs(query, key, scaling)
     visible = None if key_mask is None else key_mask[:, None, None, :]
     if is_causal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from variants import BIDIRECTIONAL, CAUSAL, VARIANTS, Variant, name_of
+
+from hf_linattn.errors import InputError
+from hf_linattn.functional import randomized_attention, softmax_attention
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 every = pytest.mark.parametrize("attend", VARIANTS, ids=name_of)
@@ -192,6 +196,35 @@ def test_garbage_in_the_padding_has_no_influence(
         results.append([out, *grads])
     for clean, dirty in zip(*results, strict=True):
         torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reference", [softmax_attention, randomized_attention])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_garbage_in_masked_keys_does_not_reach_the_references(
+    reference: Callable[..., Tensor], is_causal: bool
+) -> None:
+    mask = torch.arange(6) != 2
+    results = []
+    for fill in (0.0, float("nan"), float("inf")):
+        q, k, v = Case(6, 1, 1, 3, 0, 0, 1.0, 0).inputs()
+        k[:, :, ~mask], v[:, :, ~mask] = fill, fill
+        inputs = [z.requires_grad_() for z in (q, k, v)]
+        out = reference(*inputs, key_mask=mask[None], is_causal=is_causal)
+        results.append([out, *gradients(out.sin().sum(), *inputs)])
+    for other in results[1:]:
+        for clean, dirty in zip(results[0], other, strict=True):
+            assert torch.equal(clean, dirty)
+
+
+@every
+def test_no_tokens_at_all_are_refused(attend: Variant) -> None:
+    empty = torch.zeros(1, 1, 0, 2)
+    for window in (0, 2):
+        with pytest.raises(InputError, match="at least one token"):
+            attend(empty, empty, empty, window_size=window)
+    if "favor" in attend.name:
+        with pytest.raises(InputError, match="at least one token"):
+            attend(torch.zeros(1, 1, 3, 2), empty, empty)
 
 
 @every
