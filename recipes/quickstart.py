@@ -8,11 +8,15 @@ is a small server inside this process (`local_hub.py`).
 
 from __future__ import annotations
 
+import os
+
+# Before anything loads OpenMP: on a machine with other work to do, spinning threads cost more than they compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import sys
 import time
