@@ -28,8 +28,8 @@ def _register_renaming() -> None:
     """Let Transformers rename the weights of ViT checkpoints for our base model as it does for its own.
 
     Checkpoints of ViT name their weights differently from the model; without this a stock one would load with every
-    encoder weight at its random initial value. Transformers builds all its mappings for this (a good part of a second),
-    so it is done when a model is first loaded or saved, not at import.
+    encoder weight at its random initial value. Transformers builds all its mappings for this, which takes a good part
+    of a second, so it is done when a model is first loaded or saved, not at import.
     """
     register_checkpoint_conversion_mapping(
         "LinAttnViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
