@@ -71,6 +71,7 @@ def convert(
     old_config, old_class = model.config, type(model)
     new_config = copying.deepcopy(old_config)
     new_config.__class__ = CONFIGS[family.name]
+    new_config.__dict__.pop("model_type", None)  # a config read from a checkpoint carries its own
     new_config.linear_attention = settings.to_dict()
     settings = settings_of(new_config)
     implementation = old_config._attn_implementation
@@ -101,6 +102,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     old_config = model.config
     new_config = copying.deepcopy(old_config)
     new_config.__class__ = stock[type(model)].config_class
+    new_config.__dict__.pop("model_type", None)
     del new_config.linear_attention
     setattr(new_config, family.dropout_field, settings.attention_dropout or 0.0)
     _set_config(model, old_config, new_config)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .slots import Partial, mask_logits, weigh
+from .factored import attend
+from .slots import Partial
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
@@ -79,7 +80,7 @@ def without_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tupl
 
 def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
     """Softmax attention on scaled inputs, with its mass. `visible` broadcasts to `[..., queries, keys]`."""
-    return weigh(mask_logits(x @ y.transpose(-1, -2), visible), value)
+    return attend(x, y, value, visible=visible)
 
 
 @attention_function

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .exact import attention_function, scale_inputs
-from .slots import mask_logits, through_slots
+from .factored import LogWeights
 from .tokens import prepare
 from .windowed import slot_attention
 
@@ -120,24 +120,32 @@ def favor_log_features(
         projection: `[heads, features, head_dim]` or `[features, head_dim]`.
     Returns: two tensors `[batch, heads, tokens, features]`.
     """
-    num_features = projection.shape[-2]
-    log_count = torch.tensor(float(num_features), dtype=x.dtype, device=x.device).log()
+    query, key = favor_log_weights(x, y, projection, statistics)
+    return query.dense(), key.dense()
+
+
+def favor_log_weights(
+    x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None
+) -> tuple[LogWeights, LogWeights]:
+    """The same as `favor_log_features`, as dot products of tokens and slots."""
+    log_count = torch.tensor(float(projection.shape[-2]), dtype=x.dtype, device=x.device).log()
     if statistics is None:
-        log_query = x @ projection.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2 - log_count
-        log_key = y @ projection.transpose(-1, -2) - y.square().sum(-1, keepdim=True) / 2
-        return log_query, log_key
+        own = torch.zeros_like(projection[..., 0])
+        query_bias = -x.square().sum(-1, keepdim=True) / 2 - log_count
+        return LogWeights(x, query_bias, projection, own), LogWeights(
+            y, -y.square().sum(-1, keepdim=True) / 2, projection, own
+        )
     x_mean, y_mean, balance, shape = (s.to(x) for s in statistics)
-    to_query, to_key = x_mean, y_mean
-    query_extra = (x * to_key).sum(-1, keepdim=True) - (to_query * to_key).sum(-1, keepdim=True)
-    key_extra = (y * to_query).sum(-1, keepdim=True)
+    query_extra = (x * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
+    key_extra = (y * x_mean).sum(-1, keepdim=True)
     x, y = (x - x_mean) * balance, (y - y_mean) / balance
     stretch = (1 - 4 * shape).sqrt()
-    directions = (projection * stretch).transpose(-1, -2)  # [batch or 1, heads, head_dim, features]
+    directions = projection * stretch  # [batch or 1, heads, features, head_dim]
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
-    own = (projection.square() * shape).sum(-1).unsqueeze(-2) + stretch.log().sum(-1, keepdim=True) / 2
-    log_query = x @ directions - x.square().sum(-1, keepdim=True) / 2 + own + query_extra - log_count
-    log_key = y @ directions - y.square().sum(-1, keepdim=True) / 2 + own + key_extra
-    return log_query, log_key
+    own = (projection.square() * shape).sum(-1) + stretch.log().sum(-1) / 2
+    query_bias = query_extra - x.square().sum(-1, keepdim=True) / 2 - log_count
+    key_bias = key_extra - y.square().sum(-1, keepdim=True) / 2
+    return LogWeights(x, query_bias, directions, own), LogWeights(y, key_bias, directions, own)
 
 
 @attention_function
@@ -197,18 +205,18 @@ def favor_attention(
             # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
             y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
             x = x.masked_fill(~visible, 0.0) if is_self else x
-        log_query, log_key = favor_log_features(x, y, projection, statistics)
-        output = through_slots(log_query, mask_logits(log_key, visible), value, dropout=slot_dropout).output
+        query_weights, key_weights = favor_log_weights(x, y, projection, statistics)
+        output = query_weights.read(key_weights.masked(visible).summarise(value), dropout=slot_dropout).output
         return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
     tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
     if tokens.y.shape[2] == 0:
         return tokens.finish(None)
-    log_query, log_key = favor_log_features(tokens.x, tokens.y, projection, statistics)
+    query_weights, key_weights = favor_log_weights(tokens.x, tokens.y, projection, statistics)
     return tokens.finish(
         slot_attention(
             tokens,
-            log_query,
-            log_key,
+            query_weights,
+            key_weights,
             is_causal=is_causal,
             window_size=window_size,
             chunk_size=chunk_size,

@@ -12,14 +12,16 @@ where `e` holds the importance weight (`weighting` below).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from .exact import attention_function, exact_partial, scale_inputs
+from .factored import LogWeights
 from .layout import gather_tokens, grid_bins, masked_mean, segment_index
-from .slots import mask_logits, through_slots
+from .slots import mask_logits
 from .tokens import Tokens, prepare
 from .windowed import slot_attention
 
@@ -120,40 +122,47 @@ def lara_attention(
 
     # log q_c(w_a) relative to N(0, I), [samples, proposals]
     density = mask_logits(log_feature(mu, samples).transpose(-1, -2), used)
-    mixture = density.logsumexp(-1).unsqueeze(-2)  # [batch, heads, 1, samples]
-    if weighting == "balance":
-        extra = -mixture
-    else:
-        own = density.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        log_query_share = mask_logits((x @ query_mean.transpose(-1, -2)), tokens.key_visible).softmax(2)
-        count = used.sum(-1, keepdim=True).clamp_min(1)
-        centred = log_query_share - log_query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
-        extra = ((own - mixture).exp() + centred).clamp_min(1e-8).log() - own
+    mixture = density.logsumexp(-1)
     # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
-    extra = torch.where(used, extra, float("-inf"))
-    query_logits = log_feature(x, samples) + extra
-    key_logits = log_feature(y, samples)
+    used_slots = used.squeeze(-2)
+    slot_bias = torch.where(used_slots, -mixture, float("-inf"))
+    extra = None
+    if weighting == "optimal":
+        own = density.diagonal(dim1=-2, dim2=-1)
+        query_share = mask_logits((x @ query_mean.transpose(-1, -2)), tokens.key_visible).softmax(2)
+        count = used.sum(-1, keepdim=True).clamp_min(1)
+        centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
+        balance = torch.where(used_slots, own - mixture, 0.0).exp().unsqueeze(-2)
+        extra = (balance + centred).clamp_min(1e-8).log()
+        slot_bias = torch.where(used_slots, -own, float("-inf"))
+    query_weights = LogWeights(x, -x.square().sum(-1, keepdim=True) / 2, samples, slot_bias)
+    key_weights = LogWeights(y, -y.square().sum(-1, keepdim=True) / 2, samples, torch.zeros_like(slot_bias))
 
     if window_size or num_global_tokens:
+        shift = torch.zeros(())
         if noise is False:
-            query_logits = query_logits + _mass_correction(tokens, index, query_logits, key_logits)
+            shift = _mass_correction(tokens, index, query_weights, key_weights, extra)
         if offset is not None:
-            query_logits = query_logits + (offset[None, :, None, None] if offset.ndim == 1 else offset)
+            shift = shift + (offset[None, :, None, None] if offset.ndim == 1 else offset)
+        query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(x))
     return tokens.finish(
         slot_attention(
             tokens,
-            query_logits,
-            key_logits,
+            query_weights,
+            key_weights,
             is_causal=False,
             window_size=window_size,
             chunk_size=32,
             dropout=slot_dropout,
+            extra=extra,
         )
     )
 
 
 @torch.no_grad()
-def _mass_correction(tokens: Tokens, index: Tensor, query_logits: Tensor, key_logits: Tensor) -> Tensor:
+def _mass_correction(
+    tokens: Tokens, index: Tensor, query: LogWeights, key: LogWeights, extra: Tensor | None
+) -> Tensor:
     """Mean over probe queries of (exact log mass - log mass through the slots), `[batch, heads, 1, 1]`."""
     # The middle member, counted per row so that padding in other rows has no influence.
     real = (index >= 0) if tokens.valid is None else (index >= 0) & (index < tokens.lengths[:, None, None])
@@ -166,9 +175,11 @@ def _mass_correction(tokens: Tokens, index: Tensor, query_logits: Tensor, key_lo
         tokens.value,
         None if key_visible is None else key_visible.transpose(-1, -2),
     ).log_mass
-    ours = through_slots(
-        gather_tokens(query_logits, probe).squeeze(-2), mask_logits(key_logits, key_visible), tokens.value
-    ).log_mass
+    probes, bias, extra = (
+        None if z is None else gather_tokens(z, probe).squeeze(-2) for z in (query.tokens, query.token_bias, extra)
+    )
+    slots = key.masked(key_visible).summarise(tokens.value)
+    ours = replace(query, tokens=probes, token_bias=bias).read(slots, extra=extra).log_mass
     real = real.squeeze(-1)[:, None]
     difference = torch.where(real, exact - ours, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
     return difference[..., None, None]

@@ -7,31 +7,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .exact import causal_visibility, exact_partial
+from .factored import LogWeights
 from .layout import Blocks
-from .slots import (
-    Partial,
-    between_halves,
-    block_states,
-    mask_logits,
-    merge,
-    own_key,
-    states_before,
-    states_elsewhere,
-    through_slots,
-    weigh,
-)
+from .slots import Partial, between_halves, merge, own_key, states_before, states_elsewhere
 from .tokens import Tokens
 
 
 def slot_attention(
     tokens: Tokens,
-    query_logits: Tensor,
-    key_logits: Tensor,
+    query: LogWeights,
+    key: LogWeights,
     *,
     is_causal: bool,
     window_size: int,
     chunk_size: int,
     dropout: float = 0.0,
+    extra: Tensor | None = None,
 ) -> Partial:
     """Attention through slots, with the keys of the query's own block exact when there is a window.
 
@@ -40,17 +31,17 @@ def slot_attention(
     pair at a time; between groups every group's slots are summarised on their own and merged.
 
     Args:
-        query_logits, key_logits: `[batch, heads, tokens, slots]`, `a[t, j]` and `c[j, n]`. With a window or global
-            tokens they must be on the scale of `x . y`, constants included.
+        query, key: Log-weights `a[t, j]` and `c[j, n]`. With a window or global tokens they must be on the scale of
+            `x . y`, constants included.
+        extra: Added to `a`, `[batch, heads, tokens, slots]`, when `a` is not linear in the query.
         window_size: Tokens of a block (side of a square with a grid); 0 for none.
         chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots;
             changes the cost, not the result.
     Returns: output `[batch, heads, tokens, head_dim]` and its log mass.
     Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
     """
-    key_logits = mask_logits(key_logits, tokens.key_visible)
     if not is_causal and not window_size:
-        return through_slots(query_logits, key_logits, tokens.value, dropout=dropout)
+        return query.read(key.masked(tokens.key_visible).summarise(tokens.value), extra=extra, dropout=dropout)
 
     size = window_size or 1
     blocks = Blocks(tokens.y.shape[2], size, tokens.grid)
@@ -70,8 +61,8 @@ def slot_attention(
     )
     valid = grouped(real) > 0
     value = grouped(tokens.value)
-    query_logits = grouped(query_logits)
-    key_logits = mask_logits(grouped(key_logits), valid)
+    query, key = query.map_tokens(grouped), key.map_tokens(grouped).masked(valid)
+    extra = None if extra is None else grouped(extra)
     if window_size:
         visible = valid.squeeze(-1).unflatten(-1, (per_group, members)).unsqueeze(-2)
         if is_causal:
@@ -80,15 +71,20 @@ def slot_attention(
         near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
         partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
     else:
-        partials = [own_key(query_logits, key_logits, value, dropout=dropout)]
+        partials = []
+    if not window_size or per_group > 1:
+        query_logits, key_logits = query.dense(), key.dense()
+        query_logits = query_logits if extra is None else query_logits + extra
+    if not window_size:
+        partials.append(own_key(query_logits, key_logits, value, dropout=dropout))
     half = members
     while half < per_group * members:
         partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout))
         half *= 2
     if value.shape[-3] > 1:
-        states = block_states(key_logits, value)
+        states = key.summarise(value)
         far = states_before(states) if is_causal else states_elsewhere(states)
-        partials.append(weigh(query_logits + far.log_mass.unsqueeze(-2), far.output, dropout=dropout))
+        partials.append(query.read(far, extra=extra, dropout=dropout))
     merged = merge(partials)
 
     def joined(x: Tensor) -> Tensor:
