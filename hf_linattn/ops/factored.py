@@ -2,7 +2,7 @@
 
 Log-weights of tokens and slots are linear in the token, `a[t, j] = x_t . w_j + r_t + e_j`. Then `r_t` only shifts the
 mass of a softmax over slots, and `e_j` that of one over tokens: both are a softmax of dot products with a bias per
-member, `attend`. Its backward pass recomputes the weights from the log-sum-exp, so memory is that of inputs and outputs,
+member, `attend`. Its backward pass recomputes the weights from the log-sum-exp: memory is that of inputs and outputs,
 and the log-sum-exp itself is differentiable.
 """
 
