@@ -32,7 +32,7 @@ class EvaConfig(AttentionConfig):
 
     kind = "eva"
 
-    num_chunks: int = 64
+    num_chunks: int = 128
     chunk_size: int = 8
     query_proposals: bool | None = None
     weighting: str = "size"

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from .exact import attention_function, causal_visibility, exact_partial, scale_inputs
 from .lara import add_noise
-from .layout import Blocks, gather_tokens, masked_mean
+from .layout import Blocks, fit_window, gather_tokens, masked_mean
 from .slots import Partial, mask_logits, merge, weigh
 from .tokens import Tokens, prepare
 
@@ -166,7 +166,7 @@ def eva_attention(
     value: Tensor,
     *,
     window_size: int = 64,
-    num_chunks: int = 64,
+    num_chunks: int = 128,
     chunk_size: int = 8,
     key_mask: Tensor | None = None,
     scaling: float | None = None,
@@ -225,6 +225,7 @@ def eva_attention(
     if tokens.y.shape[2] == 0:
         return tokens.finish(None)
     num_tokens, device = tokens.y.shape[2], y.device
+    window_size = fit_window(window_size, num_tokens, grid)
     windows = Blocks(num_tokens, window_size, grid)
     block_x, block_y, block_value = (windows.split(z) for z in (tokens.x, tokens.y, tokens.value))
     seen = windows.real(tokens.valid, device)[:, None, :, None, :]

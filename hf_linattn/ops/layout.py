@@ -67,6 +67,11 @@ def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:
         )
 
 
+def fit_window(window_size: int, tokens: int, grid: tuple[int, int] | None) -> int:
+    """A window larger than the input, cut down to the one block that it is."""
+    return min(window_size, max(1, *(grid or (tokens,))))
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Cuts tokens into blocks of equal size, padding the last ones.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .exact import causal_visibility, exact_partial
 from .factored import LogWeights
-from .layout import Blocks
+from .layout import Blocks, fit_window
 from .slots import Partial, between_halves, merge, own_key, states_before, states_elsewhere
 from .tokens import Tokens
 
@@ -43,7 +43,7 @@ def slot_attention(
     if not is_causal and not window_size:
         return query.read(key.masked(tokens.key_visible).summarise(tokens.value), extra=extra, dropout=dropout)
 
-    size = window_size or 1
+    size = fit_window(window_size or 1, tokens.y.shape[2], tokens.grid)
     blocks = Blocks(tokens.y.shape[2], size, tokens.grid)
     members = size if tokens.grid is None else size**2
     # Blocks that are close read each other directly, in groups of 2^k; only groups get a state of their slots.
