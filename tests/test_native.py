@@ -26,6 +26,8 @@ from transformers import (
     AutoModel,
     BertLMHeadModel,
     BertModel,
+    BloomConfig,
+    BloomModel,
     DeiTConfig,
     DeiTModel,
     Dinov2Config,
@@ -36,10 +38,16 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    MPNetConfig,
+    MPNetModel,
     RobertaConfig,
     RobertaModel,
+    RoFormerConfig,
+    RoFormerModel,
     StaticCache,
     ViTModel,
+    XGLMConfig,
+    XGLMModel,
 )
 
 import hf_linattn
@@ -387,3 +395,72 @@ def test_automodel_loads_every_kind_by_name(tmp_path: Any) -> None:
         AutoModel.from_pretrained(tmp_path, attn_implementation="favour_plus")
     for kind in KINDS:
         assert AutoModel.from_pretrained(tmp_path, attn_implementation=kind).config._attn_implementation == kind
+
+
+# -- models that compute attention themselves -----------------------------------------------------------------------
+OWN_ATTENTION: dict[str, tuple[Any, Any]] = {
+    "bloom": (BloomModel, BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=VOCAB)),
+    "xglm": (XGLMModel, XGLMConfig(vocab_size=VOCAB, d_model=32, num_layers=1, attention_heads=4, ffn_dim=48)),
+    "roformer": (RoFormerModel, RoFormerConfig(vocab_size=VOCAB, embedding_size=32, **SIZES)),
+    "mpnet": (MPNetModel, MPNetConfig(vocab_size=VOCAB, **SIZES)),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_models_that_compute_attention_themselves(name: str, padded: bool) -> None:
+    """They would take a mask over tokens, or none, for one over query-key pairs and see later tokens or padding."""
+    cls, config = OWN_ATTENTION[name]
+    model = cls._from_config(config, attn_implementation="favor_plus").eval()
+    ids = torch.randint(3, VOCAB, (1, 12))
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0 if padded else 1
+    with pytest.raises(UnsupportedError, match=r"works on the attention mask itself.*'eager' or 'sdpa'"):
+        model(input_ids=ids, attention_mask=mask)
+    model = cls._from_config(config, attn_implementation="eager").eval()
+    assert model(input_ids=ids, attention_mask=mask)[0].isfinite().all()
+
+
+SEEN = torch.tensor([[True, True, False]])
+
+
+@pytest.mark.parametrize("tokens", [SEEN, None], ids=["padded", "full"])
+def test_mask_answers_only_what_transformers_asks(tokens: torch.Tensor | None) -> None:
+    from hf_linattn.integrations.masks import linattn_mask, token_mask
+
+    mask: Any = linattn_mask(1, 3, 3, attention_mask=tokens)
+    assert (mask.ndim, tuple(mask.shape), mask.dtype, str(mask.device)) == (2, (1, 3), torch.bool, "cpu")
+    assert not hasattr(mask, "masked_fill")
+    again = linattn_mask(1, 3, 3, attention_mask=mask.to(device="cpu", dtype=torch.bool).contiguous().view(1, -1))
+    got = token_mask(again, torch.device("cpu"))
+    assert got is None if tokens is None else torch.equal(got, tokens)
+    states = torch.zeros(1, 1, 3, 2)
+    uses: list[Callable[[], Any]] = [
+        lambda: torch.zeros(1, 3) + mask,
+        lambda: mask * 2,
+        lambda: mask[:, None],
+        lambda: mask == 0,
+        lambda: bool(mask),
+        lambda: mask.float(),
+        lambda: mask.view(3),
+        lambda: torch.zeros(1, 3).masked_fill(mask, 1.0),
+        lambda: torch.nn.functional.scaled_dot_product_attention(states, states, states, attn_mask=mask),
+    ]
+    for use in uses:
+        with pytest.raises(UnsupportedError, match="computes attention on its own"):
+            use()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """The mask passes through the checkpointed layers."""
+    inputs = left_padded()
+    gradients = []
+    for checkpointing in (False, True):
+        model = GPT2.build(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0).train()
+        model.set_attn_implementation("favor_plus")
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()].square().sum().backward()
+        gradients.append(model.transformer.wte.weight.grad)
+    assert largest(gradients[0] - gradients[1]) < 1e-3

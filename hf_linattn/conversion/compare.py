@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..errors import ConfigError, InputError
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
-from ..integrations.masks import causal_key_mask, linattn_mask
+from ..integrations.masks import causal_key_mask, linattn_mask, token_mask
 from ..modules.registry import list_kinds
 
 # Attention that computes both forms, goes on with softmax and writes the difference down.
@@ -230,13 +230,14 @@ def _probe(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention that compares itself with the linear attention of the same layer."""
     kind, layers = _RECORDER.get()
+    attention_mask = token_mask(attention_mask, query.device)
     is_causal = bool(getattr(module, "is_causal", False))
     queries, keys = query.shape[2], key.shape[2]
     mask = None

@@ -15,7 +15,7 @@ from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .families import family_of, is_converted
-from .masks import causal_key_mask, linattn_mask, pad_one_key
+from .masks import causal_key_mask, linattn_mask, pad_one_key, token_mask
 from .native import image_grid, native_layer
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -37,7 +37,7 @@ def attention_function(kind: str) -> AttentionFunction:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         scaling: float | None = None,
         dropout: float = 0.0,
         **kwargs: Any,
@@ -54,7 +54,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -66,12 +66,13 @@ def attend(
         module: The model's attention module, with `config`, and `linattn` if it has been converted.
         query: `[batch, heads, queries, head_dim]`; in a causal layer the last ones of the keys' tokens.
         key, value: `[batch, key/value heads, keys, head_dim]`.
-        attention_mask: What `linattn_mask` returned.
+        attention_mask: What `linattn_mask` returned, or a tensor `[batch, tokens]`, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         dropout: Attention dropout; honoured by layers left on softmax, otherwise one warning.
     Returns: `([batch, queries, heads, head_dim], None)`.
     Raises: `InputError` and `UnsupportedError` where the result would be wrong; the message says what to do.
     """
+    attention_mask = token_mask(attention_mask, query.device)
     check_mask(attention_mask)
     check_kwargs(kind, kwargs)
     config = getattr(module, "config", None)
@@ -234,7 +235,7 @@ def _native(
     inputs = AttentionInputs(
         query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
     )
-    return declared.module_cls.attend(settings, state, inputs)
+    return declared.module_cls.attend(settings, dict(state), inputs)
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:

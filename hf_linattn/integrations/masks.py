@@ -16,6 +16,90 @@ from ..errors import InputError, UnsupportedError
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
 
 
+class _NoAttributeError(UnsupportedError, AttributeError):
+    """`hasattr` answers False, every other use is told what is wrong."""
+
+
+def _refuse(what: str) -> UnsupportedError:
+    error = _NoAttributeError if what.startswith(".") else UnsupportedError
+    return error(
+        f"This model works on the attention mask itself ({what}) instead of handing it to Transformers' "
+        "AttentionInterface: it computes attention on its own, so no linear attention kind can replace it and nothing "
+        "but padding would be left of the mask. Use attn_implementation='eager' or 'sdpa' for this model."
+    )
+
+
+class TokenMask:
+    """What `linattn_mask` returns: for the attention function of a kind only.
+
+    A model that computes attention itself would take a bare tensor, or a `None`, for a mask over query-key pairs: a
+    decoder would see later tokens. So this is not a tensor, and whatever such a model does with it raises
+    `UnsupportedError`. What Transformers does with a 2-D mask before it reaches the mask function works, because
+    `generate` with a static cache makes the mask first and passes it to the model as `attention_mask`.
+
+    Args:
+        tokens: `[batch, tokens]` bool, True where a token is real; `None` if all are.
+        shape: `(batch, tokens)`.
+    """
+
+    ndim = 2
+    dtype = torch.bool
+
+    def __init__(self, tokens: Tensor | None, shape: tuple[int, int], device: torch.device | str) -> None:
+        self.tokens = tokens
+        self.shape = shape
+        self.device = device
+
+    def to(self, *args: Any, **kwargs: Any) -> TokenMask:
+        """The mask on another device; it is bool whatever type is asked for."""
+        device = kwargs.get("device", args[0] if args and isinstance(args[0], (str, int, torch.device)) else None)
+        if device is None:
+            return self
+        return TokenMask(None if self.tokens is None else self.tokens.to(device), self.shape, device)
+
+    def view(self, *shape: int) -> TokenMask:
+        """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
+        if len(shape) != 2 or any(size not in (-1, own) for size, own in zip(shape, self.shape, strict=True)):
+            raise _refuse(f"view{shape}")
+        return self
+
+    def contiguous(self) -> TokenMask:
+        """`generate` asks for it when it compiles the model's forward."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _refuse(f".{name}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _refuse(getattr(function, "__name__", str(function)))
+
+    __hash__ = object.__hash__
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def method(self: TokenMask, *args: Any) -> Any:
+        raise _refuse(name)
+
+    return method
+
+
+for _name in (
+    "add sub mul truediv floordiv mod pow matmul and or xor radd rsub rmul rtruediv rand ror rxor rmatmul neg invert "
+    "abs lt le gt ge eq ne getitem setitem len iter bool float int index array"
+).split():
+    setattr(TokenMask, f"__{_name}__", _refusing(f"__{_name}__"))
+
+
+def token_mask(mask: Any, device: torch.device) -> Any:
+    """The tensor (or `None`) that a mask given to an attention function stands for, on the queries' device."""
+    if not isinstance(mask, TokenMask):
+        return mask
+    return None if mask.tokens is None else mask.tokens.to(device)
+
+
 def linattn_mask(
     batch_size: int,
     q_length: int,
@@ -23,13 +107,13 @@ def linattn_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | TokenMask | None = None,
     *,
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> TokenMask:
     """Turn what the user and the model asked for into a mask over tokens. Causality is left to the attention function.
 
     Args:
@@ -38,11 +122,13 @@ def linattn_mask(
         mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured.
         attention_mask: `[batch, seen + q_length]`, True where a token is real.
         local_size, use_vmap: Set by Transformers for local windows and for user-defined overlays.
-    Returns: `[batch, tokens]` bool, True where a token is real, or `None` when all are. Shorter than `kv_length` if
-        the cache is longer than what has been seen (static cache): the attention function then drops the unseen keys.
+    Returns: A mask over tokens, for the attention function only (`TokenMask`). Shorter than `kv_length` if the cache
+        is longer than what has been seen (static cache): the attention function then drops the unseen keys.
     Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns.
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
+    if isinstance(attention_mask, TokenMask):
+        attention_mask = attention_mask.tokens
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if local_size is not None or use_vmap or (not tracing and mask_function not in _PLAIN):
         raise UnsupportedError(
@@ -67,8 +153,9 @@ def linattn_mask(
         )
     if attention_mask is None:
         if seen == kv_length:
-            return None
-        return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+            return TokenMask(None, (batch_size, seen), device)
+        all_seen = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+        return TokenMask(all_seen, (batch_size, seen), device)
     if attention_mask.shape[1] != seen:
         raise InputError(
             f"attention_mask must cover all tokens, past ones included: [batch, {seen}]; got "
@@ -81,8 +168,8 @@ def linattn_mask(
     # compare with the keys it gets.
     comparable = bidirectional and q_length != kv_length
     if not tracing and not comparable and seen == kv_length and bool(mask.all()):
-        return None
-    return mask
+        return TokenMask(None, (batch_size, seen), device)
+    return TokenMask(mask, (batch_size, seen), device)
 
 
 def _seen_tokens(
