@@ -30,8 +30,8 @@ def native_layer(
     is_causal: bool,
     num_leading: int | None,
     device: str,
-) -> tuple[AttentionConfig, dict[str, Tensor]]:
-    """Settings and state of one layer: a function of plain values, so `torch.compile` may take it as a constant.
+) -> tuple[AttentionConfig, tuple[tuple[str, Tensor], ...]]:
+    """Settings and named tensors of one layer: a function of plain values, so `torch.compile` takes it as a constant.
 
     Args:
         settings: `config.linear_attention` if the model's config has it: a dictionary, a kind's name or its settings.
@@ -43,7 +43,10 @@ def native_layer(
     elif isinstance(settings, AttentionConfig):
         settings = settings.to_dict()
     frozen = None if settings is None else json.dumps(settings, sort_keys=True)
-    return _layer(kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device)
+    config, state = _layer(
+        kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device
+    )
+    return config, tuple(state.items())
 
 
 @functools.lru_cache(maxsize=512)

@@ -21,7 +21,7 @@ def adapter_spec(shape: LayerShape) -> StateTensor:
 
 def residual_map(state: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor] | None:
     """`z + z W` with `W = state[name]`, or `None` if the layer has no such tensor."""
-    if name not in state:
+    weight = state.get(name)
+    if weight is None:
         return None
-    weight = state[name]
     return lambda mean: mean + mean @ weight.to(mean.dtype)

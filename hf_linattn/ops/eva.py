@@ -70,9 +70,25 @@ def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
     return torch.where(wanted <= window_size, within, -(-wanted // window_size) * window_size)
 
 
+def longest_chunk(window_size: int, num_chunks: int, tokens: int) -> int:
+    """`chunk_length` of one row, as an integer: known while tracing."""
+    wanted = max(1, -(-tokens // num_chunks))
+    if wanted > window_size:
+        return -(-wanted // window_size) * window_size
+    return next(d for d in range(wanted, window_size + 1) if window_size % d == 0)
+
+
+@torch.compiler.assume_constant_result
+def grid_table(height: int, width: int, window: int, chunk: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(chunk members, windows x chunks that overlap, sibling windows) for a grid, with a batch dimension of 1.
+
+    A function of plain values, so `torch.compile` takes it as a constant.
+    """
+    return tuple(table.to(device).unsqueeze(0) for table in _grid_table((height, width), window, chunk))  # type: ignore[return-value]
+
+
 @functools.lru_cache(maxsize=64)
 def _grid_table(grid: tuple[int, int], window: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(chunk members, windows x chunks that overlap, sibling windows) for a grid, each without a batch dimension."""
     tokens = grid[0] * grid[1]
     cpu = torch.device("cpu")
     windows, chunks = Blocks(tokens, window, grid), Blocks(tokens, chunk, grid)
@@ -99,7 +115,7 @@ def _sequence_table(tokens: Tokens, window: int, num_chunks: int) -> tuple[Tenso
     longest, device = tokens.y.shape[2], tokens.y.device
     lengths = tokens.lengths
     chunk = chunk_length(window, num_chunks, lengths)[:, None]  # [batch, 1]
-    most = int(chunk_length(window, num_chunks, torch.tensor([longest])))  # chunks of a shorter row are never longer
+    most = longest_chunk(window, num_chunks, longest)  # chunks of a shorter row are never longer
     num_windows = -(-longest // window)
     start = torch.arange(min(num_chunks, longest), device=device) * chunk
     members = start[..., None] + torch.arange(most, device=device)
@@ -115,7 +131,7 @@ def _sequence_table(tokens: Tokens, window: int, num_chunks: int) -> tuple[Tenso
     siblings = (own // per_chunk * per_chunk)[..., None] + torch.arange(max(1, most // window), device=device)
     outside = (siblings >= (own // per_chunk * per_chunk + per_chunk)[..., None]) | (siblings == own[:, None])
     siblings = torch.where(outside | (siblings >= num_windows), -1, siblings)
-    return torch.where(inside, members, -1), overlap, siblings if most > window else siblings[..., :0]
+    return torch.where(inside, members, -1), overlap, siblings
 
 
 def summarise_chunks(
@@ -234,7 +250,7 @@ def eva_attention(
     partials = [exact_partial(block_x, block_y, block_value, seen)]
 
     if windows.num_blocks > 1:
-        siblings = torch.empty(1, windows.num_blocks, 0, dtype=torch.long, device=device)
+        siblings = None
         if is_causal:
             # Only chunks of complete windows are ever visible, so the last window needs none.
             chunks = Blocks((windows.num_blocks - 1) * window_size, chunk_size)
@@ -242,21 +258,20 @@ def eva_attention(
             ends = (torch.arange(index.shape[1], device=device) + 1) * chunk_size
             visible = (ends <= torch.arange(windows.num_blocks, device=device)[:, None] * window_size).unsqueeze(0)
         elif grid is not None:
-            side = int(chunk_length(window_size, max(1, int(num_chunks**0.5)), torch.tensor([max(grid)])))
-            index, overlap, siblings = (
-                table.to(device).unsqueeze(0) for table in _grid_table(grid, window_size, side)
-            )
-            visible = ~overlap
+            side = longest_chunk(window_size, max(1, int(num_chunks**0.5)), max(grid))
+            index, overlap, own_chunk = grid_table(*grid, window_size, side, str(device))
+            visible, siblings = ~overlap, own_chunk if side > window_size else None
         else:
-            index, overlap, siblings = _sequence_table(tokens, window_size, num_chunks)
-            visible = ~overlap
+            index, overlap, own_chunk = _sequence_table(tokens, window_size, num_chunks)
+            coarse = longest_chunk(window_size, num_chunks, num_tokens) > window_size
+            visible, siblings = ~overlap, own_chunk if coarse else None
         member = (index >= 0) & (index < tokens.lengths[:, None, None])
         spread = weighting == "spread"
         source = tokens.x if query_proposals else None
         maps = {"query_map": query_map, "key_map": key_map}
         summary = summarise_chunks(source, tokens.y, tokens.value, index, member, noise=noise, spread=spread, **maps)
         partials.append(_read(block_x, summary, visible, slot_dropout))
-        if siblings.shape[-1]:
+        if siblings is not None:
             index = windows.index(device).unsqueeze(0)
             member = (index >= 0) & (index < tokens.lengths[:, None, None])
             pieces = summarise_chunks(
