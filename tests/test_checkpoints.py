@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, KINDS, VIT, ModelCase, largest, logits, supported
+from cases import BERT, BY_NAME, GPT2, KINDS, VIT, ModelCase, largest, logits, supported
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, EncoderDecoderModel
 
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError
@@ -153,6 +153,51 @@ def test_stock_checkpoint_needs_linear_attention(stock: Path) -> None:
         hf_linattn.LinAttnBertForMaskedLM(BERT.config())
 
 
+@pytest.mark.parametrize("kind", ["eva", "lara"])
+def test_a_kind_without_tensors(kind: str, tmp_path: Path) -> None:
+    """With learn_proposals=False there is nothing to save, and nothing missing on loading."""
+    settings = BERT.settings(kind, learn_proposals=False)
+    model = hf_linattn.convert(BERT.build(), settings)
+    assert not any("linattn" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits(AutoModelForMaskedLM.from_pretrained(tmp_path), **BERT.inputs()), logits(model, **BERT.inputs())
+    )
+    for changes in ({"learn_proposals": True}, {"layers": [0]}, {"seed": 1}):
+        values = {**settings.to_dict(), **changes}
+        with pytest.raises(CheckpointError, match=r"contradict `linear_attention`"):
+            AutoModelForMaskedLM.from_pretrained(tmp_path, linear_attention=values)
+
+
+def test_attention_dropout_is_remembered() -> None:
+    """Through a second assignment, which reads a config whose dropout is 0 already."""
+    config = hf_linattn.LinAttnBertConfig(linear_attention="favor_plus")
+    config.linear_attention = hf_linattn.EvaConfig()
+    assert config.linear_attention["attention_dropout"] == 0.1
+    config.attention_probs_dropout_prob = 0.3
+    config.linear_attention = "lara"
+    assert config.linear_attention["attention_dropout"] == 0.3
+    assert config.attention_probs_dropout_prob == 0
+
+
+def test_parts_of_a_composite_keep_their_kind(tmp_path: Path) -> None:
+    encoder = hf_linattn.convert(BY_NAME["bert-classifier"].build(), "favor_plus").bert
+    decoder = hf_linattn.convert(GPT2.build(add_cross_attention=True), "favor_sharp")
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    inputs = {**BERT.inputs(), "decoder_input_ids": GPT2.inputs()["input_ids"]}
+    expected = logits(model, **inputs)
+    model.save_pretrained(tmp_path)
+    loaded = EncoderDecoderModel.from_pretrained(tmp_path)
+    assert loaded.encoder.config._attn_implementation == "favor_plus"
+    assert loaded.decoder.config._attn_implementation == "favor_sharp"
+    assert torch.equal(logits(loaded, **inputs), expected)
+    for softmax in (
+        lambda: EncoderDecoderModel.from_pretrained(tmp_path, attn_implementation="sdpa"),
+        lambda: loaded.set_attn_implementation("sdpa") or loaded,
+    ):
+        assert softmax().encoder.config._attn_implementation == "sdpa"  # type: ignore[no-untyped-call]
+
+
 # -- damaged and contradictory checkpoints --------------------------------------------------------------------------
 def test_missing_field(converted: Path) -> None:
     edit_config(converted, linear_attention=None)
@@ -187,6 +232,25 @@ def test_field_contradicts_the_weights(change: dict[str, Any], message: str, con
 def test_another_kind_than_the_weights(converted: Path) -> None:
     with pytest.raises(CheckpointError, match=r"contradict `linear_attention`.*revert the model"):
         AutoModelForMaskedLM.from_pretrained(converted, linear_attention="lara")
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "message"),
+    [
+        (BERT.settings("favor_plus"), BERT.settings("favor_sharp"), "kind 'favor_plus' in config.json"),
+        (BERT.settings("favor_plus"), BERT.settings("favor_plus", seed=3), "seed 0 in config.json"),
+        (BERT.settings("lara", window_size=0), BERT.settings("eva"), "kind 'lara' in config.json"),
+    ],
+    ids=["kind", "seed", "lara-eva"],
+)
+def test_tensors_that_fit_by_chance(saved: Any, asked: Any, message: str, tmp_path: Path) -> None:
+    hf_linattn.convert(BERT.build(), saved).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"contradict `linear_attention`.*{message}"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path, linear_attention=asked)
+    changed = saved.replace(window_size=2 * saved.window_size, slot_dropout=0.25)  # no tensor depends on these
+    values = AutoModelForMaskedLM.from_pretrained(tmp_path, linear_attention=changed).config.linear_attention
+    assert (values["window_size"], values["slot_dropout"]) == (changed.window_size, 0.25)
+    assert values["attention_dropout"] == 0.1
 
 
 @pytest.mark.parametrize("dropped", ["all", "one"])

@@ -26,6 +26,9 @@ class LinAttnConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_attn_implementation_internal" and value is None:
+            # A composite config resets its parts' implementation to "not chosen" when it is read: then as above.
+            value = (self.__dict__.get("linear_attention") or {}).get("kind")
         if name != "linear_attention" or value is None:
             super().__setattr__(name, value)
             return
@@ -34,7 +37,8 @@ class LinAttnConfigMixin:
         values = settings.to_dict()
         # A linear kind cannot apply attention dropout: it is remembered for the softmax layers and for `revert`.
         if settings.attention_dropout is None:
-            values["attention_dropout"] = float(getattr(self, family.dropout_field))
+            remembered = (self.__dict__.get("linear_attention") or {}).get("attention_dropout", 0.0)
+            values["attention_dropout"] = float(getattr(self, family.dropout_field)) or remembered
         setattr(self, family.dropout_field, 0.0)
         super().__setattr__(name, values)
         active = self.__dict__.get("_attn_implementation_internal")

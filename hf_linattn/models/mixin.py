@@ -12,7 +12,8 @@ from transformers import initialization as init
 
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
-from ..integrations.families import MODEL_TYPE_PREFIX, set_model_class
+from ..integrations.families import MODEL_TYPE_PREFIX, get_family, set_model_class
+from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import list_kinds
 from .saving import push_folder, save_atomically
@@ -138,23 +139,33 @@ def _check_loaded(
     unexpected = {name for name in info["unexpected_keys"] if _KEY in name}
     mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
     ours = [name for name in mismatched if _KEY in name]
-    fresh = missing == expected and not unexpected and not ours
-    if fresh and _saved_model_type(source, kwargs).startswith(MODEL_TYPE_PREFIX):
+    fresh = bool(expected) and missing == expected and not unexpected and not ours
+    saved = _saved_settings(model, source, kwargs)
+    asked = settings_of(model.config)
+    if fresh and saved is not None and saved.config == asked.config and saved.layers == asked.layers:
         raise CheckpointError(
             f"{source!r} says that it is a converted model, but its weights hold no linear attention tensors "
             f"(expected {_some(missing)}). The checkpoint is incomplete: save it again, or convert the stock "
             "checkpoint anew."
         )
-    if not fresh and (missing or unexpected or ours):
-        found = "; ".join(
-            f"{what} {_some(names)}"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", ours))
-            if names
+    found = [
+        f"{what} {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", ours))
+        if names and (saved is not None or not fresh)
+    ]
+    if saved is not None:
+        # Tensors of the same names and shapes may mean something else.
+        pairs = (
+            ("kind", saved.config.kind, asked.config.kind),
+            ("layers", list(saved.layers or ()), list(asked.layers or ())),
+            ("seed", saved.config.seed, asked.config.seed),
         )
+        found = [f"{name} {old!r} in config.json" for name, old, new in pairs if old != new] + found
+    if found:
         raise CheckpointError(
-            f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: {found}. "
-            "Use the settings that the checkpoint was saved with; to change the kind, revert the model and convert it "
-            "again."
+            f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: "
+            f"{'; '.join(found)}. Use the settings that the checkpoint was saved with; to change the kind, revert the "
+            "model and convert it again."
         )
     if mismatched and not allow_mismatch:
         raise RuntimeError(
@@ -168,13 +179,19 @@ def _some(names: Any) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def _saved_model_type(source: Any, kwargs: dict[str, Any]) -> str:
-    """`model_type` in the checkpoint's own config.json, or "" if there is none (a state dict was given)."""
+def _saved_settings(model: PreTrainedModel, source: Any, kwargs: dict[str, Any]) -> LinearAttentionSettings | None:
+    """`linear_attention` in a converted checkpoint's own config.json.
+
+    `None` if there is none: a stock checkpoint, or no checkpoint but a state dict.
+    """
     if source is None:
-        return ""
+        return None
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     try:
         values, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in names if k in kwargs})
     except OSError:
-        return ""
-    return str(values.get("model_type", ""))
+        return None
+    if not str(values.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        return None
+    family, count = get_family(model.config).name, model.config.num_hidden_layers
+    return parse_settings(values["linear_attention"], family=family, num_layers=count)
