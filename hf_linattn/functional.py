@@ -4,9 +4,8 @@ All take `query`, `key`, `value` of shape `[batch, heads, tokens, head_dim]`, a 
 where a token is real, and return `[batch, heads, queries, head_dim]` in the dtype of `query`. They compute in float32
 at least, hold no state, and are differentiable. Padding never matters: a row gives what it would give without it.
 
-Queries and keys of equal number are the same tokens: the kinds then give 0 at masked queries (the references,
-`softmax_attention` and `randomized_attention`, do not). For cross-attention between sequences of equal length, append
-a masked key.
+Queries and keys of equal number count as the same tokens: the kinds then give 0 at masked queries (the references,
+`softmax_attention` and `randomized_attention`, do not). For cross-attention pass `is_cross=True` to `favor_attention`.
 """
 
 from __future__ import annotations

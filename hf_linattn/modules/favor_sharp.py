@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class FavorSharpAttention(LinearAttention):
         )
 
 
-_checked_statistics: set[tuple[int, int]] = set()
+_checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def _warn_if_neutral(statistics: FavorStatistics) -> None:
@@ -93,10 +94,9 @@ def _warn_if_neutral(statistics: FavorStatistics) -> None:
     shape = statistics.shape
     if torch.compiler.is_compiling() or shape.is_meta:
         return
-    looked_at = (shape.data_ptr(), 0 if shape.is_inference() else shape._version)
-    if looked_at in _checked_statistics:
+    if _checked_statistics.get(id(shape)) is shape:
         return
-    _checked_statistics.add(looked_at)
+    _checked_statistics[id(shape)] = shape
     if not bool(shape.any()):
         warnings.warn(
             "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the"

@@ -67,6 +67,7 @@ def favor_statistics(
     scaling: float | None = None,
     variant: str = "saderf",
     centring: bool = True,
+    is_cross: bool = False,
 ) -> FavorStatistics:
     """FAVOR#'s constants from the real tokens of every row and head, without gradient.
 
@@ -78,6 +79,8 @@ def favor_statistics(
         query, key: `[batch, heads, tokens, head_dim]` of the same tokens (or of two sequences, without a mask).
         key_mask: `[batch, tokens]` bool, True where a token is real.
         variant: "saderf" or "gerf" (no balance).
+        is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
+            different lengths.
     Cost: O(tokens * head_dim). Random: no.
     """
     if variant not in ("saderf", "gerf"):
@@ -85,25 +88,29 @@ def favor_statistics(
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     x, y = scale_inputs(query.to(dtype), key.to(dtype), scaling)
 
-    def mean(z: Tensor) -> Tensor:
-        if key_mask is None or z.shape[2] != key_mask.shape[1]:
-            return z.mean(2, keepdim=True)
-        real = key_mask[:, None, :, None]
-        return z.masked_fill(~real, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
-
-    x_mean, y_mean = mean(x), mean(y)
+    query_mask = None if is_cross or x.shape[2] != y.shape[2] else key_mask
+    x_mean, y_mean = _masked_mean(x, query_mask), _masked_mean(y, key_mask)
     if not centring:
         x_mean, y_mean = torch.zeros_like(x_mean), torch.zeros_like(y_mean)
     x, y = x - x_mean, y - y_mean
-    x_square, y_square = mean(x.square()), mean(y.square())
+    x_square, y_square = _masked_mean(x.square(), query_mask), _masked_mean(y.square(), key_mask)
     balance = torch.ones_like(x_square)
     if variant == "saderf":
         both = (x_square > 0) & (y_square > 0)
         ratio = torch.where(both, y_square, 1.0) / torch.where(both, x_square, 1.0)
         balance = ratio.sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)
-    moment = x_square * balance.square() + y_square / balance.square() + 2 * mean(x) * mean(y)
+    moment = x_square * balance.square() + y_square / balance.square()
+    moment = moment + 2 * _masked_mean(x, query_mask) * _masked_mean(y, key_mask)
     shape = optimal_shape(moment.mean(-1, keepdim=True).clamp_min(0)).expand_as(balance)
     return FavorStatistics(x_mean, y_mean, balance, shape)
+
+
+def _masked_mean(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens of each row, `[batch, heads, 1, dim]`."""
+    if mask is None:
+        return z.mean(2, keepdim=True)
+    real = mask[:, None, :, None]
+    return z.masked_fill(~real, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
 
 
 def favor_log_features(
@@ -112,8 +119,7 @@ def favor_log_features(
     r"""Log-features `a[t, j]` of queries and `c[j, n]` of keys with `E[sum_j exp(a + c)] = exp(x . y)`.
 
     With means `m_x`, `m_y`: `exp(x.y) = exp((x - m_x).(y - m_y)) exp(m_x.y) exp(x.m_y - m_x.m_y)`; the second factor
-        goes to
-    the key and the third to the query, so the logits stay on the scale of `x . y` and can stand beside exact ones.
+    goes to the key and the third to the query, so the logits stay on the scale of `x . y` beside exact ones.
 
     Args:
         x, y: Scaled queries and keys `[batch, heads, tokens, head_dim]`.
@@ -164,6 +170,7 @@ def favor_attention(
     num_global_tokens: int = 0,
     chunk_size: int = 32,
     slot_dropout: float = 0.0,
+    is_cross: bool = False,
 ) -> Tensor:
     """FAVOR+ (or FAVOR#, given `statistics`) attention.
 
@@ -184,6 +191,8 @@ def favor_attention(
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
             the slots (causal or with a window); changes cost, not the result.
         slot_dropout: Dropout on the weights of the slots.
+        is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries (bidirectional,
+            without window and global tokens). Implied by different lengths.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes do not fit or queries and keys differ where they may not; UnsupportedError for global
         tokens in the causal form.
@@ -200,7 +209,7 @@ def favor_attention(
     projection = projection.to(x)
     if not (is_causal or window_size or num_global_tokens):
         visible = None if key_mask is None else key_mask[:, None, :, None]
-        is_self = x.shape[2] == y.shape[2]
+        is_self = x.shape[2] == y.shape[2] and not is_cross
         if visible is not None:
             # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
             y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
@@ -208,6 +217,11 @@ def favor_attention(
         query_weights, key_weights = favor_log_weights(x, y, projection, statistics)
         output = query_weights.read(key_weights.masked(visible).summarise(value), dropout=slot_dropout).output
         return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
+    if is_cross:
+        raise InputError(
+            "Cross-attention (is_cross=True) needs is_causal=False, window_size=0 and num_global_tokens=0; got"
+            f" {is_causal}, {window_size} and {num_global_tokens}."
+        )
     tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
     if tokens.y.shape[2] == 0:
         return tokens.finish(None)

@@ -36,7 +36,7 @@ every = pytest.mark.parametrize(("kind", "is_causal"), LAYERS)
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(favor_sharp, "_checked_statistics", set())
+    monkeypatch.setattr(favor_sharp, "_checked_statistics", {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FAVOR# in a causal layer has no statistics")
         yield

@@ -275,3 +275,19 @@ def test_dropout_of_slots_reaches_every_query_and_keeps_the_mean(
     assert draws.std(0)[:, reads_slots].min() > 1e-3
     error = (draws.mean(0) - plain)[:, reads_slots] / (draws.std(0)[:, reads_slots] / 3000**0.5)
     assert error.abs().max() < 5
+
+
+def test_cross_attention_of_equal_lengths_has_to_be_named() -> None:
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    projection = draw_projection(2, 12, 8, seed=0).double()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]]).bool()
+    crossed = favor_attention(q, k, v, projection, key_mask=mask, is_cross=True)
+    longer = favor_attention(q, k[:, :, :3], v[:, :, :3], projection)
+    torch.testing.assert_close(crossed, longer)
+    assert not favor_attention(q, k, v, projection, key_mask=mask)[:, :, 3:].any()
+    for ours, theirs in zip(
+        favor_statistics(q, k, key_mask=mask, is_cross=True), favor_statistics(q, k[:, :, :3]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(InputError, match="is_cross"):
+        favor_attention(q, k, v, projection, is_cross=True, window_size=2)
