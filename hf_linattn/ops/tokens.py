@@ -69,8 +69,8 @@ def prepare(
     """Take out padding and global tokens.
 
     In a causal layer queries may be fewer than keys (decoding with a cache of keys); they are then the last ones.
-    Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a causal
-        layer.
+    Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a
+        causal layer.
     """
     num_queries, num_keys = x.shape[2], y.shape[2]
     if is_causal and num_global_tokens:
