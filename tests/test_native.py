@@ -32,6 +32,7 @@ from transformers import (
     DeiTModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
     DistilBertConfig,
     DistilBertModel,
     GPT2LMHeadModel,
@@ -44,14 +45,18 @@ from transformers import (
     RobertaModel,
     RoFormerConfig,
     RoFormerModel,
+    SiglipVisionConfig,
     StaticCache,
+    ViTConfig,
     ViTModel,
     XGLMConfig,
     XGLMModel,
+    YolosConfig,
 )
 
 import hf_linattn
-from hf_linattn.errors import UnsupportedError
+from hf_linattn.errors import ConfigError, UnsupportedError
+from hf_linattn.integrations.native import image_grid
 
 TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -291,6 +296,73 @@ def test_settings_of_native_mode() -> None:
         outs.append(logits(model, **inputs))
     assert torch.equal(outs[3], outs[4])
     assert torch.equal(outs[3], outs[5])
+    model.config.linear_attention = 5
+    with pytest.raises(ConfigError, match=r"must be the name of a kind.*got 5"):
+        model(**inputs)
+
+
+def test_settings_object_can_be_saved_after_use(tmp_path: Any) -> None:
+    model = GPT2.build()
+    model.set_attn_implementation("favor_plus")
+    model.config.linear_attention = GPT2.settings("favor_plus")
+    expected = logits(model, **GPT2.inputs())
+    assert model.config.linear_attention == GPT2.settings("favor_plus").to_dict()
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="favor_plus")
+    assert torch.equal(logits(loaded, **GPT2.inputs()), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "expected"),
+    [
+        (ViTConfig(image_size=32, patch_size=4), 65, ((8, 8), 1)),
+        (ViTConfig(image_size=32, patch_size=4), 64, None),  # 9 x 7 patches and [CLS]
+        (ViTConfig(image_size=32, patch_size=4), 71, None),  # 10 x 7
+        (DeiTConfig(image_size=32, patch_size=4), 66, ((8, 8), 2)),
+        (DeiTConfig(image_size=32, patch_size=4), 65, None),  # 9 x 7
+        (Dinov2Config(image_size=32, patch_size=4), 65, ((8, 8), 1)),
+        (Dinov2Config(image_size=32, patch_size=4), 66, None),
+        (Dinov2WithRegistersConfig(image_size=32, patch_size=4, num_register_tokens=4), 69, ((8, 8), 5)),
+        (Dinov2WithRegistersConfig(image_size=32, patch_size=4, num_register_tokens=4), 65, None),
+        (SiglipVisionConfig(image_size=32, patch_size=4), 64, ((8, 8), 0)),
+        (YolosConfig(image_size=[32, 32], patch_size=4), 65, ((8, 8), 1)),
+        (YolosConfig(image_size=[32, 32], patch_size=4), 64, None),
+        (YolosConfig(image_size=[32, 32], patch_size=4), 67, None),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "model_type") else None,
+)
+def test_image_of_another_size_is_no_grid(config: Any, tokens: int, expected: Any) -> None:
+    """Only with exactly the tokens that the model puts before the patches; else the tokens are a sequence."""
+    assert image_grid(config, tokens) == expected
+
+
+def test_image_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 x 5 patches and [CLS] are as many tokens as 6 x 6 patches: taken as a sequence, [CLS] exact."""
+    import hf_linattn.integrations.interface as interface
+
+    seen: list[Any] = []
+    original = interface.AttentionInputs
+    monkeypatch.setattr(interface, "AttentionInputs", lambda *a, **kw: seen.append(kw["grid"]) or original(*a, **kw))
+    model = VIT.build()
+    model.set_attn_implementation("favor_plus")
+    logits(model, pixel_values=torch.randn(1, 3, 28, 20), interpolate_pos_encoding=True)
+    logits(model, **VIT.inputs())
+    assert seen == [None, None, (6, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
+def test_bert_as_a_decoder_generates(converted: bool) -> None:
+    """It has a decoder's defaults: EVA's proposals may not read queries, which no cache holds."""
+    torch.manual_seed(0)
+    model = BertLMHeadModel(bert_config(is_decoder=True, eos_token_id=None)).eval()
+    if converted:
+        hf_linattn.convert(model, "eva")
+        assert model.config.linear_attention["query_proposals"] is False
+    else:
+        model.set_attn_implementation("eva")
+    ids = torch.randint(3, VOCAB, (2, 7))
+    cached = model.generate(ids, **GENERATE)
+    assert torch.equal(cached, model.generate(ids, **GENERATE, use_cache=False))
 
 
 def test_state_drawn_in_inference_mode_can_be_trained_with() -> None:

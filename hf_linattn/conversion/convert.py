@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
-from ..integrations.families import get_family, is_converted, set_model_class
+from ..integrations.families import defaults_family, get_family, is_converted, set_model_class
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
 from ..models import CONFIGS, COUNTERPARTS
 from ..modules.config import AttentionConfig
@@ -45,6 +45,15 @@ def convert(
             work in this model.
         ConfigError: Unknown kind, unknown or impossible setting, layers that do not exist.
     """
+    if not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "module", None)
+        advice = (
+            f"Unwrap it: convert its .module, a {type(inner).__name__}, and wrap that."
+            if isinstance(inner, PreTrainedModel)
+            else "Load one with AutoModel.from_pretrained(name)."
+        )
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UnsupportedError(f"convert() needs a Transformers model (a BERT, GPT-2 or ViT); got {given}. {advice}")
     if is_converted(getattr(model, "config", None)) or type(model) in COUNTERPARTS.values():
         kind = settings_of(model.config).config.kind
         raise UnsupportedError(
@@ -61,7 +70,7 @@ def convert(
             "compile, PEFT) or convert the stock model and derive your class from its LinAttn counterpart."
         )
     count = model.config.num_hidden_layers
-    settings = parse_settings(config, family=family.name, num_layers=count)
+    settings = parse_settings(config, family=defaults_family(model.config), num_layers=count)
     if layers is not None:
         settings = LinearAttentionSettings(settings.config, check_layers(layers, count), settings.attention_dropout)
     if copy:

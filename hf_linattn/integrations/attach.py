@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import CheckpointError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
-from .families import Family, get_family, layer_shape, set_attention_dropout
+from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
 from .settings import LinearAttentionSettings, parse_settings
 
 ATTRIBUTE = "linattn"
@@ -25,7 +25,7 @@ def settings_of(config: Any) -> LinearAttentionSettings:
             f"with one of {list_kinds()} or a kind's settings. In a converted checkpoint the field is missing from "
             "config.json: the checkpoint is damaged."
         )
-    return parse_settings(value, family=get_family(config).name, num_layers=config.num_hidden_layers)
+    return parse_settings(value, family=defaults_family(config), num_layers=config.num_hidden_layers)
 
 
 def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> dict[int, LinearAttention]:

@@ -67,11 +67,20 @@ def get_family(config: Any) -> Family:
     return FAMILIES[name]
 
 
+def defaults_family(config: Any) -> str:
+    """Column of the default settings for a model that can be converted: a decoding BERT has those of decoders.
+
+    Raises: `UnsupportedError` for any other architecture.
+    """
+    name = get_family(config).name
+    return "decoder" if name == "bert" and getattr(config, "is_decoder", False) else name
+
+
 def family_of(config: Any, *, is_causal: bool) -> str:
-    """Column of the default settings for any architecture: an exact match, else "vision", "decoder" or "encoder"."""
+    """Column of the default settings for any architecture: of its own, or "vision", "decoder" or "encoder"."""
     name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
     if name in FAMILIES:
-        return name
+        return "decoder" if name == "bert" and is_causal else name
     if hasattr(config, "image_size") and hasattr(config, "patch_size") and not hasattr(config, "vocab_size"):
         return "vision"
     return "decoder" if is_causal else "encoder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -216,10 +217,13 @@ def _native(
         )
     family = family_of(config, is_causal=is_causal)
     image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
+    given = getattr(config, "linear_attention", None)
+    if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
+        config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
     settings, state = native_layer(
         kind,
         family,
-        getattr(config, "linear_attention", None),
+        given,
         query.shape[1],
         query.shape[3],
         getattr(module, "layer_idx", None) or 0,

@@ -14,9 +14,16 @@ from ..modules.base import LayerShape
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
 from ..modules.registry import get_kind
+from .families import MODEL_TYPE_PREFIX
 from .settings import parse_settings
 
-MAX_LEADING_TOKENS = 16  # [CLS], distillation and register tokens before the patches
+# Tokens before the patches, without register tokens. Of other models it is unknown whether they have a distillation
+# token beside [CLS].
+LEADING_TOKENS = {
+    **dict.fromkeys(("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "beit"), 1),
+    "deit": 2,
+    "siglip_vision_model": 0,
+}
 
 
 @torch.compiler.assume_constant_result
@@ -42,6 +49,8 @@ def native_layer(
         settings = {"kind": settings}
     elif isinstance(settings, AttentionConfig):
         settings = settings.to_dict()
+    elif settings is not None and not isinstance(settings, dict):
+        parse_settings(settings, family=family)  # raises
     frozen = None if settings is None else json.dumps(settings, sort_keys=True)
     config, state = _layer(
         kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device
@@ -96,6 +105,9 @@ def image_grid(
 ) -> tuple[tuple[int, int], int] | None:
     """`((rows, columns), tokens before the patches)` of an image model, or `None` if the tokens do not fit.
 
+    An image of another size than the config's is recognised by the tokens left over: they would have to be exactly
+    those that the model puts before the patches.
+
     Args:
         config: Config with `image_size` and `patch_size`, each an integer or a pair.
         size: Rows and columns of patches, when known from the input.
@@ -107,7 +119,10 @@ def image_grid(
             return None
         grid = (image[0] // patch[0], image[1] // patch[1])
     leading = num_tokens - grid[0] * grid[1]
-    return (grid, leading) if 0 <= leading <= MAX_LEADING_TOKENS else None
+    name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
+    known = LEADING_TOKENS.get(name)
+    without_registers = leading - (getattr(config, "num_register_tokens", None) or 0)
+    return (grid, leading) if without_registers in ((1, 2) if known is None else (known,)) else None
 
 
 def as_pair(value: Any) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..integrations.families import MODEL_TYPE_PREFIX, get_family
+from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds
 
@@ -33,7 +33,7 @@ class LinAttnConfigMixin:
             super().__setattr__(name, value)
             return
         family = get_family(self)
-        settings = parse_settings(value, family=family.name, num_layers=self.num_hidden_layers)  # type: ignore[attr-defined]
+        settings = parse_settings(value, family=defaults_family(self), num_layers=self.num_hidden_layers)  # type: ignore[attr-defined]
         values = settings.to_dict()
         # A linear kind cannot apply attention dropout: it is remembered for the softmax layers and for `revert`.
         if settings.attention_dropout is None:

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
-from ..integrations.families import MODEL_TYPE_PREFIX, get_family, set_model_class
+from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, set_model_class
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import list_kinds
@@ -193,5 +193,5 @@ def _saved_settings(model: PreTrainedModel, source: Any, kwargs: dict[str, Any])
         return None
     if not str(values.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
         return None
-    family, count = get_family(model.config).name, model.config.num_hidden_layers
+    family, count = defaults_family(model.config), model.config.num_hidden_layers
     return parse_settings(values["linear_attention"], family=family, num_layers=count)
