@@ -51,6 +51,7 @@ def ready(case: ModelCase, converted: bool, kind: str = "favor_plus") -> Any:
         ("performer", ConfigError, r"registered kinds: \['eva', 'favor_plus', 'favor_sharp', 'lara'\]"),
         ({"kind": "Favor-Plus"}, ConfigError, "Did you mean 'favor_plus'"),
         ({"num_features": 8}, ConfigError, "need the key 'kind'"),
+        ({"kind": ["eva"]}, ConfigError, r"must be a string, one of .*got \['eva'\]"),
         (
             {"kind": "favor_plus", "num_featurs": 8},
             UnknownFieldError,
@@ -140,8 +141,6 @@ def test_unsupported_architecture() -> None:
         UnsupportedError, match=r"\['bert', 'gpt2', 'vit'\]; got model_type 't5'.*set_attn_implementation"
     ):
         hf_linattn.convert(T5Model(T5Config(**small)), "favor_plus")
-    with pytest.raises(UnsupportedError, match="got model_type None"):
-        hf_linattn.convert(torch.nn.Linear(2, 2), "favor_plus")  # type: ignore[arg-type]
 
 
 class Mine(BertForMaskedLM):
@@ -371,3 +370,72 @@ def test_every_kind_name_is_registered_with_both_interfaces() -> None:
         assert kind in AttentionMaskInterface._global_mapping
     assert isinstance(BertModel(bert_config()), BertModel)
     assert issubclass(hf_linattn.LinAttnGPT2LMHeadModel, GPT2LMHeadModel)
+
+
+# -- what is checked once per forward -------------------------------------------------------------------------------
+@pytest.mark.parametrize("inference", [False, True])
+def test_positions_are_checked_again_with_another_mask(inference: bool) -> None:
+    """A tensor of positions that was in order under one mask need not be under another, or under none."""
+    model = GPT2.build()
+    model.set_attn_implementation("favor_plus")
+    ids = GPT2.inputs(batch=1)["input_ids"][:, :6]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    hidden = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    with torch.inference_mode(inference):
+        model(input_ids=ids, position_ids=positions, attention_mask=hidden)
+        with pytest.raises(InputError, match="position_ids must increase"):
+            model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(hidden))
+        model(input_ids=ids, position_ids=positions, attention_mask=hidden)
+        with pytest.raises(InputError, match="position_ids must increase"):
+            model(input_ids=ids, position_ids=positions, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]))
+
+
+def test_positions_are_checked_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_linattn.integrations.checks as checks
+
+    mask, positions = torch.tensor([[False, True, True]]), torch.tensor([[1, 0, 1]])
+    checks.check_positions(positions, mask, 3)
+    last = checks._last_checked
+    checks.check_positions(positions, mask, 3)
+    assert checks._last_checked is last
+    with pytest.raises(InputError, match="must increase"):
+        checks.check_positions(positions, None, 3)
+    mask[0, 0] = True
+    with pytest.raises(InputError, match="must increase"):
+        checks.check_positions(positions, mask, 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [(BERT, r"a row for each of the 2 inputs.*got \(3, 40\)"), (GPT2, r"must cover all tokens.*got \(2, 60\)")],
+    ids=["bert", "gpt2"],  # GPT-2 first brings its mask to the batch size
+)
+def test_mask_of_another_batch_size(case: ModelCase, message: str) -> None:
+    mask = torch.ones(3, TOKENS, dtype=torch.long)
+    mask[:, -1] = 0
+    for model in (ready(case, False), ready(case, True)):
+        with pytest.raises(InputError, match=message):
+            model(**case.inputs(), attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "got NoneType.*from_pretrained"),
+        (torch.nn.Linear, "got the class Linear"),
+        (torch.nn.Linear(2, 2), "got Linear"),
+        ("bert-base-uncased", "got str"),
+        (BertForMaskedLM, "got the class BertForMaskedLM"),
+    ],
+    ids=str,
+)
+def test_convert_something_else(model: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"needs a Transformers model.*{message}"):
+        hf_linattn.convert(model, "favor_plus")
+
+
+def test_convert_a_wrapped_model() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"got DataParallel. Unwrap it: convert its \.module, a BertForMaskedLM"
+    ):
+        hf_linattn.convert(torch.nn.DataParallel(BERT.build()), "favor_plus")

@@ -93,8 +93,16 @@ def check_mask(mask: Any) -> None:
         )
 
 
-# The position_ids that were found in order last, with their version: every layer of a forward gets the same tensor.
-_last_checked: tuple[weakref.ref[Tensor], int] | None = None
+# The position_ids found in order last and the mask they were checked with, each with its version: every layer of a
+# forward gets the same tensors. Replaced as a whole, so that threads may share it.
+_Seen = tuple[weakref.ref[Tensor], int]
+_last_checked: tuple[_Seen, _Seen | None] | None = None
+
+
+def _is_seen(tensor: Tensor | None, seen: _Seen | None) -> bool:
+    if tensor is None or seen is None:
+        return tensor is None and seen is None
+    return seen[0]() is tensor and seen[1] == tensor._version
 
 
 def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> None:
@@ -111,10 +119,10 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
         raise InputError(
             f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}."
         )
-    version = None if position_ids.is_inference() else position_ids._version
-    if _last_checked is not None and version is not None:
-        if _last_checked[0]() is position_ids and _last_checked[1] == version:
-            return
+    last = _last_checked
+    versioned = not any(tensor.is_inference() for tensor in (position_ids, key_mask) if tensor is not None)
+    if versioned and last is not None and _is_seen(position_ids, last[0]) and _is_seen(key_mask, last[1]):
+        return
     positions = position_ids
     if key_mask is None:
         wrong = positions[:, 1:] <= positions[:, :-1]
@@ -131,8 +139,9 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
             f"position_ids must increase along the real tokens of a row; row {row} has "
             f"{positions[row].tolist()[:16]}. {_PACKED}"
         )
-    if version is not None:
-        _last_checked = (weakref.ref(position_ids), version)
+    if versioned:
+        seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)
+        _last_checked = ((weakref.ref(position_ids), position_ids._version), seen_mask)
 
 
 def is_cross_attention(

@@ -161,6 +161,11 @@ def linattn_mask(
             f"attention_mask must cover all tokens, past ones included: [batch, {seen}]; got "
             f"{tuple(attention_mask.shape)}."
         )
+    if attention_mask.shape[0] not in (1, batch_size):
+        raise InputError(
+            f"attention_mask must have a row for each of the {batch_size} inputs, [batch, tokens]; got "
+            f"{tuple(attention_mask.shape)}."
+        )
     mask = attention_mask.to(torch.bool)
     if mask.shape[0] != batch_size:
         mask = mask.expand(batch_size, -1)
