@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_static_cache_without_mask() -> None:
 def test_causal_favor_sharp_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_linattn.modules.favor_sharp as module
 
-    monkeypatch.setattr(module, "_checked_statistics", set())
+    monkeypatch.setattr(module, "_checked_statistics", weakref.WeakValueDictionary())
     model = GPT2.build()
     model.set_attn_implementation("favor_sharp")
     with pytest.warns(UserWarning, match="behaves like FAVOR\\+"):

@@ -97,4 +97,5 @@ def test_padding_reaches_the_attention_function(kind: str) -> None:
     inputs = padded("right", rows())
     masked = logits(model, **inputs)
     inputs.pop("attention_mask")
+    inputs.pop("position_ids", None)  # those of the padding repeat, which is an error without the mask
     assert largest((logits(model, **inputs) - masked)[1, :23]) > 1e-3

@@ -67,7 +67,9 @@ def list_kinds() -> list[str]:
 def get_kind(name: str) -> AttentionKind:
     """The declaration of one kind. Raises `ConfigError` for an unknown name, naming near misses."""
     if not isinstance(name, str):
-        raise ConfigError(f"The name of an attention kind must be a string, one of {list_kinds()}; got {name!r}.")
+        raise ConfigError(
+            f"The name of an attention kind must be a string; got {name!r}; registered kinds: {list_kinds()}."
+        )
     if name not in _KINDS and name in BUILTIN_KINDS:
         importlib.import_module(BUILTIN_KINDS[name])
     if name not in _KINDS:
