@@ -82,7 +82,7 @@ def attend(
         lead = torch.broadcast_shapes(lead, bias.shape[:-1])
         bias = bias.expand(*lead, -1)
     query, key, value = (z.expand(*lead, -1, -1) for z in (query, key, value))
-    return Partial(*_Attend.apply(query, key, value, bias, visible))  # type: ignore[no-untyped-call]
+    return Partial(*_Attend.apply(query, key, value, bias, visible))
 
 
 class _Attend(torch.autograd.Function):

@@ -169,17 +169,15 @@ def _mass_correction(
     probe = index.gather(-1, real.sum(-1, keepdim=True) // 2 % index.shape[-1])
     real = real.any(-1, keepdim=True)
     key_visible = tokens.key_visible
-    exact = exact_partial(
-        gather_tokens(tokens.x, probe).squeeze(-2),
-        tokens.y,
-        tokens.value,
-        None if key_visible is None else key_visible.transpose(-1, -2),
-    ).log_mass
-    probes, bias, extra = (
-        None if z is None else gather_tokens(z, probe).squeeze(-2) for z in (query.tokens, query.token_bias, extra)
-    )
+
+    def at_probes(z: Tensor) -> Tensor:
+        return gather_tokens(z, probe).squeeze(-2)
+
+    visible = None if key_visible is None else key_visible.transpose(-1, -2)
+    exact = exact_partial(at_probes(tokens.x), tokens.y, tokens.value, visible).log_mass
+    readers = replace(query, tokens=at_probes(query.tokens), token_bias=at_probes(query.token_bias))
     slots = key.masked(key_visible).summarise(tokens.value)
-    ours = replace(query, tokens=probes, token_bias=bias).read(slots, extra=extra).log_mass
+    ours = readers.read(slots, extra=None if extra is None else at_probes(extra)).log_mass
     real = real.squeeze(-1)[:, None]
     difference = torch.where(real, exact - ours, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
     return difference[..., None, None]
