@@ -129,10 +129,15 @@ def lara_attention(
     extra = None
     if weighting == "optimal":
         own = density.diagonal(dim1=-2, dim2=-1)
-        query_share = mask_logits((x @ query_mean.transpose(-1, -2)), tokens.key_visible).softmax(2)
+        affinity = x @ query_mean.transpose(-1, -2)
+        if tokens.key_visible is not None:
+            # Finite, so that a row without any real token gives no NaN.
+            affinity = affinity.masked_fill(~tokens.key_visible, torch.finfo(x.dtype).min)
+        query_share = affinity.softmax(2)
         count = used.sum(-1, keepdim=True).clamp_min(1)
         centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
-        balance = torch.where(used_slots, own - mixture, 0.0).exp().unsqueeze(-2)
+        used_ratio = own.masked_fill(~used_slots, 0.0) - mixture.masked_fill(~used_slots, 0.0)
+        balance = used_ratio.exp().unsqueeze(-2)
         extra = (balance + centred).clamp_min(1e-8).log()
         slot_bias = torch.where(used_slots, -own, float("-inf"))
     query_weights = LogWeights(x, -x.square().sum(-1, keepdim=True) / 2, samples, slot_bias)
