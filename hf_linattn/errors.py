@@ -30,6 +30,10 @@ class InputError(LinAttnError, ValueError):
     """An input cannot be treated correctly (a 4-D mask, packed sequences, ...)."""
 
 
+class UncalibratedError(LinAttnError, RuntimeError):
+    """A layer needs statistics of data (`hf_linattn.calibrate`) and has none yet."""
+
+
 class CheckpointError(LinAttnError, ValueError):
     """A saved checkpoint is incomplete, contradicts itself, or was written by a newer version."""
 

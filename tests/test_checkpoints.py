@@ -155,15 +155,15 @@ def test_stock_checkpoint_needs_linear_attention(stock: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["eva", "lara"])
 def test_a_kind_without_tensors(kind: str, tmp_path: Path) -> None:
-    """With learn_proposals=False there is nothing to save, and nothing missing on loading."""
-    settings = BERT.settings(kind, learn_proposals=False)
+    """With proposal_map="none" there is nothing to save, and nothing missing on loading."""
+    settings = BERT.settings(kind, proposal_map="none")
     model = hf_linattn.convert(BERT.build(), settings)
     assert not any("linattn" in name for name in model.state_dict())
     model.save_pretrained(tmp_path)
     assert torch.equal(
         logits(AutoModelForMaskedLM.from_pretrained(tmp_path), **BERT.inputs()), logits(model, **BERT.inputs())
     )
-    for changes in ({"learn_proposals": True}, {"layers": [0]}, {"seed": 1}):
+    for changes in ({"proposal_map": "residual"}, {"layers": [0]}, {"seed": 1}):
         values = {**settings.to_dict(), **changes}
         with pytest.raises(CheckpointError, match=r"contradict `linear_attention`"):
             AutoModelForMaskedLM.from_pretrained(tmp_path, linear_attention=values)

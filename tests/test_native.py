@@ -359,7 +359,7 @@ def test_bert_as_a_decoder_generates(converted: bool) -> None:
     model = BertLMHeadModel(bert_config(is_decoder=True, eos_token_id=None)).eval()
     if converted:
         hf_linattn.convert(model, "eva")
-        assert model.config.linear_attention["query_proposals"] is False
+        assert model.config.linear_attention["proposals"] == "key"
     else:
         model.set_attn_implementation("eva")
     ids = torch.randint(3, VOCAB, (2, 7))

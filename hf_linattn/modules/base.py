@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UncalibratedError
 from .config import AttentionConfig
+from .defaults import resolve
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class AttentionInputs:
             "scaling": self.scaling,
             "is_causal": self.is_causal,
             "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
             "grid": self.grid,
             "num_global_tokens": config.num_global_tokens or 0,
             "slot_dropout": config.slot_dropout if self.training else 0.0,
@@ -57,6 +60,26 @@ class StateTensor:
     draw: Callable[[], Tensor]  # float32, on the CPU, the same on every machine and rank
 
 
+class Calibration(Protocol):
+    """Statistics of one layer's queries and keys, gathered batch by batch (`LinearAttention.new_calibration`).
+
+    Knows nothing of processes: `hf_linattn.calibrate` exchanges the states of all ranks and has them merged in rank
+    order, so that every rank ends with the same buffers.
+    """
+
+    def update(self, inputs: AttentionInputs) -> None:
+        """Take in one batch; padding does not count."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been gathered, as tensors whose shapes and dtypes do not depend on the data."""
+
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace what has been gathered by the union of several states (this one's among them)."""
+
+    def result(self) -> dict[str, Tensor]:
+        """New values of the layer's buffers. Raises `InputError` if too little has been seen."""
+
+
 class LinearAttention(nn.Module):
     """Attention of one layer, `[batch, heads, tokens, head_dim]` in and out.
 
@@ -69,9 +92,11 @@ class LinearAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, shape: LayerShape) -> None:
         super().__init__()
+        config = resolve(config, "decoder" if shape.is_causal else "encoder")
         self.check(config, shape)
         self.config = config
         self.shape = shape
+        self._is_calibrated = False
         for name, spec in self.state_spec(config, shape).items():
             if spec.learned:
                 self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
@@ -93,6 +118,13 @@ class LinearAttention(nn.Module):
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
+
+    def new_calibration(self) -> Calibration | None:
+        """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
+
+        A layer that has one keeps a scalar buffer `calibrated_tokens`, the number of tokens it has been calibrated on.
+        """
+        return None
 
     # -- shared -----------------------------------------------------------------------------------------------------
     def initial_state(self) -> dict[str, Tensor]:
@@ -128,6 +160,7 @@ class LinearAttention(nn.Module):
             grid: Height and width in patches, when the tokens after the global ones are an image.
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
+        self._check_calibrated()
         state = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
         inputs = AttentionInputs(
             query,
@@ -146,6 +179,18 @@ class LinearAttention(nn.Module):
             for parameter in self.parameters(recurse=False):
                 output = output + 0.0 * parameter.sum().to(output.dtype)
         return output
+
+    def _check_calibrated(self) -> None:
+        """Raises `UncalibratedError`. Reads a value, until it has found one; not while compiling."""
+        count = self._buffers.get("calibrated_tokens")
+        if count is None or self._is_calibrated or count.is_meta or torch.compiler.is_compiling():
+            return
+        if not bool(count):
+            raise UncalibratedError(
+                f"Layer {self.shape.layer_idx} ({self.kind}) needs statistics of data and has none yet. Call"
+                " hf_linattn.calibrate(model, batches) with some batches of typical inputs first."
+            )
+        self._is_calibrated = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
         # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.

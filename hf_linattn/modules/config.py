@@ -25,6 +25,8 @@ class AttentionConfig:
             (not for EVA). `None` takes the default of the kind and model family (`modules/defaults.py`).
         num_global_tokens: Leading tokens that every query sees exactly and that see every key exactly (ViT's [CLS]).
             `None` takes the default of the model family.
+        overlap_window: The window reaches half a window beyond each side of its block (in a causal layer a whole window
+            to the left). Needs an even `window_size` in FAVOR+, FAVOR# and LARA.
         slot_dropout: Probability of dropping a slot from a query's second softmax, in training only.
         seed: Seed of everything random in the layer; the layer index is mixed in.
     """
@@ -33,6 +35,7 @@ class AttentionConfig:
 
     window_size: int | None = None
     num_global_tokens: int | None = None
+    overlap_window: bool = False
     slot_dropout: float = 0.0
     seed: int = 0
 
@@ -53,6 +56,7 @@ class AttentionConfig:
         """Raise `ConfigError` for the first field whose value cannot work."""
         self._check_int("window_size", minimum=0, optional=True)
         self._check_int("num_global_tokens", minimum=0, optional=True)
+        self._check_bool("overlap_window")
         self._check_int("seed", minimum=0, maximum=2**63 - 1)
         dropout = self.slot_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
@@ -72,14 +76,16 @@ class AttentionConfig:
             bound = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum else "")
             self._fail(field, bound + (" (or None for the default)" if optional else ""))
 
-    def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+    def _check_choice(self, field: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
         value = getattr(self, field)
-        if value not in allowed:
-            self._fail(field, f"one of {list(allowed)}", did_you_mean(value, allowed).strip())
+        if value not in allowed and not (optional and value is None):
+            note = " (or None for the default)" if optional else ""
+            self._fail(field, f"one of {list(allowed)}{note}", did_you_mean(value, allowed).strip())
 
-    def _check_bool(self, field: str) -> None:
-        if not isinstance(getattr(self, field), bool):
-            self._fail(field, "True or False")
+    def _check_bool(self, field: str, *, optional: bool = False) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, bool) and not (optional and value is None):
+            self._fail(field, "True or False" + (" (or None for the default)" if optional else ""))
 
     # -- dictionary form --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:

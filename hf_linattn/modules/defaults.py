@@ -29,26 +29,65 @@ _BASE: dict[str, dict[str, Any]] = {
     "vision": {"window_size": 4, "num_global_tokens": 1},
 }
 
-_BY_KIND: dict[tuple[str, str], dict[str, Any]] = {
-    ("eva", "encoder"): {"query_proposals": True},
-    ("eva", "vision"): {"query_proposals": True},
-    ("eva", "decoder"): {"query_proposals": False},
+CONVENTIONS = ("corrected", "published")
+
+# What `conventions` bundles: the fields of LARA and EVA in which the published code differs from its own mathematics,
+# or from what suits a pretrained model. Each can be set on its own.
+_CONVENTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("lara", "corrected"): {
+        "proposal_map": "residual",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "weighting": "balance",
+    },
+    ("lara", "published"): {
+        "proposal_map": "linear_norm",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "weighting": "optimal",
+        "window_size": 0,
+    },
+    ("eva", "corrected"): {
+        "proposal_map": "residual",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "chunking": "exclusive",
+        "weighting": "size",
+    },
+    ("eva", "published"): {
+        "proposal_map": "linear_norm",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "chunking": "published",
+        "weighting": "none",
+    },
+}
+
+# EVA's proposals: a decoder's cache holds no queries, so by default its proposals come from the keys alone.
+_EVA_PROPOSALS = {
+    ("corrected", "encoder"): "sum",
+    ("corrected", "vision"): "sum",
+    ("corrected", "decoder"): "key",
+    ("published", "encoder"): "mean",
+    ("published", "vision"): "mean",
+    ("published", "decoder"): "sum",
 }
 
 
-def family_defaults(kind: str, family: str) -> dict[str, Any]:
+def family_defaults(kind: str, family: str, conventions: str = "corrected") -> dict[str, Any]:
     """Defaults of one kind in one model family. Raises `ConfigError` for an unknown family."""
     if family not in FAMILIES:
         raise ConfigError(
             f"Unknown model family {family!r}; families: {sorted(FAMILIES)}.{did_you_mean(family, FAMILIES)}"
         )
     group = FAMILIES[family]
-    return {**_BASE[group], **_BY_KIND.get((kind, group), {})}
+    own = {"proposals": _EVA_PROPOSALS[conventions, group]} if kind == "eva" else {}
+    return {**_BASE[group], **own, **_CONVENTIONS.get((kind, conventions), {})}
 
 
 def resolve(config: AttentionConfig, family: str) -> AttentionConfig:
     """A copy of `config` with every `None` field filled in for the family."""
-    return config.filled(family_defaults(config.kind, family))
+    return config.filled(family_defaults(config.kind, family, getattr(config, "conventions", "corrected")))
 
 
 def default_config(kind: str, family: str) -> AttentionConfig:

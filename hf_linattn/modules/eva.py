@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from ..ops.eva import WEIGHTINGS, eva_attention
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
-from .proposals import adapter_spec, residual_map
+from .defaults import CONVENTIONS
+from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
 from .registry import AttentionKind, register_kind
 
 
@@ -22,33 +23,42 @@ class EvaConfig(AttentionConfig):
     Args:
         num_chunks: Upper bound of the number of chunks in a bidirectional layer.
         chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`.
-        query_proposals: Place a chunk's proposal at its mean query + mean key instead of its mean key. `None` takes
-            the default of the model family: True for encoders, False for decoders, whose cache keeps keys only.
+        proposals: Where a chunk's proposal stands: "sum" (mean query + mean key), "mean" (half of that), "key" (mean
+            key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders,
+            whose cache keeps keys only.
         weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query.
-        learn_proposals: A linear map per head on the mean query and key of each chunk, starting at the identity.
-            Converted models only; native mode has no parameters.
+        proposal_map: Learned map of the mean query and key of each chunk (`modules/proposals.py`). Converted models
+            only; native mode has no parameters.
         sample_noise: Add standard normal noise to the proposals in training.
+        noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
+        conventions: "corrected" or "published": the defaults of the fields that are `None`
+            (`modules/defaults.py`).
     """
 
     kind = "eva"
 
     num_chunks: int = 128
     chunk_size: int = 8
-    query_proposals: bool | None = None
-    weighting: str = "size"
-    learn_proposals: bool = True
-    sample_noise: bool = False
+    proposals: str | None = None
+    weighting: str | None = None
+    chunking: str | None = None
+    proposal_map: str | None = None
+    sample_noise: bool | None = None
+    noise_scale: str | None = None
+    conventions: str = "corrected"
 
     def validate(self) -> None:
         super().validate()
         self._check_int("window_size", minimum=1, optional=True)
         self._check_int("num_chunks", minimum=1)
         self._check_int("chunk_size", minimum=1)
-        self._check_choice("weighting", WEIGHTINGS)
-        if self.query_proposals is not None:
-            self._check_bool("query_proposals")
-        self._check_bool("learn_proposals")
-        self._check_bool("sample_noise")
+        self._check_choice("proposals", ("sum", "mean", "key", "none"), optional=True)
+        self._check_choice("weighting", WEIGHTINGS, optional=True)
+        self._check_choice("chunking", ("exclusive", "published"), optional=True)
+        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_bool("sample_noise", optional=True)
+        self._check_choice("noise_scale", CONVENTIONS, optional=True)
+        self._check_choice("conventions", CONVENTIONS)
 
 
 class EvaAttention(LinearAttention):
@@ -74,16 +84,11 @@ class EvaAttention(LinearAttention):
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, EvaConfig)
-        if not config.learn_proposals:
-            return {}
-        spec = {"key_adapter": adapter_spec(shape)}
-        if cls._query_proposals(config, shape.is_causal):
-            spec["query_adapter"] = adapter_spec(shape)
+        assert config.proposal_map is not None
+        spec = proposal_spec(config.proposal_map, "key", shape)
+        if config.proposals in ("sum", "mean"):
+            spec |= proposal_spec(config.proposal_map, "query", shape)
         return spec
-
-    @staticmethod
-    def _query_proposals(config: EvaConfig, is_causal: bool) -> bool:
-        return not is_causal if config.query_proposals is None else config.query_proposals
 
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
@@ -94,11 +99,11 @@ class EvaAttention(LinearAttention):
             inputs.value,
             num_chunks=config.num_chunks,
             chunk_size=config.chunk_size,
-            query_proposals=cls._query_proposals(config, inputs.is_causal),
-            weighting=config.weighting,
-            query_map=residual_map(state, "query_adapter"),
-            key_map=residual_map(state, "key_adapter"),
-            noise=inputs.training and config.sample_noise,
+            query_proposals=config.proposals == "sum",
+            weighting=config.weighting or "size",
+            query_map=proposal_map(state, "query"),
+            key_map=proposal_map(state, "key"),
+            noise=bool(inputs.training and config.sample_noise),
             **inputs.options(config),
         )
 

@@ -12,7 +12,8 @@ from ..errors import UnsupportedError
 from ..ops.lara import WEIGHTINGS, lara_attention
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
-from .proposals import adapter_spec, residual_map
+from .defaults import CONVENTIONS
+from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
 from .registry import AttentionKind, register_kind
 
 
@@ -23,24 +24,31 @@ class LaraConfig(AttentionConfig):
     Args:
         num_landmarks: Proposals per row: segments of the sequence, or (rounded down to a square) bins of the image.
         weighting: How samples are weighed: "balance" (balance heuristic) or "optimal" (plus a per-query correction).
-        learn_proposals: A linear map per head on the mean query and key of each landmark, starting at the identity.
-            Converted models only; native mode has no parameters.
+        proposal_map: Learned map of the mean query and key of each landmark (`modules/proposals.py`). Converted models
+            only; native mode has no parameters.
         sample_noise: Draw the samples around the proposals in training (at their means in evaluation).
+        noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
+        conventions: "corrected" or "published": the defaults of the fields that are `None`
+            (`modules/defaults.py`).
     """
 
     kind = "lara"
 
     num_landmarks: int = 64
-    weighting: str = "balance"
-    learn_proposals: bool = True
-    sample_noise: bool = False
+    weighting: str | None = None
+    proposal_map: str | None = None
+    sample_noise: bool | None = None
+    noise_scale: str | None = None
+    conventions: str = "corrected"
 
     def validate(self) -> None:
         super().validate()
         self._check_int("num_landmarks", minimum=1)
-        self._check_choice("weighting", WEIGHTINGS)
-        self._check_bool("learn_proposals")
-        self._check_bool("sample_noise")
+        self._check_choice("weighting", WEIGHTINGS, optional=True)
+        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_bool("sample_noise", optional=True)
+        self._check_choice("noise_scale", CONVENTIONS, optional=True)
+        self._check_choice("conventions", CONVENTIONS)
 
 
 class LaraAttention(LinearAttention):
@@ -60,10 +68,9 @@ class LaraAttention(LinearAttention):
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, LaraConfig)
-        if not config.learn_proposals:
-            return {}
-        spec = {"query_adapter": adapter_spec(shape), "key_adapter": adapter_spec(shape)}
-        if config.window_size or config.num_global_tokens:
+        assert config.proposal_map is not None
+        spec = {**proposal_spec(config.proposal_map, "query", shape), **proposal_spec(config.proposal_map, "key", shape)}
+        if spec and (config.window_size or config.num_global_tokens):
             size = (shape.num_heads,)
             spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
         return spec
@@ -76,10 +83,10 @@ class LaraAttention(LinearAttention):
             inputs.key,
             inputs.value,
             num_landmarks=config.num_landmarks,
-            weighting=config.weighting,
-            query_map=residual_map(state, "query_adapter"),
-            key_map=residual_map(state, "key_adapter"),
-            noise=inputs.training and config.sample_noise,
+            weighting=config.weighting or "balance",
+            query_map=proposal_map(state, "query"),
+            key_map=proposal_map(state, "key"),
+            noise=bool(inputs.training and config.sample_noise),
             offset=state.get("mass_offset"),
             **inputs.options(config),
         )

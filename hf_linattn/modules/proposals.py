@@ -1,4 +1,16 @@
-"""Learned proposals: what LARA and EVA add to the mean query and key of a landmark or chunk."""
+"""Learned proposals: what LARA and EVA make of the mean query and key of a landmark or chunk.
+
+| map | what it is | tensors (`query_` and `key_`) |
+|---|---|---|
+| "residual" | `z + z W_h`, one map per head, zero at first | `adapter [heads, head_dim, head_dim]` |
+| "linear" | `z W' + b`, shared by the heads (published EVA, `no-ln`) | `map_weight [head_dim, head_dim]`, `map_bias` |
+| "linear_norm" | the same, then layer norm (published LARA `light`, EVA `default`, causal EVA `qk`) | and `norm_weight`, `norm_bias` |
+| "dense_norm" | the same over the concatenated heads (published LARA `dense`) | `[heads * head_dim, ...]` |
+| "none" | nothing: the parameter-free method | |
+
+Every map starts at the identity (before a layer norm), so that converting a pretrained model changes as little as it
+can; the published models start from random maps, because they are trained from scratch.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +18,51 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import LayerShape, StateTensor
 
-
-def adapter_spec(shape: LayerShape) -> StateTensor:
-    """A linear map per head, `[num_heads, head_dim, head_dim]`, that starts at 0.
-
-    Added to the identity, so that a freshly converted model computes what the parameter-free method computes.
-    """
-    size = (shape.num_heads, shape.head_dim, shape.head_dim)
-    return StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
+_EPSILON = 1e-5  # of layer norm, as in torch
 
 
-def residual_map(state: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor] | None:
-    """`z + z W` with `W = state[name]`, or `None` if the layer has no such tensor."""
-    weight = state.get(name)
-    if weight is None:
+def proposal_spec(proposal_map: str, side: str, shape: LayerShape) -> dict[str, StateTensor]:
+    """The tensors of one map; `side` is "query" or "key"."""
+    heads, dim = shape.num_heads, shape.head_dim
+    if proposal_map == "none":
+        return {}
+    if proposal_map == "residual":
+        size = (heads, dim, dim)
+        return {f"{side}_adapter": StateTensor(size, learned=True, draw=lambda: torch.zeros(size))}
+    width = heads * dim if proposal_map == "dense_norm" else dim
+    spec = {
+        f"{side}_map_weight": StateTensor((width, width), learned=True, draw=lambda: torch.eye(width)),
+        f"{side}_map_bias": StateTensor((width,), learned=True, draw=lambda: torch.zeros(width)),
+    }
+    if proposal_map != "linear":
+        spec[f"{side}_norm_weight"] = StateTensor((width,), learned=True, draw=lambda: torch.ones(width))
+        spec[f"{side}_norm_bias"] = StateTensor((width,), learned=True, draw=lambda: torch.zeros(width))
+    return spec
+
+
+def proposal_map(state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor] | None:
+    """The map of one side, `[batch, heads, groups, head_dim]` to the same shape, or `None` if the layer has none."""
+    adapter = state.get(f"{side}_adapter")
+    if adapter is not None:
+        return lambda z: z + z @ adapter.to(z.dtype)
+    if f"{side}_map_weight" not in state:
         return None
-    return lambda mean: mean + mean @ weight.to(mean.dtype)
+    weight, bias = state[f"{side}_map_weight"], state[f"{side}_map_bias"]
+    norm = (state[f"{side}_norm_weight"], state[f"{side}_norm_bias"]) if f"{side}_norm_weight" in state else None
+
+    def apply(z: Tensor) -> Tensor:
+        heads, dim = z.shape[1], z.shape[-1]
+        concatenated = weight.shape[0] != dim
+        if concatenated:
+            z = z.transpose(1, 2).flatten(-2)
+        z = F.linear(z, weight.to(z.dtype), bias.to(z.dtype))
+        if norm is not None:
+            z = F.layer_norm(z, z.shape[-1:], norm[0].to(z.dtype), norm[1].to(z.dtype), _EPSILON)
+        return z.unflatten(-1, (heads, dim)).transpose(1, 2) if concatenated else z
+
+    return apply

@@ -35,6 +35,7 @@ class AttentionKind:
         config_cls: Settings dataclass.
         module_cls: `LinearAttention` subclass.
         supports_causal: Has a form in which no query sees a later key.
+        causal_needs_data: That form exists only in a converted model that has been calibrated.
         supports_cross: Has a form for queries and keys of different sequences (without a window).
         paper: Where the method comes from.
     """
@@ -46,6 +47,7 @@ class AttentionKind:
     supports_causal: bool
     supports_cross: bool
     paper: str
+    causal_needs_data: bool = False
 
 
 _KINDS: dict[str, AttentionKind] = {}

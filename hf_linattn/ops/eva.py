@@ -182,6 +182,7 @@ def eva_attention(
     value: Tensor,
     *,
     window_size: int = 64,
+    overlap_window: bool = False,
     num_chunks: int = 128,
     chunk_size: int = 8,
     key_mask: Tensor | None = None,

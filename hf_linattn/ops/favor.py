@@ -166,6 +166,8 @@ def favor_attention(
     is_causal: bool = False,
     statistics: FavorStatistics | None = None,
     window_size: int = 0,
+    overlap_window: bool = False,
+    num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     chunk_size: int = 32,
@@ -207,7 +209,7 @@ def favor_attention(
         raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
     x, y = scale_inputs(query, key, scaling)
     projection = projection.to(x)
-    if not (is_causal or window_size or num_global_tokens):
+    if not (is_causal or window_size or num_global_tokens or num_heavy_keys):
         visible = None if key_mask is None else key_mask[:, None, :, None]
         is_self = x.shape[2] == y.shape[2] and not is_cross
         if visible is not None:
@@ -233,6 +235,8 @@ def favor_attention(
             key_weights,
             is_causal=is_causal,
             window_size=window_size,
+            overlap_window=overlap_window,
+            num_heavy_keys=num_heavy_keys,
             chunk_size=chunk_size,
             dropout=slot_dropout,
         )

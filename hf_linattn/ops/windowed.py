@@ -20,6 +20,8 @@ def slot_attention(
     *,
     is_causal: bool,
     window_size: int,
+    overlap_window: bool = False,
+    num_heavy_keys: int = 0,
     chunk_size: int,
     dropout: float = 0.0,
     extra: Tensor | None = None,

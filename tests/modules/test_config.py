@@ -34,16 +34,16 @@ BAD: dict[str, dict[str, list[Any]]] = {
     "lara": {
         "num_landmarks": NOT_COUNTS,
         "weighting": ["biased", "", None, 1],
-        "learn_proposals": NOT_BOOLS,
+        "proposal_map": ["learned", 1],
         "sample_noise": NOT_BOOLS,
     },
     "eva": {
         "window_size": [0],
         "num_chunks": NOT_COUNTS,
         "chunk_size": NOT_COUNTS,
-        "query_proposals": [0, 1, "true"],
+        "proposals": ["queries", 1],
         "weighting": ["mass", "", None],
-        "learn_proposals": NOT_BOOLS,
+        "proposal_map": ["learned", 1],
         "sample_noise": NOT_BOOLS,
     },
 }
@@ -180,8 +180,8 @@ def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
 
 
 def test_family_defaults() -> None:
-    assert default_config("eva", "bert").query_proposals is True
-    assert default_config("eva", "gpt2").query_proposals is False
+    assert default_config("eva", "bert").proposals == "sum"
+    assert default_config("eva", "gpt2").proposals == "key"
     assert default_config("lara", "vit").num_global_tokens == 1
     assert default_config("lara", "bert").num_global_tokens == 0
     with pytest.raises(ConfigError, match="Did you mean 'gpt2'"):

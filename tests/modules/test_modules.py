@@ -111,7 +111,7 @@ def test_a_module_is_its_function(window: int, scaling: float | None) -> None:
 
 def test_causal_modules_are_their_functions() -> None:
     q, k, v = inputs()
-    plus, eva = build("favor_plus", True), scramble(build("eva", True, query_proposals=True))
+    plus, eva = build("favor_plus", True), scramble(build("eva", True, proposals="sum"))
     assert torch.equal(
         plus(q, k, v), favor_attention(q, k, v, plus.projection, is_causal=True, window_size=4, chunk_size=4)
     )
@@ -151,7 +151,7 @@ def test_fresh_modules_compute_what_the_method_without_parameters_computes(kind:
     q, k, v = inputs()
     converted = build(kind, is_causal)
     if kind in ("lara", "eva"):
-        native = build(kind, is_causal, learn_proposals=False)
+        native = build(kind, is_causal, proposal_map="none")
         assert not state(native)
         torch.testing.assert_close(converted(q, k, v), native(q, k, v), rtol=0, atol=1e-6)
         changed = scramble(copy.deepcopy(converted))
@@ -162,7 +162,7 @@ def test_fresh_modules_compute_what_the_method_without_parameters_computes(kind:
 
 @pytest.mark.parametrize(("kind", "is_causal"), [("lara", False), ("eva", False), ("eva", True)])
 def test_every_parameter_learns(kind: str, is_causal: bool) -> None:
-    module = build(kind, is_causal, **({"query_proposals": True} if kind == "eva" else {}))
+    module = build(kind, is_causal, **({"proposals": "sum"} if kind == "eva" else {}))
     module(*inputs()).square().sum().backward()
     names = {"query_adapter", "key_adapter"} | ({"mass_offset"} if kind == "lara" else set())
     assert {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == names
@@ -172,7 +172,7 @@ def test_which_state_a_layer_has() -> None:
     assert set(state(build("lara", window_size=0, num_global_tokens=0))) == {"query_adapter", "key_adapter"}
     assert "mass_offset" in state(build("lara", window_size=0, num_global_tokens=1))
     assert set(state(build("eva", True))) == {"key_adapter"}  # a cache keeps no queries
-    assert set(state(build("eva", True, query_proposals=True))) == {"key_adapter", "query_adapter"}
+    assert set(state(build("eva", True, proposals="sum"))) == {"key_adapter", "query_adapter"}
     assert set(state(build("eva"))) == {"key_adapter", "query_adapter"}
     assert set(state(build("favor_sharp"))) == {"projection"}
     assert set(state(build("favor_sharp", True))) == {
