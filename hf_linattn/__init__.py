@@ -15,6 +15,7 @@ from .models import register_auto_classes
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from .conversion import calibrate as calibrate
     from .conversion import convert as convert
     from .conversion import revert as revert
 
@@ -30,6 +31,7 @@ _LAZY: dict[str, str] = {
     "list_kinds": "hf_linattn.modules.registry",
     "convert": "hf_linattn.conversion.convert",
     "revert": "hf_linattn.conversion.convert",
+    "calibrate": "hf_linattn.conversion.calibrate",
     "compare": "hf_linattn.conversion.compare",
     "LinAttnError": "hf_linattn.errors",
     "ConfigError": "hf_linattn.errors",
@@ -37,6 +39,7 @@ _LAZY: dict[str, str] = {
     "UnsupportedError": "hf_linattn.errors",
     "InputError": "hf_linattn.errors",
     "CheckpointError": "hf_linattn.errors",
+    "UncalibratedError": "hf_linattn.errors",
     **{
         f"LinAttn{name}": f"hf_linattn.models.{module}"
         for module, names in {

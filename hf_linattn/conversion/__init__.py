@@ -1,5 +1,6 @@
 """Conversion of stock models."""
 
+from .calibrate import calibrate
 from .convert import convert, revert
 
-__all__ = ["convert", "revert"]
+__all__ = ["calibrate", "convert", "revert"]

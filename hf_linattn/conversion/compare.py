@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import ConfigError, InputError
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
-from ..integrations.masks import causal_key_mask, linattn_mask, token_mask
+from ..integrations.masks import linattn_mask, token_mask
 from ..modules.registry import list_kinds
+from .batches import exact_attention, prepare_inputs, read_batches, restored
 
 # Attention that computes both forms, goes on with softmax and writes the difference down.
 PROBE = "linattn_probe"
@@ -139,10 +137,10 @@ def compare(
     total = _ModelSums()
     AttentionInterface.register(PROBE, _probe)
     AttentionMaskInterface.register(PROBE, linattn_mask)
-    with _restored(model), torch.no_grad():
+    with restored(model), torch.no_grad():
         model.eval()
-        for batch in _read(batches, max_batches, progress):
-            inputs, mask = _prepare(model, batch)
+        for batch in read_batches(batches, max_batches, progress, "Comparing with softmax"):
+            inputs, mask = prepare_inputs(model, batch)
             token = _RECORDER.set((kind, layers))
             try:
                 softmax = _run(model, inputs, PROBE)
@@ -165,47 +163,6 @@ def _kind_of(model: PreTrainedModel) -> str:
             f"Convert it (hf_linattn.convert) or call model.set_attn_implementation(kind) with one of {list_kinds()}."
         )
     return str(kind)
-
-
-@contextmanager
-def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Put implementation and train mode back, module by module, whatever happens."""
-    training = {module: module.training for module in model.modules()}
-    implementation = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module, flag in training.items():
-            module.training = flag
-
-
-def _read(batches: Any, max_batches: int | None, progress: bool) -> Iterator[Mapping[str, Any]]:
-    if isinstance(batches, (Mapping, str, Tensor)) or not isinstance(batches, Iterable):
-        raise InputError(
-            f"`batches` must be a series of dictionaries of model inputs; got {type(batches).__name__}. Put a single "
-            "batch into a list."
-        )
-    if progress:
-        from tqdm.auto import tqdm
-
-        batches = tqdm(batches, desc="Comparing with softmax", total=max_batches)
-    for number, batch in enumerate(batches):
-        if max_batches is not None and number >= max_batches:
-            return
-        if not isinstance(batch, Mapping):
-            raise InputError(f"Every batch must be a dictionary of model inputs; got {type(batch).__name__}.")
-        yield batch
-
-
-def _prepare(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """Inputs on the model's device, without labels, and the mask of real tokens."""
-    inputs = {name: value for name, value in batch.items() if "label" not in name}
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    mask = inputs.get("attention_mask")
-    return inputs, None if mask is None else mask.reshape(-1, mask.shape[-1]).bool()
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Any], implementation: str) -> dict[str, Tensor]:
@@ -239,13 +196,7 @@ def _probe(
     kind, layers = _RECORDER.get()
     attention_mask = token_mask(attention_mask, query.device)
     is_causal = bool(getattr(module, "is_causal", False))
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None
-    if attention_mask is not None and is_causal:
-        mask = causal_key_mask(queries, keys, attention_mask, query.device)
-    elif attention_mask is not None:
-        mask = attention_mask[:, None, None, :].expand(-1, -1, queries, -1)
-    exact, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
+    exact = exact_attention(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
     stays_softmax = is_converted(getattr(module, "config", None)) and getattr(module, "linattn", None) is None
     if stays_softmax or getattr(module, "is_cross_attention", False):
         return exact, None

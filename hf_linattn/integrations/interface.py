@@ -210,6 +210,12 @@ def _native(
             f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
             f"{_other('supports_causal')}"
         )
+    if is_causal and declared.causal_needs_data:
+        raise UnsupportedError(
+            f"{declared.title} ({kind!r}) in a causal model works with statistics of other data, which only a"
+            " converted model can keep: hf_linattn.convert(model, kind), then hf_linattn.calibrate(model, batches)."
+            f" Without conversion: {_other('supports_causal', without_data=True)}"
+        )
     if cross and not declared.supports_cross:
         raise UnsupportedError(
             f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
@@ -253,6 +259,7 @@ def _check_cross(kind: str, settings: AttentionConfig) -> None:
         )
 
 
-def _other(capability: str) -> str:
-    able = [name for name in list_kinds() if getattr(get_kind(name), capability)]
+def _other(capability: str, *, without_data: bool = False) -> str:
+    kinds = [get_kind(name) for name in list_kinds()]
+    able = [k.name for k in kinds if getattr(k, capability) and not (without_data and k.causal_needs_data)]
     return f"Use one of {able}, or attn_implementation='sdpa'."

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UncalibratedError
+from ..errors import InputError, UncalibratedError
 from .config import AttentionConfig
 from .defaults import resolve
 
@@ -119,10 +119,11 @@ class LinearAttention(nn.Module):
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
 
-    def new_calibration(self) -> Calibration | None:
+    def new_calibration(self, stream: int = 0) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
 
-        A layer that has one keeps a scalar buffer `calibrated_tokens`, the number of tokens it has been calibrated on.
+        `stream` is the process's rank: what is drawn at random differs between streams. A layer that has one keeps a
+        scalar buffer `calibrated_tokens`, the number of tokens it has been calibrated on.
         """
         return None
 
@@ -179,6 +180,18 @@ class LinearAttention(nn.Module):
             for parameter in self.parameters(recurse=False):
                 output = output + 0.0 * parameter.sum().to(output.dtype)
         return output
+
+    @torch.no_grad()
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite some buffers in place, as after a calibration. Raises `InputError` for one that does not fit."""
+        for name, value in values.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != value.shape:
+                raise InputError(
+                    f"{type(self).__name__} has no buffer {name!r} of shape {tuple(value.shape)}; it has"
+                    f" { {k: tuple(v.shape) for k, v in self._buffers.items() if v is not None} }."
+                )
+            buffer.copy_(value)
 
     def _check_calibrated(self) -> None:
         """Raises `UncalibratedError`. Reads a value, until it has found one; not while compiling."""

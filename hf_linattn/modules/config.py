@@ -25,8 +25,8 @@ class AttentionConfig:
             (not for EVA). `None` takes the default of the kind and model family (`modules/defaults.py`).
         num_global_tokens: Leading tokens that every query sees exactly and that see every key exactly (ViT's [CLS]).
             `None` takes the default of the model family.
-        overlap_window: The window reaches half a window beyond each side of its block (in a causal layer a whole window
-            to the left). Needs an even `window_size` in FAVOR+, FAVOR# and LARA.
+        overlap_window: The window reaches half a window beyond each side of its block (in a causal layer a whole
+            window to the left). Needs an even `window_size` in FAVOR+, FAVOR# and LARA.
         slot_dropout: Probability of dropping a slot from a query's second softmax, in training only.
         seed: Seed of everything random in the layer; the layer index is mixed in.
     """
@@ -57,6 +57,8 @@ class AttentionConfig:
         self._check_int("window_size", minimum=0, optional=True)
         self._check_int("num_global_tokens", minimum=0, optional=True)
         self._check_bool("overlap_window")
+        if self.overlap_window and self.window_size == 0:
+            self._fail("overlap_window", "False with window_size=0")
         self._check_int("seed", minimum=0, maximum=2**63 - 1)
         dropout = self.slot_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -4,7 +4,7 @@
 |---|---|---|
 | "residual" | `z + z W_h`, one map per head, zero at first | `adapter [heads, head_dim, head_dim]` |
 | "linear" | `z W' + b`, shared by the heads (published EVA, `no-ln`) | `map_weight [head_dim, head_dim]`, `map_bias` |
-| "linear_norm" | the same, then layer norm (published LARA `light`, EVA `default`, causal EVA `qk`) | and `norm_weight`, `norm_bias` |
+| "linear_norm" | the same, then layer norm (LARA `light`, EVA `default`, `qk`) | and `norm_weight`, `norm_bias` |
 | "dense_norm" | the same over the concatenated heads (published LARA `dense`) | `[heads * head_dim, ...]` |
 | "none" | nothing: the parameter-free method | |
 

@@ -128,6 +128,29 @@ def states_elsewhere(states: Partial) -> Partial:
     return merge([_scan(states), Partial(after.output.flip(-3), after.log_mass.flip(-2))])
 
 
+def states_around(states: Partial, before: Tensor, after: Tensor | None) -> Partial:
+    """For reader t the merged state of the blocks `k < before[t]` and, unless it is `None`, `k >= after[t]`.
+
+    Args:
+        before: `[readers]`, less than the number of blocks (negative for none). after: `[readers]`, positive.
+    """
+    num_blocks = states.log_mass.shape[-2]
+    if num_blocks <= _DENSE_BLOCKS:
+        index = torch.arange(num_blocks, device=states.log_mass.device)
+        visible = index < before[:, None]
+        return _combine(states, visible if after is None else visible | (index >= after[:, None]))
+
+    def take(prefix: Partial, length: Tensor) -> Partial:
+        length = length.clamp(0, num_blocks - 1)
+        return Partial(prefix.output.index_select(-3, length), prefix.log_mass.index_select(-2, length))
+
+    left = take(_scan(states), before)
+    if after is None:
+        return left
+    reverse = _scan(Partial(states.output.flip(-3), states.log_mass.flip(-2)))
+    return merge([left, take(reverse, num_blocks - after)])
+
+
 def _combine(states: Partial, visible: Tensor) -> Partial:
     """Block i gets the merge of the blocks k with `visible[i, k]`: a softmax over blocks, slot by slot."""
     mass = states.log_mass.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]

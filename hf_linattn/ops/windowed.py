@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import InputError, UnsupportedError
 from .exact import causal_visibility, exact_partial
 from .factored import LogWeights
+from .heavy import heavy_keys
 from .layout import Blocks, fit_window
-from .slots import Partial, between_halves, merge, own_key, states_before, states_elsewhere
+from .slots import Partial, between_halves, merge, own_key, states_around, states_before, states_elsewhere
 from .tokens import Tokens
 
 
@@ -26,26 +30,92 @@ def slot_attention(
     dropout: float = 0.0,
     extra: Tensor | None = None,
 ) -> Partial:
-    """Attention through slots, with the keys of the query's own block exact when there is a window.
+    """Attention through slots, with the keys near the query exact when there is a window.
 
-    The slots a query reads then hold the keys of the other blocks only (of the earlier blocks if causal), so that no
-    key counts twice. Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a
-    pair at a time; between groups every group's slots are summarised on their own and merged.
+    The slots a query reads then hold the other keys only (of these the earlier ones if causal), so that no key counts
+    twice.
 
     Args:
-        query, key: Log-weights `a[t, j]` and `c[j, n]`. With a window or global tokens they must be on the scale of
-            `x . y`, constants included.
+        query, key: Log-weights `a[t, j]` and `c[j, n]`. With a window, heavy or global tokens they must be on the
+            scale of `x . y`, constants included.
         extra: Added to `a`, `[batch, heads, tokens, slots]`, when `a` is not linear in the query.
         window_size: Tokens of a block (side of a square with a grid); 0 for none.
+        overlap_window: A query also sees half a block to each side of its own exactly (causal: the whole block
+            before). Sequences only.
+        num_heavy_keys: That many keys of the row are seen exactly by every query (bidirectional only).
         chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots;
             changes the cost, not the result.
     Returns: output `[batch, heads, tokens, head_dim]` and its log mass.
+    Raises: InputError, UnsupportedError for options that do not go together.
     Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
     """
+    _check_options(is_causal, window_size, overlap_window, num_heavy_keys, tokens.grid)
+    num_tokens = tokens.y.shape[2]
+    visible, partials = tokens.key_visible, []
+    if num_heavy_keys:
+        heavy = heavy_keys(tokens, num_heavy_keys)
+        visible, partials = heavy.rest, [heavy.partial]
     if not is_causal and not window_size:
-        return query.read(key.masked(tokens.key_visible).summarise(tokens.value), extra=extra, dropout=dropout)
+        slots = key.masked(visible).summarise(tokens.value)
+        partials.append(query.read(slots, extra=extra, dropout=dropout))
+    elif overlap_window and window_size < num_tokens:
+        arguments = (tokens, query, key, visible, extra)
+        partials.append(_overlapping(*arguments, is_causal=is_causal, window_size=window_size, dropout=dropout))
+    else:
+        arguments = (tokens, query, key, visible, extra)
+        size = fit_window(window_size or 1, num_tokens, tokens.grid)
+        partials.append(
+            _blocked(
+                *arguments,
+                is_causal=is_causal,
+                has_window=window_size > 0,
+                size=size,
+                chunk_size=chunk_size,
+                dropout=dropout,
+            )
+        )
+    return merge(partials)
 
-    size = fit_window(window_size or 1, tokens.y.shape[2], tokens.grid)
+
+def _check_options(
+    is_causal: bool, window_size: int, overlap_window: bool, num_heavy_keys: int, grid: tuple[int, int] | None
+) -> None:
+    if num_heavy_keys < 0:
+        raise InputError(f"num_heavy_keys must be >= 0; got {num_heavy_keys!r}.")
+    if num_heavy_keys and is_causal:
+        raise UnsupportedError(
+            f"Heavy keys are chosen by all queries of the row, which a causal layer forbids; got"
+            f" num_heavy_keys={num_heavy_keys}. Set it to 0."
+        )
+    if not overlap_window:
+        return
+    if window_size < 2 or window_size % 2:
+        raise InputError(f"overlap_window=True needs an even window_size >= 2; got {window_size!r}.")
+    if grid is not None:
+        raise UnsupportedError(
+            f"overlap_window=True works on sequences here, not on a grid; got grid={grid!r}. EVA has overlapping"
+            " windows on grids; otherwise use overlap_window=False with a larger window_size."
+        )
+
+
+def _blocked(
+    tokens: Tokens,
+    query: LogWeights,
+    key: LogWeights,
+    key_visible: Tensor | None,
+    extra: Tensor | None,
+    *,
+    is_causal: bool,
+    has_window: bool,
+    size: int,
+    chunk_size: int,
+    dropout: float,
+) -> Partial:
+    """Disjoint blocks: a query sees its own block exactly (without a window a block is one key, seen through slots).
+
+    Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a pair at a time;
+    between groups every group's slots are summarised on their own and merged.
+    """
     blocks = Blocks(tokens.y.shape[2], size, tokens.grid)
     members = size if tokens.grid is None else size**2
     # Blocks that are close read each other directly, in groups of 2^k; only groups get a state of their slots.
@@ -56,16 +126,12 @@ def slot_attention(
         x = F.pad(blocks.split(x), (0, 0, 0, 0, 0, padding))
         return x.unflatten(-3, (-1, per_group)).flatten(-3, -2)
 
-    real = (
-        torch.ones_like(tokens.y[:1, :1, :, :1])
-        if tokens.valid is None
-        else tokens.valid[:, None, :, None].to(tokens.y)
-    )
+    real = torch.ones_like(tokens.y[:1, :1, :, :1]) if key_visible is None else key_visible.to(tokens.y)
     valid = grouped(real) > 0
     value = grouped(tokens.value)
     query, key = query.map_tokens(grouped), key.map_tokens(grouped).masked(valid)
     extra = None if extra is None else grouped(extra)
-    if window_size:
+    if has_window:
         visible = valid.squeeze(-1).unflatten(-1, (per_group, members)).unsqueeze(-2)
         if is_causal:
             visible = visible & causal_visibility(members, members, value.device)
@@ -74,10 +140,10 @@ def slot_attention(
         partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
     else:
         partials = []
-    if not window_size or per_group > 1:
+    if not has_window or per_group > 1:
         query_logits, key_logits = query.dense(), key.dense()
         query_logits = query_logits if extra is None else query_logits + extra
-    if not window_size:
+    if not has_window:
         partials.append(own_key(query_logits, key_logits, value, dropout=dropout))
     half = members
     while half < per_group * members:
@@ -92,7 +158,53 @@ def slot_attention(
     def joined(x: Tensor) -> Tensor:
         return blocks.join(x.unflatten(-2, (per_group, members)).flatten(-4, -3)[..., : blocks.num_blocks, :, :])
 
-    return Partial(joined(merged.output), joined(merged.log_mass.unsqueeze(-1)).squeeze(-1))
+    return _joined(merged, joined)
+
+
+def _overlapping(
+    tokens: Tokens,
+    query: LogWeights,
+    key: LogWeights,
+    key_visible: Tensor | None,
+    extra: Tensor | None,
+    *,
+    is_causal: bool,
+    window_size: int,
+    dropout: float,
+) -> Partial:
+    """Blocks whose windows reach beyond them, to the border of a unit: slots are summarised per unit.
+
+    Bidirectional: a unit is half a block, and block t sees units `2t - 1 .. 2t + 2`. Causal: a unit is a block, and
+    block t sees units `t - 1` and `t`.
+    """
+    num_tokens = tokens.y.shape[2]
+    unit = window_size if is_causal else window_size // 2
+    blocks, units = Blocks(num_tokens, window_size), Blocks(num_tokens, unit)
+    reach = window_size + (unit if is_causal else 2 * unit)
+    end = blocks.num_blocks * window_size + (0 if is_causal else unit)
+
+    def near(z: Tensor) -> Tensor:  # [..., tokens, dim] -> [..., blocks, reach, dim]
+        padded = F.pad(z, (0, 0, unit, end - num_tokens))
+        return padded.unfold(-2, reach, window_size).transpose(-1, -2)
+
+    real = torch.ones_like(tokens.y[:1, :1, :, :1]) if key_visible is None else key_visible.to(tokens.y)
+    seen = (near(real) > 0).transpose(-1, -2)
+    if is_causal:
+        seen = seen & causal_visibility(window_size, reach, seen.device)
+    partials = [exact_partial(blocks.split(tokens.x), near(tokens.y), near(tokens.value), seen)]
+
+    number = torch.arange(blocks.num_blocks, device=seen.device)
+    before = number - 1 if is_causal else 2 * number - 1
+    states = key.masked(key_visible).map_tokens(units.split)
+    summary = states.masked(units.split(real) > 0).summarise(units.split(tokens.value))
+    far = states_around(summary, before, None if is_causal else before + 4)
+    extra = None if extra is None else blocks.split(extra)
+    partials.append(query.map_tokens(blocks.split).read(far, extra=extra, dropout=dropout))
+    return _joined(merge(partials), blocks.join)
+
+
+def _joined(partial: Partial, join: Callable[[Tensor], Tensor]) -> Partial:
+    return Partial(join(partial.output), join(partial.log_mass.unsqueeze(-1)).squeeze(-1))
 
 
 def _next_power_of_two(number: int) -> int:

@@ -1,0 +1,144 @@
+"""`calibrate`: closed-form statistics of a model's layers from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ..errors import ConfigError, InputError
+from ..integrations.attach import ATTRIBUTE, family_layers
+from ..integrations.families import is_converted
+from ..integrations.interface import attend
+from ..integrations.masks import linattn_mask, token_mask
+from ..modules.base import AttentionInputs, Calibration
+from .batches import exact_attention, prepare_inputs, read_batches, restored
+
+# Attention that shows its queries and keys to a layer's calibration.
+OBSERVER = "linattn_observer"
+ATTENTIONS = ("softmax", "linear")
+
+_OBSERVED: ContextVar[tuple[str, dict[nn.Module, Calibration]]] = ContextVar("observed")
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    attention: str = "softmax",
+    max_batches: int | None = None,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Set the statistics of a converted model's layers from data: FAVOR# (calibrated ones) and causal LARA.
+
+    One pass over the batches in evaluation mode, without gradients; O(head_dim^2) numbers per head are kept,
+    whatever the amount of data (LARA: a sample of fixed size). Padding does not count. Calling it again replaces the
+    statistics. In a distributed run every process passes its own batches and all end with the same statistics.
+
+    Args:
+        model: Converted. Changed in place.
+        batches: Keyword arguments of the model's forward, as tensors: what a data loader gives. Some tens of thousands
+            of tokens of the kind of input the model is meant for. Labels are left out.
+        attention: Which attention the layers run with meanwhile: "softmax", that of the pretrained weights, or
+            "linear", their own, for a model that has been trained since its conversion (and calibrated before).
+        max_batches: Stop after so many.
+        progress: Show a progress bar.
+    Returns: `model`.
+    Raises:
+        ConfigError: The model is not converted, or no layer of it has statistics to set.
+        InputError: No batches, not a series of dictionaries, or too few tokens.
+    """
+    if attention not in ATTENTIONS:
+        raise InputError(f"attention must be one of {list(ATTENTIONS)}; got {attention!r}.")
+    layers = _calibratable(model)
+    observed = {layer: getattr(layer, ATTRIBUTE).new_calibration(stream=_rank()) for layer in layers}
+    AttentionInterface.register(OBSERVER, _observe)
+    AttentionMaskInterface.register(OBSERVER, linattn_mask)
+    seen = 0
+    with restored(model), torch.no_grad():
+        model.eval()
+        model.set_attn_implementation(OBSERVER)
+        token = _OBSERVED.set((attention, observed))
+        try:
+            for batch in read_batches(batches, max_batches, progress, "Calibrating"):
+                inputs, _ = prepare_inputs(model, batch)
+                model(**inputs)
+                seen += 1
+        finally:
+            _OBSERVED.reset(token)
+    if not seen and _world_size() == 1:
+        raise InputError("`batches` is empty: calibrate needs at least one batch of inputs.")
+    results = []
+    for layer, calibration in observed.items():
+        if _world_size() > 1:
+            calibration.merge(_all_states(calibration.state(), model.device))
+        results.append((getattr(layer, ATTRIBUTE), calibration.result()))
+    for module, values in results:  # all or none
+        module.set_buffers(values)
+    return model
+
+
+def _calibratable(model: PreTrainedModel) -> list[nn.Module]:
+    if not is_converted(model.config):
+        raise ConfigError(
+            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. Convert it"
+            " first: hf_linattn.convert(model, kind)."
+        )
+    converted = [layer for layer in family_layers(model) if getattr(layer, ATTRIBUTE, None) is not None]
+    layers = [layer for layer in converted if getattr(layer, ATTRIBUTE).new_calibration() is not None]
+    if not layers:
+        kind = model.config.linear_attention["kind"]
+        raise ConfigError(
+            f"No layer of this model has statistics to calibrate (kind {kind!r}). Those of FAVOR# have them in causal"
+            " layers and with FavorSharpConfig(statistics='calibrated'), those of LARA in causal layers and with"
+            " LaraConfig(proposal_source='calibrated')."
+        )
+    return layers
+
+
+def _observe(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Show a layer's inputs to its calibration, and go on with the attention that was asked for."""
+    attention, observed = _OBSERVED.get()
+    linear = getattr(module, ATTRIBUTE, None)
+    mask = token_mask(attention_mask, query.device)
+    is_causal = bool(getattr(module, "is_causal", False))
+    if module in observed:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        observed[module].update(AttentionInputs(query, key, value, mask, scaling=scale, is_causal=is_causal))
+    if attention == "linear" and linear is not None:
+        return attend(linear.kind, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return exact_attention(module, query, key, value, mask, scaling=scaling, is_causal=is_causal), None
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world_size() > 1 else 0
+
+
+def _all_states(state: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+    """The states of all processes, in rank order."""
+    gathered: list[dict[str, Tensor]] = [{} for _ in range(_world_size())]
+    for name, tensor in state.items():
+        parts = [torch.empty_like(tensor, device=device) for _ in gathered]
+        dist.all_gather(parts, tensor.to(device).contiguous())
+        for place, part in zip(gathered, parts, strict=True):
+            place[name] = part.to(tensor.device)
+    return gathered
