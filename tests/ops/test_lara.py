@@ -173,8 +173,8 @@ def test_wrong_inputs_are_refused() -> None:
     q, k, v = inputs()
     with pytest.raises(UnsupportedError, match="no causal form.*favor_plus"):
         lara_attention(q, k, v, is_causal=True)
-    with pytest.raises(InputError, match="weighting.*'biased'"):
-        lara_attention(q, k, v, weighting="biased")
+    with pytest.raises(InputError, match="weighting.*'size'"):
+        lara_attention(q, k, v, weighting="size")
     with pytest.raises(InputError, match="num_landmarks.*0"):
         lara_attention(q, k, v, num_landmarks=0)
     with pytest.raises(InputError, match="same tokens"):
