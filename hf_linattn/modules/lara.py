@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.lara import WEIGHTINGS, lara_attention
+from ..ops.calibrated_proposals import sample_proposals
+from ..ops.importance import NOISE_SCALES, WEIGHTINGS
+from ..ops.landmarks import MAP_STAGES, MIXINGS
+from ..ops.lara import lara_attention
+from ..ops.random_features import derive_seed, draw_projection
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
+from .lara_calibration import ProposalCalibration
 from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
 from .registry import AttentionKind, register_kind
+
+PROPOSAL_SOURCES = ("landmarks", "calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +32,24 @@ class LaraConfig(AttentionConfig):
 
     Args:
         num_landmarks: Proposals per row: segments of the sequence, or (rounded down to a square) bins of the image.
-        weighting: How samples are weighed: "balance" (balance heuristic) or "optimal" (plus a per-query correction).
-        proposal_map: Learned map of the mean query and key of each landmark (`modules/proposals.py`). Converted models
-            only; native mode has no parameters.
-        sample_noise: Draw the samples around the proposals in training (at their means in evaluation).
+            Of calibrated proposals the number of centroids per head.
+        proposal_source: "landmarks" of the row itself, or proposals "calibrated" on data (`hf_linattn.calibrate`) and
+            fixed. `None`: calibrated in a causal layer, where landmarks would see later tokens, landmarks otherwise.
+        weighting: How samples are weighed: "balance" (balance heuristic), "biased" (towards the query's own
+            proposals) or "optimal" (plus a per-query correction). Calibrated proposals know "balance" only.
+        alpha_coeff: Strength of the correction of "optimal".
+        mixing: "key" mixes the key landmarks with each other by a softmax, "key_value" also counts the size of their
+            values, "none" leaves them. Landmarks only.
+        proposal_map: Learned map of the queries and keys of each landmark (`modules/proposals.py`). Converted models
+            only; native mode has no parameters. Calibrated proposals have no map; there any value but "none" only
+            says that the layer learns its mass offset beside exact keys.
+        map_stage: Apply the maps to the "mean" of a landmark, or to its "tokens" before averaging.
+        sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
+            (landmarks) or where they were drawn once (calibrated).
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
+        samples_per_landmark: Samples of each proposal: with noise, and of calibrated proposals always.
+        antithetic: Every sample also with the opposite noise: twice as many.
+        num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
         conventions: "corrected" or "published": the defaults of the fields that are `None`
             (`modules/defaults.py`).
     """
@@ -35,61 +57,160 @@ class LaraConfig(AttentionConfig):
     kind = "lara"
 
     num_landmarks: int = 64
+    proposal_source: str | None = None
     weighting: str | None = None
+    alpha_coeff: float = 1.0
+    mixing: str | None = None
     proposal_map: str | None = None
+    map_stage: str | None = None
     sample_noise: bool | None = None
     noise_scale: str | None = None
+    samples_per_landmark: int = 1
+    antithetic: bool = False
+    num_heavy_keys: int = 0
     conventions: str = "corrected"
 
     def validate(self) -> None:
         super().validate()
         self._check_int("num_landmarks", minimum=1)
+        self._check_choice("proposal_source", PROPOSAL_SOURCES, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
+        coefficient = self.alpha_coeff
+        if (
+            isinstance(coefficient, bool)
+            or not isinstance(coefficient, (int, float))
+            or not math.isfinite(coefficient)
+            or coefficient < 0
+        ):
+            self._fail("alpha_coeff", "a finite number >= 0")
+        self._check_choice("mixing", MIXINGS, optional=True)
         self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_choice("map_stage", MAP_STAGES, optional=True)
         self._check_bool("sample_noise", optional=True)
-        self._check_choice("noise_scale", CONVENTIONS, optional=True)
+        self._check_choice("noise_scale", NOISE_SCALES, optional=True)
+        self._check_int("samples_per_landmark", minimum=1)
+        self._check_bool("antithetic")
+        self._check_int("num_heavy_keys", minimum=0)
         self._check_choice("conventions", CONVENTIONS)
 
 
+def is_calibrated(config: LaraConfig, shape: LayerShape) -> bool:
+    """Whether the layer's proposals come from calibration."""
+    return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
+
+
 class LaraAttention(LinearAttention):
-    """LARA with learned maps of the landmarks and, beside exact keys, a learned offset of the slots' log mass."""
+    """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
     kind = "lara"
     config: LaraConfig
 
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
-        if shape.is_causal:
+        assert isinstance(config, LaraConfig)
+        if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(
-                "LARA has no causal form here: its proposals are landmarks of the whole sequence, so every query would"
-                " see later keys. Use 'favor_plus', 'favor_sharp' or 'eva' in a causal model."
+                "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
+                f" later tokens; got num_heavy_keys={config.num_heavy_keys}. Set it to 0."
             )
+        if not is_calibrated(config, shape):
+            if shape.is_causal:
+                raise UnsupportedError(
+                    "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
+                    " would see later keys. Use proposal_source='calibrated' (or None) and hf_linattn.calibrate, or"
+                    " another kind: 'favor_plus', 'favor_sharp' or 'eva'."
+                )
+            return
+        if config.conventions == "published":
+            raise UnsupportedError(
+                "The published LARA knows no calibrated proposals, and so no causal form; got"
+                " conventions='published'. Use conventions='corrected', or 'favor_plus', 'favor_sharp' or 'eva'."
+            )
+        for field, only in (("weighting", "balance"), ("mixing", "none"), ("noise_scale", "corrected")):
+            given = getattr(config, field)
+            if given not in (None, only):
+                raise UnsupportedError(
+                    f"Calibrated proposals fix the samples and their weights, so {field} must be {only!r}; got"
+                    f" {given!r}. Leave it None."
+                )
 
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, LaraConfig)
         assert config.proposal_map is not None
-        spec = {**proposal_spec(config.proposal_map, "query", shape), **proposal_spec(config.proposal_map, "key", shape)}
-        if spec and (config.window_size or config.num_global_tokens):
+        spec: dict[str, StateTensor] = {}
+        if is_calibrated(config, shape):
+            spec = _calibrated_spec(config, shape)
+        else:
+            for side in ("query", "key"):
+                spec |= proposal_spec(config.proposal_map, side, shape)
+        exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
+        if config.proposal_map != "none" and exact:
             size = (shape.num_heads,)
             spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
         return spec
 
+    def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
+        """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
+        if not is_calibrated(self.config, self.shape):
+            return None
+        return ProposalCalibration(
+            self.shape,
+            self.config.num_landmarks,
+            num_global_tokens=self.config.num_global_tokens or 0,
+            seed=self.config.seed,
+            stream=stream,
+        )
+
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, LaraConfig)
+        draw_noise = bool(inputs.training and config.sample_noise)
+        own: dict[str, Any]
+        if "centroids" in state:
+            noise = state["proposal_noise"]
+            noise = torch.randn_like(noise) if draw_noise else noise
+            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=config.antithetic)}
+        else:
+            own = {
+                "num_landmarks": config.num_landmarks,
+                "weighting": config.weighting or "balance",
+                "alpha_coeff": config.alpha_coeff,
+                "mixing": config.mixing or "none",
+                "query_map": proposal_map(state, "query"),
+                "key_map": proposal_map(state, "key"),
+                "map_stage": config.map_stage or "mean",
+                "noise": draw_noise,
+                "noise_scale": config.noise_scale or "corrected",
+                "samples_per_landmark": config.samples_per_landmark,
+                "antithetic": config.antithetic,
+            }
         return lara_attention(
             inputs.query,
             inputs.key,
             inputs.value,
-            num_landmarks=config.num_landmarks,
-            weighting=config.weighting or "balance",
-            query_map=proposal_map(state, "query"),
-            key_map=proposal_map(state, "key"),
-            noise=bool(inputs.training and config.sample_noise),
             offset=state.get("mass_offset"),
+            num_heavy_keys=config.num_heavy_keys,
+            **own,
             **inputs.options(config),
         )
+
+
+def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
+    """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
+    heads, dim, count, each = shape.num_heads, shape.head_dim, config.num_landmarks, config.samples_per_landmark
+
+    def draw() -> Tensor:
+        seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
+        rows = draw_projection(heads, count * each, dim, seed=seed)
+        # Neighbouring rows are orthogonal: let them be the samples of one proposal (sample j is of j mod count).
+        return rows.unflatten(1, (count, each)).transpose(1, 2).flatten(1, 2).contiguous()
+
+    return {
+        "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
+        "proposal_noise": StateTensor((heads, count * each, dim), learned=False, draw=draw),
+        "calibrated_tokens": StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+    }
 
 
 register_kind(
@@ -98,7 +219,8 @@ register_kind(
         title="LARA",
         config_cls=LaraConfig,
         module_cls=LaraAttention,
-        supports_causal=False,
+        supports_causal=True,
+        causal_needs_data=True,
         supports_cross=False,
         paper="arXiv:2204.04667",
     )
