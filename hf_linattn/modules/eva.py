@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.eva import WEIGHTINGS, eva_attention
+from ..ops.eva import eva_attention
+from ..ops.eva_chunks import PROPOSALS, WEIGHTINGS
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
@@ -52,7 +53,7 @@ class EvaConfig(AttentionConfig):
         self._check_int("window_size", minimum=1, optional=True)
         self._check_int("num_chunks", minimum=1)
         self._check_int("chunk_size", minimum=1)
-        self._check_choice("proposals", ("sum", "mean", "key", "none"), optional=True)
+        self._check_choice("proposals", PROPOSALS, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
         self._check_choice("chunking", ("exclusive", "published"), optional=True)
         self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
@@ -98,9 +99,11 @@ class EvaAttention(LinearAttention):
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            chunk_size=config.chunk_size,
-            query_proposals=config.proposals == "sum",
+            chunk_size=config.chunk_size if inputs.is_causal else None,
+            chunking=config.chunking or "exclusive",
+            proposals=config.proposals or "sum",
             weighting=config.weighting or "size",
+            noise_scale=config.noise_scale or "corrected",
             query_map=proposal_map(state, "query"),
             key_map=proposal_map(state, "key"),
             noise=bool(inputs.training and config.sample_noise),

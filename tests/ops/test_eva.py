@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention, softmax_attention
-from hf_linattn.ops.eva import chunk_length
+from hf_linattn.ops.eva_layout import chunk_length
 
 MASKS = {
     "none": None,
@@ -49,11 +49,11 @@ def test_sequences(mask: str, window: int, chunks: int) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("window", "chunk"), [(1, 1), (3, 1), (4, 2), (6, 3), (8, 8), (8, 4), (24, 4)])
-@pytest.mark.parametrize("query_proposals", [True, False])
-def test_causal(mask: str, window: int, chunk: int, query_proposals: bool) -> None:
+@pytest.mark.parametrize("proposals", ["sum", "mean", "key", "none"])
+def test_causal(mask: str, window: int, chunk: int, proposals: str) -> None:
     q, k, v = inputs()
     for weighting in ("size", "spread"):
-        options = {"chunk_size": chunk, "query_proposals": query_proposals, "weighting": weighting}
+        options = {"chunk_size": chunk, "proposals": proposals, "weighting": weighting}
         ours = eva_attention(q, k, v, window_size=window, is_causal=True, key_mask=MASKS[mask], **options)
         assert_same(ours, naive.per_row(naive.eva, q, k, v, MASKS[mask], window=window, causal=True, **options))
 
@@ -73,28 +73,28 @@ def test_images(grid: tuple[int, int], window: int, chunks: int, count: int) -> 
 @pytest.mark.parametrize(("window", "chunks", "count"), [(3, 4, 2), (2, 2, 1), (4, 64, 3), (4, 3, 23)])
 def test_global_tokens(mask: str, window: int, chunks: int, count: int) -> None:
     q, k, v = inputs()
-    options = {"num_chunks": chunks, "query_proposals": bool(count % 2)}
+    options = {"num_chunks": chunks, "proposals": "sum" if count % 2 else "key"}
     ours = eva_attention(q, k, v, window_size=window, num_global_tokens=count, key_mask=MASKS[mask], **options)
     assert_same(ours, naive.per_row(naive.eva, q, k, v, MASKS[mask], window=window, num_global=count, **options))
 
 
 @pytest.mark.parametrize("mask", ["none", "right", "left"])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("query_proposals", [True, False])
-def test_noise_and_maps(mask: str, is_causal: bool, query_proposals: bool) -> None:
+@pytest.mark.parametrize("proposals", ["sum", "mean", "key", "none"])
+def test_noise_and_maps(mask: str, is_causal: bool, proposals: str) -> None:
     q, k, v = inputs()
     query_map, key_map = standard_normal(2, 4, 4), standard_normal(2, 4, 4) * 0.5
     chunks = 10 if is_causal else 6
     noise = standard_normal(2, 2, chunks, 4)
     maps = {"query_map": lambda z: z @ query_map, "key_map": lambda z: z @ key_map}
-    options = {"num_chunks": 6, "chunk_size": 2, "query_proposals": query_proposals}
+    options = {"num_chunks": 6, "chunk_size": 2 if is_causal else None, "proposals": proposals}
     for given in (False, noise):
         ours = eva_attention(
             q, k, v, window_size=4, is_causal=is_causal, key_mask=MASKS[mask], noise=given, **options, **maps
         )
 
         def of_head(b: int, h: int, given: Tensor | bool = given) -> dict:
-            maps = {"query_map": query_map[h], "key_map": key_map[h]}
+            maps = {"query_map": lambda z: z @ query_map[h], "key_map": lambda z: z @ key_map[h]}
             return {**maps, "noise": None if given is False else torch.cat([given[b, h], torch.zeros(9, 4).double()])}
 
         expected = naive.per_row(
@@ -176,7 +176,7 @@ def test_chunk_length_is_the_shortest_that_fits() -> None:
 @pytest.mark.parametrize("mask", ["none", "left", "right"])
 def test_the_last_queries_of_a_causal_layer(queries: int, mask: str) -> None:
     q, k, v = inputs()
-    options = {"key_mask": MASKS[mask], "is_causal": True, "window_size": 4, "chunk_size": 2, "query_proposals": False}
+    options = {"key_mask": MASKS[mask], "is_causal": True, "window_size": 4, "chunk_size": 2, "proposals": "key"}
     full = eva_attention(q, k, v, **options)
     last = eva_attention(q[:, :, -queries:], k, v, **options)
     torch.testing.assert_close(last, full[:, :, -queries:], rtol=0, atol=1e-13)
@@ -210,7 +210,7 @@ def test_wrong_inputs_are_refused() -> None:
     for chunk in (0, 3):
         with pytest.raises(InputError, match="divide window_size"):
             eva_attention(q, k, v, window_size=8, chunk_size=chunk, is_causal=True)
-    with pytest.raises(InputError, match="query_proposals=False"):
+    with pytest.raises(InputError, match="proposals='key'"):
         eva_attention(q[:, :, -1:], k, v, window_size=8, is_causal=True)
     with pytest.raises(InputError, match="same tokens"):
         eva_attention(q[:, :, -1:], k, v, window_size=8)

@@ -1,0 +1,127 @@
+"""EVA's chunks: from the tokens of a chunk to the one key and value that stand for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .eva_layout import Chunks
+from .layout import masked_mean
+from .slots import Partial, mask_logits, weigh
+from .tokens import Tokens
+
+MeanMap = Callable[[Tensor], Tensor]
+PROPOSALS = ("sum", "mean", "key", "none")
+WEIGHTINGS = ("none", "size", "spread")
+NOISE_SCALES = ("corrected", "published")
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """What a query needs of the chunks: mean key, value, weight, spread; `[batch, heads, chunks(, head_dim)]`.
+
+    `log_weight` is `-inf` for a chunk that no query reads.
+    """
+
+    key_mean: Tensor
+    value: Tensor
+    log_weight: Tensor
+    spread: Tensor | None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Log of the estimated weight of every chunk for every query, `[..., queries, chunks]`."""
+        logits = x @ self.key_mean.transpose(-1, -2) + self.log_weight.unsqueeze(-2)
+        return logits if self.spread is None else logits + x.square() @ self.spread.transpose(-1, -2) / 2
+
+    def select(self, index: Tensor) -> Summaries:
+        """Pick chunks per group: `index` `[batch or 1, groups, members]`, negative for none."""
+        batch, heads = self.key_mean.shape[:2]
+        flat = index.clamp_min(0).flatten(1).expand(batch, -1)
+
+        def pick(z: Tensor) -> Tensor:
+            rows = flat[:, None, :, None].expand(-1, heads, -1, z.shape[-1])
+            return z.gather(2, rows).unflatten(2, tuple(index.shape[1:]))
+
+        weight = pick(self.log_weight.unsqueeze(-1)).squeeze(-1).masked_fill((index < 0)[:, None], float("-inf"))
+        return Summaries(
+            pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
+        )
+
+    def read(self, block_x: Tensor, visible: Tensor | None, dropout: float) -> Partial:
+        """Queries `[batch, heads, windows, queries, head_dim]` read all chunks; `visible` as in `Chunks`."""
+        size = block_x.shape[-2]
+        logits = self.logits(block_x.flatten(2, 3))
+        if visible is not None:
+            logits = mask_logits(logits.unflatten(2, (-1, size)), visible[:, None]).flatten(2, 3)
+        read = weigh(logits, self.value, dropout=dropout)
+        return Partial(read.output.unflatten(2, (-1, size)), read.log_mass.unflatten(2, (-1, size)))
+
+
+@dataclass(frozen=True)
+class Summariser:
+    """The options of `eva_attention` that decide what a chunk's summary is. `root` is the square root of `scaling`."""
+
+    proposals: str
+    weighting: str
+    query_map: MeanMap | None
+    key_map: MeanMap | None
+    noise_scale: str
+    root: float
+
+    def check(self) -> None:
+        for name, allowed in (("proposals", PROPOSALS), ("weighting", WEIGHTINGS), ("noise_scale", NOISE_SCALES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {list(allowed)}; got {getattr(self, name)!r}.")
+
+    def _mapped(self, mean: Tensor, given: MeanMap | None) -> Tensor:
+        """Maps are defined on the means of the queries and keys as they came, before scaling."""
+        return mean if given is None else given(mean / self.root) * self.root
+
+    def _noisy(self, mu: Tensor, noise: Tensor | bool, count: int) -> Tensor:
+        if noise is False:
+            return mu
+        if noise is True:
+            noise = torch.randn_like(mu)
+        else:
+            if noise.ndim != 4 or noise.shape[2] < count or noise.shape[-1] != mu.shape[-1]:
+                raise InputError(
+                    f"noise must be [batch, heads, chunks, head_dim] with at least {count} chunks here and head_dim"
+                    f" {mu.shape[-1]}; got {tuple(noise.shape)}."
+                )
+            noise = torch.nn.functional.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
+        return mu + (noise * self.root if self.noise_scale == "published" else noise)
+
+    def __call__(self, tokens: Tokens, chunks: Chunks, noise: Tensor | bool) -> Summaries:
+        """Summaries of all chunks. `noise` as in `eva_attention`."""
+        member = chunks.member
+        keys = chunks.take(tokens.y)
+
+        def mean_of(z: Tensor) -> Tensor:
+            return masked_mean(z, member) if chunks.slots is None else z.sum(-2) / chunks.slots[:, None, :, None]
+
+        key_mean = self._mapped(mean_of(keys), self.key_map)
+        if self.proposals == "none":
+            mu = torch.zeros_like(key_mean)
+        elif self.proposals == "key":
+            mu = key_mean
+        else:
+            mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x)), self.query_map)
+            mu = mu / 2 if self.proposals == "mean" else mu
+        mu = self._noisy(mu, noise, chunks.count)
+        logits = (keys * mu.unsqueeze(-2)).sum(-1) - keys.square().sum(-1) / 2
+        logits = mask_logits(logits, member[:, None]).unsqueeze(-2)
+        value = weigh(logits, chunks.take(tokens.value)).output.squeeze(-2)
+
+        log_weight = member.sum(-1).to(keys.dtype).log()
+        if self.weighting == "none":
+            # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
+            log_weight = log_weight.masked_fill(member.any(-1) | (chunks.slots is not None), 0.0)
+        spread = None
+        if self.weighting == "spread":
+            centre = masked_mean(keys, member).unsqueeze(-2)
+            spread = masked_mean((keys - centre).square().masked_fill(~member[:, None, ..., None], 0.0), member)
+        return Summaries(key_mean, value, log_weight[:, None].expand(*mu.shape[:-1]), spread)
