@@ -118,16 +118,17 @@ def log_xi(x: Tensor, w: Tensor) -> Tensor:
     return x @ w - (x * x).sum(-1) / 2
 
 
-def randomized(x: Tensor, y: Tensor, v: Tensor, noise: Tensor, proposal: str, causal: bool = False) -> Tensor:
+def randomized(
+    x: Tensor, y: Tensor, v: Tensor, noise: Tensor, proposal: str, causal: bool = False, keys: Tensor | None = None
+) -> Tensor:
     out = []
     for t in range(x.shape[0]):
         seen = y[: t + 1] if causal else y
-        p = (
-            torch.softmax(seen @ x[t], 0)
-            if proposal == "softmax_mean"
-            else torch.ones(len(seen), dtype=x.dtype) / len(seen)
-        )
-        w = x[t] + p @ seen + noise[t]
+        if proposal == "softmax_mean":
+            near = torch.softmax(seen @ x[t], 0) @ seen
+        else:
+            near = seen.mean(0) if keys is None else y[keys[t]]
+        w = x[t] + near + noise[t]
         out.append(torch.softmax(log_xi(seen, w), 0) @ v[: len(seen)])
     return torch.stack(out)
 
@@ -155,43 +156,80 @@ def bins(grid: tuple[int, int], landmarks: int) -> list[list[int]]:
     ]
 
 
+def mixed(k_bar: Tensor, v_bar: Tensor | None) -> Tensor:
+    """Every key landmark as the softmax average of all of them."""
+    rows = []
+    for p in k_bar:
+        logits = torch.stack([p @ c for c in k_bar])
+        if v_bar is not None:
+            logits = logits + torch.stack([torch.log(c.norm() + 1e-4) for c in v_bar])
+        rows.append(torch.softmax(logits, 0) @ k_bar)
+    return torch.stack(rows)
+
+
 def lara(
     x: Tensor,
     y: Tensor,
     v: Tensor,
     landmarks: int,
     weighting: str = "balance",
+    alpha_coeff: float = 1.0,
     noise: Tensor | None = None,
-    query_map: Tensor | None = None,
-    key_map: Tensor | None = None,
+    samples: int = 1,
+    antithetic: bool = False,
+    query_map: Tensor | Callable[[Tensor], Tensor] | None = None,
+    key_map: Tensor | Callable[[Tensor], Tensor] | None = None,
+    map_tokens: bool = False,
+    mixing: str = "none",
     offset: float = 0.0,
     window: int = 0,
     grid: Grid = None,
     num_global: int = 0,
     correct: bool = True,
 ) -> Tensor:
+    """`noise` is in scaled coordinates, `[samples * landmarks, dim]`. Maps act on scaled vectors, one at a time."""
     g = num_global
-    rx, ry = x[g:], y[g:]
+    rx, ry, rv = x[g:], y[g:], v[g:]
     groups = bins(grid, landmarks) if grid else segments(len(rx), landmarks)
-    q_bar = torch.stack([rx[m].mean(0) for m in groups]) if groups else rx[:0]
-    k_bar = torch.stack([ry[m].mean(0) for m in groups]) if groups else ry[:0]
-    q_bar = q_bar if query_map is None else q_bar @ query_map
-    k_bar = k_bar if key_map is None else k_bar @ key_map
-    mu = q_bar + k_bar
-    w = mu if noise is None else mu + noise[: len(mu)]
+
+    def pooled(z: Tensor, mapping: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor:
+        if mapping is None:
+            return torch.stack([z[m].mean(0) for m in groups])
+        apply = mapping if callable(mapping) else mapping.T.__matmul__
+        if map_tokens:
+            return torch.stack([torch.stack([apply(z[t]) for t in m]).mean(0) for m in groups])
+        return torch.stack([apply(z[m].mean(0)) for m in groups])
+
     log_kernel = torch.full((len(x), len(x)), float("-inf"), dtype=x.dtype)
     if groups:
+        q_bar, k_bar = pooled(rx, query_map), pooled(ry, key_map)
+        if mixing != "none":
+            k_bar = mixed(k_bar, pooled(rv, None) if mixing == "key_value" else None)
+        mu = q_bar + k_bar
+        owners, drawn = list(range(len(mu))), [mu[c] for c in range(len(mu))]
+        if noise is not None:
+            owners = [c for _ in range(samples) for c in range(len(mu))]
+            drawn = [mu[c] + noise[a] for a, c in enumerate(owners)]
+            if antithetic:
+                drawn += [mu[c] - noise[a] for a, c in enumerate(owners)]
+                owners = owners * 2
         share = torch.softmax(q_bar @ rx.T, dim=1)  # over the queries
         log_terms = []
-        for a in range(len(mu)):
-            density = log_xi(mu, w[a])
-            total = torch.logsumexp(density, 0)
-            if weighting == "balance":
-                e = -total
+        for w, c in zip(drawn, owners, strict=True):
+            density = log_xi(mu, w)
+            total = torch.logsumexp(density, 0) + math.log(len(owners) / len(mu))
+            if weighting == "optimal":
+                centred = share[c] - sum(share[o] for o in owners) / len(owners)
+                alpha = (density[c] - total).exp() + alpha_coeff * centred
+                e = alpha.clamp_min(1e-8).log() - density[c]
             else:
-                e = ((density[a] - total).exp() + share[a] - share.mean(0)).clamp_min(1e-8).log() - density[a]
-            target = log_xi(rx, w[a]) + e
-            log_terms.append(target[:, None] + log_xi(ry, w[a])[None])
+                e = -total
+            if weighting == "biased":
+                e = e + rx @ mu[c]
+                if window or g:  # beside exact keys the weights of the proposals average to one
+                    e = e - torch.logsumexp(rx @ mu.T, -1) + math.log(len(mu))
+            target = log_xi(rx, w) + e
+            log_terms.append(target[:, None] + log_xi(ry, w)[None])
         near = torch.logsumexp(torch.stack(log_terms), 0)
         if (window or g) and correct and noise is None:
             probes = [m[len(m) // 2] for m in groups]
@@ -200,6 +238,19 @@ def lara(
         log_kernel = log_kernel.clone()
         log_kernel[g:, g:] = near + (offset if window or g else 0.0)
     return from_log_weights(exact_where(log_kernel, x, y, window=window, grid=grid, num_global=g), v)
+
+
+def lara_fixed(
+    x: Tensor, y: Tensor, v: Tensor, centroids: Tensor, samples: Tensor, offset: float = 0.0, **where: object
+) -> Tensor:
+    """LARA with fixed proposals: the estimate of every `exp(x . y)` by importance sampling, exact near by."""
+    terms = []
+    for w in samples:
+        # The density of the mixture over that of N(0, I).
+        mixture = torch.stack([log_xi(c, w).exp() for c in centroids]).mean()
+        terms.append(torch.exp(log_xi(x, w))[:, None] * torch.exp(log_xi(y, w))[None] / mixture)
+    log_kernel = torch.stack(terms).mean(0).log() + offset
+    return from_log_weights(exact_where(log_kernel, x, y, **where), v)
 
 
 # -- EVA ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hf_linattn.functional import (
     favor_statistics,
     lara_attention,
 )
+from hf_linattn.ops.calibrated_proposals import CalibratedProposals
 
 
 @functools.cache
@@ -63,8 +64,28 @@ def _favor_sharp_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tenso
     )
 
 
-def _lara(weighting: str) -> Callable[..., Tensor]:
-    return functools.partial(lara_attention, num_landmarks=3, weighting=weighting)
+@functools.cache
+def proposals(heads: int, dim: int) -> CalibratedProposals:
+    """Three proposals with two samples each, whose weights for `x = y = 0` add up to one, as exact ones do."""
+    centroids = directions(heads, dim)[:, :3] * 0.5
+    samples = torch.cat([centroids, centroids], 1) + directions(heads, dim)[:, 1:]
+    ahead = (samples @ centroids.transpose(-1, -2)).amax(-1, keepdim=True) > 0
+    samples = torch.where(ahead, samples, -samples)
+    low, high = torch.zeros(heads, 1, 1).double(), torch.full((heads, 1, 1), 100.0).double()
+    for _ in range(100):  # the sum falls from more than one to nothing as all samples move away from zero
+        middle = (low + high) / 2
+        ratio = samples * middle @ centroids.transpose(-1, -2) - centroids.square().sum(-1).unsqueeze(-2) / 2
+        above = (1 / ratio.exp().mean(-1)).mean(-1)[:, None, None] > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return CalibratedProposals(centroids, samples * low)
+
+
+def _lara(**settings: Any) -> Callable[..., Tensor]:
+    return functools.partial(lara_attention, num_landmarks=3, **settings)
+
+
+def _lara_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return lara_attention(q, k, v, proposals=proposals(q.shape[1], q.shape[-1]), chunk_size=4, **options)
 
 
 def _eva(weighting: str, query_proposals: bool) -> Callable[..., Tensor]:
@@ -91,8 +112,12 @@ VARIANTS = [
     Variant("favor_sharp", _favor_sharp, False),
     Variant("favor_sharp-fixed", _favor_sharp_fixed, False),
     Variant("favor_sharp-causal", _favor_sharp_fixed, True),
-    Variant("lara-balance", _lara("balance"), False),
-    Variant("lara-optimal", _lara("optimal"), False),
+    Variant("lara-balance", _lara(weighting="balance"), False),
+    Variant("lara-optimal", _lara(weighting="optimal", alpha_coeff=0.7), False),
+    Variant("lara-biased", _lara(weighting="biased"), False),
+    Variant("lara-mixed", _lara(mixing="key_value"), False),
+    Variant("lara-calibrated", _lara_fixed, False),
+    Variant("lara-causal", _lara_fixed, True),
     Variant("eva", _eva("size", True), False, smallest_window=1),
     Variant("eva-spread", _eva("spread", False), False, smallest_window=1),
     Variant("eva-causal", _eva("size", True), True, smallest_window=1),
