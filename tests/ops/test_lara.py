@@ -1,4 +1,4 @@
-"""LARA and RA against row-by-row references, for every layout."""
+"""LARA with landmarks against row-by-row references, for every layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
-from hf_linattn.functional import lara_attention, randomized_attention, softmax_attention
+from hf_linattn.functional import lara_attention, softmax_attention
+from hf_linattn.ops.lara import WEIGHTINGS
 
 MASKS = {
     "none": None,
@@ -34,7 +35,7 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("weighting", ["balance", "optimal"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("landmarks", [1, 5, 8, 23, 64])
 def test_sequences(mask: str, weighting: str, landmarks: int) -> None:
     q, k, v = inputs()
@@ -43,7 +44,7 @@ def test_sequences(mask: str, weighting: str, landmarks: int) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("weighting", ["balance", "optimal"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("window", "count"), [(3, 0), (8, 0), (64, 0), (0, 2), (3, 2), (0, 23), (4, 23)])
 def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count: int) -> None:
     q, k, v = inputs()
@@ -60,7 +61,7 @@ def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count
 @pytest.mark.parametrize(("window", "count"), [(0, 0), (2, 0), (3, 1), (9, 0)])
 def test_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
-    for weighting in ("balance", "optimal"):
+    for weighting in WEIGHTINGS:
         options = {"grid": grid, "weighting": weighting}
         ours = lara_attention(q, k, v, num_landmarks=landmarks, window_size=window, num_global_tokens=count, **options)
         expected = naive.per_row(naive.lara, q, k, v, landmarks=landmarks, window=window, num_global=count, **options)
@@ -69,13 +70,13 @@ def test_images(grid: tuple[int, int], landmarks: int, window: int, count: int) 
 
 @pytest.mark.parametrize("mask", ["none", "right", "left"])
 @pytest.mark.parametrize("window", [0, 8])
-@pytest.mark.parametrize("weighting", ["balance", "optimal"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_noise_maps_and_offset(mask: str, window: int, weighting: str) -> None:
     q, k, v = inputs()
     noise, query_map, key_map = standard_normal(2, 2, 6, 4), standard_normal(2, 4, 4), standard_normal(2, 4, 4) * 0.5
     offset = torch.tensor([0.7, -1.3]).double()
     maps = {"query_map": lambda z: z @ query_map, "key_map": lambda z: z @ key_map}
-    for given in (noise, None):
+    for draw in (noise, None):
         ours = lara_attention(
             q,
             k,
@@ -84,14 +85,14 @@ def test_noise_maps_and_offset(mask: str, window: int, weighting: str) -> None:
             key_mask=MASKS[mask],
             window_size=window,
             weighting=weighting,
-            noise=False if given is None else given,
+            noise=False if draw is None else draw,
             offset=offset,
             **maps,
         )
 
-        def of_head(b: int, h: int, given: Tensor | None = given) -> dict:
+        def of_head(b: int, h: int, draw: Tensor | None = draw) -> dict:
             maps = {"query_map": query_map[h], "key_map": key_map[h], "offset": float(offset[h])}
-            return {**maps, "noise": None if given is None else given[b, h]}
+            return {**maps, "noise": None if draw is None else draw[b, h]}
 
         expected = naive.per_row(
             naive.lara, q, k, v, MASKS[mask], landmarks=6, window=window, weighting=weighting, per_head=[of_head]
@@ -137,38 +138,6 @@ def test_noise_drawn_inside_averages_towards_softmax() -> None:
     assert (draws.mean(0) - exact).norm() < 0.5 * (without - exact).norm()
 
 
-@pytest.mark.parametrize("proposal", ["softmax_mean", "mean"])
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("mask", ["none", "right", "left", "holes"])
-def test_randomized_attention(proposal: str, is_causal: bool, mask: str) -> None:
-    q, k, v = inputs()
-    noise, key_mask = standard_normal(2, 2, 23, 4), MASKS[mask]
-    options = {"key_mask": key_mask, "is_causal": is_causal, "proposal": proposal}
-    ours = randomized_attention(q, k, v, noise=noise, **options)
-
-    def of_head(b: int, h: int) -> dict:
-        return {"noise": noise[b, h] if key_mask is None else noise[b, h][key_mask[b]]}
-
-    expected = naive.per_row(
-        naive.randomized, q, k, v, key_mask, per_head=[of_head], proposal=proposal, causal=is_causal
-    )
-    keep = torch.ones(2, 23, dtype=torch.bool) if key_mask is None else key_mask
-    assert_same(ours * keep[:, None, :, None], expected)
-    assert_same(randomized_attention(q, k, v, **options), randomized_attention(q, k, v, noise=noise * 0, **options))
-
-
-def test_randomized_attention_averages_to_softmax() -> None:
-    # One sample per query is unbiased: the density of its draw is the query's own.
-    q, k, v = (z[:1, :1] for z in inputs(6))
-    torch.manual_seed(0)
-    draws = randomized_attention(
-        *(z.expand(20_000, -1, -1, -1) for z in (q, k, v)), proposal="softmax_mean", noise=True
-    )
-    exact = softmax_attention(q, k, v)
-    assert (draws.mean(0) - exact[0]).norm() / exact.norm() < 0.1
-    assert draws.std(0).min() > 0.05
-
-
 def test_wrong_inputs_are_refused() -> None:
     q, k, v = inputs()
     with pytest.raises(UnsupportedError, match="no causal form.*favor_plus"):
@@ -181,5 +150,12 @@ def test_wrong_inputs_are_refused() -> None:
         lara_attention(q[:, :, :5], k, v)
     with pytest.raises(InputError, match="grid of 3 x 7"):
         lara_attention(q, k, v, grid=(3, 7))
-    with pytest.raises(InputError, match="proposal"):
-        randomized_attention(q, k, v, proposal="key")
+    for name in ("mixing", "map_stage", "noise_scale"):
+        with pytest.raises(InputError, match=f"{name} must be one of.*'key-value'"):
+            lara_attention(q, k, v, **{name: "key-value"})
+    with pytest.raises(InputError, match="samples_per_landmark.*0"):
+        lara_attention(q, k, v, samples_per_landmark=0)
+    with pytest.raises(InputError, match="chunk_size.*3"):
+        lara_attention(q, k, v, chunk_size=3)
+    with pytest.raises(InputError, match=r"noise must be .*\(2, 2, 10, 4\); got \(2, 2, 5, 4\)"):
+        lara_attention(q, k, v, num_landmarks=5, samples_per_landmark=2, noise=standard_normal(2, 2, 5, 4))
