@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..ops.favor import favor_attention
 from ..ops.random_features import derive_seed, draw_projection
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
+from .redraw import RedrawnTensor, forget, set_training_step, watch
 from .registry import AttentionKind, register_kind
 
 
@@ -21,12 +24,20 @@ class FavorConfig(AttentionConfig):
     Args:
         num_features: Random features per head (M). Cost grows with it, error falls like its square root.
         orthogonal: Orthogonal directions; False draws them independently.
+        shared_projection: One set of directions for all heads of a layer instead of one per head.
+        redraw_interval: New directions every so many training (optimizer) steps, `None` for never. They follow from
+            the seed, the layer and the step alone. The training loop has to tell the step:
+            `hf_linattn.training.LinAttnCallback` with a Trainer, `hf_linattn.training.redraw_projections` elsewhere.
+        num_heavy_keys: Keys of the row that every query sees exactly (bidirectional only); 0 for none.
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
             the slots (causal or with a window). Changes cost, never the result.
     """
 
     num_features: int = 256
     orthogonal: bool = True
+    shared_projection: bool = False
+    redraw_interval: int | None = None
+    num_heavy_keys: int = 0
     chunk_size: int = 32
 
     def validate(self) -> None:
@@ -36,6 +47,11 @@ class FavorConfig(AttentionConfig):
         if self.chunk_size & (self.chunk_size - 1):
             self._fail("chunk_size", "a power of two")
         self._check_bool("orthogonal")
+        self._check_bool("shared_projection")
+        self._check_int("num_heavy_keys", minimum=0)
+        interval = self.redraw_interval
+        if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
+            self._fail("redraw_interval", "an integer >= 1 (training steps), or None for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +79,52 @@ class FavorPlusConfig(FavorConfig):
 
 
 def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:
-    """The layer's directions, `[num_heads, num_features, head_dim]`."""
-    return StateTensor(
-        shape=(shape.num_heads, config.num_features, shape.head_dim),
-        learned=False,
-        draw=lambda: draw_projection(
-            shape.num_heads,
-            config.num_features,
-            shape.head_dim,
-            seed=derive_seed(config.seed, shape.layer_idx, "projection"),
+    """The layer's directions: `[num_heads, num_features, head_dim]`, shared ones `[num_features, head_dim]`."""
+    num_heads = None if config.shared_projection else shape.num_heads
+    size = (config.num_features, shape.head_dim)
+
+    def draw(count: int) -> Tensor:
+        # Redraw 0 has the seed of a layer that is never redrawn.
+        number = (count,) if count else ()
+        return draw_projection(
+            num_heads,
+            *size,
+            seed=derive_seed(config.seed, shape.layer_idx, "projection", *number),
             orthogonal=config.orthogonal,
             regularized=regularized,
-        ),
+        )
+
+    return RedrawnTensor(
+        shape=size if num_heads is None else (num_heads, *size), learned=False, draw=lambda: draw(0), redraw=draw
     )
 
 
-class FavorPlusAttention(LinearAttention):
+class FavorAttention(LinearAttention):
+    """What FAVOR+ and FAVOR# share: redrawn directions, and heavy keys in bidirectional layers only."""
+
+    @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        assert isinstance(config, FavorConfig)
+        if shape.is_causal and config.num_heavy_keys:
+            raise UnsupportedError(
+                "Heavy keys are chosen from the whole row, which a causal layer must not see; got num_heavy_keys="
+                f"{config.num_heavy_keys}. Set it to 0."
+            )
+
+    def set_training_step(self, step: int) -> bool:
+        """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""
+        return set_training_step(self, step)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        forget(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        watch(self)
+        return super().forward(*args, **kwargs)
+
+
+class FavorPlusAttention(FavorAttention):
     """FAVOR+ with the layer's own directions."""
 
     kind = "favor_plus"
@@ -97,6 +143,7 @@ class FavorPlusAttention(LinearAttention):
             inputs.key,
             inputs.value,
             state["projection"],
+            num_heavy_keys=config.num_heavy_keys,
             chunk_size=config.chunk_size,
             **inputs.options(config),
         )

@@ -15,7 +15,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def draw_projection(
-    num_heads: int,
+    num_heads: int | None,
     num_features: int,
     head_dim: int,
     *,
@@ -23,7 +23,7 @@ def draw_projection(
     orthogonal: bool = True,
     regularized: bool = False,
 ) -> Tensor:
-    """Directions omega of random features, one independent set per head.
+    """Directions omega of random features, one independent set per head or one for all heads.
 
     Orthogonal directions come in blocks of `head_dim` rows, uniformly distributed (QR of a Gaussian matrix with the
     signs of R's diagonal taken out; without that correction the rows are not uniform and the estimate is biased).
@@ -33,12 +33,19 @@ def draw_projection(
         arXiv:math-ph/0609050.
 
     Args:
-        num_features: Rows per head; need not be a multiple of `head_dim`.
+        num_heads: `None` draws one set that all heads share: the errors of the heads are then correlated, each alone
+            has the same distribution.
+        num_features: Rows per set; need not be a multiple of `head_dim`.
         seed: Any integer; `derive_seed` mixes in the layer.
         orthogonal: False draws independent Gaussian rows.
         regularized: All lengths `head_dim ** 0.5` (slightly biased, a little less variance).
-    Returns: `[num_heads, num_features, head_dim]` float32 on the CPU.
+    Returns: `[num_heads, num_features, head_dim]`, shared `[num_features, head_dim]`; float32 on the CPU.
+    Random: a function of the arguments alone; the global generator is not touched.
     """
+    if num_heads is None:
+        return draw_projection(
+            1, num_features, head_dim, seed=seed, orthogonal=orthogonal, regularized=regularized
+        ).squeeze(0)
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

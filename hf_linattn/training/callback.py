@@ -1,0 +1,69 @@
+"""The training step, told to the layers that redraw their directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ..errors import InputError, UnsupportedError
+from ..modules.redraw import check_step, redraws, set_training_step
+
+
+def redraw_projections(model: nn.Module, step: int) -> int:
+    """Give every layer with a `redraw_interval` the directions of a training step.
+
+    Call it after every optimizer step, and once before the first (or after loading a checkpoint) with the number of
+    steps already taken::
+
+        optimizer.step()
+        completed_steps += 1
+        redraw_projections(model, completed_steps)
+
+    It does nothing between two redraws, nothing in layers without an interval, and does not touch the global random
+    generator. Directions follow from (seed, layer, `step // redraw_interval`), so that all ranks agree and a resumed
+    run continues as if it had not been interrupted.
+
+    Args:
+        model: A converted model, as it is or wrapped (DDP, FSDP, `torch.compile`, `Accelerator.prepare`).
+        step: Optimizer steps taken so far; micro-batches of gradient accumulation do not count.
+    Returns: The number of layers whose directions were drawn.
+    Raises: InputError if `step` is not a number of steps or `model` no module; UnsupportedError for a model in native
+        mode (`attn_implementation=`) whose settings ask for redraws: it has no layers that could keep them.
+    Cost: a QR factorisation of `num_features / head_dim` blocks per head and layer, on the CPU, at each redraw.
+    """
+    check_step(step)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    layers = [module for module in model.modules() if redraws(module)]
+    if not layers:
+        _check_native(model)
+    return sum(set_training_step(layer, step) for layer in layers)  # type: ignore[arg-type]
+
+
+def _check_native(model: nn.Module) -> None:
+    """Raise if a model without attention modules of its own asks for redraws in its config."""
+    for module in model.modules():
+        settings = getattr(getattr(module, "config", None), "linear_attention", None)
+        interval = settings.get("redraw_interval") if isinstance(settings, dict) else None
+        if interval is not None:
+            raise UnsupportedError(
+                f"config.linear_attention asks for redraw_interval={interval}, but {type(module).__name__} works in"
+                " native mode and has no layers that could keep new directions. Convert the model (hf_linattn.convert),"
+                " or set redraw_interval to None."
+            )
+
+
+class LinAttnCallback(TrainerCallback):
+    """Tells a model's layers the training step of a `Trainer`: `Trainer(..., callbacks=[LinAttnCallback()])`.
+
+    New directions come after every `redraw_interval` optimizer steps, never with a forward pass. Nothing is stored in
+    the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        redraw_projections(model, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        redraw_projections(model, state.global_step)
