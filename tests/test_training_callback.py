@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -193,18 +195,55 @@ def test_copies_keep_their_own_count() -> None:
 
 def test_wrapped_models() -> None:
     model = build()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    wrapped = nn.DataParallel(nn.Sequential(model))
+    assert redraw_projections(wrapped, 2) == 2
+    assert same(projections(model), expected(2))
+
+
+# Processes of their own, ended without torch's teardown: nothing can be left waiting in the process of the tests.
+RANK = """
+import os, sys
+import torch
+from torch import distributed
+from test_training_callback import BERT, build, expected, projections, redraw_projections, same
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
+model = build()
+torch.manual_seed(rank)
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+inputs = BERT.inputs(seed=rank)
+for step in range(4):
+    wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+    drawn = redraw_projections(wrapped, step + 1)
+    assert drawn == (2 if step in (0, 1, 3) else 0), drawn
+    assert same(projections(model), expected(step + 1)), step
+print("agreed", flush=True)
+distributed.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_under_ddp(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        inputs = BERT.inputs()
-        for step in range(4):
-            wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
-            assert redraw_projections(wrapped, step + 1) == (2 if step in (0, 1, 3) else 0)
-            assert same(projections(model), expected(step + 1))
+        for process in ranks:
+            out, err = process.communicate(timeout=120)
+            assert "agreed" in out, err
     finally:
-        torch.distributed.destroy_process_group()
+        for process in ranks:
+            process.kill()
 
 
 def test_compiled_models_see_new_directions() -> None:
