@@ -159,7 +159,7 @@ def means(inputs: AttentionInputs, row: int, places: list[int]) -> Tensor:
 
 def matches(points: Tensor, seen: Tensor) -> list[int]:
     """Which of the points `seen` `[heads, points, dim]` each of `points` is."""
-    distance, index = torch.cdist(*(z.transpose(0, 1).flatten(1) for z in (points, seen))).min(-1)
+    distance, index = torch.cdist(*(z.transpose(0, 1).flatten(1).double() for z in (points, seen))).min(-1)
     assert (distance < 1e-4).all()
     return index.tolist()
 
