@@ -1,7 +1,11 @@
-"""FAVOR+: positive orthogonal random features (Choromanski et al. 2021, arXiv:2009.14794)."""
+"""FAVOR+: positive orthogonal random features, or those of a generalised kernel (Choromanski et al. 2021).
+
+arXiv:2009.14794.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..ops.favor import favor_attention
+from ..ops.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ..ops.random_features import derive_seed, draw_projection
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
@@ -61,15 +66,38 @@ class FavorPlusConfig(FavorConfig):
     Args:
         regularized: Directions of fixed length `head_dim ** 0.5` instead of chi-distributed ones: a little less
             variance, a slight bias.
+        kernel: "softmax" estimates softmax attention. "relu", "exp", "sigmoid", "softplus", "abs" and "square" make it
+            generalised kernel attention with features `kernel(W z) + kernel_epsilon` (Performer-ReLU and others): an
+            attention of its own that a pretrained model has to be trained for, without window, global tokens and heavy
+            keys, which are 0 by default then.
+        kernel_epsilon: Part of a generalised kernel's definition; not used by "softmax", which has no epsilon. With 0
+            a query whose features overlap those of no key gives 0.
     """
 
     kind = "favor_plus"
 
     regularized: bool = False
+    kernel: str = "softmax"
+    kernel_epsilon: float = 1e-3
+
+    def filled(self, defaults: Mapping[str, Any]) -> FavorPlusConfig:
+        if self.kernel != "softmax":
+            defaults = {**defaults, "window_size": 0, "num_global_tokens": 0}
+        return super().filled(defaults)
 
     def validate(self) -> None:
         super().validate()
         self._check_bool("regularized")
+        self._check_choice("kernel", ("softmax", *KERNELS))
+        epsilon = self.kernel_epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
+            self._fail("kernel_epsilon", "a finite number >= 0")
+        if self.kernel != "softmax":
+            for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
+                if getattr(self, field):
+                    self._fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
+            if self.overlap_window:
+                self._fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
         if self.regularized and not self.orthogonal:
             self._fail(
                 "regularized",
@@ -138,6 +166,17 @@ class FavorPlusAttention(FavorAttention):
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorPlusConfig)
+        if config.kernel != "softmax":
+            return generalized_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                state["projection"],
+                kernel=config.kernel,
+                kernel_epsilon=config.kernel_epsilon,
+                chunk_size=config.chunk_size,
+                **inputs.options(config),
+            )
         return favor_attention(
             inputs.query,
             inputs.key,
