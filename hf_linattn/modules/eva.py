@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..ops.eva import eva_attention
 from ..ops.eva_chunks import PROPOSALS, WEIGHTINGS
+from ..ops.eva_layout import CHUNKINGS, nominal_reach
+from ..ops.relative_position import constant_index, t5_sizes, table_size
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
 from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
 from .registry import AttentionKind, register_kind
+
+RELATIVE_POSITIONS = ("none", "table", "t5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +27,25 @@ class EvaConfig(AttentionConfig):
     """Settings of EVA. See `AttentionConfig` for the shared ones; `window_size` must be at least 1.
 
     Args:
-        num_chunks: Upper bound of the number of chunks in a bidirectional layer.
-        chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`.
+        num_chunks: Upper bound of the number of chunks in a bidirectional layer. "published" chunking: chunks have
+            `tokens // num_chunks` tokens, also in a causal layer without `chunk_size`.
+        chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`. `None` only with "published"
+            chunking: a prefix then does not give what it gives inside a longer sequence.
         proposals: Where a chunk's proposal stands: "sum" (mean query + mean key), "mean" (half of that), "key" (mean
             key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders,
             whose cache keeps keys only.
-        weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query.
+        weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query; "none"
+            not at all.
+        chunking: "exclusive" (every key counts once) or "published" (all chunks are visible, also those that the
+            window covers).
         proposal_map: Learned map of the mean query and key of each chunk (`modules/proposals.py`). Converted models
             only; native mode has no parameters.
+        relative_position: Learned bias of the window's logits, zero at first: "none", "table" (one per relative
+            position and head) or "t5" (one per bucket of distances and head). Converted models only.
+        relative_index: "corrected", or "published" for tables trained with the official code
+            (`ops/relative_position.py`; its T5 biases are also scaled like the dot product). `None`: that of
+            `conventions`.
+        relative_dims: 1 if tokens are a sequence, 2 if they are the patches of an image. `None`: that of the family.
         sample_noise: Add standard normal noise to the proposals in training.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
         conventions: "corrected" or "published": the defaults of the fields that are `None`
@@ -39,11 +55,14 @@ class EvaConfig(AttentionConfig):
     kind = "eva"
 
     num_chunks: int = 128
-    chunk_size: int = 8
+    chunk_size: int | None = 8
     proposals: str | None = None
     weighting: str | None = None
     chunking: str | None = None
     proposal_map: str | None = None
+    relative_position: str = "none"
+    relative_index: str | None = None
+    relative_dims: int | None = None
     sample_noise: bool | None = None
     noise_scale: str | None = None
     conventions: str = "corrected"
@@ -52,11 +71,14 @@ class EvaConfig(AttentionConfig):
         super().validate()
         self._check_int("window_size", minimum=1, optional=True)
         self._check_int("num_chunks", minimum=1)
-        self._check_int("chunk_size", minimum=1)
+        self._check_int("chunk_size", minimum=1, optional=True)
         self._check_choice("proposals", PROPOSALS, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
-        self._check_choice("chunking", ("exclusive", "published"), optional=True)
+        self._check_choice("chunking", CHUNKINGS, optional=True)
         self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_choice("relative_position", RELATIVE_POSITIONS)
+        self._check_choice("relative_index", CONVENTIONS, optional=True)
+        self._check_int("relative_dims", minimum=1, maximum=2, optional=True)
         self._check_bool("sample_noise", optional=True)
         self._check_choice("noise_scale", CONVENTIONS, optional=True)
         self._check_choice("conventions", CONVENTIONS)
@@ -76,7 +98,11 @@ class EvaAttention(LinearAttention):
             raise ConfigError(
                 f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
             )
-        if shape.is_causal and window % config.chunk_size:
+        if shape.is_causal and config.chunk_size is None and config.chunking != "published":
+            raise ConfigError(
+                "EvaConfig.chunk_size must be an integer in a causal layer with chunking='exclusive'; got None."
+            )
+        if shape.is_causal and config.chunk_size is not None and window % config.chunk_size:
             raise ConfigError(
                 f"EvaConfig.chunk_size must divide window_size in a causal layer; got"
                 f" chunk_size={config.chunk_size!r} and window_size={window!r}."
@@ -89,6 +115,9 @@ class EvaAttention(LinearAttention):
         spec = proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
+        if config.relative_position != "none":
+            size = (shape.num_heads, _table_entries(config, shape.is_causal))
+            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
         return spec
 
     @classmethod
@@ -107,8 +136,52 @@ class EvaAttention(LinearAttention):
             query_map=proposal_map(state, "query"),
             key_map=proposal_map(state, "key"),
             noise=bool(inputs.training and config.sample_noise),
+            window_bias=_window_bias(config, state.get("relative_table"), inputs),
             **inputs.options(config),
         )
+
+
+def _sides(config: EvaConfig, is_causal: bool) -> tuple[int, int]:
+    """Slots before and after a window that a bias has to cover."""
+    window = config.window_size or 1
+    if not config.overlap_window:
+        return 0, 0
+    reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
+    return reach, 0 if is_causal else reach
+
+
+def _index_options(config: EvaConfig, is_causal: bool) -> dict[str, int | bool | str]:
+    options: dict[str, int | bool | str] = {"is_grid": config.relative_dims == 2}
+    options["convention"] = config.relative_index or config.conventions
+    if config.relative_position == "t5":
+        buckets, distance = t5_sizes(config.window_size or 1, _sides(config, is_causal)[0])
+        options |= {"num_buckets": buckets, "max_distance": distance, "is_causal": is_causal}
+    return options
+
+
+def _table_entries(config: EvaConfig, is_causal: bool) -> int:
+    options = _index_options(config, is_causal)
+    if config.relative_position == "t5":
+        buckets = int(options["num_buckets"])
+        return buckets**2 if options["is_grid"] and options["convention"] == "corrected" else buckets
+    return table_size(config.window_size or 1, *_sides(config, is_causal), **options)  # type: ignore[arg-type]
+
+
+def _window_bias(config: EvaConfig, table: Tensor | None, inputs: AttentionInputs) -> Tensor | None:
+    """`[heads, queries, slots]` from the learned table; `None` without one (native mode)."""
+    if table is None:
+        return None
+    dims = 1 if inputs.grid is None else 2
+    if dims != (config.relative_dims or 1):
+        raise InputError(
+            f"This layer's relative positions are those of {config.relative_dims or 1} dimension(s); got"
+            f" grid={inputs.grid!r}. Set EvaConfig.relative_dims={dims} when converting."
+        )
+    options = _index_options(config, inputs.is_causal)
+    sides = _sides(config, inputs.is_causal)
+    kind = config.relative_position
+    bias = table[:, constant_index(kind, config.window_size or 1, *sides, str(table.device), **options)]
+    return bias * inputs.scaling if kind == "t5" and options["convention"] == "published" else bias
 
 
 register_kind(

@@ -7,19 +7,19 @@ In scaled coordinates, with `mu_c` from the means of chunk c:
     chunk logit   x_t . ybar_c + log(size of c) [+ the chunk's spread]       an estimate of log sum_n exp(x_t . y_n)
 
 and one softmax runs over the window's keys and the chunks. By default chunks never straddle a window's border, and a
-query does not read the chunks that its window touches, so that every key counts exactly once (`eva_layout.py`).
+query does not read the chunks that its window touches, so that every key counts exactly once (`eva_exclusive.py`).
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .eva_chunks import MeanMap, Summariser
-from .eva_layout import Chunks, Cutting, Layout
+from .eva_exclusive import exclusive_layout
+from .eva_layout import Chunks, Cutting, Layout, integer_root
+from .eva_published import published_layout
 from .exact import attention_function, causal_visibility, exact_partial, scale_inputs
 from .layout import gather_tokens
 from .slots import Partial, mask_logits, merge, weigh
@@ -121,10 +121,10 @@ def eva_attention(
     tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
     if tokens.y.shape[2] == 0:
         return tokens.finish(None)
-    layout = cutting.layout(tokens)
+    layout = (published_layout if chunking == "published" else exclusive_layout)(cutting, tokens)
     blocks = layout.windows.blocks
     block_x = blocks.split(tokens.x)
-    bias = None if window_bias is None else _fit_bias(window_bias, cutting, layout).to(block_x)
+    bias = None if window_bias is None else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(block_x)
     partials = [_windows(tokens, block_x, layout, is_causal, bias)]
     chunks = layout.chunks
     if chunks is not None:
@@ -156,15 +156,17 @@ def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, b
     return weigh(mask_logits(block_x @ keys.transpose(-1, -2) + bias, seen), values)
 
 
-def _fit_bias(bias: Tensor, cutting: Cutting, layout: Layout) -> Tensor:
+def _fit_bias(bias: Tensor, cutting: Cutting, layout: Layout, heads: int) -> Tensor:
     """The part of `window_bias` that this layout's windows need, with room for batch and windows."""
     around, full = layout.windows, cutting.window_size
     size, left, right = around.blocks.size, around.left, around.right
     is_grid = around.blocks.grid is not None
     shape = f"[heads or 1, {'window_size ** 2' if is_grid else 'window_size'}, slots]"
-    if bias.ndim not in (3, 5):
-        raise InputError(f"window_bias must be {shape}, or with 5 dimensions; got {tuple(bias.shape)}.")
-    side, slots = (math.isqrt(n) if is_grid else n for n in bias.shape[-2:])
+    if bias.ndim not in (3, 5) or (bias.ndim == 3 and bias.shape[0] not in (1, heads)):
+        raise InputError(
+            f"window_bias must be {shape}, or with 5 dimensions; got {tuple(bias.shape)} and {heads} heads."
+        )
+    side, slots = (integer_root(n) if is_grid else n for n in bias.shape[-2:])
     reach = slots - full
     if cutting.overlap_side == "both":
         reach = reach // 2 if reach % 2 == 0 else -1

@@ -1,0 +1,167 @@
+"""EVA with every key counted exactly once: chunks fit the windows, and a query reads those its window does not touch.
+
+Of a chunk that is longer than a window and only partly seen, the other windows are read one by one (`siblings`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .eva_layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root
+from .layout import Blocks, fit_window, gather_tokens
+from .tokens import Tokens
+
+
+def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
+    """The shortest chunk length that gives at most `num_chunks` chunks and fits the windows (element-wise over
+    `tokens`).
+
+    It divides `window_size`, or is a multiple of it.
+    """
+    divisors = torch.tensor([d for d in range(1, window_size + 1) if window_size % d == 0], device=tokens.device)
+    wanted = (-(-tokens // num_chunks)).clamp_min(1)
+    within = divisors[torch.searchsorted(divisors, wanted.clamp_max(window_size))]
+    return torch.where(wanted <= window_size, within, -(-wanted // window_size) * window_size)
+
+
+def longest_chunk(window_size: int, num_chunks: int, tokens: int) -> int:
+    """`chunk_length` of one row, as an integer: known while tracing."""
+    wanted = max(1, -(-tokens // num_chunks))
+    if wanted > window_size:
+        return -(-wanted // window_size) * window_size
+    return next(d for d in range(wanted, window_size + 1) if window_size % d == 0)
+
+
+def window_reach(window_size: int, chunk: int) -> int:
+    """How far an overlapping window reaches beyond each side: half a window, rounded up to whole chunks.
+
+    A whole window if chunks are longer than a window.
+    """
+    return window_size if chunk > window_size else -(-max(1, window_size // 2) // chunk) * chunk
+
+
+def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
+    """Windows and chunks that share no key, row by row."""
+    num_tokens, grid, device = tokens.y.shape[2], tokens.grid, tokens.y.device
+    window = fit_window(cut.window_size, num_tokens, grid)
+    windows = Blocks(num_tokens, window, grid)
+    if windows.num_blocks == 1:
+        return Layout(Surroundings(windows), None)
+    if grid is not None:
+        chunk = cut.chunk_size or longest_chunk(window, max(1, integer_root(cut.num_chunks)), max(grid))
+        reach = window_reach(window, chunk) if cut.overlap_side else 0
+        visible, siblings = grid_table(*grid, window, chunk, reach, str(device))
+        chunks = even_chunks(Surroundings(Blocks(num_tokens, chunk, grid)), tokens, visible, siblings)
+        return Layout(Surroundings(windows, reach, reach), chunks)
+
+    chunk = cut.chunk_size or longest_chunk(window, cut.num_chunks, num_tokens)
+    left = right = 0
+    if cut.overlap_side == "left":
+        left = window
+    elif cut.overlap_side:
+        left = right = window_reach(window, chunk)
+    if cut.chunk_size or tokens.valid is None:
+        # Only chunks of complete windows are ever visible to a causal query, so the last window needs none.
+        covered = (windows.num_blocks - 1) * window if cut.is_causal else num_tokens
+        blocks = Blocks(covered, chunk)
+        start = torch.arange(blocks.num_blocks, device=device)[None] * chunk
+        visible = _untouched(cut, windows, start, start + chunk, left, right)
+        siblings = None
+        if chunk > window:
+            siblings = _siblings(windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut)
+        chunks = even_chunks(Surroundings(blocks), tokens, visible, siblings)
+        return Layout(Surroundings(windows, left, right), chunks)
+    return _exclusive_rows(cut, tokens, windows, chunk)
+
+
+def _exclusive_rows(cut: Cutting, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
+    """Rows of different length have chunks of different length, `longest` at most."""
+    num_tokens, device, window = tokens.y.shape[2], tokens.y.device, windows.size
+    length = chunk_length(window, cut.num_chunks, tokens.lengths)[:, None]  # [batch, 1]
+    start = torch.arange(min(cut.num_chunks, num_tokens), device=device) * length
+    position = start[..., None] + torch.arange(longest, device=device)
+    inside = (position < (start + length)[..., None]) & (position < tokens.lengths[:, None, None])
+    left = right = 0
+    reach = None
+    if cut.overlap_side == "left":
+        left = window
+    elif cut.overlap_side:
+        left = right = max(window_reach(window, c) for c in {*_divisors(window, longest), longest})
+        half = max(1, window // 2)
+        reach = torch.where(length > window, window, (half + length - 1) // length * length)
+    near = (left, right) if reach is None else (reach, reach)
+    visible = _untouched(cut, windows, start, start + length, *near)
+    siblings = None
+    if longest > window:
+        siblings = _siblings(windows, (length // window).clamp_min(1), longest // window, cut)
+    index = torch.where(inside, position, -1)
+    count = -(-num_tokens // longest)
+    chunks = Chunks(lambda z: gather_tokens(z, index), inside, visible, count, siblings=siblings)
+    return Layout(Surroundings(windows, left, right), chunks, reach)
+
+
+def _divisors(window: int, longest: int) -> list[int]:
+    return [d for d in range(1, min(window, longest) + 1) if window % d == 0]
+
+
+def _untouched(
+    cut: Cutting, windows: Blocks, start: Tensor, end: Tensor, left: int | Tensor, right: int | Tensor
+) -> Tensor:
+    """Chunks `[batch or 1, chunks]` that lie outside of what a window sees (before it, if causal)."""
+    first = torch.arange(windows.num_blocks, device=start.device)[None] * windows.size
+    before = end[:, None] <= (first - left)[..., None]
+    if not cut.is_causal:
+        before = before | (start[:, None] >= (first + windows.size + right)[..., None])
+    return before.unsqueeze(2)
+
+
+def _siblings(windows: Blocks, per_chunk: Tensor, most: int, cut: Cutting) -> Tensor:
+    """Windows in the chunks that a window's reach cuts, without those it sees; `per_chunk` `[batch or 1, 1]`."""
+    own = torch.arange(windows.num_blocks, device=per_chunk.device)
+    left, right = int(cut.overlap_side is not None), int(cut.overlap_side == "both")
+    first = (own - left).clamp_min(0) // per_chunk * per_chunk
+    stop = ((own + right).clamp_max(windows.num_blocks - 1) // per_chunk + 1) * per_chunk
+    number = first[..., None] + torch.arange(most * (2 if left else 1), device=own.device)
+    seen = (number >= (own - left)[:, None]) & (number <= (own + right)[:, None])
+    return torch.where(seen | (number >= stop[..., None]) | (number >= windows.num_blocks), -1, number)
+
+
+@torch.compiler.assume_constant_result
+def grid_table(
+    height: int, width: int, window: int, chunk: int, reach: int, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """(`visible`, `siblings`) of the exclusive chunks of an image, as in `Chunks`.
+
+    A function of plain values, so `torch.compile` takes it as a constant.
+    """
+    visible, siblings = _grid_table((height, width), window, chunk, reach)
+    return visible.to(device), siblings if siblings is None else siblings.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> tuple[Tensor, Tensor | None]:
+    tokens = grid[0] * grid[1]
+
+    def membership(around: Surroundings) -> Tensor:  # [blocks, tokens]
+        index = around.split(torch.arange(1, tokens + 1).unsqueeze(-1)).squeeze(-1)
+        return torch.zeros(len(index), tokens + 1).scatter_(1, index, 1.0)[:, 1:]
+
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        windows = Blocks(tokens, window, grid)
+        alone, seen = membership(Surroundings(windows)), membership(Surroundings(windows, reach, reach))
+        chunks = membership(Surroundings(Blocks(tokens, chunk, grid)))
+        touched = seen @ chunks.T > 0  # [windows, chunks]
+        visible = ~touched[None, :, None]
+        if chunk <= window:
+            return visible, None
+        around = (touched.float() @ chunks @ alone.T > 0) & ~(seen @ alone.T > 0)
+        if not around.any():
+            return visible, None
+        siblings = torch.full((windows.num_blocks, int(around.sum(-1).max())), -1)
+        for number, row in enumerate(around):
+            members = row.nonzero().squeeze(-1)
+            siblings[number, : len(members)] = members
+        return visible, siblings[None]
