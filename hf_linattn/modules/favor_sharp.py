@@ -4,68 +4,95 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError, UnsupportedError
 from ..ops.favor import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
-from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..ops.favor_statistics import FAVOR_VARIANTS, FavorMoments
+from .base import AttentionInputs, LayerShape, StateTensor
 from .config import AttentionConfig
-from .favor_plus import FavorConfig, projection_spec
+from .favor_plus import FavorAttention, FavorConfig, projection_spec
 from .registry import AttentionKind, register_kind
 
-VARIANTS = ("saderf", "gerf")
+SOURCES = ("row", "calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FavorSharpConfig(FavorConfig):
     """Settings of FAVOR#. See `FavorConfig` and `AttentionConfig` for the shared ones.
 
-    The statistics that adapt the features to the data are taken from each row's real tokens in a bidirectional layer.
-    A causal layer must not look at later tokens, so it uses stored ones; until they are set they are neutral, which
-    makes the layer FAVOR+ (one warning says so).
-
     Args:
-        variant: "saderf" balances the coordinates of queries and keys, then stretches all directions by the optimal
-            factor; "gerf" only stretches.
+        variant: How the features are fitted to the data, in order of decreasing variance (see
+            `hf_linattn.functional.favor_statistics`): "gerf" stretches all directions by the optimal factor; "saderf"
+            also balances the coordinates of queries and keys; "aderf" balances them with a matrix; "sderf" rotates
+            to principal axes and stretches each; "dense" is "aderf" and "sderf" together. The last three cost
+            O(head_dim ** 3) where statistics are taken, and as much as two more projections when they are used.
         centring: Take the mean query and key off first: exact, and less variance.
+        statistics: Where the statistics come from: "row", the real tokens of each row (bidirectional only: a causal
+            layer must not look at later tokens), or "calibrated", buffers that `hf_linattn.calibrate` sets. `None`
+            is "row" in a bidirectional layer and "calibrated" in a causal one.
     """
 
     kind = "favor_sharp"
 
     variant: str = "saderf"
     centring: bool = True
+    statistics: str | None = None
 
     def validate(self) -> None:
         super().validate()
-        self._check_choice("variant", VARIANTS)
+        self._check_choice("variant", FAVOR_VARIANTS)
         self._check_bool("centring")
+        self._check_choice("statistics", SOURCES, optional=True)
 
 
-class FavorSharpAttention(LinearAttention):
-    """FAVOR# with the layer's own directions and, in a causal layer, stored statistics."""
+def is_calibrated(config: FavorSharpConfig, is_causal: bool) -> bool:
+    """Whether a layer takes its statistics from buffers rather than from each row."""
+    return is_causal if config.statistics is None else config.statistics == "calibrated"
+
+
+class FavorSharpAttention(FavorAttention):
+    """FAVOR# with the layer's own directions and, if calibrated, stored statistics.
+
+    Buffers of a calibrated layer: `statistics_query_mean`, `statistics_key_mean`, `statistics_shape`
+    (`[1, heads, 1, head_dim]`), `statistics_query_transform`, `statistics_key_transform`
+    (`[1, heads, head_dim, head_dim]`) and `calibrated_tokens` (scalar; 0 until calibrated).
+    """
 
     kind = "favor_sharp"
     config: FavorSharpConfig
 
     @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        assert isinstance(config, FavorSharpConfig)
+        super().check(config, shape)
+        if shape.is_causal and config.statistics == "row":
+            raise UnsupportedError(
+                "Statistics of the row itself would let a token of a causal layer see later ones; got"
+                " statistics='row'. Use 'calibrated' (or None) and hf_linattn.calibrate."
+            )
+
+    @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, FavorSharpConfig)
         spec = {"projection": projection_spec(config, shape)}
-        if shape.is_causal:
-            neutral = neutral_statistics(shape.num_heads, shape.head_dim)
+        if is_calibrated(config, shape.is_causal):
+            neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
+            spec["calibrated_tokens"] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
         return spec
 
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorSharpConfig)
-        if inputs.is_causal:
+        if is_calibrated(config, inputs.is_causal):
             statistics = FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
-            _warn_if_neutral(statistics)
+            _warn_if_neutral(state["calibrated_tokens"])
         else:
             statistics = favor_statistics(
                 inputs.query,
@@ -81,26 +108,75 @@ class FavorSharpAttention(LinearAttention):
             inputs.value,
             state["projection"],
             statistics=statistics,
+            num_heavy_keys=config.num_heavy_keys,
             chunk_size=config.chunk_size,
             **inputs.options(config),
         )
+
+    def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
+        if not is_calibrated(self.config, self.shape.is_causal):
+            return None
+        return FavorCalibration(self.config, self.shape)
+
+
+class FavorCalibration:
+    """Moments of a layer's scaled queries and keys, in float64; implements `modules.base.Calibration`."""
+
+    def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
+        self.config = config
+        self.moments = FavorMoments.empty(shape.num_heads, shape.head_dim)
+
+    def update(self, inputs: AttentionInputs) -> None:
+        self.moments = self.moments.update(
+            inputs.query,
+            inputs.key,
+            key_mask=inputs.key_mask,
+            scaling=inputs.scaling,
+            is_causal=inputs.is_causal,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return self.moments.tensors()
+
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        moments = [FavorMoments(**state) for state in states]
+        self.moments = sum(moments[1:], moments[0])
+
+    def result(self) -> dict[str, Tensor]:
+        counts = self.moments.query_count, self.moments.key_count
+        if not all(bool(count) for count in counts):
+            raise InputError(
+                f"FAVOR# needs real tokens to take statistics of; got {int(counts[0])} queries and {int(counts[1])}"
+                " keys. Calibrate with batches that are not all padding."
+            )
+        if not all(bool(tensor.isfinite().all()) for tensor in self.moments.tensors().values()):
+            raise InputError("The queries or keys of the calibration data are not all finite; got inf or NaN.")
+        statistics = self.moments.statistics(self.config.variant, self.config.centring)
+        values = {f"statistics_{name}": value.float() for name, value in statistics._asdict().items()}
+        for name in ("statistics_query_transform", "statistics_key_transform"):
+            if values[name].shape[-2] == 1:
+                values[name] = torch.diag_embed(values[name].squeeze(-2))
+        return {**values, "calibrated_tokens": self.moments.key_count.float().reshape(())}
 
 
 _checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-def _warn_if_neutral(statistics: FavorStatistics) -> None:
-    """Say so if a causal layer has no statistics. Reads values: looks at each tensor once, not while compiling."""
-    shape = statistics.shape
-    if torch.compiler.is_compiling() or shape.is_meta:
+def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
+    """Say so if there are no statistics. Reads values: looks at each tensor once, not while compiling.
+
+    A module raises before it comes here; native mode, which keeps no state, is what this is for.
+    """
+    if torch.compiler.is_compiling() or calibrated_tokens.is_meta:
         return
-    if _checked_statistics.get(id(shape)) is shape:
+    if _checked_statistics.get(id(calibrated_tokens)) is calibrated_tokens:
         return
-    _checked_statistics[id(shape)] = shape
-    if not bool(shape.any()):
+    _checked_statistics[id(calibrated_tokens)] = calibrated_tokens
+    if not bool(calibrated_tokens):
         warnings.warn(
-            "FAVOR# in a causal layer has no statistics yet and therefore behaves like FAVOR+: statistics of the"
-            " sequence itself would let a token look ahead. Set the layer's statistics_* buffers from other data.",
+            "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
+            " itself would let a token of a causal model look ahead. Convert the model (hf_linattn.convert) and"
+            " calibrate it (hf_linattn.calibrate).",
             stacklevel=2,
         )
 

@@ -6,13 +6,11 @@ With scaled inputs `x`, `y` and a diagonal `A` with `8 A < I`,
 
 has `E[f(w, x) f(w, y)] = exp(x . y)`. `A = 0` is FAVOR+ (Choromanski et al. 2021, arXiv:2009.14794, Lemma 1); `A = a
 I` is GERF (Likhosherstov et al. 2022, arXiv:2205.15317); FAVOR# (Likhosherstov et al. 2023, arXiv:2302.00787) also
-balances the coordinates of queries and keys first. Every feature is a slot, so `[tokens, features]` only ever appears
-as a logit.
+changes the coordinates of queries and keys first (`ops.favor_statistics`). Every feature is a slot, so `[tokens,
+features]` only ever appears as a logit.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,97 +18,19 @@ from torch import Tensor
 from ..errors import InputError
 from .exact import attention_function, scale_inputs
 from .factored import LogWeights
+from .favor_statistics import FavorStatistics, favor_statistics, neutral_statistics, optimal_shape
 from .tokens import prepare
 from .windowed import slot_attention
 
-# Any balancing factor is exact; this keeps its square finite in float32 for degenerate statistics.
-_BALANCE_LIMIT = 2.0**20
-
-
-class FavorStatistics(NamedTuple):
-    """Data-dependent constants of FAVOR#, in scaled coordinates; each `[batch or 1, heads, 1, head_dim]`.
-
-    Any values are exact in expectation; good ones reduce the variance.
-
-    query_mean, key_mean: Taken off before the features (softmax does not change: see `favor_log_features`).
-    balance: `psi`; queries are multiplied by it and keys divided.
-    shape: The diagonal of `A`, below 1/8.
-    """
-
-    query_mean: Tensor
-    key_mean: Tensor
-    balance: Tensor
-    shape: Tensor
-
-
-def neutral_statistics(num_heads: int, head_dim: int) -> FavorStatistics:
-    """The statistics with which FAVOR# is FAVOR+."""
-    zero = torch.zeros(1, num_heads, 1, head_dim)
-    return FavorStatistics(zero, zero.clone(), torch.ones_like(zero), zero.clone())
-
-
-def optimal_shape(phi: Tensor) -> Tensor:
-    """The `a` of `A = a I` with the least mean log second moment, given `phi = mean |x + y|^2 / head_dim`; in (-inf,
-    0].
-
-    Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1.
-    """
-    return (1 - 2 * phi - ((2 * phi + 1).square() + 8 * phi).sqrt()) / 16
-
-
-@torch.no_grad()
-def favor_statistics(
-    query: Tensor,
-    key: Tensor,
-    *,
-    key_mask: Tensor | None = None,
-    scaling: float | None = None,
-    variant: str = "saderf",
-    centring: bool = True,
-    is_cross: bool = False,
-) -> FavorStatistics:
-    """FAVOR#'s constants from the real tokens of every row and head, without gradient.
-
-    Source: Likhosherstov et al. 2023, arXiv:2302.00787, section 3 (SADERF: a diagonal balance, then GERF). Differs
-        from it:
-    `centring` takes the means off first, which changes nothing in expectation and reduces the variance.
-
-    Args:
-        query, key: `[batch, heads, tokens, head_dim]` of the same tokens (or of two sequences, without a mask).
-        key_mask: `[batch, tokens]` bool, True where a token is real.
-        variant: "saderf" or "gerf" (no balance).
-        is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
-            different lengths.
-    Cost: O(tokens * head_dim). Random: no.
-    """
-    if variant not in ("saderf", "gerf"):
-        raise InputError(f"variant must be 'saderf' or 'gerf'; got {variant!r}.")
-    dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    x, y = scale_inputs(query.to(dtype), key.to(dtype), scaling)
-
-    query_mask = None if is_cross or x.shape[2] != y.shape[2] else key_mask
-    x_mean, y_mean = _masked_mean(x, query_mask), _masked_mean(y, key_mask)
-    if not centring:
-        x_mean, y_mean = torch.zeros_like(x_mean), torch.zeros_like(y_mean)
-    x, y = x - x_mean, y - y_mean
-    x_square, y_square = _masked_mean(x.square(), query_mask), _masked_mean(y.square(), key_mask)
-    balance = torch.ones_like(x_square)
-    if variant == "saderf":
-        both = (x_square > 0) & (y_square > 0)
-        ratio = torch.where(both, y_square, 1.0) / torch.where(both, x_square, 1.0)
-        balance = ratio.sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)
-    moment = x_square * balance.square() + y_square / balance.square()
-    moment = moment + 2 * _masked_mean(x, query_mask) * _masked_mean(y, key_mask)
-    shape = optimal_shape(moment.mean(-1, keepdim=True).clamp_min(0)).expand_as(balance)
-    return FavorStatistics(x_mean, y_mean, balance, shape)
-
-
-def _masked_mean(z: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens of each row, `[batch, heads, 1, dim]`."""
-    if mask is None:
-        return z.mean(2, keepdim=True)
-    real = mask[:, None, :, None]
-    return z.masked_fill(~real, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
+__all__ = [
+    "FavorStatistics",
+    "favor_attention",
+    "favor_log_features",
+    "favor_log_weights",
+    "favor_statistics",
+    "neutral_statistics",
+    "optimal_shape",
+]
 
 
 def favor_log_features(
@@ -141,10 +61,10 @@ def favor_log_weights(
         return LogWeights(x, query_bias, projection, own), LogWeights(
             y, -y.square().sum(-1, keepdim=True) / 2, projection, own
         )
-    x_mean, y_mean, balance, shape = (s.to(x) for s in statistics)
+    x_mean, y_mean, shape = (s.to(x) for s in (statistics.query_mean, statistics.key_mean, statistics.shape))
     query_extra = (x * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
     key_extra = (y * x_mean).sum(-1, keepdim=True)
-    x, y = (x - x_mean) * balance, (y - y_mean) / balance
+    x, y = statistics.transform(x, y)
     stretch = (1 - 4 * shape).sqrt()
     directions = projection * stretch  # [batch or 1, heads, features, head_dim]
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
@@ -209,7 +129,7 @@ def favor_attention(
         raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
     x, y = scale_inputs(query, key, scaling)
     projection = projection.to(x)
-    if not (is_causal or window_size or num_global_tokens or num_heavy_keys):
+    if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
         visible = None if key_mask is None else key_mask[:, None, :, None]
         is_self = x.shape[2] == y.shape[2] and not is_cross
         if visible is not None:

@@ -30,7 +30,11 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "orthogonal": NOT_BOOLS,
     },
     "favor_plus": {"regularized": NOT_BOOLS},
-    "favor_sharp": {"variant": ["sderf", "SADERF", "", None, 1, ["saderf"]], "centring": NOT_BOOLS},
+    "favor_sharp": {
+        "variant": ["favor", "SADERF", "", None, 1, ["saderf"]],
+        "centring": NOT_BOOLS,
+        "statistics": ["batch", "", 1, True],
+    },
     "lara": {
         "num_landmarks": NOT_COUNTS,
         "weighting": ["biased", "", None, 1],

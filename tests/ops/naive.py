@@ -98,8 +98,10 @@ def favor_log_kernel(x: Tensor, y: Tensor, w: Tensor, stats: dict[str, Tensor] |
     stats = stats or {}
     zero = torch.zeros(x.shape[-1], dtype=x.dtype)
     a, c = stats.get("query_mean", zero), stats.get("key_mean", zero)
-    psi, shape = stats.get("balance", torch.ones_like(zero)), stats.get("shape", zero)
-    fx, fy = log_f(w, (x - a) * psi, shape), log_f(w, (y - c) / psi, shape)
+    one = torch.ones_like(zero)
+    p, q, shape = stats.get("query_transform", one), stats.get("key_transform", one), stats.get("shape", zero)
+    p, q = (t if t.ndim == 2 and t.shape[0] > 1 else torch.diag(t.flatten()) for t in (p, q))
+    fx, fy = log_f(w, (x - a) @ p, shape), log_f(w, (y - c) @ q, shape)
     mean = torch.logsumexp(fx[:, None] + fy[None], -1) - math.log(w.shape[0])
     return mean + (y @ a)[None] + (x @ c)[:, None] - a @ c
 

@@ -19,6 +19,8 @@ from hf_linattn.functional import (
 )
 from hf_linattn.ops import lara
 
+# Statistics of the row itself carry no gradient, which finite differences cannot know.
+FIXED = [v for v in VARIANTS if v.name not in ("favor_sharp", "favor_sharp-dense")]
 TOKENS = 7
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool()
 
@@ -40,7 +42,7 @@ def _no_mass_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lara, "_mass_correction", lambda *_: torch.tensor(0.8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("attend", [v for v in VARIANTS if v.name != "favor_sharp"], ids=name_of)
+@pytest.mark.parametrize("attend", FIXED, ids=name_of)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 2, 4, 8])
 def test_every_kind(attend: Variant, masked: bool, window: int) -> None:
@@ -55,7 +57,7 @@ def test_every_kind(attend: Variant, masked: bool, window: int) -> None:
 @pytest.mark.parametrize("window", [1, 2])
 def test_images(window: int) -> None:
     options = {"grid": (2, 3), "num_global_tokens": 1, "window_size": window}
-    for attend in (v for v in VARIANTS if not v.is_causal and v.name != "favor_sharp"):
+    for attend in (v for v in FIXED if not v.is_causal):
         check(lambda q, k, v, attend=attend: attend(q, k, v, **options), *inputs())
 
 

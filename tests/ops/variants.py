@@ -26,10 +26,14 @@ def directions(heads: int, dim: int) -> Tensor:
     return draw_projection(heads, 7, dim, seed=3).double()
 
 
-def fixed_statistics(heads: int, dim: int) -> FavorStatistics:
+def fixed_statistics(heads: int, dim: int, dense: bool = False) -> FavorStatistics:
     """Statistics that come from no data: what a causal layer stores."""
     ramp = torch.linspace(-0.3, 0.4, dim, dtype=torch.float64).expand(1, heads, 1, dim)
-    return FavorStatistics(ramp, -ramp / 2, 1 + ramp.abs(), torch.full_like(ramp, -0.1))
+    scale = 1 + ramp.abs()
+    if not dense:
+        return FavorStatistics(ramp, -ramp / 2, scale, 1 / scale, torch.full_like(ramp, -0.1))
+    shear = torch.diag_embed(scale.squeeze(-2)) + torch.ones(dim, dim, dtype=torch.float64).tril(-1) * 0.3
+    return FavorStatistics(ramp, -ramp / 2, shear, torch.linalg.inv(shear).mT, -0.1 - ramp.abs())
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,22 @@ def _favor_plus(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return favor_attention(q, k, v, directions(q.shape[1], q.shape[-1]).to(q), chunk_size=4, **options)
 
 
-def _favor_sharp(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    statistics = favor_statistics(q, k, key_mask=options.get("key_mask"))
-    return favor_attention(
-        q, k, v, directions(q.shape[1], q.shape[-1]), statistics=statistics, chunk_size=4, **options
-    )
+def _favor_sharp(variant: str) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        statistics = favor_statistics(q, k, key_mask=options.get("key_mask"), variant=variant)
+        w = directions(q.shape[1], q.shape[-1])
+        return favor_attention(q, k, v, w, statistics=statistics, chunk_size=4, **options)
+
+    return run
 
 
-def _favor_sharp_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    statistics = fixed_statistics(q.shape[1], q.shape[-1])
-    return favor_attention(
-        q, k, v, directions(q.shape[1], q.shape[-1]), statistics=statistics, chunk_size=4, **options
-    )
+def _favor_sharp_fixed(dense: bool) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        statistics = fixed_statistics(q.shape[1], q.shape[-1], dense)
+        w = directions(q.shape[1], q.shape[-1])
+        return favor_attention(q, k, v, w, statistics=statistics, chunk_size=4, **options)
+
+    return run
 
 
 @functools.cache
@@ -109,9 +117,12 @@ def _eva(weighting: str, query_proposals: bool) -> Callable[..., Tensor]:
 VARIANTS = [
     Variant("favor_plus", _favor_plus, False),
     Variant("favor_plus-causal", _favor_plus, True),
-    Variant("favor_sharp", _favor_sharp, False),
-    Variant("favor_sharp-fixed", _favor_sharp_fixed, False),
-    Variant("favor_sharp-causal", _favor_sharp_fixed, True),
+    Variant("favor_sharp", _favor_sharp("saderf"), False),
+    Variant("favor_sharp-dense", _favor_sharp("dense"), False),
+    Variant("favor_sharp-fixed", _favor_sharp_fixed(False), False),
+    Variant("favor_sharp-fixed-dense", _favor_sharp_fixed(True), False),
+    Variant("favor_sharp-causal", _favor_sharp_fixed(False), True),
+    Variant("favor_sharp-causal-dense", _favor_sharp_fixed(True), True),
     Variant("lara-balance", _lara(weighting="balance"), False),
     Variant("lara-optimal", _lara(weighting="optimal", alpha_coeff=0.7), False),
     Variant("lara-biased", _lara(weighting="biased"), False),

@@ -1,0 +1,304 @@
+r"""What FAVOR# takes from the data: moments of queries and keys, and the constants of the features made from them.
+
+`exp(x . y)` stays the same when a constant is taken off queries and keys (up to a factor per token, see
+`ops.favor.favor_log_features`) and when `x' = x P`, `y' = y Q` with `P Q' = I`. Such coordinates, and the diagonal
+`A` of the features in them, are chosen to make the mean log second moment of the estimate small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, did_you_mean
+from .balance import dense_transforms, diagonal_balance
+from .exact import scale_inputs
+
+FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
+_DENSE_VARIANTS = ("aderf", "sderf", "dense")
+
+
+class FavorStatistics(NamedTuple):
+    """Data-dependent constants of FAVOR#: features are taken of `x' = (x - query_mean) query_transform`; keys alike.
+
+    In scaled coordinates. Any values with `query_transform @ key_transform^T = I` are exact in
+    expectation; good ones reduce the variance.
+
+    query_mean, key_mean: `[batch or 1, heads, 1, head_dim]`, taken off before the features.
+    query_transform, key_transform: `[batch or 1, heads, 1, head_dim]` (factors per coordinate, inverse to each other)
+        or `[batch or 1, heads, head_dim, head_dim]` (row vectors are multiplied from the left).
+    shape: The diagonal of `A`, below 1/8, `[batch or 1, heads, 1, head_dim]`.
+    """
+
+    query_mean: Tensor
+    key_mean: Tensor
+    query_transform: Tensor
+    key_transform: Tensor
+    shape: Tensor
+
+    def transform(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled queries and keys in the coordinates of the features."""
+        own = FavorStatistics(*(s.to(x) for s in self))
+        return (
+            _apply(x - own.query_mean, own.query_transform),
+            _apply(y - own.key_mean, own.key_transform),
+        )
+
+
+def neutral_statistics(num_heads: int, head_dim: int, *, dense: bool = False) -> FavorStatistics:
+    """The statistics with which FAVOR# is FAVOR+. `dense` gives the transforms as matrices."""
+    zero = torch.zeros(1, num_heads, 1, head_dim)
+    same = torch.eye(head_dim).repeat(1, num_heads, 1, 1) if dense else torch.ones_like(zero)
+    return FavorStatistics(zero, zero.clone(), same, same.clone(), zero.clone())
+
+
+def optimal_shape(phi: Tensor) -> Tensor:
+    """The `a` with the least mean log second moment, given `phi = mean |x + y|^2`; in (-inf, 0], elementwise.
+
+    With `A = a I`, `phi` is the mean over tokens and coordinates; with one `a` per coordinate, that coordinate's mean.
+
+    Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1; per coordinate: Likhosherstov et al. 2023,
+        arXiv:2302.00787, section 3.
+    """
+    return (1 - 2 * phi - ((2 * phi + 1).square() + 8 * phi).sqrt()) / 16
+
+
+# -- moments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FavorMoments:
+    """Second-order moments of scaled queries and keys, per head, that can be gathered in pieces and in any order.
+
+    Kept about the means (Chan, Golub and LeVeque 1979), so that large means cost no precision. Memory: O(head_dim^2).
+
+    query_count, key_count: `[batch or 1, 1, 1, 1]`, the number of real tokens.
+    query_mean, key_mean: `[batch or 1, heads, 1, head_dim]`.
+    query_scatter, key_scatter: Sums of outer products of the centred tokens, `[batch or 1, heads, head_dim,
+        head_dim]`, or only their diagonals, `[batch or 1, heads, 1, head_dim]`.
+    """
+
+    query_count: Tensor
+    key_count: Tensor
+    query_mean: Tensor
+    key_mean: Tensor
+    query_scatter: Tensor
+    key_scatter: Tensor
+
+    @classmethod
+    def empty(cls, num_heads: int, head_dim: int) -> FavorMoments:
+        """The moments of no tokens: dense, float64, on the CPU."""
+        count = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device="cpu")
+        mean = count.new_zeros(1, num_heads, 1, head_dim)
+        scatter = count.new_zeros(1, num_heads, head_dim, head_dim)
+        return cls(count, count.clone(), mean, mean.clone(), scatter, scatter.clone())
+
+    @torch.no_grad()
+    def update(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        scaling: float | None = None,
+        is_causal: bool = False,
+        is_cross: bool = False,
+    ) -> FavorMoments:
+        """The moments of these tokens and a batch's real ones.
+
+        Args:
+            query, key: `[batch, heads, tokens, head_dim]`, unscaled. Queries may be fewer if causal: the last.
+            key_mask: `[batch, keys]` bool, True where a key is real.
+            scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
+            is_causal: A shorter `query` holds the last tokens of the sequence of `key`.
+            is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
+                different lengths unless `is_causal`.
+        Raises: InputError if heads or head_dim differ from what has been gathered.
+        Cost: O(tokens * head_dim^2).
+        """
+        expected = (self.query_mean.shape[1], self.query_mean.shape[-1])
+        if any((z.shape[1], z.shape[-1]) != expected for z in (query, key)):
+            raise InputError(
+                f"query and key must have {expected[0]} heads of dimension {expected[1]}, like the tokens before; got"
+                f" query {tuple(query.shape)} and key {tuple(key.shape)}."
+            )
+        with torch.autocast(query.device.type, enabled=False):
+            x, y = scale_inputs(_precise(query), _precise(key), scaling)
+            query_mask = _query_mask(x, y, key_mask, is_causal, is_cross)
+            new = _gather(_pooled(x), _pooled(y), _pooled_mask(query_mask), _pooled_mask(key_mask), dense=True)
+        return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
+
+    def __add__(self, other: FavorMoments) -> FavorMoments:
+        """The moments of all tokens of both."""
+        a, b = self, other
+        query = _merge((a.query_count, a.query_mean, a.query_scatter), (b.query_count, b.query_mean, b.query_scatter))
+        key = _merge((a.key_count, a.key_mean, a.key_scatter), (b.key_count, b.key_mean, b.key_scatter))
+        return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name; `FavorMoments(**tensors)` is the inverse."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def statistics(self, variant: str = "saderf", centring: bool = True) -> FavorStatistics:
+        """FAVOR#'s constants for these tokens; see `favor_statistics` for the arguments. Cost: O(head_dim^3)."""
+        check_variant(variant)
+        with torch.no_grad():
+            return _statistics(self, variant, centring)
+
+
+def check_variant(variant: str) -> None:
+    """Raise `InputError` for a name that is not one of `FAVOR_VARIANTS`."""
+    if variant not in FAVOR_VARIANTS:
+        raise InputError(
+            f"variant must be one of {list(FAVOR_VARIANTS)}; got {variant!r}.{did_you_mean(variant, FAVOR_VARIANTS)}"
+        )
+
+
+@torch.no_grad()
+def favor_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    variant: str = "saderf",
+    centring: bool = True,
+    is_cross: bool = False,
+) -> FavorStatistics:
+    """FAVOR#'s constants from the real tokens of every row and head, without gradient.
+
+    Source: Likhosherstov et al. 2023, arXiv:2302.00787, section 3; "gerf": Likhosherstov et al. 2022,
+        arXiv:2205.15317. Differs from them: `centring`; "dense", which combines ADERF and SDERF; degenerate moments
+        (fewer tokens than dimensions, equal tokens) are floored rather than excluded.
+
+    Args:
+        query, key: `[batch, heads, tokens, head_dim]` of the same tokens (or of two sequences).
+        key_mask: `[batch, tokens]` bool, True where a token is real.
+        scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
+        variant: How coordinates and `A` are chosen:
+            "gerf": coordinates as they are, `A = a I`;
+            "saderf": every coordinate scaled so that queries and keys have equal second moments, `A = a I`;
+            "aderf": a symmetric matrix that gives queries and keys equal matrices of second moments, `A = a I`;
+            "sderf": a rotation to the principal axes of `x + y`, one `a` per axis;
+            "dense": the coordinates of "aderf", then the rotation and `A` of "sderf": the least variance.
+        centring: Take the means off first: changes nothing in expectation and reduces the variance.
+        is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
+            different lengths.
+    Returns: `FavorStatistics` per row, in the dtype of the inputs (float32 for half precisions). Transforms are dense
+        for the last three variants. The signs of rotated axes are fixed by convention.
+    Raises: InputError for an unknown variant.
+    Cost: O(tokens * head_dim); the last three variants O(tokens * head_dim^2 + head_dim^3) in float64 where the device
+        has it, so that rounding does not turn the axes. Random: no.
+    """
+    check_variant(variant)
+    dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+    is_dense = variant in _DENSE_VARIANTS
+    with torch.autocast(query.device.type, enabled=False):
+        x, y = (_precise(query), _precise(key)) if is_dense else (query.to(dtype), key.to(dtype))
+        x, y = scale_inputs(x, y, scaling)
+        moments = token_moments(x, y, key_mask, is_cross=is_cross, dense=is_dense)
+        return FavorStatistics(*(s.to(dtype) for s in _statistics(moments, variant, centring)))
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _precise(z: Tensor) -> Tensor:
+    return z.float() if z.device.type == "mps" else z.double()
+
+
+def _apply(z: Tensor, transform: Tensor) -> Tensor:
+    """Row vectors in new coordinates; a single row of factors acts per coordinate."""
+    return z * transform if transform.ndim < 2 or transform.shape[-2] == 1 else z @ transform
+
+
+def _query_mask(x: Tensor, y: Tensor, key_mask: Tensor | None, is_causal: bool, is_cross: bool) -> Tensor | None:
+    if key_mask is None or is_cross:
+        return None
+    if x.shape[2] == y.shape[2]:
+        return key_mask
+    return key_mask[:, -x.shape[2] :] if is_causal else None
+
+
+def _pooled(z: Tensor) -> Tensor:
+    """All tokens of the batch as one row."""
+    return z.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _pooled_mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(1, -1)
+
+
+def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorStatistics:
+    is_dense = variant in _DENSE_VARIANTS
+    x2, y2 = moments.query_scatter, moments.key_scatter
+    if is_dense and x2.shape[-1] != x2.shape[-2]:
+        raise InputError(f"variant={variant!r} needs dense moments; got diagonal ones.")
+    if not is_dense and x2.shape[-2] != 1:
+        x2, y2 = (z.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for z in (x2, y2))
+    x2, y2 = x2 / moments.query_count.clamp_min(1), y2 / moments.key_count.clamp_min(1)
+    x_offset, y_offset = moments.query_mean, moments.key_mean
+    x_mean, y_mean = torch.zeros_like(x_offset), torch.zeros_like(y_offset)
+    if centring:
+        x2, y2 = _without_rounding(x2, x_offset), _without_rounding(y2, y_offset)
+    else:
+        # Moments about zero, with what queries and keys then have in common.
+        x_offset, y_offset, x_mean, y_mean = x_mean, y_mean, x_offset, y_offset
+        x2, y2 = (z2 + (mean.mT @ mean if is_dense else mean.square()) for z2, mean in ((x2, x_mean), (y2, y_mean)))
+    if is_dense:
+        forward, back = dense_transforms(variant, x2, y2, x_mean, y_mean)
+        phi = ((x2 @ forward) * forward + (y2 @ back) * back).sum(-2, keepdim=True)
+        phi = phi + 2 * (x_mean @ forward) * (y_mean @ back)
+    else:
+        forward = diagonal_balance(x2, y2) if variant == "saderf" else torch.ones_like(x2)
+        back = forward.reciprocal()
+        phi = x2 * forward.square() + y2 * back.square() + 2 * x_mean * y_mean
+    if variant not in ("sderf", "dense"):
+        phi = phi.mean(-1, keepdim=True).expand_as(phi)
+    return FavorStatistics(x_offset, y_offset, forward, back, optimal_shape(phi.clamp_min(0)))
+
+
+def _without_rounding(second: Tensor, mean: Tensor) -> Tensor:
+    """Central moments of equal tokens are 0, not what rounding of their mean leaves: balancing would amplify it."""
+    noise = (16 * torch.finfo(mean.dtype).eps * mean).square()
+    if second.shape[-2] == 1:
+        return second * ~(second <= noise)
+    top = second.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    return second * ~(top <= noise.amax(-1, keepdim=True))
+
+
+def token_moments(
+    x: Tensor, y: Tensor, key_mask: Tensor | None = None, *, is_cross: bool = False, dense: bool = False
+) -> FavorMoments:
+    """Moments of every row's real tokens, in whatever coordinates they are; diagonals only unless `dense`."""
+    return _gather(x, y, _query_mask(x, y, key_mask, False, is_cross), key_mask, dense)
+
+
+def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
+    query, key = _moments(x, query_mask, dense), _moments(y, key_mask, dense)
+    return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+
+
+def _moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and scatter of the real tokens of each row."""
+    if mask is None:
+        count = torch.full((1, 1, 1, 1), float(z.shape[2]), dtype=z.dtype, device=z.device)
+        mean = z.sum(2, keepdim=True) / count.clamp_min(1)
+        centred = z - mean
+    else:
+        mask = mask.to(z.device)[:, None, :, None]
+        count = mask.sum(2, keepdim=True).to(z.dtype)
+        mean = z.masked_fill(~mask, 0.0).sum(2, keepdim=True) / count.clamp_min(1)
+        centred = (z - mean).masked_fill(~mask, 0.0)
+    return count, mean, centred.mT @ centred if dense else centred.square().sum(2, keepdim=True)
+
+
+def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    total = a[0] + b[0]
+    share = b[0] / total.clamp_min(1)
+    step = b[1] - a[1]
+    between = step.mT @ step if a[2].shape[-2] == a[2].shape[-1] else step.square()
+    return total, a[1] + step * share, a[2] + b[2] + between * (a[0] * share)
