@@ -275,66 +275,112 @@ def tiles(n: int, side: int, grid: Grid) -> list[list[int]]:
     return list(found.values())
 
 
+def within(token: int, start: tuple[int, ...], size: int, left: int, right: int, grid: Grid) -> bool:
+    """Whether a token lies in the block that starts there, or up to `left` and `right` from it."""
+    place = (token,) if grid is None else (token // grid[1], token % grid[1])
+    return all(s - left <= p < s + size + right for p, s in zip(place, start, strict=True))
+
+
 def eva(
     x: Tensor,
     y: Tensor,
     v: Tensor,
     window: int,
     num_chunks: int = 64,
-    chunk_size: int = 8,
+    chunk_size: int | None = None,
     causal: bool = False,
-    query_proposals: bool = True,
+    proposals: str = "sum",
     weighting: str = "size",
-    query_map: Tensor | None = None,
-    key_map: Tensor | None = None,
+    chunking: str = "exclusive",
+    overlap: str | None = None,
+    query_map: Callable[[Tensor], Tensor] | None = None,
+    key_map: Callable[[Tensor], Tensor] | None = None,
     noise: Tensor | None = None,
+    bias: Tensor | None = None,
     grid: Grid = None,
     num_global: int = 0,
 ) -> Tensor:
+    """`bias` `[window (** 2), slots (** 2)]` with slots for a whole window before and after the window."""
     g = min(num_global, len(x))
     rx, ry, rv = x[g:], y[g:], v[g:]
     n = len(rx)
-    side = (
-        chunk_size
-        if causal
-        else chunk_side(window, num_chunks if grid is None else math.isqrt(num_chunks), max(grid or (n,)))
-    )
-    windows, chunks = tiles(n, window, grid), tiles(n, side, grid)
+    published = chunking == "published"
+    padded = -(-n // window) * window if grid is None else n
+    count_bound = num_chunks if grid is None else math.isqrt(num_chunks)
+    if chunk_size:
+        side = chunk_size
+    elif published:
+        side = max(1, padded // num_chunks if grid is None else math.isqrt(n // num_chunks))
+    else:
+        side = chunk_side(window, count_bound, max(grid or (n,)))
+    half = max(1, window // 2)
+    if overlap == "both":
+        fits = (r for r in range(half, window + 1) if r % side == 0)
+        reach = half if published else window if side > window else next(fits)
+        left = right = reach
+    else:
+        left, right = (window if overlap else 0), 0
+    wider = right if published else 0
 
-    def summary(members: list[int], eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    def starts(size: int, padded: int) -> list[tuple[int, ...]]:
+        if grid is None:
+            return [(s,) for s in range(0, padded, size)]
+        return [(a, b) for a in range(0, grid[0], size) for b in range(0, grid[1], size)]
+
+    def summary(members: list[int], slots: int, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
         keys = ry[members]
-        k_bar = keys.mean(0) if key_map is None else keys.mean(0) @ key_map
-        mu = k_bar
-        if query_proposals:
-            q_bar = rx[members].mean(0)
-            mu = mu + (q_bar if query_map is None else q_bar @ query_map)
+        k_bar = keys.sum(0) / slots
+        k_bar = k_bar if key_map is None else key_map(k_bar)
+        q_bar = rx[members].sum(0) / slots
+        q_bar = q_bar if query_map is None else query_map(q_bar)
+        mu = {"sum": q_bar + k_bar, "mean": (q_bar + k_bar) / 2, "key": k_bar, "none": 0 * k_bar}[proposals]
         mu = mu if eps is None else mu + eps
-        u = torch.softmax(log_xi(keys, mu), 0) @ rv[members]
-        variance = ((keys - keys.mean(0)) ** 2).mean(0)
-        return k_bar, variance if weighting == "spread" else torch.zeros_like(k_bar), u, math.log(len(members))
+        u = torch.softmax(log_xi(keys, mu), 0) @ rv[members] if members else torch.zeros_like(v[0])
+        variance = ((keys - keys.mean(0)) ** 2).mean(0) if weighting == "spread" else torch.zeros_like(k_bar)
+        log_size = 0.0 if weighting == "none" else math.log(len(members)) if members else -math.inf
+        return k_bar, variance.nan_to_num(), u, log_size
 
     def logit(query: Tensor, part: tuple[Tensor, Tensor, Tensor, float]) -> Tensor:
         return query @ part[0] + part[3] + (query**2) @ part[1] / 2
 
-    out = []
-    for t in range(g):
-        out.append(torch.softmax(y @ x[t], 0) @ v)
-    number = {t: i for i, members in enumerate(windows) for t in members}
-    for t in range(n):
-        own = windows[number[t]]
-        seen = [s for s in own if not causal or s <= t]
-        logits, values = [rx[t] @ ry[s] for s in seen], [rv[s] for s in seen]
-        logits += [rx[t] @ y[s] for s in range(g)]
-        values += [v[s] for s in range(g)]
-        for c, members in enumerate(chunks):
-            eps = None if noise is None else noise[c]
-            if causal:
-                parts = [summary(members, eps)] if members[0] + chunk_size <= own[0] else []
-            elif not set(members) & set(own):
-                parts = [summary(members, eps)]
-            else:  # the query's own chunk: the other windows inside it, if it has any
-                parts = [summary(w, None) for w in windows if set(w) & set(members) and w != own]
-            logits += [logit(rx[t], part) for part in parts]
-            values += [part[2] for part in parts]
+    tokens, dims = range(n), 1 if grid is None else 2
+    chunks = []
+    for c, start in enumerate(starts(side, padded if published else n)):
+        members = [s for s in tokens if within(s, start, side, wider, wider, grid)]
+        slots = (side + 2 * wider) ** dims if published else len(members)
+        chunks.append((start, members, summary(members, slots, None if noise is None else noise[c])))
+    windows = starts(window, n)
+    owned = [[s for s in tokens if within(s, start, window, 0, 0, grid)] for start in windows]
+    out = [torch.softmax(y @ x[t], 0) @ v for t in range(g)]
+    for t in tokens:
+        own = next(i for i, members in enumerate(owned) if t in members)
+        start = windows[own]
+        near = [s for s in tokens if within(s, start, window, left, right, grid)]
+        logits, values = [rx[t] @ y[s] for s in range(g)], [v[s] for s in range(g)]
+        for s in near:
+            if causal and s > t:
+                continue
+            extra = 0.0
+            if bias is not None:  # the places of query and key in a square that starts a window before this one
+                place = [(i,) if grid is None else (i // grid[1], i % grid[1]) for i in (t, s)]
+                a, j = 0, 0
+                for p, q, r in zip(place[0], place[1], start, strict=True):
+                    a, j = a * window + p - r, j * 3 * window + q - r + window
+                extra = bias[a, j]
+            logits.append(rx[t] @ ry[s] + extra)
+            values.append(rv[s])
+        parts = []
+        for begin, members, part in chunks:
+            if published:
+                parts += [part] if not causal or begin[0] // side < t // side else []
+            elif causal:
+                parts += [part] if begin[0] + side <= start[0] - left else []
+            elif not set(members) & set(near):
+                parts.append(part)
+            else:  # a chunk that is partly seen: the windows in it that are not, one by one
+                unseen = [w for w in owned if set(w) & set(members) and not set(w) & set(near)]
+                parts += [summary(w, len(w), None) for w in unseen] if side > window else []
+        logits += [logit(rx[t], part) for part in parts]
+        values += [part[2] for part in parts]
         out.append(torch.softmax(torch.stack(logits), 0) @ torch.stack(values))
     return torch.stack(out)

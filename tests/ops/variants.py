@@ -96,20 +96,11 @@ def _lara_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return lara_attention(q, k, v, proposals=proposals(q.shape[1], q.shape[-1]), chunk_size=4, **options)
 
 
-def _eva(weighting: str, query_proposals: bool) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, **options: Any) -> Tensor:
-        chunk_size = 2 if window_size % 2 == 0 else 1
-        return eva_attention(
-            q,
-            k,
-            v,
-            window_size=window_size,
-            num_chunks=3,
-            chunk_size=chunk_size,
-            weighting=weighting,
-            query_proposals=query_proposals,
-            **options,
-        )
+def _eva(**settings: Any) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *, window_size: int, is_causal: bool, **options: Any) -> Tensor:
+        chunk_size = (2 if window_size % 2 == 0 else 1) if is_causal else None
+        layout = {"window_size": window_size, "num_chunks": 3, "chunk_size": chunk_size, "is_causal": is_causal}
+        return eva_attention(q, k, v, **layout, **settings, **options)
 
     return run
 
@@ -129,10 +120,12 @@ VARIANTS = [
     Variant("lara-mixed", _lara(mixing="key_value"), False),
     Variant("lara-calibrated", _lara_fixed, False),
     Variant("lara-causal", _lara_fixed, True),
-    Variant("eva", _eva("size", True), False, smallest_window=1),
-    Variant("eva-spread", _eva("spread", False), False, smallest_window=1),
-    Variant("eva-causal", _eva("size", True), True, smallest_window=1),
-    Variant("eva-causal-spread", _eva("spread", False), True, smallest_window=1),
+    Variant("eva", _eva(), False, smallest_window=1),
+    Variant("eva-spread", _eva(weighting="spread", proposals="key"), False, smallest_window=1),
+    Variant("eva-overlap", _eva(overlap_window=True, proposals="mean"), False, smallest_window=1),
+    Variant("eva-causal", _eva(), True, smallest_window=1),
+    Variant("eva-causal-spread", _eva(weighting="spread", proposals="key"), True, smallest_window=1),
+    Variant("eva-causal-overlap", _eva(overlap_window=True, proposals="none"), True, smallest_window=1),
 ]
 CAUSAL = [variant for variant in VARIANTS if variant.is_causal]
 BIDIRECTIONAL = [variant for variant in VARIANTS if not variant.is_causal]
