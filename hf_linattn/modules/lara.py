@@ -47,8 +47,9 @@ class LaraConfig(AttentionConfig):
         sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
             (landmarks) or where they were drawn once (calibrated).
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
-        samples_per_landmark: Samples of each proposal: with noise, and of calibrated proposals always.
-        antithetic: Every sample also with the opposite noise: twice as many.
+        samples_per_landmark: Samples of each proposal: of landmarks with noise, of calibrated proposals always.
+            `None`: 2 of calibrated proposals, 1 of landmarks.
+        antithetic: Every sample also with the opposite noise: twice as many. `None`: if calibrated.
         num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
         conventions: "corrected" or "published": the defaults of the fields that are `None`
             (`modules/defaults.py`).
@@ -65,8 +66,8 @@ class LaraConfig(AttentionConfig):
     map_stage: str | None = None
     sample_noise: bool | None = None
     noise_scale: str | None = None
-    samples_per_landmark: int = 1
-    antithetic: bool = False
+    samples_per_landmark: int | None = None
+    antithetic: bool | None = None
     num_heavy_keys: int = 0
     conventions: str = "corrected"
 
@@ -88,8 +89,8 @@ class LaraConfig(AttentionConfig):
         self._check_choice("map_stage", MAP_STAGES, optional=True)
         self._check_bool("sample_noise", optional=True)
         self._check_choice("noise_scale", NOISE_SCALES, optional=True)
-        self._check_int("samples_per_landmark", minimum=1)
-        self._check_bool("antithetic")
+        self._check_int("samples_per_landmark", minimum=1, optional=True)
+        self._check_bool("antithetic", optional=True)
         self._check_int("num_heavy_keys", minimum=0)
         self._check_choice("conventions", CONVENTIONS)
 
@@ -170,7 +171,8 @@ class LaraAttention(LinearAttention):
         if "centroids" in state:
             noise = state["proposal_noise"]
             noise = torch.randn_like(noise) if draw_noise else noise
-            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=config.antithetic)}
+            antithetic = config.antithetic is not False
+            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=antithetic)}
         else:
             own = {
                 "num_landmarks": config.num_landmarks,
@@ -182,8 +184,8 @@ class LaraAttention(LinearAttention):
                 "map_stage": config.map_stage or "mean",
                 "noise": draw_noise,
                 "noise_scale": config.noise_scale or "corrected",
-                "samples_per_landmark": config.samples_per_landmark,
-                "antithetic": config.antithetic,
+                "samples_per_landmark": config.samples_per_landmark or 1,
+                "antithetic": bool(config.antithetic),
             }
         return lara_attention(
             inputs.query,
@@ -198,17 +200,14 @@ class LaraAttention(LinearAttention):
 
 def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
     """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
-    heads, dim, count, each = shape.num_heads, shape.head_dim, config.num_landmarks, config.samples_per_landmark
-
-    def draw() -> Tensor:
-        seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
-        rows = draw_projection(heads, count * each, dim, seed=seed)
-        # Neighbouring rows are orthogonal: let them be the samples of one proposal (sample j is of j mod count).
-        return rows.unflatten(1, (count, each)).transpose(1, 2).flatten(1, 2).contiguous()
-
+    heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
+    rows = count * (config.samples_per_landmark or 2)
+    seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
     return {
         "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
-        "proposal_noise": StateTensor((heads, count * each, dim), learned=False, draw=draw),
+        "proposal_noise": StateTensor(
+            (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
+        ),
         "calibrated_tokens": StateTensor((), learned=False, draw=lambda: torch.zeros(())),
     }
 

@@ -9,7 +9,7 @@ from ..errors import InputError
 
 
 @torch.no_grad()
-def kmeans(points: Tensor, num_centroids: int, *, seed: int, max_iterations: int = 25) -> Tensor:
+def kmeans(points: Tensor, num_centroids: int, *, seed: int, max_iterations: int = 10) -> Tensor:
     """Centroids with a small mean squared distance to the points, for every head on its own.
 
     Source: Lloyd 1982; start: Arthur and Vassilvitskii 2007 (k-means++). Differs from them: a centroid that no point

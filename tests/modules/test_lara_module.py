@@ -107,18 +107,22 @@ def test_where_proposals_come_from_by_default() -> None:
     assert {"centroids", "proposal_noise", "calibrated_tokens"} == set(state_of(build(True, proposal_map="none")))
 
 
-def test_the_noise_is_fixed_orthogonal_within_a_proposal_and_of_its_layer() -> None:
-    module = build(True, samples_per_landmark=3)
-    noise = module.proposal_noise
-    assert torch.equal(noise, build(True, samples_per_landmark=3).proposal_noise)
-    assert not torch.equal(noise, build(True, 1, samples_per_landmark=3).proposal_noise)
-    assert not torch.equal(noise, build(True, samples_per_landmark=3, seed=1).proposal_noise)
-    rows = noise.unflatten(1, (3, 3))  # [heads, samples, proposals, dim]
-    own = rows[:, :, 0] @ rows[:, :, 0].transpose(-1, -2)
-    assert own.triu(1).abs().max() < 1e-5
+def test_the_noise_is_fixed_and_of_its_layer() -> None:
+    noise = build(True).proposal_noise
+    assert noise.shape == (HEADS, 6, DIM)
+    assert torch.equal(noise, build(True).proposal_noise)
+    assert not torch.equal(noise, build(True, 1).proposal_noise)
+    assert not torch.equal(noise, build(True, seed=1).proposal_noise)
     module = calibrated(build(True, sample_noise=True)).train()
     assert not torch.equal(module(*qkv()), module(*qkv()))  # drawn anew in training
     assert torch.equal(module.eval()(*qkv()), module(*qkv()))
+
+
+def test_calibrated_layers_have_two_antithetic_pairs_per_proposal_by_default() -> None:
+    plain, spelled = (calibrated(build(True, **own)) for own in ({}, {"samples_per_landmark": 2, "antithetic": True}))
+    assert torch.equal(plain(*qkv()), spelled(*qkv()))
+    for own in ({"samples_per_landmark": 1}, {"antithetic": False}):
+        assert not torch.equal(calibrated(build(True, **own))(*qkv()), plain(*qkv()))
 
 
 def test_layers_that_cannot_work_are_refused() -> None:
