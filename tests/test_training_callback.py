@@ -130,6 +130,13 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+def test_a_run_starts_with_the_directions_of_its_own_first_step(tmp_path: Path) -> None:
+    model = build()
+    redraw_projections(model, 100)
+    _, record = train(tmp_path, model, max_steps=1)
+    assert same(record.seen[0], expected(0))
+
+
 def test_two_ranks_agree_and_the_random_state_is_left_alone() -> None:
     first, second = build(), copy.deepcopy(build())
     for step in range(7):

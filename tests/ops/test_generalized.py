@@ -262,6 +262,8 @@ def test_a_query_that_overlaps_no_key_gives_zero_only_without_epsilon() -> None:
         assert out[0, 0, 0].tolist() == [0, 0]
         assert out[0, 0, 1].tolist() == pytest.approx([13 / 3] * 2)
         assert torch.autograd.grad(out.sum(), k)[0].isfinite().all()
+        alone = (z[:, :, :1] for z in (q, k, v))
+        assert not generalized_attention(*alone, w, kernel_epsilon=0.0, is_causal=is_causal).any()
         out = generalized_attention(q, k, v, w, is_causal=is_causal)
         assert (out[0, 0, 0] >= 3).all()
 
