@@ -1,0 +1,189 @@
+"""`calibrate`: statistics of converted models from data."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hf_linattn
+from cases import BERT, GPT2, VOCAB, ModelCase, logits
+from hf_linattn import ConfigError, InputError, UncalibratedError
+from hf_linattn.functional import favor_statistics
+from hf_linattn.integrations.attach import family_layers
+
+NEEDS_DATA = [
+    pytest.param("favor_sharp", GPT2, {}, id="favor_sharp-gpt2"),
+    pytest.param("favor_sharp", GPT2, {"variant": "dense"}, id="dense-gpt2"),
+    pytest.param("lara", GPT2, {}, id="lara-gpt2"),
+    pytest.param("favor_sharp", BERT, {"statistics": "calibrated", "variant": "dense"}, id="favor_sharp-bert"),
+    pytest.param("lara", BERT, {"proposal_source": "calibrated"}, id="lara-bert"),
+]
+
+
+def converted(kind: str, case: ModelCase, **changes: Any) -> Any:
+    return hf_linattn.convert(case.build(), case.settings(kind, **changes))
+
+
+def data(rows: int = 4, seed: int = 0, batch: int = 2) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, VOCAB, (batch, 40), generator=generator)} for _ in range(rows)]
+
+
+def buffers(model: Any) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": buffer.clone()
+        for index, layer in enumerate(family_layers(model))
+        for name, buffer in layer.linattn.named_buffers()
+    }
+
+
+@pytest.mark.parametrize(("kind", "case", "changes"), NEEDS_DATA)
+def test_an_uncalibrated_model_raises_and_says_what_to_do(kind: str, case: ModelCase, changes: dict[str, Any]) -> None:
+    model = converted(kind, case, **changes)
+    with pytest.raises(UncalibratedError, match=r"Layer 0 .* hf_linattn\.calibrate\(model, batches\)"):
+        logits(model, **case.inputs())
+    assert hf_linattn.calibrate(model, data()) is model
+    assert bool(logits(model, **case.inputs()).isfinite().all())
+
+
+@pytest.mark.parametrize(("kind", "case", "changes"), NEEDS_DATA)
+def test_a_calibrated_model_is_saved_with_its_statistics(
+    kind: str, case: ModelCase, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = hf_linattn.calibrate(converted(kind, case, **changes), data())
+    model.save_pretrained(tmp_path)
+    loaded = case.auto.from_pretrained(tmp_path)
+    expected = buffers(model)
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in buffers(loaded).items())
+    # Not bit by bit: loaded tensors are not aligned in memory, and small matrix products then round differently.
+    torch.testing.assert_close(logits(loaded, **case.inputs()), logits(model, **case.inputs()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "case", "changes"), NEEDS_DATA)
+def test_calibration_leaves_the_model_as_it_was(kind: str, case: ModelCase, changes: dict[str, Any]) -> None:
+    model = converted(kind, case, **changes).train()
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    implementation = model.config._attn_implementation
+    hf_linattn.calibrate(model, data())
+    assert model.training
+    assert model.config._attn_implementation == implementation
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "case", "changes"), NEEDS_DATA)
+def test_padding_does_not_count(kind: str, case: ModelCase, changes: dict[str, Any]) -> None:
+    plain, padded = (converted(kind, case, **changes) for _ in range(2))
+    rows = [{"input_ids": torch.randint(3, VOCAB, (1, length))} for length in (12, 20)]
+    ids = torch.full((2, 20), 7)
+    mask = torch.zeros(2, 20, dtype=torch.long)
+    for number, row in enumerate(rows):
+        length = row["input_ids"].shape[1]
+        ids[number, :length], mask[number, :length] = row["input_ids"], 1
+    if kind == "lara":
+        rows = rows + data(2)
+    hf_linattn.calibrate(plain, rows)
+    hf_linattn.calibrate(padded, [{"input_ids": ids, "attention_mask": mask}, *rows[2:]])
+    ours, expected = buffers(padded), buffers(plain)
+    for name in expected:
+        if kind == "lara" and name.endswith("centroids"):
+            continue  # another sample of the same tokens
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_statistics_of_one_row_are_those_of_the_row() -> None:
+    """For the first layer, whose inputs do not depend on the attention."""
+    model = converted("favor_sharp", BERT, statistics="calibrated")
+    row = BERT.inputs(batch=1)
+    captured: dict[str, Tensor] = {}
+    layer = family_layers(model)[0]
+    layer.query.register_forward_hook(lambda m, i, output: captured.__setitem__("query", output))
+    layer.key.register_forward_hook(lambda m, i, output: captured.__setitem__("key", output))
+    hf_linattn.calibrate(model, [row])
+    query, key = (captured[n].unflatten(-1, (4, 8)).transpose(1, 2) for n in ("query", "key"))
+    expected = favor_statistics(query, key)
+    shape = layer.linattn.statistics_shape
+    torch.testing.assert_close(shape, expected.shape.expand_as(shape).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.linattn.statistics_key_mean, expected.key_mean, rtol=1e-4, atol=1e-5)
+
+
+def test_again_replaces_and_linear_uses_the_models_own_attention() -> None:
+    model = hf_linattn.calibrate(converted("favor_sharp", GPT2), data(seed=1))
+    first = buffers(model)
+    again = hf_linattn.calibrate(model, data(seed=2))
+    second = buffers(again)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    own = buffers(hf_linattn.calibrate(copy.deepcopy(model), data(seed=2), attention="linear"))
+    assert all(torch.equal(own[name], second[name]) for name in own if name.startswith("0."))
+    assert any(not torch.equal(own[name], second[name]) for name in own if name.startswith("1."))
+    with pytest.raises(UncalibratedError):
+        hf_linattn.calibrate(converted("favor_sharp", GPT2), data(), attention="linear")
+
+
+def test_calibrated_features_are_closer_to_softmax() -> None:
+    plus = converted("favor_plus", GPT2, window_size=0, num_features=64)
+    sharp = converted("favor_sharp", GPT2, window_size=0, num_features=64, variant="dense")
+    hf_linattn.calibrate(sharp, data(8, seed=5))
+    errors = [hf_linattn.compare(model, data(2)).mean_layer_error for model in (plus, sharp)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ConfigError, "needs a converted model; got GPT2LMHeadModel", lambda m: hf_linattn.calibrate(GPT2.build(), data())),
+        (ConfigError, "kind 'favor_plus'", lambda m: hf_linattn.calibrate(converted("favor_plus", GPT2), data())),
+        (ConfigError, "statistics='calibrated'", lambda m: hf_linattn.calibrate(converted("favor_sharp", BERT), data())),
+        (InputError, "`batches` is empty", lambda m: hf_linattn.calibrate(m, [])),
+        (InputError, "must be a series of dictionaries", lambda m: hf_linattn.calibrate(m, data()[0])),
+        (InputError, "attention must be one of", lambda m: hf_linattn.calibrate(m, data(), attention="eager")),
+    ],
+)
+def test_bad_requests(error: type[Exception], message: str, call: Any) -> None:
+    with pytest.raises(error, match=message):
+        call(converted("favor_sharp", GPT2))
+
+
+def test_a_failed_calibration_changes_nothing() -> None:
+    model = hf_linattn.calibrate(converted("favor_sharp", GPT2), data())
+    before = buffers(model)
+    with pytest.raises(InputError, match="dictionary of model inputs"):
+        hf_linattn.calibrate(model, [*data(1), "a text"])
+    assert all(torch.equal(before[name], buffer) for name, buffer in buffers(model).items())
+    assert bool(logits(model, **GPT2.inputs()).isfinite().all())
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+def _calibrate_rank(rank: int, kind: str, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = converted(kind, GPT2)
+    hf_linattn.calibrate(model, data(4)[rank::2][: 2 - rank])  # ranks have different amounts of data
+    save_file(buffers(model), f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["favor_sharp", "lara"])
+def test_ranks_agree(kind: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_calibrate_rank, (kind, port, str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = converted(kind, GPT2)
+    batches = data(4)
+    hf_linattn.calibrate(alone, [batches[0], batches[2], batches[1]])
+    for name, expected in buffers(alone).items():
+        if kind == "lara" and name.endswith("centroids"):
+            assert bool(first[name].isfinite().all())
+            continue
+        torch.testing.assert_close(first[name], expected, rtol=1e-3, atol=1e-4, msg=name)
