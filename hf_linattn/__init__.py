@@ -15,6 +15,7 @@ from .models import register_auto_classes
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import training as training
     from .conversion import calibrate as calibrate
     from .conversion import convert as convert
     from .conversion import revert as revert
@@ -69,7 +70,7 @@ _LAZY: dict[str, str] = {
         for name in names
     },
 }
-_LAZY_MODULES = ("functional",)
+_LAZY_MODULES = ("functional", "training")
 
 __all__ = ["__version__", *_LAZY, *_LAZY_MODULES]  # noqa: PLE0604
 

@@ -1,4 +1,4 @@
-"""The attention functions on their own, for people with their own model.
+"""The attention functions on their own, for people with their own model. `docs/functional.md` is the guide.
 
 All take `query`, `key`, `value` of shape `[batch, heads, tokens, head_dim]`, a `key_mask` `[batch, keys]` that is True
 where a token is real, and return `[batch, heads, queries, head_dim]` in the dtype of `query`. They compute in float32
@@ -10,14 +10,27 @@ Queries and keys of equal number count as the same tokens: the kinds then give 0
 
 from __future__ import annotations
 
+from .ops.calibrated_proposals import CalibratedProposals, sample_proposals
 from .ops.eva import eva_attention
 from .ops.exact import softmax_attention
-from .ops.favor import FavorStatistics, favor_attention, favor_log_features, favor_statistics
+from .ops.favor import favor_attention, favor_log_features
+from .ops.favor_statistics import FavorMoments, FavorStatistics, favor_statistics
+from .ops.generalized import generalized_attention
+from .ops.kmeans import kmeans
 from .ops.lara import lara_attention
 from .ops.random_features import derive_seed, draw_projection
 from .ops.randomized import randomized_attention
+from .ops.relative_position import t5_bucket, t5_index, table_index, table_size
+from .ops.variance import (
+    kernel_relative_variance,
+    log_relative_moment,
+    mean_log_second_moment,
+    predicted_output_error,
+)
 
 __all__ = [
+    "CalibratedProposals",
+    "FavorMoments",
     "FavorStatistics",
     "derive_seed",
     "draw_projection",
@@ -25,7 +38,18 @@ __all__ = [
     "favor_attention",
     "favor_log_features",
     "favor_statistics",
+    "generalized_attention",
+    "kernel_relative_variance",
+    "kmeans",
     "lara_attention",
+    "log_relative_moment",
+    "mean_log_second_moment",
+    "predicted_output_error",
     "randomized_attention",
+    "sample_proposals",
     "softmax_attention",
+    "t5_bucket",
+    "t5_index",
+    "table_index",
+    "table_size",
 ]

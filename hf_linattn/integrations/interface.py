@@ -237,6 +237,11 @@ def _native(
         None if image is None else image[1],
         str(query.device),
     )
+    if module.training and getattr(settings, "redraw_interval", None) is not None:
+        raise UnsupportedError(
+            f"config.linear_attention asks for redraw_interval={settings.redraw_interval}, but native mode has no"
+            " layers that could keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to None."
+        )
     if cross:
         _check_cross(kind, settings)
         if query.shape[2] == key.shape[2]:
@@ -249,12 +254,13 @@ def _native(
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:
-    if settings.window_size or settings.num_global_tokens:
+    heavy = getattr(settings, "num_heavy_keys", 0)
+    if settings.window_size or settings.num_global_tokens or heavy:
         raise UnsupportedError(
-            f"Cross-attention under {kind!r} needs window_size=0 and num_global_tokens=0 (queries and keys are "
-            f"different sequences); got window_size={settings.window_size} and "
-            f"num_global_tokens={settings.num_global_tokens}. Set model.config.linear_attention = "
-            f"{{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the model: conversion leaves "
+            f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
+            f"and keys are different sequences); got window_size={settings.window_size}, "
+            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. Set "
+            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the model: conversion leaves "
             "cross-attention on softmax."
         )
 

@@ -70,7 +70,8 @@ def _layer(
         config = resolve(config, family)
     else:
         values = {"kind": kind, **json.loads(settings)}
-        if num_leading is not None and values.get("num_global_tokens") is None:
+        estimates_softmax = values.get("kernel", "softmax") == "softmax"  # otherwise nothing exact can stand beside it
+        if num_leading is not None and estimates_softmax and values.get("num_global_tokens") is None:
             values["num_global_tokens"] = num_leading
         parsed = parse_settings(values, family=family)
         config = parsed.config

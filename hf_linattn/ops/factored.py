@@ -10,12 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .slots import Partial, weigh
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SlotWeights(Protocol):
+    """Log-weights of tokens for slots, whatever they are a function of: what attention through slots asks of them."""
+
+    def dense(self) -> Tensor:
+        """`[batch, heads, ..., tokens, slots]`."""
+
+    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`."""
+
+    def masked(self, visible: Tensor | None) -> Self:
+        """Weight 0 for tokens where `visible` (`[batch, 1 or heads, ..., tokens, 1]`) is False."""
+
+    def summarise(self, values: Tensor) -> Partial:
+        """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
+
+    def read(self, slots: Partial, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
+        """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
 
 
 @dataclass(frozen=True)

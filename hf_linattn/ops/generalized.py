@@ -195,8 +195,8 @@ def generalized_attention(
         return tokens.finish(None)
     estimate = slot_attention(
         tokens,
-        weights(tokens.x),  # type: ignore[arg-type]
-        weights(tokens.y),  # type: ignore[arg-type]
+        weights(tokens.x),
+        weights(tokens.y),
         is_causal=True,
         window_size=0,
         chunk_size=chunk_size,

@@ -225,4 +225,4 @@ def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout:
     total, log_total = _log_or_minus_inf(weights.sum(-1))
     if dropout:
         value = value * (F.dropout(weights, dropout).sum(-1) / total).unsqueeze(-1)
-    return Partial(value, log_total + top)
+    return Partial(value.masked_fill((log_total == float("-inf")).unsqueeze(-1), 0.0), log_total + top)

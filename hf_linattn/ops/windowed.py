@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from .exact import causal_visibility, exact_partial
-from .factored import LogWeights
+from .factored import SlotWeights
 from .heavy import heavy_keys
 from .layout import Blocks, fit_window
 from .slots import Partial, between_halves, merge, own_key, states_around, states_before, states_elsewhere
@@ -19,8 +19,8 @@ from .tokens import Tokens
 
 def slot_attention(
     tokens: Tokens,
-    query: LogWeights,
-    key: LogWeights,
+    query: SlotWeights,
+    key: SlotWeights,
     *,
     is_causal: bool,
     window_size: int,
@@ -100,8 +100,8 @@ def _check_options(
 
 def _blocked(
     tokens: Tokens,
-    query: LogWeights,
-    key: LogWeights,
+    query: SlotWeights,
+    key: SlotWeights,
     key_visible: Tensor | None,
     extra: Tensor | None,
     *,
@@ -163,8 +163,8 @@ def _blocked(
 
 def _overlapping(
     tokens: Tokens,
-    query: LogWeights,
-    key: LogWeights,
+    query: SlotWeights,
+    key: SlotWeights,
     key_visible: Tensor | None,
     extra: Tensor | None,
     *,

@@ -50,8 +50,8 @@ def _check_native(model: nn.Module) -> None:
         if interval is not None:
             raise UnsupportedError(
                 f"config.linear_attention asks for redraw_interval={interval}, but {type(module).__name__} works in"
-                " native mode and has no layers that could keep new directions. Convert the model (hf_linattn.convert),"
-                " or set redraw_interval to None."
+                " native mode and has no layers that could keep new directions. Convert the model"
+                " (hf_linattn.convert), or set redraw_interval to None."
             )
 
 
