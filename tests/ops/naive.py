@@ -267,14 +267,6 @@ def chunk_side(window: int, num_chunks: int, n: int) -> int:
     return next(fits)
 
 
-def tiles(n: int, side: int, grid: Grid) -> list[list[int]]:
-    """Blocks of `side` tokens, or of `side x side` cells."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for t in range(n):
-        found.setdefault(block_of(t, side, grid), []).append(t)
-    return list(found.values())
-
-
 def within(token: int, start: tuple[int, ...], size: int, left: int, right: int, grid: Grid) -> bool:
     """Whether a token lies in the block that starts there, or up to `left` and `right` from it."""
     place = (token,) if grid is None else (token // grid[1], token % grid[1])

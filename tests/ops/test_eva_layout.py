@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention, softmax_attention
+from hf_linattn.ops.eva_published import _most_chunks
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -325,6 +326,15 @@ def test_the_published_layout_pads_every_row_for_itself() -> None:
         together = eva_attention(q, k, v, key_mask=mask, **options)
         assert_same(together[1:, :, :11], eva_attention(*(z[1:, :, :11] for z in (q, k, v)), **options))
         assert_same(together[:1], eva_attention(q[:1], k[:1], v[:1], **options))
+
+
+def test_room_for_the_chunks_of_every_row() -> None:
+    # A shorter row can have more chunks than the longest one.
+    for window, chunks, longest in itertools.product((1, 3, 4), (1, 2, 3, 5, 8), (3, 12, 30, 90)):
+        padded = -(-longest // window) * window
+        counts = [-(-n // max(1, n // chunks)) for n in range(window, padded + 1, window)]
+        room = _most_chunks(window, chunks, padded)
+        assert max(counts) <= room <= max(chunks + 1, *counts)
 
 
 def test_a_wider_bias_is_cut_to_what_is_seen() -> None:

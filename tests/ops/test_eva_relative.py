@@ -107,6 +107,18 @@ def test_one_window_is_softmax(fields: dict[str, Any]) -> None:
         assert (layer(q, k, v) - softmax_attention(q, k, v)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("scale", ["corrected", "published"])
+def test_noise_in_training(scale: str) -> None:
+    q, k, v = inputs()
+    layer = build(sample_noise=True, noise_scale=scale).train()
+    torch.manual_seed(0)
+    ours = layer(q, k, v)
+    torch.manual_seed(0)
+    expected = eva_attention(q, k, v, window_size=4, num_chunks=5, noise=True, noise_scale=scale)
+    assert torch.equal(ours, expected)
+    assert torch.equal(layer.eval()(q, k, v), eva_attention(q, k, v, window_size=4, num_chunks=5))
+
+
 def test_published_conventions() -> None:
     layer = build(conventions="published", proposal_map=None)
     assert layer.config.chunking == "published"
