@@ -88,6 +88,10 @@ def test_padding_and_cached_queries_do_not_count() -> None:
     assert float(padded.calibrated_tokens) == 9
     for ours, expected in zip(padded.buffers(), short.buffers(), strict=True):
         torch.testing.assert_close(ours, expected)
+    # A causal layer's queries may be the last ones only; the mask is that of the keys.
+    few = build(True).new_calibration()
+    few.update(as_inputs(q[:, :, -5:], k, v, mask, is_causal=True))
+    assert (float(few.state()["query_count"]), float(few.state()["key_count"])) == (1, 9)
 
 
 @every_variant
