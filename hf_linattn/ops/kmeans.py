@@ -45,9 +45,6 @@ def kmeans(points: Tensor, num_centroids: int, *, seed: int, max_iterations: int
 
 def _squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
     """`[heads, points, centroids]`."""
-    # Relative to a common origin, or far-away points would lose their differences to cancellation.
-    origin = points.mean(1, keepdim=True)
-    points, centroids = points - origin, centroids - origin
     squares = points.square().sum(-1, keepdim=True) + centroids.square().sum(-1).unsqueeze(-2)
     return (squares - 2 * points @ centroids.transpose(-1, -2)).clamp_min(0)
 

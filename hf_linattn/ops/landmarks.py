@@ -76,8 +76,7 @@ def find_landmarks(
         root = scaling**0.5  # maps live in the coordinates of the arguments
         if map_stage == "mean":
             return mapping(mean(z) / root) * root
-        mapped = mapping(z / root) * root
-        return mean(mapped if tokens.key_visible is None else mapped.masked_fill(~tokens.key_visible, 0.0))
+        return mean(mapping(z / root) * root)  # no landmark has a padded token
 
     query_mean, key_mean = landmark(tokens.x, query_map), landmark(tokens.y, key_map)
     if mixing != "none":

@@ -81,7 +81,6 @@ def _pick(y: Tensor, index: Tensor) -> Tensor:
     return y.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1]))
 
 
-@torch.no_grad()
 def _draw_key(logits: Tensor) -> Tensor:
     """One member per row from the softmax of its logits (the Gumbel-max rule); 0 where nothing is visible."""
     uniform = torch.rand_like(logits).clamp_min(torch.finfo(logits.dtype).tiny)

@@ -70,10 +70,10 @@ def test_every_step_lowers_the_cost() -> None:
 
 
 def test_a_centroid_without_points_moves_to_the_farthest(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = torch.tensor([[[0.0], [1.0], [2.0], [10.0]]])
-    monkeypatch.setattr(module, "_spread_start", lambda *_: torch.tensor([[[1.0], [50.0], [60.0]]]).double())
+    given = torch.tensor([[[5.0], [6.0], [7.0], [15.0]]])
+    monkeypatch.setattr(module, "_spread_start", lambda *_: torch.tensor([[[6.0], [50.0], [60.0]]]).double())
     found = kmeans(given, 3, seed=0)
-    assert found.flatten().sort().values.tolist() in ([0.0, 1.5, 10.0], [0.5, 2.0, 10.0])
+    assert found.flatten().sort().values.tolist() in ([5.0, 6.5, 15.0], [5.5, 7.0, 15.0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_linattn.functional import lara_attention
+from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops import lara
 from hf_linattn.ops.lara import WEIGHTINGS
 
@@ -113,6 +113,23 @@ def test_every_option(case: dict) -> None:
         **shared,
     )
     assert_same(ours, expected)
+
+
+def test_heavy_keys_alone_put_the_slots_beside_exact_ones() -> None:
+    q, k, v = inputs()
+    for weighting in WEIGHTINGS:
+        options = {"num_landmarks": 5, "weighting": weighting, "num_heavy_keys": 4}
+        plain = lara_attention(q, k, v, **options)
+        heavy_alone, slots_alone = (
+            lara_attention(q, k, v, offset=torch.tensor([s, s]), **options) for s in (-1e4, 1e4)
+        )
+        share = (plain - slots_alone) / (heavy_alone - slots_alone)  # of the heavy keys, the same for all values
+        assert_same(share, share[..., :1].expand_as(share))
+        assert share.min() > 1e-4
+        assert share.max() < 1 - 1e-4
+        # The correction: on average over the probes the slots weigh what the keys in them do.
+        exact = softmax_attention(q, k, v)
+        assert (plain - exact).norm() < (lara_attention(q, k, v, num_landmarks=5) - exact).norm()
 
 
 def test_several_samples_change_nothing_without_noise() -> None:
