@@ -240,7 +240,8 @@ def _native(
     if module.training and getattr(settings, "redraw_interval", None) is not None:
         raise UnsupportedError(
             f"config.linear_attention asks for redraw_interval={settings.redraw_interval}, but native mode has no"
-            " layers that could keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to None."
+            " layers that could keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to"
+            " None."
         )
     if cross:
         _check_cross(kind, settings)
@@ -260,8 +261,8 @@ def _check_cross(kind: str, settings: AttentionConfig) -> None:
             f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
             f"and keys are different sequences); got window_size={settings.window_size}, "
             f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. Set "
-            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or convert the model: conversion leaves "
-            "cross-attention on softmax."
+            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or "
+            "convert the model: conversion leaves cross-attention on softmax."
         )
 
 

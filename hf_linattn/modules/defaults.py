@@ -29,6 +29,25 @@ _BASE: dict[str, dict[str, Any]] = {
     "vision": {"window_size": 4, "num_global_tokens": 1},
 }
 
+# Where a layer finds what it needs to know of its inputs: a causal one must not look at its own sequence.
+_BY_GROUP: dict[tuple[str, str], dict[str, Any]] = {
+    ("favor_sharp", "encoder"): {"statistics": "row"},
+    ("favor_sharp", "vision"): {"statistics": "row"},
+    ("favor_sharp", "decoder"): {"statistics": "calibrated"},
+    ("lara", "encoder"): {"proposal_source": "landmarks"},
+    ("lara", "vision"): {"proposal_source": "landmarks"},
+    ("lara", "decoder"): {"proposal_source": "calibrated"},
+    ("eva", "encoder"): {"relative_dims": 1},
+    ("eva", "vision"): {"relative_dims": 2},
+    ("eva", "decoder"): {"relative_dims": 1},
+}
+
+# Samples of fixed proposals are drawn once, and several of them are needed; those of landmarks only with noise.
+_LARA_SAMPLES: dict[str, dict[str, Any]] = {
+    "landmarks": {"samples_per_landmark": 1, "antithetic": False},
+    "calibrated": {"samples_per_landmark": 2, "antithetic": True},
+}
+
 CONVENTIONS = ("corrected", "published")
 
 # What `conventions` bundles: the fields of LARA and EVA in which the published code differs from its own mathematics,
@@ -36,12 +55,16 @@ CONVENTIONS = ("corrected", "published")
 _CONVENTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("lara", "corrected"): {
         "proposal_map": "residual",
+        "map_stage": "mean",
+        "mixing": "none",
         "sample_noise": False,
         "noise_scale": "corrected",
         "weighting": "balance",
     },
     ("lara", "published"): {
         "proposal_map": "linear_norm",
+        "map_stage": "tokens",
+        "mixing": "none",
         "sample_noise": True,
         "noise_scale": "published",
         "weighting": "optimal",
@@ -53,6 +76,8 @@ _CONVENTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "noise_scale": "corrected",
         "chunking": "exclusive",
         "weighting": "size",
+        "proposals": "sum",
+        "relative_index": "corrected",
     },
     ("eva", "published"): {
         "proposal_map": "linear_norm",
@@ -60,17 +85,16 @@ _CONVENTIONS: dict[tuple[str, str], dict[str, Any]] = {
         "noise_scale": "published",
         "chunking": "published",
         "weighting": "none",
+        "proposals": "mean",
+        "relative_index": "published",
     },
 }
 
-# EVA's proposals: a decoder's cache holds no queries, so by default its proposals come from the keys alone.
-_EVA_PROPOSALS = {
-    ("corrected", "encoder"): "sum",
-    ("corrected", "vision"): "sum",
-    ("corrected", "decoder"): "key",
-    ("published", "encoder"): "mean",
-    ("published", "vision"): "mean",
-    ("published", "decoder"): "sum",
+_EXCEPTIONS: dict[tuple[str, str, str], dict[str, Any]] = {
+    # A decoder's cache holds no queries, so its proposals come from the keys alone.
+    ("eva", "corrected", "decoder"): {"proposals": "key"},
+    ("eva", "published", "decoder"): {"proposals": "sum"},
+    ("lara", "published", "vision"): {"map_stage": "mean"},
 }
 
 
@@ -81,13 +105,20 @@ def family_defaults(kind: str, family: str, conventions: str = "corrected") -> d
             f"Unknown model family {family!r}; families: {sorted(FAMILIES)}.{did_you_mean(family, FAMILIES)}"
         )
     group = FAMILIES[family]
-    own = {"proposals": _EVA_PROPOSALS[conventions, group]} if kind == "eva" else {}
-    return {**_BASE[group], **own, **_CONVENTIONS.get((kind, conventions), {})}
+    values = {
+        **_BASE[group],
+        **_BY_GROUP.get((kind, group), {}),
+        **_CONVENTIONS.get((kind, conventions), {}),
+        **_EXCEPTIONS.get((kind, conventions, group), {}),
+    }
+    return {**values, **_LARA_SAMPLES[values["proposal_source"]]} if kind == "lara" else values
 
 
 def resolve(config: AttentionConfig, family: str) -> AttentionConfig:
     """A copy of `config` with every `None` field filled in for the family."""
-    return config.filled(family_defaults(config.kind, family, getattr(config, "conventions", "corrected")))
+    values = family_defaults(config.kind, family, getattr(config, "conventions", "corrected"))
+    source = getattr(config, "proposal_source", None)
+    return config.filled({**values, **_LARA_SAMPLES[source]} if source else values)
 
 
 def default_config(kind: str, family: str) -> AttentionConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,16 +124,16 @@ class EvaAttention(LinearAttention):
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, EvaConfig)
+        choices: dict[str, Any] = {
+            name: getattr(config, name) for name in ("chunking", "proposals", "weighting", "noise_scale")
+        }
         return eva_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
             chunk_size=config.chunk_size if inputs.is_causal else None,
-            chunking=config.chunking or "exclusive",
-            proposals=config.proposals or "sum",
-            weighting=config.weighting or "size",
-            noise_scale=config.noise_scale or "corrected",
+            **choices,
             query_map=proposal_map(state, "query"),
             key_map=proposal_map(state, "key"),
             noise=bool(inputs.training and config.sample_noise),

@@ -171,21 +171,20 @@ class LaraAttention(LinearAttention):
         if "centroids" in state:
             noise = state["proposal_noise"]
             noise = torch.randn_like(noise) if draw_noise else noise
-            antithetic = config.antithetic is not False
-            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=antithetic)}
+            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=bool(config.antithetic))}
         else:
             own = {
                 "num_landmarks": config.num_landmarks,
-                "weighting": config.weighting or "balance",
+                "weighting": config.weighting,
                 "alpha_coeff": config.alpha_coeff,
-                "mixing": config.mixing or "none",
+                "mixing": config.mixing,
                 "query_map": proposal_map(state, "query"),
                 "key_map": proposal_map(state, "key"),
-                "map_stage": config.map_stage or "mean",
+                "map_stage": config.map_stage,
                 "noise": draw_noise,
-                "noise_scale": config.noise_scale or "corrected",
-                "samples_per_landmark": config.samples_per_landmark or 1,
-                "antithetic": bool(config.antithetic),
+                "noise_scale": config.noise_scale,
+                "samples_per_landmark": config.samples_per_landmark,
+                "antithetic": config.antithetic,
             }
         return lara_attention(
             inputs.query,
@@ -201,7 +200,8 @@ class LaraAttention(LinearAttention):
 def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
     """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
     heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
-    rows = count * (config.samples_per_landmark or 2)
+    assert config.samples_per_landmark is not None
+    rows = count * config.samples_per_landmark
     seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
     return {
         "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),

@@ -17,10 +17,17 @@ from hf_linattn.modules.registry import config_from_dict, get_kind, list_kinds
 NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan]
 NOT_BOOLS: list[Any] = [0, 1, "true", None]
 NOT_SIZES = [v for v in NOT_COUNTS if v != 0 or isinstance(v, bool)]  # 0 is a size
+PROPOSALS: dict[str, list[Any]] = {  # LARA and EVA
+    "proposal_map": ["learned", 1],
+    "sample_noise": [0, 1, "true"],
+    "noise_scale": ["official", 1],
+    "conventions": ["official", None, 1],
+}
 BAD: dict[str, dict[str, list[Any]]] = {
     "": {  # fields of every kind
         "window_size": [v for v in NOT_SIZES if v is not None],
         "num_global_tokens": [v for v in NOT_SIZES if v is not None],
+        "overlap_window": NOT_BOOLS,
         "slot_dropout": [1.0, 1, -0.1, math.nan, "0.1", None, True],
         "seed": [-1, 2**63, 1.0, None, "0", True],
     },
@@ -28,8 +35,15 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_features": NOT_COUNTS,
         "chunk_size": [*NOT_COUNTS, 3, 96, 8192],
         "orthogonal": NOT_BOOLS,
+        "shared_projection": NOT_BOOLS,
+        "redraw_interval": [0, -1, 2.0, "8", True, math.nan],
+        "num_heavy_keys": NOT_SIZES,
     },
-    "favor_plus": {"regularized": NOT_BOOLS},
+    "favor_plus": {
+        "regularized": NOT_BOOLS,
+        "kernel": ["relus", "RELU", "", None, 1, ["relu"]],
+        "kernel_epsilon": [-1e-3, math.inf, math.nan, "0.1", None, True],
+    },
     "favor_sharp": {
         "variant": ["favor", "SADERF", "", None, 1, ["saderf"]],
         "centring": NOT_BOOLS,
@@ -37,18 +51,27 @@ BAD: dict[str, dict[str, list[Any]]] = {
     },
     "lara": {
         "num_landmarks": NOT_COUNTS,
-        "weighting": ["biased", "", None, 1],
-        "proposal_map": ["learned", 1],
-        "sample_noise": NOT_BOOLS,
+        "proposal_source": ["data", 1, True],
+        "weighting": ["bias", "", 1],
+        "alpha_coeff": [-1.0, math.inf, math.nan, "1", None, True],
+        "mixing": ["value", 1],
+        "map_stage": ["sum", 1],
+        "samples_per_landmark": [v for v in NOT_COUNTS if v is not None],
+        "antithetic": [0, 1, "true"],
+        "num_heavy_keys": NOT_SIZES,
+        **PROPOSALS,
     },
     "eva": {
         "window_size": [0],
         "num_chunks": NOT_COUNTS,
-        "chunk_size": NOT_COUNTS,
+        "chunk_size": [v for v in NOT_COUNTS if v is not None],
         "proposals": ["queries", 1],
-        "weighting": ["mass", "", None],
-        "proposal_map": ["learned", 1],
-        "sample_noise": NOT_BOOLS,
+        "weighting": ["mass", ""],
+        "chunking": ["corrected", 1],
+        "relative_position": ["rope", None, 1],
+        "relative_index": ["official", 1],
+        "relative_dims": [0, 3, "2"],
+        **PROPOSALS,
     },
 }
 
@@ -178,7 +201,7 @@ def test_replace_and_fill(kind: str) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
     config = default_config(kind, family)
-    assert None not in config.to_dict().values()
+    assert [name for name, value in config.to_dict().items() if value is None] in ([], ["redraw_interval"])
     assert resolve(config, family) == config
     assert family_defaults(kind, family).items() <= config.to_dict().items()
 

@@ -290,7 +290,7 @@ def test_state_is_not_created_in_forward(kind: str, is_causal: bool) -> None:
 
 def test_layers_that_cannot_work_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="LARA has no causal form.*favor_plus"):
-        build("lara", True)
+        build("lara", True, proposal_source="landmarks")
     with pytest.raises(ConfigError, match="window_size must be an integer >= 1; got None"):
         build("eva", window_size=None)
     with pytest.raises(ConfigError, match="window_size must be an integer >= 1.*got 0"):
