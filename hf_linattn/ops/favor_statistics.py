@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import InputError, did_you_mean
 from .balance import dense_transforms, diagonal_balance
 from .exact import scale_inputs
+from .moments import merge_moments, row_moments, without_rounding
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
 _DENSE_VARIANTS = ("aderf", "sderf", "dense")
@@ -125,18 +126,19 @@ class FavorMoments:
                 f"query and key must have {expected[0]} heads of dimension {expected[1]}, like the tokens before; got"
                 f" query {tuple(query.shape)} and key {tuple(key.shape)}."
             )
-        with torch.autocast(query.device.type, enabled=False):
-            x, y = scale_inputs(_precise(query), _precise(key), scaling)
-            query_mask = _query_mask(x, y, key_mask, is_causal, is_cross)
-            new = _gather(_pooled(x), _pooled(y), _pooled_mask(query_mask), _pooled_mask(key_mask), dense=True)
+        query_mask = _query_mask(query, key, key_mask, is_causal, is_cross)
+        pooled = _pooled(query), _pooled(key), _pooled_mask(query_mask), _pooled_mask(key_mask)
+        new = _scaled(_gather(*pooled, dense=True), scaling)
         return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
         """The moments of all tokens of both."""
-        a, b = self, other
-        query = _merge((a.query_count, a.query_mean, a.query_scatter), (b.query_count, b.query_mean, b.query_scatter))
-        key = _merge((a.key_count, a.key_mean, a.key_scatter), (b.key_count, b.key_mean, b.key_scatter))
+        query, key = (merge_moments(ours, theirs) for ours, theirs in zip(self._sides(), other._sides(), strict=True))
         return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+
+    def _sides(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        query = self.query_count, self.query_mean, self.query_scatter
+        return query, (self.key_count, self.key_mean, self.key_scatter)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""
@@ -195,19 +197,13 @@ def favor_statistics(
     """
     check_variant(variant)
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    is_dense = variant in _DENSE_VARIANTS
     with torch.autocast(query.device.type, enabled=False):
-        x, y = (_precise(query), _precise(key)) if is_dense else (query.to(dtype), key.to(dtype))
-        x, y = scale_inputs(x, y, scaling)
-        moments = token_moments(x, y, key_mask, is_cross=is_cross, dense=is_dense)
-        return FavorStatistics(*(s.to(dtype) for s in _statistics(moments, variant, centring)))
+        moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in _DENSE_VARIANTS)
+        statistics = _statistics(_scaled(moments, scaling), variant, centring)
+    return FavorStatistics(*(s.to(dtype) for s in statistics))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _precise(z: Tensor) -> Tensor:
-    return z.float() if z.device.type == "mps" else z.double()
 
 
 def _apply(z: Tensor, transform: Tensor) -> Tensor:
@@ -243,7 +239,7 @@ def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorSta
     x_offset, y_offset = moments.query_mean, moments.key_mean
     x_mean, y_mean = torch.zeros_like(x_offset), torch.zeros_like(y_offset)
     if centring:
-        x2, y2 = _without_rounding(x2, x_offset), _without_rounding(y2, y_offset)
+        x2, y2 = without_rounding(x2, x_offset), without_rounding(y2, y_offset)
     else:
         # Moments about zero, with what queries and keys then have in common.
         x_offset, y_offset, x_mean, y_mean = x_mean, y_mean, x_offset, y_offset
@@ -261,44 +257,24 @@ def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorSta
     return FavorStatistics(x_offset, y_offset, forward, back, optimal_shape(phi.clamp_min(0)))
 
 
-def _without_rounding(second: Tensor, mean: Tensor) -> Tensor:
-    """Central moments of equal tokens are 0, not what rounding of their mean leaves: balancing would amplify it."""
-    noise = (16 * torch.finfo(mean.dtype).eps * mean).square()
-    if second.shape[-2] == 1:
-        return second * ~(second <= noise)
-    top = second.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    return second * ~(top <= noise.amax(-1, keepdim=True))
-
-
 def token_moments(
     x: Tensor, y: Tensor, key_mask: Tensor | None = None, *, is_cross: bool = False, dense: bool = False
 ) -> FavorMoments:
-    """Moments of every row's real tokens, in whatever coordinates they are; diagonals only unless `dense`."""
+    """Moments of every row's real tokens, in whatever coordinates they are.
+
+    Dense ones in float64 where the device has it; otherwise diagonals only, in float32 at least.
+    """
     return _gather(x, y, _query_mask(x, y, key_mask, False, is_cross), key_mask, dense)
 
 
 def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
-    query, key = _moments(x, query_mask, dense), _moments(y, key_mask, dense)
+    with torch.autocast(x.device.type, enabled=False):
+        query, key = row_moments(x, query_mask, dense), row_moments(y, key_mask, dense)
     return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
 
 
-def _moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and scatter of the real tokens of each row."""
-    if mask is None:
-        count = torch.full((1, 1, 1, 1), float(z.shape[2]), dtype=z.dtype, device=z.device)
-        mean = z.sum(2, keepdim=True) / count.clamp_min(1)
-        centred = z - mean
-    else:
-        mask = mask.to(z.device)[:, None, :, None]
-        count = mask.sum(2, keepdim=True).to(z.dtype)
-        mean = z.masked_fill(~mask, 0.0).sum(2, keepdim=True) / count.clamp_min(1)
-        centred = (z - mean).masked_fill(~mask, 0.0)
-    return count, mean, centred.mT @ centred if dense else centred.square().sum(2, keepdim=True)
-
-
-def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    total = a[0] + b[0]
-    share = b[0] / total.clamp_min(1)
-    step = b[1] - a[1]
-    between = step.mT @ step if a[2].shape[-2] == a[2].shape[-1] else step.square()
-    return total, a[1] + step * share, a[2] + b[2] + between * (a[0] * share)
+def _scaled(moments: FavorMoments, scaling: float | None) -> FavorMoments:
+    """The moments of scaled tokens from those of unscaled ones."""
+    means = scale_inputs(moments.query_mean, moments.key_mean, scaling)
+    scatters = scale_inputs(*scale_inputs(moments.query_scatter, moments.key_scatter, scaling), scaling)
+    return FavorMoments(moments.query_count, moments.key_count, *means, *scatters)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.errors import InputError
+from hf_linattn.ops import moments
 from hf_linattn.ops.favor_statistics import (
     FAVOR_VARIANTS,
     FavorMoments,
@@ -404,3 +405,12 @@ def test_no_tokens_give_neutral_statistics() -> None:
         stats = FavorMoments.empty(HEADS, DIM).statistics(variant, centring)
         assert all(s.isfinite().all() for s in stats)
         assert not stats.shape.any()
+
+
+def test_long_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = inputs()
+    whole = [favor_statistics(q, k, key_mask=MASK, variant=variant) for variant in FAVOR_VARIANTS]
+    monkeypatch.setattr(moments, "_PIECE", 5)
+    for variant, expected in zip(FAVOR_VARIANTS, whole, strict=True):
+        for ours, theirs in zip(favor_statistics(q, k, key_mask=MASK, variant=variant), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,60 @@
+"""First and second moments of tokens, and their union."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PIECE = 1024  # tokens
+
+
+def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and scatter (sum of outer products about the mean) of the real tokens of each row.
+
+    Args:
+        z: `[batch, heads, tokens, dim]`. mask: `[batch, tokens]` bool, True where a token is real.
+        dense: The whole scatter `[batch, heads, dim, dim]`, in float64 where the device has it; otherwise its diagonal
+            `[batch, heads, 1, dim]`, in float32 at least.
+    """
+    half = z.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float64 if dense and z.device.type != "mps" else torch.float32 if half else z.dtype
+    # In pieces that stay in the processor's cache; a compiler or another device does better with the whole.
+    size = _PIECE if z.device.type == "cpu" and not torch.compiler.is_compiling() else max(z.shape[2], 1)
+    pieces = z.split(size, 2)
+    padding: Sequence[Tensor | None] = [None] * len(pieces)
+    count = torch.full((1, 1, 1, 1), float(z.shape[2]), dtype=dtype, device=z.device)
+    if mask is not None:
+        mask = mask.to(z.device)[:, None, :, None]
+        count = mask.sum(2, keepdim=True).to(dtype)
+        padding = (~mask).split(size, 2)
+
+    def real(piece: Tensor, hidden: Tensor | None) -> Tensor:
+        return piece if hidden is None else piece.masked_fill(hidden, 0.0)
+
+    total = sum(real(p, hidden).sum(2, keepdim=True, dtype=dtype) for p, hidden in zip(pieces, padding, strict=True))
+    mean = total / count.clamp_min(1)
+    scatter = torch.zeros((), dtype=dtype, device=z.device)
+    for piece, hidden in zip(pieces, padding, strict=True):
+        centred = real(piece.to(dtype) - mean, hidden)
+        scatter = scatter + (centred.mT @ centred if dense else centred.square().sum(2, keepdim=True))
+    return count, mean, scatter
+
+
+def merge_moments(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two disjoint sets of tokens, each (count, mean, scatter); Chan, Golub and LeVeque 1979."""
+    total = a[0] + b[0]
+    share = b[0] / total.clamp_min(1)
+    step = b[1] - a[1]
+    between = step.mT @ step if a[2].shape[-2] == a[2].shape[-1] else step.square()
+    return total, a[1] + step * share, a[2] + b[2] + between * (a[0] * share)
+
+
+def without_rounding(second: Tensor, mean: Tensor) -> Tensor:
+    """Central moments of equal tokens are 0, not what rounding of their mean leaves: balancing would amplify it."""
+    noise = (16 * torch.finfo(mean.dtype).eps * mean).square()
+    if second.shape[-2] == 1:
+        return second * ~(second <= noise)
+    top = second.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    return second * ~(top <= noise.amax(-1, keepdim=True))
