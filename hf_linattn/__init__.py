@@ -33,6 +33,7 @@ _LAZY: dict[str, str] = {
     "convert": "hf_linattn.conversion.convert",
     "revert": "hf_linattn.conversion.convert",
     "calibrate": "hf_linattn.conversion.calibrate",
+    "needs_calibration": "hf_linattn.conversion.calibrate",
     "compare": "hf_linattn.conversion.compare",
     "LinAttnError": "hf_linattn.errors",
     "ConfigError": "hf_linattn.errors",

@@ -14,13 +14,19 @@ from .ops.calibrated_proposals import CalibratedProposals, sample_proposals
 from .ops.eva import eva_attention
 from .ops.exact import softmax_attention
 from .ops.favor import favor_attention, favor_log_features
-from .ops.favor_statistics import FavorMoments, FavorStatistics, favor_statistics
+from .ops.favor_statistics import (
+    FavorMoments,
+    FavorStatistics,
+    favor_statistics,
+    neutral_statistics,
+    optimal_shape,
+)
 from .ops.generalized import generalized_attention
 from .ops.kmeans import kmeans
 from .ops.lara import lara_attention
 from .ops.random_features import derive_seed, draw_projection
 from .ops.randomized import randomized_attention
-from .ops.relative_position import t5_bucket, t5_index, table_index, table_size
+from .ops.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 from .ops.variance import (
     kernel_relative_variance,
     log_relative_moment,
@@ -44,12 +50,15 @@ __all__ = [
     "lara_attention",
     "log_relative_moment",
     "mean_log_second_moment",
+    "neutral_statistics",
+    "optimal_shape",
     "predicted_output_error",
     "randomized_attention",
     "sample_proposals",
     "softmax_attention",
     "t5_bucket",
     "t5_index",
+    "t5_sizes",
     "table_index",
     "table_size",
 ]

@@ -24,6 +24,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -41,6 +42,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import hf_linattn
 from _common import (
     AttentionArguments,
     ClassificationMetrics,
@@ -62,6 +64,7 @@ from _text import (
     label_names,
     tokenizer_function,
 )
+from hf_linattn.training import LinAttnCallback
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -92,6 +95,9 @@ class DataArguments(ColumnArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
+    calibration_samples: int = field(
+        default=256, metadata={"help": "Training rows that set the statistics of a kind that needs them"}
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Ignore checkpoints that are in the output folder"})
 
 
@@ -207,6 +213,17 @@ def parse(argv: Sequence[str] | None) -> tuple[Any, ...]:
     return parser.parse_args_into_dataclasses(args=argv)
 
 
+def calibrate(
+    model: PreTrainedModel, rows: datasets.Dataset, collate: DataCollatorWithPadding, training: TrainingArguments
+) -> None:
+    """Set the statistics of the attention layers; every process reads its share of the rows."""
+    names = [name for name in rows.column_names if name in collate.tokenizer.model_input_names]
+    own = rows.select_columns(names).shard(training.world_size, training.process_index)
+    loader = DataLoader(own, batch_size=training.per_device_eval_batch_size, collate_fn=collate)
+    hf_linattn.calibrate(model.to(training.device), loader)
+    logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
+
+
 def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
@@ -253,15 +270,19 @@ def main(
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return metric.compute(predictions=logits.argmax(-1), references=prediction.label_ids)
 
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None)
+    if training_args.do_train and hf_linattn.needs_calibration(model):
+        rows = encoded["train"].select(range(min(data_args.calibration_samples, len(encoded["train"]))))
+        calibrate(model, rows, collate, training_args)
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
         train_dataset=encoded.get("train"),
         eval_dataset=encoded.get("validation"),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        data_collator=collate,
         compute_metrics=compute_metrics,
-        callbacks=list(callbacks),
+        callbacks=[LinAttnCallback(), *callbacks],
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)

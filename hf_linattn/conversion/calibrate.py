@@ -16,7 +16,7 @@ from ..integrations.attach import ATTRIBUTE, family_layers
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
 from ..integrations.masks import linattn_mask, token_mask
-from ..modules.base import AttentionInputs, Calibration
+from ..modules.base import AttentionInputs, Calibration, LinearAttention
 from .batches import exact_attention, prepare_inputs, read_batches, restored
 
 # Attention that shows its queries and keys to a layer's calibration.
@@ -81,6 +81,12 @@ def calibrate(
     for module, values in results:  # all or none
         module.set_buffers(values)
     return model
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether some layer of a model has to be calibrated before it can be used. Reads values."""
+    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    return any(not bool(count) for layer in layers if (count := layer._buffers.get("calibrated_tokens")) is not None)
 
 
 def _calibratable(model: PreTrainedModel) -> list[nn.Module]:

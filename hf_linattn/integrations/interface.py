@@ -237,6 +237,12 @@ def _native(
         None if image is None else image[1],
         str(query.device),
     )
+    if not is_causal and any(name == "calibrated_tokens" for name, _ in state):
+        raise UnsupportedError(
+            f"config.linear_attention asks for calibrated {kind!r}, but native mode keeps no statistics. Convert the"
+            " model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field: bidirectional"
+            " models take their statistics from each row."
+        )
     if module.training and getattr(settings, "redraw_interval", None) is not None:
         raise UnsupportedError(
             f"config.linear_attention asks for redraw_interval={settings.redraw_interval}, but native mode has no"
