@@ -240,8 +240,8 @@ def _native(
     if not is_causal and any(name == "calibrated_tokens" for name, _ in state):
         raise UnsupportedError(
             f"config.linear_attention asks for calibrated {kind!r}, but native mode keeps no statistics. Convert the"
-            " model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field: bidirectional"
-            " models take their statistics from each row."
+            " model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field:"
+            " bidirectional models take their statistics from each row."
         )
     if module.training and getattr(settings, "redraw_interval", None) is not None:
         raise UnsupportedError(
