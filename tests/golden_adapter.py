@@ -144,7 +144,6 @@ def _map(tensors: Tensors, name: str) -> Callable[[Tensor], Tensor] | None:
     return apply
 
 
-
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "favor_noncausal": favor_attention,
     "favor_causal": favor_attention,
