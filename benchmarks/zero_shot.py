@@ -1,6 +1,6 @@
 """How close each kind is to softmax attention on pretrained weights, without any training.
 
-    python benchmarks/zero_shot.py                       # the table of docs/decisions.md
+    python benchmarks/zero_shot.py --seeds 3             # the table of docs/fidelity.md
     python benchmarks/zero_shot.py --text book.txt --length 512 --only heavy
 
 Per layer the relative error of the attention output on the inputs that the layer has under softmax, and end to end the
@@ -28,40 +28,47 @@ DOCS = minilm.ROOT / "docs"
 
 
 def settings() -> dict[str, Any]:
-    """Name -> settings: at most 256 slots, windows of at most 64 tokens."""
-    favor = {"num_features": 256, "window_size": 0}
-    dense = FavorSharpConfig(variant="dense", **favor)
+    """Name -> settings: windows of 64 tokens, at most 256 slots (features, landmarks or chunks, and heavy keys)."""
     window, sliding = {"window_size": 64}, {"window_size": 64, "overlap_window": True}
-    calibrated = {"statistics": "calibrated"}
-    table = {
-        "FAVOR+": FavorPlusConfig(**favor),
-        "FAVOR# SADERF": FavorSharpConfig(**favor),
+    heavy = {"num_heavy_keys": 32}
+    plus = FavorPlusConfig(num_features=256, window_size=0)
+    sharp = FavorSharpConfig(num_features=256, window_size=0)
+    dense = sharp.replace(variant="dense")
+    few = {"num_features": 224, **heavy}
+    lara = LaraConfig(num_landmarks=64, window_size=0)
+    fixed = lara.replace(proposal_source="calibrated")
+    eva = EvaConfig(num_chunks=64, **window)
+    return {
+        "FAVOR+": plus,
+        "FAVOR# SADERF": sharp,
         "FAVOR# dense": dense,
-        "FAVOR# dense, calibrated": dense.replace(**calibrated),
-        "LARA": LaraConfig(num_landmarks=64, window_size=0),
-        "LARA, 256 landmarks": LaraConfig(num_landmarks=256, window_size=0),
-        "LARA as published, parameter-free": LaraConfig(conventions="published", proposal_map="none"),
-        "EVA as published, parameter-free": EvaConfig(
-            conventions="published", proposal_map="none", proposals="mean", num_chunks=64, **window
+        "FAVOR# dense, calibrated": dense.replace(statistics="calibrated"),
+        "LARA": lara,
+        "LARA, calibrated proposals": fixed,
+        "LARA as published, without maps": LaraConfig(conventions="published", proposal_map="none"),
+        "EVA as published, without maps": EvaConfig(
+            conventions="published", proposal_map="none", num_chunks=64, **window
         ),
-        "EVA, 64 chunks": EvaConfig(num_chunks=64, **window),
-        "EVA, 128 chunks": EvaConfig(num_chunks=128, **window),
-        "EVA, 128 chunks, overlap": EvaConfig(num_chunks=128, **sliding),
-        "FAVOR+, window": FavorPlusConfig(num_features=256, **window),
-        "LARA, window": LaraConfig(num_landmarks=64, **window),
-        "FAVOR# SADERF, window": FavorSharpConfig(num_features=256, **window),
+        "FAVOR+, window": plus.replace(**window),
+        "FAVOR# SADERF, window": sharp.replace(**window),
         "FAVOR# dense, window": dense.replace(**window),
+        "LARA, window": lara.replace(**window),
+        "LARA, calibrated proposals, window": fixed.replace(**window),
+        "EVA, 64 chunks": eva,
+        "EVA, 128 chunks": eva.replace(num_chunks=128),
+        "EVA, 128 chunks, overlap": eva.replace(num_chunks=128, **sliding),
         "FAVOR# dense, overlap": dense.replace(**sliding),
-        "FAVOR# dense, window, 32 heavy keys": dense.replace(num_heavy_keys=32, **window),
-        "FAVOR# SADERF, overlap, 32 heavy keys": FavorSharpConfig(num_features=256, num_heavy_keys=32, **sliding),
-        "FAVOR# dense, overlap, 32 heavy keys": dense.replace(num_heavy_keys=32, **sliding),
-        "FAVOR# dense, 64 features, overlap, 32 heavy keys": dense.replace(
-            num_features=64, num_heavy_keys=32, **sliding
-        ),
-        "FAVOR# dense, calibrated, overlap, 32 heavy keys": dense.replace(num_heavy_keys=32, **sliding, **calibrated),
-        "LARA, overlap, 32 heavy keys": LaraConfig(num_landmarks=64, num_heavy_keys=32, **sliding),
+        "FAVOR+, window, heavy keys": plus.replace(**few, **window),
+        "FAVOR# SADERF, window, heavy keys": sharp.replace(**few, **window),
+        "FAVOR# dense, window, heavy keys": dense.replace(**few, **window),
+        "FAVOR# dense, calibrated, window, heavy keys": dense.replace(statistics="calibrated", **few, **window),
+        "LARA, window, heavy keys": lara.replace(**heavy, **window),
+        "LARA, overlap, heavy keys": lara.replace(**heavy, **sliding),
+        "FAVOR# SADERF, overlap, heavy keys": sharp.replace(**few, **sliding),
+        "FAVOR# dense, overlap, heavy keys": dense.replace(**few, **sliding),
+        "FAVOR# dense, calibrated, overlap, heavy keys": dense.replace(statistics="calibrated", **few, **sliding),
+        "FAVOR# dense, 64 features, overlap, heavy keys": dense.replace(num_features=64, **heavy, **sliding),
     }
-    return table
 
 
 def main(
@@ -85,7 +92,7 @@ def main(
         cosines: list[float] = []
         for seed in range(seeds):
             converted = hf_linattn.convert(bert, config.replace(seed=seed), copy=True)
-            if getattr(config, "statistics", None) == "calibrated":
+            if hf_linattn.needs_calibration(converted):
                 hf_linattn.calibrate(converted, other)
             report = hf_linattn.compare(converted, batches)
             errors.append([layer.error for layer in report.layers])
