@@ -24,10 +24,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import hf_linattn
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 KINDS = list_kinds()
 CAUSAL_KINDS = [kind for kind in KINDS if get_kind(kind).supports_causal]
+NATIVE_CAUSAL_KINDS = [kind for kind in CAUSAL_KINDS if not get_kind(kind).causal_needs_data]
 VOCAB = 60
 TOKENS = 40  # five windows of 8, so that most of a query's keys are reached through the slots
 WINDOW = 8
@@ -112,13 +114,47 @@ BY_NAME = {case.name: case for case in MODELS}
 BERT, GPT2, VIT = BY_NAME["bert-mlm"], BY_NAME["gpt2"], BY_NAME["vit"]
 
 
-def supported(kind: str, case: ModelCase) -> bool:
-    return get_kind(kind).supports_causal or not case.is_causal
+def supported(kind: str, case: ModelCase, *, native: bool = False) -> bool:
+    """Whether a kind works in a model: converted, or in native mode."""
+    return not case.is_causal or kind in (NATIVE_CAUSAL_KINDS if native else CAUSAL_KINDS)
 
 
-MATRIX = [
-    pytest.param(kind, case, id=f"{kind}-{case.name}") for kind in KINDS for case in MODELS if supported(kind, case)
-]
+def ready(model: Any) -> Any:
+    """A converted model that can be run: calibrated on random tokens if a layer of it needs statistics."""
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith("calibrated_tokens")]
+    if not any(bool(buffer == 0) for buffer in buffers):
+        return model
+    generator = torch.Generator().manual_seed(11)
+    rows = [torch.randint(3, VOCAB, (4, TOKENS), generator=generator) for _ in range(2)]
+    return hf_linattn.calibrate(model, [{"input_ids": row} for row in rows])
+
+
+def converted(case: ModelCase, kind: str, *, layers: list[int] | None = None, **changes: Any) -> Any:
+    """The case's model converted with small settings, and calibrated if it has to be."""
+    return ready(hf_linattn.convert(case.build(), case.settings(kind, **changes), layers=layers))
+
+
+def native(case: ModelCase, kind: str, **changes: Any) -> Any:
+    """The case's stock model under a kind, with small settings."""
+    model = case.build()
+    model.config.linear_attention = case.settings(kind, **changes).to_dict()
+    model.set_attn_implementation(kind)
+    return model
+
+
+def matrix(*cases: ModelCase, native: bool = False) -> list[Any]:
+    """Kinds x models, as far as they work together."""
+    return [
+        pytest.param(kind, case, id=f"{kind}-{case.name}")
+        for kind in KINDS
+        for case in cases
+        if supported(kind, case, native=native)
+    ]
+
+
+MATRIX = matrix(*MODELS)
+NATIVE_MATRIX = matrix(*MODELS, native=True)
+MODES = [pytest.param(native, id="native"), pytest.param(converted, id="converted")]
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:

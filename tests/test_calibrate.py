@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases import BERT, GPT2, VOCAB, ModelCase, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_linattn
-from cases import BERT, GPT2, VOCAB, ModelCase, logits
 from hf_linattn import ConfigError, InputError, UncalibratedError
 from hf_linattn.functional import favor_statistics
 from hf_linattn.integrations.attach import family_layers
@@ -140,9 +140,17 @@ def test_calibrated_features_are_closer_to_softmax() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ConfigError, "needs a converted model; got GPT2LMHeadModel", lambda m: hf_linattn.calibrate(GPT2.build(), data())),
+        (
+            ConfigError,
+            "needs a converted model; got GPT2LMHeadModel",
+            lambda m: hf_linattn.calibrate(GPT2.build(), data()),
+        ),
         (ConfigError, "kind 'favor_plus'", lambda m: hf_linattn.calibrate(converted("favor_plus", GPT2), data())),
-        (ConfigError, "statistics='calibrated'", lambda m: hf_linattn.calibrate(converted("favor_sharp", BERT), data())),
+        (
+            ConfigError,
+            "statistics='calibrated'",
+            lambda m: hf_linattn.calibrate(converted("favor_sharp", BERT), data()),
+        ),
         (InputError, "`batches` is empty", lambda m: hf_linattn.calibrate(m, [])),
         (InputError, "must be a series of dictionaries", lambda m: hf_linattn.calibrate(m, data()[0])),
         (InputError, "attention must be one of", lambda m: hf_linattn.calibrate(m, data(), attention="eager")),

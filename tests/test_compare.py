@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, BY_NAME, GPT2, KINDS, MODELS, VIT, ModelCase, supported
+from cases import BERT, BY_NAME, GPT2, MODELS, VIT, ModelCase, converted, matrix
 from transformers import AutoModelForMaskedLM
 
 import hf_linattn
@@ -41,12 +41,9 @@ def test_a_window_over_everything_is_softmax(case: ModelCase) -> None:
     assert min(layer.uniform_error for layer in report.layers) > 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in (BERT, GPT2, VIT)])
+@pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
 def test_a_linear_kind_is_off(kind: str, case: ModelCase) -> None:
-    if not supported(kind, case):
-        pytest.skip("no causal form")
-    report = hf_linattn.compare(hf_linattn.convert(case.build(), case.settings(kind)), batches(case))
+    report = hf_linattn.compare(converted(case, kind), batches(case))
     assert report.kind == kind
     assert min(layer.error for layer in report.layers) > 1e-3
     assert report.logits_error is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cases import BERT, BY_NAME, GPT2, KINDS, MATRIX, VIT, ModelCase, largest, logits, supported
+from cases import BERT, BY_NAME, GPT2, KINDS, MATRIX, VIT, ModelCase, converted, largest, logits, ready
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -25,21 +25,25 @@ def test_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
     assert hf_linattn.convert(model, case.settings(kind)) is model
     assert type(model).__name__ == "LinAttn" + stock_class.__name__
     assert isinstance(model, stock_class)
-    converted = logits(model, **inputs)
-    assert largest(converted - before) > 1e-3
-    assert largest(converted - before) < 10
+    after = logits(ready(model), **inputs)
+    assert largest(after - before) > 1e-3
+    assert largest(after - before) < 10
 
     model.save_pretrained(tmp_path)
     loaded = case.auto.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert loaded.config._attn_implementation == kind
-    assert torch.equal(logits(loaded, **inputs), converted)
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    # Not bit by bit: loaded tensors are not aligned in memory, and small matrix products then round differently.
+    assert largest(logits(loaded, **inputs) - after) < 1e-5
 
     for one in (model, loaded):
+        linear = logits(one, **inputs)
         one.set_attn_implementation("sdpa")
         assert torch.equal(logits(one, **inputs), before)
         one.set_attn_implementation(kind)
-        assert torch.equal(logits(one, **inputs), converted)
+        assert torch.equal(logits(one, **inputs), linear)
         assert hf_linattn.revert(one) is one
         assert type(one) is stock_class
         assert type(one.base_model).__module__.startswith("transformers.")
@@ -56,7 +60,7 @@ def test_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
 def test_half_precision(kind: str, case: ModelCase, dtype: torch.dtype, tmp_path: Any) -> None:
-    model, inputs = hf_linattn.convert(case.build(), case.settings(kind)), case.inputs()
+    model, inputs = converted(case, kind), case.inputs()
     exact = logits(model, **inputs)
     model.save_pretrained(tmp_path)
     loaded = case.auto.from_pretrained(tmp_path, dtype=dtype)
@@ -74,21 +78,19 @@ def test_half_precision(kind: str, case: ModelCase, dtype: torch.dtype, tmp_path
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_of_every_class(kind: str, tmp_path: Any) -> None:
     """Every stock head converts, runs, saves, loads and reverts."""
-    for stock, converted in COUNTERPARTS.items():
+    for stock, counterpart in COUNTERPARTS.items():
         case = {"bert": BERT, "gpt2": GPT2, "vit": VIT}[stock.config_class.model_type]
-        if not supported(kind, case):
-            continue
         torch.manual_seed(0)
         model = stock(case.config()).eval()
         inputs = head_inputs(stock, case)
         before = logits(model, **inputs)
         hf_linattn.convert(model, case.settings(kind))
-        assert type(model) is converted
-        after = logits(model, **inputs)
+        assert type(model) is counterpart
+        after = logits(ready(model), **inputs)
         assert largest(after - before) > 1e-4, stock
         model.save_pretrained(tmp_path / stock.__name__)
-        loaded = converted.from_pretrained(tmp_path / stock.__name__)
-        assert torch.equal(logits(loaded, **inputs), after), stock
+        loaded = counterpart.from_pretrained(tmp_path / stock.__name__)
+        assert largest(logits(loaded, **inputs) - after) < 1e-5, stock
         assert torch.equal(logits(hf_linattn.revert(loaded), **inputs), before), stock
 
 
@@ -258,9 +260,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 @pytest.mark.parametrize("case", [BERT, GPT2, VIT], ids=lambda case: case.name)
 def test_every_learned_parameter_gets_a_gradient(case: ModelCase) -> None:
     for kind in KINDS:
-        if not supported(kind, case):
-            continue
-        model = hf_linattn.convert(case.build(), case.settings(kind)).train()
+        model = converted(case, kind).train()
         model(**case.inputs())[0].square().sum().backward()
         for name, parameter in model.named_parameters():
             if "linattn" in name:

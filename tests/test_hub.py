@@ -15,7 +15,7 @@ ROUND_TRIP = """
 import sys
 import torch
 import hf_linattn
-from cases import BY_NAME
+from cases import BY_NAME, converted
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 auto = {"bert-classifier": AutoModelForSequenceClassification, "gpt2": AutoModelForCausalLM,
@@ -23,18 +23,18 @@ auto = {"bert-classifier": AutoModelForSequenceClassification, "gpt2": AutoModel
 for kind in KINDS:
     for name, auto_class in auto.items():
         case = BY_NAME[name]
-        if (kind, name) == ("lara", "gpt2"):
-            continue  # no causal form
-        model = case.build()
-        stock = model(**case.inputs()).logits
-        model = hf_linattn.convert(model, case.settings(kind), layers=[1])
+        stock = case.build()(**case.inputs()).logits
+        model = converted(case, kind, layers=[1])
         model.push_to_hub(f"me/{name}-{kind}")
         loaded = auto_class.from_pretrained(f"me/{name}-{kind}").eval()
         assert type(loaded) is type(model), type(loaded)
         with torch.no_grad():
             want, got = model(**case.inputs()).logits, loaded(**case.inputs()).logits
-        assert torch.equal(want, got), (kind, name)
-        assert not torch.equal(want, stock), (kind, name)
+        # Not bit by bit: loaded tensors are not aligned in memory, and small matrix products then round differently.
+        assert (want - got).abs().max() < 1e-5, (kind, name)
+        state = loaded.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items()), (kind, name)
+        assert (want - stock).abs().max() > 1e-4, (kind, name)
 """
 
 
@@ -42,7 +42,7 @@ def test_push_and_load_back_by_name(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, 'tests'); KINDS = {KINDS!r}" + ROUND_TRIP
     hub = run_with_hub(code, tmp_path)
 
-    assert len(hub.repos) >= 11
+    assert len(hub.repos) == 3 * len(KINDS)
     for name, repo in hub.repos.items():
         files = repo.commits[repo.branches["main"]]
         assert {"README.md", "config.json", "model.safetensors"} <= set(files)

@@ -8,7 +8,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_linattn"
 
 # Each part may import itself and the parts before it.
-ORDER = ["errors", "_version", "ops", "functional", "modules", "hub", "integrations", "models", "training", "conversion"]
+ORDER = [
+    "errors",
+    "_version",
+    "ops",
+    "functional",
+    "modules",
+    "hub",
+    "integrations",
+    "models",
+    "training",
+    "conversion",
+]
 # Parts that must work without Transformers.
 NO_TRANSFORMERS = {"errors", "_version", "ops", "functional", "modules", "hub"}
 

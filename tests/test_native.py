@@ -13,7 +13,9 @@ from cases import (
     CAUSAL_KINDS,
     GPT2,
     KINDS,
-    MATRIX,
+    MODES,
+    NATIVE_CAUSAL_KINDS,
+    NATIVE_MATRIX,
     TOKENS,
     VIT,
     VOCAB,
@@ -22,6 +24,9 @@ from cases import (
     gpt2_config,
     largest,
     logits,
+    native,
+    ready,
+    vit_config,
 )
 from transformers import (
     AutoModel,
@@ -58,7 +63,6 @@ from transformers import (
 import hf_linattn
 from hf_linattn.errors import ConfigError, UnsupportedError
 from hf_linattn.integrations.native import image_grid
-from hf_linattn.modules.registry import get_kind
 
 TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -80,7 +84,7 @@ OTHER_CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}")
     for kind in KINDS
     for name in OTHERS
-    if name != "llama" or kind in CAUSAL_KINDS
+    if name != "llama" or kind in NATIVE_CAUSAL_KINDS
 ]
 
 
@@ -101,17 +105,17 @@ def inputs_for(name: str, batch: int = 2) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, VOCAB, (batch, TOKENS))}
 
 
-@pytest.mark.parametrize(("kind", "case"), MATRIX)
+@pytest.mark.parametrize(("kind", "case"), NATIVE_MATRIX)
 def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) -> None:
     """`attn_implementation=kind` and `set_attn_implementation(kind)` agree, differ from softmax, add no parameters."""
     stock, inputs = case.build(), case.inputs()
     expected = logits(stock, **inputs)
     stock.config.linear_attention = case.settings(kind).to_dict()
     stock.save_pretrained(tmp_path)
-    native = case.auto.from_pretrained(tmp_path, attn_implementation=kind)
-    assert type(native) is case.stock
-    assert native.state_dict().keys() == stock.state_dict().keys()
-    got = logits(native, **inputs)
+    loaded = case.auto.from_pretrained(tmp_path, attn_implementation=kind)
+    assert type(loaded) is case.stock
+    assert loaded.state_dict().keys() == stock.state_dict().keys()
+    got = logits(loaded, **inputs)
     assert largest(got - expected) > 1e-4
     stock.set_attn_implementation(kind)
     assert torch.equal(logits(stock, **inputs), got)
@@ -120,19 +124,18 @@ def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) 
     assert torch.equal(logits(stock, **inputs), expected)
 
 
-@pytest.mark.parametrize(("kind", "case"), MATRIX)
+@pytest.mark.parametrize(("kind", "case"), NATIVE_MATRIX)
 def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> None:
     """Same settings, same seeds: conversion starts from what native mode computes (but for ViT's layer index)."""
-    native, inputs = case.build(), case.inputs()
-    settings = case.settings(kind)
-    native.config.linear_attention = settings.to_dict()
-    native.set_attn_implementation(kind)
-    converted = hf_linattn.convert(case.build(), settings)
+    ours, inputs = hf_linattn.convert(case.build(), case.settings(kind)), case.inputs()
     if case.name == "vit":
-        second = converted.vit.layers[1].attention.linattn
-        second.shape = converted.vit.layers[0].attention.linattn.shape  # native ViT layers do not know their index
+        second = ours.vit.layers[1].attention.linattn
+        second.shape = ours.vit.layers[0].attention.linattn.shape  # native ViT layers do not know their index
         second.reset_parameters()
-    assert largest(logits(converted, **inputs) - logits(native, **inputs)) < 1e-4
+    for name, buffer in ours.named_buffers():
+        if name.endswith("calibrated_tokens"):
+            buffer.fill_(1)  # keep the neutral statistics, which are those of native mode
+    assert largest(logits(ours, **inputs) - logits(native(case, kind), **inputs)) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "name"), OTHER_CASES)
@@ -168,7 +171,7 @@ def test_grouped_query_heads() -> None:
             state[name] = tensor.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
     many.load_state_dict(state)
     inputs = inputs_for("llama")
-    for kind in CAUSAL_KINDS:
+    for kind in NATIVE_CAUSAL_KINDS:
         few.set_attn_implementation(kind)
         many.set_attn_implementation(kind)
         assert largest(logits(few, **inputs) - logits(many, **inputs)) < 1e-5
@@ -177,7 +180,7 @@ def test_grouped_query_heads() -> None:
 def test_leading_tokens_of_an_image_are_global() -> None:
     """ViT's [CLS], and DeiT's [CLS] and distillation token, are exact: with a window over the whole image all is."""
     for kind in KINDS:
-        for model, leading in ((ViTModel(vit()), 1), (build("deit"), 2)):
+        for model, leading in ((ViTModel(vit_config()), 1), (build("deit"), 2)):
             model.eval()
             inputs = inputs_for("deit")
             exact = logits(model, **inputs)
@@ -187,12 +190,6 @@ def test_leading_tokens_of_an_image_are_global() -> None:
             model.config.linear_attention = {"kind": kind, "window_size": 6, "num_global_tokens": 0}
             if "favor" in kind:  # the others are exact at one token per chunk or landmark
                 assert largest(logits(model, **inputs) - exact) > 1e-4, (kind, leading)
-
-
-def vit() -> Any:
-    from cases import vit_config
-
-    return vit_config()
 
 
 def left_padded() -> dict[str, torch.Tensor]:
@@ -205,18 +202,17 @@ def left_padded() -> dict[str, torch.Tensor]:
 GENERATE = {"max_new_tokens": 14, "do_sample": False}
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
-def test_generate_with_a_cache(kind: str, converted: bool) -> None:
+CAUSAL_CASES = [
+    pytest.param(kind, *mode.values, id=f"{kind}-{mode.id}")
+    for mode in MODES
+    for kind in (NATIVE_CAUSAL_KINDS if mode.id == "native" else CAUSAL_KINDS)
+]
+
+
+@pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
+def test_generate_with_a_cache(kind: str, build: Any) -> None:
     """Greedy decoding with the stock KV cache equals recomputing everything, left-padded rows equal unpadded ones."""
-    model = GPT2.build()
-    settings = GPT2.settings(kind)
-    if converted:
-        hf_linattn.convert(model, settings)
-    else:
-        model.config.linear_attention = settings.to_dict()
-        model.set_attn_implementation(kind)
-    inputs = left_padded()
+    model, inputs = build(GPT2, kind), left_padded()
 
     def run(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out = model.generate(**inputs, **GENERATE, return_dict_in_generate=True, output_logits=True, **changes)
@@ -239,12 +235,10 @@ def test_generate_with_a_cache(kind: str, converted: bool) -> None:
     assert repeated < 1, "the model generates one token only: the comparison proves nothing"
 
 
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
-def test_prefill_in_parts(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
+def test_prefill_in_parts(kind: str, build: Any) -> None:
     """Queries are the last tokens of the keys when a prompt is continued."""
-    model = GPT2.build()
-    model.config.linear_attention = GPT2.settings(kind).to_dict()
-    model.set_attn_implementation(kind)
+    model = build(GPT2, kind)
     ids = GPT2.inputs()["input_ids"]
     whole = logits(model, input_ids=ids)
     with torch.no_grad():
@@ -352,12 +346,12 @@ def test_image_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [None, None, (6, 6), (6, 6)]
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
-def test_bert_as_a_decoder_generates(converted: bool) -> None:
+@pytest.mark.parametrize("is_converted", [False, True], ids=["native", "converted"])
+def test_bert_as_a_decoder_generates(is_converted: bool) -> None:
     """It has a decoder's defaults: EVA's proposals may not read queries, which no cache holds."""
     torch.manual_seed(0)
     model = BertLMHeadModel(bert_config(is_decoder=True, eos_token_id=None)).eval()
-    if converted:
+    if is_converted:
         hf_linattn.convert(model, "eva")
         assert model.config.linear_attention["proposals"] == "key"
     else:
@@ -400,10 +394,10 @@ def test_cross_attention() -> None:
     assert largest(logits(model, **other) - close) < 1e-5
     shorter = {**inputs, "encoder_hidden_states": states[:1, :7], "encoder_attention_mask": None, "input_ids": ids[:1]}
     assert largest(logits(model, **shorter)[0] - close[0]) < 1e-5
-    for kind in ("eva", "lara"):
+    for kind, message in (("eva", "cannot do cross-attention"), ("lara", "which only a converted model can keep")):
         model.set_attn_implementation(kind)
         model.config.linear_attention = None
-        with pytest.raises(UnsupportedError, match=r"cannot do cross-attention|no causal form"):
+        with pytest.raises(UnsupportedError, match=message):
             model(**inputs)
 
 
@@ -434,24 +428,31 @@ def test_cross_attention_stays_on_softmax_when_converted() -> None:
     assert largest(seen[1] - expected.transpose(1, 2).reshape(2, 9, 32)) < 1e-5
 
 
-@pytest.mark.parametrize("case_name", ["bert", "gpt2", "vit"])
-@pytest.mark.parametrize("kind", hf_linattn.list_kinds())
-@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
-def test_compile_without_graph_breaks(case_name: str, kind: str, converted: bool) -> None:
-    if case_name == "gpt2" and not get_kind(kind).supports_causal:
-        pytest.skip(f"{kind} has no causal form")
+BASE_MODELS: dict[str, tuple[Any, Any]] = {
+    "bert": (BertModel, bert_config),
+    "gpt2": (GPT2Model, gpt2_config),
+    "vit": (ViTModel, vit_config),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_converted"),
+    [
+        pytest.param(name, kind, is_converted, id=f"{'converted' if is_converted else 'native'}-{kind}-{name}")
+        for name in BASE_MODELS
+        for kind in KINDS
+        for is_converted in (False, True)
+        if is_converted or name != "gpt2" or kind in NATIVE_CAUSAL_KINDS
+    ],
+)
+def test_compile_without_graph_breaks(name: str, kind: str, is_converted: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    classes: dict[str, Any] = {
-        "bert": (BertModel, bert_config),
-        "gpt2": (GPT2Model, gpt2_config),
-        "vit": (ViTModel, vit),
-    }
-    cls, config = classes[case_name]
-    model = cls(config())
-    model.eval()
-    if converted:
-        hf_linattn.convert(model, kind)
+    cls, config = BASE_MODELS[name]
+    layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}  # each layer is traced anew
+    model = cls(config(**layers)).eval()
+    if is_converted:
+        ready(hf_linattn.convert(model, kind))
     else:
         model.set_attn_implementation(kind)
     ids = torch.randint(3, VOCAB, (2, TOKENS))
@@ -459,7 +460,7 @@ def test_compile_without_graph_breaks(case_name: str, kind: str, converted: bool
     mask[1, 30:] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     text = {"input_ids": ids, "use_cache": False}
-    for inputs in (VIT.inputs(),) if case_name == "vit" else (text, {**text, "attention_mask": mask}):
+    for inputs in (VIT.inputs(),) if name == "vit" else (text, {**text, "attention_mask": mask}):
         with torch.no_grad():
             expected = model(**inputs)[0]
             got = compiled(**inputs)[0]

@@ -6,29 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, KINDS, TOKENS, VOCAB, ModelCase, largest, logits, supported
+from cases import BERT, GPT2, KINDS, TOKENS, VOCAB, ModelCase, converted, largest, logits, native, supported
 from torch import Tensor
 
 import hf_linattn
 
 CASES = [
-    pytest.param(kind, case, converted, id=f"{kind}-{case.name}-{'converted' if converted else 'native'}")
+    pytest.param(kind, case, build, id=f"{kind}-{case.name}-{build.__name__}")
     for kind in KINDS
     for case in (BERT, GPT2)
-    for converted in (False, True)
-    if supported(kind, case)
+    for build in (native, converted)
+    if supported(kind, case, native=build is native)
 ]
 LENGTHS = [40, 23, 8, 1, 33]
-
-
-def build(kind: str, case: ModelCase, converted: bool) -> Any:
-    model = case.build()
-    settings = case.settings(kind)
-    if converted:
-        return hf_linattn.convert(model, settings)
-    model.config.linear_attention = settings.to_dict()
-    model.set_attn_implementation(kind)
-    return model
 
 
 def rows() -> list[Tensor]:
@@ -47,9 +37,9 @@ def padded(side: str, rows: list[Tensor], width: int = TOKENS) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("kind", "case", "converted"), CASES)
-def test_padded_rows_equal_unpadded_ones(kind: str, case: ModelCase, converted: bool, side: str) -> None:
-    model = build(kind, case, converted)
+@pytest.mark.parametrize(("kind", "case", "build"), CASES)
+def test_padded_rows_equal_unpadded_ones(kind: str, case: ModelCase, build: Any, side: str) -> None:
+    model = build(case, kind)
     alone = [logits(model, input_ids=row[None])[0] for row in rows()]
     together = logits(model, **padded(side, rows()))
     wider = logits(model, **padded(side, rows()[1:3], width=47))
@@ -61,10 +51,10 @@ def test_padded_rows_equal_unpadded_ones(kind: str, case: ModelCase, converted: 
         assert largest((wider[i, :n] if side == "right" else wider[i, -n:]) - alone[1 + i]) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "case", "converted"), CASES)
-def test_all_padding_row(kind: str, case: ModelCase, converted: bool) -> None:
+@pytest.mark.parametrize(("kind", "case", "build"), CASES)
+def test_all_padding_row(kind: str, case: ModelCase, build: Any) -> None:
     """Its outputs and gradients are finite, and it does not disturb the rows beside it."""
-    model = build(kind, case, converted)
+    model = build(case, kind)
     inputs = padded("right", rows())
     beside = logits(model, **inputs)
     inputs["attention_mask"][1] = 0
@@ -93,7 +83,7 @@ def test_all_padding_row_in_a_softmax_layer(case: ModelCase) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_reaches_the_attention_function(kind: str) -> None:
     """Without a registered mask function Transformers drops the mask silently."""
-    model = build(kind, BERT, False)
+    model = native(BERT, kind)
     inputs = padded("right", rows())
     masked = logits(model, **inputs)
     inputs.pop("attention_mask")

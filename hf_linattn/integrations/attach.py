@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError
 from ..modules.base import LinearAttention
@@ -55,9 +56,17 @@ def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, Linea
     for index, layer in enumerate(family_layers(model)):
         if index in built:
             setattr(layer, ATTRIBUTE, built[index])
+            # Transformers initialises a model that is put into another one (EncoderDecoderModel) again, but for what
+            # has this mark: statistics and trained maps would be lost. On the meta device there are no values yet.
+            built[index]._is_hf_initialized = not any(tensor.is_meta for tensor in _tensors(built[index]))  # type: ignore[assignment]
             set_attention_dropout(layer, 0.0)
         else:
             set_attention_dropout(layer, settings.attention_dropout or 0.0)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def detach(model: Any, settings: LinearAttentionSettings) -> None:
