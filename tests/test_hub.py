@@ -24,7 +24,7 @@ for kind in KINDS:
     for name, auto_class in auto.items():
         case = BY_NAME[name]
         stock = case.build()(**case.inputs()).logits
-        model = converted(case, kind, layers=[1])
+        model = converted(case, kind, layers=[0])  # ViT reads its answer from [CLS], which is exact in the last layer
         model.push_to_hub(f"me/{name}-{kind}")
         loaded = auto_class.from_pretrained(f"me/{name}-{kind}").eval()
         assert type(loaded) is type(model), type(loaded)

@@ -33,14 +33,13 @@ def run(code: str) -> list[str]:
 
 
 def test_import_is_cheap() -> None:
-    """Under 0.3 s on top of the stock model classes (best of three), and no package that they do not import."""
-    seconds, imported = [], set()
-    for _ in range(3):
-        took, names = (run(MEASURE) + [""])[:2]
+    """Under 0.3 s on top of the stock model classes (best of up to three), and no package that they do not import."""
+    seconds: list[float] = []
+    while len(seconds) < 3 and min(seconds, default=1) >= 0.3:
+        took, imported = (run(MEASURE) + [""])[:2]
         seconds.append(float(took))
-        imported |= set(filter(None, names.split(",")))
+        assert not imported, f"import hf_linattn also imports {imported}"
     assert min(seconds) < 0.3, seconds
-    assert not imported, f"import hf_linattn also imports {sorted(imported)}"
 
 
 def test_public_names() -> None:

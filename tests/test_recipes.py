@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from recipes._common import ClassificationMetrics
 from recipes.build_documents import BuildError, build_documents
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "film", "not", "very", "plot", "the", "dull", "fine"]
 RECIPE = "recipes/text_classification.py"
+EVALUATE = "recipes/evaluate_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +70,36 @@ def child(folder: Path) -> dict[str, str]:
     return environment(HF_HOME=str(folder / "home"))
 
 
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Run a recipe in this process, which saves its imports. What is said of programs is tested with `run`."""
+    from recipes import _common, evaluate_checkpoint, text_classification
+
+    programs = {RECIPE: text_classification.main, EVALUATE: evaluate_checkpoint.main}
+    verbosity = transformers_logging.get_verbosity()
+
+    def run(arguments: list[str], *, mistake: bool = False) -> None:
+        monkeypatch.setattr(sys, "argv", arguments)
+        run_main = sys.modules.get("_common", _common).run
+        if not mistake:
+            return run_main(programs[arguments[0]])
+        with pytest.raises(SystemExit) as stop:
+            run_main(programs[arguments[0]])
+        assert stop.value.code == 2
+
+    yield run
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
 def results(output: Path) -> dict[str, Any]:
     return json.loads((output / "results.json").read_text())
 
 
 # -- text_classification.py ----------------------------------------------------------------------------------------
-def test_converted_run_and_resume(folder: Path, tmp_path: Path) -> None:
+def test_converted_run_and_resume(
+    folder: Path, tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     kind = ["--attention", "favor_plus", "--window_size", "4", "--num_features", "8", "--layers", "1"]
     run(recipe(folder, output, *kind, "--bf16", "--base_model", "some/base"), child(folder))
@@ -100,13 +127,12 @@ def test_converted_run_and_resume(folder: Path, tmp_path: Path) -> None:
     assert all((again[name] == value).all() for name, value in whole.items())
 
     # Other settings would load these weights silently: refused.
-    other = run(recipe(folder, output, "--attention", "eva"), child(folder), check=False)
-    assert other.returncode == 2
-    assert "was trained with other attention settings" in other.stderr
+    run_here(recipe(folder, output, "--attention", "eva"), mistake=True)
+    assert "was trained with other attention settings" in capsys.readouterr().err
 
     # The checkpoint as a starting point: kept as it is, evaluated alone.
     source = ["--model_name_or_path", str(output)]
-    run(recipe(folder, tmp_path / "kept", *source, train=False), child(folder))
+    run_here(recipe(folder, tmp_path / "kept", *source, train=False))
     kept = results(tmp_path / "kept")
     assert kept["attention"]["kind"] == "favor_plus"
     assert kept["metrics"]["eval"]["eval_accuracy"] == results(output)["metrics"]["eval"]["eval_accuracy"]
@@ -131,9 +157,9 @@ def test_accelerate_launch_on_two_processes(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("data", ["data.csv", "data.jsonl"])
-def test_local_formats(folder: Path, tmp_path: Path, data: str) -> None:
-    run(recipe(folder, tmp_path / "a", data=data, train=False), child(folder))
-    run(recipe(folder, tmp_path / "b", train=False), child(folder))
+def test_local_formats(folder: Path, tmp_path: Path, data: str, run_here: Callable[..., None]) -> None:
+    run_here(recipe(folder, tmp_path / "a", data=data, train=False))
+    run_here(recipe(folder, tmp_path / "b", train=False))
     same, parquet = results(tmp_path / "a")["metrics"]["eval"], results(tmp_path / "b")["metrics"]["eval"]
     assert same["eval_accuracy"] == parquet["eval_accuracy"]
     assert same["eval_loss"] == pytest.approx(parquet["eval_loss"])
@@ -163,25 +189,19 @@ def test_mistakes_get_a_clear_error(
     tmp_path: Path,
     changes: list[str],
     message: str,
+    run_here: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, to save time; `run` is what makes a program of `main`."""
-    from recipes import _common, text_classification
-
     if message.startswith("holds"):  # few rows: every sentence would pass for a class
         message = "holds"
         monkeypatch.setattr("_text.MAX_LABELS", 5)
-    arguments = recipe(folder, tmp_path / "out", *changes)
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        sys.modules.get("_common", _common).run(text_classification.main)
-    assert stop.value.code == 2
+    run_here(recipe(folder, tmp_path / "out", *changes), mistake=True)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path, run_here: Callable[..., None]) -> None:
     """A checkpoint that calls output 0 "pos" must not be evaluated with the data's alphabetical order."""
     shutil.copytree(folder / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -191,8 +211,8 @@ def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path) -
     named = pa.table({"text": [r["sentence"] for r in rows], "label": [["pos", "neg"][r["label"]] for r in rows]})
     pq.write_table(named, tmp_path / "named.parquet")
     changes = ["--model_name_or_path", str(tmp_path / "model"), "--validation_file", str(tmp_path / "named.parquet")]
-    run(recipe(folder, tmp_path / "a", *changes, train=False), child(folder))
-    run(recipe(folder, tmp_path / "b", train=False), child(folder))
+    run_here(recipe(folder, tmp_path / "a", *changes, train=False))
+    run_here(recipe(folder, tmp_path / "b", train=False))
     assert results(tmp_path / "a")["data"]["labels"] == {"neg": 1, "pos": 0}
     assert results(tmp_path / "a")["metrics"]["eval"]["eval_loss"] == pytest.approx(
         results(tmp_path / "b")["metrics"]["eval"]["eval_loss"]
@@ -200,11 +220,13 @@ def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path) -
 
 
 # -- the others ----------------------------------------------------------------------------------------------------
-def test_evaluate_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_evaluate_checkpoint(
+    folder: Path, tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
-    run(recipe(folder, output, "--attention", "lara", "--num_landmarks", "2", "--window_size", "0"), child(folder))
+    run_here(recipe(folder, output, "--attention", "lara", "--num_landmarks", "2", "--window_size", "0"))
     report = tmp_path / "report.json"
-    arguments = ["recipes/evaluate_checkpoint.py", "--model_name_or_path", str(output), "--output", str(report)]
+    arguments = [EVALUATE, "--model_name_or_path", str(output), "--output", str(report)]
     arguments += ["--test_file", str(folder / "data.parquet"), "--repeats", "2", "--timed_batches", "2"]
     done = run(arguments, child(folder))
     found = json.loads(report.read_text())
@@ -216,9 +238,8 @@ def test_evaluate_checkpoint(folder: Path, tmp_path: Path) -> None:
         assert found[side]["tokens_per_second"] > 0
         assert found[side]["peak_memory_mib"] > 0
     assert "accuracy" in done.stdout
-    wrong = run([*arguments, "--dtype", "int8"], child(folder), check=False)
-    assert wrong.returncode == 2
-    assert "--dtype must be one of" in wrong.stderr
+    run_here([*arguments, "--dtype", "int8"], mistake=True)
+    assert "--dtype must be one of" in capsys.readouterr().err
 
 
 def test_metrics_need_no_hub() -> None:
