@@ -71,12 +71,13 @@ def child(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Run a recipe in this process, which saves its imports. What is said of programs is tested with `run`."""
     from recipes import _common, evaluate_checkpoint, text_classification
 
     programs = {RECIPE: text_classification.main, EVALUATE: evaluate_checkpoint.main}
     verbosity = transformers_logging.get_verbosity()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "home" / "datasets")  # not the user's
 
     def run(arguments: list[str], *, mistake: bool = False) -> None:
         monkeypatch.setattr(sys, "argv", arguments)
