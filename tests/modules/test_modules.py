@@ -291,13 +291,12 @@ def test_state_is_not_created_in_forward(kind: str, is_causal: bool) -> None:
 def test_layers_that_cannot_work_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="LARA has no causal form.*favor_plus"):
         build("lara", True, proposal_source="landmarks")
-    with pytest.raises(ConfigError, match="window_size must be an integer >= 1; got None"):
-        build("eva", window_size=None)
     with pytest.raises(ConfigError, match="window_size must be an integer >= 1.*got 0"):
         build("eva", window_size=0)
     with pytest.raises(ConfigError, match="chunk_size must divide window_size.*chunk_size=3"):
         build("eva", True, chunk_size=3)
     build("eva", False, chunk_size=3)  # not used there
+    assert build("eva", window_size=None).config.window_size == 32  # the default of the family
     for kind in ("favor_plus", "favor_sharp", "eva"):
         with pytest.raises(LinAttnError, match="causal"):
             build(kind, True, num_global_tokens=1)(*inputs())

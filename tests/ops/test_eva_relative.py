@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.functional import eva_attention, softmax_attention
 from hf_linattn.modules.base import AttentionInputs, LayerShape
+from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.relative_position import t5_index, t5_sizes, table_index
 
@@ -92,7 +93,7 @@ def test_the_table_learns() -> None:
 
 def test_without_parameters_there_is_no_bias() -> None:
     q, k, v = inputs()
-    config = EvaConfig(window_size=4, relative_position="table", proposals="sum", weighting="size")
+    config = resolve(EvaConfig(window_size=4, relative_position="table", proposals="sum", weighting="size"), "encoder")
     given = AttentionInputs(q, k, v, None, scaling=0.5, is_causal=False)
     assert torch.equal(EvaAttention.attend(config, {}, given), eva_attention(q, k, v, window_size=4))
 
