@@ -4,7 +4,7 @@
 
 Prints, per layer, the mean over heads and pairs of tokens of `log( E[F^2] / exp(2 x.y) )` in nats, where `F` is one
 feature's estimate of the softmax kernel `exp(x.y)`: the log of how many features a typical kernel value needs.
-Closed form (`hf_linattn.ops.variance`), so nothing is random. The statistics are those of the text itself.
+Closed form (`hf_linattn.ops.favor.variance`), so nothing is random. The statistics are those of the text itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_linattn.ops.favor_statistics import FAVOR_VARIANTS, favor_statistics
-from hf_linattn.ops.variance import mean_log_second_moment
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, favor_statistics
+from hf_linattn.ops.favor.variance import mean_log_second_moment
 
 PROBE = "linattn_second_moment_probe"
 

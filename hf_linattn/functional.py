@@ -10,29 +10,29 @@ Queries and keys of equal number count as the same tokens: the kinds then give 0
 
 from __future__ import annotations
 
-from .ops.calibrated_proposals import CalibratedProposals, sample_proposals
-from .ops.eva import eva_attention
+from .ops.eva.attention import eva_attention
+from .ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 from .ops.exact import softmax_attention
-from .ops.favor import favor_attention, favor_log_features
-from .ops.favor_statistics import (
+from .ops.favor.attention import favor_attention, favor_log_features
+from .ops.favor.generalized import generalized_attention
+from .ops.favor.random_features import derive_seed, draw_projection
+from .ops.favor.statistics import (
     FavorMoments,
     FavorStatistics,
     favor_statistics,
     neutral_statistics,
     optimal_shape,
 )
-from .ops.generalized import generalized_attention
-from .ops.kmeans import kmeans
-from .ops.lara import lara_attention
-from .ops.random_features import derive_seed, draw_projection
-from .ops.randomized import randomized_attention
-from .ops.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
-from .ops.variance import (
+from .ops.favor.variance import (
     kernel_relative_variance,
     log_relative_moment,
     mean_log_second_moment,
     predicted_output_error,
 )
+from .ops.lara.attention import lara_attention
+from .ops.lara.calibrated_proposals import CalibratedProposals, sample_proposals
+from .ops.lara.kmeans import kmeans
+from .ops.lara.randomized import randomized_attention
 
 __all__ = [
     "CalibratedProposals",

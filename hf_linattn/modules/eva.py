@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
-from ..ops.eva import eva_attention
-from ..ops.eva_chunks import PROPOSALS, WEIGHTINGS
-from ..ops.eva_layout import CHUNKINGS, nominal_reach
-from ..ops.relative_position import constant_index, t5_sizes, table_size
+from ..ops.eva.attention import eva_attention
+from ..ops.eva.chunks import PROPOSALS, WEIGHTINGS
+from ..ops.eva.layout import CHUNKINGS, nominal_reach
+from ..ops.eva.relative_position import constant_index, t5_sizes, table_size
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
@@ -44,7 +44,7 @@ class EvaConfig(AttentionConfig):
         relative_position: Learned bias of the window's logits, zero at first: "none", "table" (one per relative
             position and head) or "t5" (one per bucket of distances and head). Converted models only.
         relative_index: "corrected", or "published" for tables trained with the official code
-            (`ops/relative_position.py`; its T5 biases are also scaled like the dot product). `None`: that of
+            (`ops/eva/relative_position.py`; its T5 biases are also scaled like the dot product). `None`: that of
             `conventions`.
         relative_dims: 1 if tokens are a sequence, 2 if they are the patches of an image. `None`: that of the family.
         sample_noise: Add standard normal noise to the proposals in training.

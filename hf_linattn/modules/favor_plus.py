@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.favor import favor_attention
-from ..ops.generalized import KERNELS, NO_SOFTMAX, generalized_attention
-from ..ops.random_features import derive_seed, draw_projection
+from ..ops.favor.attention import favor_attention
+from ..ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
+from ..ops.favor.random_features import derive_seed, draw_projection
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .redraw import RedrawnTensor, forget, set_training_step, watch

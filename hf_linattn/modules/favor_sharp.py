@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..ops.favor import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
-from ..ops.favor_statistics import FAVOR_VARIANTS, FavorMoments
+from ..ops.favor.attention import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
+from ..ops.favor.statistics import FAVOR_VARIANTS, FavorMoments
 from .base import AttentionInputs, LayerShape, StateTensor
 from .config import AttentionConfig
 from .favor_plus import FavorAttention, FavorConfig, projection_spec

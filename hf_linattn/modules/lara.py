@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.calibrated_proposals import sample_proposals
-from ..ops.importance import NOISE_SCALES, WEIGHTINGS
-from ..ops.landmarks import MAP_STAGES, MIXINGS
-from ..ops.lara import lara_attention
-from ..ops.random_features import derive_seed, draw_projection
+from ..ops.favor.random_features import derive_seed, draw_projection
+from ..ops.lara.attention import lara_attention
+from ..ops.lara.calibrated_proposals import sample_proposals
+from ..ops.lara.importance import NOISE_SCALES, WEIGHTINGS
+from ..ops.lara.landmarks import MAP_STAGES, MIXINGS
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS

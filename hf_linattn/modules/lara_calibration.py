@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.exact import scale_inputs
-from ..ops.kmeans import kmeans
-from ..ops.random_features import derive_seed
-from ..ops.randomized import proposal_key_mean
+from ..ops.favor.random_features import derive_seed
+from ..ops.lara.kmeans import kmeans
+from ..ops.lara.randomized import proposal_key_mean
 from .base import AttentionInputs, LayerShape
 
 SAMPLE_SIZE = 4096

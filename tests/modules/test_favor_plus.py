@@ -19,7 +19,7 @@ from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.defaults import default_config, resolve
 from hf_linattn.modules.favor_plus import FavorPlusConfig
 from hf_linattn.modules.registry import config_from_dict, get_kind
-from hf_linattn.ops.generalized import KERNELS, generalized_attention
+from hf_linattn.ops.favor.generalized import KERNELS, generalized_attention
 
 HEADS, DIM, TOKENS, FEATURES = 2, 4, 13, 6  # FEATURES is no multiple of DIM
 KINDS = ["favor_plus", "favor_sharp"]

@@ -14,7 +14,7 @@ from hf_linattn.functional import favor_attention, favor_statistics
 from hf_linattn.modules import favor_sharp
 from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.favor_sharp import FavorSharpAttention, FavorSharpConfig
-from hf_linattn.ops.favor_statistics import FAVOR_VARIANTS
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 
 HEADS, DIM = 2, 4
 every_variant = pytest.mark.parametrize("variant", FAVOR_VARIANTS)

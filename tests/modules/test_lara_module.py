@@ -15,7 +15,7 @@ from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.lara import LaraAttention, LaraConfig
 from hf_linattn.modules.lara_calibration import ProposalCalibration
 from hf_linattn.modules.proposals import proposal_map
-from hf_linattn.ops.calibrated_proposals import sample_proposals
+from hf_linattn.ops.lara.calibrated_proposals import sample_proposals
 
 HEADS, DIM, TOKENS = 2, 4, 13
 SCALE = DIM**-0.5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention, softmax_attention
-from hf_linattn.ops.eva_exclusive import chunk_length
+from hf_linattn.ops.eva.exclusive import chunk_length
 
 MASKS = {
     "none": None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention, softmax_attention
-from hf_linattn.ops.eva_published import _most_chunks
+from hf_linattn.ops.eva.published import _most_chunks
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

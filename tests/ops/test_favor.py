@@ -18,7 +18,7 @@ from hf_linattn.functional import (
     softmax_attention,
 )
 from hf_linattn.ops import slots
-from hf_linattn.ops.favor_statistics import FAVOR_VARIANTS
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 
 MASKS = {
     "none": None,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.errors import InputError
-from hf_linattn.ops import moments
-from hf_linattn.ops.favor_statistics import (
+from hf_linattn.ops.favor import moments
+from hf_linattn.ops.favor.statistics import (
     FAVOR_VARIANTS,
     FavorMoments,
     FavorStatistics,
@@ -20,7 +20,7 @@ from hf_linattn.ops.favor_statistics import (
     neutral_statistics,
     optimal_shape,
 )
-from hf_linattn.ops.variance import mean_log_second_moment
+from hf_linattn.ops.favor.variance import mean_log_second_moment
 
 HEADS, DIM = 2, 4
 DENSE = ("aderf", "sderf", "dense")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection
-from hf_linattn.ops.generalized import KERNELS, generalized_attention, generalized_log_features
+from hf_linattn.ops.favor.generalized import KERNELS, generalized_attention, generalized_log_features
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda z: z.clamp_min(0),

@@ -17,7 +17,7 @@ from hf_linattn.functional import (
     randomized_attention,
     softmax_attention,
 )
-from hf_linattn.ops import lara
+from hf_linattn.ops.lara import attention as lara
 
 # Statistics of the row itself carry no gradient, which finite differences cannot know.
 FIXED = [v for v in VARIANTS if v.name not in ("favor_sharp", "favor_sharp-dense")]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.errors import InputError
-from hf_linattn.ops import kmeans as module
-from hf_linattn.ops.kmeans import kmeans
+from hf_linattn.ops.lara import kmeans as module
+from hf_linattn.ops.lara.kmeans import kmeans
 
 
 def points(heads: int = 2, count: int = 40, dim: int = 3, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import lara_attention, softmax_attention
-from hf_linattn.ops.lara import WEIGHTINGS
+from hf_linattn.ops.lara.attention import WEIGHTINGS
 
 MASKS = {
     "none": None,

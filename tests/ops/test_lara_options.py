@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.functional import lara_attention, softmax_attention
-from hf_linattn.ops import lara
-from hf_linattn.ops.lara import WEIGHTINGS
+from hf_linattn.ops.lara import attention as lara
+from hf_linattn.ops.lara.attention import WEIGHTINGS
 
 MASKS = {
     "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),

@@ -17,10 +17,10 @@ from hf_linattn.functional import (
     lara_attention,
     sample_proposals,
 )
-from hf_linattn.ops.calibrated_proposals import proposal_log_weights
 from hf_linattn.ops.exact import exact_partial, scale_inputs
 from hf_linattn.ops.factored import LogWeights
-from hf_linattn.ops.favor import favor_log_weights
+from hf_linattn.ops.favor.attention import favor_log_weights
+from hf_linattn.ops.lara.calibrated_proposals import proposal_log_weights
 from hf_linattn.ops.slots import Partial, merge
 
 HEADS, DIM = 2, 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_linattn.errors import InputError
-from hf_linattn.ops.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
+from hf_linattn.ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 
 SIZES = [(1, 0, 0), (4, 0, 0), (5, 2, 2), (4, 4, 0), (2, 1, 1), (3, 3, 3)]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection, favor_attention, favor_log_features, softmax_attention
-from hf_linattn.ops.favor_statistics import FAVOR_VARIANTS, FavorStatistics, favor_statistics, neutral_statistics
-from hf_linattn.ops.variance import (
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, FavorStatistics, favor_statistics, neutral_statistics
+from hf_linattn.ops.favor.variance import (
     kernel_relative_variance,
     log_relative_moment,
     mean_log_second_moment,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .exact import attention_function, causal_visibility, scale_inputs, without_padding
+from ...errors import InputError
+from ..exact import attention_function, causal_visibility, scale_inputs, without_padding
+from ..slots import mask_logits, weigh
 from .importance import add_noise, log_feature, noise_factor
-from .slots import mask_logits, weigh
 
 PROPOSALS = ("softmax_mean", "mean", "sampled")
 

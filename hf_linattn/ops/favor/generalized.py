@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import InputError, UnsupportedError, did_you_mean
-from .exact import attention_function, scale_inputs
-from .slots import Partial, mask_logits, weigh
-from .tokens import prepare
-from .windowed import slot_attention
+from ...errors import InputError, UnsupportedError, did_you_mean
+from ..exact import attention_function, scale_inputs
+from ..slots import Partial, mask_logits, weigh
+from ..tokens import prepare
+from ..windowed import slot_attention
 
 # Below it `log(softplus(z))` is `z` to the last digit of a float64, and above it no logarithm is of a tiny number.
 _SOFTPLUS_TAIL = -40.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .factored import LogWeights
-from .slots import mask_logits
+from ...errors import InputError
+from ..factored import LogWeights
+from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")
 NOISE_SCALES = ("corrected", "published")

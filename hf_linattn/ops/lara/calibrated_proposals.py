@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .factored import LogWeights
+from ...errors import InputError
+from ..factored import LogWeights
 from .importance import draw_samples, mixture_log_ratio
 
 

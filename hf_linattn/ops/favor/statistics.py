@@ -1,8 +1,8 @@
 r"""What FAVOR# takes from the data: moments of queries and keys, and the constants of the features made from them.
 
 `exp(x . y)` stays the same when a constant is taken off queries and keys (up to a factor per token, see
-`ops.favor.favor_log_features`) and when `x' = x P`, `y' = y Q` with `P Q' = I`. Such coordinates, and the diagonal
-`A` of the features in them, are chosen to make the mean log second moment of the estimate small.
+`ops.favor.attention.favor_log_features`) and when `x' = x P`, `y' = y Q` with `P Q' = I`. Such coordinates, and the
+diagonal `A` of the features in them, are chosen to make the mean log second moment of the estimate small.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError, did_you_mean
+from ...errors import InputError, did_you_mean
+from ..exact import scale_inputs
 from .balance import dense_transforms, diagonal_balance
-from .exact import scale_inputs
 from .moments import merge_moments, row_moments, without_rounding
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")

@@ -15,15 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .eva_chunks import MeanMap, Summariser
-from .eva_exclusive import exclusive_layout
-from .eva_layout import Chunks, Cutting, Layout, integer_root
-from .eva_published import published_layout
-from .exact import attention_function, causal_visibility, exact_partial, scale_inputs
-from .layout import gather_tokens
-from .slots import Partial, mask_logits, merge, weigh
-from .tokens import Tokens, prepare
+from ...errors import InputError
+from ..exact import attention_function, causal_visibility, exact_partial, scale_inputs
+from ..layout import gather_tokens
+from ..slots import Partial, mask_logits, merge, weigh
+from ..tokens import Tokens, prepare
+from .chunks import MeanMap, Summariser
+from .exclusive import exclusive_layout
+from .layout import Chunks, Cutting, Layout, integer_root
+from .published import published_layout
 
 
 @attention_function

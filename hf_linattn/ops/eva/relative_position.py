@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...errors import InputError
 
 CONVENTIONS = ("corrected", "published")
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eva_layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root, nominal_reach
-from .layout import Blocks, gather_tokens
-from .tokens import Tokens
+from ..layout import Blocks, gather_tokens
+from ..tokens import Tokens
+from .layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root, nominal_reach
 
 
 def published_layout(cut: Cutting, tokens: Tokens) -> Layout:

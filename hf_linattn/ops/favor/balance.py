@@ -24,7 +24,7 @@ def diagonal_balance(x2: Tensor, y2: Tensor) -> Tensor:
 
 
 def dense_transforms(variant: str, x2: Tensor, y2: Tensor, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """`P` of the queries and `Q` of the keys, `P Q' = I`, for a dense variant of `ops.favor_statistics`.
+    """`P` of the queries and `Q` of the keys, `P Q' = I`, for a dense variant of `ops.favor.statistics`.
 
     Args:
         x2, y2: Second moments, `[..., dim, dim]`. x_mean, y_mean: Means that these include, `[..., 1, dim]`.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .eva_layout import Chunks
-from .layout import masked_mean
-from .slots import Partial, mask_logits, weigh
-from .tokens import Tokens
+from ...errors import InputError
+from ..layout import masked_mean
+from ..slots import Partial, mask_logits, weigh
+from ..tokens import Tokens
+from .layout import Chunks
 
 MeanMap = Callable[[Tensor], Tensor]
 PROPOSALS = ("sum", "mean", "key", "none")

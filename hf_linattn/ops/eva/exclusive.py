@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .eva_layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root
-from .layout import Blocks, fit_window, gather_tokens
-from .tokens import Tokens
+from ..layout import Blocks, fit_window, gather_tokens
+from ..tokens import Tokens
+from .layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root
 
 
 def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:

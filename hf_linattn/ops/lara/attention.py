@@ -6,8 +6,8 @@ multiple importance sampling. In scaled coordinates and with `l(x, w) = w . x - 
 
     c[j, n] = l(y_n, w_j)        a[t, j] = l(x_t, w_j) + e[t, j]
 
-where `e` holds the importance weight (`ops/importance.py`). With proposals that are fixed in advance
-(`ops/calibrated_proposals.py`) the same works without looking at the sequence, and so for a causal model.
+where `e` holds the importance weight (`ops/lara/importance.py`). With proposals that are fixed in advance
+(`ops/lara/calibrated_proposals.py`) the same works without looking at the sequence, and so for a causal model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ...errors import InputError, UnsupportedError
+from ..exact import attention_function, exact_partial, scale_inputs
+from ..factored import LogWeights
+from ..layout import gather_tokens
+from ..tokens import Tokens, prepare
+from ..windowed import slot_attention
 from .calibrated_proposals import CalibratedProposals, proposal_log_weights
-from .exact import attention_function, exact_partial, scale_inputs
-from .factored import LogWeights
 from .importance import WEIGHTINGS, add_noise, draw_samples, importance_weights, log_feature, noise_factor
 from .landmarks import LandmarkMap, find_landmarks, real_members
-from .layout import gather_tokens
-from .tokens import Tokens, prepare
-from .windowed import slot_attention
 
 __all__ = ["WEIGHTINGS", "add_noise", "lara_attention", "log_feature"]
 

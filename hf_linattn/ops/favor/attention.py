@@ -6,7 +6,7 @@ With scaled inputs `x`, `y` and a diagonal `A` with `8 A < I`,
 
 has `E[f(w, x) f(w, y)] = exp(x . y)`. `A = 0` is FAVOR+ (Choromanski et al. 2021, arXiv:2009.14794, Lemma 1); `A = a
 I` is GERF (Likhosherstov et al. 2022, arXiv:2205.15317); FAVOR# (Likhosherstov et al. 2023, arXiv:2302.00787) also
-changes the coordinates of queries and keys first (`ops.favor_statistics`). Every feature is a slot, so `[tokens,
+changes the coordinates of queries and keys first (`ops.favor.statistics`). Every feature is a slot, so `[tokens,
 features]` only ever appears as a logit.
 """
 
@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .exact import attention_function, scale_inputs
-from .factored import LogWeights
-from .favor_statistics import FavorStatistics, favor_statistics, neutral_statistics, optimal_shape
-from .tokens import prepare
-from .windowed import slot_attention
+from ...errors import InputError
+from ..exact import attention_function, scale_inputs
+from ..factored import LogWeights
+from ..tokens import prepare
+from ..windowed import slot_attention
+from .statistics import FavorStatistics, favor_statistics, neutral_statistics, optimal_shape
 
 __all__ = [
     "FavorStatistics",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .layout import gather_tokens, grid_bins, masked_mean, segment_index
-from .slots import mask_logits, weigh
-from .tokens import Tokens
+from ...errors import InputError
+from ..layout import gather_tokens, grid_bins, masked_mean, segment_index
+from ..slots import mask_logits, weigh
+from ..tokens import Tokens
 
 MIXINGS = ("none", "key", "key_value")
 MAP_STAGES = ("mean", "tokens")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import InputError, UnsupportedError
-from .layout import Blocks
-from .tokens import Tokens
+from ...errors import InputError, UnsupportedError
+from ..layout import Blocks
+from ..tokens import Tokens
 
 CHUNKINGS = ("exclusive", "published")
 OVERLAP_SIDES = ("both", "left")

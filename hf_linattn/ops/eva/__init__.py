@@ -1,0 +1,1 @@
+"""EVA: windows and chunks, published and exclusive, relative positions."""

@@ -1,0 +1,1 @@
+"""FAVOR+, FAVOR# and generalised kernels: features, statistics, variance."""

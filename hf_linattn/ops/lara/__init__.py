@@ -1,0 +1,1 @@
+"""LARA and randomized attention: landmarks, importance weights, calibrated proposals."""
