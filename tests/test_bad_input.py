@@ -460,3 +460,48 @@ def test_convert_a_wrapped_model() -> None:
         UnsupportedError, match=r"got DataParallel. Unwrap it: convert its \.module, a BertForMaskedLM"
     ):
         hf_linattn.convert(torch.nn.DataParallel(BERT.build()), "favor_plus")
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "message"),
+    [
+        (VIT, {"kind": "favor_plus", "overlap_window": True}, "not on images"),
+        (VIT, {"kind": "lara", "overlap_window": True}, "not on images"),
+        (GPT2, {"kind": "favor_plus", "num_global_tokens": 1}, "causal layer forbids"),
+        (GPT2, {"kind": "eva", "num_global_tokens": 1}, "causal layer forbids"),
+        (BERT, {"kind": "favor_sharp", "window_size": 3, "overlap_window": True}, "even with overlap_window"),
+        (BERT, {"kind": "lara", "window_size": 5, "overlap_window": True}, "even with overlap_window"),
+        (BERT, {"kind": "eva", "relative_position": "table", "relative_dims": 2}, "relative_dims must be 1"),
+        (GPT2, {"kind": "eva", "relative_position": "t5", "relative_dims": 2}, "relative_dims must be 1"),
+    ],
+)
+def test_settings_that_can_never_work_fail_at_conversion(case: ModelCase, settings: Any, message: str) -> None:
+    model = case.build()
+    with pytest.raises(LinAttnError, match=message):
+        hf_linattn.convert(model, settings)
+    assert type(model) is case.stock
+
+
+@pytest.mark.parametrize("case", [BERT, VIT], ids=["bert", "vit"])
+@pytest.mark.parametrize("kind", ["lara", "eva"])
+def test_native_mode_has_no_parameters(kind: str, case: ModelCase) -> None:
+    """Published maps end in a layer norm, which no parameter-free layer can leave out without another result."""
+    model = case.build()
+    model.set_attn_implementation(kind)
+    model.config.linear_attention = {"kind": kind, "conventions": "published"}
+    with pytest.raises(UnsupportedError, match="proposal_map='none'"):
+        logits(model, **case.inputs())
+    model.config.linear_attention = {"kind": kind, "conventions": "published", "proposal_map": "none"}
+    assert bool(logits(model, **case.inputs()).isfinite().all())
+
+
+def test_native_mode_keeps_no_statistics() -> None:
+    model = BERT.build()
+    for settings in (
+        {"kind": "favor_sharp", "statistics": "calibrated"},
+        {"kind": "lara", "proposal_source": "calibrated"},
+    ):
+        model.set_attn_implementation(settings["kind"])
+        model.config.linear_attention = settings
+        with pytest.raises(UnsupportedError, match="keeps no statistics"):
+            logits(model, **BERT.inputs())

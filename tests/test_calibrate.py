@@ -170,6 +170,59 @@ def test_a_failed_calibration_changes_nothing() -> None:
     assert bool(logits(model, **GPT2.inputs()).isfinite().all())
 
 
+# -- what a layer knows of its calibration ---------------------------------------------------------------------------
+BOTH = pytest.mark.parametrize(("kind", "changes"), [("favor_sharp", {}), ("lara", {})])
+
+
+@BOTH
+def test_uncalibrated_weights_over_calibrated_ones_are_noticed(kind: str, changes: dict[str, Any]) -> None:
+    fresh = converted(kind, GPT2, **changes).state_dict()
+    model = hf_linattn.calibrate(converted(kind, GPT2, **changes), data())
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = logits(model, **GPT2.inputs())
+    for other in (model, copy.deepcopy(model)):
+        other.load_state_dict(fresh)
+        assert hf_linattn.needs_calibration(other)
+        with pytest.raises(UncalibratedError):
+            logits(other, **GPT2.inputs())
+        other.load_state_dict(good)
+        assert torch.equal(logits(other, **GPT2.inputs()), expected)
+    for layer in family_layers(model):
+        layer.linattn.reset_parameters()
+    with pytest.raises(UncalibratedError):
+        logits(model, **GPT2.inputs())
+
+
+@BOTH
+def test_compiling_an_uncalibrated_model_raises(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = converted(kind, GPT2, **changes)
+    with pytest.raises(Exception, match="needs statistics of data"):
+        logits(torch.compile(model, backend="eager", fullgraph=True), **GPT2.inputs(), use_cache=False)
+    torch.compiler.reset()
+    hf_linattn.calibrate(model, data()).save_pretrained(tmp_path)
+    loaded = GPT2.auto.from_pretrained(tmp_path)  # compiled before it has run once
+    compiled = logits(torch.compile(loaded, backend="eager", fullgraph=True), **GPT2.inputs(), use_cache=False)
+    torch.testing.assert_close(compiled, logits(model, **GPT2.inputs()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("message", "batch"),
+    [
+        ("attention_mask must be 2-D", {"attention_mask": torch.ones(2, 1, 40, 40)}),
+        ("'input_ids' of a batch must be a tensor; got list", {"input_ids": [[3, 4, 5]]}),
+    ],
+)
+def test_batches_that_cannot_be_read(message: str, batch: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=message):
+        hf_linattn.calibrate(converted("favor_sharp", GPT2), [{**data(1)[0], **batch}])
+
+
+def test_a_wrapped_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model.module"):
+        hf_linattn.calibrate(torch.nn.DataParallel(converted("favor_sharp", GPT2)), data())  # type: ignore[arg-type]
+
+
 # -- several processes ----------------------------------------------------------------------------------------------
 def _calibrate_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -494,3 +494,20 @@ def test_push_to_hub() -> None:
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", PUSH], cwd=root, env=env, capture_output=True, text=True)
     assert out.stdout.endswith("pushed\n"), out.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "asked"),
+    [
+        ("favor_plus", {"kernel": "relu", "window_size": 0}, {"kernel": "exp", "window_size": 0}),
+        ("eva", {"relative_position": "t5"}, {"relative_position": "t5", "relative_index": "published"}),
+    ],
+)
+def test_tensors_that_would_mean_something_else(kind: str, saved: Any, asked: Any, tmp_path: Path) -> None:
+    """Same names and shapes, another meaning: refused. What changes no meaning (a window) may be asked for."""
+    hf_linattn.convert(BERT.build(), BERT.settings(kind, **saved)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="in config.json"):
+        BERT.auto.from_pretrained(tmp_path, linear_attention=BERT.settings(kind, **asked).to_dict())
+    other = BERT.settings(kind, **{**saved, "slot_dropout": 0.1})
+    loaded = BERT.auto.from_pretrained(tmp_path, linear_attention=other.to_dict())
+    assert loaded.config.linear_attention["slot_dropout"] == 0.1

@@ -49,6 +49,11 @@ def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: s
 def prepare_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     """Inputs on the model's device, without labels, and the mask of real tokens."""
     inputs = {name: value for name, value in batch.items() if "label" not in name}
+    for name, value in inputs.items():
+        if isinstance(value, (list, tuple)):
+            raise InputError(
+                f"{name!r} of a batch must be a tensor; got {type(value).__name__}. Collate the rows first."
+            )
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False

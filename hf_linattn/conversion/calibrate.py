@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..errors import ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, family_layers
+from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
 from ..integrations.masks import linattn_mask, token_mask
@@ -90,6 +91,11 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 def _calibratable(model: PreTrainedModel) -> list[nn.Module]:
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"calibrate() needs a Transformers model; got {type(model).__name__}. Pass the model inside a wrapper"
+            " (DistributedDataParallel, torch.compile): model.module, or accelerator.unwrap_model(model)."
+        )
     if not is_converted(model.config):
         raise ConfigError(
             f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. Convert it"
@@ -121,6 +127,9 @@ def _observe(
     attention, observed = _OBSERVED.get()
     linear = getattr(module, ATTRIBUTE, None)
     mask = token_mask(attention_mask, query.device)
+    check_mask(mask)
+    if mask is not None and mask.shape[1] != key.shape[2]:
+        raise InputError(f"attention_mask must cover the {key.shape[2]} tokens; got {tuple(mask.shape)}.")
     is_causal = bool(getattr(module, "is_causal", False))
     if module in observed:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

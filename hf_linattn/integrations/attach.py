@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..modules.base import LinearAttention
+from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
 from .settings import LinearAttentionSettings, parse_settings
@@ -45,10 +46,23 @@ def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> 
                 f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see "
                 f"later ones. Use one of {able}."
             )
+        _check_family(layer, settings.config, kind.title)
         weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
         module = kind.module_cls(settings.config, shape)
         built[index] = module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     return built
+
+
+def _check_family(layer: nn.Module, config: AttentionConfig, title: str) -> None:
+    """Raise for settings that cannot work with images, or only with them."""
+    is_image = defaults_family(layer.config) == "vit"
+    if is_image and config.overlap_window and config.kind != "eva":
+        raise UnsupportedError(
+            f"overlap_window=True of {title} works on sequences, not on images. Use overlap_window=False with a larger"
+            " window_size, or EVA, whose windows overlap on images too."
+        )
+    if getattr(config, "relative_position", "none") != "none" and not is_image and config.relative_dims == 2:  # type: ignore[attr-defined]
+        raise ConfigError("EvaConfig.relative_dims must be 1 in a model of sequences; got 2.")
 
 
 def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, LinearAttention]) -> None:

@@ -236,19 +236,8 @@ def _native(
         is_causal,
         None if image is None else image[1],
         str(query.device),
+        module.training,
     )
-    if not is_causal and any(name == "calibrated_tokens" for name, _ in state):
-        raise UnsupportedError(
-            f"config.linear_attention asks for calibrated {kind!r}, but native mode keeps no statistics. Convert the"
-            " model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field:"
-            " bidirectional models take their statistics from each row."
-        )
-    if module.training and getattr(settings, "redraw_interval", None) is not None:
-        raise UnsupportedError(
-            f"config.linear_attention asks for redraw_interval={settings.redraw_interval}, but native mode has no"
-            " layers that could keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to"
-            " None."
-        )
     if cross:
         _check_cross(kind, settings)
         if query.shape[2] == key.shape[2]:
@@ -261,7 +250,7 @@ def _native(
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:
-    heavy = getattr(settings, "num_heavy_keys", 0)
+    heavy = settings.num_heavy_keys  # type: ignore[attr-defined]  # kinds with a cross form have it
     if settings.window_size or settings.num_global_tokens or heavy:
         raise UnsupportedError(
             f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "

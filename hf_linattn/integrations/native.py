@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..modules.base import LayerShape
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
@@ -37,13 +37,15 @@ def native_layer(
     is_causal: bool,
     num_leading: int | None,
     device: str,
+    training: bool = False,
 ) -> tuple[AttentionConfig, tuple[tuple[str, Tensor], ...]]:
     """Settings and named tensors of one layer: a function of plain values, so `torch.compile` takes it as a constant.
 
     Args:
         settings: `config.linear_attention` if the model's config has it: a dictionary, a kind's name or its settings.
         num_leading: Tokens before the patches of an image; replaces `num_global_tokens` unless that is set.
-    Raises: `ConfigError` for settings of another kind; what the kind's `check` raises.
+    Raises: `ConfigError` for settings of another kind; `UnsupportedError` for what only a converted model can do; what
+        the kind's `check` raises.
     """
     if isinstance(settings, str):
         settings = {"kind": settings}
@@ -55,7 +57,32 @@ def native_layer(
     config, state = _layer(
         kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device
     )
+    _check_stateless(config, is_causal, training)
     return config, tuple(state.items())
+
+
+def _check_stateless(config: AttentionConfig, is_causal: bool, training: bool) -> None:
+    """Raise for settings that need something kept in the layer."""
+    proposal_map = getattr(config, "proposal_map", None) or "none"
+    if proposal_map.endswith("_norm"):
+        raise UnsupportedError(
+            f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode"
+            " has none. Set proposal_map='none' in config.linear_attention for the parameter-free method, or convert"
+            " the model (hf_linattn.convert)."
+        )
+    sources = (getattr(config, "statistics", None), getattr(config, "proposal_source", None))
+    if not is_causal and "calibrated" in sources:
+        raise UnsupportedError(
+            f"config.linear_attention asks for calibrated {config.kind!r}, but native mode keeps no statistics."
+            " Convert the model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field:"
+            " bidirectional models take their statistics from each row."
+        )
+    interval = getattr(config, "redraw_interval", None)
+    if training and interval is not None:
+        raise UnsupportedError(
+            f"config.linear_attention asks for redraw_interval={interval}, but native mode has no layers that could"
+            " keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to None."
+        )
 
 
 @functools.lru_cache(maxsize=512)

@@ -19,6 +19,8 @@ from ..modules.registry import list_kinds
 from .saving import push_folder, save_atomically
 
 _KEY = f".{ATTRIBUTE}."
+# Fields that say what a layer's tensors mean, beyond kind, layers and seed.
+_MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
 
 
 class LinAttnMixin:
@@ -72,6 +74,9 @@ class LinAttnMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        for layer in model.modules():
+            if isinstance(layer, LinearAttention):
+                layer.note_calibration()  # Transformers fills tensors without load_state_dict
         _check_loaded(model, info, pretrained_model_name_or_path, allow_mismatch=allow_mismatch, kwargs=kwargs)
         return (model, info) if with_info else model
 
@@ -159,6 +164,7 @@ def _check_loaded(
             ("kind", saved.config.kind, asked.config.kind),
             ("layers", list(saved.layers or ()), list(asked.layers or ())),
             ("seed", saved.config.seed, asked.config.seed),
+            *((name, getattr(saved.config, name, None), getattr(asked.config, name, None)) for name in _MEANING),
         )
         found = [f"{name} {old!r} in config.json" for name, old, new in pairs if old != new] + found
     if found:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, UncalibratedError
+from ..errors import InputError, UncalibratedError, UnsupportedError
 from .config import AttentionConfig
 from .defaults import resolve
 
@@ -107,7 +107,12 @@ class LinearAttention(nn.Module):
     # -- to be defined by a kind ------------------------------------------------------------------------------------
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
-        """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer."""
+        """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
+        if shape.is_causal and config.num_global_tokens:
+            raise UnsupportedError(
+                "Global tokens see every token, which a causal layer forbids; got num_global_tokens="
+                f"{config.num_global_tokens}. Set it to 0."
+            )
 
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
@@ -140,6 +145,7 @@ class LinearAttention(nn.Module):
             return
         for name, tensor in self.initial_state().items():
             own[name].copy_(tensor)
+        self.note_calibration()
 
     def forward(
         self,
@@ -192,18 +198,36 @@ class LinearAttention(nn.Module):
                     f" { {k: tuple(v.shape) for k, v in self._buffers.items() if v is not None} }."
                 )
             buffer.copy_(value)
+        self.note_calibration()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the layer has the statistics it needs (True if it needs none). May read a value."""
+        count = self._buffers.get("calibrated_tokens")
+        return count is None or (not count.is_meta and bool(count))
+
+    def note_calibration(self) -> None:
+        """Remember whether the layer is calibrated, after its buffers have changed: known then while compiling."""
+        self._is_calibrated = self.is_calibrated
 
     def _check_calibrated(self) -> None:
-        """Raises `UncalibratedError`. Reads a value, until it has found one; not while compiling."""
+        """Raises `UncalibratedError`. Reads a value only until the layer is known to be calibrated."""
         count = self._buffers.get("calibrated_tokens")
-        if count is None or self._is_calibrated or count.is_meta or torch.compiler.is_compiling():
+        if count is None or self._is_calibrated or count.is_meta:
             return
-        if not bool(count):
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.note_calibration()
+        if not self._is_calibrated:
             raise UncalibratedError(
                 f"Layer {self.shape.layer_idx} ({self.kind}) needs statistics of data and has none yet. Call"
                 " hf_linattn.calibrate(model, batches) with some batches of typical inputs first."
+                + (" (If its buffers were set by hand, run the model once before compiling it.)" if compiling else "")
             )
-        self._is_calibrated = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.note_calibration()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
         # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.

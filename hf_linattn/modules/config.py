@@ -78,6 +78,10 @@ class AttentionConfig:
             bound = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum else "")
             self._fail(field, bound + (" (or None for the default)" if optional else ""))
 
+    def _check_even_overlap(self) -> None:
+        if self.overlap_window and self.window_size is not None and self.window_size % 2:
+            self._fail("window_size", "even with overlap_window=True", "Half a window is its reach to each side.")
+
     def _check_choice(self, field: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
         value = getattr(self, field)
         if value not in allowed and not (optional and value is None):

@@ -50,7 +50,8 @@ class EvaConfig(AttentionConfig):
         sample_noise: Add standard normal noise to the proposals in training.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
         conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`).
+            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: generate with
+            `use_cache=False`, or set proposals="key".
     """
 
     kind = "eva"
@@ -93,8 +94,11 @@ class EvaAttention(LinearAttention):
 
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        super().check(config, shape)
         assert isinstance(config, EvaConfig)
         window = config.window_size
+        if shape.is_causal and config.relative_dims == 2:
+            raise ConfigError("EvaConfig.relative_dims must be 1 in a causal layer, which reads a sequence; got 2.")
         if not window:
             raise ConfigError(
                 f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
@@ -176,7 +180,8 @@ def _window_bias(config: EvaConfig, table: Tensor | None, inputs: AttentionInput
     if dims != (config.relative_dims or 1):
         raise InputError(
             f"This layer's relative positions are those of {config.relative_dims or 1} dimension(s); got"
-            f" grid={inputs.grid!r}. Set EvaConfig.relative_dims={dims} when converting."
+            f" grid={inputs.grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
+            f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
         )
     options = _index_options(config, inputs.is_causal)
     sides = _sides(config, inputs.is_causal)

@@ -48,6 +48,7 @@ class FavorConfig(AttentionConfig):
     def validate(self) -> None:
         super().validate()
         self._check_int("num_features", minimum=1)
+        self._check_even_overlap()
         self._check_int("chunk_size", minimum=1, maximum=4096)
         if self.chunk_size & (self.chunk_size - 1):
             self._fail("chunk_size", "a power of two")
@@ -132,6 +133,7 @@ class FavorAttention(LinearAttention):
 
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        super().check(config, shape)
         assert isinstance(config, FavorConfig)
         if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(

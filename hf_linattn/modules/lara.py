@@ -74,6 +74,7 @@ class LaraConfig(AttentionConfig):
     def validate(self) -> None:
         super().validate()
         self._check_int("num_landmarks", minimum=1)
+        self._check_even_overlap()
         self._check_choice("proposal_source", PROPOSAL_SOURCES, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
         coefficient = self.alpha_coeff
@@ -108,6 +109,7 @@ class LaraAttention(LinearAttention):
 
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        super().check(config, shape)
         assert isinstance(config, LaraConfig)
         if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +25,7 @@ def attention_function(fn: Fn) -> Fn:
     @functools.wraps(fn)
     def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_inputs(query, key, value, kwargs.get("key_mask"))
+        check_options(kwargs)
         dtype = query.dtype
         if dtype in (torch.float16, torch.bfloat16):
             query, key, value = query.float(), key.float(), value.float()
@@ -56,11 +57,22 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a value that no attention function can use, of the options that they share."""
+    for name, least in (("window_size", 0), ("num_global_tokens", 0), ("num_heavy_keys", 0), ("num_landmarks", 1)):
+        value = options.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be an integer >= {least}; got {value!r}.")
+    dropout = options.get("slot_dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
+
+
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
     """`x = sqrt(s) q`, `y = sqrt(s) k`: the coordinates in which the weight of a key is `exp(x . y)`."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if scaling <= 0:
-        raise InputError(f"scaling must be > 0; got {scaling!r}.")
+    if not 0 < scaling < float("inf"):
+        raise InputError(f"scaling must be a finite number > 0; got {scaling!r}.")
     return query * scaling**0.5, key * scaling**0.5
 
 

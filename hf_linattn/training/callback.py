@@ -46,7 +46,8 @@ def _check_native(model: nn.Module) -> None:
     """Raise if a model without attention modules of its own asks for redraws in its config."""
     for module in model.modules():
         settings = getattr(getattr(module, "config", None), "linear_attention", None)
-        interval = settings.get("redraw_interval") if isinstance(settings, dict) else None
+        own = settings.get("redraw_interval") if isinstance(settings, dict) else None
+        interval = getattr(settings, "redraw_interval", own)
         if interval is not None:
             raise UnsupportedError(
                 f"config.linear_attention asks for redraw_interval={interval}, but {type(module).__name__} works in"

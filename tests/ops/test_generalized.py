@@ -322,7 +322,7 @@ def test_nothing_exact_beside_it(options: dict[str, Any], message: str, is_causa
         ({"projection": torch.zeros(3, 5, DIM)}, r"projection must be \[heads, features, head_dim\].*\(3, 5, 4\)"),
         ({"projection": torch.zeros(5, 3)}, "projection must be"),
         ({"projection": torch.zeros(1, HEADS, 5, DIM)}, "projection must be"),
-        ({"scaling": 0.0}, "scaling must be > 0"),
+        ({"scaling": 0.0}, "scaling must be a finite number > 0"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..exact import attention_function, scale_inputs
 from ..factored import LogWeights
+from ..layout import check_grid
 from ..tokens import prepare
 from ..windowed import slot_attention
 from .statistics import FavorStatistics, favor_statistics, neutral_statistics, optimal_shape
@@ -54,6 +55,12 @@ def favor_log_weights(
     x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None
 ) -> tuple[LogWeights, LogWeights]:
     """The same as `favor_log_features`, as dot products of tokens and slots."""
+    heads = None if statistics is None else statistics.query_mean.shape[1]
+    if statistics is not None and (heads not in (1, x.shape[1]) or statistics.query_mean.shape[-1] != x.shape[-1]):
+        raise InputError(
+            f"statistics must be those of {x.shape[1]} heads of dimension {x.shape[-1]}; got means"
+            f" {tuple(statistics.query_mean.shape)}."
+        )
     log_count = torch.tensor(float(projection.shape[-2]), dtype=x.dtype, device=x.device).log()
     if statistics is None:
         own = torch.zeros_like(projection[..., 0])
@@ -120,7 +127,12 @@ def favor_attention(
         tokens in the causal form.
     Cost: O((queries + keys) * num_features * head_dim). Random: no (but for `slot_dropout`). Epsilon: nowhere.
     """
-    if projection.shape[-1] != query.shape[-1] or (projection.ndim == 3 and projection.shape[0] != query.shape[1]):
+    if (
+        projection.ndim not in (2, 3)
+        or not projection.shape[-2]
+        or projection.shape[-1] != query.shape[-1]
+        or (projection.ndim == 3 and projection.shape[0] != query.shape[1])
+    ):
         raise InputError(
             f"projection must be [heads, features, head_dim] = [{query.shape[1]}, features, {query.shape[-1]}] or"
             f" [features, {query.shape[-1]}]; got {tuple(projection.shape)}."
@@ -130,6 +142,8 @@ def favor_attention(
     x, y = scale_inputs(query, key, scaling)
     projection = projection.to(x)
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
+        if grid is not None:
+            check_grid(y.shape[2], grid, key_mask)
         visible = None if key_mask is None else key_mask[:, None, :, None]
         is_self = x.shape[2] == y.shape[2] and not is_cross
         if visible is not None:

@@ -33,8 +33,9 @@ def dense_transforms(variant: str, x2: Tensor, y2: Tensor, x_mean: Tensor, y_mea
     forward, back = (same, same) if variant == "sderf" else _balance(x2, y2)
     if variant == "aderf":
         # Balanced coordinates are unique but for a rotation; the symmetric choice depends continuously on the data.
-        axes, squares = _eigen(forward @ forward.mT)
-        roots = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        finite = forward.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        axes, roots, _ = torch.linalg.svd(torch.where(finite, forward, same))
+        roots = roots.unsqueeze(-2)
         return (axes * roots) @ axes.mT, (axes / roots) @ axes.mT
     common = (x_mean @ forward).mT @ (y_mean @ back)
     axes, _ = _eigen(forward.mT @ x2 @ forward + back.mT @ y2 @ back + common + common.mT)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, did_you_mean
-from ..exact import scale_inputs
+from ..exact import check_inputs, scale_inputs
 from .balance import dense_transforms, diagonal_balance
 from .moments import merge_moments, row_moments, without_rounding
 
@@ -28,10 +28,10 @@ class FavorStatistics(NamedTuple):
     In scaled coordinates. Any values with `query_transform @ key_transform^T = I` are exact in
     expectation; good ones reduce the variance.
 
-    query_mean, key_mean: `[batch or 1, heads, 1, head_dim]`, taken off before the features.
-    query_transform, key_transform: `[batch or 1, heads, 1, head_dim]` (factors per coordinate, inverse to each other)
-        or `[batch or 1, heads, head_dim, head_dim]` (row vectors are multiplied from the left).
-    shape: The diagonal of `A`, below 1/8, `[batch or 1, heads, 1, head_dim]`.
+    query_mean, key_mean: `[batch or 1, heads or 1, 1, head_dim]`, taken off before the features.
+    query_transform, key_transform: `[batch or 1, heads or 1, 1, head_dim]` (factors per coordinate, inverse to each
+        other) or `[batch or 1, heads or 1, head_dim, head_dim]` (row vectors are multiplied from the left).
+    shape: The diagonal of `A`, below 1/8, `[batch or 1, heads or 1, 1, head_dim]`.
     """
 
     query_mean: Tensor
@@ -77,9 +77,9 @@ class FavorMoments:
     Kept about the means (Chan, Golub and LeVeque 1979), so that large means cost no precision. Memory: O(head_dim^2).
 
     query_count, key_count: `[batch or 1, 1, 1, 1]`, the number of real tokens.
-    query_mean, key_mean: `[batch or 1, heads, 1, head_dim]`.
+    query_mean, key_mean: `[batch or 1, heads or 1, 1, head_dim]`.
     query_scatter, key_scatter: Sums of outer products of the centred tokens, `[batch or 1, heads, head_dim,
-        head_dim]`, or only their diagonals, `[batch or 1, heads, 1, head_dim]`.
+        head_dim]`, or only their diagonals, `[batch or 1, heads or 1, 1, head_dim]`.
     """
 
     query_count: Tensor
@@ -196,6 +196,7 @@ def favor_statistics(
         has it, so that rounding does not turn the axes. Random: no.
     """
     check_variant(variant)
+    check_inputs(query, key, key, key_mask)
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     with torch.autocast(query.device.type, enabled=False):
         moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in _DENSE_VARIANTS)

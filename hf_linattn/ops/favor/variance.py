@@ -1,7 +1,8 @@
 r"""How far FAVOR+ and FAVOR# can be off: moments of the kernel estimate in closed form.
 
 One feature's estimate of `exp(x . y)` is `F(w) = f(w, x) f(w, y)` (`ops.favor.attention`). With `z = x' + y'`, the sum
-of query and key in the coordinates of the features, and `a_l` the diagonal of `A`, for every order `p` with `4 p a_l < 1`
+of query and key in the coordinates of the features, and `a_l` the diagonal of `A`, the moment of order `p` exists
+where `4 p a_l < 1`:
 
     log( E[F^p] / exp(p x.y) ) = sum_l  p/2 log(1 - 4 a_l) - 1/2 log(1 - 4 p a_l) + p (p - 1) / (2 (1 - 4 p a_l)) z_l^2
 

@@ -107,6 +107,8 @@ def lara_attention(
     for name, number in (("num_landmarks", num_landmarks), ("samples_per_landmark", samples_per_landmark)):
         if number < 1:
             raise InputError(f"{name} must be >= 1; got {number!r}.")
+    if not 0 <= alpha_coeff < float("inf"):
+        raise InputError(f"alpha_coeff must be a finite number >= 0; got {alpha_coeff!r}.")
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
     if proposals is not None:

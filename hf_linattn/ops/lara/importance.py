@@ -49,7 +49,7 @@ def draw_samples(
     mu = torch.cat([mu] * samples_per_landmark, dim=-2)
     if noise is True:
         noise = torch.randn_like(mu)
-    elif noise.ndim != mu.ndim or noise.shape[-2:] != mu.shape[-2:]:
+    elif noise.shape != mu.shape:
         raise InputError(
             f"noise must be [batch, heads, samples_per_landmark * landmarks, head_dim] = {tuple(mu.shape)}; got"
             f" {tuple(noise.shape)}."

@@ -1,0 +1,74 @@
+"""Options that no attention function can use are refused by name, not computed with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from hf_linattn.errors import InputError
+from hf_linattn.functional import (
+    draw_projection,
+    eva_attention,
+    favor_attention,
+    favor_statistics,
+    lara_attention,
+    softmax_attention,
+)
+
+Q, K, V = (torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
+THREE = (Q[:, [0, 0, 1]], K[:, [0, 0, 1]])  # heads
+PROJECTION = draw_projection(2, 6, 4, seed=0)
+
+
+def favor(**options: Any) -> torch.Tensor:
+    return favor_attention(Q, K, V, options.pop("projection", PROJECTION), **options)
+
+
+def lara(**options: Any) -> torch.Tensor:
+    return lara_attention(Q, K, V, **options)
+
+
+def eva(**options: Any) -> torch.Tensor:
+    return eva_attention(Q, K, V, **options)
+
+
+@pytest.mark.parametrize("attention", [favor, lara, eva])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("window_size", [-3, 2.0, True]),
+        ("num_global_tokens", [-1, -2, 1.0]),
+        ("slot_dropout", [1.0, 1.5, -0.1, math.nan]),
+        ("scaling", [0, -1.0, math.nan, math.inf]),
+    ],
+)
+def test_shared_options(attention: Any, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=f"{name} must be.*{value!r}"):
+            attention(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: favor(num_heavy_keys=-1), "num_heavy_keys"),
+        (lambda: favor(projection=torch.zeros(2, 0, 4)), "projection must be"),
+        (lambda: favor(grid=(3, 3)), "needs 9 tokens"),
+        (
+            lambda: favor(statistics=favor_statistics(Q[:, [0, 0, 1]], K[:, [0, 0, 1]])),
+            "statistics must be those of 2 heads",
+        ),
+        (lambda: favor_statistics(Q, K, key_mask=torch.ones(1, 5).bool()), "key_mask must be"),
+        (lambda: favor_statistics(Q, K[..., :2]), "query and key must agree"),
+        (lambda: lara(num_landmarks=0), "num_landmarks"),
+        (lambda: lara(alpha_coeff=-1.0), "alpha_coeff"),
+        (lambda: lara(num_landmarks=3, noise=torch.zeros(1, 1, 3, 4)), "noise must be"),
+        (lambda: softmax_attention(Q, K, V, scaling=math.inf), "scaling must be a finite number"),
+    ],
+)
+def test_options_of_one_function(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
