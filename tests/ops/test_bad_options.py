@@ -19,7 +19,6 @@ from hf_linattn.functional import (
 )
 
 Q, K, V = (torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
-THREE = (Q[:, [0, 0, 1]], K[:, [0, 0, 1]])  # heads
 PROJECTION = draw_projection(2, 6, 4, seed=0)
 
 
