@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..modules.config import AttentionConfig
-from ..modules.registry import config_from_dict, list_kinds
+from ..modules.defaults import resolve
+from ..modules.registry import config_from_dict, default_config, list_kinds
 
 VERSION = 1
 OWN_KEYS = ("version", "layers", "attention_dropout")
@@ -45,8 +46,6 @@ def parse_settings(value: Any, *, family: str, num_layers: int | None = None) ->
         ConfigError: Unknown kind, unknown or impossible field, layers that do not exist.
         CheckpointError: The dictionary was written by a newer version of this library.
     """
-    from ..modules.defaults import default_config, resolve  # imports the kinds
-
     if isinstance(value, str):
         return LinearAttentionSettings(default_config(value, family), check_layers(None, num_layers))
     if isinstance(value, AttentionConfig):

@@ -108,6 +108,12 @@ class LinearAttention(nn.Module):
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
+        heavy = getattr(config, "num_heavy_keys", 0)
+        if shape.is_causal and heavy:
+            raise UnsupportedError(
+                "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
+                f" later tokens; got num_heavy_keys={heavy}. Set it to 0."
+            )
         if shape.is_causal and config.num_global_tokens:
             raise UnsupportedError(
                 "Global tokens see every token, which a causal layer forbids; got num_global_tokens="

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import ConfigError, did_you_mean
 from .config import AttentionConfig
-from .registry import get_kind
 
 # Families beyond the three that can be converted share the defaults of the closest one.
 FAMILIES = {
@@ -119,8 +118,3 @@ def resolve(config: AttentionConfig, family: str) -> AttentionConfig:
     values = family_defaults(config.kind, family, getattr(config, "conventions", "corrected"))
     source = getattr(config, "proposal_source", None)
     return config.filled({**values, **_LARA_SAMPLES[source]} if source else values)
-
-
-def default_config(kind: str, family: str) -> AttentionConfig:
-    """The settings a kind has in a family when the user says nothing."""
-    return resolve(get_kind(kind).config_cls(), family)

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UnsupportedError
 from ..ops.favor.attention import favor_attention
 from ..ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ..ops.favor.random_features import derive_seed, draw_projection
@@ -129,17 +128,7 @@ def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool
 
 
 class FavorAttention(LinearAttention):
-    """What FAVOR+ and FAVOR# share: redrawn directions, and heavy keys in bidirectional layers only."""
-
-    @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
-        super().check(config, shape)
-        assert isinstance(config, FavorConfig)
-        if shape.is_causal and config.num_heavy_keys:
-            raise UnsupportedError(
-                "Heavy keys are chosen from the whole row, which a causal layer must not see; got num_heavy_keys="
-                f"{config.num_heavy_keys}. Set it to 0."
-            )
+    """What FAVOR+ and FAVOR# share: redrawn directions."""
 
     def set_training_step(self, step: int) -> bool:
         """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""

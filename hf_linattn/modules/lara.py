@@ -111,11 +111,6 @@ class LaraAttention(LinearAttention):
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
         super().check(config, shape)
         assert isinstance(config, LaraConfig)
-        if shape.is_causal and config.num_heavy_keys:
-            raise UnsupportedError(
-                "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
-                f" later tokens; got num_heavy_keys={config.num_heavy_keys}. Set it to 0."
-            )
         if not is_calibrated(config, shape):
             if shape.is_causal:
                 raise UnsupportedError(

@@ -11,8 +11,8 @@ import pytest
 
 from hf_linattn.errors import ConfigError, LinAttnError, UnknownFieldError
 from hf_linattn.modules.config import AttentionConfig
-from hf_linattn.modules.defaults import FAMILIES, default_config, family_defaults, resolve
-from hf_linattn.modules.registry import config_from_dict, get_kind, list_kinds
+from hf_linattn.modules.defaults import FAMILIES, family_defaults, resolve
+from hf_linattn.modules.registry import config_from_dict, default_config, get_kind, list_kinds
 
 NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan]
 NOT_BOOLS: list[Any] = [0, 1, "true", None]

@@ -16,9 +16,9 @@ import hf_linattn.modules.favor_plus as favor_plus_module
 from hf_linattn.errors import ConfigError, InputError, UnsupportedError
 from hf_linattn.functional import derive_seed, draw_projection, favor_attention
 from hf_linattn.modules.base import LayerShape
-from hf_linattn.modules.defaults import default_config, resolve
+from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.favor_plus import FavorPlusConfig
-from hf_linattn.modules.registry import config_from_dict, get_kind
+from hf_linattn.modules.registry import config_from_dict, default_config, get_kind
 from hf_linattn.ops.favor.generalized import KERNELS, generalized_attention
 
 HEADS, DIM, TOKENS, FEATURES = 2, 4, 13, 6  # FEATURES is no multiple of DIM
@@ -259,7 +259,7 @@ def test_kernels_redraw_share_and_regularise_too() -> None:
 
 @every
 def test_heavy_keys_are_not_for_causal_layers(kind: str) -> None:
-    with pytest.raises(UnsupportedError, match="Heavy keys are chosen from the whole row.*num_heavy_keys=3"):
+    with pytest.raises(UnsupportedError, match="Heavy keys are chosen by all queries.*num_heavy_keys=3"):
         build(kind, is_causal=True, num_heavy_keys=3)
 
 
