@@ -129,6 +129,12 @@ def test_again_replaces_and_linear_uses_the_models_own_attention() -> None:
         hf_linattn.calibrate(converted("favor_sharp", GPT2), data(), attention="linear")
 
 
+def test_dropout_is_off_meanwhile() -> None:
+    models = [hf_linattn.calibrate(converted("favor_sharp", GPT2).train(mode), data()) for mode in (True, False)]
+    first, second = (buffers(model) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_calibrated_features_are_closer_to_softmax() -> None:
     plus = converted("favor_plus", GPT2, window_size=0, num_features=64)
     sharp = converted("favor_sharp", GPT2, window_size=0, num_features=64, variant="dense")
