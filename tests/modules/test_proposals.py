@@ -16,10 +16,9 @@ MEANS = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
 def state(name: str, *, random: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     spec = proposal_spec(name, "query", SHAPE)
-    return {
-        key: torch.randn(tensor.shape, generator=generator) if random else tensor.draw()
-        for key, tensor in spec.items()
-    }
+    if random:
+        return {key: torch.randn(tensor.shape, generator=generator) for key, tensor in spec.items()}
+    return {key: tensor.draw() for key, tensor in spec.items()}
 
 
 def test_without_a_map_there_is_nothing() -> None:
