@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
+SENTENCES = ROOT / "recipes" / "data" / "sst2_sample" / "train.parquet"
 LICENCE = ROOT / "LICENSE"  # legal English, four rows of 512 tokens
 
 
@@ -33,15 +35,26 @@ def load(path: Path | None = None) -> tuple[Any, Any]:
     return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
+def reviews(tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of sentences of film reviews (SST-2), as text to calibrate on that is not the text measured on."""
+    sentences = pyarrow.parquet.read_table(SENTENCES)["sentence"].to_pylist()
+    return _cut(tokenizer, [" ".join(sentences)], length)
+
+
 def rows(tokenizer: Any, files: Iterable[Path], length: int, most: int | None = None) -> list[dict[str, torch.Tensor]]:
     """Consecutive full rows of `length` tokens ([CLS] and [SEP] included) of the texts, one per batch."""
+    batches = _cut(tokenizer, [file.read_text(encoding="utf-8") for file in files], length)
+    if not batches:
+        raise SystemExit(f"error: no text is {length} tokens long: {[str(file) for file in files]}.")
+    return batches[:most]
+
+
+def _cut(tokenizer: Any, texts: Iterable[str], length: int) -> list[dict[str, torch.Tensor]]:
     batches = []
-    for file in files:
-        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         body = length - 2
         for start in range(0, len(ids) - body + 1, body):
             row = [tokenizer.cls_token_id, *ids[start : start + body], tokenizer.sep_token_id]
             batches.append({"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, length).long()})
-    if not batches:
-        raise SystemExit(f"error: no text is {length} tokens long: {[str(file) for file in files]}.")
-    return batches[:most]
+    return batches

@@ -24,8 +24,6 @@ from rich.progress import track
 import hf_linattn
 from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig, LaraConfig
 
-DOCS = minilm.ROOT / "docs"
-
 
 def settings() -> dict[str, Any]:
     """Name -> settings: windows of 64 tokens, at most 256 slots (features, landmarks or chunks, and heavy keys)."""
@@ -73,7 +71,9 @@ def settings() -> dict[str, Any]:
 
 def main(
     text: Annotated[list[Path] | None, typer.Option(help="Files to measure on; the licence by default.")] = None,
-    calibration_text: Annotated[list[Path] | None, typer.Option(help="Other files, for calibrated rows.")] = None,
+    calibration_text: Annotated[
+        list[Path] | None, typer.Option(help="Other files to calibrate on; film reviews by default.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="A BERT checkpoint; MiniLM-L6 by default.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     only: Annotated[str, typer.Option(help="Only rows of the table whose name contains this.")] = "",
@@ -84,9 +84,11 @@ def main(
     torch.manual_seed(0)
     bert, tokenizer = minilm.load(model)
     batches = minilm.rows(tokenizer, text or [minilm.LICENCE], length)
-    other = minilm.rows(tokenizer, calibration_text or sorted(DOCS.glob("*.md")), length)
+    other = minilm.rows(tokenizer, calibration_text, length) if calibration_text else minilm.reviews(tokenizer, length)
     results = {}
     chosen = {name: config for name, config in settings().items() if only.lower() in name.lower()}
+    if not chosen or seeds < 1:
+        raise typer.BadParameter(f"Nothing to measure: no row contains {only!r}, or --seeds is {seeds}.")
     for name, config in track(chosen.items(), description="Comparing with softmax"):
         errors: list[list[float]] = []
         cosines: list[float] = []

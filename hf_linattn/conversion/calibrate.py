@@ -35,7 +35,7 @@ def calibrate(
     max_batches: int | None = None,
     progress: bool = False,
 ) -> PreTrainedModel:
-    """Set the statistics of a converted model's layers from data: FAVOR# (calibrated ones) and causal LARA.
+    """Set what a converted model's layers take from data: statistics (FAVOR#), proposals (LARA).
 
     One pass over the batches in evaluation mode, without gradients; O(head_dim^2) numbers per head are kept,
     whatever the amount of data (LARA: a sample of fixed size). Padding does not count. Calling it again replaces the

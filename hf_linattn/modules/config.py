@@ -32,12 +32,24 @@ class AttentionConfig:
     """
 
     kind: ClassVar[str] = ""
+    _own_doc: ClassVar[str] = ""
 
     window_size: int | None = None
     num_global_tokens: int | None = None
     overlap_window: bool = False
     slot_dropout: float = 0.0
     seed: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__doc__") or ""
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, AttentionConfig)]
+        inherited = [base._own_doc.partition("Args:\n")[2].rstrip() for base in bases]
+        cls._own_doc = own
+        shared = "\n".join(text for text in inherited if text)
+        if own and shared:
+            cls.__doc__ = f"{own.rstrip()}\n\n    Shared settings:\n{shared}\n    "
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         allowed = [f.name for f in dataclasses.fields(cls)]
@@ -112,3 +124,6 @@ class AttentionConfig:
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""
         return self.replace(**{k: v for k, v in defaults.items() if getattr(self, k, 0) is None})
+
+
+AttentionConfig._own_doc = AttentionConfig.__doc__ or ""

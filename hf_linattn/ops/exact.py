@@ -27,8 +27,10 @@ def attention_function(fn: Fn) -> Fn:
         check_inputs(query, key, value, kwargs.get("key_mask"))
         check_options(kwargs)
         dtype = query.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            query, key, value = query.float(), key.float(), value.float()
+        # They may differ under autocast, where rotary positions lift queries and keys to float32.
+        widest = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
+        compute = torch.promote_types(widest, torch.float32)
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
         with torch.autocast(query.device.type, enabled=False):
             return fn(query, key, value, *args, **kwargs).to(dtype)
 
@@ -46,8 +48,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         raise InputError(
             f"query and key must agree in batch, heads and head_dim; got {shapes}. Repeat grouped heads first."
         )
-    if not query.is_floating_point():
-        raise InputError(f"query, key and value must be floating point; got {query.dtype}.")
+    if not (query.is_floating_point() and key.is_floating_point() and value.is_floating_point()):
+        raise InputError(
+            f"query, key and value must be floating point; got {query.dtype}, {key.dtype} and {value.dtype}."
+        )
     if not query.shape[2] or not key.shape[2]:
         raise InputError(f"query and key must have at least one token; got {shapes}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.errors import ConfigError, InputError, UncalibratedError, UnsupportedError
-from hf_linattn.functional import favor_attention, favor_statistics
+from hf_linattn.functional import FavorStatistics, favor_attention, favor_statistics
 from hf_linattn.modules import favor_sharp
 from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.favor_sharp import FavorSharpAttention, FavorSharpConfig
@@ -72,7 +72,7 @@ def test_calibrated_statistics(variant: str, centring: bool, is_causal: bool) ->
     assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
     # Both rows together are one long row.
     long = [torch.cat(list(z.double()), 1).unsqueeze(0) for z in (q, k)]
-    stats = favor_statistics(*long, scaling=0.7, variant=variant, centring=centring)
+    stats = FavorStatistics(*favor_statistics(*long, scaling=0.7, variant=variant, centring=centring))
     other = tensors(seed=1)
     expected = favor_attention(
         *other, layer.projection, scaling=0.7, statistics=stats, is_causal=is_causal, chunk_size=4

@@ -123,7 +123,7 @@ def test_causal_modules_are_their_functions() -> None:
     torch.testing.assert_close(
         sharp(q, k, v), favor_attention(q, k, v, sharp.projection, is_causal=True, window_size=4, chunk_size=4)
     )
-    stats = favor_statistics(q[:1], k[:1])
+    stats = FavorStatistics(*favor_statistics(q[:1], k[:1]))
     for name, value in stats._asdict().items():
         value = torch.diag_embed(value.squeeze(-2)) if name.endswith("transform") else value
         getattr(sharp, f"statistics_{name}").copy_(value)

@@ -10,6 +10,7 @@ import torch
 
 from hf_linattn.errors import InputError
 from hf_linattn.functional import (
+    FavorMoments,
     draw_projection,
     eva_attention,
     favor_attention,
@@ -71,3 +72,29 @@ def test_shared_options(attention: Any, name: str, values: list[Any]) -> None:
 def test_options_of_one_function(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_causal_function_refuses_statistics_of_its_own_row() -> None:
+    """Their gradient is 0 by design, so only the values would show that later tokens are in them."""
+    for variant in ("saderf", "dense"):
+        statistics = favor_statistics(Q, K, variant=variant)
+        with pytest.raises(InputError, match="FavorMoments"):
+            favor(statistics=statistics, is_causal=True)
+        other = FavorMoments.empty(2, 4).update(V, Q).statistics(variant)
+        favor(statistics=other, is_causal=True)
+
+
+def test_dtypes_may_differ() -> None:
+    for attend in (favor_attention, lara_attention, eva_attention):
+        extra = (PROJECTION,) if attend is favor_attention else ()
+        expected = attend(Q.bfloat16().float(), K, V.half().float(), *extra)
+        ours = attend(Q.bfloat16(), K, V.half(), *extra)
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), expected, rtol=0, atol=2e-2)
+
+
+def test_impossible_directions() -> None:
+    with pytest.raises(InputError, match="must be >= 1; got 0"):
+        draw_projection(2, 0, 4, seed=0)
+    with pytest.raises(InputError, match="must be CalibratedProposals"):
+        lara(proposals=torch.zeros(2, 3, 4))

@@ -39,7 +39,10 @@ def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) 
 
 
 def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: bool = True) -> FavorStatistics | None:
-    return None if kind == "none" else favor_statistics(q, k, key_mask=mask, variant=kind, centring=centring)
+    if kind == "none":
+        return None
+    # As plain constants: a causal function would refuse those of its own row.
+    return FavorStatistics(*favor_statistics(q, k, key_mask=mask, variant=kind, centring=centring))
 
 
 def of_row(stats: FavorStatistics | None, b: int, h: int, batch: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ..factored import LogWeights
 from ..layout import check_grid
 from ..tokens import prepare
 from ..windowed import slot_attention
-from .statistics import FavorStatistics, favor_statistics, neutral_statistics, optimal_shape
+from .statistics import FavorStatistics, RowStatistics, favor_statistics, neutral_statistics, optimal_shape
 
 __all__ = [
     "FavorStatistics",
@@ -113,8 +113,13 @@ def favor_attention(
         key_mask: `[batch, keys]` bool, True where a key is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key.
-        statistics: FAVOR#'s constants (`favor_statistics`, or calibrated ones). `None` is FAVOR+.
+        statistics: FAVOR#'s constants: those of each row (`favor_statistics`, bidirectional only) or of other data
+            (`FavorMoments`). `None` is FAVOR+.
         window_size: Exact local window in tokens (side of the square with a `grid`); 0 for none.
+        overlap_window: The window reaches half a window beyond each side of its block, in the causal form a whole
+            window to the left. Needs an even `window_size`; not with a `grid`.
+        num_heavy_keys: That many keys of every row and head, those with most weight, are seen exactly by every query
+            (bidirectional only).
         grid: Height and width in patches of the tokens after the global ones.
         num_global_tokens: Leading tokens that see and are seen exactly (bidirectional only).
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
@@ -139,6 +144,11 @@ def favor_attention(
         )
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
+    if is_causal and isinstance(statistics, RowStatistics):
+        raise InputError(
+            "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"
+            " itself, which know later tokens. Use FavorMoments.empty(...).update(...).statistics(variant)."
+        )
     x, y = scale_inputs(query, key, scaling)
     projection = projection.to(x)
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):

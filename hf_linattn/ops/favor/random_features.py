@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from ...errors import InputError
+
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any values, e.g. `(seed, layer_idx, "projection")`; nearby inputs give unrelated seeds."""
@@ -46,6 +48,8 @@ def draw_projection(
         return draw_projection(
             1, num_features, head_dim, seed=seed, orthogonal=orthogonal, regularized=regularized
         ).squeeze(0)
+    if num_features < 1 or head_dim < 1:
+        raise InputError(f"num_features and head_dim must be >= 1; got {num_features!r} and {head_dim!r}.")
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

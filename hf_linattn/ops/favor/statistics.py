@@ -49,6 +49,12 @@ class FavorStatistics(NamedTuple):
         )
 
 
+class RowStatistics(FavorStatistics):
+    """Statistics that a row has taken from itself: a causal function refuses them, because they know later tokens."""
+
+    __slots__ = ()
+
+
 def neutral_statistics(num_heads: int, head_dim: int, *, dense: bool = False) -> FavorStatistics:
     """The statistics with which FAVOR# is FAVOR+. `dense` gives the transforms as matrices."""
     zero = torch.zeros(1, num_heads, 1, head_dim)
@@ -57,9 +63,9 @@ def neutral_statistics(num_heads: int, head_dim: int, *, dense: bool = False) ->
 
 
 def optimal_shape(phi: Tensor) -> Tensor:
-    """The `a` with the least mean log second moment, given `phi = mean |x + y|^2`; in (-inf, 0], elementwise.
+    """The `a` with the least mean log second moment, in (-inf, 0], elementwise.
 
-    With `A = a I`, `phi` is the mean over tokens and coordinates; with one `a` per coordinate, that coordinate's mean.
+    `phi` is the mean of `(x_l + y_l)^2` over pairs: per coordinate, or over all coordinates for `A = a I`.
 
     Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1; per coordinate: Likhosherstov et al. 2023,
         arXiv:2302.00787, section 3.
@@ -170,7 +176,10 @@ def favor_statistics(
     centring: bool = True,
     is_cross: bool = False,
 ) -> FavorStatistics:
-    """FAVOR#'s constants from the real tokens of every row and head, without gradient.
+    """FAVOR#'s constants from the real tokens of every row and head, without gradient. Bidirectional attention only.
+
+    They depend on every token of the row, so a causal function refuses them; for causal attention gather
+    `FavorMoments` from other data.
 
     Source: Likhosherstov et al. 2023, arXiv:2302.00787, section 3; "gerf": Likhosherstov et al. 2022,
         arXiv:2205.15317. Differs from them: `centring`; "dense", which combines ADERF and SDERF; degenerate moments
@@ -201,7 +210,7 @@ def favor_statistics(
     with torch.autocast(query.device.type, enabled=False):
         moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in _DENSE_VARIANTS)
         statistics = _statistics(_scaled(moments, scaling), variant, centring)
-    return FavorStatistics(*(s.to(dtype) for s in statistics))
+    return RowStatistics(*(s.to(dtype) for s in statistics))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def lara_attention(
         raise InputError(f"alpha_coeff must be a finite number >= 0; got {alpha_coeff!r}.")
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
+    if proposals is not None and not isinstance(proposals, CalibratedProposals):
+        raise InputError(f"proposals must be CalibratedProposals; got {type(proposals).__name__}.")
     if proposals is not None:
         _check_calibrated(
             weighting=(weighting, "balance"),
