@@ -13,12 +13,26 @@ from ._version import __version__
 from .integrations.interface import register_kinds
 from .models import register_auto_classes
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from . import functional as functional
     from . import training as training
     from .conversion import calibrate as calibrate
     from .conversion import convert as convert
+    from .conversion import needs_calibration as needs_calibration
     from .conversion import revert as revert
+    from .conversion.compare import compare as compare
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import InputError as InputError
+    from .errors import LinAttnError as LinAttnError
+    from .errors import UncalibratedError as UncalibratedError
+    from .errors import UnknownFieldError as UnknownFieldError
+    from .errors import UnsupportedError as UnsupportedError
+    from .modules.eva import EvaConfig as EvaConfig
+    from .modules.favor_plus import FavorPlusConfig as FavorPlusConfig
+    from .modules.favor_sharp import FavorSharpConfig as FavorSharpConfig
+    from .modules.lara import LaraConfig as LaraConfig
+    from .modules.registry import list_kinds as list_kinds
 
 register_kinds()
 register_auto_classes()
