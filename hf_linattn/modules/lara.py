@@ -121,8 +121,13 @@ class LaraAttention(LinearAttention):
             return
         if config.conventions == "published":
             raise UnsupportedError(
-                "The published LARA knows no calibrated proposals, and so no causal form; got"
-                " conventions='published'. Use conventions='corrected', or 'favor_plus', 'favor_sharp' or 'eva'."
+                "The published LARA knows no calibrated proposals, and so no causal form; got conventions='published'."
+                " Use conventions='corrected'"
+                + (
+                    ", or 'favor_plus', 'favor_sharp' or 'eva'."
+                    if shape.is_causal
+                    else ", or proposal_source='landmarks'."
+                )
             )
         for field, only in (("weighting", "balance"), ("mixing", "none"), ("noise_scale", "corrected")):
             given = getattr(config, field)
