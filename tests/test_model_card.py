@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import BY_NAME, KINDS, supported
+from cases import BY_NAME, KINDS
 from huggingface_hub import ModelCard
 
 import hf_linattn
@@ -32,8 +32,6 @@ def converted(kind: str = "favor_plus", name: str = "bert-classifier", **options
     ],
 )
 def test_header_and_snippet(kind: str, name: str, task: str, auto_class: str, tmp_path: Path) -> None:
-    if not supported(kind, BY_NAME[name]):
-        pytest.skip("no causal form")
     path = write_card(converted(kind, name), tmp_path, base_model="some/base", license="mit", repo_id="me/it")
     card = ModelCard.load(path)
     assert path == tmp_path / "README.md"

@@ -50,11 +50,6 @@ class FavorSharpConfig(FavorConfig):
         self._check_choice("statistics", SOURCES, optional=True)
 
 
-def is_calibrated(config: FavorSharpConfig, is_causal: bool) -> bool:
-    """Whether a layer takes its statistics from buffers rather than from each row."""
-    return is_causal if config.statistics is None else config.statistics == "calibrated"
-
-
 class FavorSharpAttention(FavorAttention):
     """FAVOR# with the layer's own directions and, if calibrated, stored statistics.
 
@@ -80,7 +75,7 @@ class FavorSharpAttention(FavorAttention):
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, FavorSharpConfig)
         spec = {"projection": projection_spec(config, shape)}
-        if is_calibrated(config, shape.is_causal):
+        if config.statistics == "calibrated":
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
@@ -90,7 +85,7 @@ class FavorSharpAttention(FavorAttention):
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorSharpConfig)
-        if is_calibrated(config, inputs.is_causal):
+        if config.statistics == "calibrated":
             statistics = FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
             _warn_if_neutral(state["calibrated_tokens"])
         else:
@@ -114,7 +109,7 @@ class FavorSharpAttention(FavorAttention):
         )
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
-        if not is_calibrated(self.config, self.shape.is_causal):
+        if self.config.statistics != "calibrated":
             return None
         return FavorCalibration(self.config, self.shape)
 

@@ -14,8 +14,9 @@ from ..errors import UnsupportedError
 from ..ops.favor.random_features import derive_seed, draw_projection
 from ..ops.lara.attention import lara_attention
 from ..ops.lara.calibrated_proposals import sample_proposals
-from ..ops.lara.importance import NOISE_SCALES, WEIGHTINGS
+from ..ops.lara.importance import WEIGHTINGS
 from ..ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ..ops.noise import NOISE_SCALES
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..layout import masked_mean
+from ..noise import add_noise, noise_factor
 from ..slots import Partial, mask_logits, weigh
 from ..tokens import Tokens
 from .layout import Chunks
@@ -17,7 +18,6 @@ from .layout import Chunks
 MeanMap = Callable[[Tensor], Tensor]
 PROPOSALS = ("sum", "mean", "key", "none")
 WEIGHTINGS = ("none", "size", "spread")
-NOISE_SCALES = ("corrected", "published")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Summariser:
     root: float
 
     def check(self) -> None:
-        for name, allowed in (("proposals", PROPOSALS), ("weighting", WEIGHTINGS), ("noise_scale", NOISE_SCALES)):
+        noise_factor(self.noise_scale, 1.0)  # raises for an unknown one
+        for name, allowed in (("proposals", PROPOSALS), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {list(allowed)}; got {getattr(self, name)!r}.")
 
@@ -82,18 +83,14 @@ class Summariser:
         return mean if given is None else given(mean / self.root) * self.root
 
     def _noisy(self, mu: Tensor, noise: Tensor | bool, count: int) -> Tensor:
-        if noise is False:
-            return mu
-        if noise is True:
-            noise = torch.randn_like(mu)
-        else:
+        if isinstance(noise, Tensor):
             if noise.ndim != 4 or noise.shape[2] < count or noise.shape[-1] != mu.shape[-1]:
                 raise InputError(
                     f"noise must be [batch, heads, chunks, head_dim] with at least {count} chunks here and head_dim"
                     f" {mu.shape[-1]}; got {tuple(noise.shape)}."
                 )
             noise = torch.nn.functional.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
-        return mu + (noise * self.root if self.noise_scale == "published" else noise)
+        return add_noise(mu, noise, noise_factor(self.noise_scale, self.root**2))
 
     def __call__(self, tokens: Tokens, chunks: Chunks, noise: Tensor | bool) -> Summaries:
         """Summaries of all chunks. `noise` as in `eva_attention`."""

@@ -1,7 +1,7 @@
 """Which keys an EVA query sees exactly, and how the rest is cut into chunks.
 
-Two rules. "exclusive" (`eva_exclusive.py`): chunks fit the windows, and a query reads the chunks that its window does
-not touch, so that every key counts exactly once. "published" (`eva_published.py`): the official layout, in which a
+Two rules. "exclusive" (`exclusive.py`): chunks fit the windows, and a query reads the chunks that its window does
+not touch, so that every key counts exactly once. "published" (`published.py`): the official layout, in which a
 query reads all chunks, also those that its window covers, and an overlapping window widens the chunks as well.
 """
 

@@ -21,13 +21,12 @@ from ...errors import InputError, UnsupportedError
 from ..exact import attention_function, exact_partial, scale_inputs
 from ..factored import LogWeights
 from ..layout import gather_tokens
+from ..noise import noise_factor
 from ..tokens import Tokens, prepare
 from ..windowed import slot_attention
 from .calibrated_proposals import CalibratedProposals, proposal_log_weights
-from .importance import WEIGHTINGS, add_noise, draw_samples, importance_weights, log_feature, noise_factor
+from .importance import WEIGHTINGS, draw_samples, importance_weights
 from .landmarks import LandmarkMap, find_landmarks, real_members
-
-__all__ = ["WEIGHTINGS", "add_noise", "lara_attention", "log_feature"]
 
 
 @attention_function

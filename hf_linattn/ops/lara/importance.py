@@ -7,30 +7,16 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..factored import LogWeights
+from ..noise import add_noise
 from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")
-NOISE_SCALES = ("corrected", "published")
 _SMALLEST_ALPHA = 1e-8  # part of the published definition of the optimal weights
 
 
 def log_feature(x: Tensor, w: Tensor) -> Tensor:
     """`l(x, w) = w . x - |x|^2 / 2` for all pairs of `[..., tokens, dim]` and `[..., samples, dim]`."""
     return x @ w.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2
-
-
-def noise_factor(noise_scale: str, scaling: float) -> float:
-    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
-    if noise_scale not in NOISE_SCALES:
-        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
-    return 1.0 if noise_scale == "corrected" else scaling**0.5
-
-
-def add_noise(mu: Tensor, noise: Tensor | bool, factor: float = 1.0) -> Tensor:
-    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
-    if noise is False:
-        return mu
-    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
 
 
 def draw_samples(

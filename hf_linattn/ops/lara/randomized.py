@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..exact import attention_function, causal_visibility, scale_inputs, without_padding
+from ..noise import add_noise, noise_factor
 from ..slots import mask_logits, weigh
-from .importance import add_noise, log_feature, noise_factor
+from .importance import log_feature
 
 PROPOSALS = ("softmax_mean", "mean", "sampled")
 
