@@ -165,3 +165,10 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 
 def largest(difference: Tensor) -> float:
     return float(difference.detach().abs().max())
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, :6], mask[2, :13] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask}

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    CAUSAL_KINDS,
     GPT2,
     KINDS,
-    MODES,
     NATIVE_CAUSAL_KINDS,
     NATIVE_MATRIX,
     TOKENS,
@@ -23,6 +21,7 @@ from cases import (
     bert_config,
     gpt2_config,
     largest,
+    left_padded,
     logits,
     native,
     ready,
@@ -52,7 +51,6 @@ from transformers import (
     RoFormerConfig,
     RoFormerModel,
     SiglipVisionConfig,
-    StaticCache,
     ViTConfig,
     ViTModel,
     XGLMConfig,
@@ -65,8 +63,13 @@ from hf_linattn.errors import ConfigError, UnsupportedError
 from hf_linattn.integrations.native import image_grid
 
 TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.2}
+
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
 IMAGE = {"image_size": 24, "patch_size": 4, "initializer_range": 0.2}
+
 
 OTHERS: dict[str, Callable[[], Any]] = {
     "roberta": lambda: RobertaModel(RobertaConfig(**TEXT, **SIZES)),
@@ -79,7 +82,11 @@ OTHERS: dict[str, Callable[[], Any]] = {
         Dinov2Config(**IMAGE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2)
     ),
 }
+
+
 VISION = ("deit", "dinov2")
+
+
 OTHER_CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}")
     for kind in KINDS
@@ -192,76 +199,6 @@ def test_leading_tokens_of_an_image_are_global() -> None:
                 assert largest(logits(model, **inputs) - exact) > 1e-4, (kind, leading)
 
 
-def left_padded() -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(4))
-    mask = torch.ones_like(ids)
-    mask[1, :6], mask[2, :13] = 0, 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-GENERATE = {"max_new_tokens": 14, "do_sample": False}
-
-
-CAUSAL_CASES = [
-    pytest.param(kind, *mode.values, id=f"{kind}-{mode.id}")
-    for mode in MODES
-    for kind in (NATIVE_CAUSAL_KINDS if mode.id == "native" else CAUSAL_KINDS)
-]
-
-
-@pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
-def test_generate_with_a_cache(kind: str, build: Any) -> None:
-    """Greedy decoding with the stock KV cache equals recomputing everything, left-padded rows equal unpadded ones."""
-    model, inputs = build(GPT2, kind), left_padded()
-
-    def run(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out = model.generate(**inputs, **GENERATE, return_dict_in_generate=True, output_logits=True, **changes)
-        return out.sequences, torch.stack(out.logits)
-
-    cached, cached_logits = run()
-    full, full_logits = run(use_cache=False)
-    assert torch.equal(cached, full)
-    assert largest(cached_logits - full_logits) < 1e-4
-    static, static_logits = run(cache_implementation="static")
-    assert torch.equal(static, full)
-    assert largest(static_logits - full_logits) < 1e-4
-    beams = {"num_beams": 2}
-    assert torch.equal(run(**beams)[0], run(**beams, use_cache=False)[0])
-    for row in range(3):
-        real = inputs["attention_mask"][row].bool()
-        alone = model.generate(inputs["input_ids"][row, real][None], **GENERATE)
-        assert torch.equal(alone[0, real.sum() :], cached[row, 20:])
-    repeated = float((cached[:, 20:] == cached[:, 20:21]).float().mean())
-    assert repeated < 1, "the model generates one token only: the comparison proves nothing"
-
-
-@pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
-def test_prefill_in_parts(kind: str, build: Any) -> None:
-    """Queries are the last tokens of the keys when a prompt is continued."""
-    model = build(GPT2, kind)
-    ids = GPT2.inputs()["input_ids"]
-    whole = logits(model, input_ids=ids)
-    with torch.no_grad():
-        first = model(input_ids=ids[:, :13], use_cache=True)
-        second = model(input_ids=ids[:, 13:30], past_key_values=first.past_key_values, use_cache=True)
-        third = model(input_ids=ids[:, 30:], past_key_values=second.past_key_values, use_cache=True)
-    parts = torch.cat([first.logits, second.logits, third.logits], dim=1)
-    assert largest(parts - whole) < 1e-4
-
-
-def test_static_cache_without_mask() -> None:
-    """Keys that the cache has room for but has not seen take no part."""
-    model = GPT2.build()
-    model.set_attn_implementation("favor_plus")
-    ids = GPT2.inputs()["input_ids"]
-    whole = logits(model, input_ids=ids)
-    cache = StaticCache(config=model.config, max_cache_len=60)
-    with torch.no_grad():
-        first = model(input_ids=ids[:, :13], past_key_values=cache, use_cache=True).logits
-        second = model(input_ids=ids[:, 13:], past_key_values=cache, use_cache=True).logits
-    assert largest(torch.cat([first, second], dim=1) - whole) < 1e-4
-
-
 def test_causal_favor_sharp_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_linattn.modules.favor_sharp as module
 
@@ -344,21 +281,6 @@ def test_image_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     logits(model, pixel_values=torch.randn(1, 3, 28, 20), interpolate_pos_encoding=True)
     logits(model, **VIT.inputs())
     assert seen == [None, None, (6, 6), (6, 6)]
-
-
-@pytest.mark.parametrize("is_converted", [False, True], ids=["native", "converted"])
-def test_bert_as_a_decoder_generates(is_converted: bool) -> None:
-    """It has a decoder's defaults: EVA's proposals may not read queries, which no cache holds."""
-    torch.manual_seed(0)
-    model = BertLMHeadModel(bert_config(is_decoder=True, eos_token_id=None)).eval()
-    if is_converted:
-        hf_linattn.convert(model, "eva")
-        assert model.config.linear_attention["proposals"] == "key"
-    else:
-        model.set_attn_implementation("eva")
-    ids = torch.randint(3, VOCAB, (2, 7))
-    cached = model.generate(ids, **GENERATE)
-    assert torch.equal(cached, model.generate(ids, **GENERATE, use_cache=False))
 
 
 def test_state_drawn_in_inference_mode_can_be_trained_with() -> None:
