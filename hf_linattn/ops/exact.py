@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .factored import attend
-from .slots import Partial
+from .kernels.attend import attend
+from .partial import Partial
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .exact import exact_partial
-from .slots import Partial
+from .partial import Partial
 from .tokens import Tokens
 
 

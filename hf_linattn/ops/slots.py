@@ -16,38 +16,14 @@ Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .partial import Partial, log_or_minus_inf, merge, shifted_exp
+
 # Up to this many blocks their states are combined with one weight per pair of blocks; beyond it by a logarithmic scan.
 _DENSE_BLOCKS = 32
-
-
-class Partial(NamedTuple):
-    """The softmax-weighted mean over one group of keys or slots, and the log of the group's total weight.
-
-    `output` is `[..., queries, head_dim]`, `log_mass` is `[..., queries]` (`-inf` where nothing was visible).
-    """
-
-    output: Tensor
-    log_mass: Tensor
-
-
-def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`exp(logits - max)` along the last dimension and the maximum, which is finite even if every logit is `-inf`."""
-    top = logits.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-    return (logits - top).exp(), top.squeeze(-1)
-
-
-def _log_or_minus_inf(total: Tensor) -> tuple[Tensor, Tensor]:
-    """A divisor that is never 0 and the logarithm of `total`, `-inf` (with zero gradient) where it is 0."""
-    empty = total == 0
-    safe = total.masked_fill(empty, 1.0)
-    return safe, safe.log().masked_fill(empty, float("-inf"))
 
 
 def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
@@ -58,24 +34,13 @@ def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
         values: `[..., members, head_dim]`.
         dropout: Probability of dropping a weight (after normalisation, rescaled), for training.
     """
-    weights, top = _shifted_exp(logits)
-    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    weights, top = shifted_exp(logits)
+    total, log_total = log_or_minus_inf(weights.sum(-1))
     if dropout:
         weights = F.dropout(weights, dropout)
     if values.shape[-2] < values.shape[-1]:  # fewer weights than results: cheaper to normalise the weights
         return Partial((weights / total.unsqueeze(-1)) @ values, log_total + top)
     return Partial(weights @ values / total.unsqueeze(-1), log_total + top)
-
-
-def merge(partials: Sequence[Partial]) -> Partial:
-    """The softmax over the union of disjoint groups, from the groups' partial results."""
-    if len(partials) == 1:
-        return partials[0]
-    weights, top = _shifted_exp(torch.stack([p.log_mass for p in partials], dim=-1))
-    total, log_total = _log_or_minus_inf(weights.sum(-1))
-    shares = weights / total.unsqueeze(-1)
-    output = sum(p.output * shares[..., i, None] for i, p in enumerate(partials))
-    return Partial(output, log_total + top)  # type: ignore[arg-type]
 
 
 def mask_logits(logits: Tensor, visible: Tensor | None) -> Tensor:
@@ -208,10 +173,10 @@ def between_halves(
             continue
         keys = side(key_logits, 1 - readers)
         slot_top = keys.detach().amax(-2, keepdim=True).clamp_min(lowest)
-        query_features, top = _shifted_exp(side(query_logits, readers) + slot_top)
+        query_features, top = shifted_exp(side(query_logits, readers) + slot_top)
         key_features = (keys - slot_top).exp().transpose(-1, -2)
         weights = query_features @ key_features
-        total, log_total = _log_or_minus_inf(weights.sum(-1))
+        total, log_total = log_or_minus_inf(weights.sum(-1))
         if dropout:
             weights = F.dropout(query_features, dropout) @ key_features
         outputs.append(weights @ side(value, 1 - readers) / total.unsqueeze(-1))
@@ -221,8 +186,8 @@ def between_halves(
 
 def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> Partial:
     """What every query reads through the slots from the key at its own position alone."""
-    weights, top = _shifted_exp(query_logits + key_logits)
-    total, log_total = _log_or_minus_inf(weights.sum(-1))
+    weights, top = shifted_exp(query_logits + key_logits)
+    total, log_total = log_or_minus_inf(weights.sum(-1))
     if dropout:
         value = value * (F.dropout(weights, dropout).sum(-1) / total).unsqueeze(-1)
     return Partial(value.masked_fill((log_total == float("-inf")).unsqueeze(-1), 0.0), log_total + top)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import InputError, UnsupportedError
 from .exact import exact_partial
 from .layout import Compaction, check_grid, compact
-from .slots import Partial, merge
+from .partial import Partial, merge
 
 
 @dataclass(frozen=True)

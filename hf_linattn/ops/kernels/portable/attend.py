@@ -1,0 +1,199 @@
+"""`attend` in plain torch, for every device: a flash kernel where torch has one, tiles elsewhere.
+
+No `[queries, keys]` matrix is ever whole in memory. All tensors have four dimensions, `[batch, heads, tokens, dim]`;
+strides may be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Elements of a tile of logits: large enough for matrix products, small enough for the caches of one CPU core.
+_TILE = {"cpu": 1 << 20}
+_LARGE_TILE = 1 << 25
+
+
+def attend_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax of `query . key + bias` over the keys, applied to `value`, and its log-sum-exp.
+
+    Args:
+        query: `[batch, heads, queries, dim]`. key: `[batch, heads, keys, dim]`. value: `[batch, heads, keys,
+            head_dim]`.
+        bias: `[batch, heads, keys]`, of the precision of `log_mass`.
+        visible: `[batch, heads, queries, keys]` bool.
+    Returns: output like `query` with the dtype of `value`, and log_mass `[batch, heads, queries]` in float32 or wider.
+        A query that sees nothing has output 0 and log_mass `-inf`.
+    """
+    flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dtype in _FLASH_DTYPES
+    if flash and query.dtype == key.dtype == value.dtype:
+        return _flash(query, key, value, bias, visible)
+    wide = _wide(query.dtype)
+    output = value.new_empty(*query.shape[:-1], value.shape[-1])
+    log_mass = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
+    for part in _tiles(query, key, by_keys=False):
+        weights = _logits(query, key, bias, visible, part)
+        top = weights.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
+        weights.sub_(top).exp_()
+        total = weights.sum(-1)
+        empty = total == 0
+        total.masked_fill_(empty, 1.0)
+        mean = weights.to(value.dtype) @ value[part.lead]
+        output[part.queries] = (mean / total.unsqueeze(-1)).to(output.dtype)
+        log_mass[part.queries] = total.log_().add_(top.squeeze(-1)).masked_fill_(empty, float("-inf"))
+    return output, log_mass
+
+
+def attend_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    visible: Tensor | None,
+    output: Tensor,
+    log_mass: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value and bias, where `needs` says so. The weights are computed again, tile by tile.
+
+    With `p` the weights, the gradient of a logit is `p (grad_output . value - grad_output . output + grad_mass)`.
+    Logits and sums are in float32 or wider, the other products in the dtype of the inputs.
+    """
+    wide = log_mass.dtype
+    # Where nothing is visible all logits are -inf: weights and gradients are 0 whatever is taken off.
+    offset = log_mass.masked_fill(log_mass == float("-inf"), 0.0)
+    shift = (grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass
+    by_keys = key.shape[2] > query.shape[2]
+    grad_query = _sum_like(query, wide) if needs[0] else None
+    grad_key = _sum_like(key, wide) if needs[1] else None
+    grad_value = _sum_like(value, wide) if needs[2] else None
+    grad_bias = torch.zeros(key.shape[:-1], dtype=wide, device=key.device) if needs[3] else None
+    for part in _tiles(query, key, by_keys=by_keys):
+        weights = _logits(query, key, bias, visible, part)
+        weights.sub_(offset[part.queries].unsqueeze(-1)).exp_()
+        grads = grad_output[part.queries]
+        if grad_value is not None:
+            _add_product(grad_value, part.keys, weights.to(value.dtype).transpose(-1, -2), grads, once=by_keys)
+        if not (needs[0] or needs[1] or needs[3]):
+            continue
+        logits = (grads @ value[part.keys].transpose(-1, -2)).to(wide)
+        logits.sub_(shift[part.queries].unsqueeze(-1)).mul_(weights)
+        if grad_bias is not None:
+            grad_bias[part.keys] += logits.sum(-2)
+        logits = logits.to(query.dtype)
+        if grad_query is not None:
+            _add_product(grad_query, part.queries, logits, key[part.keys], once=not by_keys)
+        if grad_key is not None:
+            _add_product(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries], once=by_keys)
+    return (
+        None if grad_query is None else grad_query.to(query.dtype),
+        None if grad_key is None else grad_key.to(key.dtype),
+        None if grad_value is None else grad_value.to(value.dtype),
+        grad_bias,
+    )
+
+
+# -- flash attention of torch, on a CPU ------------------------------------------------------------------------------
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    wide = _wide(query.dtype)
+    mask = _float_mask(bias, visible, wide)
+    query, key, value = (z if z.stride(-1) == 1 else z.contiguous() for z in (query, key, value))
+    output, log_mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=None if mask is None else mask.expand(*query.shape[:-1], key.shape[2]), scale=1.0
+    )
+    output, log_mass = output.contiguous(), log_mass.to(wide)
+    if mask is not None:
+        # The kernel's log-sum-exp of a row without visible keys is 0.
+        empty = mask.amax(-1) == float("-inf")
+        if bool(empty.any()):
+            log_mass = log_mass.masked_fill(empty, float("-inf"))
+            output = output.masked_fill(empty.unsqueeze(-1), 0.0)
+    return output, log_mass.contiguous()
+
+
+def _float_mask(bias: Tensor | None, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits, with dimensions of 1 where it is the same along one."""
+    if visible is not None:
+        visible = _unexpanded(visible)
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        return hidden if bias is None else hidden + _unexpanded(bias).unsqueeze(-2)
+    return None if bias is None else _unexpanded(bias).unsqueeze(-2).to(dtype)
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    for dim, stride in enumerate(x.stride()[:-1]):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+# -- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class _Tile:
+    """Indices of a tile: some batch entries, all or some heads, and a stretch of the queries or of the keys."""
+
+    def __init__(self, batch: slice, heads: slice, queries: slice, keys: slice) -> None:
+        self.lead = (batch, heads)
+        self.queries = (batch, heads, queries)
+        self.keys = (batch, heads, keys)
+        self.pairs = (batch, heads, queries, keys)
+
+
+def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
+    """Tiles of at most so many logits (or of one query or key), cut along the keys or the queries, then the heads."""
+    batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+    budget = _TILE.get(query.device.type, _LARGE_TILE)
+    along, across = (keys, queries) if by_keys else (queries, keys)
+    steps = max(1, min(along, max(64, budget // (across * min(heads, 4)))))
+    per_head = min(heads, max(1, budget // (steps * across)))
+    per_batch = min(batch, max(1, budget // (steps * across * per_head))) if per_head == heads else 1
+    everything = slice(None)
+    for b in range(0, batch, per_batch):
+        for h in range(0, heads, per_head):
+            for start in range(0, along, steps):
+                cut = slice(start, start + steps)
+                yield _Tile(
+                    slice(b, b + per_batch),
+                    slice(h, h + per_head),
+                    everything if by_keys else cut,
+                    cut if by_keys else everything,
+                )
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor | None, visible: Tensor | None, part: _Tile) -> Tensor:
+    wide = _wide(query.dtype)
+    logits = query[part.queries].to(wide) @ key[part.keys].to(wide).transpose(-1, -2)
+    if bias is not None:
+        logits += bias[part.keys].unsqueeze(-2)
+    if visible is not None:
+        logits.masked_fill_(~visible[part.pairs], float("-inf"))
+    return logits
+
+
+def _add_product(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *, once: bool) -> None:
+    """`total[place] += left @ right`; `once` if no other tile has the same place."""
+    product = left @ right.to(left.dtype)
+    if once:
+        total[place] = product
+    else:
+        total[place] += product
+
+
+def _sum_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

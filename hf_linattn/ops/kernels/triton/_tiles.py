@@ -1,0 +1,56 @@
+"""Pieces of kernels: tiles of matrices in and out, and what a mask or a bias makes of them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import LOG2_E
+
+
+@triton.jit
+def load_tile(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `start .. start + ROWS` of a matrix of `limit` rows of `WIDTH`, as `[ROWS, PADDED]`; 0 outside of it."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    address = base + start.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    inside = (start + row < limit)[:, None]
+    if WIDTH == PADDED:
+        return tl.load(address, mask=inside, other=0.0)
+    return tl.load(address, mask=inside & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, start, stride, limit, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    address = base + start.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    inside = (start + row < limit)[:, None] & (column < WIDTH)[None, :]
+    tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def key_bias(bias, visible, start, bias_k, visible_k, num_keys, MASK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All that depends on the key alone, to base 2: bias, mask, and -inf beyond the last key. `[BLOCK_K]`."""
+    keys = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+    inside = keys < num_keys
+    if bias is not None:
+        result = tl.load(bias + keys * bias_k, mask=inside, other=float("-inf")).to(tl.float32) * LOG2_E
+    else:
+        result = tl.where(inside, 0.0, float("-inf"))
+    if MASK == 1:
+        seen = tl.load(visible + keys * visible_k, mask=inside, other=0)
+        result = tl.where(seen != 0, result, float("-inf"))
+    return result
+
+
+@triton.jit
+def pair_mask(visible, first_q, first_k, visible_q, visible_k, num_queries, num_keys, Q: tl.constexpr, K: tl.constexpr):
+    """A mask of queries and keys, `[Q, K]`."""
+    queries = (first_q + tl.arange(0, Q)).to(tl.int64)
+    keys = (first_k + tl.arange(0, K)).to(tl.int64)
+    address = visible + (queries * visible_q)[:, None] + (keys * visible_k)[None, :]
+    return tl.load(address, mask=(queries < num_queries)[:, None] & (keys < num_keys)[None, :], other=0) != 0
+
+
+@triton.jit
+def at(pointer, batch, head, stride_b, stride_h):
+    return pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h

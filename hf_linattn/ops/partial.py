@@ -1,0 +1,55 @@
+"""The result of a softmax over one group of keys or slots, and how groups join under one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """The softmax-weighted mean over one group of keys or slots, and the log of the group's total weight.
+
+    `output` is `[..., queries, head_dim]`, `log_mass` is `[..., queries]` (`-inf` where nothing was visible).
+    """
+
+    output: Tensor
+    log_mass: Tensor
+
+
+def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`exp(logits - max)` along the last dimension and the maximum, which is finite even if every logit is `-inf`."""
+    top = logits.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return (logits - top).exp(), top.squeeze(-1)
+
+
+def log_or_minus_inf(total: Tensor) -> tuple[Tensor, Tensor]:
+    """A divisor that is never 0 and the logarithm of `total`, `-inf` (with zero gradient) where it is 0."""
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    return safe, safe.log().masked_fill(empty, float("-inf"))
+
+
+def merge(partials: Sequence[Partial]) -> Partial:
+    """The softmax over the union of disjoint groups, from the groups' partial results."""
+    if len(partials) == 2:
+        return _merge_two(*partials)
+    if len(partials) == 1:
+        return partials[0]
+    weights, top = shifted_exp(torch.stack([p.log_mass for p in partials], dim=-1))
+    total, log_total = log_or_minus_inf(weights.sum(-1))
+    shares = weights / total.unsqueeze(-1)
+    output = sum(p.output * shares[..., i, None] for i, p in enumerate(partials))
+    return Partial(output, log_total + top)  # type: ignore[arg-type]
+
+
+def _merge_two(first: Partial, second: Partial) -> Partial:
+    """`merge` of two, in one pass over the outputs."""
+    top = torch.maximum(first.log_mass, second.log_mass).detach().clamp_min(torch.finfo(first.log_mass.dtype).min)
+    weight = (second.log_mass - top).exp()
+    total, log_total = log_or_minus_inf((first.log_mass - top).exp() + weight)
+    share = (weight / total).unsqueeze(-1)
+    output = torch.lerp(first.output, second.output, share.to(first.output.dtype))
+    return Partial(output, log_total + top)
