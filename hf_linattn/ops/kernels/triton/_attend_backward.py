@@ -1,6 +1,6 @@
 """The backward kernels of `attend`: weights are recomputed from the log-sum-exp.
 
-    dlogit[t, n] = weight[t, n] (grad_output_t . value_n - delta_t),     delta_t = grad_output_t . output_t - grad_mass_t
+dlogit[t, n] = weight[t, n] (grad_output_t . value_n - delta_t),     delta_t = grad_output_t . output_t - grad_mass_t
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2_E
-from ._tiles import at, key_bias, load_tile, pair_mask, store_tile
+from ._tiles import at, dot, key_bias, load_tile, pair_mask, store_tile
 
 
 # fmt: off
@@ -75,15 +75,15 @@ def of_queries(
     first_k = part * part_size
     for start in range(first_k, tl.minimum(first_k + part_size, num_keys), BLOCK_K):
         k = load_tile(key, start, key_n, num_keys, BLOCK_K, D, D_PADDED).to(LOGIT_TYPE)
-        v = load_tile(value, start, value_n, num_keys, BLOCK_K, E, E_PADDED).to(grad.dtype)
+        v = load_tile(value, start, value_n, num_keys, BLOCK_K, E, E_PADDED)
         shift = key_bias(bias, visible, start, bias_n, visible_k, num_keys, MASK, BLOCK_K)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2_E + shift[None, :]
+        logits = dot(q, tl.trans(k)) * LOG2_E + shift[None, :]
         if MASK == 2:
             seen = pair_mask(visible, first_q, start, visible_q, visible_k, num_queries, num_keys, BLOCK_Q, BLOCK_K)
             logits = tl.where(seen, logits, float("-inf"))
         weights = tl.exp2(logits - row_lift[:, None])
-        grad_logits = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - row_delta[:, None])
-        grad_q = tl.dot(grad_logits.to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_logits = weights * (dot(grad, tl.trans(v)) - row_delta[:, None])
+        grad_q = dot(grad_logits.to(k.dtype), k, grad_q)
     store_tile(
         grad_query + result.to(tl.int64) * num_queries * D, first_q, D, num_queries, grad_q, BLOCK_Q, D, D_PADDED
     )
@@ -126,18 +126,18 @@ def of_keys(
         grad = load_tile(grad_output, start, grad_n, num_queries, BLOCK_Q, E, E_PADDED)
         row = start + tl.arange(0, BLOCK_Q)
         row_lift = tl.load(lift + offset + row, mask=row < num_queries, other=float("inf"))
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * LOG2_E + shift[:, None]
+        logits = dot(k, tl.trans(q)) * LOG2_E + shift[:, None]
         if MASK == 2:
             seen = pair_mask(visible, start, first_k, visible_q, visible_k, num_queries, num_keys, BLOCK_Q, BLOCK_K)
             logits = tl.where(tl.trans(seen), logits, float("-inf"))
         weights = tl.exp2(logits - row_lift[None, :])
         if grad_value is not None:
-            grad_v = tl.dot(weights.to(grad.dtype), grad, grad_v, input_precision="ieee")
+            grad_v = dot(weights.to(grad.dtype), grad, grad_v)
         if grad_key is not None or grad_bias is not None:
             row_delta = tl.load(delta + offset + row, mask=row < num_queries, other=0.0)
-            grad_logits = weights * (tl.dot(v.to(grad.dtype), tl.trans(grad), input_precision="ieee") - row_delta[None, :])
+            grad_logits = weights * (dot(v, tl.trans(grad)) - row_delta[None, :])
             if grad_key is not None:
-                grad_k = tl.dot(grad_logits.to(q.dtype), q, grad_k, input_precision="ieee")
+                grad_k = dot(grad_logits.to(q.dtype), q, grad_k)
             if grad_bias is not None:
                 grad_b_sum += tl.sum(grad_logits, 1)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import LN_2, LOG2_E
-from ._tiles import at, key_bias, load_tile, pair_mask, store_tile
+from ._tiles import at, dot, key_bias, load_tile, pair_mask, store_tile
 
 
 # fmt: off
@@ -40,7 +40,7 @@ def forward(
     for start in range(first_k, tl.minimum(first_k + part_size, num_keys), BLOCK_K):
         k = load_tile(key, start, key_n, num_keys, BLOCK_K, D, D_PADDED).to(LOGIT_TYPE)
         shift = key_bias(bias, visible, start, bias_n, visible_k, num_keys, MASK, BLOCK_K)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2_E + shift[None, :]
+        logits = dot(q, tl.trans(k)) * LOG2_E + shift[None, :]
         if MASK == 2:
             seen = pair_mask(visible, first_q, start, visible_q, visible_k, num_queries, num_keys, BLOCK_Q, BLOCK_K)
             logits = tl.where(seen, logits, float("-inf"))
@@ -50,7 +50,7 @@ def forward(
         decay = tl.exp2(top - finite)
         total = total * decay + tl.sum(weights, 1)
         v = load_tile(value, start, value_n, num_keys, BLOCK_K, E, E_PADDED)
-        result_sum = tl.dot(weights.to(v.dtype), v, result_sum * decay[:, None], input_precision="ieee")
+        result_sum = dot(weights.to(v.dtype), v, result_sum * decay[:, None])
         top = new_top
 
     empty = total == 0.0

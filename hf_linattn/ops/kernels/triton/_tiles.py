@@ -5,14 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2_E
+from ._common import INTERPRETED, LOG2_E
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(left, right, start=None):
+    """`start + left @ right` in float32; products of float32 are not rounded to TF32.
+
+    The interpreter multiplies the bits of bfloat16 as integers (triton 3.9), so there operands are widened first,
+    which changes nothing else: products of two bfloat16 numbers are exact in float32.
+    """
+    if _INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, start, input_precision="ieee")
 
 
 @triton.jit
 def load_tile(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Rows `start .. start + ROWS` of a matrix of `limit` rows of `WIDTH`, as `[ROWS, PADDED]`; 0 outside of it."""
     row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    address = base + start.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    address = base + ((start + row).to(tl.int64) * stride)[:, None] + column[None, :]
     inside = (start + row < limit)[:, None]
     if WIDTH == PADDED:
         return tl.load(address, mask=inside, other=0.0)
@@ -22,7 +36,7 @@ def load_tile(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexp
 @triton.jit
 def store_tile(base, start, stride, limit, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    address = base + start.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    address = base + ((start + row).to(tl.int64) * stride)[:, None] + column[None, :]
     inside = (start + row < limit)[:, None] & (column < WIDTH)[None, :]
     tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
 
@@ -43,7 +57,9 @@ def key_bias(bias, visible, start, bias_k, visible_k, num_keys, MASK: tl.constex
 
 
 @triton.jit
-def pair_mask(visible, first_q, first_k, visible_q, visible_k, num_queries, num_keys, Q: tl.constexpr, K: tl.constexpr):
+def pair_mask(
+    visible, first_q, first_k, visible_q, visible_k, num_queries, num_keys, Q: tl.constexpr, K: tl.constexpr
+):
     """A mask of queries and keys, `[Q, K]`."""
     queries = (first_q + tl.arange(0, Q)).to(tl.int64)
     keys = (first_k + tl.arange(0, K)).to(tl.int64)
