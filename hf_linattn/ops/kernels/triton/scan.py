@@ -1,9 +1,9 @@
 r"""States of blocks merged over the blocks before, after or around each one, in Triton.
 
-A state is a mean `u` and the log `b` of its weight. Block i gets `O_i = sum_k w_ik u_k` over the blocks k it sees, with
-`w_ik = exp(b_k - B_i)` and `B_i = logsumexp_k b_k`. A program owns a few slots and walks over the blocks, with a running
-sum relative to the largest `b_k` so far: nothing overflows, and rounding does not pile up in the logs. "elsewhere" is
-one walk in each direction; nothing is ever subtracted.
+A state is a mean `u` and the log `b` of its weight. Block i gets `O_i = sum_k w_ik u_k` over the blocks k it sees,
+with `w_ik = exp(b_k - B_i)` and `B_i = logsumexp_k b_k`. A program owns a few slots and walks over the blocks, with a
+running sum relative to the largest `b_k` so far: nothing overflows, and rounding does not pile up in the logs.
+"elsewhere" is one walk in each direction; nothing is ever subtracted.
 
 The derivatives are sums over the readers of a block, in the same form:
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ....errors import InputError
 from ._common import CompileCases, check, launch, padded
+from ._products import narrow
 
 MODES = ("before", "after", "elsewhere")
 
@@ -50,27 +51,29 @@ def _scan_forward(
     column = tl.arange(0, DIM)
     inside = slot < slots
     inside_all = inside[:, None] & (column < dim)[None, :]
-    at_mass = group * blocks * slots + slot
+    at_mass = (group * blocks + (blocks - 1 if REVERSE else 0)) * slots + slot
+    forward = -1 if REVERSE else 1
     at = at_mass[:, None] * dim + column[None, :]
 
     total = tl.zeros([TILE], tl.float32)
     top = tl.full([TILE], float("-inf"), tl.float32)
     mean = tl.zeros([TILE, DIM], tl.float32)
-    for step in tl.range(0, blocks, num_stages=3):
-        row = (blocks - 1 - step if REVERSE else step).to(tl.int64) * slots
-        entry = tl.load(output + at + row * dim, mask=inside_all, other=0.0).to(tl.float32)
-        mass = tl.load(log_mass + at_mass + row, mask=inside, other=float("-inf"))
+    for _ in tl.range(0, blocks, num_stages=3):
+        entry = tl.load(output + at, mask=inside_all, other=0.0).to(tl.float32)
+        mass = tl.load(log_mass + at_mass, mask=inside, other=float("-inf"))
 
         now_total, now_top, now = total, top, mean
         if JOIN:
             # The other side's mean has the weight exp(mass): one more entry.
-            other = tl.load(merged + at + row * dim, mask=inside_all, other=0.0).to(tl.float32)
-            other_mass = tl.load(merged_mass + at_mass + row, mask=inside, other=float("-inf"))
+            other = tl.load(merged + at, mask=inside_all, other=0.0).to(tl.float32)
+            other_mass = tl.load(merged_mass + at_mass, mask=inside, other=float("-inf"))
             now_total, now_top, now = _joined(total, top, mean, other_mass, other)
         whole = tl.where(now_total == 0.0, 1.0, now_total)
-        tl.store(merged + at + row * dim, now / whole[:, None], mask=inside_all)
-        tl.store(merged_mass + at_mass + row, now_top + tl.log(whole), mask=inside)
+        tl.store(merged + at, narrow(now / whole[:, None], merged.dtype.element_ty), mask=inside_all)
+        tl.store(merged_mass + at_mass, now_top + tl.log(whole), mask=inside)
         total, top, mean = _joined(total, top, mean, mass, entry)
+        at += forward * slots * dim
+        at_mass += forward * slots
 
 
 @triton.jit
@@ -108,34 +111,34 @@ def _scan_backward(
     column = tl.arange(0, DIM)
     inside = slot < slots
     inside_all = inside[:, None] & (column < dim)[None, :]
-    at_mass = group * blocks * slots + slot
+    at_mass = (group * blocks + (blocks - 1 if REVERSE else 0)) * slots + slot
+    forward = -1 if REVERSE else 1
     at = at_mass[:, None] * dim + column[None, :]
 
     lowest = tl.full([TILE], float("inf"), tl.float32)
     summed = tl.zeros([TILE, DIM], tl.float32)  # of exp(lowest - B_i) dO_i
     shifts = tl.zeros([TILE], tl.float32)  # of exp(lowest - B_i) (dB_i - dO_i . O_i)
-    for step in tl.range(0, blocks, num_stages=2):
-        row = (blocks - 1 - step if REVERSE else step).to(tl.int64) * slots
-        mass = tl.load(log_mass + at_mass + row, mask=inside, other=float("-inf"))
-        entry = tl.load(output + at + row * dim, mask=inside_all, other=0.0).to(tl.float32)
+    for _ in tl.range(0, blocks, num_stages=2):
+        mass = tl.load(log_mass + at_mass, mask=inside, other=float("-inf"))
+        entry = tl.load(output + at, mask=inside_all, other=0.0).to(tl.float32)
         base = tl.where(lowest == float("inf"), 0.0, lowest)
-        weight = tl.where((mass > float("-inf")) & (lowest < float("inf")), tl.exp(mass - base), 0.0)
+        weight = tl.where(lowest < float("inf"), tl.exp(tl.minimum(mass - base, 0.0)), 0.0)
         entry = tl.where((weight > 0.0)[:, None], entry, 0.0)
         found = summed * weight[:, None]
         found_mass = tl.sum(found * entry, 1) + shifts * weight
         if ADD:
-            found += tl.load(grad_output + at + row * dim, mask=inside_all, other=0.0)
-            found_mass += tl.load(grad_mass + at_mass + row, mask=inside, other=0.0)
-        tl.store(grad_output + at + row * dim, found, mask=inside_all)
-        tl.store(grad_mass + at_mass + row, found_mass, mask=inside)
+            found += tl.load(grad_output + at, mask=inside_all, other=0.0)
+            found_mass += tl.load(grad_mass + at_mass, mask=inside, other=0.0)
+        tl.store(grad_output + at, found, mask=inside_all)
+        tl.store(grad_mass + at_mass, found_mass, mask=inside)
 
         # This block as a reader. One that saw nothing passes nothing on.
-        reads = tl.load(merged_mass + at_mass + row, mask=inside, other=float("-inf"))
+        reads = tl.load(merged_mass + at_mass, mask=inside, other=float("-inf"))
         seen = reads > float("-inf")
-        grad = tl.load(grad_merged + at + row * dim, mask=inside_all, other=0.0).to(tl.float32)
+        grad = tl.load(grad_merged + at, mask=inside_all, other=0.0).to(tl.float32)
         grad = tl.where(seen[:, None], grad, 0.0)
-        result = tl.load(merged + at + row * dim, mask=inside_all, other=0.0).to(tl.float32)
-        shift = tl.load(grad_merged_mass + at_mass + row, mask=inside, other=0.0)
+        result = tl.load(merged + at, mask=inside_all, other=0.0).to(tl.float32)
+        shift = tl.load(grad_merged_mass + at_mass, mask=inside, other=0.0)
         shift = tl.where(seen, shift, 0.0) - tl.sum(grad * result, 1)
         reads = tl.where(seen, reads, float("inf"))
         new_lowest = tl.minimum(lowest, reads)
@@ -144,13 +147,16 @@ def _scan_backward(
         summed = summed * old[:, None] + grad * new[:, None]
         shifts = shifts * old + shift * new
         lowest = new_lowest
+        at += forward * slots * dim
+        at_mass += forward * slots
 
 
 def scan_forward(output: Tensor, log_mass: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """For every block the merged state of other blocks.
 
     Args:
-        output: `[groups, blocks, slots, dim]`. log_mass: `[groups, blocks, slots]`, float32, `-inf` for an empty state.
+        output: `[groups, blocks, slots, dim]`.
+        log_mass: `[groups, blocks, slots]`, float32, `-inf` for an empty state.
         mode: "before" (all earlier blocks), "after" (all later ones) or "elsewhere" (both).
     Returns: the states, in the shapes given; empty (output 0, mass `-inf`) where there is no such block.
     Raises: InputError for another mode; UnsupportedError for tensors that Triton cannot take.
@@ -237,5 +243,9 @@ COMPILE_CASES: CompileCases = {
     f"scan-{mode}-{dim}-{dtype}".replace("torch.", ""): (
         lambda mode=mode, dim=dim, dtype=dtype: _case(mode, dim, dtype)  # type: ignore[misc]
     )
-    for mode, dim, dtype in (("before", 64, torch.bfloat16), ("elsewhere", 64, torch.float32), ("after", 80, torch.float16))
+    for mode, dim, dtype in (
+        ("before", 64, torch.bfloat16),
+        ("elsewhere", 64, torch.float32),
+        ("after", 80, torch.float16),
+    )
 }
