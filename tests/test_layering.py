@@ -19,6 +19,8 @@ ORDER = [
     "models",
     "training",
     "conversion",
+    "benchmark",
+    "cli",
 ]
 # Parts that must work without Transformers.
 NO_TRANSFORMERS = {"errors", "_version", "ops", "functional", "modules", "hub"}

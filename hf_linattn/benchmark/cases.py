@@ -1,0 +1,116 @@
+"""What is run: the shape of a call, its inputs, and the implementations that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, LinAttnError, did_you_mean
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("forward", "forward+backward")
+AttentionCall = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unavailable(LinAttnError):
+    """An implementation cannot run here; the message says why, in a few words for a table."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of attention: everything that its cost depends on."""
+
+    tokens: int
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    is_causal: bool = False
+    dtype: str = "float32"
+    mode: str = "forward"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for field in ("tokens", "batch", "heads", "head_dim"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Workload.{field} must be an integer >= 1; got {value!r}.")
+        choose("dtype", self.dtype, DTYPES)
+        choose("mode", self.mode, MODES)
+
+    @property
+    def is_training(self) -> bool:
+        return self.mode == "forward+backward"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Something that computes attention.
+
+    Args:
+        name: Unique in a run; also what a table shows.
+        group: "linear" (ours), "softmax" or "peer".
+        build: From a workload, the function to call on query, key and value `[batch, heads, tokens, head_dim]`.
+            Raises `Unavailable` where there is none.
+        is_quadratic: Whether a run's `max_softmax_length` applies.
+    """
+
+    name: str
+    group: str
+    build: Callable[[Workload], AttentionCall]
+    is_quadratic: bool = False
+
+
+def choose(what: str, value: str, allowed: Any) -> str:
+    """`value` if it is one of the allowed names. Raises `ConfigError` naming them."""
+    if value not in allowed:
+        raise ConfigError(f"{what} must be one of {list(allowed)}; got {value!r}.{did_you_mean(value, allowed)}")
+    return value
+
+
+def make_inputs(work: Workload, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value and the gradient of the output: standard normal, in the memory layout that models hand over.
+
+    Returns: Four tensors `[batch, heads, tokens, head_dim]`, views of `[batch, tokens, heads, head_dim]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = (work.batch, work.tokens, work.heads, work.head_dim)
+    made = [
+        torch.randn(size, generator=generator).to(work.device, DTYPES[work.dtype]).transpose(1, 2) for _ in range(4)
+    ]
+    if work.is_training:
+        for tensor in made[:3]:
+            tensor.requires_grad_(True)
+    return made[0], made[1], made[2], made[3]
+
+
+def make_step(
+    attention: AttentionCall, inputs: tuple[Tensor, Tensor, Tensor, Tensor], work: Workload
+) -> Callable[[], object]:
+    """What is timed: one forward pass without autograd, or a forward pass and the gradients of all three inputs."""
+    query, key, value, grad_output = inputs
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention(query, key, value)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        output = attention(query, key, value)
+        grad = grad_output if output.shape == grad_output.shape else grad_output.transpose(1, 2)
+        return torch.autograd.grad(output, (query, key, value), grad.to(output.dtype))
+
+    return forward_and_backward if work.is_training else forward
+
+
+def check_output(output: Tensor, work: Workload) -> None:
+    """Raise `Unavailable` if an implementation's result is not finite or has the wrong size."""
+    if output.numel() != work.batch * work.heads * work.tokens * work.head_dim:
+        raise Unavailable(f"wrong output shape {tuple(output.shape)}")
+    if not bool(torch.isfinite(output).all()):
+        raise Unavailable("output is not finite")

@@ -1,0 +1,143 @@
+"""What the kinds are compared with: softmax attention under every backend, and other libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..ops.favor.random_features import derive_seed, draw_projection
+from .cases import DTYPES, AttentionCall, Implementation, Unavailable, Workload, choose
+from .ours import layer_for, registered
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# On a CPU there is a flash backend and the composition of products, nothing else.
+CPU_BACKENDS = ("flash", "math")
+PEERS = ("sdpa", "performer-pytorch", "flash-linear-attention")
+MEMORY_SHARE = 0.5  # of the memory that is free: what an implementation with large matrices may take
+
+
+def softmax_implementations(device: str) -> list[Implementation]:
+    """Softmax attention: Transformers' own function, then PyTorch's backends one by one."""
+    names = BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS
+    return [
+        Implementation("sdpa", "softmax", lambda work: registered("sdpa", layer_for(work)), is_quadratic=True),
+        *(Implementation(f"sdpa:{name}", "softmax", _backend(name), is_quadratic=True) for name in names),
+    ]
+
+
+def peer_implementations(names: Sequence[str], device: str, num_features: int) -> list[Implementation]:
+    """The implementations behind names of `PEERS`. Raises `ConfigError` for any other name."""
+    found: list[Implementation] = []
+    for name in names:
+        choose("peers", name, PEERS)
+        if name == "sdpa":
+            found += softmax_implementations(device)
+        elif name == "performer-pytorch":
+            found.append(Implementation(name, "peer", lambda work: _performer(work, num_features)))
+        else:
+            found.append(Implementation(name, "peer", lambda work: _flash_linear_attention(work, num_features)))
+    return found
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the installed peers; "not installed" for the others."""
+    found = {}
+    for name in PEERS[1:]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be taken on the device without swapping."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def require_memory(needed: float, device: str) -> None:
+    """Raise `Unavailable` rather than be ended by the system: a CPU process that takes too much is killed."""
+    if needed > MEMORY_SHARE * free_memory(device):
+        raise Unavailable(f"needs about {needed / 2**30:.1f} GiB")
+
+
+def _backend(name: str) -> Any:
+    def build(work: Workload) -> AttentionCall:
+        if name == "math":
+            # Logits and weights, in training their gradients too; half precision is computed in float32.
+            size = max(4, DTYPES[work.dtype].itemsize) * work.batch * work.heads * float(work.tokens) ** 2
+            require_memory(size * (4 if work.is_training else 3), work.device)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(BACKENDS[name]):
+                return scaled_dot_product_attention(query, key, value, is_causal=work.is_causal)
+
+        return attention
+
+    return build
+
+
+def directions(work: Workload, num_features: int) -> Tensor:
+    """`[num_features, head_dim]`: the orthogonal directions that ours draws, those of the first head."""
+    return draw_projection(work.heads, num_features, work.head_dim, seed=derive_seed(0, 0, "projection"))[0]
+
+
+def _performer(work: Workload, num_features: int) -> AttentionCall:
+    if importlib.util.find_spec("performer_pytorch") is None:
+        raise Unavailable("not installed")
+    if work.is_causal:
+        # Its form without a CUDA extension: one [features, head_dim] matrix per token, and their cumulative sum,
+        # of a 128th of the tokens at a time; in training all of them stay.
+        tokens = work.tokens if work.is_training else -(-work.tokens // 128)
+        states = work.batch * work.heads * tokens * num_features * work.head_dim * DTYPES[work.dtype].itemsize
+        require_memory(states * 3.0, work.device)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which form it found
+        from performer_pytorch import FastAttention
+
+        attention = FastAttention(work.head_dim, num_features, causal=work.is_causal, generalized_attention=False)
+    attention.projection_matrix.copy_(directions(work, num_features))
+    return attention.to(work.device).train(work.is_training)
+
+
+def _flash_linear_attention(work: Workload, num_features: int) -> AttentionCall:
+    if importlib.util.find_spec("fla") is None:
+        raise Unavailable("not installed")
+    if torch.device(work.device).type != "cuda":
+        raise Unavailable("needs a GPU")
+    if not work.is_causal:
+        raise Unavailable("causal only")
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    projection = directions(work, num_features).to(work.device)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Positive features of the same directions; one stabiliser per call, as in the other libraries.
+        features = [_features(tensor, projection) for tensor in (query, key)]
+        result = chunk_linear_attn(*(t.transpose(1, 2) for t in (*features, value)), scale=1.0, normalize=True)
+        return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+    return attention
+
+
+def _features(tokens: Tensor, projection: Tensor) -> Tensor:
+    scaled = tokens * tokens.shape[-1] ** -0.25
+    exponent = scaled @ projection.to(tokens.dtype).mT - scaled.square().sum(-1, keepdim=True) / 2
+    return (exponent - exponent.amax().detach()).exp() + 1e-4
