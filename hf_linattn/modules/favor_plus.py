@@ -42,15 +42,15 @@ class FavorConfig(AttentionConfig):
     shared_projection: bool = False
     redraw_interval: int | None = None
     num_heavy_keys: int = 0
-    chunk_size: int = 32
+    chunk_size: int | None = None
 
     def validate(self) -> None:
         super().validate()
         self._check_int("num_features", minimum=1)
         self._check_even_overlap()
-        self._check_int("chunk_size", minimum=1, maximum=4096)
-        if self.chunk_size & (self.chunk_size - 1):
-            self._fail("chunk_size", "a power of two")
+        self._check_int("chunk_size", minimum=1, maximum=4096, optional=True)
+        if self.chunk_size is not None and self.chunk_size & (self.chunk_size - 1):
+            self._fail("chunk_size", "a power of two, or None")
         self._check_bool("orthogonal")
         self._check_bool("shared_projection")
         self._check_int("num_heavy_keys", minimum=0)

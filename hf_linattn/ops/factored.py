@@ -11,11 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from .kernels.attend import attend
-from .partial import Partial
-from .slots import weigh
+from .kernels.blocks import through_blocks
+from .kernels.near import near
+from .kernels.reach import Reach
+from .partial import Partial, merge
+from .slots import between_halves, own_key, states_around, weigh
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +42,17 @@ class SlotWeights(Protocol):
 
     def read(self, slots: Partial, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
         """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
+
+    def across(
+        self, key: Self, value: Tensor, reach: Reach, *, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Blocks of queries (`self`) read the units of keys that they reach, through slots.
+
+        Tokens are `[batch, heads, blocks, tokens of a block, ...]`, values `[batch, heads, units, keys, head_dim]`.
+        """
+
+    def within(self, key: Self, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
+        """Queries read the keys of their own chunk up to themselves. A chunk's size is a power of two."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +101,65 @@ class LogWeights:
             return weigh(logits if extra is None else logits + extra, slots.output, dropout=dropout)
         out = attend(self.tokens, self.slots, slots.output, bias=slots.log_mass + self.slot_bias)
         return Partial(out.output, out.log_mass + self.token_bias.squeeze(-1))
+
+    def across(
+        self, key: LogWeights, value: Tensor, reach: Reach, *, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
+        if extra is not None or dropout:
+            return across_dense(self, key, value, reach, extra=extra, dropout=dropout)
+        read = through_blocks(
+            self.tokens,
+            self.slots.squeeze(-3),
+            self.slot_bias.squeeze(-2),
+            key.tokens,
+            key.token_bias.squeeze(-1),
+            key.slots.squeeze(-3),
+            key.slot_bias.squeeze(-2),
+            value,
+            reach,
+        )
+        return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
+
+    def within(self, key: LogWeights, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
+        """Queries read the keys of their own chunk up to themselves."""
+        if extra is not None or dropout:
+            return within_dense(self, key, value, extra=extra, dropout=dropout)
+        blocks, chunk = value.shape[2:4]
+        found = near(
+            self.tokens.flatten(2, 3),
+            self.token_bias.flatten(2),
+            self.slots.squeeze(-3),
+            self.slot_bias.squeeze(-2),
+            key.tokens.flatten(2, 3),
+            key.token_bias.flatten(2),
+            key.slots.squeeze(-3),
+            key.slot_bias.squeeze(-2),
+            value.flatten(2, 3),
+            chunk,
+        )
+        return Partial(found.output.unflatten(2, (blocks, chunk)), found.log_mass.unflatten(2, (blocks, chunk)))
+
+
+def across_dense(
+    query: SlotWeights, key: SlotWeights, value: Tensor, reach: Reach, *, extra: Tensor | None, dropout: float
+) -> Partial:
+    """`SlotWeights.across` with the states of all units, and log-weights of all queries if there is dropout."""
+    number, units = torch.arange(query.dense().shape[2], device=value.device), reach.units
+    before = number * units - reach.margin
+    after = None if reach.is_causal else (number + 1) * units + reach.margin
+    states = key.summarise(value)
+    return query.read(states_around(states, before, after), extra=extra, dropout=dropout)
+
+
+def within_dense(
+    query: SlotWeights, key: SlotWeights, value: Tensor, *, extra: Tensor | None, dropout: float
+) -> Partial:
+    """`SlotWeights.within` from all log-weights, halves of a pair at a time."""
+    query_logits, key_logits = query.dense(), key.dense()
+    query_logits = query_logits if extra is None else query_logits + extra
+    partials, half = [own_key(query_logits, key_logits, value, dropout=dropout)], 1
+    while half < value.shape[-2]:
+        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
+        half *= 2
+    return merge(partials)

@@ -12,9 +12,16 @@ from ..errors import InputError, UnsupportedError
 from .exact import causal_visibility, exact_partial
 from .factored import SlotWeights
 from .heavy import heavy_keys
+from .kernels.reach import Reach
 from .layout import Blocks, fit_window
-from .slots import Partial, between_halves, merge, own_key, states_around, states_before, states_elsewhere
+from .partial import Partial, merge
+from .slots import between_halves
 from .tokens import Tokens
+
+# Measured on CPU cores with 256 slots and head_dim 64: the largest block whose tokens read each other one by one
+# (causal without a window), and the smallest that is worth a state of its slots beside a window.
+_CAUSAL_CHUNK = 64
+_WINDOW_CHUNK = 64
 
 
 def slot_attention(
@@ -26,7 +33,7 @@ def slot_attention(
     window_size: int,
     overlap_window: bool = False,
     num_heavy_keys: int = 0,
-    chunk_size: int,
+    chunk_size: int | None,
     dropout: float = 0.0,
     extra: Tensor | None = None,
 ) -> Partial:
@@ -43,8 +50,8 @@ def slot_attention(
         overlap_window: A query also sees half a block to each side of its own exactly (causal: the whole block
             before). Sequences only.
         num_heavy_keys: That many keys of the row are seen exactly by every query (bidirectional only).
-        chunk_size: Up to this many tokens, blocks that are close read each other without a state of their slots;
-            changes the cost, not the result.
+        chunk_size: Up to this many tokens, a power of two, blocks that are close read each other without a state of
+            their slots; changes the cost, not the result. `None`: what was measured to be fast.
     Returns: output `[batch, heads, tokens, head_dim]` and its log mass.
     Raises: InputError, UnsupportedError for options that do not go together.
     Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
@@ -58,22 +65,15 @@ def slot_attention(
     if not is_causal and not window_size:
         slots = key.masked(visible).summarise(tokens.value)
         partials.append(query.read(slots, extra=extra, dropout=dropout))
-    elif overlap_window and window_size < num_tokens:
-        arguments = (tokens, query, key, visible, extra)
-        partials.append(_overlapping(*arguments, is_causal=is_causal, window_size=window_size, dropout=dropout))
     else:
-        arguments = (tokens, query, key, visible, extra)
-        size = fit_window(window_size or 1, num_tokens, tokens.grid)
-        partials.append(
-            _blocked(
-                *arguments,
-                is_causal=is_causal,
-                has_window=window_size > 0,
-                size=size,
-                chunk_size=chunk_size,
-                dropout=dropout,
-            )
-        )
+        arguments = (tokens, query, key, visible, extra, is_causal, dropout)
+        if not window_size:
+            partials.append(_causal(*arguments, chunk_size=chunk_size or _CAUSAL_CHUNK))
+        elif overlap_window and window_size < num_tokens:
+            partials.append(_overlapping(*arguments, window_size=window_size))
+        else:
+            size = fit_window(window_size, num_tokens, tokens.grid)
+            partials.append(_windows(*arguments, size=size, chunk_size=chunk_size or _WINDOW_CHUNK))
     return merge(partials)
 
 
@@ -98,67 +98,81 @@ def _check_options(
         )
 
 
-def _blocked(
+def _causal(
     tokens: Tokens,
     query: SlotWeights,
     key: SlotWeights,
     key_visible: Tensor | None,
     extra: Tensor | None,
-    *,
     is_causal: bool,
-    has_window: bool,
+    dropout: float,
+    *,
+    chunk_size: int,
+) -> Partial:
+    """No window: tokens of a chunk read each other one by one, those of earlier chunks through their states."""
+    num_tokens = tokens.y.shape[2]
+    blocks = Blocks(num_tokens, min(chunk_size, _next_power_of_two(num_tokens)))
+    valid = _real(tokens, key_visible, blocks.split)
+    query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split).masked(valid)
+    value, extra = blocks.split(tokens.value), None if extra is None else blocks.split(extra)
+    partials = [query.within(key, value, extra=extra, dropout=dropout)]
+    if blocks.num_blocks > 1:
+        partials.append(query.across(key, value, Reach(is_causal=is_causal), extra=extra, dropout=dropout))
+    return _joined(merge(partials), blocks.join)
+
+
+def _windows(
+    tokens: Tokens,
+    query: SlotWeights,
+    key: SlotWeights,
+    key_visible: Tensor | None,
+    extra: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+    *,
     size: int,
     chunk_size: int,
-    dropout: float,
 ) -> Partial:
-    """Disjoint blocks: a query sees its own block exactly (without a window a block is one key, seen through slots).
+    """Disjoint windows: a query sees its own one exactly.
 
-    Within groups of blocks (`chunk_size` tokens) the blocks read each other directly, halves of a pair at a time;
+    Within groups of windows (`chunk_size` tokens) the windows read each other directly, halves of a pair at a time;
     between groups every group's slots are summarised on their own and merged.
     """
     blocks = Blocks(tokens.y.shape[2], size, tokens.grid)
     members = size if tokens.grid is None else size**2
-    # Blocks that are close read each other directly, in groups of 2^k; only groups get a state of their slots.
     per_group = 1 << max(0, min(chunk_size // members, _next_power_of_two(blocks.num_blocks)).bit_length() - 1)
     padding = -blocks.num_blocks % per_group
 
     def grouped(x: Tensor) -> Tensor:
-        x = F.pad(blocks.split(x), (0, 0, 0, 0, 0, padding))
+        x = F.pad(blocks.split(x), (0, 0, 0, 0, 0, padding)) if padding else blocks.split(x)
         return x.unflatten(-3, (-1, per_group)).flatten(-3, -2)
 
-    real = torch.ones_like(tokens.y[:1, :1, :, :1]) if key_visible is None else key_visible.to(tokens.y)
-    valid = grouped(real) > 0
+    valid = _real(tokens, key_visible, grouped)
     value = grouped(tokens.value)
     query, key = query.map_tokens(grouped), key.map_tokens(grouped).masked(valid)
     extra = None if extra is None else grouped(extra)
-    if has_window:
-        visible = valid.squeeze(-1).unflatten(-1, (per_group, members)).unsqueeze(-2)
-        if is_causal:
-            visible = visible & causal_visibility(members, members, value.device)
-        x, y = (grouped(z).unflatten(-2, (per_group, members)) for z in (tokens.x, tokens.y))
-        near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
-        partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
-    else:
-        partials = []
-    if not has_window or per_group > 1:
+
+    visible = None if valid is None else valid.squeeze(-1).unflatten(-1, (per_group, members)).unsqueeze(-2)
+    if is_causal:
+        earlier = causal_visibility(members, members, value.device)
+        visible = earlier if visible is None else visible & earlier
+    x, y = (grouped(z).unflatten(-2, (per_group, members)) for z in (tokens.x, tokens.y))
+    near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
+    partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
+    if per_group > 1:
         query_logits, key_logits = query.dense(), key.dense()
         query_logits = query_logits if extra is None else query_logits + extra
-    if not has_window:
-        partials.append(own_key(query_logits, key_logits, value, dropout=dropout))
     half = members
     while half < per_group * members:
         partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout))
         half *= 2
     if value.shape[-3] > 1:
-        states = key.summarise(value)
-        far = states_before(states) if is_causal else states_elsewhere(states)
-        partials.append(query.read(far, extra=extra, dropout=dropout))
-    merged = merge(partials)
+        partials.append(query.across(key, value, Reach(is_causal=is_causal), extra=extra, dropout=dropout))
 
     def joined(x: Tensor) -> Tensor:
         return blocks.join(x.unflatten(-2, (per_group, members)).flatten(-4, -3)[..., : blocks.num_blocks, :, :])
 
-    return _joined(merged, joined)
+    return _joined(merge(partials), joined)
 
 
 def _overlapping(
@@ -167,10 +181,10 @@ def _overlapping(
     key: SlotWeights,
     key_visible: Tensor | None,
     extra: Tensor | None,
-    *,
     is_causal: bool,
-    window_size: int,
     dropout: float,
+    *,
+    window_size: int,
 ) -> Partial:
     """Blocks whose windows reach beyond them, to the border of a unit: slots are summarised per unit.
 
@@ -178,29 +192,35 @@ def _overlapping(
     block t sees units `t - 1` and `t`.
     """
     num_tokens = tokens.y.shape[2]
-    unit = window_size if is_causal else window_size // 2
+    reach = Reach(1, 1, True) if is_causal else Reach(2, 1, False)
+    unit = window_size // reach.units
     blocks, units = Blocks(num_tokens, window_size), Blocks(num_tokens, unit)
-    reach = window_size + (unit if is_causal else 2 * unit)
+    slots = window_size + (unit if is_causal else 2 * unit)
     end = blocks.num_blocks * window_size + (0 if is_causal else unit)
 
-    def near(z: Tensor) -> Tensor:  # [..., tokens, dim] -> [..., blocks, reach, dim]
+    def near(z: Tensor) -> Tensor:  # [..., tokens, dim] -> [..., blocks, slots, dim]
         padded = F.pad(z, (0, 0, unit, end - num_tokens))
-        return padded.unfold(-2, reach, window_size).transpose(-1, -2)
+        return padded.unfold(-2, slots, window_size).transpose(-1, -2)
 
     real = torch.ones_like(tokens.y[:1, :1, :, :1]) if key_visible is None else key_visible.to(tokens.y)
     seen = (near(real) > 0).transpose(-1, -2)
     if is_causal:
-        seen = seen & causal_visibility(window_size, reach, seen.device)
+        seen = seen & causal_visibility(window_size, slots, seen.device)
     partials = [exact_partial(blocks.split(tokens.x), near(tokens.y), near(tokens.value), seen)]
 
-    number = torch.arange(blocks.num_blocks, device=seen.device)
-    before = number - 1 if is_causal else 2 * number - 1
-    states = key.masked(key_visible).map_tokens(units.split)
-    summary = states.masked(units.split(real) > 0).summarise(units.split(tokens.value))
-    far = states_around(summary, before, None if is_causal else before + 4)
-    extra = None if extra is None else blocks.split(extra)
-    partials.append(query.map_tokens(blocks.split).read(far, extra=extra, dropout=dropout))
+    key = key.masked(key_visible).map_tokens(units.split).masked(_real(tokens, None, units.split))
+    query, extra = query.map_tokens(blocks.split), None if extra is None else blocks.split(extra)
+    partials.append(query.across(key, units.split(tokens.value), reach, extra=extra, dropout=dropout))
     return _joined(merge(partials), blocks.join)
+
+
+def _real(tokens: Tokens, key_visible: Tensor | None, split: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Which places of the blocks hold a key to read, `[batch or 1, heads or 1, ..., 1]`; `None` if all do."""
+    real = tokens.y.new_ones(1, 1, tokens.y.shape[2], 1) if key_visible is None else key_visible.to(tokens.y)
+    places = split(real)
+    if key_visible is None and places.shape[-3] * places.shape[-2] == tokens.y.shape[2]:
+        return None
+    return places > 0
 
 
 def _joined(partial: Partial, join: Callable[[Tensor], Tensor]) -> Partial:
@@ -209,3 +229,9 @@ def _joined(partial: Partial, join: Callable[[Tensor], Tensor]) -> Partial:
 
 def _next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise `InputError` unless `chunk_size` is `None` or a power of two."""
+    if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+        raise InputError(f"chunk_size must be a power of two, or None; got {chunk_size!r}.")

@@ -318,7 +318,7 @@ def test_nothing_exact_beside_it(options: dict[str, Any], message: str, is_causa
         ({"kernel_epsilon": -1e-3}, "kernel_epsilon must be a finite number >= 0; got -0.001"),
         ({"kernel_epsilon": math.inf}, "kernel_epsilon must be"),
         ({"kernel_epsilon": math.nan}, "kernel_epsilon must be"),
-        ({"chunk_size": 3}, "chunk_size must be a power of two; got 3"),
+        ({"chunk_size": 3}, "chunk_size must be a power of two, or None; got 3"),
         ({"projection": torch.zeros(3, 5, DIM)}, r"projection must be \[heads, features, head_dim\].*\(3, 5, 4\)"),
         ({"projection": torch.zeros(5, 3)}, "projection must be"),
         ({"projection": torch.zeros(1, HEADS, 5, DIM)}, "projection must be"),

@@ -71,7 +71,8 @@ def test_one_huge_token(attend: Variant, dtype: torch.dtype, window: int, which:
     assert_as_good_as_float32(attend, [z.detach() for z in tensors], window_size=window)
     if attend.is_causal:  # nothing before it may notice
         calm = [torch.cat([z[:, :, :7], z[:, :, 7:] * 0], 2) for z in tensors]
-        assert torch.equal(attend(*calm, window_size=window)[:, :, :7], out[:, :, :7])
+        # Up to rounding: how weights are summed may depend on how far apart the keys of a chunk are.
+        torch.testing.assert_close(attend(*calm, window_size=window)[:, :, :7], out[:, :, :7])
 
 
 @every

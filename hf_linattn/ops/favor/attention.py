@@ -20,7 +20,7 @@ from ..exact import attention_function, scale_inputs
 from ..factored import LogWeights
 from ..layout import check_grid
 from ..tokens import prepare
-from ..windowed import slot_attention
+from ..windowed import check_chunk_size, slot_attention
 from .statistics import FavorStatistics, RowStatistics, favor_statistics, neutral_statistics, optimal_shape
 
 __all__ = [
@@ -97,7 +97,7 @@ def favor_attention(
     num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     slot_dropout: float = 0.0,
     is_cross: bool = False,
 ) -> Tensor:
@@ -123,7 +123,7 @@ def favor_attention(
         grid: Height and width in patches of the tokens after the global ones.
         num_global_tokens: Leading tokens that see and are seen exactly (bidirectional only).
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
-            the slots (causal or with a window); changes cost, not the result.
+            the slots (causal or with a window); changes cost, not the result. `None`: what was measured to be fast.
         slot_dropout: Dropout on the weights of the slots.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries (bidirectional,
             without window and global tokens). Implied by different lengths.
@@ -142,8 +142,7 @@ def favor_attention(
             f"projection must be [heads, features, head_dim] = [{query.shape[1]}, features, {query.shape[-1]}] or"
             f" [features, {query.shape[-1]}]; got {tuple(projection.shape)}."
         )
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
+    check_chunk_size(chunk_size)
     if is_causal and isinstance(statistics, RowStatistics):
         raise InputError(
             "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"

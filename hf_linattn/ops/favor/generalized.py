@@ -21,9 +21,12 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
 from ..exact import attention_function, scale_inputs
-from ..slots import Partial, mask_logits, weigh
+from ..factored import across_dense, within_dense
+from ..kernels.reach import Reach
+from ..partial import Partial
+from ..slots import mask_logits, weigh
 from ..tokens import prepare
-from ..windowed import slot_attention
+from ..windowed import check_chunk_size, slot_attention
 
 # Below it `log(softplus(z))` is `z` to the last digit of a float64, and above it no logarithm is of a tiny number.
 _SOFTPLUS_TAIL = -40.0
@@ -58,6 +61,18 @@ class FeatureWeights:
         """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
         logits = self.log_features + slots.log_mass.unsqueeze(-2)
         return weigh(logits if extra is None else logits + extra, slots.output, dropout=dropout)
+
+    def across(
+        self, key: FeatureWeights, value: Tensor, reach: Reach, *, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
+        return across_dense(self, key, value, reach, extra=extra, dropout=dropout)
+
+    def within(
+        self, key: FeatureWeights, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Queries read the keys of their own chunk up to themselves."""
+        return within_dense(self, key, value, extra=extra, dropout=dropout)
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------
@@ -129,7 +144,7 @@ def generalized_attention(
     num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     slot_dropout: float = 0.0,
     is_cross: bool = False,
 ) -> Tensor:
@@ -153,7 +168,7 @@ def generalized_attention(
             are; nothing exact can stand beside a generalised kernel, so anything but 0 (False) is refused.
         grid: Without a window there are no neighbours on a grid: no effect (bidirectional only).
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
-            the slots (causal only); changes cost, not the result.
+            the slots (causal only); changes cost, not the result. `None`: what was measured to be fast.
         slot_dropout: Dropout on the weights of the slots.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries
             (bidirectional). Implied by different lengths.
@@ -207,7 +222,7 @@ def generalized_attention(
     return tokens.finish(Partial(estimate.output.masked_fill(nothing, 0.0), estimate.log_mass))
 
 
-def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float, chunk_size: int) -> None:
+def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float, chunk_size: int | None) -> None:
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {list(KERNELS)}; got {kernel!r}.{did_you_mean(kernel, KERNELS)}")
     if not 0 <= kernel_epsilon < math.inf:
@@ -221,5 +236,4 @@ def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float
             f"projection must be [heads, features, head_dim] = [{query.shape[1]}, features, {query.shape[-1]}] or"
             f" [features, {query.shape[-1]}]; got {tuple(projection.shape)}."
         )
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
+    check_chunk_size(chunk_size)

@@ -23,7 +23,7 @@ from ..factored import LogWeights
 from ..layout import gather_tokens
 from ..noise import noise_factor
 from ..tokens import Tokens, prepare
-from ..windowed import slot_attention
+from ..windowed import check_chunk_size, slot_attention
 from .calibrated_proposals import CalibratedProposals, proposal_log_weights
 from .importance import WEIGHTINGS, draw_samples, importance_weights
 from .landmarks import LandmarkMap, find_landmarks, real_members
@@ -56,7 +56,7 @@ def lara_attention(
     num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     slot_dropout: float = 0.0,
 ) -> Tensor:
     r"""LARA attention, with proposals at landmarks of the sequence (bidirectional) or fixed in advance (any).
@@ -108,8 +108,7 @@ def lara_attention(
             raise InputError(f"{name} must be >= 1; got {number!r}.")
     if not 0 <= alpha_coeff < float("inf"):
         raise InputError(f"alpha_coeff must be a finite number >= 0; got {alpha_coeff!r}.")
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise InputError(f"chunk_size must be a power of two; got {chunk_size!r}.")
+    check_chunk_size(chunk_size)
     if proposals is not None and not isinstance(proposals, CalibratedProposals):
         raise InputError(f"proposals must be CalibratedProposals; got {type(proposals).__name__}.")
     if proposals is not None:

@@ -128,8 +128,8 @@ def of_keys(
         row_lift = tl.load(lift + offset + row, mask=row < num_queries, other=float("inf"))
         logits = dot(k, tl.trans(q)) * LOG2_E + shift[:, None]
         if MASK == 2:
-            seen = pair_mask(visible, start, first_k, visible_q, visible_k, num_queries, num_keys, BLOCK_Q, BLOCK_K)
-            logits = tl.where(tl.trans(seen), logits, float("-inf"))
+            seen = pair_mask(visible, first_k, start, visible_k, visible_q, num_keys, num_queries, BLOCK_K, BLOCK_Q)
+            logits = tl.where(seen, logits, float("-inf"))
         weights = tl.exp2(logits - row_lift[None, :])
         if grad_value is not None:
             grad_v = dot(weights.to(grad.dtype), grad, grad_v)

@@ -119,7 +119,7 @@ def launch(
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
 
 
 # What a module exposes as `COMPILE_CASES`: calls of its public functions by name, run under `recording()` on CPU

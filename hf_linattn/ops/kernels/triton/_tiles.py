@@ -57,14 +57,12 @@ def key_bias(bias, visible, start, bias_k, visible_k, num_keys, MASK: tl.constex
 
 
 @triton.jit
-def pair_mask(
-    visible, first_q, first_k, visible_q, visible_k, num_queries, num_keys, Q: tl.constexpr, K: tl.constexpr
-):
-    """A mask of queries and keys, `[Q, K]`."""
-    queries = (first_q + tl.arange(0, Q)).to(tl.int64)
-    keys = (first_k + tl.arange(0, K)).to(tl.int64)
-    address = visible + (queries * visible_q)[:, None] + (keys * visible_k)[None, :]
-    return tl.load(address, mask=(queries < num_queries)[:, None] & (keys < num_keys)[None, :], other=0) != 0
+def pair_mask(base, first_row, first_column, row_n, column_n, num_rows, num_columns, R: tl.constexpr, C: tl.constexpr):
+    """A tile `[R, C]` of a mask; False outside of it."""
+    row = (first_row + tl.arange(0, R)).to(tl.int64)
+    column = (first_column + tl.arange(0, C)).to(tl.int64)
+    address = base + (row * row_n)[:, None] + (column * column_n)[None, :]
+    return tl.load(address, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :], other=0) != 0
 
 
 @triton.jit

@@ -13,6 +13,7 @@ Where one side is short there would be too few programs, so the long side is cut
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ....errors import InputError
 from . import _attend_backward, _attend_forward
-from ._common import check, launch, padded, rows, splits
+from ._common import CompileCases, check, launch, padded, rows, splits
 
 _NONE, _KEYS, _PAIRS = 0, 1, 2  # what `visible` depends on: nothing (absent), the key, or query and key
 
@@ -36,15 +37,16 @@ class _Blocks(NamedTuple):
     num_stages: int
 
 
-# Blocks by (bytes per element, padded head_dim). Chosen so that the tiles of all stages fit into the shared memory of
-# sm_80 (163 KiB a block) and accumulators into registers, not tuned on a device: the same everywhere.
+# Blocks by (bytes per element, padded head_dim). Chosen by compiling for sm_80 and sm_90, so that the tiles of all
+# stages fit into shared memory and accumulators into registers (no or few spills). Not tuned on a device, nor at run
+# time: the same everywhere.
 _FORWARD = {
     (2, 64): _Blocks(128, 64, 4, 3),
     (2, 128): _Blocks(128, 64, 8, 2),
     (2, 256): _Blocks(128, 32, 8, 2),
-    (4, 64): _Blocks(64, 32, 4, 2),
-    (4, 128): _Blocks(64, 32, 8, 2),
-    (4, 256): _Blocks(32, 32, 8, 1),
+    (4, 64): _Blocks(64, 32, 8, 2),
+    (4, 128): _Blocks(32, 32, 8, 2),
+    (4, 256): _Blocks(32, 16, 8, 1),
 }
 _OF_QUERIES = {
     (2, 64): _Blocks(128, 64, 8, 2),
@@ -57,21 +59,13 @@ _OF_QUERIES = {
 _OF_KEYS = {
     (2, 64): _Blocks(64, 128, 8, 2),
     (2, 128): _Blocks(64, 64, 8, 2),
-    (2, 256): _Blocks(32, 64, 8, 2),
-    (4, 64): _Blocks(32, 64, 8, 2),
-    (4, 128): _Blocks(32, 32, 8, 2),
+    (2, 256): _Blocks(16, 64, 8, 2),
+    (4, 64): _Blocks(32, 32, 8, 2),
+    (4, 128): _Blocks(16, 32, 8, 2),
     (4, 256): _Blocks(16, 32, 8, 1),
 }
 # The least work of a part, when the long side is cut: below it the parts' results cost more than they save.
 _LEAST_PART = 512
-
-
-def _blocks(table: dict[tuple[int, int], _Blocks], *tensors: Tensor, queries: int, keys: int) -> _Blocks:
-    """The row of the table for the widest of the tensors, made smaller where there are fewer queries or keys."""
-    size = 2 if all(t.element_size() == 2 for t in tensors) else 4
-    width = max(64, *(padded(t.shape[-1]) for t in tensors))
-    row = table[size, width]
-    return row._replace(queries=min(row.queries, padded(queries)), keys=min(row.keys, padded(keys)))
 
 
 class _Operands:
@@ -121,6 +115,14 @@ class _Operands:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.batch, self.heads, *shape, dtype=dtype, device=self.query.device)
 
+    def blocks(self, table: dict[tuple[int, int], _Blocks]) -> _Blocks:
+        """The row of the table for the widest operand; smaller where there are fewer queries or keys."""
+        size = 2 if all(t.element_size() == 2 for t in (self.query, self.key, self.value)) else 4
+        row = table[size, max(64, padded(self.head_dim), padded(self.value_dim))]
+        if self.mask == _PAIRS:  # its tile needs registers
+            row = row._replace(queries=max(16, row.queries // 2))
+        return row._replace(queries=min(row.queries, padded(self.queries)), keys=min(row.keys, padded(self.keys)))
+
     def parts(self, outer: int, outer_block: int, inner: int, inner_block: int) -> tuple[int, int]:
         """(number of parts, their size) for programs that own blocks of `outer` and go through all of `inner`."""
         count = splits(self.groups * triton.cdiv(outer, outer_block), inner, _LEAST_PART)
@@ -146,7 +148,7 @@ def attend_forward(
     error of a weight, and TF32's would be 1 % for a logit of 20.
     """
     x = _Operands(query, key, value, bias, visible)
-    blocks = _blocks(_FORWARD, x.query, x.key, x.value, queries=x.queries, keys=x.keys)
+    blocks = x.blocks(_FORWARD)
     count, size = x.parts(x.queries, blocks.queries, x.keys, blocks.keys)
     output, log_mass = x.empty(x.queries, x.value_dim, dtype=value.dtype), x.empty(x.queries, dtype=torch.float32)
     part_output, part_mass = output, log_mass
@@ -219,7 +221,7 @@ def attend_backward(
 
     grad_query = grad_key = grad_value = grad_bias = None
     if need_query:
-        blocks = _blocks(_OF_QUERIES, x.query, x.key, x.value, queries=x.queries, keys=x.keys)
+        blocks = x.blocks(_OF_QUERIES)
         count, size = x.parts(x.queries, blocks.queries, x.keys, blocks.keys)
         part = _part_dtype(count, query.dtype)
         grad_query = x.empty(count, x.queries, x.head_dim, dtype=part)
@@ -235,7 +237,7 @@ def attend_backward(
         )
         grad_query = _sum_of_parts(grad_query, query.dtype)
     if need_key or need_value or need_bias:
-        blocks = _blocks(_OF_KEYS, x.query, x.key, x.value, queries=x.queries, keys=x.keys)
+        blocks = x.blocks(_OF_KEYS)
         count, size = x.parts(x.keys, blocks.keys, x.queries, blocks.queries)
         if need_key:
             grad_key = x.empty(count, x.keys, x.head_dim, dtype=_part_dtype(count, key.dtype))
@@ -266,3 +268,25 @@ def _part_dtype(count: int, dtype: torch.dtype) -> torch.dtype:
 def _sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Dimension 2 counts the parts. Summed in a fixed order: deterministic."""
     return parts.squeeze(2).to(dtype) if parts.shape[2] == 1 else parts.sum(2).to(dtype)
+
+
+def _compile_case(dtype: torch.dtype, head_dim: int, masked: str | None, queries: int, keys: int) -> None:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(2, 4, *shape, dtype=dtype, device="meta")
+
+    query, key, value = empty(queries, head_dim), empty(keys, head_dim), empty(keys, head_dim)
+    bias = None if masked is None else empty(keys, dtype=torch.float32)
+    visible = None
+    if masked is not None:
+        visible = empty(queries if masked == "pairs" else 1, keys, dtype=torch.bool).expand(2, 4, queries, keys)
+    output, log_mass = attend_forward(query, key, value, bias, visible)
+    needs = (True, True, True, bias is not None)
+    attend_backward(output, log_mass, query, key, value, bias, visible, output, log_mass, needs)
+
+
+COMPILE_CASES: CompileCases = {
+    f"{str(dtype)[6:]}-{head_dim}-{masked}": partial(_compile_case, dtype, head_dim, masked, queries, keys)
+    for dtype in (torch.bfloat16, torch.float32)
+    for head_dim in (64, 80, 128, 256)
+    for masked, queries, keys in ((None, 4096, 256), ("keys", 256, 4096), ("pairs", 256, 4096))
+}

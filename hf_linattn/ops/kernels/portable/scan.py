@@ -1,0 +1,110 @@
+"""`scan` in plain torch: one block after the other, so that the running state stays in the caches of a core.
+
+States of units of keys, `output` `[groups, units, slots, head_dim]` and `log_mass` `[groups, units, slots]`, are merged
+for every block of queries over the units it reads (`Reach`). Nothing is ever subtracted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reach import Reach
+
+
+def scan_forward(output: Tensor, log_mass: Tensor, blocks: int, reach: Reach) -> tuple[Tensor, Tensor]:
+    """Merged states `[groups, blocks, slots, ...]`; a block that reads nothing gets output 0 and mass `-inf`."""
+    groups, units, slots, head_dim = output.shape
+    merged, mass = output.new_empty(groups, blocks, slots, head_dim), log_mass.new_empty(groups, blocks, slots)
+    state, done = _empty_state(output, log_mass), 0
+    for block in range(blocks):
+        for unit in range(done, reach.before(block)):
+            state = _join(*state, output[:, unit], log_mass[:, unit])
+        done = max(done, reach.before(block))
+        merged[:, block], mass[:, block] = state
+    if reach.is_causal:
+        return merged, mass
+    state, done = _empty_state(output, log_mass), units
+    for block in reversed(range(blocks)):
+        for unit in reversed(range(reach.after(block, units), done)):
+            state = _join(*state, output[:, unit], log_mass[:, unit])
+        done = min(done, reach.after(block, units))
+        both = _join(merged[:, block], mass[:, block], *state)
+        merged[:, block], mass[:, block] = both
+    return merged, mass
+
+
+def scan_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    output: Tensor,
+    log_mass: Tensor,
+    merged: Tensor,
+    merged_mass: Tensor,
+    reach: Reach,
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of `output` and `log_mass`.
+
+    With weights `w[i, k] = exp(b_k - B_i)` of unit k in the result of block i,
+
+        d u_k = sum_i w[i, k] dO_i                    d b_k = u_k . d u_k - sum_i w[i, k] (dO_i . O_i - dB_i)
+
+    are sums over the blocks i that read k. `exp(-B_i)` may be anything, so the running sums are kept relative to the
+    smallest `B_i` so far, which is at least `b_k`.
+    """
+    blocks, units = merged.shape[1], output.shape[1]
+    shift = (grad_output.to(log_mass.dtype) * merged.to(log_mass.dtype)).sum(-1) - grad_mass
+    grad_states = torch.zeros(output.shape, dtype=log_mass.dtype, device=output.device)
+    grad_shift = torch.zeros_like(log_mass)
+    sums, block = _Sums(output, log_mass), blocks - 1
+    for unit in reversed(range(units)):
+        while block >= 0 and reach.before(block) > unit:
+            sums.add(grad_output[:, block], shift[:, block], merged_mass[:, block])
+            block -= 1
+        sums.give(grad_states[:, unit], grad_shift[:, unit], log_mass[:, unit])
+    if not reach.is_causal:
+        sums, block = _Sums(output, log_mass), 0
+        for unit in range(units):
+            while block < blocks and reach.after(block, units) <= unit:
+                sums.add(grad_output[:, block], shift[:, block], merged_mass[:, block])
+                block += 1
+            sums.give(grad_states[:, unit], grad_shift[:, unit], log_mass[:, unit])
+    grad_log_mass = (output.to(log_mass.dtype) * grad_states).sum(-1) - grad_shift
+    return grad_states.to(output.dtype), grad_log_mass
+
+
+class _Sums:
+    """`sum_i exp(low - B_i) dO_i` and the same of the shifts; `low` is the smallest `B_i` so far."""
+
+    def __init__(self, output: Tensor, log_mass: Tensor) -> None:
+        self.total, self.shift = torch.zeros_like(output[:, 0], dtype=log_mass.dtype), torch.zeros_like(log_mass[:, 0])
+        self.low = torch.full_like(self.shift, float("inf"))
+
+    def add(self, grad_output: Tensor, shift: Tensor, mass: Tensor) -> None:
+        # A block that reads nothing adds nothing, whatever its gradients are.
+        mass = mass.masked_fill(mass == float("-inf"), float("inf"))
+        low = torch.minimum(self.low, mass)
+        finite = low.clamp_max(torch.finfo(low.dtype).max)
+        old, new = (finite - self.low).exp_(), (finite - mass).exp_()
+        self.total.mul_(old.unsqueeze(-1)).addcmul_(grad_output.to(low.dtype), new.unsqueeze(-1))
+        self.shift.mul_(old).addcmul_(shift, new)
+        self.low = low
+
+    def give(self, grad_state: Tensor, grad_shift: Tensor, log_mass: Tensor) -> None:
+        weight = (log_mass - self.low).exp_()
+        grad_state.addcmul_(self.total, weight.unsqueeze(-1))
+        grad_shift.addcmul_(self.shift, weight)
+
+
+def _empty_state(output: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    first = output[:, 0]
+    return torch.zeros_like(first, dtype=log_mass.dtype), torch.full_like(log_mass[:, 0], float("-inf"))
+
+
+def _join(state: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two states; `state` is overwritten."""
+    top = torch.maximum(mass, other_mass).clamp_min_(torch.finfo(mass.dtype).min)
+    own, new = (mass - top).exp_(), (other_mass - top).exp_()
+    total = own + new
+    share = new / total.masked_fill(total == 0, 1.0)
+    return state.lerp_(other.to(state.dtype), share.unsqueeze(-1).to(state.dtype)), total.log_().add_(top)
