@@ -85,6 +85,7 @@ class Launch:
     """One recorded launch, enough to compile the kernel for a device that is not there."""
 
     kernel: Any
+    programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
@@ -113,7 +114,7 @@ def launch(
     `arguments` are positional, `constants` the kernel's `tl.constexpr` parameters, all of them.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, constants, num_warps, num_stages))
+        _recorded.append(Launch(kernel, programs, arguments, constants, num_warps, num_stages))
         return
     if programs == 0:
         return
