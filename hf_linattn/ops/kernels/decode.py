@@ -52,8 +52,8 @@ def decode_step(
     Cost: O(slots * (dim + head_dim)) time and memory, whatever came before.
     """
     lead = state_mass.shape[:-1]
-    inputs = (query, query_bias, key, key_bias, value, query_slots, query_slot_bias, key_slots, key_slot_bias)
-    inputs += (state_output, state_mass)
+    slots = (query_slots, query_slot_bias, key_slots, key_slot_bias)
+    inputs = (query, query_bias, key, key_bias, value, *slots, state_output, state_mass)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         raise UnsupportedError("decode_step has no gradients. Use torch.no_grad(), or attention over whole sequences.")
     for name, state in (("state_output", state_output), ("state_mass", state_mass)):

@@ -1,20 +1,20 @@
 """Compile every launch of the kernels' `COMPILE_CASES` for GPUs that are not there; print one JSON line per launch.
 
-A script, because Triton must not be in its interpreter: `python compile_kernels.py MODULE ...` with modules of
-`hf_linattn.ops.kernels.triton` and architectures in `ARCHITECTURES` (80 and 90 by default).
+A script, because Triton must not be in its interpreter: `python compile_kernels.py attend --arch 90`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
 import json
 import os
 import re
-import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
@@ -22,9 +22,8 @@ os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import hf_linattn.ops.kernels.triton as kernels
 from hf_linattn.ops.kernels.triton import _common
-
-ARCHITECTURES = [int(arch) for arch in os.environ.get("ARCHITECTURES", "80,90").split(",")]
 
 
 class AbsentGpu:
@@ -67,15 +66,26 @@ def compile_launch(launch: _common.Launch) -> dict[str, object]:
     }
 
 
-def main(modules: list[str]) -> None:
+def modules() -> list[str]:
+    """The modules that launch kernels, in order; each must say what to compile."""
+    files = Path(kernels.__path__[0]).glob("[!_]*.py")
+    return sorted(file.stem for file in files if "launch(" in file.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", help="all, unless named")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--first", action="store_true", help="only the first case of each module")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing comes from an earlier run, whose log would be missing
-        for name in modules:
-            module = importlib.import_module(f"hf_linattn.ops.kernels.triton.{name}")
-            for case, call in module.COMPILE_CASES.items():
+        for name in options.modules or modules():
+            cases = importlib.import_module(f"{kernels.__name__}.{name}").COMPILE_CASES
+            for case in list(cases)[: 1 if options.first else None]:
                 with _common.recording() as launches:
-                    call()
-                for arch in ARCHITECTURES:
+                    cases[case]()
+                for arch in options.arch:
                     driver.set_active(AbsentGpu(arch))
                     for launch in launches:
                         found = {"module": name, "case": case, "arch": arch, **compile_launch(launch)}
@@ -83,4 +93,4 @@ def main(modules: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,0 +1,60 @@
+"""Every kernel compiles for the GPUs we care about, and fits: no GPU is needed for that, only Triton's compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import hf_linattn.ops.kernels.triton as kernels
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+MODULES = ["attend", "decode", "near", "scan"]
+# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# Bytes stored to and loaded from local memory by instructions of a kernel, for want of registers. Few cost little; many
+# mean that accumulators do not fit, and that blocks must be smaller.
+SPILLED = 512
+
+
+def compile_all(*arguments: str) -> list[dict[str, object]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(kernels.__file__).parents[4])
+    found = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def check(launches: list[dict[str, object]]) -> None:
+    assert launches
+    for launch in launches:
+        print(launch)
+        assert launch["shared"] <= SHARED_MEMORY[launch["arch"]], launch  # type: ignore[operator,index]
+        assert launch["spilled"] <= SPILLED, launch  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_one_case_of_every_module() -> None:
+    launches = compile_all("--first")
+    check(launches)
+    assert sorted({str(launch["module"]) for launch in launches}) == MODULES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_every_case(module: str) -> None:
+    check(compile_all(module))
+
+
+def test_hopper_gets_its_own_matrix_instructions() -> None:
+    launches = compile_all("attend", "--arch", "90", "--first")
+    check(launches)
+    assert {launch["kernel"] for launch in launches if launch["wgmma"]} == {"forward", "of_queries", "of_keys"}
