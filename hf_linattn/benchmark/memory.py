@@ -25,7 +25,7 @@ import torch
 from .cases import Implementation, Unavailable, Workload, make_inputs, make_step
 from .measure import explain
 from .ours import KindOptions, kind_implementation
-from .peers import peer_implementations
+from .peers import PEERS, peer_implementations
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc keeps freed blocks below a threshold that grows by itself; fixed, large tensors go back at once.
@@ -93,15 +93,24 @@ def _trim() -> None:
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
 def measure_peaks(
-    name: str, kind_options: KindOptions | None, works: Sequence[Workload], *, threads: int = 1, timeout: float = 1800
+    name: str,
+    kind_options: KindOptions | None,
+    works: Sequence[Workload],
+    *,
+    threads: int = 1,
+    num_features: int = 256,
+    timeout: float = 1800,
 ) -> Iterator[tuple[Workload, int | None, str]]:
     """Peak memory of one implementation for several workloads, in child processes.
 
     Args:
         name: A kind, if it has `kind_options`, or the name of a peer's implementation.
+        num_features: Of a peer with random features.
         timeout: Seconds for one child.
     Yields: (workload, bytes, ""), or (workload, `None`, the reason).
     """
+    if not works:
+        return
     groups = [list(works)] if can_reset() or _is_cuda(works) else [[work] for work in works]
     for group in groups:
         request = {
@@ -109,6 +118,7 @@ def measure_peaks(
             "options": asdict(kind_options) if kind_options else None,
             "works": [work.to_dict() for work in group],
             "threads": threads,
+            "num_features": num_features,
         }
         answers, failure = _ask(request, timeout)
         for index, work in enumerate(group):
@@ -143,7 +153,7 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The child's side: one dictionary per workload."""
     torch.set_num_threads(request["threads"])
     works = [Workload(**work) for work in request["works"]]
-    implementation = find(request["name"], request["options"], works[0].device)
+    implementation = find(request["name"], request["options"], works[0].device, request["num_features"])
     warm_up = Workload(**{**works[0].to_dict(), "tokens": min(WARM_UP_TOKENS, works[0].tokens)})
     for index, work in enumerate([warm_up, *works]):
         found: dict[str, Any] = {"bytes": None, "reason": ""}
@@ -157,11 +167,11 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def find(name: str, options: dict[str, Any] | None, device: str) -> Implementation:
+def find(name: str, options: dict[str, Any] | None, device: str, num_features: int) -> Implementation:
     """The implementation behind a name that crossed a process border."""
     if options is not None:
         return kind_implementation(name, KindOptions(**options))
-    peers = peer_implementations(["sdpa", "performer-pytorch", "flash-linear-attention"], device, 256)
+    peers = peer_implementations(PEERS, device, num_features)
     return next(peer for peer in peers if peer.name == name)
 
 

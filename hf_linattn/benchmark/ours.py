@@ -21,27 +21,29 @@ class KindOptions:
     """Settings that a run gives to every kind that has them.
 
     Args:
-        window_size: Tokens of the exact window. EVA, which is a window plus chunks, takes `eva_window` instead of 0.
+        window_size: Tokens of the exact window, `None` for the default of the model family. EVA, which is a window
+            plus chunks, takes `eva_window` instead of 0.
         eva_chunk_size: Tokens per chunk in a causal layer, a divisor of the window.
     """
 
     num_features: int = 256
     num_landmarks: int = 64
     num_chunks: int = 64
-    window_size: int = 0
+    window_size: int | None = 0
     eva_window: int = 64
     eva_chunk_size: int = 16
 
     def config(self, kind: str) -> AttentionConfig:
         """The settings object of a kind. Raises `ConfigError` for an unknown kind or an impossible value."""
-        fields: dict[str, Any] = {"kind": kind, "num_global_tokens": 0, "window_size": self.window_size}
+        fields: dict[str, Any] = {"kind": kind, "window_size": self.window_size}
         if kind in ("favor_plus", "favor_sharp"):
             fields["num_features"] = self.num_features
         elif kind == "lara":
             fields["num_landmarks"] = self.num_landmarks
         elif kind == "eva":
             fields |= {"num_chunks": self.num_chunks, "chunk_size": self.eva_chunk_size}
-            fields["window_size"] = self.window_size or self.eva_window
+            if self.window_size == 0:
+                fields["window_size"] = self.eva_window
         return config_from_dict(fields)
 
 
