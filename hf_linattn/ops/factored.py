@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .kernels.attend import attend
 from .kernels.blocks import through_blocks
-from .kernels.near import near
+from .kernels.causal import causal
 from .kernels.reach import Reach
+from .layout import Blocks
 from .partial import Partial, merge
 from .slots import between_halves, own_key, states_around, weigh
 
@@ -51,8 +52,10 @@ class SlotWeights(Protocol):
         Tokens are `[batch, heads, blocks, tokens of a block, ...]`, values `[batch, heads, units, keys, head_dim]`.
         """
 
-    def within(self, key: Self, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
-        """Queries read the keys of their own chunk up to themselves. A chunk's size is a power of two."""
+    def causal(
+        self, key: Self, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Queries (`self`) read all keys up to themselves, those of their chunk one by one. `chunk` is a power of 2."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +124,24 @@ class LogWeights:
         )
         return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
 
-    def within(self, key: LogWeights, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
-        """Queries read the keys of their own chunk up to themselves."""
+    def causal(
+        self, key: LogWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Queries (`self`) read all keys up to themselves, those of their chunk one by one."""
         if extra is not None or dropout:
-            return within_dense(self, key, value, extra=extra, dropout=dropout)
-        blocks, chunk = value.shape[2:4]
-        found = near(
-            self.tokens.flatten(2, 3),
-            self.token_bias.flatten(2),
-            self.slots.squeeze(-3),
-            self.slot_bias.squeeze(-2),
-            key.tokens.flatten(2, 3),
-            key.token_bias.flatten(2),
-            key.slots.squeeze(-3),
-            key.slot_bias.squeeze(-2),
-            value.flatten(2, 3),
+            return causal_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
+        return causal(
+            self.tokens,
+            self.token_bias.squeeze(-1),
+            self.slots,
+            self.slot_bias,
+            key.tokens,
+            key.token_bias.squeeze(-1),
+            key.slots,
+            key.slot_bias,
+            value,
             chunk,
         )
-        return Partial(found.output.unflatten(2, (blocks, chunk)), found.log_mass.unflatten(2, (blocks, chunk)))
 
 
 def across_dense(
@@ -152,14 +155,24 @@ def across_dense(
     return query.read(states_around(states, before, after), extra=extra, dropout=dropout)
 
 
-def within_dense(
-    query: SlotWeights, key: SlotWeights, value: Tensor, *, extra: Tensor | None, dropout: float
+def causal_dense(
+    query: SlotWeights, key: SlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None, dropout: float
 ) -> Partial:
-    """`SlotWeights.within` from all log-weights, halves of a pair at a time."""
+    """`SlotWeights.causal` from all log-weights: halves of a pair at a time within a chunk, states between chunks."""
+    blocks = Blocks(value.shape[2], chunk)
+    if blocks.num_blocks * chunk > value.shape[2]:
+        real = blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0
+        query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split).masked(real)
+    else:
+        query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split)
+    value, extra = blocks.split(value), None if extra is None else blocks.split(extra)
     query_logits, key_logits = query.dense(), key.dense()
     query_logits = query_logits if extra is None else query_logits + extra
     partials, half = [own_key(query_logits, key_logits, value, dropout=dropout)], 1
-    while half < value.shape[-2]:
+    while half < chunk:
         partials.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
         half *= 2
-    return merge(partials)
+    if blocks.num_blocks > 1:
+        partials.append(across_dense(query, key, value, Reach(is_causal=True), extra=extra, dropout=dropout))
+    merged = merge(partials)
+    return Partial(blocks.join(merged.output), blocks.join(merged.log_mass.unsqueeze(-1)).squeeze(-1))

@@ -68,7 +68,9 @@ def slot_attention(
     else:
         arguments = (tokens, query, key, visible, extra, is_causal, dropout)
         if not window_size:
-            partials.append(_causal(*arguments, chunk_size=chunk_size or _CAUSAL_CHUNK))
+            chunk = min(chunk_size or _CAUSAL_CHUNK, _next_power_of_two(num_tokens))
+            keys = key.masked(visible)
+            partials.append(query.causal(keys, tokens.value, chunk=chunk, extra=extra, dropout=dropout))
         elif overlap_window and window_size < num_tokens:
             partials.append(_overlapping(*arguments, window_size=window_size))
         else:
@@ -96,29 +98,6 @@ def _check_options(
             f"overlap_window=True works on sequences here, not on a grid; got grid={grid!r}. EVA has overlapping"
             " windows on grids; otherwise use overlap_window=False with a larger window_size."
         )
-
-
-def _causal(
-    tokens: Tokens,
-    query: SlotWeights,
-    key: SlotWeights,
-    key_visible: Tensor | None,
-    extra: Tensor | None,
-    is_causal: bool,
-    dropout: float,
-    *,
-    chunk_size: int,
-) -> Partial:
-    """No window: tokens of a chunk read each other one by one, those of earlier chunks through their states."""
-    num_tokens = tokens.y.shape[2]
-    blocks = Blocks(num_tokens, min(chunk_size, _next_power_of_two(num_tokens)))
-    valid = _real(tokens, key_visible, blocks.split)
-    query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split).masked(valid)
-    value, extra = blocks.split(tokens.value), None if extra is None else blocks.split(extra)
-    partials = [query.within(key, value, extra=extra, dropout=dropout)]
-    if blocks.num_blocks > 1:
-        partials.append(query.across(key, value, Reach(is_causal=is_causal), extra=extra, dropout=dropout))
-    return _joined(merge(partials), blocks.join)
 
 
 def _windows(

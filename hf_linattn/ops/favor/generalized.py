@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
 from ..exact import attention_function, scale_inputs
-from ..factored import across_dense, within_dense
+from ..factored import across_dense, causal_dense
 from ..kernels.reach import Reach
 from ..partial import Partial
 from ..slots import mask_logits, weigh
@@ -68,11 +68,11 @@ class FeatureWeights:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
         return across_dense(self, key, value, reach, extra=extra, dropout=dropout)
 
-    def within(
-        self, key: FeatureWeights, value: Tensor, *, extra: Tensor | None = None, dropout: float = 0.0
+    def causal(
+        self, key: FeatureWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
     ) -> Partial:
-        """Queries read the keys of their own chunk up to themselves."""
-        return within_dense(self, key, value, extra=extra, dropout=dropout)
+        """Queries (`self`) read all keys up to themselves."""
+        return causal_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------

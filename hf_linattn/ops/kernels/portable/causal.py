@@ -1,0 +1,307 @@
+r"""`causal` in plain torch: one chunk after the other, with the sums over earlier keys as a running state.
+
+Query t reads key n <= t with weight `sum_j exp(a[t, j] + c[j, n])`. With a reference `m_j` for every slot this is a
+product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the state
+
+    sums S_j = sum_n exp(c[j, n] - m_j) v_n        mass z_j = sum_n exp(c[j, n] - m_j)
+
+of the keys before it and the products inside it. `m_j` is the running maximum of `c`: nothing overflows. It may be
+that of a key which some queries of the chunk do not see yet. Where this could make what they do see underflow
+(`_is_safe`), the chunk is cut in two; a chunk of one token is always safe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of the logits of a chunk, of some rows and heads, per thread.
+_TILE = {"cpu": 1 << 17}
+_LARGE_TILE = 1 << 25
+# A state is kept for the backward pass every so many chunks; those in between are computed again.
+_SEGMENT = 16
+
+
+class _State(NamedTuple):
+    """`[groups, slots, head_dim]` and twice `[groups, slots, 1]`; `top` is the lowest number before the first key."""
+
+    sums: Tensor
+    mass: Tensor
+    top: Tensor
+
+
+class _Inputs(NamedTuple):
+    """Tokens `[groups, tokens, dim]`, slots `[groups, slots, dim]`, biases without `dim`."""
+
+    query: Tensor
+    query_bias: Tensor
+    query_slots: Tensor
+    query_slot_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+    key_slots: Tensor
+    key_slot_bias: Tensor
+    value: Tensor
+
+    def some(self, chunk: int) -> Iterator[tuple[slice, _Inputs]]:
+        """A few groups at a time."""
+        budget = _TILE["cpu"] * torch.get_num_threads() if self.query.device.type == "cpu" else _LARGE_TILE
+        step = max(1, budget // (chunk * self.key_slots.shape[1]))
+        for start in range(0, self.query.shape[0], step):
+            group = slice(start, start + step)
+            yield group, _Inputs(*(z[group] for z in self))
+
+    def first_state(self) -> _State:
+        groups, slots, _ = self.key_slots.shape
+        sums = self.key_bias.new_zeros(groups, slots, self.value.shape[-1])
+        mass = sums.new_zeros(groups, slots, 1)
+        return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
+
+    def query_logits(self, part: slice) -> Tensor:
+        """`[groups, tokens, slots]`, without the biases: that of the tokens only shifts the log mass."""
+        wide = self.key_bias.dtype
+        return self.query[:, part].to(wide) @ self.query_slots.to(wide).mT
+
+    def key_logits(self, part: slice) -> Tensor:
+        """`[groups, slots, tokens]`, without the bias of the slots, which may as well go to the query's side."""
+        bias = self.key_bias[:, part].unsqueeze(1)
+        return (self.key_slots.to(bias.dtype) @ self.key[:, part].to(bias.dtype).mT).add_(bias)
+
+    def slot_bias(self) -> Tensor:
+        """`[groups, 1, slots]`: what both sides have."""
+        return (self.query_slot_bias + self.key_slot_bias).unsqueeze(1)
+
+    def values(self, part: slice) -> Tensor:
+        return self.value[:, part].to(self.key_bias.dtype)
+
+
+class _Chunk(NamedTuple):
+    """What a chunk of queries and keys is made of, relative to the references `state.top` and `top`."""
+
+    query: Tensor  # features `[groups, tokens, slots]`, at most 1
+    key: Tensor  # features `[groups, slots, tokens]`, at most 1
+    product: Tensor  # `[groups, tokens, tokens]`, 0 for later keys
+    top: Tensor  # `[groups, tokens, 1]`
+    before: _State  # the state of earlier keys, relative to the new reference
+    decay: Tensor  # what the state was multiplied with
+
+
+def causal_forward(
+    query: Tensor,
+    query_bias: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and log mass of every query, and states at some chunks for the backward pass.
+
+    Args: as `kernels.causal.causal`, with rows and heads as one dimension of groups.
+    Returns: `[groups, tokens, head_dim]`, `[groups, tokens]`, `[groups, kept, slots, head_dim]` and `[groups, kept,
+        slots, 2]`.
+    """
+    inputs = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    groups, tokens, _ = query.shape
+    kept, slots = kept_states(tokens, chunk), key_slots.shape[1]
+    output, log_mass = value.new_empty(groups, tokens, value.shape[-1]), query_bias.new_empty(groups, tokens)
+    sums = query_bias.new_empty(groups, kept, slots, value.shape[-1])
+    masses = query_bias.new_empty(groups, kept, slots, 2)
+    for group, few in inputs.some(chunk):
+        state = few.first_state()
+        for number, start in enumerate(range(0, tokens, chunk)):
+            if number % _SEGMENT == 0:
+                sums[group, number // _SEGMENT] = state.sums
+                masses[group, number // _SEGMENT] = torch.cat(state[1:], -1)
+            stop = min(start + chunk, tokens)
+            state = _read(few, slice(start, stop), state, output[group], log_mass[group])
+    return output, log_mass, sums, masses
+
+
+def causal_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    query: Tensor,
+    query_bias: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_mass: Tensor,
+    sums: Tensor,
+    masses: Tensor,
+    needs: list[bool],
+    chunk: int,
+) -> list[Tensor | None]:
+    """Gradients of the nine tensors of `causal_forward`, where `needs` says so: the chunks in reverse order."""
+    inputs = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    wide = log_mass.dtype
+    found = [
+        _like(z, wide, sums_up=i in (2, 3, 6, 7)) if n else None
+        for i, (z, n) in enumerate(zip(inputs, needs, strict=True))
+    ]
+    tokens, length = query.shape[1], chunk * _SEGMENT
+    for group, few in inputs.some(chunk):
+        pass_back = _Backward(few, grad_output[group], grad_mass[group], output[group], log_mass[group])
+        pass_back.found = [None if total is None else total[group] for total in found]
+        for segment in reversed(range(sums.shape[1])):
+            mass, top = masses[group, segment].split(1, -1)
+            start = segment * length
+            parts = [slice(s, min(s + chunk, tokens)) for s in range(start, min(start + length, tokens), chunk)]
+            states = [_State(sums[group, segment], mass, top)]
+            for part in parts[:-1]:
+                states.append(_advance(few, part, states[-1]))
+            for part in reversed(parts):
+                pass_back.chunk(part, states.pop())
+    return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, inputs, strict=True)]
+
+
+def kept_states(tokens: int, chunk: int) -> int:
+    """How many states are kept for the backward pass."""
+    return -(-tokens // (chunk * _SEGMENT))
+
+
+def _like(z: Tensor, dtype: torch.dtype, *, sums_up: bool) -> Tensor:
+    return (torch.zeros if sums_up else torch.empty)(z.shape, dtype=dtype, device=z.device)
+
+
+# -- one chunk -------------------------------------------------------------------------------------------------------
+
+
+def _safe_top(c: Tensor, state: _State) -> Tensor | None:
+    """The new reference of every slot, `[groups, slots, 1]`; `None` if the chunk has to be cut.
+
+    It is safe if nothing that a query sees can underflow because of the reference of a key that it does not see. A
+    query sees the keys before the chunk and its own: the reference may not be far above both. e^-28 of the largest
+    weight is below the rounding of float32; float64 has room to spare.
+    """
+    top = torch.maximum(c.amax(-1, keepdim=True), state.top)
+    room = -math.log(torch.finfo(c.dtype).tiny) - 28
+    if c.shape[-1] == 1 or bool((top - state.top).amax() <= room):
+        return top
+    # Padding does not count.
+    lowest = c.masked_fill(c == float("-inf"), float("inf")).amin(-1, keepdim=True)
+    return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
+
+
+def _halves(part: slice) -> tuple[slice, slice]:
+    middle = (part.start + part.stop + 1) // 2
+    return slice(part.start, middle), slice(middle, part.stop)
+
+
+def _updated(state: _State, features: Tensor, values: Tensor) -> _State:
+    return _State(torch.baddbmm(state.sums, features, values), state.mass + features.sum(-1, keepdim=True), state.top)
+
+
+def _advance(inputs: _Inputs, part: slice, state: _State) -> _State:
+    """The state after a chunk."""
+    c = inputs.key_logits(part)
+    top = _safe_top(c, state)
+    if top is None:
+        left, right = _halves(part)
+        return _advance(inputs, right, _advance(inputs, left, state))
+    decay = (state.top - top).exp_()
+    before = _State(state.sums * decay, state.mass * decay, top)
+    return _updated(before, c.sub_(top).exp_(), inputs.values(part))
+
+
+def _chunk(inputs: _Inputs, part: slice, c: Tensor, top: Tensor, state: _State) -> _Chunk:
+    decay = (state.top - top).exp_()
+    before = _State(state.sums * decay, state.mass * decay, top)
+    key = c.sub_(top).exp_()
+    query = inputs.query_logits(part).add_(top.mT + inputs.slot_bias())
+    query_top = query.amax(-1, keepdim=True)
+    query.sub_(query_top).exp_()
+    return _Chunk(query, key, (query @ key).tril_(), query_top, before, decay)
+
+
+def _read(inputs: _Inputs, part: slice, state: _State, output: Tensor, log_mass: Tensor) -> _State:
+    """Write the results of a chunk; returns the state after it."""
+    c = inputs.key_logits(part)
+    top = _safe_top(c, state)
+    if top is None:
+        left, right = _halves(part)
+        return _read(inputs, right, _read(inputs, left, state, output, log_mass), output, log_mass)
+    chunk, values = _chunk(inputs, part, c, top, state), inputs.values(part)
+    total = (chunk.query * chunk.before.mass.mT).sum(-1, keepdim=True).add_(chunk.product.sum(-1, keepdim=True))
+    result = torch.baddbmm(chunk.query @ chunk.before.sums, chunk.product, values)
+    empty = total == 0
+    total.masked_fill_(empty, 1.0)
+    output[:, part] = result.div_(total)
+    mass = total.log_().add_(chunk.top).masked_fill_(empty, float("-inf")).squeeze(-1)
+    torch.add(mass, inputs.query_bias[:, part], out=log_mass[:, part])
+    return _updated(chunk.before, chunk.key, values)
+
+
+class _Backward:
+    """Carries the gradient of the state from later chunks to earlier ones."""
+
+    def __init__(
+        self, inputs: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, log_mass: Tensor
+    ) -> None:
+        self.inputs = inputs
+        self.grad_output, self.grad_mass, self.output = grad_output, grad_mass, output
+        # Without the bias of the queries. Of a query that sees nothing all weights are 0 anyway.
+        self.log_mass = log_mass.sub(inputs.query_bias).masked_fill_(log_mass == float("-inf"), 0.0)
+        first = inputs.first_state()
+        self.sums, self.mass = first.sums, first.mass
+        self.found: list[Tensor | None] = []
+
+    def chunk(self, part: slice, state: _State) -> None:
+        """Gradients of a chunk, given the state before it."""
+        inputs = self.inputs
+        c = inputs.key_logits(part)
+        top = _safe_top(c, state)
+        if top is None:
+            left, right = _halves(part)
+            self.chunk(right, _advance(inputs, left, state))
+            self.chunk(left, state)
+            return
+        chunk, values = _chunk(inputs, part, c, top, state), inputs.values(part)
+        grads = self.grad_output[:, part].to(values.dtype)
+        shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
+        shift -= self.grad_mass[:, part].unsqueeze(-1)
+        # Everything is linear in features divided by the total of a query, exp(log_mass - top).
+        scale = (chunk.top - self.log_mass[:, part].unsqueeze(-1)).exp_()
+        grads, shift = grads * scale, shift * scale
+        pairs = torch.baddbmm(-shift, grads, values.mT).tril_()
+
+        grad_query = torch.baddbmm(grads @ chunk.before.sums.mT, pairs, chunk.key.mT)
+        grad_query.addcmul_(shift, chunk.before.mass.mT, value=-1).mul_(chunk.query)
+        grad_key = torch.baddbmm(self.sums @ values.mT, chunk.query.mT, pairs).add_(self.mass).mul_(chunk.key)
+        if self.found[8] is not None:
+            _write(self.found[8][:, part], chunk.key.mT, self.sums).baddbmm_(chunk.product.mT, grads)
+        self._add(slice(0, 4), grad_query, part, of_keys=False)
+        self._add(slice(4, 8), grad_key, part, of_keys=True)
+
+        self.sums = torch.baddbmm(self.sums, chunk.query.mT, grads).mul_(chunk.decay)
+        self.mass = torch.sub(self.mass, (chunk.query * shift).sum(1).unsqueeze(-1)).mul_(chunk.decay)
+
+    def _add(self, which: slice, grad: Tensor, part: slice, *, of_keys: bool) -> None:
+        tokens, bias, slots, slot_bias = self.found[which]
+        given = self.inputs[which]
+        by_token = grad.mT if of_keys else grad
+        if tokens is not None:
+            _write(tokens[:, part], by_token, given[2].to(grad.dtype))
+        if bias is not None:
+            torch.sum(by_token, -1, out=bias[:, part])
+        if slots is not None:
+            slots += by_token.mT @ given[0][:, part].to(grad.dtype)
+        if slot_bias is not None:
+            slot_bias += by_token.sum(1)
+
+
+def _write(place: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` into a part of a tensor that may not be initialised."""
+    return torch.baddbmm(place, left, right, beta=0, out=place)
