@@ -18,8 +18,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 MODULES = ["attend", "decode", "near", "scan"]
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# Bytes stored to and loaded from local memory by instructions of a kernel, for want of registers. Few cost little; many
-# mean that accumulators do not fit, and that blocks must be smaller.
+# Bytes that go to local memory for want of registers. Few cost little; many mean that accumulators do not fit, and
+# that blocks must be smaller.
 SPILLED = 512
 
 

@@ -274,7 +274,8 @@ def _compile_case(dtype: torch.dtype, head_dim: int, masked: str | None, queries
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(2, 4, *shape, dtype=dtype, device="meta")
 
-    query, key, value = empty(queries, head_dim), empty(keys, head_dim), empty(keys, head_dim)
+    query = empty(queries, head_dim, dtype=torch.float32 if queries < 16 else dtype)  # mixed with few queries
+    key, value = empty(keys, head_dim), empty(keys, head_dim)
     bias = None if masked is None else empty(keys, dtype=torch.float32)
     visible = None
     if masked is not None:
@@ -289,4 +290,7 @@ COMPILE_CASES: CompileCases = {
     for dtype in (torch.bfloat16, torch.float32)
     for head_dim in (64, 80, 128, 256)
     for masked, queries, keys in ((None, 4096, 256), ("keys", 256, 4096), ("pairs", 256, 4096))
+} | {
+    f"{str(dtype)[6:]}-few": partial(_compile_case, dtype, 33, "pairs", 3, 5)
+    for dtype in (torch.float16, torch.float32)
 }
