@@ -1,8 +1,8 @@
 r"""Pieces of the kernels of `near.py`: one tile of slots, one chunk of queries and keys.
 
 Query t reads key n through slot j with weight `exp(a[t, j] + c[n, j])`. Summed over slots that is a product of two
-feature matrices once something is taken off `c` and added to `a`, slot by slot: a reference `r[j]`. Three choices, from
-the fastest on; all are exact, and no reference is that of a key which the query cannot see:
+feature matrices once something is taken off `c` and added to `a`, slot by slot: a reference `r[j]`. Three choices, the
+fastest first; all are exact, and no reference is that of a key which the query cannot see:
 
 * The first key of the chunk. All queries see it. Keys may exceed it by `ROOM` nats, more would lose range; keys below
   it may vanish, because a query that does not see something much larger sees that first key.
@@ -39,14 +39,12 @@ def logits(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded already. -inf beyond the last slot."""
+    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
     for start in tl.static_range(0, DIM, BLOCK_D):
-        # The part of the vectors that is loaded; load_tile masks by width, not by where the part starts.
-        width: tl.constexpr = BLOCK_D if start + BLOCK_D <= DIM else DIM - start
-        left = load_tile(tokens + start, first_token, token_stride, end, CHUNK, width, BLOCK_D)
-        right = load_tile(slots + start, first_slot, slot_stride, num_slots, TILE, width, BLOCK_D)
+        left = load_tile(tokens + start, first_token, token_stride, end, CHUNK, DIM - start, BLOCK_D)
+        right = load_tile(slots + start, first_slot, slot_stride, num_slots, TILE, DIM - start, BLOCK_D)
         if left.dtype != right.dtype:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = dot(left, tl.trans(right), total)
@@ -78,7 +76,7 @@ def first_keys(key_bias, SPAN: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def first_reference(c, first, SPAN: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """What the first keys weigh, for every row that of its stretch `[CHUNK, TILE]`, and by how much others exceed it."""
+    """What first keys weigh, for every row that of its stretch `[CHUNK, TILE]`, and by how much others exceed it."""
     row = tl.arange(0, CHUNK)
     reference = _span_sum(tl.where((row == first)[:, None], c, 0.0), SPAN, CHUNK, TILE)
     return reference, tl.max(tl.max(c - _finite(reference), 1), 0)
@@ -250,7 +248,9 @@ def grad_tile(
     grad_a, grad_c = tl.zeros([CHUNK, TILE], tl.float32), tl.zeros([CHUNK, TILE], tl.float32)
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
     if above <= ROOM:
-        shares, grad_a, grad_c = _grad_first(shares, grad_a, grad_c, a, c, grads, reference, first, DTYPE, CHUNK, CHUNK)
+        shares, grad_a, grad_c = _grad_first(
+            shares, grad_a, grad_c, a, c, grads, reference, first, DTYPE, CHUNK, CHUNK
+        )
     else:
         if CHUNK >= 128 and SEGMENT <= 64:
             shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, grads, DTYPE, 64, CHUNK, TILE)

@@ -12,11 +12,11 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """float32 rounded to the nearest of `DTYPE`. In the interpreter, whose bfloat16 truncates (triton 3.9), the result
+    """Rounded to the nearest of `DTYPE`. In the interpreter, whose bfloat16 truncates (triton 3.9), the result
     is still float32.
     """
     if _INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         return bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)

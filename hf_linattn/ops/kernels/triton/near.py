@@ -1,16 +1,17 @@
-r"""Causal attention through slots inside chunks, as Triton kernels.
+r"""Causal attention through slots inside chunks, in Triton.
 
 Query t reads key n <= t of its own chunk with weight `exp(l[t, n])`, `l[t, n] = logsumexp_j(a[t, j] + c[n, j])`, where
 `a` and `c` are log-weights of queries and keys for the slots. All of it is one softmax over pairs of a key and a slot.
 A program owns one chunk and walks over tiles of slots; features are never stored. `_near_tiles.py` says how their
 range is kept in bounds without a query depending on a key that it cannot see.
 
-Nothing of size `[tokens, slots]` is stored, there are no atomic additions, and two runs agree bit for bit.
+Nothing of size tokens x slots is stored, there are no atomic additions, and two runs agree bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,327 +19,185 @@ import triton.language as tl
 from torch import Tensor
 
 from ....errors import InputError
+from . import _near_kernels as kernels
 from ._common import CompileCases, check, launch, padded, rows, splits
-from ._near_tiles import add_tile, first_keys, grad_tile, logits
-from ._products import narrow, product
-from ._tiles import dot, load_tile, store_tile
 
 CHUNKS = (16, 32, 64, 128)
+# Tokens among which keys are compared with one first key of their own, or one by one.
 _SEGMENT = 16
 # Fewest chunks of a part when the gradients of slots are summed over chunks.
 _LEAST_CHUNKS = 8
 
-
-@triton.jit
-def _near_forward(
-    x,
-    x_bias,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    output,
-    log_mass,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    chunks = tokens // CHUNK
-    group, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
-    row = tl.arange(0, CHUNK)
-    at = group * tokens + start + row
-    own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
-    visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-    first = first_keys(key_bias, CHUNK, CHUNK)
-    x += group * x_g
-    y += group * y_g
-    query_slots += group * query_slots_g
-    query_slot_bias += group * query_slot_bias_g
-    key_slots += group * key_slots_g
-    key_slot_bias += group * key_slot_bias_g
-
-    top = tl.full([CHUNK], float("-inf"), tl.float32)
-    weights = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for slot in range(0, slots, TILE):
-        a = logits(
-            x, own_bias, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        weights, top = add_tile(weights, top, a, c, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
-
-    weights = tl.where(visible, weights, 0.0)
-    total = tl.sum(weights, 1)
-    whole = tl.where(total == 0.0, 1.0, total)
-    weights /= whole[:, None]
-    tl.store(log_mass + at, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)))
-    for e in tl.static_range(0, WIDTH, BLOCK_E):
-        width: tl.constexpr = BLOCK_E if e + BLOCK_E <= WIDTH else WIDTH - e
-        values = load_tile(value + group * value_g + e, start, value_t, tokens, CHUNK, width, BLOCK_E)
-        result = narrow(product(weights, values, DTYPE), output.dtype.element_ty)
-        store_tile(output + group * tokens * WIDTH + e, start, WIDTH, tokens, result, CHUNK, width, BLOCK_E)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
-def _score_gradients(
-    grad_output,
-    grad_mass,
-    value,
-    output,
-    log_mass,
-    group,
-    start,
-    tokens,
-    value_g,
-    value_t,
-    visible,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """`X[t, n]`, 0 for a key that is not visible, and the log mass of every query, +inf where it sees nothing."""
-    at = group * tokens + start + tl.arange(0, CHUNK)
-    mass = tl.load(log_mass + at)
-    seen = mass > float("-inf")
-    shift = tl.load(grad_mass + at)
-    grads = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for e in tl.static_range(0, WIDTH, BLOCK_E):
-        width: tl.constexpr = BLOCK_E if e + BLOCK_E <= WIDTH else WIDTH - e
-        grad = load_tile(grad_output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, width, BLOCK_E)
-        result = load_tile(output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, width, BLOCK_E)
-        values = load_tile(value + group * value_g + e, start, value_t, tokens, CHUNK, width, BLOCK_E)
-        shift -= tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-        grads = dot(grad, tl.trans(values), grads)
-    grads = tl.where(visible & seen[:, None], grads + shift[:, None], 0.0)
-    return grads, tl.where(seen, mass, float("inf"))
+class _Inputs(NamedTuple):
+    """The nine inputs of `near_forward`, their last dimensions contiguous."""
+
+    x: Tensor
+    x_bias: Tensor
+    query_slots: Tensor
+    query_slot_bias: Tensor
+    y: Tensor
+    y_bias: Tensor
+    key_slots: Tensor
+    key_slot_bias: Tensor
+    value: Tensor
+
+    def checked(self, chunk: int) -> _Inputs:
+        """Raises as `near_forward` says."""
+        if chunk not in CHUNKS:
+            raise InputError(f"chunk must be one of {list(CHUNKS)} for the Triton kernels; got {chunk!r}.")
+        if self.x.shape[1] % chunk:
+            raise InputError(f"tokens must be a multiple of chunk={chunk}; got {self.x.shape[1]}. Pad the input.")
+        check(*self, head_dims=(self.x.shape[-1], self.value.shape[-1]))
+        biases = {"x_bias": self.x_bias, "y_bias": self.y_bias}
+        ready = self._replace(**{name: bias.float().contiguous() for name, bias in biases.items()})
+        return _Inputs(*(rows(z) for z in ready))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens, slots, and strides in the order in which the kernels take them."""
+        return (
+            self.x.shape[1],
+            self.query_slots.shape[1],
+            *self.x.stride()[:2],
+            *self.query_slots.stride()[:2],
+            self.query_slot_bias.stride(0),
+            *self.y.stride()[:2],
+            *self.key_slots.stride()[:2],
+            self.key_slot_bias.stride(0),
+            *self.value.stride()[:2],
+        )
+
+    def constants(self, chunk: int, *, backward: bool) -> dict[str, Any]:
+        """Block sizes, chosen so that tiles fit into shared memory and registers of sm_80, not tuned on a device."""
+        dtype = torch.promote_types(torch.promote_types(self.x.dtype, self.y.dtype), self.value.dtype)
+        half = dtype != torch.float32
+        widest = 64 if chunk == 128 or not half else 128
+        dim, width = self.x.shape[-1], self.value.shape[-1]
+        return {
+            "DIM": dim,
+            "BLOCK_D": min(widest, padded(dim)),
+            "WIDTH": width,
+            "BLOCK_E": min(widest, padded(width)),
+            "CHUNK": chunk,
+            "TILE": min(32 if chunk == 128 or not half else 64, padded(self.query_slots.shape[1])),
+            "SEGMENT": _SEGMENT,
+            "DTYPE": _TYPES[dtype],
+            "num_warps": 8 if chunk == 128 or (backward and chunk == 64) else 4,
+            "num_stages": 2 if half else 1,
+        }
 
 
-@triton.jit
-def _near_backward_tokens(
-    x,
-    x_bias,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    grad_output,
-    grad_mass,
-    output,
-    log_mass,
-    grad_x,
-    grad_y,
-    grad_y_bias,
-    grad_value,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Gradients of `x`, `y`, `y_bias` and `value`. A program owns a chunk and `BLOCK_D` columns of `x` and `y`."""
-    parts: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
-    chunks = tokens // CHUNK
-    part, program = tl.program_id(0) % parts, tl.program_id(0) // parts
-    group, start = (program // chunks).to(tl.int64), (program % chunks) * CHUNK
-    row = tl.arange(0, CHUNK)
-    at = group * tokens + start + row
-    own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
-    visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-    first = first_keys(key_bias, CHUNK, CHUNK)
-    x += group * x_g
-    y += group * y_g
-    query_slots += group * query_slots_g
-    query_slot_bias += group * query_slot_bias_g
-    key_slots += group * key_slots_g
-    key_slot_bias += group * key_slot_bias_g
+def near_forward(
+    x: Tensor,
+    x_bias: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    y: Tensor,
+    y_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and log mass of every query.
 
-    grads, mass = _score_gradients(
-        grad_output, grad_mass, value, output, log_mass, group, start, tokens, value_g, value_t, visible,
-        WIDTH, BLOCK_E, CHUNK,
-    )  # fmt: skip
-    own_bias -= mass
-    column = part * BLOCK_D + tl.arange(0, BLOCK_D)
-    shares = tl.zeros([CHUNK, CHUNK], tl.float32)
-    total_x, total_y = tl.zeros([CHUNK, BLOCK_D], tl.float32), tl.zeros([CHUNK, BLOCK_D], tl.float32)
-    total_bias = tl.zeros([CHUNK], tl.float32)
-    for slot in range(0, slots, TILE):
-        a = logits(
-            x, own_bias, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
-        number = (slot + tl.arange(0, TILE)).to(tl.int64)
-        inside = (number < slots)[:, None] & (column < DIM)[None, :]
-        vectors = tl.load(query_slots + (number * query_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_x += product(grad_a, vectors, DTYPE)
-        vectors = tl.load(key_slots + (number * key_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_y += product(grad_c, vectors, DTYPE)
-        total_bias += tl.sum(grad_c, 1)
-
-    inside = (column < DIM)[None, :]
-    tl.store(grad_x + at[:, None] * DIM + column[None, :], narrow(total_x, grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_y + at[:, None] * DIM + column[None, :], narrow(total_y, grad_y.dtype.element_ty), mask=inside)
-    if part == 0:
-        tl.store(grad_y_bias + at, total_bias)
-        shares = tl.trans(tl.where(visible, shares, 0.0))
-        for e in tl.static_range(0, WIDTH, BLOCK_E):
-            width: tl.constexpr = BLOCK_E if e + BLOCK_E <= WIDTH else WIDTH - e
-            grad = load_tile(grad_output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, width, BLOCK_E)
-            result = narrow(product(shares, grad, DTYPE), grad_value.dtype.element_ty)
-            store_tile(grad_value + group * tokens * WIDTH + e, start, WIDTH, tokens, result, CHUNK, width, BLOCK_E)
-
-
-@triton.jit
-def _near_backward_slots(
-    x,
-    x_bias,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    grad_output,
-    grad_mass,
-    output,
-    log_mass,
-    grad_query_slots,
-    grad_query_slot_bias,
-    grad_key_slots,
-    grad_key_slot_bias,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    num_parts,
-    chunks_each,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Gradients of both kinds of slots and their biases, from some of the chunks: `[parts, groups, slots, ...]`.
-
-    A program owns a tile of slots, `BLOCK_D` columns of them and `chunks_each` chunks.
+    Args:
+        x, y: `[groups, tokens, dim]`, tokens a multiple of `chunk`; their biases `[groups, tokens]`, float32, `-inf`
+            for a key that nothing reads.
+        query_slots, key_slots: `[groups, slots, dim]`; their biases `[groups, slots]`, float32. Strides may be 0.
+        value: `[groups, tokens, head_dim]`.
+        chunk: Tokens of a chunk: 16, 32, 64 or 128.
+    Returns: `[groups, tokens, head_dim]` in the dtype of `value`, and float32 `[groups, tokens]` (`-inf`, with output
+        0, where a query sees nothing).
+    Raises: InputError for another chunk or number of tokens; UnsupportedError for tensors that Triton cannot take.
     """
-    columns: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
-    tiles = tl.cdiv(slots, TILE)
-    program = tl.program_id(0)
-    of_column, program = program % columns, program // columns
-    slot, program = (program % tiles) * TILE, program // tiles
-    part, group = program % num_parts, (program // num_parts).to(tl.int64)
-    groups = tl.num_programs(0) // (columns * tiles * num_parts)
-    row = tl.arange(0, CHUNK)
-    column = of_column * BLOCK_D + tl.arange(0, BLOCK_D)
-    x += group * x_g
-    y += group * y_g
-    query_slots += group * query_slots_g
-    query_slot_bias += group * query_slot_bias_g
-    key_slots += group * key_slots_g
-    key_slot_bias += group * key_slot_bias_g
+    inputs = _Inputs(x, x_bias, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
+    inputs = inputs.checked(chunk)
+    groups, tokens, _ = x.shape
+    output = value.new_empty(groups, tokens, value.shape[-1])
+    log_mass = value.new_empty(groups, tokens, dtype=torch.float32)
+    programs = groups * (tokens // chunk)
+    constants = inputs.constants(chunk, backward=False)
+    launch(kernels.forward, programs, *inputs, output, log_mass, *inputs.sizes(), **constants)
+    return output, log_mass
 
-    total_query, total_key = tl.zeros([TILE, BLOCK_D], tl.float32), tl.zeros([TILE, BLOCK_D], tl.float32)
-    total_query_bias, total_key_bias = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-    chunks = tokens // CHUNK
-    for chunk in range(part * chunks_each, tl.minimum(chunks, (part + 1) * chunks_each)):
-        start = chunk * CHUNK
-        at = group * tokens + start + row
-        own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
-        visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-        first = first_keys(key_bias, CHUNK, CHUNK)
-        grads, mass = _score_gradients(
-            grad_output, grad_mass, value, output, log_mass, group, start, tokens, value_g, value_t, visible,
-            WIDTH, BLOCK_E, CHUNK,
-        )  # fmt: skip
-        a = logits(
-            x, own_bias - mass, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
-        )  # fmt: skip
-        shares = tl.zeros([CHUNK, CHUNK], tl.float32)
-        shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
-        inside = (column < DIM)[None, :]
-        place = (start + row).to(tl.int64)
-        vectors = tl.load(x + (place * x_t)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_query += product(tl.trans(grad_a), vectors, DTYPE)
-        vectors = tl.load(y + (place * y_t)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_key += product(tl.trans(grad_c), vectors, DTYPE)
-        total_query_bias += tl.sum(grad_a, 0)
-        total_key_bias += tl.sum(grad_c, 0)
 
-    number = slot + tl.arange(0, TILE)
-    to_bias = (part * groups + group) * slots + number
-    inside = (number < slots)[:, None] & (column < DIM)[None, :]
-    to = to_bias[:, None] * DIM + column[None, :]
-    tl.store(grad_query_slots + to, total_query, mask=inside)
-    tl.store(grad_key_slots + to, total_key, mask=inside)
-    if of_column == 0:
-        tl.store(grad_query_slot_bias + to_bias, total_query_bias, mask=number < slots)
-        tl.store(grad_key_slot_bias + to_bias, total_key_bias, mask=number < slots)
+def near_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    x: Tensor,
+    x_bias: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    y: Tensor,
+    y_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_mass: Tensor,
+    needs: Sequence[bool],
+    chunk: int,
+) -> list[Tensor | None]:
+    """Gradients of the nine tensors of `near_forward`, where `needs` says so, by computing the weights again.
+
+    Gradients of slots are those of every group on its own, also where groups share their memory. Where a query sees
+    nothing, `grad_mass` is not looked at.
+    Raises: as `near_forward`.
+    """
+    inputs = _Inputs(x, x_bias, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
+    inputs = inputs.checked(chunk)
+    results = [grad_output.to(value.dtype).contiguous(), grad_mass.float().contiguous(), output.contiguous(), log_mass]
+    found: list[Tensor | None] = [None] * 9
+    if needs[1]:  # a bias of a query is a shift of its log mass, nothing else
+        found[1] = grad_mass.masked_fill(log_mass == float("-inf"), 0.0)
+    constants = inputs.constants(chunk, backward=True)
+    groups, tokens, dim = x.shape
+    slots = query_slots.shape[1]
+    parts = triton.cdiv(dim, constants["BLOCK_D"])
+    if needs[0] or needs[4] or needs[5] or needs[8]:
+        grads = [z.new_empty(z.shape) for z in (x, y, y_bias, value)]
+        programs = groups * (tokens // chunk) * parts
+        launch(kernels.backward_tokens, programs, *inputs, *results, *grads, *inputs.sizes(), **constants)
+        for index, grad in zip((0, 4, 5, 8), grads, strict=True):
+            found[index] = grad if needs[index] else None
+    if needs[2] or needs[3] or needs[6] or needs[7]:
+        programs, chunks = groups * triton.cdiv(slots, constants["TILE"]) * parts, tokens // chunk
+        pieces = splits(programs, chunks, _LEAST_CHUNKS)
+        shapes = [(pieces, *z.shape) for z in (query_slots, query_slot_bias, key_slots, key_slot_bias)]
+        grads = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        each = triton.cdiv(chunks, pieces)
+        launch(
+            kernels.backward_slots,
+            programs * pieces,
+            *inputs,
+            *results,
+            *grads,
+            *inputs.sizes(),
+            pieces,
+            each,
+            **constants,
+        )
+        for index, grad in zip((2, 3, 6, 7), grads, strict=True):
+            found[index] = grad.sum(0).to(inputs[index].dtype) if needs[index] else None
+    return found
+
+
+def _case(dim: int, chunk: int, dtype: torch.dtype) -> None:
+    tokens, bias = torch.zeros(1, chunk, dim, dtype=dtype), torch.zeros(1, chunk)
+    slots, slot_bias = torch.zeros(1, 256, dim, dtype=dtype), torch.zeros(1, 256)
+    inputs = (tokens, bias, slots, slot_bias, tokens, bias, slots, slot_bias, tokens)
+    result = near_forward(*inputs, chunk)
+    near_backward(*result, *inputs, *result, [True] * 9, chunk)
+
+
+COMPILE_CASES: CompileCases = {
+    "near, bfloat16, chunk 64": lambda: _case(64, 64, torch.bfloat16),
+    "near, bfloat16, chunk 128": lambda: _case(64, 128, torch.bfloat16),
+    "near, float16, chunk 32, head_dim 80": lambda: _case(80, 32, torch.float16),
+    "near, float32, chunk 64": lambda: _case(64, 64, torch.float32),
+    "near, bfloat16, chunk 64, head_dim 256": lambda: _case(256, 64, torch.bfloat16),
+    "near, float32, chunk 128, head_dim 256": lambda: _case(256, 128, torch.float32),
+}
