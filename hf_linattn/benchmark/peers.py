@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +110,8 @@ def _performer(work: Workload, num_features: int) -> AttentionCall:
         tokens = work.tokens if work.is_training else -(-work.tokens // 128)
         states = work.batch * work.heads * tokens * num_features * work.head_dim * DTYPES[work.dtype].itemsize
         require_memory(states * 3.0, work.device)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which form it found
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints which form it found
+        warnings.simplefilter("ignore")  # its imports are deprecated
         from performer_pytorch import FastAttention
 
         attention = FastAttention(work.head_dim, num_features, causal=work.is_causal, generalized_attention=False)

@@ -134,17 +134,18 @@ def setting(results: Results) -> str:
     hardware, versions = results.environment.get("hardware", {}), results.environment.get("versions", {})
     options = results.options
     place = hardware.get("gpu") or f"{hardware.get('cpu', 'unknown processor')}, {hardware.get('threads')} thread(s)"
-    shape = [f"{options[k]} {text}" for k, text in (("heads", "heads"), ("batch", "per batch")) if k in options]
-    if "head_dim" in options:
-        shape[0] += f" of {options['head_dim']}"
-    sizes = options.get("options", {})
-    slots = ", ".join(
-        f"{sizes[key]} {text}"
-        for key, text in (("num_features", "features"), ("num_landmarks", "landmarks"), ("num_chunks", "chunks"))
-        if key in sizes
+    sizes = {**options, **options.get("options", {})}
+    shown = (
+        ("batch", "batch {}"),
+        ("heads", "{} heads"),
+        ("head_dim", "head_dim {}"),
+        ("num_features", "{} features"),
+        ("num_landmarks", "{} landmarks"),
+        ("num_chunks", "{} chunks"),
     )
+    shape = ", ".join(text.format(sizes[key]) for key, text in shown if key in sizes)
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
-    return f"{place}; {software}. {', '.join(shape)}; {slots}. Made by `{results.command}`."
+    return f"{place}; {software}; {shape}. Made by `{results.command}`."
 
 
 README_LEGEND = (

@@ -1,0 +1,157 @@
+"""The command line, on tiny inputs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hf_linattn
+from hf_linattn.benchmark import attention
+from hf_linattn.benchmark.report import BEGIN, END
+from hf_linattn.benchmark.results import Results
+from hf_linattn.cli import main
+from hf_linattn.cli.app import app
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+TINY = ["--lengths", "32,64", "--heads", "2", "--head-dim", "16", "--num-features", "16", "--seconds", "0.001"]
+
+
+def run(*arguments: str, exit_code: int = 0) -> str:
+    result = runner.invoke(app, list(arguments))
+    assert result.exit_code == exit_code, f"{result.output}\n{result.exception!r}"
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(f"# Title\n{BEGIN}\n{END}\n# More\n", encoding="utf-8")
+    return path
+
+
+def test_help() -> None:
+    assert "bench" in run("--help")
+    text = run("bench", "--help")
+    for option in ("--lengths", "--kinds", "--causal", "--peers", "--json", "--plot", "--readme", "--threads"):
+        assert option in text
+    assert run("--version").count(".") >= 2
+
+
+def test_one_run_writes_everything(tmp_path: Path, readme: Path) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "png", "md")}
+    outputs = ["--json", files["json"], "--plot", files["png"], "--markdown", files["md"], "--readme", readme]
+    text = run("bench", *TINY, "--window", "0,16", *map(str, outputs))
+    assert "attention, bidirectional, float32, forward+backward" in text
+    results = Results.read(files["json"])
+    names = {row.name for row in results.rows}
+    assert {"sdpa", "sdpa:flash", "sdpa:math", "performer-pytorch", "flash-linear-attention"} < names
+    assert {"favor_plus", "favor_plus, window 16", "favor_sharp", "lara", "eva, window 64", "eva, window 16"} < names
+    missing = {row.name for row in results.rows if row.reason}
+    assert missing == {"flash-linear-attention"}
+    assert len({row.panel for row in results.rows}) == 4  # both directions, both modes
+    assert results.options["threads"] == torch.get_num_threads() == 1
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert files["md"].read_text(encoding="utf-8").count("| favor_plus |") == 4
+    section = readme.read_text(encoding="utf-8")
+    assert section.startswith("# Title")
+    assert section.rstrip().endswith("# More")
+    assert "![" in section
+    assert "(out.png)" in section
+    assert "| favor_plus |" in section
+
+
+def test_earlier_results(tmp_path: Path, readme: Path) -> None:
+    """Tables again, and two runs in one section."""
+    path = tmp_path / "a.json"
+    run(
+        "bench",
+        *TINY,
+        "--kinds",
+        "lara",
+        "--peers",
+        "sdpa",
+        "--bidirectional",
+        "--mode",
+        "forward",
+        "--json",
+        str(path),
+    )
+    other = tmp_path / "b.json"
+    other.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    twice = ["--from-json", str(path), "--from-json", str(other)]
+    assert "| lara |" not in readme.read_text(encoding="utf-8")
+    run("bench", *twice, "--readme", str(readme))
+    assert readme.read_text(encoding="utf-8").count("| lara |") == 2
+    assert "one by one" in run("bench", *twice, "--plot", str(tmp_path / "x.png"), exit_code=2)
+    path.write_text("{}", encoding="utf-8")
+    assert "not benchmark results" in run("bench", "--from-json", str(path), exit_code=2)
+
+
+def test_memory_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks(name, options, works, **_):  # without a process for each
+        yield from ((work, work.tokens * 2**20, "") for work in works)
+
+    monkeypatch.setattr(attention, "measure_peaks", peaks)
+    path = tmp_path / "out.json"
+    few = ["--kinds", "favor_plus", "--peers", "sdpa", "--bidirectional", "--models", "minilm", "--layers", "1"]
+    text = run("bench", "memory", "models", *TINY, *few, "--mode", "forward", "--json", str(path))
+    assert "peak memory of a training step, bidirectional, float32" in text
+    assert "│ favor_plus │ 32 MiB │ 64 MiB │ 1.00 │" in text
+    assert "minilm, bidirectional, float32, forward" in text
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["benchmark"] for row in found} == {"memory", "models"}
+    assert all("reason" not in row for row in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--kinds", "favour_plus"], ["favor_plus", "eva", "Did you mean 'favor_plus'?"]),
+        (["--peers", "performer"], ["sdpa", "performer-pytorch", "flash-linear-attention"]),
+        (["--dtype", "float8"], ["float32", "bfloat16", "float16"]),
+        (["--models", "t5", "models"], ["minilm", "gpt2", "vit"]),
+        (["--mode", "backward"], ["forward", "forward+backward", "both"]),
+        (["--lengths", "12,many"], ["--lengths", "12,many"]),
+        (["--lengths", ""], ["at least one"]),
+        (["--window", "-1"], ["window_size"]),
+        (["--seconds", "0"], ["seconds"]),
+        (["speed"], ["attention", "memory", "models", "all"]),
+        (["--readme", "missing.md"], ["missing.md"]),
+    ],
+)
+def test_wrong_arguments_name_the_right_ones(arguments: list[str], words: list[str]) -> None:
+    text = run("bench", *arguments, exit_code=2).replace("│", "")
+    text = " ".join(text.split())
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    assert "needs a GPU" in run("bench", "--device", "cuda", exit_code=2)
+
+
+def test_a_readme_without_markers_is_noticed_before_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("nothing", encoding="utf-8")
+    assert "performance:begin" in run("bench", "--readme", str(path), exit_code=2)
+
+
+def test_as_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-linattn", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == hf_linattn.__version__
+
+
+def test_without_its_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("typer", "hf_linattn.cli.app"):
+        monkeypatch.setitem(sys.modules, name, None) if name == "typer" else monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "hf_linattn.cli.bench")
+    with pytest.raises(SystemExit, match=r"needs typer, which is not installed: pip install 'hf-linattn\[cli\]'"):
+        main()
