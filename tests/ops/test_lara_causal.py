@@ -204,7 +204,7 @@ def test_no_token_sees_a_later_one(window: int) -> None:
         for grad in torch.autograd.grad(out[:, :, : t + 1].sin().sum(), (q, k, v), retain_graph=True):
             assert (grad[:, :, t + 1 :] == 0).all()
         changed = [torch.cat([z[:, :, : t + 1], z[:, :, t + 1 :] * 50 - 1], 2) for z in (q, k, v)]
-        assert torch.equal(lara_attention(*changed, **options)[:, :, : t + 1], out[:, :, : t + 1])
+        assert_same(lara_attention(*changed, **options)[:, :, : t + 1], out[:, :, : t + 1])
         prefix = lara_attention(*(z[:, :, : t + 1] for z in (q, k, v)), **options)
         assert_same(prefix, out[:, :, : t + 1])
         last = lara_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], **options)

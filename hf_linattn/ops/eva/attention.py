@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import InputError
 from ..exact import attention_function, causal_visibility, exact_partial, scale_inputs
 from ..layout import gather_tokens
-from ..slots import Partial, mask_logits, merge, weigh
+from ..partial import Partial, merge
+from ..slots import mask_logits, weigh
 from ..tokens import Tokens, prepare
 from .chunks import MeanMap, Summariser
 from .exclusive import exclusive_layout
@@ -129,13 +130,14 @@ def eva_attention(
     partials = [_windows(tokens, block_x, layout, is_causal, bias)]
     chunks = layout.chunks
     if chunks is not None:
-        partials.append(summarise(tokens, chunks, noise).read(block_x, chunks.visible, slot_dropout))
+        summaries = summarise(tokens, chunks, noise)
+        partials.append(summaries.read(block_x, chunks.visible, per_window=chunks.per_window, dropout=slot_dropout))
         if chunks.siblings is not None:
             index = blocks.index(y.device).unsqueeze(0)
             member = (index >= 0) & (index < tokens.lengths[:, None, None])
             pieces = Chunks(lambda z: gather_tokens(z, index), member, None, blocks.num_blocks)
             near = summarise(tokens, pieces, noise is True).select(chunks.siblings)
-            partials.append(weigh(near.logits(block_x), near.value, dropout=slot_dropout))
+            partials.append(near.read(block_x, None, dropout=slot_dropout))
     partial = merge(partials)
     return tokens.finish(Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
 

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..kernels.attend import attend
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
-from ..slots import Partial, mask_logits, weigh
+from ..partial import Partial
+from ..slots import mask_logits, weigh
 from ..tokens import Tokens
 from .layout import Chunks
 
 MeanMap = Callable[[Tensor], Tensor]
 PROPOSALS = ("sum", "mean", "key", "none")
 WEIGHTINGS = ("none", "size", "spread")
+
+# Into so many parts causal windows are cut: each reads the chunks that the last of its windows may see.
+_SEGMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,6 @@ class Summaries:
     value: Tensor
     log_weight: Tensor
     spread: Tensor | None
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Log of the estimated weight of every chunk for every query, `[..., queries, chunks]`."""
-        logits = x @ self.key_mean.transpose(-1, -2) + self.log_weight.unsqueeze(-2)
-        return logits if self.spread is None else logits + x.square() @ self.spread.transpose(-1, -2) / 2
 
     def select(self, index: Tensor) -> Summaries:
         """Pick chunks per group: `index` `[batch or 1, groups, members]`, negative for none."""
@@ -51,14 +51,38 @@ class Summaries:
             pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
         )
 
-    def read(self, block_x: Tensor, visible: Tensor | None, dropout: float) -> Partial:
-        """Queries `[batch, heads, windows, queries, head_dim]` read all chunks; `visible` as in `Chunks`."""
-        size = block_x.shape[-2]
-        logits = self.logits(block_x.flatten(2, 3))
-        if visible is not None:
-            logits = mask_logits(logits.unflatten(2, (-1, size)), visible[:, None]).flatten(2, 3)
-        read = weigh(logits, self.value, dropout=dropout)
-        return Partial(read.output.unflatten(2, (-1, size)), read.log_mass.unflatten(2, (-1, size)))
+    def read(
+        self, block_x: Tensor, visible: Tensor | None, *, per_window: int | None = None, dropout: float = 0.0
+    ) -> Partial:
+        """Queries read the chunks: their estimated log-weight is `x . key_mean + log_weight (+ x^2 . spread / 2)`.
+
+        Args:
+            block_x: `[batch, heads, windows, queries, head_dim]`.
+            visible, per_window: As in `Chunks`. Chunks may also be those of every window, `[batch, heads, windows,
+                chunks(, head_dim)]`, with neither.
+        """
+        queries, keys = block_x, self.key_mean
+        if self.spread is not None:
+            queries, keys = torch.cat([block_x, block_x.square()], -1), torch.cat([keys, self.spread / 2], -1)
+        value, bias = self.value, self.log_weight
+        if keys.ndim == 4:
+            keys, value, bias = keys.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
+        seen = None if visible is None else visible[:, None]
+        if dropout:
+            logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
+            return weigh(mask_logits(logits, seen), value, dropout=dropout)
+        if seen is None or per_window is None:
+            return attend(queries, keys, value, bias=bias, visible=seen)
+        parts = []
+        windows = queries.shape[2]
+        step = -(-windows // _SEGMENTS)
+        for first in range(0, windows, step):
+            stop = min(first + step, windows)
+            count = min(max(1, (stop - 1) * per_window), keys.shape[-2])
+            near = seen if seen.shape[2] == 1 else seen[:, :, first:stop]
+            key, val, weight = keys[..., :count, :], value[..., :count, :], bias[..., :count]
+            parts.append(attend(queries[:, :, first:stop], key, val, bias=weight, visible=near[..., :count]))
+        return Partial(*(torch.cat(z, dim=2) for z in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -109,9 +133,8 @@ class Summariser:
             mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x)), self.query_map)
             mu = mu / 2 if self.proposals == "mean" else mu
         mu = self._noisy(mu, noise, chunks.count)
-        logits = (keys * mu.unsqueeze(-2)).sum(-1) - keys.square().sum(-1) / 2
-        logits = mask_logits(logits, member[:, None]).unsqueeze(-2)
-        value = weigh(logits, chunks.take(tokens.value)).output.squeeze(-2)
+        bias = mask_logits(-keys.square().sum(-1) / 2, member[:, None])
+        value = attend(mu.unsqueeze(-2), keys, chunks.take(tokens.value), bias=bias).output.squeeze(-2)
 
         log_weight = member.sum(-1).to(keys.dtype).log()
         if self.weighting == "none":

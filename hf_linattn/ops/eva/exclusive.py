@@ -72,7 +72,8 @@ def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
         siblings = None
         if chunk > window:
             siblings = _siblings(windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut)
-        chunks = even_chunks(Surroundings(blocks), tokens, visible, siblings)
+        per_window = window // chunk if cut.is_causal else None
+        chunks = even_chunks(Surroundings(blocks), tokens, visible, siblings, per_window=per_window)
         return Layout(Surroundings(windows, left, right), chunks)
     return _exclusive_rows(cut, tokens, windows, chunk)
 

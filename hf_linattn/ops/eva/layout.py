@@ -70,6 +70,7 @@ class Chunks:
     count: Chunks of a row that is as long as the tensor.
     siblings: `[batch or 1, windows, n]`: windows that lie in a chunk which is partly seen, -1 for none; they are then
         read one by one instead of the chunk.
+    per_window: If causal and known without reading tensors: window w reads no chunk from `w * per_window` on.
     """
 
     take: Callable[[Tensor], Tensor]
@@ -78,6 +79,7 @@ class Chunks:
     count: int
     slots: Tensor | None = None
     siblings: Tensor | None = None
+    per_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,12 @@ def nominal_reach(window_size: int, chunking: str, to_the_left: bool) -> int:
 
 
 def even_chunks(
-    around: Surroundings, tokens: Tokens, visible: Tensor | None, siblings: Tensor | None, slots: Tensor | None = None
+    around: Surroundings,
+    tokens: Tokens,
+    visible: Tensor | None,
+    siblings: Tensor | None,
+    slots: Tensor | None = None,
+    per_window: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
     extra = around.blocks.tokens - tokens.y.shape[2]
@@ -140,4 +147,4 @@ def even_chunks(
 
     real = tokens.y.new_ones(1, tokens.y.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
-    return Chunks(take, member, visible, around.blocks.num_blocks, slots, siblings)
+    return Chunks(take, member, visible, around.blocks.num_blocks, slots, siblings, per_window)

@@ -156,10 +156,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
     grad_output, grad_mass, *tensors, output, log_mass, needs, options, backend = arguments
     inputs, reach = _Inputs(*tensors), Reach(options[0], options[1], bool(options[2]))
     kernels = _kernels(backend, inputs.query)
-    found = [
-        torch.zeros_like(z, memory_format=torch.contiguous_format) if n else None
-        for z, n in zip(inputs, needs, strict=True)
-    ]
+    found: list[Tensor | None] = [z.new_empty(z.shape) if n else None for z, n in zip(inputs, needs, strict=True)]
     for part, few in inputs.some():
         few_found = _backward_of(
             few, grad_output[part], grad_mass[part], output[part], log_mass[part], needs, reach, kernels

@@ -71,27 +71,29 @@ def attend_backward(
     offset = log_mass.masked_fill(log_mass == float("-inf"), 0.0)
     shift = (grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass
     by_keys = key.shape[2] > query.shape[2]
-    grad_query = _sum_like(query, wide) if needs[0] else None
-    grad_key = _sum_like(key, wide) if needs[1] else None
-    grad_value = _sum_like(value, wide) if needs[2] else None
-    grad_bias = torch.zeros(key.shape[:-1], dtype=wide, device=key.device) if needs[3] else None
+    grad_query = torch.empty(query.shape, dtype=wide, device=query.device) if needs[0] else None
+    grad_key = torch.empty(key.shape, dtype=wide, device=key.device) if needs[1] else None
+    grad_value = torch.empty(value.shape, dtype=wide, device=value.device) if needs[2] else None
+    grad_bias = torch.empty(key.shape[:-1], dtype=wide, device=key.device) if needs[3] else None
     for part in _tiles(query, key, by_keys=by_keys):
         weights = _logits(query, key, bias, visible, part)
         weights.sub_(offset[part.queries].unsqueeze(-1)).exp_()
         grads = grad_output[part.queries]
         if grad_value is not None:
-            _add_product(grad_value, part.keys, weights.to(value.dtype).transpose(-1, -2), grads, once=by_keys)
+            product = weights.to(value.dtype).transpose(-1, -2) @ grads.to(value.dtype)
+            _put(grad_value, part.keys, product, new=by_keys or part.is_first)
         if not (needs[0] or needs[1] or needs[3]):
             continue
         logits = (grads @ value[part.keys].transpose(-1, -2)).to(wide)
         logits.sub_(shift[part.queries].unsqueeze(-1)).mul_(weights)
         if grad_bias is not None:
-            grad_bias[part.keys] += logits.sum(-2)
+            _put(grad_bias, part.keys, logits.sum(-2), new=by_keys or part.is_first)
         logits = logits.to(query.dtype)
         if grad_query is not None:
-            _add_product(grad_query, part.queries, logits, key[part.keys], once=not by_keys)
+            _put(grad_query, part.queries, logits @ key[part.keys], new=not by_keys or part.is_first)
         if grad_key is not None:
-            _add_product(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries], once=by_keys)
+            product = logits.transpose(-1, -2) @ query[part.queries]
+            _put(grad_key, part.keys, product, new=by_keys or part.is_first)
     return (
         None if grad_query is None else grad_query.to(query.dtype),
         None if grad_key is None else grad_key.to(key.dtype),
@@ -144,7 +146,8 @@ def _unexpanded(x: Tensor) -> Tensor:
 class _Tile:
     """Indices of a tile: some batch entries, all or some heads, and a stretch of the queries or of the keys."""
 
-    def __init__(self, batch: slice, heads: slice, queries: slice, keys: slice) -> None:
+    def __init__(self, batch: slice, heads: slice, queries: slice, keys: slice, is_first: bool) -> None:
+        self.is_first = is_first
         self.lead = (batch, heads)
         self.queries = (batch, heads, queries)
         self.keys = (batch, heads, keys)
@@ -169,6 +172,7 @@ def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
                     slice(h, h + per_head),
                     everything if by_keys else cut,
                     cut if by_keys else everything,
+                    is_first=start == 0,
                 )
 
 
@@ -182,17 +186,12 @@ def _logits(query: Tensor, key: Tensor, bias: Tensor | None, visible: Tensor | N
     return logits
 
 
-def _add_product(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *, once: bool) -> None:
-    """`total[place] += left @ right`; `once` if no other tile has the same place."""
-    product = left @ right.to(left.dtype)
-    if once:
-        total[place] = product
+def _put(total: Tensor, place: tuple[slice, ...], part: Tensor, *, new: bool) -> None:
+    """Write to a place, or add to it if another tile has written there."""
+    if new:
+        total[place] = part
     else:
-        total[place] += product
-
-
-def _sum_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+        total[place] += part
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """`scan` in plain torch: one block after the other, so that the running state stays in the caches of a core.
 
-States of units of keys, `output` `[groups, units, slots, head_dim]` and `log_mass` `[groups, units, slots]`, are merged
-for every block of queries over the units it reads (`Reach`). Nothing is ever subtracted.
+States of units of keys, `output` `[groups, units, slots, head_dim]` and `log_mass` `[groups, units, slots]`, are
+merged for every block of queries over the units it reads (`Reach`). Nothing is ever subtracted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def scan_backward(
     smallest `B_i` so far, which is at least `b_k`.
     """
     blocks, units = merged.shape[1], output.shape[1]
-    shift = (grad_output.to(log_mass.dtype) * merged.to(log_mass.dtype)).sum(-1) - grad_mass
+    shift = _dot(grad_output, merged, log_mass.dtype) - grad_mass
     grad_states = torch.zeros(output.shape, dtype=log_mass.dtype, device=output.device)
     grad_shift = torch.zeros_like(log_mass)
     sums, block = _Sums(output, log_mass), blocks - 1
@@ -69,8 +69,7 @@ def scan_backward(
                 sums.add(grad_output[:, block], shift[:, block], merged_mass[:, block])
                 block += 1
             sums.give(grad_states[:, unit], grad_shift[:, unit], log_mass[:, unit])
-    grad_log_mass = (output.to(log_mass.dtype) * grad_states).sum(-1) - grad_shift
-    return grad_states.to(output.dtype), grad_log_mass
+    return grad_states.to(output.dtype), _dot(output, grad_states, log_mass.dtype) - grad_shift
 
 
 class _Sums:
@@ -94,6 +93,12 @@ class _Sums:
         weight = (log_mass - self.low).exp_()
         grad_state.addcmul_(self.total, weight.unsqueeze(-1))
         grad_shift.addcmul_(self.shift, weight)
+
+
+def _dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dot products of the last dimension, one block at a time."""
+    pairs = zip(left.unbind(1), right.unbind(1), strict=True)
+    return torch.stack([(x.to(dtype) * y.to(dtype)).sum(-1) for x, y in pairs], dim=1)
 
 
 def _empty_state(output: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
