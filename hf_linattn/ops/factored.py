@@ -55,7 +55,7 @@ class SlotWeights(Protocol):
     def causal(
         self, key: Self, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
     ) -> Partial:
-        """Queries (`self`) read all keys up to themselves, those of their chunk one by one. `chunk` is a power of 2."""
+        """Queries (`self`) read all keys up to themselves, those of their chunk one by one (a power of 2)."""
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,13 @@ class Summaries:
             return weigh(mask_logits(logits, seen), value, dropout=dropout)
         if seen is None or per_window is None:
             return attend(queries, keys, value, bias=bias, visible=seen)
-        parts = []
-        windows = queries.shape[2]
-        step = -(-windows // _SEGMENTS)
-        for first in range(0, windows, step):
-            stop = min(first + step, windows)
+        parts, stop = [], 0
+        for some in queries.split(-(-queries.shape[2] // _SEGMENTS), dim=2):
+            first, stop = stop, stop + some.shape[2]
             count = min(max(1, (stop - 1) * per_window), keys.shape[-2])
             near = seen if seen.shape[2] == 1 else seen[:, :, first:stop]
             key, val, weight = keys[..., :count, :], value[..., :count, :], bias[..., :count]
-            parts.append(attend(queries[:, :, first:stop], key, val, bias=weight, visible=near[..., :count]))
+            parts.append(attend(some, key, val, bias=weight, visible=near[..., :count]))
         return Partial(*(torch.cat(z, dim=2) for z in zip(*parts, strict=True)))
 
 

@@ -162,7 +162,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
             few, grad_output[part], grad_mass[part], output[part], log_mass[part], needs, reach, kernels
         )
         for total, grad in zip(found, few_found, strict=True):
-            if total is not None:
+            if total is not None and grad is not None:
                 total[part] = grad
     return only(tuple(found))
 

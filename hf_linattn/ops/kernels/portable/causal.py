@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # Elements of the logits of a chunk, of some rows and heads, per thread.
-_TILE = {"cpu": 1 << 17}
+_TILE = {"cpu": 1 << 16}
 _LARGE_TILE = 1 << 25
 # A state is kept for the backward pass every so many chunks; those in between are computed again.
 _SEGMENT = 16
@@ -79,15 +79,21 @@ class _Inputs(NamedTuple):
         return self.value[:, part].to(self.key_bias.dtype)
 
 
-class _Chunk(NamedTuple):
-    """What a chunk of queries and keys is made of, relative to the references `state.top` and `top`."""
+class _Keys(NamedTuple):
+    """The keys of a chunk (or of a part of one), relative to the references of `before`."""
 
-    query: Tensor  # features `[groups, tokens, slots]`, at most 1
-    key: Tensor  # features `[groups, slots, tokens]`, at most 1
-    product: Tensor  # `[groups, tokens, tokens]`, 0 for later keys
+    part: slice
+    features: Tensor  # `[groups, slots, tokens]`, at most 1
+    before: _State  # the keys before the chunk
+    decay: Tensor  # what their state was multiplied with, to be relative to the same references
+
+
+class _Queries(NamedTuple):
+    """The queries of a chunk: their weights are `exp(top)` times these."""
+
+    features: Tensor  # `[groups, tokens, slots]`, at most 1
+    product: Tensor  # with the keys of the chunk, `[groups, tokens, tokens]`, 0 for later ones
     top: Tensor  # `[groups, tokens, 1]`
-    before: _State  # the state of earlier keys, relative to the new reference
-    decay: Tensor  # what the state was multiplied with
 
 
 def causal_forward(
@@ -121,7 +127,9 @@ def causal_forward(
                 sums[group, number // _SEGMENT] = state.sums
                 masses[group, number // _SEGMENT] = torch.cat(state[1:], -1)
             stop = min(start + chunk, tokens)
-            state = _read(few, slice(start, stop), state, output[group], log_mass[group])
+            for keys, after in _cut(few, slice(start, stop), state):
+                _read(few, keys, output[group], log_mass[group])
+                state = after
     return output, log_mass, sums, masses
 
 
@@ -159,11 +167,13 @@ def causal_backward(
             mass, top = masses[group, segment].split(1, -1)
             start = segment * length
             parts = [slice(s, min(s + chunk, tokens)) for s in range(start, min(start + length, tokens), chunk)]
-            states = [_State(sums[group, segment], mass, top)]
-            for part in parts[:-1]:
-                states.append(_advance(few, part, states[-1]))
-            for part in reversed(parts):
-                pass_back.chunk(part, states.pop())
+            state, chunks = _State(sums[group, segment], mass, top), []
+            for part in parts:
+                for keys, after in _cut(few, part, state):
+                    chunks.append(keys)
+                    state = after
+            while chunks:
+                pass_back.chunk(chunks.pop())
     return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, inputs, strict=True)]
 
 
@@ -195,53 +205,41 @@ def _safe_top(c: Tensor, state: _State) -> Tensor | None:
     return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
 
 
-def _halves(part: slice) -> tuple[slice, slice]:
-    middle = (part.start + part.stop + 1) // 2
-    return slice(part.start, middle), slice(middle, part.stop)
-
-
-def _updated(state: _State, features: Tensor, values: Tensor) -> _State:
-    return _State(torch.baddbmm(state.sums, features, values), state.mass + features.sum(-1, keepdim=True), state.top)
-
-
-def _advance(inputs: _Inputs, part: slice, state: _State) -> _State:
-    """The state after a chunk."""
+def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
+    """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
     c = inputs.key_logits(part)
     top = _safe_top(c, state)
     if top is None:
-        left, right = _halves(part)
-        return _advance(inputs, right, _advance(inputs, left, state))
+        middle = (part.start + part.stop + 1) // 2
+        for half in (slice(part.start, middle), slice(middle, part.stop)):
+            for keys, after in _cut(inputs, half, state):
+                yield keys, after
+                state = after
+        return
     decay = (state.top - top).exp_()
     before = _State(state.sums * decay, state.mass * decay, top)
-    return _updated(before, c.sub_(top).exp_(), inputs.values(part))
+    features = c.sub_(top).exp_()
+    sums = torch.baddbmm(before.sums, features, inputs.values(part))
+    yield _Keys(part, features, before, decay), _State(sums, before.mass + features.sum(-1, keepdim=True), top)
 
 
-def _chunk(inputs: _Inputs, part: slice, c: Tensor, top: Tensor, state: _State) -> _Chunk:
-    decay = (state.top - top).exp_()
-    before = _State(state.sums * decay, state.mass * decay, top)
-    key = c.sub_(top).exp_()
-    query = inputs.query_logits(part).add_(top.mT + inputs.slot_bias())
-    query_top = query.amax(-1, keepdim=True)
-    query.sub_(query_top).exp_()
-    return _Chunk(query, key, (query @ key).tril_(), query_top, before, decay)
+def _ask(inputs: _Inputs, keys: _Keys) -> _Queries:
+    features = inputs.query_logits(keys.part).add_(keys.before.top.mT + inputs.slot_bias())
+    top = features.amax(-1, keepdim=True)
+    features.sub_(top).exp_()
+    return _Queries(features, (features @ keys.features).tril_(), top)
 
 
-def _read(inputs: _Inputs, part: slice, state: _State, output: Tensor, log_mass: Tensor) -> _State:
-    """Write the results of a chunk; returns the state after it."""
-    c = inputs.key_logits(part)
-    top = _safe_top(c, state)
-    if top is None:
-        left, right = _halves(part)
-        return _read(inputs, right, _read(inputs, left, state, output, log_mass), output, log_mass)
-    chunk, values = _chunk(inputs, part, c, top, state), inputs.values(part)
-    total = (chunk.query * chunk.before.mass.mT).sum(-1, keepdim=True).add_(chunk.product.sum(-1, keepdim=True))
-    result = torch.baddbmm(chunk.query @ chunk.before.sums, chunk.product, values)
+def _read(inputs: _Inputs, keys: _Keys, output: Tensor, log_mass: Tensor) -> None:
+    """Write the results of a chunk."""
+    part, before, queries = keys.part, keys.before, _ask(inputs, keys)
+    total = (queries.features * before.mass.mT).sum(-1, keepdim=True).add_(queries.product.sum(-1, keepdim=True))
+    result = torch.baddbmm(queries.features @ before.sums, queries.product, inputs.values(part))
     empty = total == 0
     total.masked_fill_(empty, 1.0)
     output[:, part] = result.div_(total)
-    mass = total.log_().add_(chunk.top).masked_fill_(empty, float("-inf")).squeeze(-1)
+    mass = total.log_().add_(queries.top).masked_fill_(empty, float("-inf")).squeeze(-1)
     torch.add(mass, inputs.query_bias[:, part], out=log_mass[:, part])
-    return _updated(chunk.before, chunk.key, values)
 
 
 class _Backward:
@@ -258,35 +256,28 @@ class _Backward:
         self.sums, self.mass = first.sums, first.mass
         self.found: list[Tensor | None] = []
 
-    def chunk(self, part: slice, state: _State) -> None:
-        """Gradients of a chunk, given the state before it."""
-        inputs = self.inputs
-        c = inputs.key_logits(part)
-        top = _safe_top(c, state)
-        if top is None:
-            left, right = _halves(part)
-            self.chunk(right, _advance(inputs, left, state))
-            self.chunk(left, state)
-            return
-        chunk, values = _chunk(inputs, part, c, top, state), inputs.values(part)
+    def chunk(self, keys: _Keys) -> None:
+        """Gradients of a chunk."""
+        part, before, queries = keys.part, keys.before, _ask(self.inputs, keys)
+        values = self.inputs.values(part)
         grads = self.grad_output[:, part].to(values.dtype)
         shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
         shift -= self.grad_mass[:, part].unsqueeze(-1)
         # Everything is linear in features divided by the total of a query, exp(log_mass - top).
-        scale = (chunk.top - self.log_mass[:, part].unsqueeze(-1)).exp_()
+        scale = (queries.top - self.log_mass[:, part].unsqueeze(-1)).exp_()
         grads, shift = grads * scale, shift * scale
         pairs = torch.baddbmm(-shift, grads, values.mT).tril_()
 
-        grad_query = torch.baddbmm(grads @ chunk.before.sums.mT, pairs, chunk.key.mT)
-        grad_query.addcmul_(shift, chunk.before.mass.mT, value=-1).mul_(chunk.query)
-        grad_key = torch.baddbmm(self.sums @ values.mT, chunk.query.mT, pairs).add_(self.mass).mul_(chunk.key)
+        grad_query = torch.baddbmm(grads @ before.sums.mT, pairs, keys.features.mT)
+        grad_query.addcmul_(shift, before.mass.mT, value=-1).mul_(queries.features)
+        grad_key = torch.baddbmm(self.sums @ values.mT, queries.features.mT, pairs).add_(self.mass).mul_(keys.features)
         if self.found[8] is not None:
-            _write(self.found[8][:, part], chunk.key.mT, self.sums).baddbmm_(chunk.product.mT, grads)
+            _write(self.found[8][:, part], keys.features.mT, self.sums).baddbmm_(queries.product.mT, grads)
         self._add(slice(0, 4), grad_query, part, of_keys=False)
         self._add(slice(4, 8), grad_key, part, of_keys=True)
 
-        self.sums = torch.baddbmm(self.sums, chunk.query.mT, grads).mul_(chunk.decay)
-        self.mass = torch.sub(self.mass, (chunk.query * shift).sum(1).unsqueeze(-1)).mul_(chunk.decay)
+        self.sums = torch.baddbmm(self.sums, queries.features.mT, grads).mul_(keys.decay)
+        self.mass = self.mass.sub((queries.features * shift).sum(1).unsqueeze(-1)).mul_(keys.decay)
 
     def _add(self, which: slice, grad: Tensor, part: slice, *, of_keys: bool) -> None:
         tokens, bias, slots, slot_bias = self.found[which]
