@@ -53,7 +53,8 @@ class Tokens:
         else:
             assert estimate is not None
             output = estimate.output
-        return self._compaction.restore(output)[:, :, -self._num_queries :]
+        output = self._compaction.restore(output)
+        return output if output.shape[2] == self._num_queries else output[:, :, -self._num_queries :]
 
 
 def prepare(
@@ -96,9 +97,9 @@ def prepare(
     rest = None if valid is None else valid[:, count:]
     lengths = torch.full((1,), num_keys - count, device=y.device) if rest is None else rest.sum(-1)
     return Tokens(
-        x=x[:, :, count:],
-        y=y[:, :, count:],
-        value=value[:, :, count:],
+        x=x[:, :, count:] if count else x,
+        y=y[:, :, count:] if count else y,
+        value=value[:, :, count:] if count else value,
         valid=rest,
         lengths=lengths,
         grid=grid,

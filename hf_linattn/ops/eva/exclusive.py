@@ -64,16 +64,19 @@ def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
     elif cut.overlap_side:
         left = right = window_reach(window, chunk)
     if cut.chunk_size or tokens.valid is None:
-        # Only chunks of complete windows are ever visible to a causal query, so the last window needs none.
-        covered = (windows.num_blocks - 1) * window if cut.is_causal else num_tokens
-        blocks = Blocks(covered, chunk)
+        blocks = Blocks(num_tokens, chunk)
         start = torch.arange(blocks.num_blocks, device=device)[None] * chunk
         visible = _untouched(cut, windows, start, start + chunk, left, right)
         siblings = None
         if chunk > window:
             siblings = _siblings(windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut)
-        per_window = window // chunk if cut.is_causal else None
-        chunks = even_chunks(Surroundings(blocks), tokens, visible, siblings, per_window=per_window)
+        per_window = count = None
+        if cut.is_causal:
+            # No query ever reads the chunks of the last window.
+            per_window = window // chunk
+            count = (windows.num_blocks - 1) * per_window
+        around = Surroundings(blocks)
+        chunks = even_chunks(around, tokens, visible, siblings, per_window=per_window, count=count)
         return Layout(Surroundings(windows, left, right), chunks)
     return _exclusive_rows(cut, tokens, windows, chunk)
 

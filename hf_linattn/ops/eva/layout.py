@@ -67,7 +67,7 @@ class Chunks:
     member: `[batch or 1, chunks, members]`, True where there is one.
     visible: `[batch or 1, windows, queries or 1, chunks]`, or `None` if every query reads every chunk.
     slots: By how many a sum is divided for the mean, `[batch or 1, 1]`; `None` for the number of members.
-    count: Chunks of a row that is as long as the tensor.
+    count: Chunks that some query reads, of a row that is as long as the tensor.
     siblings: `[batch or 1, windows, n]`: windows that lie in a chunk which is partly seen, -1 for none; they are then
         read one by one instead of the chunk.
     per_window: If causal and known without reading tensors: window w reads no chunk from `w * per_window` on.
@@ -138,13 +138,16 @@ def even_chunks(
     siblings: Tensor | None,
     slots: Tensor | None = None,
     per_window: int | None = None,
+    count: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
     extra = around.blocks.tokens - tokens.y.shape[2]
 
     def take(z: Tensor) -> Tensor:
-        return around.split(F.pad(z, (0, 0, 0, extra)) if extra > 0 else z[..., : around.blocks.tokens, :])
+        if extra:
+            z = F.pad(z, (0, 0, 0, extra)) if extra > 0 else z[..., : around.blocks.tokens, :]
+        return around.split(z)
 
     real = tokens.y.new_ones(1, tokens.y.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
-    return Chunks(take, member, visible, around.blocks.num_blocks, slots, siblings, per_window)
+    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, siblings, per_window)

@@ -80,20 +80,21 @@ def attend_backward(
         weights.sub_(offset[part.queries].unsqueeze(-1)).exp_()
         grads = grad_output[part.queries]
         if grad_value is not None:
-            product = weights.to(value.dtype).transpose(-1, -2) @ grads.to(value.dtype)
-            _put(grad_value, part.keys, product, new=by_keys or part.is_first)
+            new = by_keys or part.is_first
+            _put(grad_value, part.keys, weights.to(value.dtype).transpose(-1, -2), grads.to(value.dtype), new=new)
         if not (needs[0] or needs[1] or needs[3]):
             continue
         logits = (grads @ value[part.keys].transpose(-1, -2)).to(wide)
         logits.sub_(shift[part.queries].unsqueeze(-1)).mul_(weights)
         if grad_bias is not None:
-            _put(grad_bias, part.keys, logits.sum(-2), new=by_keys or part.is_first)
+            place = grad_bias[part.keys]
+            place.copy_(logits.sum(-2)) if by_keys or part.is_first else place.add_(logits.sum(-2))
         logits = logits.to(query.dtype)
         if grad_query is not None:
-            _put(grad_query, part.queries, logits @ key[part.keys], new=not by_keys or part.is_first)
+            _put(grad_query, part.queries, logits, key[part.keys], new=not by_keys or part.is_first)
         if grad_key is not None:
-            product = logits.transpose(-1, -2) @ query[part.queries]
-            _put(grad_key, part.keys, product, new=by_keys or part.is_first)
+            new = by_keys or part.is_first
+            _put(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries], new=new)
     return (
         None if grad_query is None else grad_query.to(query.dtype),
         None if grad_key is None else grad_key.to(key.dtype),
@@ -186,12 +187,16 @@ def _logits(query: Tensor, key: Tensor, bias: Tensor | None, visible: Tensor | N
     return logits
 
 
-def _put(total: Tensor, place: tuple[slice, ...], part: Tensor, *, new: bool) -> None:
-    """Write to a place, or add to it if another tile has written there."""
-    if new:
-        total[place] = part
+def _put(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *, new: bool) -> None:
+    """Write a product to a place, or add it if another tile has written there."""
+    target = total[place].flatten(0, 1)  # a view: a tile has all heads, or one batch entry
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    if left.dtype == target.dtype:
+        torch.baddbmm(target, left, right, beta=0 if new else 1, out=target)
+    elif new:
+        target.copy_(left @ right)
     else:
-        total[place] += part
+        target.add_(left @ right)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
