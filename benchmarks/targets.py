@@ -124,6 +124,9 @@ def judge(claim: Claim, found: dict[str, Timing | Failure]) -> dict[str, Any]:
     failures = [f"{name}: {result.reason}" for name, result in found.items() if isinstance(result, Failure)]
     if isinstance(ours, Failure) or isinstance(other, Failure):
         return {**row, "verdict": "not measured", "reason": "; ".join(failures)}
+    plain = found.get(replace(claim, options=PLAIN).ours.name)
+    if claim.options.window_size and isinstance(plain, Timing):
+        row["window_cost"] = ours.median / plain.median  # times as long as without a window
     softmax = [r.median for n, r in found.items() if n.startswith(SOFTMAX) and isinstance(r, Timing)]
     ratio = other.median / ours.median
     return {
@@ -184,6 +187,8 @@ def show(row: dict[str, Any]) -> str:
     if row.get("ratio") is not None:
         best = f"   best backend {row['ratio_to_best_softmax']:.2f}x" if row["ratio_to_best_softmax"] else ""
         times = f"{row['reference_seconds'] * 1e3:.1f} / {row['seconds'] * 1e3:.1f} ms"
+        if "window_cost" in row:
+            best += f"   the window takes {row['window_cost']:.2f} times the time without"
         target = "" if row["target"] is None else f" (target {row['target']:g}x)"
         return f"{row['verdict']:>15}  {row['ratio']:6.2f}x{target:<15} {row['name']}   {times}{best}"
     if row.get("slope") is not None:

@@ -28,6 +28,7 @@ BACKENDS = {
 # On a CPU there is a flash backend and the composition of products, nothing else.
 CPU_BACKENDS = ("flash", "math")
 PEERS = ("sdpa", "performer-pytorch", "flash-linear-attention")
+GIVEN = "flash-linear-attention, features given"  # its kernel without the time that the features take
 MEMORY_SHARE = 0.5  # of the memory that is free: what an implementation with large matrices may take
 
 
@@ -50,7 +51,10 @@ def peer_implementations(names: Sequence[str], device: str, num_features: int) -
         elif name == "performer-pytorch":
             found.append(Implementation(name, "peer", lambda work: _performer(work, num_features)))
         else:
-            found.append(Implementation(name, "peer", lambda work: _flash_linear_attention(work, num_features)))
+            found += [
+                Implementation(name, "peer", lambda work: _flash_linear_attention(work, num_features)),
+                Implementation(GIVEN, "peer", lambda work: _flash_linear_attention(work, num_features, is_given=True)),
+            ]
     return found
 
 
@@ -119,27 +123,35 @@ def _performer(work: Workload, num_features: int) -> AttentionCall:
     return attention.to(work.device).train(work.is_training)
 
 
-def _flash_linear_attention(work: Workload, num_features: int) -> AttentionCall:
+def _flash_linear_attention(work: Workload, num_features: int, *, is_given: bool = False) -> AttentionCall:
     if importlib.util.find_spec("fla") is None:
         raise Unavailable("not installed")
     if torch.device(work.device).type != "cuda":
         raise Unavailable("needs a GPU")
     if not work.is_causal:
         raise Unavailable("causal only")
+    if is_given and work.is_training:
+        raise Unavailable("forward only")
     from fla.ops.linear_attn import chunk_linear_attn
 
     projection = directions(work, num_features).to(work.device)
+    kept: list[Tensor] = []
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Positive features of the same directions; one stabiliser per call, as in the other libraries.
-        features = [_features(tensor, projection) for tensor in (query, key)]
-        result = chunk_linear_attn(*(t.transpose(1, 2) for t in (*features, value)), scale=1.0, normalize=True)
-        return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+        features = kept or [linear_attention_features(tensor, projection) for tensor in (query, key)]
+        if is_given:
+            kept[:] = features
+        output, _ = chunk_linear_attn(*(t.transpose(1, 2) for t in (*features, value)), scale=1.0, normalize=True)
+        return output.transpose(1, 2)
 
     return attention
 
 
-def _features(tokens: Tensor, projection: Tensor) -> Tensor:
+def linear_attention_features(tokens: Tensor, projection: Tensor) -> Tensor:
+    """Positive features `[batch, heads, tokens, num_features]` for a kernel that takes features.
+
+    One stabiliser for the whole tensor, and a constant added, as performer-pytorch does for keys.
+    """
     scaled = tokens * tokens.shape[-1] ** -0.25
     exponent = scaled @ projection.to(tokens.dtype).mT - scaled.square().sum(-1, keepdim=True) / 2
     return (exponent - exponent.amax().detach()).exp() + 1e-4

@@ -62,6 +62,17 @@ def test_performer_has_our_directions(is_causal: bool) -> None:
     assert (theirs - ours).norm() < 0.05 * (theirs - other).norm()
 
 
+def test_features_for_a_kernel_that_takes_them() -> None:
+    """Their causal products, normalised, are FAVOR+ with the same directions."""
+    query, key, value, _ = make_inputs(SMALL)
+    projection = peers.directions(SMALL, 32)
+    features = [peers.linear_attention_features(tensor / 2, projection) for tensor in (query, key)]
+    weights = (features[0] @ features[1].mT).tril()
+    theirs = weights / weights.sum(-1, keepdim=True) @ value
+    ours = favor_attention(query / 2, key / 2, value, projection=projection, scaling=16**-0.5, is_causal=True)
+    assert (theirs - ours).norm() < 0.02 * ours.norm()
+
+
 def test_our_first_head_has_the_directions_of_the_peers() -> None:
     query, key, value, _ = make_inputs(SMALL)
     with torch.no_grad():
