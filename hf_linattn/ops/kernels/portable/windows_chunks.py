@@ -1,18 +1,20 @@
-"""`windows_chunks` in plain torch: two softmaxes and their merge, whose gradients follow from the joint log mass."""
+"""`windows_chunks` in plain torch: some windows at a time, so that their logits stay in the caches of a core."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...partial import Partial, merge
-from .attend import attend_backward, attend_forward
+# Logits of a tile, per thread.
+_TILE = {"cpu": 1 << 19}
+_LARGE_TILE = 1 << 26
 
 
-class Inputs(NamedTuple):
-    """The tensors of `windows_chunks_forward`."""
+class _Inputs(NamedTuple):
+    """The tensors of `windows_chunks_forward`, or those of a tile."""
 
     query: Tensor
     key: Tensor
@@ -24,27 +26,55 @@ class Inputs(NamedTuple):
     hidden_from: Tensor
     hidden_to: Tensor
 
-    def in_windows(self, is_causal: bool) -> Tensor | None:
-        """`[groups, windows, queries, keys]`, the keys of its window that a query sees."""
-        groups, windows, length, _ = self.query.shape
-        keys = self.key.shape[2]
-        seen = self.visible
+
+class _Tile(NamedTuple):
+    """Where a tile is, and its inputs: some groups, some windows and the chunks that they may read."""
+
+    windows: tuple[slice, slice]
+    chunks: tuple[slice, slice]
+    inputs: _Inputs
+
+    def logits(self, is_causal: bool) -> tuple[Tensor, Tensor]:
+        """`[groups, windows, queries, keys]` and `[groups, windows, queries, chunks]`, `-inf` where hidden."""
+        query, key, _, visible, chunk_key, chunk_bias, _, hidden_from, hidden_to = self.inputs
+        wide = chunk_bias.dtype
+        query = query.to(wide)
+        near = query @ key.to(wide).mT
+        if visible is not None:
+            near.masked_fill_(~visible, float("-inf"))
         if is_causal:
-            place = torch.arange(keys, device=self.key.device)
-            past = place <= torch.arange(keys - length, keys, device=self.key.device)[:, None]
-            seen = past if seen is None else seen & past
-        return None if seen is None else seen.expand(groups, windows, length, keys)
+            length, keys = near.shape[-2:]
+            past = torch.ones(length, keys, dtype=torch.bool, device=near.device).tril_(keys - length)
+            near.masked_fill_(~past, float("-inf"))
+        far = query.flatten(1, 2) @ chunk_key.to(wide).mT
+        number = torch.arange(chunk_key.shape[1], device=near.device)
+        hidden = (number >= hidden_from[..., None]) & (number < hidden_to[..., None])
+        bias = chunk_bias.unsqueeze(1).masked_fill(hidden, float("-inf"))
+        return near, far.unflatten(1, query.shape[1:3]).add_(bias.unsqueeze(2))
 
-    def chunks_seen(self) -> Tensor:
-        """`[groups, 1, windows * queries, chunks]`, the chunks that a query reads."""
-        chunk = torch.arange(self.chunk_key.shape[1], device=self.chunk_key.device)
-        seen = (chunk < self.hidden_from[..., None]) | (chunk >= self.hidden_to[..., None])
-        return seen.unsqueeze(2).expand(-1, -1, self.query.shape[2], -1).flatten(1, 2).unsqueeze(1)
 
-    def chunks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys, values and bias of the attention to chunks, with a dimension of one head."""
-        query = self.query.flatten(1, 2).unsqueeze(1)
-        return query, self.chunk_key.unsqueeze(1), self.chunk_value.unsqueeze(1), self.chunk_bias.unsqueeze(1)
+def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
+    query, chunks = inputs.query, inputs.chunk_key.shape[1]
+    groups, windows, length, _ = query.shape
+    budget = _TILE["cpu"] * torch.get_num_threads() if query.device.type == "cpu" else _LARGE_TILE
+    per_window = length * (inputs.key.shape[2] + chunks)
+    width = max(1, min(windows, budget // per_window))
+    depth = max(1, budget // (per_window * width)) if width == windows else 1
+    last, first = inputs.hidden_from.amax(0).tolist(), inputs.hidden_to.amin(0).tolist()
+    for start in range(0, groups, depth):
+        group = slice(start, start + depth)
+        for window in range(0, windows, width):
+            some = slice(window, window + width)
+            # Causal windows read nothing behind the hidden chunks, and only some of those before.
+            count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
+            place, read = (group, some), (group, slice(0, count))
+            few = _Inputs(
+                *(z[place] for z in inputs[:3]),
+                None if inputs.visible is None else inputs.visible[place],
+                *(z[read] for z in inputs[4:7]),
+                *(z[place] for z in inputs[7:]),
+            )
+            yield _Tile(place, read, few)
 
 
 def windows_chunks_forward(
@@ -60,12 +90,27 @@ def windows_chunks_forward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output `[groups, windows, queries, head_dim]` and log mass. Arguments as in `windows_chunks`."""
-    inputs = Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
-    shape = query.shape[1:3]
-    near = Partial(*attend_forward(query, key, value, None, inputs.in_windows(is_causal)))
-    far = attend_forward(*inputs.chunks(), inputs.chunks_seen())
-    both = merge([near, Partial(far[0].squeeze(1).unflatten(1, shape), far[1].squeeze(1).unflatten(1, shape))])
-    return both.output.contiguous(), both.log_mass.contiguous()
+    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+    output = value.new_empty(*query.shape[:-1], value.shape[-1])
+    log_mass = chunk_bias.new_empty(query.shape[:-1])
+    for tile in _tiles(inputs):
+        near, far = tile.logits(is_causal)
+        top = near.amax(-1, keepdim=True)
+        if far.shape[-1]:
+            top = torch.maximum(top, far.amax(-1, keepdim=True))
+        top.clamp_min_(torch.finfo(top.dtype).min)
+        near.sub_(top).exp_()
+        far.sub_(top).exp_()
+        total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+        empty = total == 0
+        total.masked_fill_(empty, 1.0)
+        values, chunk_values = tile.inputs.value.to(top.dtype), tile.inputs.chunk_value.to(top.dtype)
+        result = near @ values
+        result += (far.flatten(1, 2) @ chunk_values).view_as(result)
+        output[tile.windows] = result.div_(total)
+        mass = total.log_().add_(top).masked_fill_(empty, float("-inf"))
+        log_mass[tile.windows] = mass.squeeze(-1)
+    return output, log_mass
 
 
 def windows_chunks_backward(
@@ -85,28 +130,41 @@ def windows_chunks_backward(
     needs: list[bool],
     is_causal: bool,
 ) -> list[Tensor | None]:
-    """Gradients of query, key, value, chunk_key, chunk_bias and chunk_value, where `needs` says so."""
-    inputs = Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
-    results = (grad_output, grad_mass, output, log_mass)
-    # Weights are relative to the joint mass, so each part's gradients are those of an attention with these results.
-    seen = inputs.in_windows(is_causal)
-    near = attend_backward(
-        *results[:2], query, key, value, None, seen, *results[2:], [needs[0], needs[1], needs[2], False]
-    )
-    flat = [z.flatten(1, 2).unsqueeze(1) for z in results]
-    far_query, far_key, far_value, far_bias = inputs.chunks()
-    far = attend_backward(
-        *flat[:2],
-        far_query,
-        far_key,
-        far_value,
-        far_bias,
-        inputs.chunks_seen(),
-        *flat[2:],
-        [needs[0], needs[3], needs[5], needs[4]],
-    )
-    grad_query = None
-    if near[0] is not None and far[0] is not None:
-        grad_query = near[0] + far[0].squeeze(1).unflatten(1, query.shape[1:3])
-    of_chunks = [None if z is None else z.squeeze(1) for z in far[1:]]
-    return [grad_query, near[1], near[2], of_chunks[0], of_chunks[2], of_chunks[1]]
+    """Gradients of query, key, value, chunk_key, chunk_bias and chunk_value, where `needs` says so.
+
+    Weights are relative to the joint mass, so each part's gradients are those of an attention with these results.
+    """
+    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+    wide = log_mass.dtype
+    like = (query, key, value, chunk_key, chunk_bias, chunk_value)
+    found = [
+        (torch.empty if i < 3 else torch.zeros)(z.shape, dtype=wide, device=z.device) if needed else None
+        for i, (z, needed) in enumerate(zip(like, needs, strict=True))
+    ]
+    for tile in _tiles(inputs):
+        few, (near, far) = tile.inputs, tile.logits(is_causal)
+        mass = log_mass[tile.windows].unsqueeze(-1)
+        mass = mass.masked_fill(mass == float("-inf"), 0.0)
+        near.sub_(mass).exp_()
+        far = far.sub_(mass).exp_().flatten(1, 2)
+        queries, grads = few.query.to(wide), grad_output[tile.windows].to(wide)
+        flat_queries, flat_grads = queries.flatten(1, 2), grads.flatten(1, 2)
+        if found[2] is not None:
+            found[2][tile.windows] = near.mT @ grads
+        if found[5] is not None:
+            found[5][tile.chunks].baddbmm_(far.mT, flat_grads)
+        if not (needs[0] or needs[1] or needs[3] or needs[4]):
+            continue
+        shift = (grads * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grad_mass[tile.windows].unsqueeze(-1)
+        near.mul_((grads @ few.value.to(wide).mT).sub_(shift))
+        far.mul_((flat_grads @ few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
+        if found[0] is not None:
+            grad = near @ few.key.to(wide)
+            found[0][tile.windows] = grad.add_((far @ few.chunk_key.to(wide)).view_as(grad))
+        if found[1] is not None:
+            found[1][tile.windows] = near.mT @ queries
+        if found[3] is not None:
+            found[3][tile.chunks].baddbmm_(far.mT, flat_queries)
+        if found[4] is not None:
+            found[4][tile.chunks] += far.sum(1)
+    return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, like, strict=True)]

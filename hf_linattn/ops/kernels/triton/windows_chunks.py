@@ -22,12 +22,12 @@ _FORWARD = {
     (2, 64): (64, 64),
     (2, 128): (64, 64),
     (2, 256): (64, 32),
-    (4, 64): (64, 32),
+    (4, 64): (32, 32),
     (4, 128): (32, 32),
-    (4, 256): (16, 32),
+    (4, 256): (16, 16),
 }
 _BACKWARD = {
-    (2, 64): (64, 64),
+    (2, 64): (32, 64),
     (2, 128): (64, 32),
     (2, 256): (32, 32),
     (4, 64): (32, 32),
@@ -183,7 +183,7 @@ def windows_chunks_backward(
         arguments = (inputs.query, *inputs[4:], *results, *of_chunks, *sizes)
         launch(kernels.backward_chunks, programs * parts, *arguments, **constants)
         for i, (grad, like) in enumerate(zip(of_chunks, given[4:7], strict=True), start=3):
-            found[i] = grad.sum(0).to(like.dtype) if needs[i] else None  # type: ignore[union-attr]
+            found[i] = grad.sum(0).to(like.dtype) if needs[i] else None
     return found
 
 
@@ -192,9 +192,9 @@ def _case(dim: int, dtype: torch.dtype, *, masked: bool) -> None:
     visible = torch.ones(1, 2, 1, 128, dtype=torch.bool) if masked else None
     chunk, bias = torch.zeros(1, 64, dim, dtype=dtype), torch.zeros(1, 64)
     hidden = torch.zeros(2, dtype=torch.int32)
-    inputs = (query, key, key, visible, chunk, bias, chunk, hidden, hidden)
-    result = windows_chunks_forward(*inputs, not masked)
-    windows_chunks_backward(*result, *inputs, *result, [True] * 6, not masked)
+    result = windows_chunks_forward(query, key, key, visible, chunk, bias, chunk, hidden, hidden, not masked)
+    rest: Any = (visible, chunk, bias, chunk, hidden, hidden, *result, [True] * 6, not masked)
+    windows_chunks_backward(*result, query, key, key, *rest)
 
 
 COMPILE_CASES: CompileCases = {
