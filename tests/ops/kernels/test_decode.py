@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("triton")
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.ops.kernels.backend import use_backend
@@ -16,7 +15,8 @@ from hf_linattn.ops.kernels.decode import Decoded, _fold, _step_op, decode_step
 
 INF = float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-every_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 
 
 class Stream(NamedTuple):
@@ -176,6 +176,11 @@ def test_strides_change_nothing(backend: str) -> None:
     moved = Stream(*[t.transpose(0, -1).contiguous().transpose(0, -1) for t in stream])
     for mine, other in zip(run(stream, backend), run(moved, backend), strict=True):
         torch.testing.assert_close(tuple(mine), tuple(other), rtol=1e-6, atol=1e-6)
+    last, state = [t[-1] for t in stream[:5]], run(stream, backend)[-2][2:]
+    turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in state]
+    with use_backend(backend):
+        mine, other = decode_step(*last, *stream[5:], *state), decode_step(*last, *stream[5:], *turned)
+    torch.testing.assert_close(tuple(mine), tuple(other), rtol=1e-6, atol=1e-6)
 
 
 def test_shared_slots_are_not_copied() -> None:
@@ -197,6 +202,7 @@ def test_gradients_and_half_precision_states_are_refused(backend: str) -> None:
             decode_step(*inputs)
 
 
+@needs_triton
 def test_float64_is_for_torch() -> None:
     stream = Stream(*[t.double() for t in make(1)])
     inputs = [*[t[0] for t in stream[:5]], *stream[5:], *[t.double() for t in empty_state(stream)]]
@@ -224,6 +230,7 @@ def test_operator(backend: str) -> None:
     torch.library.opcheck(_step_op, (*folded, backend), test_utils=("test_schema", "test_faketensor"))
 
 
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("slots", "dim"), [(256, 64), (64, 128), (1000, 80), (256, 256)])

@@ -126,8 +126,8 @@ class _Operands:
     def parts(self, outer: int, outer_block: int, inner: int, inner_block: int) -> tuple[int, int]:
         """(number of parts, their size) for programs that own blocks of `outer` and go through all of `inner`."""
         count = splits(self.groups * triton.cdiv(outer, outer_block), inner, _LEAST_PART)
-        size = triton.cdiv(triton.cdiv(inner, count), inner_block) * inner_block
-        return max(1, triton.cdiv(inner, max(1, size))), max(size, inner_block)
+        size = max(1, triton.cdiv(triton.cdiv(inner, count), inner_block)) * inner_block
+        return max(1, triton.cdiv(inner, size)), size
 
 
 def attend_forward(
