@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._near_tiles import add_tile, first_keys, grad_tile, logits
+from ._near_tiles import add_tile, first_keys, grad_tile, load_part, logits, store_part
 from ._products import narrow, product
-from ._tiles import dot, load_tile, store_tile
+from ._tiles import dot
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def forward(
     whole = tl.where(total == 0.0, 1.0, total)
     weights /= whole[:, None]
     tl.store(log_mass + at, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)))
-    for e in tl.static_range(0, WIDTH, BLOCK_E):
-        values = load_tile(value + group * value_g + e, start, value_t, tokens, CHUNK, WIDTH - e, BLOCK_E)
-        result = narrow(product(weights, values, DTYPE), output.dtype.element_ty)
-        store_tile(output + group * tokens * WIDTH + e, start, WIDTH, tokens, result, CHUNK, WIDTH - e, BLOCK_E)
+    for e in range(0, WIDTH, BLOCK_E):
+        values = load_part(value + group * value_g, start, value_t, tokens, e, CHUNK, WIDTH, BLOCK_E)
+        result = product(weights, values, DTYPE)
+        store_part(output + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def _score_gradients(
     seen = mass > float("-inf")
     shift = tl.load(grad_mass + at)
     grads = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for e in tl.static_range(0, WIDTH, BLOCK_E):
-        grad = load_tile(grad_output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, WIDTH - e, BLOCK_E)
-        result = load_tile(output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, WIDTH - e, BLOCK_E)
-        values = load_tile(value + group * value_g + e, start, value_t, tokens, CHUNK, WIDTH - e, BLOCK_E)
+    for e in range(0, WIDTH, BLOCK_E):
+        grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
+        result = load_part(output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
+        values = load_part(value + group * value_g, start, value_t, tokens, e, CHUNK, WIDTH, BLOCK_E)
         shift -= tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
         grads = dot(grad, tl.trans(values), grads)
     grads = tl.where(visible & seen[:, None], grads + shift[:, None], 0.0)
@@ -209,13 +209,11 @@ def backward_tokens(
     if part == 0:
         tl.store(grad_y_bias + at, total_bias)
         shares = tl.trans(tl.where(visible, shares, 0.0))
-        for e in tl.static_range(0, WIDTH, BLOCK_E):
-            grad = load_tile(grad_output + group * tokens * WIDTH + e, start, WIDTH, tokens, CHUNK, WIDTH - e, BLOCK_E)
+        for e in range(0, WIDTH, BLOCK_E):
+            grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
             grad = tl.where((mass < float("inf"))[:, None], grad, 0.0)
-            result = narrow(product(shares, grad, DTYPE), grad_value.dtype.element_ty)
-            store_tile(
-                grad_value + group * tokens * WIDTH + e, start, WIDTH, tokens, result, CHUNK, WIDTH - e, BLOCK_E
-            )
+            result = product(shares, grad, DTYPE)
+            store_part(grad_value + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
 
 
 @triton.jit

@@ -16,10 +16,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._products import product
-from ._tiles import dot, load_tile
+from ._products import narrow, product
+from ._tiles import dot
 
 ROOM = tl.constexpr(40.0)
+
+
+@triton.jit
+def load_part(base, first, stride, limit, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns `start .. start + BLOCK` of rows of `WIDTH`, `[ROWS, BLOCK]`; 0 outside of the matrix."""
+    row, column = first + tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
+    inside = (row < limit)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(base + (row.to(tl.int64) * stride)[:, None] + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_part(base, first, stride, limit, start, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of `load_part`."""
+    row, column = first + tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
+    inside = (row < limit)[:, None] & (column < WIDTH)[None, :]
+    tile = narrow(tile, base.dtype.element_ty)
+    tl.store(base + (row.to(tl.int64) * stride)[:, None] + column[None, :], tile, mask=inside)
 
 
 @triton.jit
@@ -42,9 +59,9 @@ def logits(
     """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
-    for start in tl.static_range(0, DIM, BLOCK_D):
-        left = load_tile(tokens + start, first_token, token_stride, end, CHUNK, DIM - start, BLOCK_D)
-        right = load_tile(slots + start, first_slot, slot_stride, num_slots, TILE, DIM - start, BLOCK_D)
+    for start in range(0, DIM, BLOCK_D):
+        left = load_part(tokens, first_token, token_stride, end, start, CHUNK, DIM, BLOCK_D)
+        right = load_part(slots, first_slot, slot_stride, num_slots, start, TILE, DIM, BLOCK_D)
         if left.dtype != right.dtype:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = dot(left, tl.trans(right), total)
