@@ -137,6 +137,11 @@ def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row
             row = Row(
                 "memory", implementation.name, implementation.group, members[0], settings=settings_of(kind, options)
             )
+            try:
+                implementation.build(members[0])  # where there is nothing to run, no process has to find out
+            except Exception as error:
+                yield [replace(row, work=work, reason=explain(error)) for work in members]
+                continue
             short = [work for work in members if not plan.too_long(implementation, work)]
             peaks = measure_peaks(
                 kind or implementation.name,

@@ -145,7 +145,8 @@ def setting(results: Results) -> str:
     )
     shape = ", ".join(text.format(sizes[key]) for key, text in shown if key in sizes)
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
-    return f"{place}; {software}; {shape}. Made by `{results.command}`."
+    end = "" if results.is_complete else " The run was cut short: cases at its end are missing."
+    return f"{place}; {software}; {shape}. Made by `{results.command}`.{end}"
 
 
 README_LEGEND = (

@@ -79,12 +79,14 @@ class Results:
         command: The command line that made it.
         environment: `environment.describe()`.
         options: The options of the run, as plain values.
+        is_complete: Whether the run came to its end; the file is also written on the way.
     """
 
     rows: tuple[Row, ...]
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    is_complete: bool = True
 
     def panels(self, benchmark: str | None = None) -> dict[tuple[str, str, bool, str, str], list[Row]]:
         """Rows by table, in the order in which they were measured."""

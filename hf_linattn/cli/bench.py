@@ -120,8 +120,10 @@ def bench(
             chosen = [entry.value for entry in what or [What("attention")]]
             found = [_run(plan, chosen, _names(models), layers, windows or (None,), json)]
         written = _write(found, from_json or [], json, plot, markdown, readme)
-        for table in (table for results in found for table in report.terminal_tables(results)):
-            console.print(table)
+        for results in found:
+            for table in report.terminal_tables(results):
+                console.print(table)
+            console.print(report.setting(results), highlight=False)
     except (LinAttnError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     for path in written:
@@ -195,7 +197,7 @@ def _run(
                 for found in _parts(name, plan, models, layers, windows, say):
                     rows += found
                     if json is not None:
-                        replace(results, rows=tuple(rows)).write(json)
+                        replace(results, rows=tuple(rows), is_complete=False).write(json)
     return replace(results, rows=tuple(rows))
 
 

@@ -160,6 +160,13 @@ def test_readme_section_shows_wins_and_losses(results: Results) -> None:
     assert "`hf-linattn bench`" in text
 
 
+def test_an_unfinished_run_says_so(results: Results) -> None:
+    unfinished = Results.from_json(replace(results, is_complete=False).to_json())
+    for text in (report.readme_section(unfinished), report.markdown(unfinished)):
+        assert "cut short" in text
+    assert "cut short" not in report.readme_section(results)
+
+
 def test_two_modes_share_a_cell(results: Results) -> None:
     both = [r for r in results.rows if r.benchmark == "attention"]
     both += [replace(r, work=replace(r.work, mode="forward+backward"), ratio=r.ratio and 2 * r.ratio) for r in both]

@@ -14,7 +14,7 @@ import hf_linattn
 from hf_linattn.benchmark import attention
 from hf_linattn.benchmark.report import BEGIN, END
 from hf_linattn.benchmark.results import Results
-from hf_linattn.cli import main
+from hf_linattn.cli import bench, main
 from hf_linattn.cli.app import app
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
@@ -48,6 +48,7 @@ def test_one_run_writes_everything(tmp_path: Path, readme: Path) -> None:
     text = run("bench", *TINY, "--window", "0,16", *map(str, outputs))
     assert "attention, bidirectional, float32, forward+backward" in text
     results = Results.read(files["json"])
+    assert results.is_complete
     names = {row.name for row in results.rows}
     assert {"sdpa", "sdpa:flash", "sdpa:math", "performer-pytorch", "flash-linear-attention"} < names
     assert {"favor_plus", "favor_plus, window 16", "favor_sharp", "lara", "eva, window 64", "eva, window 16"} < names
@@ -90,6 +91,19 @@ def test_earlier_results(tmp_path: Path, readme: Path) -> None:
     assert "one by one" in run("bench", *twice, "--plot", str(tmp_path / "x.png"), exit_code=2)
     path.write_text("{}", encoding="utf-8")
     assert "not benchmark results" in run("bench", "--from-json", str(path), exit_code=2)
+
+
+def test_a_run_cut_short_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_memory", stop)
+    path = tmp_path / "out.json"
+    few = ["--kinds", "lara", "--peers", "sdpa", "--bidirectional", "--mode", "forward"]
+    runner.invoke(app, ["bench", "attention", "memory", *TINY, *few, "--json", str(path)])
+    results = Results.read(path)
+    assert not results.is_complete
+    assert {row.work.tokens for row in results.rows} == {32, 64}
 
 
 def test_memory_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
