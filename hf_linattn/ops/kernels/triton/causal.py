@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from ...partial import Partial, merge
 from ..reach import Reach
-from ._common import CompileCases
 from .attend import attend_backward, attend_forward
 from .near import near_backward, near_forward
 from .scan import scan_backward, scan_forward
@@ -191,14 +190,3 @@ def _through_states(
     found[6] = None if key_slots is None else key_slots.sum(1)
     found[7] = grad_own.sum(1) if needs[7] else None
     return found
-
-
-def _case() -> None:
-    tokens, bias = torch.zeros(1, 2 * _CHUNK, 64, dtype=torch.bfloat16), torch.zeros(1, 2 * _CHUNK)
-    slots, slot_bias = torch.zeros(1, 256, 64, dtype=torch.bfloat16), torch.zeros(1, 256)
-    inputs = (tokens, bias, slots, slot_bias, tokens, bias, slots, slot_bias, tokens)
-    results = causal_forward(*inputs, 32)
-    causal_backward(tokens, bias, *inputs, *results, [True] * 9, 32)
-
-
-COMPILE_CASES: CompileCases = {"causal, bfloat16": _case}
