@@ -18,8 +18,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 MODULES = ["attend", "decode", "near", "scan", "windows_chunks"]
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# Bytes that go to local memory for want of registers, where blocks were chosen for that. Few cost little; many mean that
-# accumulators do not fit. Of the other modules they are printed.
+# Bytes that go to local memory for want of registers, in modules whose blocks were chosen for that. Few cost little;
+# many mean that accumulators do not fit. Those of the other modules are printed.
 SPILLED = {"attend": 512, "decode": 0}
 
 

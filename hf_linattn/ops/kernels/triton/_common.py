@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,4 +125,4 @@ def launch(
 
 # What a module exposes as `COMPILE_CASES`: calls of its public functions by name, run under `recording()` on CPU
 # tensors, whose launches the tests compile for the devices we care about.
-CompileCases = dict[str, Callable[[], object]]
+CompileCases = Mapping[str, Callable[[], object]]
