@@ -100,7 +100,7 @@ class Blocks:
     def split(self, x: Tensor) -> Tensor:
         """`[..., tokens, dim]` -> `[..., blocks, tokens per block, dim]`, zeros where a block has no token."""
         if self.grid is None:
-            return F.pad(x, (0, 0, 0, self._padded[0] - self.tokens)).unflatten(-2, (self.num_blocks, self.size))
+            return pad_tokens(x, 0, self._padded[0] - self.tokens).unflatten(-2, (self.num_blocks, self.size))
         (height, width), (rows, columns), size = self.grid, self._padded, self.size
         x = F.pad(x.unflatten(-2, (height, width)), (0, 0, 0, columns - width, 0, rows - height))
         x = x.unflatten(-3, (rows // size, size)).unflatten(-2, (columns // size, size)).transpose(-3, -4)
@@ -124,6 +124,11 @@ class Blocks:
         """`[blocks, tokens per block]`: which token stands where, -1 where none does."""
         numbers = torch.arange(1, self.tokens + 1, device=device).unsqueeze(-1)
         return self.split(numbers).squeeze(-1) - 1
+
+
+def pad_tokens(x: Tensor, before: int, after: int) -> Tensor:
+    """`x` `[..., tokens, dim]` with zeros before and after; without the last tokens if `after` is negative."""
+    return F.pad(x, (0, 0, before, after)) if before or after else x
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from .exact import exact_partial
-from .layout import Compaction, check_grid, compact
+from .layout import Compaction, check_grid, compact, pad_tokens
 from .partial import Partial, merge
 
 
@@ -87,7 +86,7 @@ def prepare(
                 f"This form needs queries and keys of the same tokens; got {num_queries} queries and {num_keys} keys."
                 " Cross-attention works with FAVOR+ and FAVOR# without window and global tokens, or with softmax."
             )
-        x = F.pad(x, (0, 0, num_keys - num_queries, 0))
+        x = pad_tokens(x, num_keys - num_queries, 0)
     count = min(num_global_tokens, num_keys)
     if grid is not None:
         check_grid(num_keys - count, grid, key_mask)

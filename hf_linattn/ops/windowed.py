@@ -13,7 +13,7 @@ from .exact import causal_visibility, exact_partial
 from .factored import SlotWeights
 from .heavy import heavy_keys
 from .kernels.reach import Reach
-from .layout import Blocks, fit_window
+from .layout import Blocks, fit_window, pad_tokens
 from .partial import Partial, merge
 from .slots import between_halves
 from .tokens import Tokens
@@ -178,7 +178,7 @@ def _overlapping(
     end = blocks.num_blocks * window_size + (0 if is_causal else unit)
 
     def near(z: Tensor) -> Tensor:  # [..., tokens, dim] -> [..., blocks, slots, dim]
-        padded = F.pad(z, (0, 0, unit, end - num_tokens))
+        padded = pad_tokens(z, unit, end - num_tokens)
         return padded.unfold(-2, slots, window_size).transpose(-1, -2)
 
     real = torch.ones_like(tokens.y[:1, :1, :, :1]) if key_visible is None else key_visible.to(tokens.y)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..exact import attention_function, causal_visibility, exact_partial, scale_inputs
+from ..kernels.windows_chunks import windows_chunks
 from ..layout import gather_tokens
 from ..partial import Partial, merge
 from ..slots import mask_logits, weigh
 from ..tokens import Tokens, prepare
-from .chunks import MeanMap, Summariser
+from .chunks import MeanMap, Summaries, Summariser
 from .exclusive import exclusive_layout
 from .layout import Chunks, Cutting, Layout, integer_root
 from .published import published_layout
@@ -127,11 +128,18 @@ def eva_attention(
     blocks = layout.windows.blocks
     block_x = blocks.split(tokens.x)
     bias = None if window_bias is None else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(block_x)
-    partials = [_windows(tokens, block_x, layout, is_causal, bias)]
     chunks = layout.chunks
-    if chunks is not None:
+    if chunks is None:
+        partials = [_windows(tokens, block_x, layout, is_causal, bias)]
+    else:
         summaries = summarise(tokens, chunks, noise)
-        partials.append(summaries.read(block_x, chunks.visible, per_window=chunks.per_window, dropout=slot_dropout))
+        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
+            partials = [_windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)]
+        else:
+            partials = [
+                _windows(tokens, block_x, layout, is_causal, bias),
+                summaries.read(block_x, chunks.seen(), dropout=slot_dropout),
+            ]
         if chunks.siblings is not None:
             index = blocks.index(y.device).unsqueeze(0)
             member = (index >= 0) & (index < tokens.lengths[:, None, None])
@@ -142,21 +150,62 @@ def eva_attention(
     return tokens.finish(Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
 
 
+def _seen(tokens: Tokens, layout: Layout) -> Tensor | None:
+    """`[batch or 1, 1, windows, 1, slots]`: places of windows that hold a key to see; `None` if all do."""
+    around = layout.windows
+    slots = around.left + around.blocks.size + around.right
+    whole = around.blocks.grid is None and around.blocks.num_blocks * around.blocks.size == around.blocks.tokens
+    if whole and slots == around.blocks.size and tokens.valid is None and layout.reach is None:
+        return None
+    seen = around.real(tokens.valid, tokens.y.device)[:, None, :, None, :]
+    if layout.reach is not None:
+        place = torch.arange(slots, device=seen.device) - around.left
+        within = (place >= -layout.reach) & (place < around.blocks.size + layout.reach)
+        seen = seen & within[:, None, None, None]
+    return seen
+
+
 def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, bias: Tensor | None) -> Partial:
     """Exact attention of every window's queries to the keys it sees."""
-    around, device = layout.windows, block_x.device
-    size = around.blocks.size
-    seen = around.real(tokens.valid, device)[:, None, :, None, :]
+    around, seen = layout.windows, _seen(tokens, layout)
     if is_causal:
-        seen = seen & causal_visibility(size, around.left + size, device)
-    if layout.reach is not None:
-        place = torch.arange(around.left + size + around.right, device=device) - around.left
-        within = (place >= -layout.reach) & (place < size + layout.reach)
-        seen = seen & within[:, None, None, None]
+        earlier = causal_visibility(around.blocks.size, around.left + around.blocks.size, block_x.device)
+        seen = earlier if seen is None else seen & earlier
     keys, values = around.split(tokens.y), around.split(tokens.value)
     if bias is None:
         return exact_partial(block_x, keys, values, seen)
     return weigh(mask_logits(block_x @ keys.transpose(-1, -2) + bias, seen), values)
+
+
+def _windows_and_chunks(
+    tokens: Tokens,
+    block_x: Tensor,
+    layout: Layout,
+    is_causal: bool,
+    summaries: Summaries,
+    hidden_from: Tensor,
+    hidden_to: Tensor,
+) -> Partial:
+    """The windows and all chunks under one softmax, if every window reads all chunks but a range."""
+    lead = block_x.shape[:2]
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.expand(*lead, *x.shape[2:]).flatten(0, 1)
+
+    seen = _seen(tokens, layout)
+    both = windows_chunks(
+        grouped(block_x),
+        grouped(layout.windows.split(tokens.y)),
+        grouped(layout.windows.split(tokens.value)),
+        None if seen is None else grouped(seen),
+        is_causal,
+        grouped(summaries.key_mean),
+        grouped(summaries.log_weight),
+        grouped(summaries.value),
+        grouped(hidden_from[:, None]),
+        grouped(hidden_to[:, None]),
+    )
+    return Partial(both.output.unflatten(0, lead), both.log_mass.unflatten(0, lead))
 
 
 def _fit_bias(bias: Tensor, cutting: Cutting, layout: Layout, heads: int) -> Tensor:

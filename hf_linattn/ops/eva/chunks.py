@@ -12,6 +12,7 @@ from ...errors import InputError
 from ..kernels.attend import attend
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
+from ..norms import half_norm
 from ..partial import Partial
 from ..slots import mask_logits, weigh
 from ..tokens import Tokens
@@ -20,9 +21,6 @@ from .layout import Chunks
 MeanMap = Callable[[Tensor], Tensor]
 PROPOSALS = ("sum", "mean", "key", "none")
 WEIGHTINGS = ("none", "size", "spread")
-
-# Into so many parts causal windows are cut: each reads the chunks that the last of its windows may see.
-_SEGMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,13 @@ class Summaries:
             pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
         )
 
-    def read(
-        self, block_x: Tensor, visible: Tensor | None, *, per_window: int | None = None, dropout: float = 0.0
-    ) -> Partial:
+    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> Partial:
         """Queries read the chunks: their estimated log-weight is `x . key_mean + log_weight (+ x^2 . spread / 2)`.
 
         Args:
             block_x: `[batch, heads, windows, queries, head_dim]`.
-            visible, per_window: As in `Chunks`. Chunks may also be those of every window, `[batch, heads, windows,
-                chunks(, head_dim)]`, with neither.
+            visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
+                head_dim)]`.
         """
         queries, keys = block_x, self.key_mean
         if self.spread is not None:
@@ -71,16 +67,7 @@ class Summaries:
         if dropout:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
             return weigh(mask_logits(logits, seen), value, dropout=dropout)
-        if seen is None or per_window is None:
-            return attend(queries, keys, value, bias=bias, visible=seen)
-        parts, stop = [], 0
-        for some in queries.split(-(-queries.shape[2] // _SEGMENTS), dim=2):
-            first, stop = stop, stop + some.shape[2]
-            count = min(max(1, (stop - 1) * per_window), keys.shape[-2])
-            near = seen if seen.shape[2] == 1 else seen[:, :, first:stop]
-            key, val, weight = keys[..., :count, :], value[..., :count, :], bias[..., :count]
-            parts.append(attend(some, key, val, bias=weight, visible=near[..., :count]))
-        return Partial(*(torch.cat(z, dim=2) for z in zip(*parts, strict=True)))
+        return attend(queries, keys, value, bias=bias, visible=seen)
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ class Summariser:
             mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x)), self.query_map)
             mu = mu / 2 if self.proposals == "mean" else mu
         mu = self._noisy(mu, noise, chunks.count)
-        bias = mask_logits(-keys.square().sum(-1) / 2, member[:, None])
+        bias = mask_logits(-half_norm(keys), member[:, None])
         value = attend(mu.unsqueeze(-2), keys, chunks.take(tokens.value), bias=bias).output.squeeze(-2)
 
         log_weight = member.sum(-1).to(keys.dtype).log()

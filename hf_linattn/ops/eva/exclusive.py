@@ -65,18 +65,13 @@ def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
         left = right = window_reach(window, chunk)
     if cut.chunk_size or tokens.valid is None:
         blocks = Blocks(num_tokens, chunk)
-        start = torch.arange(blocks.num_blocks, device=device)[None] * chunk
-        visible = _untouched(cut, windows, start, start + chunk, left, right)
+        hidden = _touched(cut, windows, torch.full((1, 1), chunk, device=device), blocks.num_blocks, left, right)
         siblings = None
         if chunk > window:
             siblings = _siblings(windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut)
-        per_window = count = None
-        if cut.is_causal:
-            # No query ever reads the chunks of the last window.
-            per_window = window // chunk
-            count = (windows.num_blocks - 1) * per_window
-        around = Surroundings(blocks)
-        chunks = even_chunks(around, tokens, visible, siblings, per_window=per_window, count=count)
+        # No query ever reads the chunks of the last window, if causal.
+        count = (windows.num_blocks - 1) * (window // chunk) if cut.is_causal else None
+        chunks = even_chunks(Surroundings(blocks), tokens, None, siblings, hidden=hidden, count=count)
         return Layout(Surroundings(windows, left, right), chunks)
     return _exclusive_rows(cut, tokens, windows, chunk)
 
@@ -97,13 +92,13 @@ def _exclusive_rows(cut: Cutting, tokens: Tokens, windows: Blocks, longest: int)
         half = max(1, window // 2)
         reach = torch.where(length > window, window, (half + length - 1) // length * length)
     near = (left, right) if reach is None else (reach, reach)
-    visible = _untouched(cut, windows, start, start + length, *near)
+    hidden = _touched(cut, windows, length, start.shape[1], *near)
     siblings = None
     if longest > window:
         siblings = _siblings(windows, (length // window).clamp_min(1), longest // window, cut)
     index = torch.where(inside, position, -1)
     count = -(-num_tokens // longest)
-    chunks = Chunks(lambda z: gather_tokens(z, index), inside, visible, count, siblings=siblings)
+    chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, siblings=siblings, hidden=hidden)
     return Layout(Surroundings(windows, left, right), chunks, reach)
 
 
@@ -111,15 +106,19 @@ def _divisors(window: int, longest: int) -> list[int]:
     return [d for d in range(1, min(window, longest) + 1) if window % d == 0]
 
 
-def _untouched(
-    cut: Cutting, windows: Blocks, start: Tensor, end: Tensor, left: int | Tensor, right: int | Tensor
-) -> Tensor:
-    """Chunks `[batch or 1, chunks]` that lie outside of what a window sees (before it, if causal)."""
-    first = torch.arange(windows.num_blocks, device=start.device)[None] * windows.size
-    before = end[:, None] <= (first - left)[..., None]
-    if not cut.is_causal:
-        before = before | (start[:, None] >= (first + windows.size + right)[..., None])
-    return before.unsqueeze(2)
+def _touched(
+    cut: Cutting, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first chunk that a window does not read, because it sees some of it, and the first after those it sees.
+
+    Args: length: `[batch or 1, 1]`, tokens of a chunk.
+    Returns: twice `[batch or 1, windows]`; the second is `count` if causal, where nothing later is read.
+    """
+    first = torch.arange(windows.num_blocks, device=length.device)[None] * windows.size
+    start = (first - left).clamp_min(0) // length
+    if cut.is_causal:
+        return start, torch.full_like(start, count)
+    return start, (first + windows.size + right + length - 1) // length
 
 
 def _siblings(windows: Blocks, per_chunk: Tensor, most: int, cut: Cutting) -> Tensor:

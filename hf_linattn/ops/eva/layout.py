@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
-from ..layout import Blocks
+from ..layout import Blocks, pad_tokens
 from ..tokens import Tokens
 
 CHUNKINGS = ("exclusive", "published")
@@ -45,7 +45,7 @@ class Surroundings:
             return blocks.split(x)
         size, slots = blocks.size, left + blocks.size + right
         if blocks.grid is None:
-            x = F.pad(x, (0, 0, left, -blocks.tokens % size + right))
+            x = pad_tokens(x, left, -blocks.tokens % size + right)
             return x.unfold(-2, slots, size).transpose(-1, -2)
         (height, width) = blocks.grid
         x = F.pad(x.unflatten(-2, blocks.grid), (0, 0, left, -width % size + right, left, -height % size + right))
@@ -66,11 +66,12 @@ class Chunks:
     take: `[batch, heads, tokens, dim]` -> `[batch, heads, chunks, members, dim]`, zeros where there is no member.
     member: `[batch or 1, chunks, members]`, True where there is one.
     visible: `[batch or 1, windows, queries or 1, chunks]`, or `None` if every query reads every chunk.
+    hidden: The same as a range per window, where it is one: window w reads the chunks c < hidden[0][.., w] and
+        c >= hidden[1][.., w]; `[batch or 1, windows]` each. `visible` is then derived.
     slots: By how many a sum is divided for the mean, `[batch or 1, 1]`; `None` for the number of members.
     count: Chunks that some query reads, of a row that is as long as the tensor.
     siblings: `[batch or 1, windows, n]`: windows that lie in a chunk which is partly seen, -1 for none; they are then
         read one by one instead of the chunk.
-    per_window: If causal and known without reading tensors: window w reads no chunk from `w * per_window` on.
     """
 
     take: Callable[[Tensor], Tensor]
@@ -79,7 +80,15 @@ class Chunks:
     count: int
     slots: Tensor | None = None
     siblings: Tensor | None = None
-    per_window: int | None = None
+    hidden: tuple[Tensor, Tensor] | None = None
+
+    def seen(self) -> Tensor | None:
+        """`visible`, also where it follows from `hidden`."""
+        if self.hidden is None:
+            return self.visible
+        number = torch.arange(self.member.shape[1], device=self.member.device)
+        first, end = (z[..., None, None] for z in self.hidden)
+        return (number < first) | (number >= end)
 
 
 @dataclass(frozen=True)
@@ -137,17 +146,15 @@ def even_chunks(
     visible: Tensor | None,
     siblings: Tensor | None,
     slots: Tensor | None = None,
-    per_window: int | None = None,
+    hidden: tuple[Tensor, Tensor] | None = None,
     count: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
     extra = around.blocks.tokens - tokens.y.shape[2]
 
     def take(z: Tensor) -> Tensor:
-        if extra:
-            z = F.pad(z, (0, 0, 0, extra)) if extra > 0 else z[..., : around.blocks.tokens, :]
-        return around.split(z)
+        return around.split(pad_tokens(z, 0, extra))
 
     real = tokens.y.new_ones(1, tokens.y.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
-    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, siblings, per_window)
+    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, siblings, hidden)

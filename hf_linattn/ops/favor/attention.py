@@ -19,6 +19,7 @@ from ...errors import InputError
 from ..exact import attention_function, scale_inputs
 from ..factored import LogWeights
 from ..layout import check_grid
+from ..norms import half_norm
 from ..tokens import prepare
 from ..windowed import check_chunk_size, slot_attention
 from .statistics import FavorStatistics, RowStatistics, favor_statistics, neutral_statistics, optimal_shape
@@ -64,10 +65,8 @@ def favor_log_weights(
     log_count = torch.tensor(float(projection.shape[-2]), dtype=x.dtype, device=x.device).log()
     if statistics is None:
         own = torch.zeros_like(projection[..., 0])
-        query_bias = -x.square().sum(-1, keepdim=True) / 2 - log_count
-        return LogWeights(x, query_bias, projection, own), LogWeights(
-            y, -y.square().sum(-1, keepdim=True) / 2, projection, own
-        )
+        query_bias = -half_norm(x).unsqueeze(-1) - log_count
+        return LogWeights(x, query_bias, projection, own), LogWeights(y, -half_norm(y).unsqueeze(-1), projection, own)
     x_mean, y_mean, shape = (s.to(x) for s in (statistics.query_mean, statistics.key_mean, statistics.shape))
     query_extra = (x * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
     key_extra = (y * x_mean).sum(-1, keepdim=True)
@@ -76,8 +75,8 @@ def favor_log_weights(
     directions = projection * stretch  # [batch or 1, heads, features, head_dim]
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
     own = (projection.square() * shape).sum(-1) + stretch.log().sum(-1) / 2
-    query_bias = query_extra - x.square().sum(-1, keepdim=True) / 2 - log_count
-    key_bias = key_extra - y.square().sum(-1, keepdim=True) / 2
+    query_bias = query_extra - half_norm(x).unsqueeze(-1) - log_count
+    key_bias = key_extra - half_norm(y).unsqueeze(-1)
     return LogWeights(x, query_bias, directions, own), LogWeights(y, key_bias, directions, own)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..factored import LogWeights
+from ..norms import half_norm
 from .importance import draw_samples, mixture_log_ratio
 
 
@@ -78,6 +79,6 @@ def proposal_log_weights(x: Tensor, y: Tensor, proposals: CalibratedProposals) -
     per_proposal = torch.tensor(float(samples.shape[1] // count), dtype=x.dtype, device=x.device)
     slot_bias = -mixture - per_proposal.log()
     return (
-        LogWeights(x, -x.square().sum(-1, keepdim=True) / 2, samples, slot_bias),
-        LogWeights(y, -y.square().sum(-1, keepdim=True) / 2, samples, torch.zeros_like(slot_bias)),
+        LogWeights(x, -half_norm(x).unsqueeze(-1), samples, slot_bias),
+        LogWeights(y, -half_norm(y).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
     )

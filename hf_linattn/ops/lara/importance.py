@@ -8,6 +8,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..factored import LogWeights
 from ..noise import add_noise
+from ..norms import half_norm
 from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")
@@ -16,7 +17,7 @@ _SMALLEST_ALPHA = 1e-8  # part of the published definition of the optimal weight
 
 def log_feature(x: Tensor, w: Tensor) -> Tensor:
     """`l(x, w) = w . x - |x|^2 / 2` for all pairs of `[..., tokens, dim]` and `[..., samples, dim]`."""
-    return x @ w.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2
+    return x @ w.transpose(-1, -2) - half_norm(x).unsqueeze(-1)
 
 
 def draw_samples(
@@ -94,7 +95,7 @@ def importance_weights(
     # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
     used_slots = repeated(used.squeeze(-2))
     directions, extra, log_mass = samples, None, mixture
-    token_bias = -x.square().sum(-1, keepdim=True) / 2
+    token_bias = -half_norm(x).unsqueeze(-1)
     if weighting == "biased":
         directions = samples + torch.cat([mu] * per_landmark, dim=-2)
         if beside_exact:
@@ -116,7 +117,7 @@ def importance_weights(
         extra = (balance + alpha_coeff * repeated(centred)).clamp_min(_SMALLEST_ALPHA).log()
         log_mass = own
     slot_bias = torch.where(used_slots, -log_mass, float("-inf"))
-    key_bias = -y.square().sum(-1, keepdim=True) / 2
+    key_bias = -half_norm(y).unsqueeze(-1)
     return (
         LogWeights(x, token_bias, directions, slot_bias),
         LogWeights(y, key_bias, samples, torch.zeros_like(slot_bias)),

@@ -69,10 +69,15 @@ def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
             count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
             place, read = (group, some), (group, slice(0, count))
             few = _Inputs(
-                *(z[place] for z in inputs[:3]),
+                inputs.query[place],
+                inputs.key[place],
+                inputs.value[place],
                 None if inputs.visible is None else inputs.visible[place],
-                *(z[read] for z in inputs[4:7]),
-                *(z[place] for z in inputs[7:]),
+                inputs.chunk_key[read],
+                inputs.chunk_bias[read],
+                inputs.chunk_value[read],
+                inputs.hidden_from[place],
+                inputs.hidden_to[place],
             )
             yield _Tile(place, read, few)
 

@@ -1,0 +1,30 @@
+"""Half of the squared length of tokens, which every log-weight of a Gaussian direction takes off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def half_norm(x: Tensor) -> Tensor:
+    """`|x|^2 / 2`, `[..., tokens, dim]` -> `[..., tokens]`; its gradient is one product instead of four passes."""
+    return _HalfNorm.apply(x)
+
+
+class _HalfNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return (x * x).sum(-1) / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * x
