@@ -19,7 +19,7 @@ start = time.process_time()  # of this process alone: other work on the machine 
 import hf_linattn
 print(time.process_time() - start)
 heavy = ("triton", "matplotlib", "typer", "rich", "datasets", "accelerate", "evaluate", "torchvision", "jinja2")
-print(",".join(name for name in heavy if name in sys.modules and (name == "triton" or name not in PRESENT)))
+print(",".join(name for name in heavy if name in sys.modules and name not in PRESENT))
 """
 
 

@@ -73,8 +73,21 @@ class _Blocks(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward_op(*arguments)
+    def forward(
+        query: Tensor,
+        query_slots: Tensor,
+        query_slot_bias: Tensor,
+        key: Tensor,
+        key_bias: Tensor,
+        key_slots: Tensor,
+        key_slot_bias: Tensor,
+        value: Tensor,
+        reach: list[int],
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward_op(
+            query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value, reach, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

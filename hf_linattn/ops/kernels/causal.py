@@ -56,8 +56,32 @@ class _Causal(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward_op(*arguments)
+    def forward(
+        query: Tensor,
+        query_bias: Tensor,
+        query_slots: Tensor,
+        query_slot_bias: Tensor,
+        key: Tensor,
+        key_bias: Tensor,
+        key_slots: Tensor,
+        key_slot_bias: Tensor,
+        value: Tensor,
+        chunk: int,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return _forward_op(
+            query,
+            query_bias,
+            query_slots,
+            query_slot_bias,
+            key,
+            key_bias,
+            key_slots,
+            key_slot_bias,
+            value,
+            chunk,
+            backend,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -74,8 +74,22 @@ class _WindowsChunks(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward_op(*arguments)
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        chunk_key: Tensor,
+        chunk_bias: Tensor,
+        chunk_value: Tensor,
+        hidden_from: Tensor,
+        hidden_to: Tensor,
+        is_causal: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward_op(
+            query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, is_causal, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
