@@ -29,6 +29,7 @@ from .ops.favor.variance import (
     mean_log_second_moment,
     predicted_output_error,
 )
+from .ops.kernels.backend import current_backend, set_backend, use_backend
 from .ops.lara.attention import lara_attention
 from .ops.lara.calibrated_proposals import CalibratedProposals, sample_proposals
 from .ops.lara.kmeans import kmeans
@@ -38,6 +39,7 @@ __all__ = [
     "CalibratedProposals",
     "FavorMoments",
     "FavorStatistics",
+    "current_backend",
     "derive_seed",
     "draw_projection",
     "eva_attention",
@@ -55,10 +57,12 @@ __all__ = [
     "predicted_output_error",
     "randomized_attention",
     "sample_proposals",
+    "set_backend",
     "softmax_attention",
     "t5_bucket",
     "t5_index",
     "t5_sizes",
     "table_index",
     "table_size",
+    "use_backend",
 ]

@@ -11,30 +11,56 @@ from torch import Tensor
 
 from ..errors import InputError
 from .kernels.attend import attend
+from .kernels.backend import use_backend
 from .partial import Partial
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
 
-def attention_function(fn: Fn) -> Fn:
+def attention_function(fn: Fn | None = None, *, in_half: bool = False) -> Any:
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
 
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
-    """
 
-    @functools.wraps(fn)
+    Args:
+        in_half: `fn` takes queries, keys and values in half precision, and keeps logits and masses in float32 itself.
+            It gets them where the hardware multiplies halves faster (`halves_are_fast`).
+    """
+    if fn is None:
+        return functools.partial(attention_function, in_half=in_half)
+    function = fn
+
+    @functools.wraps(function)
     def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_inputs(query, key, value, kwargs.get("key_mask"))
         check_options(kwargs)
         dtype = query.dtype
         # They may differ under autocast, where rotary positions lift queries and keys to float32.
-        widest = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
-        compute = torch.promote_types(widest, torch.float32)
+        compute = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
+        if not (in_half and halves_are_fast(compute, query.device.type)):
+            compute = torch.promote_types(compute, torch.float32)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
+        backend = kwargs.get("backend")
         with torch.autocast(query.device.type, enabled=False):
-            return fn(query, key, value, *args, **kwargs).to(dtype)
+            if backend is None:
+                return function(query, key, value, *args, **kwargs).to(dtype)
+            with use_backend(backend):
+                return function(query, key, value, *args, **kwargs).to(dtype)
 
     return cast(Fn, wrapper)
+
+
+_MATRIX_UNIT = torch.cpu._is_amx_tile_supported()
+
+
+def halves_are_fast(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether products of tensors in this half precision are faster than in float32.
+
+    On CPUs only with a matrix unit (AMX): with vector instructions alone, float32 was as fast.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return device_type == "cuda" or (device_type == "cpu" and dtype == torch.bfloat16 and _MATRIX_UNIT)
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
@@ -108,6 +134,7 @@ def softmax_attention(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     is_causal: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Exact softmax attention: the reference every kind is measured against.
 
@@ -120,6 +147,7 @@ def softmax_attention(
         key_mask: `[batch, keys]` bool, True where a key is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key; the last query is aligned with the last key.
+        backend: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
     Raises: InputError if the shapes do not fit.
     Cost: O(queries * keys * head_dim) time, O(queries * keys) memory. Random: no.

@@ -74,7 +74,8 @@ class LogWeights:
 
     def dense(self) -> Tensor:
         """`[batch, heads, ..., tokens, slots]`."""
-        return self.tokens @ self.slots.transpose(-1, -2) + self.token_bias + self.slot_bias.unsqueeze(-2)
+        tokens, slots = (z.to(self.token_bias.dtype) for z in (self.tokens, self.slots))
+        return tokens @ slots.transpose(-1, -2) + self.token_bias + self.slot_bias.unsqueeze(-2)
 
     def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> LogWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`, also for the bias (`dim` 1)."""

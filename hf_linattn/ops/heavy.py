@@ -28,14 +28,16 @@ def key_importance(tokens: Tokens) -> Tensor:
     the row's mean and (diagonal) variance. O(tokens * head_dim).
     """
     visible = tokens.key_visible
+    wide = torch.promote_types(tokens.x.dtype, torch.float32)
+    x, y = tokens.x.to(wide), tokens.y.to(wide)
     if visible is None:
-        mean = tokens.x.mean(2, keepdim=True)
-        variance = (tokens.x - mean).square().mean(2, keepdim=True)
+        mean = x.mean(2, keepdim=True)
+        variance = (x - mean).square().mean(2, keepdim=True)
     else:
-        count = tokens.lengths.clamp_min(1).to(tokens.x)[:, None, None, None]
-        mean = tokens.x.sum(2, keepdim=True) / count  # padding holds zeros
-        variance = (tokens.x - mean).square().masked_fill(~visible, 0.0).sum(2, keepdim=True) / count
-    score = (tokens.y * mean).sum(-1) + (tokens.y.square() * variance).sum(-1) / 2
+        count = tokens.lengths.clamp_min(1).to(x)[:, None, None, None]
+        mean = x.sum(2, keepdim=True) / count  # padding holds zeros
+        variance = (x - mean).square().masked_fill(~visible, 0.0).sum(2, keepdim=True) / count
+    score = (y * mean).sum(-1) + (y.square() * variance).sum(-1) / 2
     return score if visible is None else score.masked_fill(~visible.squeeze(-1), float("-inf"))
 
 

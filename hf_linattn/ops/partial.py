@@ -51,5 +51,6 @@ def _merge_two(first: Partial, second: Partial) -> Partial:
     weight = (second.log_mass - top).exp()
     total, log_total = log_or_minus_inf((first.log_mass - top).exp() + weight)
     share = (weight / total).unsqueeze(-1)
-    output = torch.lerp(first.output, second.output, share.to(first.output.dtype))
+    dtype = torch.promote_types(first.output.dtype, second.output.dtype)
+    output = torch.lerp(first.output.to(dtype), second.output.to(dtype), share.to(dtype))
     return Partial(output, log_total + top)

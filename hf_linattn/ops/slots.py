@@ -35,6 +35,7 @@ def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
         dropout: Probability of dropping a weight (after normalisation, rescaled), for training.
     """
     weights, top = shifted_exp(logits)
+    values = values.to(weights.dtype)
     total, log_total = log_or_minus_inf(weights.sum(-1))
     if dropout:
         weights = F.dropout(weights, dropout)
@@ -164,6 +165,7 @@ def between_halves(
     def side(x: Tensor, number: int) -> Tensor:
         return x.unflatten(-2, (-1, 2, half))[..., number, :, :]
 
+    value = value.to(key_logits.dtype)
     lowest = torch.finfo(key_logits.dtype).min
     outputs, masses = [], []
     for readers in (0, 1):

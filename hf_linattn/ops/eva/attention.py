@@ -18,7 +18,6 @@ from torch import Tensor
 from ...errors import InputError
 from ..exact import attention_function, causal_visibility, exact_partial, scale_inputs
 from ..kernels.windows_chunks import windows_chunks
-from ..layout import gather_tokens
 from ..partial import Partial, merge
 from ..slots import mask_logits, weigh
 from ..tokens import Tokens, prepare
@@ -28,7 +27,7 @@ from .layout import Chunks, Cutting, Layout, integer_root
 from .published import published_layout
 
 
-@attention_function
+@attention_function(in_half=True)
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -53,6 +52,7 @@ def eva_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     slot_dropout: float = 0.0,
+    backend: str | None = None,
 ) -> Tensor:
     """EVA attention.
 
@@ -99,6 +99,7 @@ def eva_attention(
             left: before it only). `reach` may be larger than what is seen; `window_size` is always large enough. With
             a grid both are flattened squares. Short inputs take the part that they need.
         grid, num_global_tokens, slot_dropout: As in `favor_attention`.
+        backend: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes or options do not fit; UnsupportedError for options that exclude each other.
     Cost: O(tokens * (window_size + num_chunks) * head_dim); causal O(tokens * (window_size + tokens / chunk_size) *
@@ -127,7 +128,11 @@ def eva_attention(
     layout = (published_layout if chunking == "published" else exclusive_layout)(cutting, tokens)
     blocks = layout.windows.blocks
     block_x = blocks.split(tokens.x)
-    bias = None if window_bias is None else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(block_x)
+    bias = (
+        None
+        if window_bias is None
+        else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(torch.promote_types(y.dtype, torch.float32))
+    )
     chunks = layout.chunks
     if chunks is None:
         partials = [_windows(tokens, block_x, layout, is_causal, bias)]
@@ -143,7 +148,7 @@ def eva_attention(
         if chunks.siblings is not None:
             index = blocks.index(y.device).unsqueeze(0)
             member = (index >= 0) & (index < tokens.lengths[:, None, None])
-            pieces = Chunks(lambda z: gather_tokens(z, index), member, None, blocks.num_blocks)
+            pieces = Chunks(blocks.split, member, None, blocks.num_blocks)
             near = summarise(tokens, pieces, noise is True).select(chunks.siblings)
             partials.append(near.read(block_x, None, dropout=slot_dropout))
     partial = merge(partials)
@@ -174,7 +179,8 @@ def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, b
     keys, values = around.split(tokens.y), around.split(tokens.value)
     if bias is None:
         return exact_partial(block_x, keys, values, seen)
-    return weigh(mask_logits(block_x @ keys.transpose(-1, -2) + bias, seen), values)
+    logits = block_x.to(bias.dtype) @ keys.to(bias.dtype).transpose(-1, -2) + bias
+    return weigh(mask_logits(logits, seen), values)
 
 
 def _windows_and_chunks(
@@ -199,9 +205,9 @@ def _windows_and_chunks(
         grouped(layout.windows.split(tokens.value)),
         None if seen is None else grouped(seen),
         is_causal,
-        grouped(summaries.key_mean),
+        grouped(summaries.key_mean.to(block_x.dtype)),
         grouped(summaries.log_weight),
-        grouped(summaries.value),
+        grouped(summaries.value.to(block_x.dtype)),
         grouped(hidden_from[:, None]),
         grouped(hidden_to[:, None]),
     )

@@ -57,9 +57,9 @@ class Summaries:
             visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
                 head_dim)]`.
         """
-        queries, keys = block_x, self.key_mean
+        queries, keys = block_x.to(self.key_mean.dtype), self.key_mean
         if self.spread is not None:
-            queries, keys = torch.cat([block_x, block_x.square()], -1), torch.cat([keys, self.spread / 2], -1)
+            queries, keys = torch.cat([queries, queries.square()], -1), torch.cat([keys, self.spread / 2], -1)
         value, bias = self.value, self.log_weight
         if keys.ndim == 4:
             keys, value, bias = keys.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
@@ -102,9 +102,9 @@ class Summariser:
         return add_noise(mu, noise, noise_factor(self.noise_scale, self.root**2))
 
     def __call__(self, tokens: Tokens, chunks: Chunks, noise: Tensor | bool) -> Summaries:
-        """Summaries of all chunks. `noise` as in `eva_attention`."""
-        member = chunks.member
-        keys = chunks.take(tokens.y)
+        """Summaries of all chunks, in float32 or wider. `noise` as in `eva_attention`."""
+        member, wide = chunks.member, torch.promote_types(tokens.y.dtype, torch.float32)
+        keys = chunks.take(tokens.y).to(wide)
 
         def mean_of(z: Tensor) -> Tensor:
             return masked_mean(z, member) if chunks.slots is None else z.sum(-2) / chunks.slots[:, None, :, None]
@@ -115,11 +115,11 @@ class Summariser:
         elif self.proposals == "key":
             mu = key_mean
         else:
-            mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x)), self.query_map)
+            mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x).to(wide)), self.query_map)
             mu = mu / 2 if self.proposals == "mean" else mu
         mu = self._noisy(mu, noise, chunks.count)
         bias = mask_logits(-half_norm(keys), member[:, None])
-        value = attend(mu.unsqueeze(-2), keys, chunks.take(tokens.value), bias=bias).output.squeeze(-2)
+        value = attend(mu.unsqueeze(-2), keys, chunks.take(tokens.value).to(wide), bias=bias).output.squeeze(-2)
 
         log_weight = member.sum(-1).to(keys.dtype).log()
         if self.weighting == "none":

@@ -12,6 +12,8 @@ features]` only ever appears as a logit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,17 +64,20 @@ def favor_log_weights(
             f"statistics must be those of {x.shape[1]} heads of dimension {x.shape[-1]}; got means"
             f" {tuple(statistics.query_mean.shape)}."
         )
-    log_count = torch.tensor(float(projection.shape[-2]), dtype=x.dtype, device=x.device).log()
+    half, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    log_count = math.log(projection.shape[-2])
     if statistics is None:
-        own = torch.zeros_like(projection[..., 0])
+        own = torch.zeros_like(projection[..., 0], dtype=wide)
+        projection = projection.to(half)
         query_bias = -half_norm(x).unsqueeze(-1) - log_count
         return LogWeights(x, query_bias, projection, own), LogWeights(y, -half_norm(y).unsqueeze(-1), projection, own)
+    x, y = x.to(wide), y.to(wide)
     x_mean, y_mean, shape = (s.to(x) for s in (statistics.query_mean, statistics.key_mean, statistics.shape))
     query_extra = (x * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
     key_extra = (y * x_mean).sum(-1, keepdim=True)
-    x, y = statistics.transform(x, y)
+    x, y = (z.to(half) for z in statistics.transform(x, y))
     stretch = (1 - 4 * shape).sqrt()
-    directions = projection * stretch  # [batch or 1, heads, features, head_dim]
+    directions = (projection * stretch).to(half)  # [batch or 1, heads, features, head_dim]
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
     own = (projection.square() * shape).sum(-1) + stretch.log().sum(-1) / 2
     query_bias = query_extra - half_norm(x).unsqueeze(-1) - log_count
@@ -80,7 +85,7 @@ def favor_log_weights(
     return LogWeights(x, query_bias, directions, own), LogWeights(y, key_bias, directions, own)
 
 
-@attention_function
+@attention_function(in_half=True)
 def favor_attention(
     query: Tensor,
     key: Tensor,
@@ -99,6 +104,7 @@ def favor_attention(
     chunk_size: int | None = None,
     slot_dropout: float = 0.0,
     is_cross: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """FAVOR+ (or FAVOR#, given `statistics`) attention.
 
@@ -126,6 +132,8 @@ def favor_attention(
         slot_dropout: Dropout on the weights of the slots.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries (bidirectional,
             without window and global tokens). Implied by different lengths.
+        backend: What the kernels run on: "torch", "triton" (raises where it cannot run) or "auto"; `None` for that of
+            `use_backend`. Changes cost, not the result.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes do not fit or queries and keys differ where they may not; UnsupportedError for global
         tokens in the causal form.
@@ -148,7 +156,7 @@ def favor_attention(
             " itself, which know later tokens. Use FavorMoments.empty(...).update(...).statistics(variant)."
         )
     x, y = scale_inputs(query, key, scaling)
-    projection = projection.to(x)
+    projection = projection.to(torch.promote_types(x.dtype, torch.float32))
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
         if grid is not None:
             check_grid(y.shape[2], grid, key_mask)

@@ -58,6 +58,7 @@ def lara_attention(
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
     slot_dropout: float = 0.0,
+    backend: str | None = None,
 ) -> Tensor:
     r"""LARA attention, with proposals at landmarks of the sequence (bidirectional) or fixed in advance (any).
 
@@ -97,6 +98,7 @@ def lara_attention(
             keys.
         window_size, overlap_window, num_heavy_keys, grid, num_global_tokens, chunk_size, slot_dropout: As in
             `favor_attention`.
+        backend: As in `favor_attention`.
     Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: UnsupportedError if `is_causal` without `proposals`; InputError if shapes or options do not fit.
     Cost: O(tokens * samples * head_dim). Random: only through `noise` and `slot_dropout`.
