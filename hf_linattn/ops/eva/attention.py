@@ -133,24 +133,22 @@ def eva_attention(
         if window_bias is None
         else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(torch.promote_types(y.dtype, torch.float32))
     )
-    chunks = layout.chunks
-    if chunks is None:
-        partials = [_windows(tokens, block_x, layout, is_causal, bias)]
-    else:
+    chunks, partials = layout.chunks, []
+    if chunks is not None:
         summaries = summarise(tokens, chunks, noise)
-        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
-            partials = [_windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)]
-        else:
-            partials = [
-                _windows(tokens, block_x, layout, is_causal, bias),
-                summaries.read(block_x, chunks.seen(), dropout=slot_dropout),
-            ]
         if chunks.siblings is not None:
-            index = blocks.index(y.device).unsqueeze(0)
-            member = (index >= 0) & (index < tokens.lengths[:, None, None])
+            member = blocks.real(tokens.valid, y.device)
             pieces = Chunks(blocks.split, member, None, blocks.num_blocks)
             near = summarise(tokens, pieces, noise is True).select(chunks.siblings)
             partials.append(near.read(block_x, None, dropout=slot_dropout))
+        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
+            # Last, because the backward pass then starts with it: it needs most memory.
+            partials.append(_windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden))
+        else:
+            partials.append(summaries.read(block_x, chunks.seen(), dropout=slot_dropout))
+            partials.append(_windows(tokens, block_x, layout, is_causal, bias))
+    else:
+        partials.append(_windows(tokens, block_x, layout, is_causal, bias))
     partial = merge(partials)
     return tokens.finish(Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
 
