@@ -10,7 +10,7 @@ from torch import Tensor
 from ..partial import Partial
 from .backend import current_backend, runs_on_triton
 from .portable import attend as _portable
-from .registration import only, register, spread
+from .registration import backward_of, only, register, spread
 
 
 def attend(
@@ -70,10 +70,9 @@ class _Attend(torch.autograd.Function):
         ctx.backend = inputs[5]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:4])
-        found = _backward_op(*grads, *ctx.saved_tensors, needs, ctx.backend)
+        found = backward_of(_backward_op, *grads, *ctx.saved_tensors, needs, ctx.backend)
         return *spread(found, needs), None, None
 
 
@@ -112,6 +111,7 @@ _forward_op = register(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? visible, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    _Attend,
 )
 _backward_op = register(
     "attend_backward(Tensor grad_output, Tensor grad_mass, Tensor query, Tensor key, Tensor value, Tensor? bias,"

@@ -17,7 +17,7 @@ from ..partial import Partial
 from .backend import current_backend, runs_on_triton
 from .portable import kernels as portable
 from .reach import Reach
-from .registration import only, register, spread
+from .registration import backward_of, only, register, spread
 
 # Elements of the states that are computed at a time (at least one row and head).
 _STATES = {"cpu": 1 << 22}
@@ -95,10 +95,9 @@ class _Blocks(torch.autograd.Function):
         ctx.options = inputs[8:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needs, (reach, backend) = list(ctx.needs_input_grad[:8]), ctx.options
-        found = _backward_op(*grads, *ctx.saved_tensors, needs, reach, backend)
+        found = backward_of(_backward_op, *grads, *ctx.saved_tensors, needs, reach, backend)
         return *spread(found, needs), None, None
 
 
@@ -238,7 +237,9 @@ _TENSORS = (
     "Tensor query, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias, Tensor key_slots,"
     " Tensor key_slot_bias, Tensor value"
 )
-_forward_op = register(f"blocks({_TENSORS}, int[] reach, str backend) -> (Tensor, Tensor)", _forward, _forward_fake)
+_forward_op = register(
+    f"blocks({_TENSORS}, int[] reach, str backend) -> (Tensor, Tensor)", _forward, _forward_fake, _Blocks
+)
 _backward_op = register(
     f"blocks_backward(Tensor grad_output, Tensor grad_mass, {_TENSORS}, Tensor output, Tensor log_mass, bool[] needs,"
     " int[] reach, str backend) -> Tensor[]",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..partial import Partial
 from .backend import current_backend, runs_on_triton
 from .portable import causal as _portable
-from .registration import only, register, spread
+from .registration import backward_of, only, register, spread
 
 
 def causal(
@@ -90,10 +90,9 @@ class _Causal(torch.autograd.Function):
         ctx.options = inputs[9:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needs, (chunk, backend) = list(ctx.needs_input_grad[:9]), ctx.options
-        found = _backward_op(*grads[:2], *ctx.saved_tensors, needs, chunk, backend)
+        found = backward_of(_backward_op, *grads[:2], *ctx.saved_tensors, needs, chunk, backend)
         return *spread(found, needs), None, None
 
 
@@ -136,7 +135,7 @@ _TENSORS = (
     " Tensor key_slots, Tensor key_slot_bias, Tensor value"
 )
 _forward_op = register(
-    f"causal({_TENSORS}, int chunk, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake
+    f"causal({_TENSORS}, int chunk, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake, _Causal
 )
 _backward_op = register(
     f"causal_backward(Tensor grad_output, Tensor grad_mass, {_TENSORS}, Tensor output, Tensor log_mass, Tensor sums,"

@@ -100,7 +100,8 @@ def _kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from .triton import decode as _triton
 
         return _triton.decode_step(*inputs)
-    return _step(*inputs)
+    output, log_mass, *state = (z.contiguous() for z in _step(*inputs))
+    return output, log_mass, state[0], state[1]
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

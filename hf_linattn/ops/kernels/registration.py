@@ -1,7 +1,9 @@
 """Kernels as operators of torch: opaque to `torch.compile` and `torch.export`, usable under `torch.func`.
 
-An operator here has no derivative of its own; a `torch.autograd.Function` around a forward and a backward operator
-has. In that order `torch.func.grad` and `vmap` work, and forward-mode or second derivatives raise instead of being 0.
+The library calls a `torch.autograd.Function` around a forward and a backward operator: in that order
+`torch.func.grad` and `vmap` work. The forward operator has the same derivative when it is called by itself, as an
+exported program does. Derivatives in forward mode and second derivatives raise: torch takes whatever has none for a
+constant, and would answer 0.
 """
 
 from __future__ import annotations
@@ -12,16 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UnsupportedError
+
 _LIBRARY = torch.library.Library("hf_linattn", "DEF")
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None = None,
+) -> Any:
     """Define the operator `hf_linattn::<schema>`.
 
     Args:
         schema: Every tensor argument and result has a leading batch dimension, so that `vmap` is a longer batch.
         kernel: Computes it on real tensors. fake: Returns empty tensors of the right shape, dtype and (contiguous)
             layout.
+        function: What has its derivative, a function of the same arguments. Without one a derivative raises
+            UnsupportedError.
     Returns: the operator.
     """
     name = schema.split("(")[0]
@@ -46,7 +57,43 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
         return (found, zeros) if isinstance(results, list) else (tuple(found), tuple(zeros))
 
     torch.library.register_vmap(qualified, batched, lib=_LIBRARY)
+    derivative = _Once if function is None else function
+    torch.library.register_autograd(
+        qualified, derivative.backward, setup_context=derivative.setup_context, lib=_LIBRARY
+    )
     return operator
+
+
+class _Once(torch.autograd.Function):
+    """Runs an operator whose results must not be differentiated, and depends on all that they depend on.
+
+    `once_differentiable` would not do: `torch.func.grad` of a gradient is 0 under it, and `torch.autograd.grad` leaves
+    out what comes from the gradients that it marks.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(operator(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError(
+            "Attention through slots and windows has first derivatives only, and decoding steps have none; a"
+            " derivative of one was asked for. Use differences of first derivatives, or attn_implementation='eager'."
+        )
+
+
+def backward_of(operator: Any, *arguments: Any) -> list[Tensor]:
+    """What a backward operator returns; differentiating it again raises UnsupportedError."""
+    if torch.compiler.is_compiling():  # no functions within functions there, but the operator's own derivative raises
+        return list(operator(*arguments))
+    return list(_Once.apply(operator, *arguments))
 
 
 def only(gradients: tuple[Tensor | None, ...]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from ...errors import InputError
 from ..partial import Partial
 from .backend import current_backend, runs_on_triton
 from .portable import windows_chunks as _portable
-from .registration import only, register, spread
+from .registration import backward_of, only, register, spread
 
 
 def windows_chunks(
@@ -97,10 +97,9 @@ class _WindowsChunks(torch.autograd.Function):
         ctx.options = inputs[9:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        found = spread(_backward_op(*grads, *ctx.saved_tensors, needs, *ctx.options), needs)
+        found = spread(backward_of(_backward_op, *grads, *ctx.saved_tensors, needs, *ctx.options), needs)
         return *found[:3], None, *found[3:], None, None, None, None
 
 
@@ -141,7 +140,10 @@ _TENSORS = (
     " Tensor hidden_from, Tensor hidden_to"
 )
 _forward_op = register(
-    f"windows_chunks({_TENSORS}, bool is_causal, str backend) -> (Tensor, Tensor)", _forward, _forward_fake
+    f"windows_chunks({_TENSORS}, bool is_causal, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _WindowsChunks,
 )
 _backward_op = register(
     f"windows_chunks_backward(Tensor grad_output, Tensor grad_mass, {_TENSORS}, Tensor output, Tensor log_mass,"
