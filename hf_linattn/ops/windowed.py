@@ -18,10 +18,10 @@ from .partial import Partial, merge
 from .slots import between_halves
 from .tokens import Tokens
 
-# Measured on CPU cores with 256 slots and head_dim 64: the largest block whose tokens read each other one by one
-# (causal without a window), and the smallest that is worth a state of its slots beside a window.
+# Measured on a CPU core with 256 slots (docs/decisions.md): tokens of a chunk that read each other one by one (causal,
+# no window), and up to how many tokens small windows form a group with one state of its slots.
 _CAUSAL_CHUNK = 64
-_WINDOW_CHUNK = 64
+_WINDOW_CHUNK = 32
 
 
 def slot_attention(
