@@ -30,6 +30,9 @@ def attend_forward(
     Returns: output like `query` with the dtype of `value`, and log_mass `[batch, heads, queries]` in float32 or wider.
         A query that sees nothing has output 0 and log_mass `-inf`.
     """
+    if _is_empty(query, key):
+        log_mass = torch.full(query.shape[:-1], float("-inf"), dtype=_wide(query.dtype), device=query.device)
+        return value.new_zeros(*query.shape[:-1], value.shape[-1]), log_mass
     flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dtype in _FLASH_DTYPES
     if flash and query.dtype == key.dtype == value.dtype:
         return _flash(query, key, value, bias, visible)
@@ -67,10 +70,18 @@ def attend_backward(
     Logits and sums are in float32 or wider, the other products in the dtype of the inputs.
     """
     wide = log_mass.dtype
-    # Where nothing is visible all logits are -inf: weights and gradients are 0 whatever is taken off.
-    offset = log_mass.masked_fill(log_mass == float("-inf"), 0.0)
-    shift = (grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass
-    by_keys = key.shape[2] > query.shape[2]
+    if _is_empty(query, key):
+        bias_like = log_mass.new_empty(key.shape[:-1])
+        return tuple(  # type: ignore[return-value]
+            z.new_zeros(z.shape) if needed else None
+            for z, needed in zip((query, key, value, bias_like), needs, strict=True)
+        )
+    # Where nothing is visible all logits are -inf: weights and gradients are 0 whatever is taken off, and the gradient
+    # of the log mass, which may be NaN, does not count.
+    empty = log_mass == float("-inf")
+    offset = log_mass.masked_fill(empty, 0.0)
+    shift = ((grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass).masked_fill_(empty, 0.0)
+    by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
     grad_query = torch.empty(query.shape, dtype=wide, device=query.device) if needs[0] else None
     grad_key = torch.empty(key.shape, dtype=wide, device=key.device) if needs[1] else None
     grad_value = torch.empty(value.shape, dtype=wide, device=value.device) if needs[2] else None
@@ -89,12 +100,12 @@ def attend_backward(
         if grad_bias is not None:
             place = grad_bias[part.keys]
             place.copy_(logits.sum(-2)) if by_keys or part.is_first else place.add_(logits.sum(-2))
-        logits = logits.to(query.dtype)
+        logits = logits.to(narrow)
         if grad_query is not None:
-            _put(grad_query, part.queries, logits, key[part.keys], new=not by_keys or part.is_first)
+            _put(grad_query, part.queries, logits, key[part.keys].to(narrow), new=not by_keys or part.is_first)
         if grad_key is not None:
             new = by_keys or part.is_first
-            _put(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries], new=new)
+            _put(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries].to(narrow), new=new)
     return (
         None if grad_query is None else grad_query.to(query.dtype),
         None if grad_key is None else grad_key.to(key.dtype),
@@ -197,6 +208,11 @@ def _put(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *
         target.copy_(left @ right)
     else:
         target.add_(left @ right)
+
+
+def _is_empty(query: Tensor, key: Tensor) -> bool:
+    """Whether there is not a single logit. Torch's flash kernel ends the process then."""
+    return 0 in (*query.shape[:-1], key.shape[2])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
