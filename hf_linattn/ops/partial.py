@@ -45,6 +45,20 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return Partial(output, log_total + top)  # type: ignore[arg-type]
 
 
+def merge_few(partial: Partial, logits: Tensor, values: Tensor) -> Partial:
+    """`merge` with members whose logits are few: what they give together is never written out.
+
+    Args:
+        logits: `[..., queries, members]`, `-inf` where a member is not visible. values: `[..., members, head_dim]`.
+    """
+    top = torch.maximum(partial.log_mass, logits.amax(-1)).detach().clamp_min(torch.finfo(logits.dtype).min)
+    own, weights = (partial.log_mass - top).exp(), (logits - top.unsqueeze(-1)).exp()
+    total, log_total = log_or_minus_inf(own + weights.sum(-1))
+    share, shares = (own / total).unsqueeze(-1), weights / total.unsqueeze(-1)
+    output = partial.output * share.to(partial.output.dtype) + (shares @ values).to(partial.output.dtype)
+    return Partial(output, log_total + top)
+
+
 def _merge_two(first: Partial, second: Partial) -> Partial:
     """`merge` of two, in one pass over the outputs."""
     top = torch.maximum(first.log_mass, second.log_mass).detach().clamp_min(torch.finfo(first.log_mass.dtype).min)

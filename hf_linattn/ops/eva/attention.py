@@ -133,23 +133,24 @@ def eva_attention(
         if window_bias is None
         else _fit_bias(window_bias, cutting, layout, y.shape[1]).to(torch.promote_types(y.dtype, torch.float32))
     )
-    chunks, partials = layout.chunks, []
-    if chunks is not None:
-        summaries = summarise(tokens, chunks, noise)
-        if chunks.siblings is not None:
-            member = blocks.real(tokens.valid, y.device)
-            pieces = Chunks(blocks.split, member, None, blocks.num_blocks)
-            near = summarise(tokens, pieces, noise is True).select(chunks.siblings)
-            partials.append(near.read(block_x, None, dropout=slot_dropout))
-        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
-            # Last, because the backward pass then starts with it: it needs most memory.
-            partials.append(_windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden))
-        else:
-            partials.append(summaries.read(block_x, chunks.seen(), dropout=slot_dropout))
-            partials.append(_windows(tokens, block_x, layout, is_causal, bias))
+    chunks = layout.chunks
+    if chunks is None:
+        partial = _windows(tokens, block_x, layout, is_causal, bias)
     else:
-        partials.append(_windows(tokens, block_x, layout, is_causal, bias))
-    partial = merge(partials)
+        summaries = summarise(tokens, chunks, noise)
+        pieces = None
+        if chunks.siblings is not None:
+            # Summarised first, so that the backward pass starts with what needs most memory.
+            member = blocks.real(tokens.valid, y.device)
+            windows = Chunks(blocks.split, member, None, blocks.num_blocks)
+            pieces = summarise(tokens, windows, noise is True).select(chunks.siblings)
+        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
+            partial = _windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)
+        else:
+            far = summaries.read(block_x, chunks.seen(), dropout=slot_dropout)
+            partial = merge([far, _windows(tokens, block_x, layout, is_causal, bias)])
+        if pieces is not None:
+            partial = pieces.join(partial, block_x, dropout=slot_dropout)
     return tokens.finish(Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
 
 

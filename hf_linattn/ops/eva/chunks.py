@@ -13,7 +13,7 @@ from ..kernels.attend import attend
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
 from ..norms import half_norm
-from ..partial import Partial
+from ..partial import Partial, merge, merge_few
 from ..slots import mask_logits, weigh
 from ..tokens import Tokens
 from .layout import Chunks
@@ -49,13 +49,11 @@ class Summaries:
             pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
         )
 
-    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> Partial:
-        """Queries read the chunks: their estimated log-weight is `x . key_mean + log_weight (+ x^2 . spread / 2)`.
+    def factors(self, block_x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The estimated log-weight of a chunk, `x . key_mean + log_weight (+ x^2 . spread / 2)`, as dot products.
 
-        Args:
-            block_x: `[batch, heads, windows, queries, head_dim]`.
-            visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
-                head_dim)]`.
+        Returns: queries `[batch, heads, windows, queries, dim]`, keys `[batch, heads, windows or 1, chunks, dim]`,
+            bias and values of the keys.
         """
         queries, keys = block_x.to(self.key_mean.dtype), self.key_mean
         if self.spread is not None:
@@ -63,11 +61,29 @@ class Summaries:
         value, bias = self.value, self.log_weight
         if keys.ndim == 4:
             keys, value, bias = keys.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
+        return queries, keys, bias, value
+
+    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> Partial:
+        """Queries read the chunks.
+
+        Args:
+            block_x: `[batch, heads, windows, queries, head_dim]`.
+            visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
+                head_dim)]`.
+        """
+        queries, keys, bias, value = self.factors(block_x)
         seen = None if visible is None else visible[:, None]
         if dropout:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
             return weigh(mask_logits(logits, seen), value, dropout=dropout)
         return attend(queries, keys, value, bias=bias, visible=seen)
+
+    def join(self, partial: Partial, block_x: Tensor, *, dropout: float = 0.0) -> Partial:
+        """What queries have read already, and the few chunks of every window, under one softmax."""
+        queries, keys, bias, value = self.factors(block_x)
+        if dropout or keys.shape[-2] > value.shape[-1]:
+            return merge([partial, self.read(block_x, None, dropout=dropout)])
+        return merge_few(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
 
 
 @dataclass(frozen=True)
