@@ -249,9 +249,11 @@ class _Backward:
         self, inputs: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, log_mass: Tensor
     ) -> None:
         self.inputs = inputs
-        self.grad_output, self.grad_mass, self.output = grad_output, grad_mass, output
-        # Without the bias of the queries. Of a query that sees nothing all weights are 0 anyway.
-        self.log_mass = log_mass.sub(inputs.query_bias).masked_fill_(log_mass == float("-inf"), 0.0)
+        # Of a query that sees nothing all weights are 0 anyway, and the gradient of its mass may be NaN.
+        empty = log_mass == float("-inf")
+        self.grad_output, self.grad_mass, self.output = grad_output, grad_mass.masked_fill(empty, 0.0), output
+        # Without the bias of the queries.
+        self.log_mass = log_mass.sub(inputs.query_bias).masked_fill_(empty, 0.0)
         first = inputs.first_state()
         self.sums, self.mass = first.sums, first.mass
         self.found: list[Tensor | None] = []

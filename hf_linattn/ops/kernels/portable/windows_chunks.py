@@ -149,7 +149,9 @@ def windows_chunks_backward(
     for tile in _tiles(inputs):
         few, (near, far) = tile.inputs, tile.logits(is_causal)
         mass = log_mass[tile.windows].unsqueeze(-1)
-        mass = mass.masked_fill(mass == float("-inf"), 0.0)
+        # Where nothing is visible all weights are 0, and the gradient of the mass, which may be NaN, does not count.
+        empty = mass == float("-inf")
+        mass = mass.masked_fill(empty, 0.0)
         near.sub_(mass).exp_()
         far = far.sub_(mass).exp_().flatten(1, 2)
         queries, grads = few.query.to(wide), grad_output[tile.windows].to(wide)
@@ -161,6 +163,7 @@ def windows_chunks_backward(
         if not (needs[0] or needs[1] or needs[3] or needs[4]):
             continue
         shift = (grads * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grad_mass[tile.windows].unsqueeze(-1)
+        shift.masked_fill_(empty, 0.0)
         near.mul_((grads @ few.value.to(wide).mT).sub_(shift))
         far.mul_((flat_grads @ few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
         if found[0] is not None:
