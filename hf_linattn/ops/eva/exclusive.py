@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..constants import ordinary_tensors
 from ..layout import Blocks, fit_window, gather_tokens
 from ..tokens import Tokens
 from .layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root
@@ -141,7 +142,8 @@ def grid_table(
     A function of plain values, so `torch.compile` takes it as a constant.
     """
     visible, siblings = _grid_table((height, width), window, chunk, reach)
-    return visible.to(device), siblings if siblings is None else siblings.to(device)
+    with ordinary_tensors():
+        return visible.to(device), siblings if siblings is None else siblings.to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -152,7 +154,7 @@ def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> t
         index = around.split(torch.arange(1, tokens + 1).unsqueeze(-1)).squeeze(-1)
         return torch.zeros(len(index), tokens + 1).scatter_(1, index, 1.0)[:, 1:]
 
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with ordinary_tensors():
         windows = Blocks(tokens, window, grid)
         alone, seen = membership(Surroundings(windows)), membership(Surroundings(windows, reach, reach))
         chunks = membership(Surroundings(Blocks(tokens, chunk, grid)))
