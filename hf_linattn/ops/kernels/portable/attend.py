@@ -1,4 +1,4 @@
-"""`attend` in plain torch, for every device: a flash kernel where torch has one, tiles elsewhere.
+"""`attend` in plain torch, for every device: a flash kernel where torch has a fast one, tiles elsewhere.
 
 No `[queries, keys]` matrix is ever whole in memory. All tensors have four dimensions, `[batch, heads, tokens, dim]`;
 strides may be 0.
@@ -11,10 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .products import product, suits_onednn
+from .streamed import streamed_forward, suits_streaming
+
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Elements of a tile of logits: large enough for matrix products, small enough for the caches of one CPU core.
 _TILE = {"cpu": 1 << 20}
 _LARGE_TILE = 1 << 25
+# The same of a single head.
+_TILE_ALONE = 1 << 18
 
 
 def attend_forward(
@@ -33,8 +38,11 @@ def attend_forward(
     if _is_empty(query, key):
         log_mass = torch.full(query.shape[:-1], float("-inf"), dtype=_wide(query.dtype), device=query.device)
         return value.new_zeros(*query.shape[:-1], value.shape[-1]), log_mass
+    same = query.dtype == key.dtype == value.dtype
+    if same and visible is None and suits_streaming(query, key):
+        return streamed_forward(query, key, value, bias)
     flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dtype in _FLASH_DTYPES
-    if flash and query.dtype == key.dtype == value.dtype:
+    if flash and same:
         return _flash(query, key, value, bias, visible)
     wide = _wide(query.dtype)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
@@ -95,7 +103,7 @@ def attend_backward(
             _put(grad_value, part.keys, weights.to(value.dtype).transpose(-1, -2), grads.to(value.dtype), new=new)
         if not (needs[0] or needs[1] or needs[3]):
             continue
-        logits = (grads @ value[part.keys].transpose(-1, -2)).to(wide)
+        logits = product(grads, value[part.keys].transpose(-1, -2)).to(wide)
         logits.sub_(shift[part.queries].unsqueeze(-1)).mul_(weights)
         if grad_bias is not None:
             place = grad_bias[part.keys]
@@ -171,7 +179,11 @@ def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
     batch, heads, queries, keys = *query.shape[:3], key.shape[2]
     budget = _TILE.get(query.device.type, _LARGE_TILE)
     along, across = (keys, queries) if by_keys else (queries, keys)
-    steps = max(1, min(along, max(64, budget // (across * min(heads, 4)))))
+    alone = min(along, _TILE_ALONE // across)
+    if suits_onednn(query, alone * across * query.shape[-1]):
+        steps = budget = alone  # products of one head at a time
+    else:
+        steps = max(1, min(along, max(64, budget // (across * min(heads, 4)))))
     per_head = min(heads, max(1, budget // (steps * across)))
     per_batch = min(batch, max(1, budget // (steps * across * per_head))) if per_head == heads else 1
     everything = slice(None)
@@ -190,7 +202,7 @@ def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
 
 def _logits(query: Tensor, key: Tensor, bias: Tensor | None, visible: Tensor | None, part: _Tile) -> Tensor:
     wide = _wide(query.dtype)
-    logits = query[part.queries].to(wide) @ key[part.keys].to(wide).transpose(-1, -2)
+    logits = product(query[part.queries].to(wide), key[part.keys].to(wide).transpose(-1, -2))
     if bias is not None:
         logits += bias[part.keys].unsqueeze(-2)
     if visible is not None:
@@ -202,12 +214,11 @@ def _put(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *
     """Write a product to a place, or add it if another tile has written there."""
     target = total[place].flatten(0, 1)  # a view: a tile has all heads, or one batch entry
     left, right = left.flatten(0, 1), right.flatten(0, 1)
-    if left.dtype == target.dtype:
-        torch.baddbmm(target, left, right, beta=0 if new else 1, out=target)
-    elif new:
-        target.copy_(left @ right)
+    if left.dtype != target.dtype or (left.shape[0] == 1 and suits_onednn(left, left.numel() * right.shape[-1])):
+        part = product(left, right)
+        target.copy_(part) if new else target.add_(part)
     else:
-        target.add_(left @ right)
+        torch.baddbmm(target, left, right, beta=0 if new else 1, out=target)
 
 
 def _is_empty(query: Tensor, key: Tensor) -> bool:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .products import product
+
 # Logits of a tile, per thread.
 _TILE = {"cpu": 1 << 19}
 _LARGE_TILE = 1 << 26
@@ -46,7 +48,7 @@ class _Tile(NamedTuple):
             length, keys = near.shape[-2:]
             past = torch.ones(length, keys, dtype=torch.bool, device=near.device).tril_(keys - length)
             near.masked_fill_(~past, float("-inf"))
-        far = query.flatten(1, 2) @ chunk_key.to(wide).mT
+        far = product(query.flatten(1, 2), chunk_key.to(wide).mT)
         number = torch.arange(chunk_key.shape[1], device=near.device)
         hidden = (number >= hidden_from[..., None]) & (number < hidden_to[..., None])
         bias = chunk_bias.unsqueeze(1).masked_fill(hidden, float("-inf"))
@@ -111,7 +113,7 @@ def windows_chunks_forward(
         total.masked_fill_(empty, 1.0)
         values, chunk_values = tile.inputs.value.to(top.dtype), tile.inputs.chunk_value.to(top.dtype)
         result = near @ values
-        result += (far.flatten(1, 2) @ chunk_values).view_as(result)
+        result += product(far.flatten(1, 2), chunk_values).view_as(result)
         output[tile.windows] = result.div_(total)
         mass = total.log_().add_(top).masked_fill_(empty, float("-inf"))
         log_mass[tile.windows] = mass.squeeze(-1)
@@ -165,10 +167,10 @@ def windows_chunks_backward(
         shift = (grads * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grad_mass[tile.windows].unsqueeze(-1)
         shift.masked_fill_(empty, 0.0)
         near.mul_((grads @ few.value.to(wide).mT).sub_(shift))
-        far.mul_((flat_grads @ few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
+        far.mul_(product(flat_grads, few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
         if found[0] is not None:
             grad = near @ few.key.to(wide)
-            found[0][tile.windows] = grad.add_((far @ few.chunk_key.to(wide)).view_as(grad))
+            found[0][tile.windows] = grad.add_(product(far, few.chunk_key.to(wide)).view_as(grad))
         if found[1] is not None:
             found[1][tile.windows] = near.mT @ queries
         if found[3] is not None:
