@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter."""
+"""What a GPU does and Triton's interpreter does not."""
 
 from __future__ import annotations
 
@@ -6,23 +6,6 @@ import importlib.util
 import os
 
 import torch
-
-
-def interpret_standard_functions() -> None:
-    """Triton decides when it is imported whether functions like `tl.sum` are interpreted or compiled.
-
-    Importing `torch._dynamo`, and with it most models, has imported Triton before this file could ask for it.
-    """
-    import triton
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    for name, function in list(vars(tl.standard).items()):
-        if isinstance(function, triton.JITFunction):
-            interpreted = InterpretedFunction(function.fn)
-            for module in (tl.standard, tl):
-                if getattr(module, name, None) is function:
-                    setattr(module, name, interpreted)
 
 
 def round_to_nearest() -> None:
@@ -42,8 +25,5 @@ def round_to_nearest() -> None:
     InterpreterBuilder.cast_impl = cast
 
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    if os.environ["TRITON_INTERPRET"] == "1":
-        interpret_standard_functions()
-        round_to_nearest()
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    round_to_nearest()

@@ -128,7 +128,7 @@ def assert_same(
         assert ours.shape == exact.shape, name
         assert not ours.isnan().any(), name
         assert torch.equal(ours == -INF, exact == -INF), name
-        exact = exact.double()
+        ours, exact = ours.detach(), exact.detach().double()
         error, size = (ours.double() - exact)[exact != -INF].abs(), exact[exact != -INF].abs()
         if error.numel():
             assert error.max() <= limit * max(1.0, float(size.max())), f"{name} is off by {error.max():.2e}"
