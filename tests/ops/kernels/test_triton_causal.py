@@ -38,20 +38,20 @@ def check(inputs: list[Tensor], limit: float, device: str = "cpu") -> None:
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit, msg=lambda m, n=number: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("tokens", [1, 65, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 64, 200))])
 def test_matches_the_portable_form(tokens: int) -> None:
     check(case(2, tokens, 5, 4, 3), 5e-5)
 
 
 def test_masked_keys() -> None:
-    inputs = case(2, 140, 5, 4, 3)
+    inputs = case(2, 100, 5, 4, 3)
     inputs[5][0, :70] = inputs[5][1, 60:] = -INF
     check(inputs, 5e-5)
 
 
 def test_only_what_is_needed() -> None:
-    inputs = case(1, 70, 3, 4, 2)
-    grads, results = (random(1, 70, 2, seed=10), random(1, 70, seed=11)), causal_forward(*inputs, 32)
+    inputs = case(1, 40, 3, 4, 2)
+    grads, results = (random(1, 40, 2, seed=10), random(1, 40, seed=11)), causal_forward(*inputs, 32)
     whole = causal_backward(*grads, *inputs, *results, [True] * 9, 32)
     for index in range(9):
         needs = [i == index for i in range(9)]

@@ -118,16 +118,27 @@ def test_is_one_softmax(backend: str, causal: bool, length: int, keys: int, chun
     check(backend, case(length, keys, chunks, dim, width, causal=causal))
 
 
-@both
-@pytest.mark.parametrize(
-    "hidden", [(0, 0), (0, 70), (70, 70), (16, 48), (5, 39), (33, 64), (60, 100), (40, 10), (-3, 3)]
-)
-def test_hidden_ranges(backend: str, hidden: tuple[int, int]) -> None:
+HIDDEN = [(0, 0), (0, 70), (70, 70), (16, 48), (5, 39), (33, 64), (60, 100), (40, 10), (-3, 3)]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_ranges(hidden: tuple[int, int]) -> None:
     """Tiles that are hidden as a whole, in part, not at all; ranges that are empty or end beyond the chunks."""
     inputs = case(3, 4, 70)
     inputs[8:] = [torch.tensor([h] * 4) for h in hidden]
-    check(backend, inputs)
+    check("torch", inputs)
     inputs[8:] = [torch.tensor([[h, h, 1, 20], [0, h, h, 69]]) for h in hidden]  # of each group its own
+    check("torch", inputs)
+
+
+@both
+@pytest.mark.parametrize("of", ["windows", "groups"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_window_hides_its_own_range(backend: str, number: int, of: str) -> None:
+    inputs, some = case(3, 4, 70), [HIDDEN[i % len(HIDDEN)] for i in range(4 * number, 4 * number + 4)]
+    inputs[8:] = [torch.tensor(h) for h in zip(*some, strict=True)]
+    if of == "groups":
+        inputs[8:] = [torch.stack([h, h.roll(1)]) for h in inputs[8:]]
     check(backend, inputs)
 
 
@@ -215,17 +226,16 @@ def test_operators_are_well_behaved() -> None:
         torch.library.opcheck(torch.ops.hf_linattn.windows_chunks_backward.default, backward, test_utils=tests)
 
 
-@pytest.mark.parametrize("needed", range(6))
 @both
-def test_gradients_one_at_a_time(backend: str, needed: int) -> None:
-    inputs, index = case(), GRADIENTS[needed]
-    grads = cotangents(inputs)
+def test_gradients_one_at_a_time(backend: str) -> None:
+    inputs = [z.requires_grad_() if i in GRADIENTS else z for i, z in enumerate(case())]
+    leaves, grads = [inputs[i] for i in GRADIENTS], cotangents(inputs)
     with use_backend(backend):
-        whole = differentiated(windows_chunks, inputs, grads)[2 + needed]
-        inputs[index].requires_grad_()
-        result = windows_chunks(*inputs)
-    (alone,) = torch.autograd.grad(tuple(result), inputs[index], grads)
-    assert torch.equal(alone, whole)
+        result = tuple(windows_chunks(*inputs))
+    whole = torch.autograd.grad(result, leaves, grads, retain_graph=True)
+    for leaf, expected in zip(leaves, whole, strict=True):
+        (alone,) = torch.autograd.grad(result, leaf, grads, retain_graph=True)
+        assert torch.equal(alone, expected)
 
 
 def test_refuses_what_it_cannot_do() -> None:
