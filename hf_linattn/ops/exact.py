@@ -17,14 +17,14 @@ from .partial import Partial
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
 
-def attention_function(fn: Fn | None = None, *, in_half: bool = False) -> Any:
+def attention_function(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
 
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
 
     Args:
-        in_half: `fn` takes queries, keys and values in half precision, and keeps logits and masses in float32 itself.
-            It gets them where the hardware multiplies halves faster (`halves_are_fast`).
+        in_half: Types of devices on which `fn` takes queries, keys and values in half precision (keeping logits and
+            masses in float32 itself), if the hardware multiplies halves faster (`stays_half`).
     """
     if fn is None:
         return functools.partial(attention_function, in_half=in_half)
@@ -37,11 +37,12 @@ def attention_function(fn: Fn | None = None, *, in_half: bool = False) -> Any:
         dtype = query.dtype
         # They may differ under autocast, where rotary positions lift queries and keys to float32.
         compute = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
-        if not (in_half and halves_are_fast(compute, query.device.type)):
+        device_type = query.device.type
+        if not stays_half(compute, device_type, in_half):
             compute = torch.promote_types(compute, torch.float32)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
         backend = kwargs.get("backend")
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             if backend is None:
                 return function(query, key, value, *args, **kwargs).to(dtype)
             with use_backend(backend):
@@ -53,12 +54,12 @@ def attention_function(fn: Fn | None = None, *, in_half: bool = False) -> Any:
 _MATRIX_UNIT = torch.cpu._is_amx_tile_supported()
 
 
-def halves_are_fast(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether products of tensors in this half precision are faster than in float32.
+def stays_half(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -> bool:
+    """Whether a function that takes halves on these types of devices gets them.
 
     On CPUs only with a matrix unit (AMX): with vector instructions alone, float32 was as fast.
     """
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16) or device_type not in devices:
         return False
     return device_type == "cuda" or (device_type == "cpu" and dtype == torch.bfloat16 and _MATRIX_UNIT)
 

@@ -27,7 +27,7 @@ from .layout import Chunks, Cutting, Layout, integer_root
 from .published import published_layout
 
 
-@attention_function(in_half=True)
+@attention_function(in_half=("cuda",))
 def eva_attention(
     query: Tensor,
     key: Tensor,

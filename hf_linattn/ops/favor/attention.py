@@ -85,7 +85,7 @@ def favor_log_weights(
     return LogWeights(x, query_bias, directions, own), LogWeights(y, key_bias, directions, own)
 
 
-@attention_function(in_half=True)
+@attention_function(in_half=("cpu", "cuda"))
 def favor_attention(
     query: Tensor,
     key: Tensor,

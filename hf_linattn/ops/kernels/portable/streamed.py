@@ -30,11 +30,11 @@ def streamed_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
     step = max(1, _TILE // min(key.shape[2], _KEYS))
     for batch in range(query.shape[0]):
         for head in range(query.shape[1]):
-            keys = [z[batch, head] for z in (key, value)]
+            keys, values = key[batch, head], value[batch, head]
             own_bias = None if bias is None else bias[batch, head]
             for start in range(0, query.shape[2], step):
                 place = (batch, head, slice(start, start + step))
-                _attend(query[place], *keys, own_bias, output[place], log_mass[place])
+                _attend(query[place], keys, values, own_bias, output[place], log_mass[place])
     return output, log_mass
 
 
