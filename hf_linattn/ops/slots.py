@@ -65,35 +65,6 @@ def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dr
 # -- states of blocks -----------------------------------------------------------------------------------------------
 
 
-def block_states(key_logits: Tensor, value: Tensor) -> Partial:
-    """The slots of each block of keys on their own.
-
-    Args:
-        key_logits: `[..., blocks, keys, slots]`. value: `[..., blocks, keys, head_dim]`.
-    Returns: output `[..., blocks, slots, head_dim]`, log_mass `[..., blocks, slots]`.
-    """
-    return weigh(key_logits.transpose(-1, -2), value)
-
-
-def states_before(states: Partial) -> Partial:
-    """For every block the merged state of all earlier blocks (an exclusive prefix scan in log space)."""
-    num_blocks = states.log_mass.shape[-2]
-    if num_blocks <= _DENSE_BLOCKS:
-        index = torch.arange(num_blocks, device=states.log_mass.device)
-        return _combine(states, index[:, None] > index[None, :])
-    return _scan(states)
-
-
-def states_elsewhere(states: Partial) -> Partial:
-    """For every block the merged state of all other blocks, without subtracting anything."""
-    num_blocks = states.log_mass.shape[-2]
-    if num_blocks <= _DENSE_BLOCKS:
-        return _combine(states, ~torch.eye(num_blocks, dtype=torch.bool, device=states.log_mass.device))
-    reverse = Partial(states.output.flip(-3), states.log_mass.flip(-2))
-    after = _scan(reverse)
-    return merge([_scan(states), Partial(after.output.flip(-3), after.log_mass.flip(-2))])
-
-
 def states_around(states: Partial, before: Tensor, after: Tensor | None) -> Partial:
     """For reader t the merged state of the blocks `k < before[t]` and, unless it is `None`, `k >= after[t]`.
 

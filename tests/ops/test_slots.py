@@ -99,18 +99,25 @@ def states(blocks: int, seed: int = 0) -> tuple[Partial, Tensor, Tensor]:
     c, v = random(2, blocks, 3, 5, seed=seed, scale=40), random(2, blocks, 3, 4, seed=seed + 1)
     if blocks > 1:
         c[0, 0] = -INF  # an empty first block, as left padding would leave it
-    return slots.block_states(c, v), c, v
+    return weigh(c.mT, v), c, v
+
+
+def others_of(own: Partial, is_causal: bool) -> Partial:
+    number = torch.arange(own.log_mass.shape[-2])
+    return slots.states_around(own, number, None if is_causal else number + 1)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 40])
-@pytest.mark.parametrize("name", ["states_before", "states_elsewhere"])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dense_blocks", [0, 32, 1000])
-def test_states_of_other_blocks(blocks: int, name: str, dense_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_other_blocks(
+    blocks: int, is_causal: bool, dense_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots, "_DENSE_BLOCKS", dense_blocks)
     own, c, v = states(blocks)
-    ours = getattr(slots, name)(own)
+    ours = others_of(own, is_causal)
     for i in range(blocks):
-        others = [k for k in range(blocks) if (k < i if name == "states_before" else k != i)]
+        others = [k for k in range(blocks) if (k < i if is_causal else k != i)]
         if not others:
             assert (ours.output[:, i] == 0).all()
             assert (ours.log_mass[:, i] == -INF).all()
@@ -121,14 +128,14 @@ def test_states_of_other_blocks(blocks: int, name: str, dense_blocks: int, monke
         torch.testing.assert_close(ours.output[:, i], expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["states_before", "states_elsewhere"])
-def test_gradients_of_both_paths_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_of_both_paths_agree(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     for dense_blocks in (0, 1000):
         monkeypatch.setattr(slots, "_DENSE_BLOCKS", dense_blocks)
         _, c, v = states(6)
         c, v = (c / 40).requires_grad_(), v.requires_grad_()
-        far = getattr(slots, name)(slots.block_states(c, v))
+        far = others_of(weigh(c.mT, v), is_causal)
         loss = (far.output * random(*far.output.shape, seed=3)).sum()
         loss = loss + far.log_mass.masked_fill(far.log_mass == -INF, 0.0).sin().sum()
         grads.append(torch.autograd.grad(loss, (c, v)))
