@@ -215,6 +215,14 @@ def test_huge_values(dtype: torch.dtype, head_dim: int) -> None:
 
 
 @both
+def test_logits_far_below_zero(head_dim: int) -> None:
+    """They are not taken for hidden ones."""
+    inputs = make(20, 9, head_dim)
+    inputs[3] = torch.full_like(inputs[3], -(2.0**32))  # resolved to 1e-6
+    check(inputs, limit=1e-4)
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("queries", "keys"), [(17, 140), (140, 17)])
 def test_half_precision_is_no_worse_than_torch(queries: int, keys: int, dtype: torch.dtype, head_dim: int) -> None:

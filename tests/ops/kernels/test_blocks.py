@@ -207,6 +207,15 @@ def test_strides_change_nothing() -> None:
     assert_same(differentiated(turned, inputs), differentiated(ours(Reach()), inputs), 1e-13)
 
 
+@every_reach
+def test_masses_far_below_zero(reach: Reach) -> None:
+    """They are not taken for those of empty units."""
+    inputs = make(reach)
+    inputs[KEY_BIAS] = torch.full_like(inputs[KEY_BIAS], -(2.0**32))  # resolved to 1e-6
+    inputs[KEY] *= 0
+    check(inputs, reach, limit=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @every_reach
 def test_the_scan_by_itself(reach: Reach, dtype: torch.dtype) -> None:

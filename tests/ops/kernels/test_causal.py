@@ -70,6 +70,8 @@ def test_groups_and_segments(tile: int, segment: int, monkeypatch: pytest.Monkey
     inputs = make(29, batch=3, heads=1)
     check(inputs, 4)
     flat = [z.flatten(0, 1) for z in inputs]
+    parts = [group for group, _ in portable._Inputs(*flat).some(4)]
+    assert len(parts) == -(-3 // max(1, tile * torch.get_num_threads() // (4 * 5)))
     _, _, sums, masses = portable.causal_forward(*flat, 4)
     kept = portable.kept_states(29, 4)
     assert kept == {1: 8, 2: 4, 3: 3, 16: 1}[segment]
@@ -146,6 +148,18 @@ def test_chunks_are_cut_as_rarely_as_possible(nats: float, parts: int) -> None:
     assert cuts[-1][0].part.stop == 64
     # Later keys are next to nothing: the reference does not move, and what is small may vanish.
     inputs[KEY_BIAS] = -inputs[KEY_BIAS]
+    few = portable._Inputs(*inputs)
+    state = [after for _, after in portable._cut(few, slice(0, 1), few.first_state())][0]
+    assert len(list(portable._cut(few, slice(1, 64), state))) == 1
+
+
+def test_slots_may_be_safe_for_different_reasons() -> None:
+    """One has seen larger keys before the chunk; all keys of the chunk are large for the other."""
+    inputs = [z.flatten(0, 1).float() for z in make(64, slots=2, batch=1, heads=1)]
+    inputs[KEY], inputs[KEY_BIAS] = torch.zeros(1, 64, 4), torch.zeros(1, 64)
+    inputs[6] = torch.eye(4)[:2].unsqueeze(0)
+    inputs[KEY][0, 1:, 0] = torch.linspace(-200, -10, 63)
+    inputs[KEY][0, 1:, 1] = torch.linspace(200, 240, 63)
     few = portable._Inputs(*inputs)
     state = [after for _, after in portable._cut(few, slice(0, 1), few.first_state())][0]
     assert len(list(portable._cut(few, slice(1, 64), state))) == 1
@@ -284,6 +298,27 @@ def test_strides_change_nothing() -> None:
         return causal(*(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors), 8)
 
     assert_same(differentiated(turned, inputs), differentiated(ours(8), inputs), 1e-13)
+
+
+@pytest.mark.parametrize("place", [KEY, KEY_BIAS, VALUE])
+def test_nan_stays_where_it_comes_from(place: int) -> None:
+    """It is not hidden, does not reach earlier tokens of other chunks, and no chunk is cut without end."""
+    inputs = make(40)
+    expected = causal(*inputs, 8)
+    inputs[place][0, 0, 20] = float("nan")
+    output, mass = causal(*inputs, 8)
+    assert output[0, 0, 20:].isnan().all()
+    assert mass[0, 0, 20:].isnan().all() == (place != VALUE)
+    for ours, exact in ((output, expected.output), (mass, expected.log_mass)):
+        assert torch.equal(ours[0, 0, :16], exact[0, 0, :16])
+        torch.testing.assert_close(ours[1], exact[1], rtol=1e-12, atol=1e-12)
+
+
+def test_log_weights_far_below_zero() -> None:
+    inputs = make(20)
+    inputs[KEY_BIAS] = torch.full_like(inputs[KEY_BIAS], -(2.0**32))  # resolved to 1e-6
+    inputs[KEY] *= 0
+    check(inputs, 8, limit=1e-4)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0)])
