@@ -223,4 +223,4 @@ def _mass_correction(
     ours = readers.read(slots, extra=None if extra is None else at_probes(extra)).log_mass
     real = real.squeeze(-1)[:, None]
     difference = torch.where(real, exact - ours, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
-    return difference[..., None, None]
+    return difference[..., None, None].detach()  # an exported program forgets about `no_grad`
