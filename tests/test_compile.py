@@ -29,6 +29,8 @@ from torch import Tensor
 from hf_linattn.functional import eva_attention, favor_attention, lara_attention
 
 CLASSIFIER = BY_NAME["bert-classifier"]
+# Tracing takes seconds: in the quick run those whose operators differ.
+SOME_KINDS = [pytest.param(kind, marks=[] if kind in ("favor_plus", "eva") else pytest.mark.slow) for kind in KINDS]
 INDUCTOR = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 
@@ -128,7 +130,7 @@ def test_default_compiler(case: ModelCase, kind: str) -> None:
     check_compiled(case, kind, True, converted, "inductor")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_another_batch_size_is_compiled_once(kind: str) -> None:
     torch._dynamo.reset()
     model = one_layer(CLASSIFIER, kind)
@@ -141,7 +143,7 @@ def test_another_batch_size_is_compiled_once(kind: str) -> None:
     assert counter.frame_count <= 2  # for the first size, and for all others
 
 
-@pytest.mark.parametrize("kind", ["favor_plus", "favor_sharp"])
+@pytest.mark.parametrize("kind", ["favor_plus", pytest.param("favor_sharp", marks=pytest.mark.slow)])
 def test_another_length_is_compiled_once(kind: str) -> None:
     """Without a window. With one the number of windows is part of the graph."""
     torch._dynamo.reset()
@@ -164,8 +166,10 @@ def exported(model: Any, inputs: dict[str, Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [CLASSIFIER, GPT2, VIT], ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize(
+    "case", [GPT2, *(pytest.param(c, marks=pytest.mark.slow) for c in (CLASSIFIER, VIT))], ids=lambda case: case.name
+)
 def test_export(case: ModelCase, kind: str, mode: Callable[..., Any]) -> None:
     """Any batch size, and the gradients of the model."""
     if case.is_causal and kind not in (NATIVE_CAUSAL_KINDS if mode is native else CAUSAL_KINDS):
@@ -188,7 +192,7 @@ def check_exported_gradients(model: Any, program: Any, inputs: dict[str, Tensor]
         assert largest(grads[name] - grad) < 1e-6 * scale, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_exported_operators_have_gradients_after_loading(kind: str) -> None:
     """A loaded program calls the operators alone, not the functions around them."""
     model, inputs = one_layer(CLASSIFIER, kind, window_size=8), inputs_of(CLASSIFIER)
