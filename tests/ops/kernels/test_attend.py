@@ -146,6 +146,13 @@ def test_masks_broadcast(shape: tuple[int, ...], head_dim: int) -> None:
 
 
 @both
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 1)])
+def test_masks_alone_have_leading_dimensions(lead: tuple[int, ...], head_dim: int) -> None:
+    """Rows that are the same until they are masked."""
+    check(make(3, 5, head_dim, lead=lead), random(2, 3, 3, 5, seed=4) > -0.5)
+
+
+@both
 def test_rows_and_keys_that_are_hidden(head_dim: int) -> None:
     inputs, visible = make(6, 9, head_dim), torch.ones(2, 3, 6, 9, dtype=torch.bool)
     inputs[3][:, :, 2:7] = -INF

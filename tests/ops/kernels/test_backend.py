@@ -123,7 +123,10 @@ def test_triton_by_name_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_triton_by_name_needs_its_dtypes() -> None:
     x = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
-    with use_backend("triton"), pytest.raises(UnsupportedError, match=r"^backend=.triton. cannot be used.*got torch.float64"):
+    with (
+        use_backend("triton"),
+        pytest.raises(UnsupportedError, match=r"^backend=.triton. cannot be used.*got torch.float64"),
+    ):
         attend(x, x, x)
     for name in ("auto", "torch"):
         with use_backend(name):

@@ -78,6 +78,11 @@ def test_groups_and_segments(tile: int, segment: int, monkeypatch: pytest.Monkey
     assert (sums.shape, masses.shape) == ((3, kept, 5, 3), (3, kept, 5, 2))
 
 
+@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (129, 3)])
+def test_states_are_kept_at_the_start_of_segments(tokens: int, kept: int) -> None:
+    assert portable.kept_states(tokens, 4) == kept
+
+
 def test_is_the_recurrence() -> None:
     inputs = make(37, scale=2.0)
     inputs[KEY_BIAS][0, :, :3] = -INF

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.ops.kernels.backend import use_backend
+from hf_linattn.ops.kernels.portable import windows_chunks as portable
 from hf_linattn.ops.kernels.windows_chunks import windows_chunks
 
 INF = float("inf")
@@ -140,6 +141,21 @@ def test_every_window_hides_its_own_range(backend: str, number: int, of: str) ->
     if of == "groups":
         inputs[8:] = [torch.stack([h, h.roll(1)]) for h in inputs[8:]]
     check(backend, inputs)
+
+
+# A window at a time, two of the four, all of one group, and of several groups.
+@pytest.mark.parametrize("tile", [1, 160, 320, 640, 960])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_tiles_are_added_up(tile: int, causal: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = case(5, 7, 9, causal=causal, groups=5, visible=random(5, 4, 5, 7, seed=9) > -1)
+    if own:  # of each group its own hidden chunks
+        inputs[8:] = [torch.stack([z.roll(i) for i in range(5)]) for z in inputs[8:]]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setitem(portable._TILE, "cpu", tile)
+    tiles = list(portable._tiles(portable._Inputs(*inputs[:4], *inputs[5:8], *(z.expand(5, 4) for z in inputs[8:]))))
+    assert len(tiles) == {1: 20, 160: 10, 320: 5, 640: 3, 960: 2}[tile]
+    check("torch", inputs)
 
 
 @both
