@@ -157,6 +157,7 @@ def windows_chunks_backward(
     groups, windows, length, _ = query.shape
     keys, chunks = key.shape[2], chunk_key.shape[1]
     shift = (grad_output.float() * output.float()).sum(-1) - grad_mass
+    shift = shift.masked_fill(log_mass == float("-inf"), 0.0)
     mass = log_mass.masked_fill(log_mass == float("-inf"), float("inf"))
     results = grad_output.to(inputs.value.dtype).contiguous(), shift.contiguous(), mass.contiguous()
     flags = {"MASK": visible is not None, "CAUSAL": is_causal}
