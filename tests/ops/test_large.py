@@ -54,8 +54,8 @@ def features(z: Tensor, directions: Tensor) -> Tensor:
     return (z @ directions.mT - z.square().sum(-1, keepdim=True) / 2).exp()
 
 
-def favor_kernel(x: Tensor, y: Tensor) -> Tensor:
-    return features(x, PROJECTION) @ features(y, PROJECTION).mT / SLOTS
+def favor_kernel(x: Tensor, y: Tensor, projection: Tensor = PROJECTION) -> Tensor:
+    return features(x, projection) @ features(y, projection).mT / projection.shape[-2]
 
 
 def lara_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -85,8 +85,7 @@ def lara(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return lara_attention(q, k, v, proposals=PROPOSALS, **options)
 
 
-@pytest.mark.parametrize("kind", [favor, lara])
-@pytest.mark.parametrize("value_dim", [DIM, 9])
+@pytest.mark.parametrize(("kind", "value_dim"), [(favor, DIM), (favor, 9), (lara, DIM)])
 @pytest.mark.parametrize(
     ("is_causal", "window", "overlap"),
     [(False, 0, False), (False, 16, False), (False, 100, True), (True, 0, False), (True, 7, False), (True, 64, True)],
@@ -104,6 +103,16 @@ def test_slots(kind: Callable[..., Tensor], value_dim: int, is_causal: bool, win
         return averaged(torch.where(exact, (x @ y.mT).exp(), kernel), v, is_causal)
 
     assert_same(ours, reference, draw(tokens, value_dim))
+
+
+@pytest.mark.parametrize("value_dim", [DIM, 9])
+def test_many_slots(value_dim: int) -> None:
+    projection = draw_projection(HEADS, 1200, DIM, seed=1).double()  # 2.5 million logits per head
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return averaged(favor_kernel(*scaled(q, k), projection), v, False)
+
+    assert_same(lambda q, k, v: favor_attention(q, k, v, projection), reference, draw(2113, value_dim))
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 256])
