@@ -337,3 +337,15 @@ def test_functional_call(kind: str, mode: Callable[..., Any]) -> None:
         for name, p in model.named_parameters():
             if p.grad is not None:
                 assert largest(found[name][i] - p.grad) < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_backward_pass_under_autocast_is_that_without(is_causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 4, generator=generator).requires_grad_() for _ in range(3))
+    directions = torch.randn(2, 8, 4, generator=generator)
+    out = favor_attention(q, k, v, directions, is_causal=is_causal)
+    expected = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(found, expected)

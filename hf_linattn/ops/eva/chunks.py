@@ -76,7 +76,14 @@ class Summaries:
         if dropout:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
             return weigh(mask_logits(logits, seen), value, dropout=dropout)
-        return attend(queries, keys, value, bias=bias, visible=seen)
+        if self.key_mean.ndim > 4:
+            return attend(queries, keys, value, bias=bias)
+        # Windows as one row of queries: keys, and their gradients, are then not repeated for every window.
+        shape = queries.shape[2:4]
+        if seen is not None:
+            seen = seen.expand(-1, -1, *shape, -1).flatten(2, 3)
+        read = attend(queries.flatten(2, 3), keys[:, :, 0], value[:, :, 0], bias=bias[:, :, 0], visible=seen)
+        return Partial(read.output.unflatten(2, shape), read.log_mass.unflatten(2, shape))
 
     def join(self, partial: Partial, block_x: Tensor, *, dropout: float = 0.0) -> Partial:
         """What queries have read already, and the few chunks of every window, under one softmax."""

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from ...errors import InputError, UnsupportedError
 BACKENDS = ("auto", "torch", "triton")
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_current = "auto"
+# Of the process, and of a `with` block in a thread (or task).
+_process = "auto"
+_chosen: ContextVar[str | None] = ContextVar("hf_linattn_backend", default=None)
+# The same for functions that are being compiled, which cannot read context variables.
+_traced: str | None = None
 
 
 def check_backend(name: str) -> str:
@@ -30,27 +35,34 @@ def check_backend(name: str) -> str:
 
 def current_backend() -> str:
     """The backend that kernels use where none is named."""
-    return _current
+    chosen = _traced if torch.compiler.is_compiling() else _chosen.get()
+    return _process if chosen is None else chosen
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend for the whole process. Raises: InputError for an unknown name."""
-    global _current
-    _current = check_backend(name)
+    """Choose the backend for the whole process, outside of `use_backend`. Raises: InputError for an unknown name."""
+    global _process
+    _process = check_backend(name)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend for a `with` block. The backward pass uses the one of its forward pass.
+    """Choose the backend for a `with` block of this thread. The backward pass uses the one of its forward pass.
 
     Raises: InputError for an unknown name.
     """
-    before = current_backend()
-    set_backend(name)
+    global _traced
+    tracing = torch.compiler.is_compiling()
+    before = _traced if tracing else _chosen.get()
+    _traced = check_backend(name)
+    if not tracing:
+        _chosen.set(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _traced = before
+        if not tracing:
+            _chosen.set(before)
 
 
 def triton_interpreted() -> bool:

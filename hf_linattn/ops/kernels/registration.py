@@ -38,7 +38,7 @@ def register(
     name = schema.split("(")[0]
     qualified = f"hf_linattn::{name}"
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _in_full_precision(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     operator = getattr(torch.ops.hf_linattn, name).default
 
@@ -62,6 +62,19 @@ def register(
         qualified, derivative.backward, setup_context=derivative.setup_context, lib=_LIBRARY
     )
     return operator
+
+
+def _in_full_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast off also where a backward pass runs under it."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        device_type = first.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(first, *rest)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(first, *rest)
+
+    return run
 
 
 class _Once(torch.autograd.Function):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hf_linattn.functional import (
     favor_attention,
     lara_attention,
     set_backend,
+    softmax_attention,
     use_backend,
 )
 from hf_linattn.ops.kernels import backend as backends
@@ -44,8 +46,9 @@ needs_interpreter = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _auto() -> Any:
-    with use_backend("auto"):
-        yield
+    set_backend("auto")
+    yield
+    set_backend("auto")
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -62,6 +65,38 @@ def test_backends_nest_and_are_restored() -> None:
     assert current_backend() == "auto"
     set_backend("torch")
     assert current_backend() == "torch"
+
+
+def test_threads_do_not_see_each_other() -> None:
+    seen: list[str] = []
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with use_backend("triton"):
+            entered.set()
+            left.wait(10)
+            seen.append(current_backend())
+
+    thread = threading.Thread(target=other)
+    with use_backend("torch"):
+        thread.start()
+        entered.wait(10)
+        assert current_backend() == "torch"
+    assert current_backend() == "auto"
+    left.set()
+    thread.join()
+    assert seen == ["triton"]
+    assert current_backend() == "auto"
+
+
+def test_compiled_functions_see_the_choice() -> None:
+    torch._dynamo.reset()
+    tensors = [torch.ones(1, 1, 4, 2, dtype=torch.float64)] * 3
+    compiled = torch.compile(lambda *z: softmax_attention(*z), fullgraph=True, backend="eager")
+    compiled(*tensors)
+    with use_backend("triton"), pytest.raises(UnsupportedError, match="got torch.float64"):
+        compiled(*tensors)
+    compiled(*tensors)
 
 
 @pytest.mark.parametrize("choose", [set_backend, lambda name: use_backend(name).__enter__(), backends.check_backend])
