@@ -47,4 +47,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` of two float32 matrices by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right).mT, None, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Without gaps between rows or columns, for which oneDNN has but a reference kernel, a thousand times slower."""
+    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
