@@ -71,8 +71,12 @@ def test_a_few_roundings_off(
     attend: Callable[..., Tensor], options: dict, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(attend, torch.float32, half, 1.0, options)
+    monkeypatch.setattr(exact, "stays_half", lambda dtype, device_type, devices: False)
+    rounded = run(attend, half, half, 1.0, options)
     monkeypatch.setattr(exact, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
-    for ours, wide in zip(run(attend, half, half, 1.0, options), expected, strict=True):
+    found = run(attend, half, half, 1.0, options)
+    assert not torch.equal(found[0], rounded[0])  # it did stay half
+    for ours, wide in zip(found, expected, strict=True):
         assert ours.dtype == half
         error = (ours.float() - wide).abs().max() / wide.abs().max()
         assert error <= 4 * torch.finfo(half).eps, error
