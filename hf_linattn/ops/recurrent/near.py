@@ -1,0 +1,263 @@
+"""The tokens near the end of a sequence that is still growing: those that a next query sees exactly.
+
+A row counts its real tokens alone, so rows that were padded differently are at different places of their windows. How
+many tokens a row has here is known to Python where possible, because then nothing has to be computed "in case a window
+is full"; with static shapes (a compiled step) it is a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layout import compact
+
+Counts = tuple[int, ...] | Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """`size` tokens per block, 0 for none; `overlap`: a query also sees the whole block before its own."""
+
+    size: int
+    overlap: bool = False
+
+    @property
+    def places(self) -> int:
+        """Tokens that may be near: as soon as there are so many, the first block has passed."""
+        return self.size * (2 if self.overlap else 1)
+
+    def passed(self, count: int) -> int:
+        """How many of `count` tokens, the first of which begins a block, no later query sees exactly."""
+        if not self.size:
+            return count
+        return max(0, count // self.size - (1 if self.overlap else 0)) * self.size
+
+    def passed_each(self, count: Tensor) -> Tensor:
+        """The same, row by row."""
+        if not self.size:
+            return count
+        return (count // self.size - (1 if self.overlap else 0)).clamp_min(0) * self.size
+
+
+class Joined(NamedTuple):
+    """Near tokens and new ones, one after the other; `mask` `[batch, tokens]` is `None` if all are real.
+
+    `query` is that of the new tokens alone, unless queries are kept.
+    """
+
+    query: Tensor | None
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+class Passed(NamedTuple):
+    """Tokens that have left the window, each row's first: `[batch, heads, tokens, head_dim]`.
+
+    `count` is how many of them a row has: an `int` if all rows have as many as there are, else `[batch]`.
+    """
+
+    query: Tensor | None
+    key: Tensor
+    value: Tensor
+    count: int | Tensor
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`[batch, tokens]`, True where there is a token; `None` if everywhere."""
+        if isinstance(self.count, int):
+            return None
+        return torch.arange(self.key.shape[2], device=self.key.device) < self.count[:, None]
+
+
+@dataclass(frozen=True)
+class Near:
+    """Each row's latest tokens, as many as have not left the window; the first of them begins a block.
+
+    Args:
+        key, value: `[batch, heads, places, head_dim]` as they came (not scaled), a row's tokens first, without
+            padding. What stands behind them is finite and means nothing.
+        query: The same, where the summary of a block needs them; else `None`.
+        counts: Tokens of every row. A tensor `[batch]` stands for static shapes: then there are always as many places
+            as the window may need.
+    """
+
+    key: Tensor
+    value: Tensor
+    query: Tensor | None
+    counts: Counts
+
+    @staticmethod
+    def empty(key: Tensor, value: Tensor, *, with_queries: bool = False, static_places: int | None = None) -> Near:
+        """No tokens, for rows like those of `key` and `value`; `static_places` asks for static shapes."""
+        batch = key.shape[0]
+        places = static_places or 0
+
+        def room(like: Tensor) -> Tensor:
+            return like.new_zeros(*like.shape[:2], places, like.shape[-1])
+
+        counts: Counts = (0,) * batch
+        if static_places is not None:
+            counts = torch.zeros(batch, dtype=torch.long, device=key.device)
+        return Near(room(key), room(value), room(key) if with_queries else None, counts)
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.counts, Tensor)
+
+    @property
+    def even(self) -> int | None:
+        """How many tokens every row has, if Python knows that all have the same."""
+        if isinstance(self.counts, Tensor) or any(count != self.counts[0] for count in self.counts):
+            return None
+        return self.counts[0]
+
+    def count(self) -> Tensor:
+        """`[batch]`."""
+        if isinstance(self.counts, Tensor):
+            return self.counts
+        return torch.tensor(self.counts, device=self.key.device)
+
+    def mask(self) -> Tensor | None:
+        """`[batch, places]`, True where there is a token; `None` if everywhere."""
+        if self.even == self.key.shape[2]:
+            return None
+        return torch.arange(self.key.shape[2], device=self.key.device) < self.count()[:, None]
+
+    # -- many tokens ------------------------------------------------------------------------------------------------
+    def join(self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Joined:
+        """Put new tokens behind these: what the parallel form is given."""
+        if not self.key.shape[2]:
+            return Joined(query, key, value, key_mask)
+        mask = self.mask()
+        if mask is not None or key_mask is not None:
+            batch, places, tokens = key.shape[0], self.key.shape[2], key.shape[2]
+            mask = key.new_ones(batch, places, dtype=torch.bool) if mask is None else mask
+            key_mask = key.new_ones(batch, tokens, dtype=torch.bool) if key_mask is None else key_mask
+            mask = torch.cat([mask, key_mask], dim=1)
+        if self.query is not None and query is not None:
+            query = torch.cat([self.query, query], dim=2)
+        return Joined(query, torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2), mask)
+
+    def move_on(
+        self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, window: Window
+    ) -> tuple[Passed, Near]:
+        """Take in new tokens (of all rows the same number of places, with padding anywhere).
+
+        Returns: what has left the window, and what is near now.
+        """
+        kept = query if self.query is not None else None
+        joined = self.join(kept, key, value, key_mask)
+        if joined.mask is None and self.even is not None:
+            count = joined.key.shape[2]
+            gone = window.passed(count)
+            passed = Passed(*(_each(lambda z: z[:, :, :gone], joined[:3])), gone)
+            return passed, Near(*_each_near(lambda z: z[:, :, gone:], joined), (count - gone,) * key.shape[0])
+        mask = joined.mask
+        if mask is None:
+            mask = key.new_ones(joined.key.shape[0], joined.key.shape[2], dtype=torch.bool)
+        plan = compact(mask)
+        tokens = _each(plan.apply, joined[:3])
+        lengths = mask.sum(-1)
+        gone = window.passed_each(lengths)
+        left = lengths - gone
+        if self.is_static:
+            most, places, counts = tokens[1].shape[2], self.key.shape[2], left
+        else:
+            counts = tuple(left.tolist())
+            most, places = int(gone.max()), max(counts)
+        passed = Passed(*_each(lambda z: z[:, :, :most], tokens), gone)
+        return passed, Near(*_each_near(lambda z: _take(z, gone, places), tokens), counts)
+
+    # -- one token --------------------------------------------------------------------------------------------------
+    def append(self, query: Tensor | None, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Near:
+        """Take in one token per row, `[batch, heads, 1, head_dim]`, none of which leaves the window yet.
+
+        Args:
+            valid: `[batch]`, False for a row whose token is padding; static shapes only.
+        """
+        even, places = self.even, self.key.shape[2]
+        if even == places and not self.is_static:
+            parts = zip(self._tensors(), (key, value, query), strict=True)
+            grown = [None if own is None else torch.cat([own, new.to(own.dtype)], dim=2) for own, new in parts]  # type: ignore[union-attr]
+            return Near(grown[0], grown[1], grown[2], (even + 1,) * key.shape[0])  # type: ignore[arg-type]
+        count = self.count()
+        if not self.is_static:
+            places = max(self.counts) + 1  # type: ignore[type-var]
+        here = torch.arange(places, device=key.device) == count[:, None]
+        if valid is not None:
+            here = here & valid[:, None]
+        here = here[:, None, :, None]
+
+        def write(own: Tensor | None, new: Tensor | None) -> Tensor | None:
+            if own is None or new is None:
+                return None
+            room = F.pad(own, (0, 0, 0, places - own.shape[2])) if places > own.shape[2] else own[:, :, :places]
+            return torch.where(here, new.to(own.dtype), room)
+
+        if isinstance(self.counts, Tensor):
+            counts: Counts = count + (1 if valid is None else valid.to(count.dtype))
+        else:
+            counts = tuple(c + 1 for c in self.counts)
+        return Near(write(self.key, key), write(self.value, value), write(self.query, query), counts)  # type: ignore[arg-type]
+
+    def full(self, window: Window) -> list[int] | None:
+        """Rows whose first block has passed, as Python knows them; `None` with static shapes."""
+        if isinstance(self.counts, Tensor):
+            return None
+        return [row for row, count in enumerate(self.counts) if count == window.places]
+
+    def drop(self, window: Window, rows: list[int] | None) -> Near:
+        """Without the first block, in rows where it has passed (`rows`, or with static shapes where it is full)."""
+        size = window.size
+        if rows is not None and len(rows) == len(self.counts):
+            return Near(*_each_near(lambda z: z[:, :, size:], self._ordered()), tuple(c - size for c in self.counts))  # type: ignore[arg-type, union-attr]
+        count = self.count()
+        gone = (count == window.places).long() * size
+        if isinstance(self.counts, Tensor):
+            places, counts = self.key.shape[2], count - gone
+        else:
+            counts = tuple(c - size if c == window.places else c for c in self.counts)  # type: ignore[assignment]
+            places = max(counts)  # type: ignore[type-var, assignment]
+        return Near(*_each_near(lambda z: _take(z, gone, places), self._ordered()), counts)
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+    def rows(self, index: Tensor) -> Near:
+        """Pick rows, as beam search does."""
+        if isinstance(self.counts, Tensor):
+            counts: Counts = self.counts.index_select(0, index)
+        elif self.even is not None:
+            counts = (self.even,) * index.shape[0]
+        else:
+            counts = tuple(self.counts[row] for row in index.tolist())
+        return Near(*_each_near(lambda z: z.index_select(0, index), self._ordered()), counts)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.key, self.value, self.query
+
+    def _ordered(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+def _take(z: Tensor, start: Tensor, places: int) -> Tensor:
+    """`places` tokens of `z` `[batch, heads, tokens, dim]` from `start` `[batch]` on; past the end the last ones."""
+    if not z.shape[2]:
+        return z.new_zeros(*z.shape[:2], places, z.shape[-1])
+    index = (start[:, None] + torch.arange(places, device=z.device)).clamp_max(z.shape[2] - 1)
+    return z.gather(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1]))
+
+
+def _each(fn: Callable[[Tensor], Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(None if z is None else fn(z) for z in tensors)  # type: ignore[misc]
+
+
+def _each_near(fn: Callable[[Tensor], Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """(key, value, query) from tensors that begin with (query, key, value)."""
+    query, key, value = _each(fn, tensors[:3])
+    return key, value, query
