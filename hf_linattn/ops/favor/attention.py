@@ -12,77 +12,28 @@ features]` only ever appears as a logit.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..exact import attention_function, scale_inputs
-from ..factored import LogWeights
 from ..layout import check_grid
-from ..norms import half_norm
 from ..tokens import prepare
 from ..windowed import check_chunk_size, slot_attention
+from .basis import FavorBasis, favor_basis, favor_log_features, favor_log_weights
 from .statistics import FavorStatistics, RowStatistics, favor_statistics, neutral_statistics, optimal_shape
 
 __all__ = [
+    "FavorBasis",
     "FavorStatistics",
     "favor_attention",
+    "favor_basis",
     "favor_log_features",
     "favor_log_weights",
     "favor_statistics",
     "neutral_statistics",
     "optimal_shape",
 ]
-
-
-def favor_log_features(
-    x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""Log-features `a[t, j]` of queries and `c[j, n]` of keys with `E[sum_j exp(a + c)] = exp(x . y)`.
-
-    With means `m_x`, `m_y`: `exp(x.y) = exp((x - m_x).(y - m_y)) exp(m_x.y) exp(x.m_y - m_x.m_y)`; the second factor
-    goes to the key and the third to the query, so the logits stay on the scale of `x . y` beside exact ones.
-
-    Args:
-        x, y: Scaled queries and keys `[batch, heads, tokens, head_dim]`.
-        projection: `[heads, features, head_dim]` or `[features, head_dim]`.
-    Returns: two tensors `[batch, heads, tokens, features]`.
-    """
-    query, key = favor_log_weights(x, y, projection, statistics)
-    return query.dense(), key.dense()
-
-
-def favor_log_weights(
-    x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None
-) -> tuple[LogWeights, LogWeights]:
-    """The same as `favor_log_features`, as dot products of tokens and slots."""
-    heads = None if statistics is None else statistics.query_mean.shape[1]
-    if statistics is not None and (heads not in (1, x.shape[1]) or statistics.query_mean.shape[-1] != x.shape[-1]):
-        raise InputError(
-            f"statistics must be those of {x.shape[1]} heads of dimension {x.shape[-1]}; got means"
-            f" {tuple(statistics.query_mean.shape)}."
-        )
-    half, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    log_count = math.log(projection.shape[-2])
-    if statistics is None:
-        own = torch.zeros_like(projection[..., 0], dtype=wide)
-        projection = projection.to(half)
-        query_bias = -half_norm(x).unsqueeze(-1) - log_count
-        return LogWeights(x, query_bias, projection, own), LogWeights(y, -half_norm(y).unsqueeze(-1), projection, own)
-    x, y = x.to(wide), y.to(wide)
-    x_mean, y_mean, shape = (s.to(x) for s in (statistics.query_mean, statistics.key_mean, statistics.shape))
-    query_extra = (x * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
-    key_extra = (y * x_mean).sum(-1, keepdim=True)
-    x, y = (z.to(half) for z in statistics.transform(x, y))
-    stretch = (1 - 4 * shape).sqrt()
-    directions = (projection * stretch).to(half)  # [batch or 1, heads, features, head_dim]
-    # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
-    own = (projection.square() * shape).sum(-1) + stretch.log().sum(-1) / 2
-    query_bias = query_extra - half_norm(x).unsqueeze(-1) - log_count
-    key_bias = key_extra - half_norm(y).unsqueeze(-1)
-    return LogWeights(x, query_bias, directions, own), LogWeights(y, key_bias, directions, own)
 
 
 @attention_function(in_half=("cpu", "cuda"))

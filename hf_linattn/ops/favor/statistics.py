@@ -40,13 +40,17 @@ class FavorStatistics(NamedTuple):
     key_transform: Tensor
     shape: Tensor
 
+    def transform_query(self, x: Tensor) -> Tensor:
+        """Scaled queries in the coordinates of the features."""
+        return _apply(x - self.query_mean.to(x), self.query_transform.to(x))
+
+    def transform_key(self, y: Tensor) -> Tensor:
+        """Scaled keys in the coordinates of the features."""
+        return _apply(y - self.key_mean.to(y), self.key_transform.to(y))
+
     def transform(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries and keys in the coordinates of the features."""
-        own = FavorStatistics(*(s.to(x) for s in self))
-        return (
-            _apply(x - own.query_mean, own.query_transform),
-            _apply(y - own.key_mean, own.key_transform),
-        )
+        return self.transform_query(x), self.transform_key(y)
 
 
 class RowStatistics(FavorStatistics):

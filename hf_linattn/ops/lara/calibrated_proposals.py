@@ -13,6 +13,7 @@ for any `mu`: an unbiased estimate on the scale of the exact weights. Its varian
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -55,11 +56,33 @@ def sample_proposals(centroids: Tensor, noise: Tensor, *, antithetic: bool = Fal
     return CalibratedProposals(centroids, samples)
 
 
-def proposal_log_weights(x: Tensor, y: Tensor, proposals: CalibratedProposals) -> tuple[LogWeights, LogWeights]:
-    """Log-weights of queries and keys, on the scale of `exp(x . y)`.
+@dataclass(frozen=True)
+class ProposalBasis:
+    """Samples of calibrated proposals, ready for any number of queries and keys (`proposal_basis`).
 
     Args:
-        x, y: Scaled queries and keys `[batch, heads, tokens, head_dim]`.
+        samples: `[heads, samples, head_dim]`.
+        log_weight: `[heads, samples]`, the importance weight of each sample.
+        offset: Added to the log mass of all slots, broadcastable to `[batch, heads, 1, 1]`; `None` for none.
+    """
+
+    samples: Tensor
+    log_weight: Tensor
+    offset: Tensor | None = None
+
+    def query(self, x: Tensor) -> LogWeights:
+        """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
+        bias = -half_norm(x).unsqueeze(-1)
+        return LogWeights(x, bias if self.offset is None else bias + self.offset.to(x), self.samples, self.log_weight)
+
+    def key(self, y: Tensor) -> LogWeights:
+        """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
+        return LogWeights(y, -half_norm(y).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
+
+
+def proposal_basis(x: Tensor, proposals: CalibratedProposals, offset: Tensor | None = None) -> ProposalBasis:
+    """The basis for scaled queries and keys like `x` `[batch, heads, tokens, head_dim]`.
+
     Raises: InputError if the shapes do not fit.
     """
     centroids, samples = (z.to(x) for z in proposals)
@@ -77,8 +100,15 @@ def proposal_log_weights(x: Tensor, y: Tensor, proposals: CalibratedProposals) -
         )
     _, mixture = mixture_log_ratio(centroids, samples)
     per_proposal = torch.tensor(float(samples.shape[1] // count), dtype=x.dtype, device=x.device)
-    slot_bias = -mixture - per_proposal.log()
-    return (
-        LogWeights(x, -half_norm(x).unsqueeze(-1), samples, slot_bias),
-        LogWeights(y, -half_norm(y).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
-    )
+    return ProposalBasis(samples, -mixture - per_proposal.log(), offset)
+
+
+def proposal_log_weights(x: Tensor, y: Tensor, proposals: CalibratedProposals) -> tuple[LogWeights, LogWeights]:
+    """Log-weights of queries and keys, on the scale of `exp(x . y)`.
+
+    Args:
+        x, y: Scaled queries and keys `[batch, heads, tokens, head_dim]`.
+    Raises: InputError if the shapes do not fit.
+    """
+    basis = proposal_basis(x, proposals)
+    return basis.query(x), basis.key(y)
