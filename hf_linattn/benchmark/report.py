@@ -9,11 +9,12 @@ from rich.table import Table
 
 from ..errors import InputError
 from .measure import upper_lengths
-from .results import BENCHMARKS, Results, Row, crossover, growth, lengths, names, reasons
+from .results import BENCHMARKS, Results, Row, cost, crossover, growth, lengths, names, reasons
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 README_COLUMNS = 6
 NOTHING = "–"
+ATTENTION_BENCHMARKS = tuple(name for name in BENCHMARKS if name != "generation")
 Grid = tuple[list[str], list[list[str]]]
 
 
@@ -37,6 +38,14 @@ def rate_text(rate: float) -> str:
     return f"{rate / 1e3:.{1 if rate < 1e5 else 0}f}k" if rate >= 1e3 else f"{rate:.0f}"
 
 
+def state_text(count: int) -> str:
+    return f"{count / 2**10:.0f} KiB" if count < 2**20 else f"{count / 2**20:.{1 if count < 100 * 2**20 else 0}f} MiB"
+
+
+def share_text(share: float) -> str:
+    return f"{share:.{2 if share < 0.01 else 1 if share < 0.1 else 0}%}"
+
+
 def slope_text(slope: float | None) -> str:
     return NOTHING if slope is None else f"{slope:.2f}"
 
@@ -44,6 +53,8 @@ def slope_text(slope: float | None) -> str:
 # -- full tables ------------------------------------------------------------------------------------------------------
 def title(panel: tuple[str, str, bool, str, str]) -> str:
     benchmark, model, is_causal, dtype, mode = panel
+    if benchmark == "generation":
+        return f"generation, {model}, {dtype}"
     direction = "causal" if is_causal else "bidirectional"
     what = {"attention": "attention", "memory": "peak memory of a training step", "models": model}[benchmark]
     return f"{what}, {direction}, {dtype}" + ("" if benchmark == "memory" else f", {mode}")
@@ -93,16 +104,67 @@ def _wins(rows: Sequence[Row], name: str) -> str:
     return "never" if start is None else str(start)
 
 
+def generation_grids(rows: Sequence[Row], between: str = " ", is_bold: bool = False) -> list[Grid]:
+    """Two tables of a panel of generation: tokens per second, and the size of the cache, each beside softmax's.
+
+    The last column is the time per token (the bytes) behind the longest context over that behind the shortest.
+
+    Args:
+        is_bold: Mark, in Markdown, what is at least as fast as softmax.
+    """
+    columns = lengths(rows)
+    found = {(row.name, row.work.tokens): row for row in rows}
+    softmax = {row.work.tokens: row.state for row in rows if row.group == "softmax" and row.state}
+
+    def speed(row: Row) -> str:
+        shown = NOTHING if row.tokens_per_second is None else rate_text(row.tokens_per_second)
+        if row.ratio is None or row.group == "softmax":
+            return shown
+        return f"{shown}{between}({ratio_cell(row) if is_bold else ratio_text(row.ratio)})"
+
+    def size(row: Row) -> str:
+        if row.state is None:
+            return NOTHING
+        whole = softmax.get(row.work.tokens)
+        share = "" if row.group == "softmax" or whole is None else f"{between}({share_text(row.state / whole)})"
+        return state_text(row.state) + share
+
+    made: list[Grid] = []
+    for what, show, number in (
+        ("tokens per second", speed, cost),
+        ("cache per layer", size, lambda row: row.state),
+    ):
+        header = [what, *map(str, columns), *([f"{columns[-1]} : {columns[0]}"] if len(columns) > 1 else [])]
+        lines = []
+        for name in names(rows):
+            members = [found.get((name, tokens)) for tokens in columns]
+            line = [
+                "softmax" if name == "sdpa" else name,
+                *("" if row is None else show(row) for row in members),
+            ]
+            if len(columns) > 1:
+                ends = [number(row) if row is not None else None for row in (members[0], members[-1])]
+                line.append(f"{ends[1] / ends[0]:.2f}" if ends[0] and ends[1] else NOTHING)
+            lines.append(line)
+        made.append((header, lines))
+    return made
+
+
+def grids(rows: Sequence[Row], between: str = " ") -> list[Grid]:
+    """All full tables of a panel."""
+    return generation_grids(rows, between) if rows[0].benchmark == "generation" else [grid(rows, between)]
+
+
 def terminal_tables(results: Results) -> list[Table]:
     made = []
     for panel, rows in results.panels().items():
-        header, lines = grid(rows, between="\n")
-        table = Table(title=title(panel), title_justify="left", caption="; ".join(reasons(rows)) or None)
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left", overflow="fold")
-        for line in lines:
-            table.add_row(*line)
-        made.append(table)
+        for header, lines in grids(rows, between="\n"):
+            table = Table(title=title(panel), title_justify="left", caption="; ".join(reasons(rows)) or None)
+            for index, name in enumerate(header):
+                table.add_column(name, justify="right" if index else "left", overflow="fold")
+            for line in lines:
+                table.add_row(*line)
+            made.append(table)
     return made
 
 
@@ -117,7 +179,7 @@ def markdown(results: Results) -> str:
     parts = ["# Performance", setting(results), LEGEND]
     for panel, rows in results.panels().items():
         parts.append(f"## {title(panel).capitalize()}")
-        parts.append(markdown_table(grid(rows)))
+        parts += [markdown_table(made) for made in grids(rows)]
         parts += [f"Not measured: {'; '.join(missing)}." for missing in [reasons(rows)] if missing]
     return "\n\n".join(parts) + "\n"
 
@@ -125,7 +187,10 @@ def markdown(results: Results) -> str:
 LEGEND = (
     "Times are medians; in brackets how many times faster than the fastest softmax backend at that length (below 1:"
     " slower). The slope is the exponent of the growth with the number of tokens over the upper lengths: 1 is linear,"
-    ' 2 quadratic. "Wins from": the shortest length from which on it is at least as fast as softmax.'
+    ' 2 quadratic. "Wins from": the shortest length from which on it is at least as fast as softmax. In generation'
+    " lengths are those of the context, times are means over whole windows of steps, and in brackets behind a size is"
+    " its share of softmax's cache; the last column is time per token, or size, behind the longest context over that"
+    " behind the shortest."
 )
 
 
@@ -156,6 +221,11 @@ README_LEGEND = (
     " softmax was not measured."
 )
 
+GENERATION_LEGEND = (
+    "one token at a time behind contexts of several lengths (times softmax's speed; share of softmax's cache); last,"
+    " time per token or size behind the longest context over that behind the shortest"
+)
+
 
 # -- the README's section ---------------------------------------------------------------------------------------------
 def readme_section(results: Results, plot: str | None = None) -> str:
@@ -167,7 +237,7 @@ def readme_section(results: Results, plot: str | None = None) -> str:
     parts = [setting(results)]
     if plot:
         parts.append(f"![Time and speed-up over the number of tokens]({plot})")
-    for benchmark in BENCHMARKS:
+    for benchmark in ATTENTION_BENCHMARKS:
         groups: dict[tuple[str, bool, str], list[Row]] = {}
         for row in results.rows:
             if row.benchmark == benchmark:
@@ -181,7 +251,11 @@ def readme_section(results: Results, plot: str | None = None) -> str:
             what = "" if benchmark == "memory" else f", {' / '.join(modes)}: times faster than softmax"
             parts.append(f"**{heading}, {direction}, {dtype}**{what}")
             parts.append(markdown_table(compact(rows, modes)))
-    if any(row.ratio for row in results.rows):
+    for panel, rows in results.panels("generation").items():
+        name = title(panel)
+        parts.append(f"**{name[0].upper()}{name[1:]}**: {GENERATION_LEGEND}")
+        parts += [markdown_table(made) for made in generation_grids(rows, is_bold=True)]
+    if any(row.ratio for row in results.rows if row.benchmark != "generation"):
         parts.append(README_LEGEND)
     missing = reasons(list(results.rows))
     if missing:

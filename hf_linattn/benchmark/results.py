@@ -13,7 +13,7 @@ from .cases import Workload
 from .measure import Failure, Timing, slope, upper_lengths
 
 SCHEMA = 1
-BENCHMARKS = ("attention", "memory", "models")
+BENCHMARKS = ("attention", "memory", "models", "generation")
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Row:
     Args:
         benchmark: One of `BENCHMARKS`.
         name, group: Those of the `Implementation`.
-        model: Which model, in "models".
-        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured.
-        samples: How many measurements the median is of.
-        ratio: Seconds of the fastest softmax attention at the same workload over the median: above 1 is faster.
+        model: Which model, in "models" and "generation".
+        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured. In
+            "generation" the median of all steps, and the smallest mean of a run of steps.
+        mean: Mean seconds per step in "generation", where some steps do more than others: the median of such means.
+        samples: How many measurements the median (in "generation" the mean) is of.
+        ratio: Seconds of the fastest softmax attention at the same workload over ours (`cost`): above 1 is faster.
         peak: Bytes held at most during a step, in "memory".
+        state: Bytes that the cache holds at most per layer, in "generation".
         reason: Why there is no number, if there is none.
         settings: The kind's settings.
     """
@@ -42,11 +45,15 @@ class Row:
     samples: int = 0
     ratio: float | None = None
     peak: int | None = None
+    mean: float | None = None
+    state: int | None = None
     reason: str = ""
     settings: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
+        if self.benchmark == "generation":
+            return self.work.batch / self.mean if self.mean else None
         return self.work.batch * self.work.tokens / self.median if self.median else None
 
     @property
@@ -64,11 +71,11 @@ def timed(row: Row, result: Timing | Failure) -> Row:
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
     """Rows of one workload, each with its ratio to the fastest softmax attention among them, if one was measured."""
-    softmax = [row.median for row in rows if row.group == "softmax" and row.median]
+    softmax = [seconds for row in rows if row.group == "softmax" and (seconds := cost(row))]
     if not softmax:
         return list(rows)
     best = min(softmax)
-    return [replace(row, ratio=best / row.median) if row.median else row for row in rows]
+    return [replace(row, ratio=best / seconds) if (seconds := cost(row)) else row for row in rows]
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ def lengths(rows: Iterable[Row]) -> list[int]:
 
 def cost(row: Row) -> float | None:
     """Seconds, or bytes in "memory"."""
+    if row.benchmark == "generation":
+        return row.mean
     return row.peak if row.benchmark == "memory" else row.median
 
 

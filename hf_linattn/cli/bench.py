@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,6 +20,8 @@ from ..benchmark import report
 from ..benchmark.attention import Plan, run_attention, run_memory
 from ..benchmark.cases import MODES
 from ..benchmark.environment import describe
+from ..benchmark.generation import LENGTHS as CONTEXTS
+from ..benchmark.generation import Decoder, run_generation
 from ..benchmark.models import MODELS, run_models
 from ..benchmark.ours import KindOptions
 from ..benchmark.peers import PEERS
@@ -41,12 +43,19 @@ def bench(
     what: Annotated[
         list[What] | None, typer.Argument(help="What to measure; several may be given. By default: attention.")
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = LENGTHS,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of tokens, separated by commas.",
+            show_default=f"{LENGTHS}; in generation {','.join(map(str, CONTEXTS))}",
+        ),
+    ] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of attention, separated by commas.")] = KINDS,
     window: Annotated[
         str | None,
         typer.Option(
-            help="Window sizes, separated by commas; 0 for none.", show_default="0; in models that of the family"
+            help="Window sizes, separated by commas; 0 for none.",
+            show_default="0; in models and generation that of the family",
         ),
     ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--bidirectional", show_default="both")] = None,
@@ -62,7 +71,16 @@ def bench(
     chunk_size: Annotated[int, typer.Option(min=1, help="Of causal EVA; a divisor of its window.")] = 16,
     eva_window: Annotated[int, typer.Option(min=1, help="Window of EVA where --window is 0.")] = 64,
     models: Annotated[str, typer.Option(help="Models, separated by commas.")] = ",".join(MODELS),
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the models have.")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fewer layers than the models have.", show_default=f"{Decoder.layers} in generation"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="GPT-2 checkpoint for generation.", show_default="random weights")
+    ] = None,
+    max_chunks: Annotated[
+        int, typer.Option(min=0, help="In generation also EVA with at most so many summaries; 0 for not.")
+    ] = 64,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each implementation in each case.")] = 2.0,
@@ -94,8 +112,9 @@ def bench(
             found = [Results.read(path) for path in from_json]
         else:
             windows = None if window is None else _integers(window, "--window")
+            chosen = [entry.value for entry in what or [What("attention")]]
             plan = Plan(
-                lengths=_integers(lengths, "--lengths"),
+                lengths=_integers(LENGTHS if lengths is None else lengths, "--lengths"),
                 kinds=_names(kinds),
                 windows=windows or (0,),
                 causal=(False, True) if causal is None else (causal,),
@@ -117,8 +136,19 @@ def bench(
                 seconds=seconds,
                 max_softmax_length=_softmax_limit(max_softmax_length, device.value),
             )
-            chosen = [entry.value for entry in what or [What("attention")]]
-            found = [_run(plan, chosen, _names(models), layers, windows or (None,), json)]
+            run = Run(
+                plan=plan,
+                generation=replace(
+                    plan,
+                    lengths=plan.lengths if lengths else CONTEXTS,
+                    max_softmax_length=max_softmax_length,  # a step's cost is linear
+                ),
+                decoder=Decoder(layers or Decoder.layers, model, max_chunks or None),
+                models=_names(models),
+                layers=layers,
+                windows=windows or (None,),
+            )
+            found = [_run(run, chosen, json)]
         written = _write(found, from_json or [], json, plot, markdown, readme)
         for results in found:
             for table in report.terminal_tables(results):
@@ -168,23 +198,45 @@ def _relative(picture: Path | None, readme: Path) -> str | None:
     return Path(os.path.relpath(picture, readme.parent)).as_posix()
 
 
-def _run(
-    plan: Plan,
-    what: list[str],
-    models: tuple[str, ...],
-    layers: int | None,
-    windows: tuple[int | None, ...],
-    json: Path | None,
-) -> Results:
+@dataclass(frozen=True)
+class Run:
+    """What the command line says of each benchmark.
+
+    Args:
+        plan: Of all but generation, which has its own lengths and no limit for softmax.
+    """
+
+    plan: Plan
+    generation: Plan
+    decoder: Decoder
+    models: tuple[str, ...]
+    layers: int | None
+    windows: tuple[int | None, ...]
+
+    def options(self, chosen: Sequence[str]) -> dict[str, Any]:
+        """What the results say about the run."""
+        both = {"models": self.models, "layers": self.layers, "decoder": asdict(self.decoder)}
+        return {**(self.generation if list(chosen) == ["generation"] else self.plan).to_dict(), **both}
+
+    def parts(self, name: str, say: Callable[[str], None]) -> Iterator[list[Row]]:
+        """The rows of one benchmark, as they come."""
+        if name == "generation":
+            return run_generation(self.generation, self.decoder, windows=self.windows, report=say)
+        if name == "models":
+            return run_models(self.plan, self.models, layers=self.layers, windows=self.windows, report=say)
+        return run_attention(self.plan, say) if name == "attention" else run_memory(self.plan, say)
+
+
+def _run(run: Run, chosen: Sequence[str], json: Path | None) -> Results:
     """Measure, and after every case write what there is so far: a run of an hour may be cut short."""
+    plan = run.plan
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that PyTorch can use, and there is none. Use --device cpu.")
     torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
     rows: list[Row] = []
     command = " ".join(["hf-linattn", *sys.argv[1:]])
-    options = {**plan.to_dict(), "models": models, "layers": layers}
-    results = Results((), command, describe(plan.device), options)
+    results = Results((), command, describe(plan.device), run.options(chosen))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
@@ -193,25 +245,12 @@ def _run(
             progress.update(task, description=text)
 
         for name in BENCHMARKS:
-            if name in what or "all" in what:
-                for found in _parts(name, plan, models, layers, windows, say):
+            if name in chosen or "all" in chosen:
+                for found in run.parts(name, say):
                     rows += found
                     if json is not None:
                         replace(results, rows=tuple(rows), is_complete=False).write(json)
     return replace(results, rows=tuple(rows))
-
-
-def _parts(
-    name: str,
-    plan: Plan,
-    models: tuple[str, ...],
-    layers: int | None,
-    windows: tuple[int | None, ...],
-    say: Callable[[str], None],
-) -> Iterator[list[Row]]:
-    if name == "models":
-        return run_models(plan, models, layers=layers, windows=windows, report=say)
-    return run_attention(plan, say) if name == "attention" else run_memory(plan, say)
 
 
 def _names(text: str) -> tuple[str, ...]:
