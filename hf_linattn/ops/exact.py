@@ -34,12 +34,8 @@ def attention_function(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -
     def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_inputs(query, key, value, kwargs.get("key_mask"))
         check_options(kwargs)
-        dtype = query.dtype
-        # They may differ under autocast, where rotary positions lift queries and keys to float32.
-        compute = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
-        device_type = query.device.type
-        if not stays_half(compute, device_type, in_half):
-            compute = torch.promote_types(compute, torch.float32)
+        dtype, device_type = query.dtype, query.device.type
+        compute = compute_dtype(query, key, value, in_half)
         query, key, value = query.to(compute), key.to(compute), value.to(compute)
         backend = kwargs.get("backend")
         with torch.autocast(device_type, enabled=False):
@@ -49,6 +45,13 @@ def attention_function(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -
                 return function(query, key, value, *args, **kwargs).to(dtype)
 
     return cast(Fn, wrapper)
+
+
+def compute_dtype(query: Tensor, key: Tensor, value: Tensor, in_half: tuple[str, ...] = ()) -> torch.dtype:
+    """What attention computes in: at least float32, unless halves are multiplied faster (`stays_half`)."""
+    # They may differ under autocast, where rotary positions lift queries and keys to float32.
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    return dtype if stays_half(dtype, query.device.type, in_half) else torch.promote_types(dtype, torch.float32)
 
 
 _MATRIX_UNIT = torch.cpu._is_amx_tile_supported()

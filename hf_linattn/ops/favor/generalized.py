@@ -124,6 +124,21 @@ def generalized_log_features(z: Tensor, projection: Tensor, kernel: str, kernel_
     return _LOG_KERNELS[kernel](z @ projection.transpose(-1, -2), kernel_epsilon)
 
 
+@dataclass(frozen=True)
+class GeneralizedBasis:
+    """The features of a generalised kernel, for any number of queries and keys. `projection` as in the function."""
+
+    projection: Tensor
+    kernel: str
+    kernel_epsilon: float
+
+    def query(self, x: Tensor) -> FeatureWeights:
+        """Log-features of scaled queries, or keys, `[batch, heads, tokens, head_dim]`."""
+        return FeatureWeights(generalized_log_features(x, self.projection.to(x), self.kernel, self.kernel_epsilon))
+
+    key = query
+
+
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +204,7 @@ def generalized_attention(
         if given:
             raise UnsupportedError(f"{NO_SOFTMAX} Got {name}={given!r}; set it to {type(given)()!r}.")
     x, y = scale_inputs(query, key, scaling)
-    projection = projection.to(x)
-
-    def weights(z: Tensor) -> FeatureWeights:
-        return FeatureWeights(generalized_log_features(z, projection, kernel, kernel_epsilon))
-
+    weights = GeneralizedBasis(projection, kernel, kernel_epsilon).query
     if not is_causal:
         visible = None if key_mask is None else key_mask[:, None, :, None]
         is_self = x.shape[2] == y.shape[2] and not is_cross

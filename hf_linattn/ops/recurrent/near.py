@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,20 +60,20 @@ class Joined(NamedTuple):
 class Passed(NamedTuple):
     """Tokens that have left the window, each row's first: `[batch, heads, tokens, head_dim]`.
 
-    `count` is how many of them a row has: an `int` if all rows have as many as there are, else `[batch]`.
+    `filled` is how many of them a row has, `[batch]`; `None` if all rows have as many as there are.
     """
 
     query: Tensor | None
     key: Tensor
     value: Tensor
-    count: int | Tensor
+    filled: Tensor | None
 
     @property
     def mask(self) -> Tensor | None:
         """`[batch, tokens]`, True where there is a token; `None` if everywhere."""
-        if isinstance(self.count, int):
+        if self.filled is None:
             return None
-        return torch.arange(self.key.shape[2], device=self.key.device) < self.count[:, None]
+        return torch.arange(self.key.shape[2], device=self.key.device) < self.filled[:, None]
 
 
 @dataclass(frozen=True)
@@ -152,28 +152,28 @@ class Near:
 
         Returns: what has left the window, and what is near now.
         """
-        kept = query if self.query is not None else None
-        joined = self.join(kept, key, value, key_mask)
+        joined = self.join(query if self.query is not None else None, key, value, key_mask)
         if joined.mask is None and self.even is not None:
-            count = joined.key.shape[2]
-            gone = window.passed(count)
-            passed = Passed(*(_each(lambda z: z[:, :, :gone], joined[:3])), gone)
-            return passed, Near(*_each_near(lambda z: z[:, :, gone:], joined), (count - gone,) * key.shape[0])
+            tokens = joined.key.shape[2]
+            gone = window.passed(tokens)
+            passed = Passed(*_each(joined, lambda z: z[:, :, :gone]), None)
+            # Copied: a view would keep all tokens alive.
+            near = self._of(_each(joined, lambda z: z[:, :, gone:].clone()), (tokens - gone,) * key.shape[0])
+            return passed, near
         mask = joined.mask
         if mask is None:
             mask = key.new_ones(joined.key.shape[0], joined.key.shape[2], dtype=torch.bool)
-        plan = compact(mask)
-        tokens = _each(plan.apply, joined[:3])
+        rows = _each(joined, compact(mask).apply)
         lengths = mask.sum(-1)
-        gone = window.passed_each(lengths)
-        left = lengths - gone
+        left_behind = window.passed_each(lengths)
         if self.is_static:
-            most, places, counts = tokens[1].shape[2], self.key.shape[2], left
+            most, places = joined.key.shape[2], self.key.shape[2]
+            counts: Counts = lengths - left_behind
         else:
-            counts = tuple(left.tolist())
-            most, places = int(gone.max()), max(counts)
-        passed = Passed(*_each(lambda z: z[:, :, :most], tokens), gone)
-        return passed, Near(*_each_near(lambda z: _take(z, gone, places), tokens), counts)
+            counts = tuple((lengths - left_behind).tolist())
+            most, places = int(left_behind.max()), max(counts)
+        passed = Passed(*_each(rows, lambda z: z[:, :, :most]), left_behind)
+        return passed, self._of(_each(rows, lambda z: _take(z, left_behind, places)), counts)
 
     # -- one token --------------------------------------------------------------------------------------------------
     def append(self, query: Tensor | None, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Near:
@@ -182,30 +182,33 @@ class Near:
         Args:
             valid: `[batch]`, False for a row whose token is padding; static shapes only.
         """
-        even, places = self.even, self.key.shape[2]
-        if even == places and not self.is_static:
-            parts = zip(self._tensors(), (key, value, query), strict=True)
-            grown = [None if own is None else torch.cat([own, new.to(own.dtype)], dim=2) for own, new in parts]  # type: ignore[union-attr]
-            return Near(grown[0], grown[1], grown[2], (even + 1,) * key.shape[0])  # type: ignore[arg-type]
+        even, places, counts = self.even, self.key.shape[2], self.counts
+        if even is not None and even == places:
+            grown = (
+                torch.cat([self.key, key.to(self.key.dtype)], dim=2),
+                torch.cat([self.value, value.to(self.value)], 2),
+            )
+            queries = None
+            if self.query is not None and query is not None:
+                queries = torch.cat([self.query, query.to(self.query.dtype)], dim=2)
+            return Near(*grown, queries, (even + 1,) * key.shape[0])
         count = self.count()
-        if not self.is_static:
-            places = max(self.counts) + 1  # type: ignore[type-var]
+        if isinstance(counts, Tensor):
+            counts = counts + (1 if valid is None else valid.to(counts.dtype))
+        else:
+            counts = tuple(c + 1 for c in counts)
+            places = max(counts)
         here = torch.arange(places, device=key.device) == count[:, None]
         if valid is not None:
             here = here & valid[:, None]
         here = here[:, None, :, None]
 
-        def write(own: Tensor | None, new: Tensor | None) -> Tensor | None:
-            if own is None or new is None:
-                return None
+        def write(own: Tensor, new: Tensor) -> Tensor:
             room = F.pad(own, (0, 0, 0, places - own.shape[2])) if places > own.shape[2] else own[:, :, :places]
             return torch.where(here, new.to(own.dtype), room)
 
-        if isinstance(self.counts, Tensor):
-            counts: Counts = count + (1 if valid is None else valid.to(count.dtype))
-        else:
-            counts = tuple(c + 1 for c in self.counts)
-        return Near(write(self.key, key), write(self.value, value), write(self.query, query), counts)  # type: ignore[arg-type]
+        queries = None if self.query is None or query is None else write(self.query, query)
+        return Near(write(self.key, key), write(self.value, value), queries, counts)
 
     def full(self, window: Window) -> list[int] | None:
         """Rows whose first block has passed, as Python knows them; `None` with static shapes."""
@@ -215,17 +218,17 @@ class Near:
 
     def drop(self, window: Window, rows: list[int] | None) -> Near:
         """Without the first block, in rows where it has passed (`rows`, or with static shapes where it is full)."""
-        size = window.size
-        if rows is not None and len(rows) == len(self.counts):
-            return Near(*_each_near(lambda z: z[:, :, size:], self._ordered()), tuple(c - size for c in self.counts))  # type: ignore[arg-type, union-attr]
-        count = self.count()
-        gone = (count == window.places).long() * size
-        if isinstance(self.counts, Tensor):
-            places, counts = self.key.shape[2], count - gone
+        size, counts = window.size, self.counts
+        if not isinstance(counts, Tensor) and rows is not None and len(rows) == len(counts):
+            return self._of(_each(self._tensors(), lambda z: z[:, :, size:].clone()), tuple(c - size for c in counts))
+        gone = (self.count() == window.places).long() * size
+        places = self.key.shape[2]
+        if isinstance(counts, Tensor):
+            counts = counts - gone
         else:
-            counts = tuple(c - size if c == window.places else c for c in self.counts)  # type: ignore[assignment]
-            places = max(counts)  # type: ignore[type-var, assignment]
-        return Near(*_each_near(lambda z: _take(z, gone, places), self._ordered()), counts)
+            counts = tuple(c - size if c == window.places else c for c in counts)
+            places = max(counts)
+        return self._of(_each(self._tensors(), lambda z: _take(z, gone, places)), counts)
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def rows(self, index: Tensor) -> Near:
@@ -236,13 +239,15 @@ class Near:
             counts = (self.even,) * index.shape[0]
         else:
             counts = tuple(self.counts[row] for row in index.tolist())
-        return Near(*_each_near(lambda z: z.index_select(0, index), self._ordered()), counts)
+        return self._of(_each(self._tensors(), lambda z: z.index_select(0, index)), counts)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.key, self.value, self.query
-
-    def _ordered(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _tensors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         return self.query, self.key, self.value
+
+    @staticmethod
+    def _of(tensors: tuple[Tensor | None, Tensor, Tensor], counts: Counts) -> Near:
+        query, key, value = tensors
+        return Near(key, value, query, counts)
 
 
 def _take(z: Tensor, start: Tensor, places: int) -> Tensor:
@@ -253,11 +258,7 @@ def _take(z: Tensor, start: Tensor, places: int) -> Tensor:
     return z.gather(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1]))
 
 
-def _each(fn: Callable[[Tensor], Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(None if z is None else fn(z) for z in tensors)  # type: ignore[misc]
-
-
-def _each_near(fn: Callable[[Tensor], Tensor], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(key, value, query) from tensors that begin with (query, key, value)."""
-    query, key, value = _each(fn, tensors[:3])
-    return key, value, query
+def _each(tensors: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`fn` of query (if there is one), key and value, which come first in `tensors`."""
+    query, key, value = tensors[:3]
+    return None if query is None else fn(query), fn(key), fn(value)

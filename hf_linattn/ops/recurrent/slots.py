@@ -1,0 +1,219 @@
+r"""FAVOR and LARA token by token: the slots of all tokens that have left the window, and the tokens that have not.
+
+A query reads the keys near it exactly and everything before through the slots' values `u` and log masses `b`, under
+one softmax. When a block of keys has left the window the slots take it in by a merge, which is exact: what comes out
+is what the parallel form gives on the whole sequence, up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..exact import compute_dtype, scale_inputs
+from ..factored import LogWeights, SlotWeights
+from ..kernels.backend import current_backend
+from ..kernels.decode import decode_step
+from ..partial import Partial, merge
+from ..slots import mask_logits, weigh
+from ..tokens import prepare
+from ..windowed import slot_attention
+from .near import Near, Window
+
+
+class Basis(Protocol):
+    """The slots of a layer: what it takes to weigh any queries and keys, scaled, `[batch, heads, tokens, dim]`."""
+
+    def query(self, x: Tensor) -> SlotWeights:
+        """Log-weights of queries."""
+
+    def key(self, y: Tensor) -> SlotWeights:
+        """Log-weights of keys."""
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """What is kept of the tokens seen so far.
+
+    Args:
+        near: The tokens of the window.
+        far: The slots of all others, `[batch, heads, slots(, head_dim)]`, in at least float32.
+    """
+
+    near: Near
+    far: Partial
+
+    def rows(self, index: Tensor) -> SlotState:
+        """Pick rows, as beam search does."""
+        return SlotState(self.near.rows(index), Partial(*(z.index_select(0, index) for z in self.far)))
+
+
+@dataclass(frozen=True)
+class SlotRecurrence:
+    """Causal attention through slots, a piece at a time. No method changes the state it is given.
+
+    Args:
+        basis: The slots of the layer.
+        num_slots: How many there are.
+        window: Of exact keys.
+        scaling: Factor of the dot product.
+        chunk_size, dropout: As in `slot_attention`.
+        in_half: Types of devices on which many tokens are computed in half precision.
+    """
+
+    basis: Basis
+    num_slots: int
+    window: Window
+    scaling: float
+    chunk_size: int | None = None
+    dropout: float = 0.0
+    in_half: tuple[str, ...] = ()
+
+    keeps_queries: ClassVar[bool] = False
+
+    def start(self, key: Tensor, value: Tensor, *, is_static: bool = False) -> SlotState:
+        """The state before the first token, for keys and values like these; `is_static` for static shapes."""
+        wide = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
+        shape = (*key.shape[:2], self.num_slots)
+        far = Partial(
+            value.new_zeros(*shape, value.shape[-1], dtype=wide), value.new_full(shape, float("-inf"), dtype=wide)
+        )
+        places = self.window.places if is_static else None
+        return SlotState(Near.empty(key, value, static_places=places), far)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState) -> Tensor:
+        """What the last tokens read, in the parallel form.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`, the last of the new tokens.
+            key, value: `[batch, heads, tokens, head_dim]`, all new tokens. key_mask: `[batch, tokens]`.
+        Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
+        """
+        joined = state.near.join(None, key, value, key_mask)
+        dtype = compute_dtype(query, joined.key, joined.value, self.in_half)
+        x, y = scale_inputs(query.to(dtype), joined.key.to(dtype), self.scaling)
+        tokens = prepare(x, y, joined.value.to(dtype), joined.mask, is_causal=True)
+        reader = self.basis.query(tokens.x)
+        partial = slot_attention(
+            tokens,
+            reader,
+            self.basis.key(tokens.y),
+            is_causal=True,
+            window_size=self.window.size,
+            overlap_window=self.window.overlap,
+            chunk_size=self.chunk_size,
+            dropout=self.dropout,
+        )
+        far = Partial(state.far.output.to(dtype), state.far.log_mass)
+        partial = merge([partial, reader.read(far, dropout=self.dropout)])
+        nothing = (partial.log_mass == float("-inf")).unsqueeze(-1)
+        return tokens.finish(Partial(partial.output.masked_fill(nothing, 0.0), partial.log_mass)).to(query.dtype)
+
+    def absorb(
+        self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState
+    ) -> SlotState:
+        """The state after these tokens as well."""
+        passed, near = state.near.move_on(query, key, value, key_mask, self.window)
+        if not passed.key.shape[2]:
+            return SlotState(near, state.far)
+        return SlotState(near, self._take_in(state.far, passed.key, passed.value, passed.mask))
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, state: SlotState, valid: Tensor | None = None
+    ) -> tuple[Tensor, SlotState]:
+        """One token of every row, `[batch, heads, 1, head_dim]`: `attend` and `absorb` in a few operations.
+
+        Args:
+            valid: `[batch]`, False for a row whose token is padding; static shapes only.
+        """
+        dtype = compute_dtype(query, key, value)
+        reader = self.basis.query(query.to(dtype) * self.scaling**0.5)
+        if not self.window.size:
+            output, far = self._through_slots(reader, key.to(dtype), value.to(dtype), state.far, valid)
+            state = SlotState(state.near, far)
+        else:
+            near = state.near.append(None, key, value, valid)
+            logits = (query.to(dtype) * self.scaling) @ near.key.to(dtype).transpose(-1, -2)
+            mask = near.mask()
+            near_logits = mask_logits(logits, None if mask is None else mask[:, None, None])
+            output = _read(near_logits, near.value.to(dtype), _dense(reader), state.far)
+            state = self._pass_block(SlotState(near, state.far))
+        if valid is not None:
+            output = output.masked_fill(~valid[:, None, None, None], 0.0)
+        return output.to(query.dtype), state
+
+    def _take_in(self, far: Partial, key: Tensor, value: Tensor, mask: Tensor | None) -> Partial:
+        """Slots with more keys in them."""
+        dtype = compute_dtype(key, key, value, self.in_half)
+        weights = self.basis.key(key.to(dtype) * self.scaling**0.5)
+        weights = weights.masked(None if mask is None else mask[:, None, :, None])
+        return merge([far, weights.summarise(value.to(dtype))])
+
+    def _pass_block(self, state: SlotState) -> SlotState:
+        """Move the first block of those rows where it has left the window from the near tokens to the slots."""
+        near, far, size = state.near, state.far, self.window.size
+        rows = near.full(self.window)
+        if rows is not None and not rows:
+            return state
+        key, value = near.key[:, :, :size], near.value[:, :, :size]
+        if rows is None:  # static shapes: all rows, those that are not full with weight 0
+            full = (near.count() == self.window.places)[:, None].expand(-1, size)
+            far = self._take_in(far, key, value, full)
+        elif len(rows) == key.shape[0]:
+            far = self._take_in(far, key, value, None)
+        else:
+            index = torch.tensor(rows, device=key.device)
+            some = self._take_in(Partial(*(z[index] for z in far)), key[index], value[index], None)
+            far = Partial(*(z.index_copy(0, index, new) for z, new in zip(far, some, strict=True)))
+        return SlotState(near.drop(self.window, rows), far)
+
+    def _through_slots(
+        self, reader: SlotWeights, key: Tensor, value: Tensor, far: Partial, valid: Tensor | None
+    ) -> tuple[Tensor, Partial]:
+        """Without a window: the token joins the slots, then reads them."""
+        writer = self.basis.key(key * self.scaling**0.5)
+        writer = writer.masked(None if valid is None else valid[:, None, None, None])
+        on_triton = value.is_cuda or current_backend() == "triton"
+        if on_triton and isinstance(reader, LogWeights) and isinstance(writer, LogWeights):
+            done = decode_step(
+                reader.tokens.squeeze(-2),
+                reader.token_bias[..., 0, 0],
+                writer.tokens.squeeze(-2),
+                writer.token_bias[..., 0, 0],
+                value.squeeze(-2),
+                reader.slots,
+                reader.slot_bias,
+                writer.slots,
+                writer.slot_bias,
+                far.output,
+                far.log_mass,
+            )
+            return done.output.unsqueeze(-2), Partial(done.state_output, done.state_mass)
+        own = Partial(value.to(far.output.dtype).expand_as(far.output), _dense(writer).squeeze(-2))
+        far = merge([far, own])
+        read = weigh(_dense(reader) + far.log_mass.unsqueeze(-2), far.output)
+        return read.output, far
+
+
+def _read(near_logits: Tensor, near_value: Tensor, slot_logits: Tensor, far: Partial) -> Tensor:
+    """Near keys and slots under one softmax: `[batch, heads, 1, head_dim]`."""
+    slot_logits = slot_logits + far.log_mass.unsqueeze(-2)
+    top = torch.maximum(near_logits.amax(-1, keepdim=True), slot_logits.amax(-1, keepdim=True))
+    top = top.clamp_min(torch.finfo(top.dtype).min)
+    near, slots = (near_logits - top).exp(), (slot_logits - top).exp()
+    total = near.sum(-1, keepdim=True) + slots.sum(-1, keepdim=True)
+    return (near @ near_value + slots @ far.output) / total.masked_fill(total == 0, 1.0)
+
+
+def _dense(weights: SlotWeights) -> Tensor:
+    """`weights.dense()` of a few tokens, without a copy of the slots for every row of the batch."""
+    if isinstance(weights, LogWeights) and weights.tokens.shape[0] > 1 and weights.slots.ndim > 2:
+        lead = weights.slots.shape[:-3]
+        if not lead or lead[0] == 1:
+            slots = weights.slots.reshape(weights.slots.shape[-3:]).to(weights.tokens.dtype)
+            products = torch.einsum("bhtd,hmd->bhtm", weights.tokens, slots)
+            return products + weights.token_bias + weights.slot_bias.unsqueeze(-2)
+    return weights.dense()
