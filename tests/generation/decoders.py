@@ -1,0 +1,148 @@
+"""Tiny decoders in all settings that change what a cache has to keep, and how runs through a cache are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import VOCAB, ModelCase, bert_config, gpt2_config, largest, ready
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BertLMHeadModel, GPT2LMHeadModel
+
+import hf_linattn
+from hf_linattn.integrations.attach import family_layers
+from hf_linattn.modules.eva import EvaConfig
+
+WINDOW = 8
+TOLERANCE = 1e-4  # of logits of a few units, in float32
+PAD = 0
+
+
+def _gpt2(**changes: Any) -> Any:
+    # Untied from the input embeddings: with tied ones a model without training repeats its last token.
+    return gpt2_config(**{"n_positions": 400, "tie_word_embeddings": False, **changes})
+
+
+def _bert(**changes: Any) -> Any:
+    tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": PAD, "tie_word_embeddings": False}
+    return bert_config(**{"is_decoder": True, "max_position_embeddings": 400, **tokens, **changes})
+
+
+GPT2 = ModelCase("gpt2", GPT2LMHeadModel, _gpt2, AutoModelForCausalLM, is_causal=True)
+BERT = ModelCase("bert", BertLMHeadModel, _bert, AutoModelForCausalLM, is_causal=True)
+DECODERS = [GPT2, BERT]
+
+
+class Setting(NamedTuple):
+    """A kind with settings in which a cache keeps something else than in the others."""
+
+    name: str
+    kind: str
+    changes: dict[str, Any]
+
+
+SETTINGS = [
+    Setting("favor_plus", "favor_plus", {}),
+    Setting("favor_plus-no-window", "favor_plus", {"window_size": 0}),
+    Setting("favor_plus-overlap", "favor_plus", {"overlap_window": True}),
+    Setting("favor_plus-relu", "favor_plus", {"kernel": "relu", "window_size": 0}),
+    Setting("favor_sharp", "favor_sharp", {}),
+    Setting("favor_sharp-no-window", "favor_sharp", {"window_size": 0, "variant": "dense"}),
+    Setting("lara", "lara", {}),
+    Setting("lara-no-window", "lara", {"window_size": 0}),
+    Setting("lara-overlap", "lara", {"overlap_window": True}),
+    Setting("eva", "eva", {}),
+    Setting("eva-overlap", "eva", {"overlap_window": True}),
+    Setting("eva-published", "eva", {"chunking": "published"}),
+    Setting("eva-spread-table", "eva", {"weighting": "spread", "relative_position": "table"}),
+    Setting("eva-overlap-t5", "eva", {"overlap_window": True, "relative_position": "t5"}),
+]
+if "max_chunks" in {field.name for field in dataclasses.fields(EvaConfig)}:
+    SETTINGS.append(Setting("eva-bounded", "eva", {"max_chunks": 3}))
+KINDS = [setting for setting in SETTINGS if setting.name == setting.kind]
+
+
+def over(settings: Sequence[Setting], *others: Sequence[Any]) -> Any:
+    """Parametrise a test over settings."""
+    return pytest.mark.parametrize("setting", [pytest.param(setting, id=setting.name) for setting in settings])
+
+
+both = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in DECODERS])
+all_settings, all_kinds = over(SETTINGS), over(KINDS)
+
+
+def decoder(
+    case: ModelCase, setting: Setting, *, layers: list[int] | None = None, config: dict[str, Any] | None = None
+) -> Any:
+    """A converted decoder, with random values for what it could learn (maps, offsets, tables): it starts with zeros."""
+    model = case.build(**(config or {}))
+    model = hf_linattn.convert(model, case.settings(setting.kind, **setting.changes), layers=layers)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".linattn." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return ready(model)
+
+
+def prompt(batch: int = 2, tokens: int = 45, *, seed: int = 1) -> Tensor:
+    """Token ids without special ones."""
+    return torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(paddings: Sequence[int], tokens: int, *, seed: int = 2) -> dict[str, Tensor]:
+    """A batch whose rows have the given amounts of padding before them."""
+    ids = prompt(len(paddings), tokens, seed=seed)
+    mask = (torch.arange(tokens) >= torch.tensor(paddings)[:, None]).long()
+    return {"input_ids": ids * mask + PAD * (1 - mask), "attention_mask": mask}
+
+
+def run(model: Any, new_tokens: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Token ids `[batch, prompt + new]`, and the logits `[batch, new, vocabulary]` that they were chosen from."""
+    inputs.setdefault("do_sample", False)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+def whole_logits(model: Any, ids: Tensor) -> Tensor:
+    """All logits of sequences without padding, from one forward without a cache."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def check_replay(model: Any, sequences: Tensor, chosen_from: Tensor, paddings: Sequence[int] | None = None) -> None:
+    """What generation chose from is what one forward of each row, alone and without padding, says about it."""
+    new = chosen_from.shape[1]
+    for row, ids in enumerate(sequences):
+        real = ids[paddings[row] if paddings else 0 :]
+        expected = whole_logits(model, real[None])[0, -new - 1 : -1]
+        error = largest(chosen_from[row] - expected)
+        assert error < TOLERANCE, f"row {row}: logits differ by {error:.1e}"
+        assert torch.equal(real[-new:], expected.argmax(-1)), f"row {row}: another token"
+
+
+@contextmanager
+def query_lengths(model: Any) -> Iterator[list[int]]:
+    """Tokens that the first attention layer is given, call by call."""
+    seen: list[int] = []
+    layer = family_layers(model)[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def is_recurrent(cache: Any) -> list[bool]:
+    """Of each layer of a cache, whether it is one of constant size."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return [type(layer).__name__ == "RecurrentLayer" for layer in cache.layers]
