@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -26,8 +28,12 @@ class Recurrence(Protocol[S]):
     @property
     def keeps_queries(self) -> bool: ...
 
-    def start(self, key: Tensor, value: Tensor, *, is_static: bool = False) -> S:
-        """The state before the first token, for keys and values like these; `is_static` for static shapes."""
+    def start(self, key: Tensor, value: Tensor, *, static_tokens: int | None = None) -> S:
+        """The state before the first token, for keys and values like these.
+
+        Args:
+            static_tokens: All shapes stay the same from here on, with room for so many tokens where it is needed.
+        """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: S) -> Tensor:
         """What the new tokens' queries read, `[batch, heads, queries, head_dim]`: the parallel form."""
@@ -39,3 +45,28 @@ class Recurrence(Protocol[S]):
         self, query: Tensor, key: Tensor, value: Tensor, state: S, valid: Tensor | None = None
     ) -> tuple[Tensor, S]:
         """`attend` and `absorb` for one token of every row, in a few operations and without gradients."""
+
+
+def state_tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors of a state (a tree of dataclasses and tuples), always in the same order."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, tuple):
+        for part in state:
+            yield from state_tensors(part)
+    elif dataclasses.is_dataclass(state):
+        for field in dataclasses.fields(state):
+            yield from state_tensors(getattr(state, field.name))
+
+
+def map_state(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A state of the same form with `fn` of every tensor."""
+    if isinstance(state, Tensor):
+        return fn(state)
+    if isinstance(state, tuple):
+        parts = [map_state(part, fn) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(state):
+        values = {field.name: map_state(getattr(state, field.name), fn) for field in dataclasses.fields(state)}
+        return dataclasses.replace(state, **values)  # type: ignore[type-var]
+    return state

@@ -74,14 +74,14 @@ class SlotRecurrence:
 
     keeps_queries: ClassVar[bool] = False
 
-    def start(self, key: Tensor, value: Tensor, *, is_static: bool = False) -> SlotState:
-        """The state before the first token, for keys and values like these; `is_static` for static shapes."""
+    def start(self, key: Tensor, value: Tensor, *, static_tokens: int | None = None) -> SlotState:
+        """The state before the first token, for keys and values like these; `static_tokens` for static shapes."""
         wide = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
         shape = (*key.shape[:2], self.num_slots)
         far = Partial(
             value.new_zeros(*shape, value.shape[-1], dtype=wide), value.new_full(shape, float("-inf"), dtype=wide)
         )
-        places = self.window.places if is_static else None
+        places = None if static_tokens is None else self.window.places
         return SlotState(Near.empty(key, value, static_places=places), far)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState) -> Tensor:
