@@ -11,6 +11,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
+from .cache import add_hook, remove_hook
 from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
 from .settings import LinearAttentionSettings, parse_settings
 
@@ -74,6 +75,8 @@ def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, Linea
             # has this mark: statistics and trained maps would be lost. On the meta device there are no values yet.
             built[index]._is_hf_initialized = not any(tensor.is_meta for tensor in _tensors(built[index]))  # type: ignore[assignment]
             set_attention_dropout(layer, 0.0)
+            if built[index].supports_recurrence(settings.config, is_causal=built[index].shape.is_causal):
+                add_hook(layer)
         else:
             set_attention_dropout(layer, settings.attention_dropout or 0.0)
 
@@ -88,6 +91,7 @@ def detach(model: Any, settings: LinearAttentionSettings) -> None:
     for layer in family_layers(model):
         if hasattr(layer, ATTRIBUTE):
             delattr(layer, ATTRIBUTE)
+        remove_hook(layer)
         set_attention_dropout(layer, settings.attention_dropout or 0.0)
 
 

@@ -14,9 +14,10 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
+from .cache import ARGUMENT, RecurrentLayer
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .families import family_of, is_converted
-from .masks import causal_key_mask, linattn_mask, pad_one_key, token_mask
+from .masks import causal_key_mask, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -70,9 +71,14 @@ def attend(
         attention_mask: What `linattn_mask` returned, or a tensor `[batch, tokens]`, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         dropout: Attention dropout; honoured by layers left on softmax, otherwise one warning.
+        kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`cache.hand_over`);
+            key and value are then those of the new tokens.
     Returns: `([batch, queries, heads, head_dim], None)`.
     Raises: `InputError` and `UnsupportedError` where the result would be wrong; the message says what to do.
     """
+    recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
+    if recurrent is not None:
+        attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
     attention_mask = token_mask(attention_mask, query.device)
     check_mask(attention_mask)
     check_kwargs(kind, kwargs)
@@ -101,6 +107,8 @@ def attend(
                 f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert "
                 "the model and convert it again with a config that says so."
             )
+        if recurrent is not None:
+            return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2), None
         output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(

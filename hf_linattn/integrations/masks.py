@@ -12,6 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.import_utils import is_tracing
 
 from ..errors import InputError, UnsupportedError
+from ..modules.recurrent import RecurrentMemory
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
 
@@ -40,22 +41,30 @@ class TokenMask:
     Args:
         tokens: `[batch, tokens]` bool, True where a token is real; `None` if all are.
         shape: `(batch, tokens)`.
+        past: Real tokens per row before those of this mask, where it covers the new ones alone; `None`: all of them.
     """
 
     ndim = 2
     dtype = torch.bool
 
-    def __init__(self, tokens: Tensor | None, shape: tuple[int, int], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        tokens: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device | str,
+        past: tuple[int, ...] | None = None,
+    ) -> None:
         self.tokens = tokens
         self.shape = shape
         self.device = device
+        self.past = past
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
         device = kwargs.get("device", args[0] if args and isinstance(args[0], (str, int, torch.device)) else None)
         if device is None:
             return self
-        return TokenMask(None if self.tokens is None else self.tokens.to(device), self.shape, device)
+        return TokenMask(None if self.tokens is None else self.tokens.to(device), self.shape, device, self.past)
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -100,12 +109,28 @@ def token_mask(mask: Any, device: torch.device) -> Any:
     return None if mask.tokens is None else mask.tokens.to(device)
 
 
+def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:
+    """The part of a mask that is about the last `count` tokens; what it says of those before must be what was seen.
+
+    Raises: `InputError` if it is not.
+    """
+    if not isinstance(mask, TokenMask) or is_tracing(mask.tokens):
+        return mask[:, -count:] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
+    if mask.shape[1] > count and mask.tokens is not None:  # made for a layer that needs all tokens
+        past = tuple(mask.tokens[:, :-count].sum(-1).tolist())
+        mask = TokenMask(mask.tokens[:, -count:], (mask.shape[0], count), mask.device, past)
+    memory.check_past(mask.past)
+    if mask.tokens is not None and bool(mask.tokens.all()):
+        return None
+    return mask
+
+
 def linattn_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | TokenMask | None = None,
     *,
@@ -119,6 +144,7 @@ def linattn_mask(
     Args:
         q_length, kv_length: Tokens of the queries and of the keys as the cache will return them.
         q_offset: Tokens already seen (a tensor under a static cache).
+        kv_offset: Tokens before those that the cache returns: of a layer with a state all that were seen.
         mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured.
         attention_mask: `[batch, seen + q_length]`, True where a token is real.
         local_size, use_vmap: Set by Transformers for local windows and for user-defined overlays.
@@ -128,6 +154,8 @@ def linattn_mask(
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
     if isinstance(attention_mask, TokenMask):
+        if attention_mask.shape[1] == q_length == kv_length:
+            return attention_mask
         attention_mask = attention_mask.tokens
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if local_size is not None or use_vmap or (not tracing and mask_function not in _PLAIN):
@@ -145,6 +173,9 @@ def linattn_mask(
             "query-key pairs."
         )
     bidirectional = mask_function is bidirectional_mask_function
+    has_state = isinstance(kv_offset, Tensor) or (kv_offset > 0 and kv_offset == q_offset)
+    if has_state and kv_length == q_length:  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
+        return _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
     seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
     if seen > kv_length:
         raise UnsupportedError(
@@ -156,6 +187,43 @@ def linattn_mask(
             return TokenMask(None, (batch_size, seen), device)
         all_seen = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
         return TokenMask(all_seen, (batch_size, seen), device)
+    _check_width(attention_mask, batch_size, seen)
+    mask = attention_mask.to(torch.bool)
+    if mask.shape[0] != batch_size:
+        mask = mask.expand(batch_size, -1)
+    # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention function to
+    # compare with the keys it gets.
+    comparable = bidirectional and q_length != kv_length
+    if not tracing and not comparable and seen == kv_length and bool(mask.all()):
+        return TokenMask(None, (batch_size, seen), device)
+    return TokenMask(mask, (batch_size, seen), device)
+
+
+def _mask_of_new(
+    batch_size: int,
+    q_length: int,
+    q_offset: int | Tensor,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    tracing: bool,
+) -> TokenMask:
+    """The mask of the new tokens, and what it says of those before."""
+    shape = (batch_size, q_length)
+    if attention_mask is None:
+        return TokenMask(None, shape, device)
+    if not tracing:
+        _check_width(attention_mask, batch_size, int(q_offset) + q_length)
+    mask = attention_mask.to(torch.bool).expand(batch_size, -1)
+    if not tracing and bool(mask.all()):
+        return TokenMask(None, shape, device)
+    past = None if tracing else tuple(mask[:, :-q_length].sum(-1).tolist())
+    mask = mask[:, -q_length:]
+    if not tracing and past is not None and bool(mask.all()):
+        return TokenMask(None, shape, device, past)
+    return TokenMask(mask, shape, device, past)
+
+
+def _check_width(attention_mask: Tensor, batch_size: int, seen: int) -> None:
     if attention_mask.shape[1] != seen:
         raise InputError(
             f"attention_mask must cover all tokens, past ones included: [batch, {seen}]; got "
@@ -166,15 +234,6 @@ def linattn_mask(
             f"attention_mask must have a row for each of the {batch_size} inputs, [batch, tokens]; got "
             f"{tuple(attention_mask.shape)}."
         )
-    mask = attention_mask.to(torch.bool)
-    if mask.shape[0] != batch_size:
-        mask = mask.expand(batch_size, -1)
-    # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention function to
-    # compare with the keys it gets.
-    comparable = bidirectional and q_length != kv_length
-    if not tracing and not comparable and seen == kv_length and bool(mask.all()):
-        return TokenMask(None, (batch_size, seen), device)
-    return TokenMask(mask, (batch_size, seen), device)
 
 
 def _seen_tokens(

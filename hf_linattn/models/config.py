@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..integrations.cache import cache_layer_types
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds
@@ -44,6 +45,20 @@ class LinAttnConfigMixin:
         active = self.__dict__.get("_attn_implementation_internal")
         if "_attn_implementation_internal" in self.__dict__ and (active is None or active in list_kinds()):
             self._attn_implementation_internal = settings.config.kind
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which cache each layer needs, for Transformers: a state, or keys and values. Follows from the settings.
+
+        There is no such attribute where all layers keep keys and values: an encoder, or a model switched to softmax.
+        """
+        types = cache_layer_types(self)
+        if types is None:
+            raise AttributeError("layer_types")
+        return types
+
+    def validate_layer_type(self) -> None:
+        """Does nothing: Transformers' list of types does not have ours."""
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

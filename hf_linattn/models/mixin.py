@@ -6,9 +6,10 @@ import os
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
 
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
@@ -60,6 +61,18 @@ class LinAttnMixin:
                 "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
             )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mask that `generate` makes for a compiled forward: one for all layers, always of the same shape."""
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

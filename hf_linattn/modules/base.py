@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
+from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
 from .defaults import resolve
+from .recurrent import RecurrentMemory
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,15 @@ class LinearAttention(nn.Module):
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
 
+    @classmethod
+    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
+        """Whether such a layer can read a sequence piece by piece with a state (`recurrence`)."""
+        return is_causal and cls.recurrence is not LinearAttention.recurrence
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
+        """The layer's recurrent form, for queries like `query` `[batch, heads, tokens, head_dim]`."""
+        raise NotImplementedError
+
     def new_calibration(self, stream: int = 0) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
 
@@ -162,6 +173,7 @@ class LinearAttention(nn.Module):
         *,
         scaling: float | None = None,
         grid: tuple[int, int] | None = None,
+        memory: RecurrentMemory | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -171,27 +183,48 @@ class LinearAttention(nn.Module):
             key_mask: `[batch, key_tokens]` bool, True where a token is real.
             scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
             grid: Height and width in patches, when the tokens after the global ones are an image.
+            memory: What the layer (a causal one) has seen before: all arguments are then those of new tokens alone,
+                which become part of it.
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
         self._check_calibrated()
-        state = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
-        inputs = AttentionInputs(
-            query,
-            key,
-            value,
-            key_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            is_causal=self.shape.is_causal,
-            grid=grid,
-            training=self.training,
-        )
-        output = self.attend(self.config, state, inputs)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if memory is None:
+            output = self.read(query, key, value, key_mask, scaling=scaling, grid=grid)
+        else:
+            output = memory.advance(self, query, key, value, key_mask, scaling=scaling)
         if self.training and torch.is_grad_enabled():
             # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the
             # graph.
             for parameter in self.parameters(recurse=False):
                 output = output + 0.0 * parameter.sum().to(output.dtype)
         return output
+
+    def read(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        scaling: float,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """`forward` without a memory: `attend` with the layer's own tensors."""
+        inputs = AttentionInputs(
+            query,
+            key,
+            value,
+            key_mask,
+            scaling=scaling,
+            is_causal=self.shape.is_causal,
+            grid=grid,
+            training=self.training,
+        )
+        return self.attend(self.config, self._tensors(), inputs)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
 
     @torch.no_grad()
     def set_buffers(self, values: Mapping[str, Tensor]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.favor.attention import favor_attention
-from ..ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
+from ..ops.favor.attention import favor_attention, favor_basis
+from ..ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedBasis, generalized_attention
 from ..ops.favor.random_features import derive_seed, draw_projection
+from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
+from .recurrent import like, slot_recurrence
 from .redraw import RedrawnTensor, forget, set_training_step, watch
 from .registry import AttentionKind, register_kind
 
@@ -148,11 +150,20 @@ class FavorPlusAttention(FavorAttention):
 
     kind = "favor_plus"
     config: FavorPlusConfig
+    projection: Tensor
 
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, FavorPlusConfig)
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        config, features = self.config, self.config.num_features
+        if config.kernel != "softmax":
+            kernel = GeneralizedBasis(self.projection, config.kernel, config.kernel_epsilon)
+            return slot_recurrence(self, kernel, features, scaling=scaling)
+        basis = favor_basis(like(query), self.projection)
+        return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
 
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..ops.favor.attention import FavorStatistics, favor_attention, favor_statistics, neutral_statistics
+from ..ops.favor.attention import FavorStatistics, favor_attention, favor_basis, favor_statistics, neutral_statistics
 from ..ops.favor.statistics import FAVOR_VARIANTS, FavorMoments
+from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, StateTensor
 from .config import AttentionConfig
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
+from .recurrent import like, slot_recurrence
 from .registry import AttentionKind, register_kind
 
 SOURCES = ("row", "calibrated")
@@ -86,7 +88,7 @@ class FavorSharpAttention(FavorAttention):
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorSharpConfig)
         if config.statistics == "calibrated":
-            statistics = FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
+            statistics = _stored(state)
             _warn_if_neutral(state["calibrated_tokens"])
         else:
             statistics = favor_statistics(
@@ -108,10 +110,19 @@ class FavorSharpAttention(FavorAttention):
             **inputs.options(config),
         )
 
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        state = self._tensors()
+        basis = favor_basis(like(query), state["projection"], _stored(state))
+        return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
+
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":
             return None
         return FavorCalibration(self.config, self.shape)
+
+
+def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
+    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
 
 
 class FavorCalibration:

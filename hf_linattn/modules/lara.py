@@ -13,15 +13,17 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ops.favor.random_features import derive_seed, draw_projection
 from ..ops.lara.attention import lara_attention
-from ..ops.lara.calibrated_proposals import sample_proposals
+from ..ops.lara.calibrated_proposals import proposal_basis, sample_proposals
 from ..ops.lara.importance import WEIGHTINGS
 from ..ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ..ops.noise import NOISE_SCALES
+from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
 from .lara_calibration import ProposalCalibration
 from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from .recurrent import like, slot_recurrence
 from .registry import AttentionKind, register_kind
 
 PROPOSAL_SOURCES = ("landmarks", "calibrated")
@@ -153,6 +155,15 @@ class LaraAttention(LinearAttention):
             size = (shape.num_heads,)
             spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
         return spec
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        state = self._tensors()
+        proposals = sample_proposals(
+            state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
+        )
+        offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
+        basis = proposal_basis(like(query), proposals, offset)
+        return slot_recurrence(self, basis, basis.samples.shape[-2], scaling=scaling)
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""

@@ -130,6 +130,9 @@ class SlotRecurrence:
             valid: `[batch]`, False for a row whose token is padding; static shapes only.
         """
         dtype = compute_dtype(query, key, value)
+        if valid is not None:  # inf or NaN in the padding must not get into the state
+            real = valid[:, None, None, None]
+            query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
         reader = self.basis.query(query.to(dtype) * self.scaling**0.5)
         if not self.window.size:
             output, far = self._through_slots(reader, key.to(dtype), value.to(dtype), state.far, valid)

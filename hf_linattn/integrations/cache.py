@@ -1,0 +1,264 @@
+"""Transformers' cache with a state of constant size: the cache layers of converted causal attention layers.
+
+`DynamicCache(config=...)` and `StaticCache(config=...)`, which `generate` and every forward with `use_cache=True`
+make, read `config.layer_types`; the config of a converted model names `LAYER_TYPE` there for its linear layers, so
+they get a `RecurrentLayer`. A model hands keys and values to its cache before it calls the attention function, and
+does not give the cache to the latter; `hand_over`, a hook of the attention module, does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
+
+from ..errors import UnsupportedError
+from ..modules.base import LinearAttention
+from ..modules.recurrent import RecurrentMemory
+from ..modules.registry import get_kind
+from .families import defaults_family, get_family
+from .settings import parse_settings
+
+LAYER_TYPE = "linattn"
+# Name of the argument with which `hand_over` gives the cache layer to the attention function.
+ARGUMENT = "linattn_cache"
+
+
+class RecurrentLayer(CacheLayerMixin):
+    """The cache of one layer: a state instead of all keys and values. `memory` holds it.
+
+    `update` returns the new keys and values alone, for the layer's attention function, which reads the state and adds
+    them to it. Nothing else can use such a cache, so a second `update` before that raises.
+    """
+
+    _layer_type: str | None = LAYER_TYPE
+    is_compileable = False
+    is_croppable = False  # only while recording
+    supports_early_init = False
+    # Transformers sizes the mask of a model by its first layer that is not sliding: with this it asks a layer left on
+    # softmax, if there is one, which needs a mask over all tokens; ours need that of the new ones.
+    is_sliding = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.memory = self._new_memory()
+        self.seen = 0
+        self._is_pending = False
+        self._is_offloaded = False
+
+    def _new_memory(self) -> RecurrentMemory:
+        return RecurrentMemory()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Announce new keys and values, `[batch, heads, tokens, head_dim]`, and return them."""
+        if self._is_pending:
+            raise UnsupportedError(
+                "A cache made for linear attention was used by a layer that has none (another attn_implementation, or"
+                " a model that is not converted), or a forward pass was interrupted: what the cache holds no longer"
+                " fits the sequence. Start with a new cache, made from this model's config."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._is_pending = True
+        return key_states, value_states
+
+    def attend(
+        self,
+        layer: LinearAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """What the new tokens read; they are part of the state afterwards. Arguments as in `LinearAttention`."""
+        self._is_pending = False
+        if self._is_offloaded:
+            self.memory.to(query.device)
+        output = layer(query, key, value, key_mask, scaling=scaling, memory=self.memory)
+        if self._is_offloaded:
+            self.memory.to("cpu")
+        self._count(key.shape[2])
+        return output
+
+    def _count(self, tokens: int) -> None:
+        self.seen += tokens
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """`(tokens, offset)` of the keys that `update` returns: the new ones, after all that were seen."""
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return self.memory.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the batch, -1 before the first use."""
+        return -1 if self.memory.state is None else self.memory.batch
+
+    # -- what generation does with a cache --------------------------------------------------------------------------
+    def reset(self) -> None:
+        self.memory.reset()
+        self.seen, self._is_pending = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.memory.rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.memory.state is not None:
+            self.memory.rows(torch.arange(self.memory.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.memory.state is not None:
+            self.memory.rows(torch.arange(self.memory.batch, device=indices.device)[indices])
+
+    @property
+    def record_past(self) -> bool:
+        """Whether tokens can be taken back by `crop`: all since recording began, or since the last `crop`."""
+        return self.memory.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.memory.is_recording = value
+
+    def activate_past_recording(self) -> None:
+        self.memory.is_recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens. Raises UnsupportedError for tokens that were not recorded."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative integer; got {tokens_to_remove!r}."
+            )
+        self.memory.crop(-tokens_to_remove)
+        self._count(tokens_to_remove)
+
+    def offload(self) -> None:
+        # Called between `update` and the attention function: what it moves is moved back at once.
+        self._is_offloaded = True
+
+    def prefetch(self) -> None:
+        if self._is_offloaded and self.memory.state is not None:
+            self.memory.to(self.device)
+
+
+class StaticRecurrentLayer(RecurrentLayer):
+    """The same with tensors that stay where they are, for `StaticCache` and a compiled decoding step."""
+
+    _layer_type = None  # registered by hand: with a type of its own it would replace the dynamic one
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        self.max_cache_len = max_cache_len
+        super().__init__()
+        # A number in Python would be a constant of the compiled step.
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def _new_memory(self) -> RecurrentMemory:
+        return RecurrentMemory(static_tokens=self.max_cache_len)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def _count(self, tokens: int) -> None:
+        self.cumulative_length.add_(tokens)
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, padding included, a tensor."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for (in EVA's summaries; other states need none)."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length.zero_()
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticRecurrentLayer
+
+
+def cache_layer_types(config: Any) -> list[str] | None:
+    """Type of each layer's cache for a converted model's config; `None` if no layer keeps a state."""
+    value = getattr(config, "linear_attention", None)
+    family = get_family(config).name
+    is_causal = family == "gpt2" or getattr(config, "is_decoder", False)
+    if value is None or not is_causal or config._attn_implementation != value["kind"]:
+        return None
+    settings = parse_settings(value, family=defaults_family(config), num_layers=config.num_hidden_layers)
+    if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):
+        return None
+    ours = settings.layers or ()
+    return [LAYER_TYPE if index in ours else "full_attention" for index in range(config.num_hidden_layers)]
+
+
+def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a converted attention module: give its cache layer, if it is ours, to the attention."""
+    cache = kwargs.get("past_key_values")
+    index = getattr(module, "layer_idx", None)
+    if cache is None or index is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache):
+        _keep_encoder(cache, index)
+        cache = cache.self_attention_cache
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if not isinstance(layer, RecurrentLayer):
+        return None
+    active, own = module.config._attn_implementation, module.linattn.kind  # type: ignore[union-attr]
+    if active != own:
+        raise UnsupportedError(
+            f"This cache holds the state of {own!r} attention, and the active attn_implementation is {active!r}, which"
+            f" needs the keys and values of all tokens. Call set_attn_implementation({own!r}), or start with a new"
+            " cache."
+        )
+    return args, {**kwargs, ARGUMENT: layer}
+
+
+def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:
+    """Cross-attention stays on softmax, with a cache of keys and values; Transformers makes both alike."""
+    layers = cache.cross_attention_cache.layers
+    if index < len(layers) and isinstance(layers[index], RecurrentLayer):
+        layer = layers[index]
+        is_static = isinstance(layer, StaticRecurrentLayer)
+        layers[index] = StaticLayer(max_cache_len=layer.max_cache_len) if is_static else DynamicLayer()
+
+
+def add_hook(module: nn.Module) -> None:
+    """Let a converted attention module find its cache layer."""
+    remove_hook(module)
+    module.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+
+def remove_hook(module: nn.Module) -> None:
+    """Undo `add_hook`. By the function, not by a handle, which would not survive a copy of the model."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is hand_over:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

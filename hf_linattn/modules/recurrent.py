@@ -1,0 +1,318 @@
+"""`RecurrentMemory`: what one causal layer has seen of a batch of sequences that are still growing.
+
+Tokens are absorbed into the state as soon as their queries have read. They are *held* instead, one by one, while
+something may still need them: under autograd until the next call (so that a training step costs what it costs without
+a cache), and while recording until `crop` (assisted decoding takes tokens back).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..ops.exact import compute_dtype
+from ..ops.recurrent.near import Window
+from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
+from ..ops.recurrent.slots import Basis, SlotRecurrence
+
+if TYPE_CHECKING:
+    from .base import LinearAttention
+    from .config import AttentionConfig
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Tokens that have not been absorbed, padding included; `query` only where the kind's state needs it."""
+
+    query: Tensor | None
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.key.shape[2]
+
+    def first(self, count: int) -> _Held:
+        query = None if self.query is None else self.query[:, :, :count]
+        mask = None if self.mask is None else self.mask[:, :count]
+        return _Held(query, self.key[:, :, :count], self.value[:, :, :count], mask)
+
+    def then(self, new: _Held) -> _Held:
+        mask = None
+        if self.mask is not None or new.mask is not None:
+            parts = [
+                p.key.new_ones(p.key.shape[0], p.tokens, dtype=torch.bool) if p.mask is None else p.mask
+                for p in (self, new)
+            ]
+            mask = torch.cat(parts, dim=1)
+        query = None if self.query is None or new.query is None else torch.cat([self.query, new.query], dim=2)
+        return _Held(query, torch.cat([self.key, new.key], 2), torch.cat([self.value, new.value], 2), mask)
+
+
+class RecurrentMemory:
+    """The state of one layer for a batch of sequences, and the tokens that are not yet part of it.
+
+    `layer(query, key, value, memory=memory)` reads it and takes the new tokens in. Nothing in it grows with the number
+    of tokens, but for EVA's chunk summaries without `max_chunks`.
+
+    Args:
+        static_tokens: Keep all shapes, and the tensors themselves, the same from token to token (for compiled steps),
+            with room for so many tokens where room is needed.
+    """
+
+    def __init__(self, *, static_tokens: int | None = None) -> None:
+        self.static_tokens = static_tokens
+        self.is_recording = False
+        self.state: Any = None
+        self._held: _Held | None = None
+        self._real: tuple[int, ...] | None = None  # real tokens per row; None: all that were seen
+        self._seen = 0
+        self._settings: Any = None
+        self._recurrence: Recurrence[Any] | None = None
+        self._made_from: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do without what follows from the layer."""
+        return {**self.__dict__, "_recurrence": None, "_made_from": None}
+
+    # -- reading and taking in --------------------------------------------------------------------------------------
+    def advance(
+        self,
+        layer: LinearAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        scaling: float,
+    ) -> Tensor:
+        """What the new tokens' queries read; the tokens are then part of the past.
+
+        Args:
+            query, key, value: `[batch, heads, tokens, head_dim]` of the new tokens. key_mask: `[batch, tokens]`.
+        Returns: `[batch, heads, tokens, head_dim]`.
+        Raises: InputError for another batch, layer or shape than before; UnsupportedError in training with noise.
+        """
+        self._check(layer, query, key)
+        learns = torch.is_grad_enabled() and (
+            any(z.requires_grad for z in (query, key, value)) or any(p.requires_grad for p in layer.parameters())
+        )
+        with torch.autocast(query.device.type, enabled=False):
+            recurrence = self._recurrence_of(layer, query, scaling, keep=not (learns or layer.training))
+            is_new = self.state is None
+            if is_new:
+                self._settings = (layer.config, layer.shape)
+                self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
+                self._make_static()
+            elif not self.is_recording:
+                self._absorb_held(recurrence)
+            self._note(key.shape[2], key_mask)
+            is_one = key.shape[2] == 1 and (key_mask is None or self.static_tokens is not None)
+            if is_one and self._held is None and not (learns or self.is_recording or layer.training):
+                output, state = recurrence.step(
+                    query, key, value, self.state, None if key_mask is None else key_mask[:, 0]
+                )
+                self._store(state)
+                return output
+            new = _Held(query if recurrence.keeps_queries else None, key, value, key_mask)
+            tokens = new if self._held is None else self._held.then(new)
+            if is_new:
+                output = layer.read(query, key, value, key_mask, scaling=scaling)
+            else:
+                if layer.training and getattr(layer.config, "sample_noise", False):
+                    raise UnsupportedError(
+                        "Continuing from a cache in training mode with sample_noise=True would mix the noise of"
+                        " several calls. Call model.eval(), or train on whole sequences (use_cache=False)."
+                    )
+                queries = query if tokens.query is None else tokens.query
+                output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
+                output = output[:, :, output.shape[2] - query.shape[2] :]
+            self._held = tokens
+            if not (learns or self.is_recording):
+                self._absorb_held(recurrence)
+        return output
+
+    def _absorb_held(self, recurrence: Recurrence[Any]) -> None:
+        held = self._held
+        if held is not None:
+            self._held = None
+            self._store(recurrence.absorb(held.query, held.key, held.value, held.mask, self.state))
+
+    def _recurrence_of(self, layer: LinearAttention, query: Tensor, scaling: float, *, keep: bool) -> Recurrence[Any]:
+        """The layer's recurrent form, made again only when something it is made of has changed."""
+        if torch.compiler.is_compiling():
+            return self._recurrence or layer.recurrence(query, scaling=scaling)
+        tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+        versions = [(id(t), None if t.is_inference() else t._version) for t in tensors]
+        made_from = (versions, scaling, query.dtype, query.device)
+        if self._recurrence is None or not keep or self._made_from != made_from:
+            self._recurrence = layer.recurrence(query, scaling=scaling)
+            self._made_from = made_from if keep else None
+        return self._recurrence
+
+    def _check(self, layer: LinearAttention, query: Tensor, key: Tensor) -> None:
+        if not layer.shape.is_causal:
+            raise UnsupportedError(
+                "Only a causal layer can read a sequence piece by piece; this one sees later tokens."
+            )
+        if query.shape[:3] != key.shape[:3]:
+            raise InputError(
+                "A layer with a memory takes queries and keys of the same, new tokens; got"
+                f" {tuple(query.shape)} and {tuple(key.shape)}."
+            )
+        if self.state is None:
+            return
+        if self._settings != (layer.config, layer.shape):
+            raise InputError(
+                f"This memory belongs to another layer: it was filled with {self._settings[1]} and"
+                f" {self._settings[0]}, and is now given to {layer.shape} and {layer.config}. Start with a new cache."
+            )
+        if key.shape[0] != self.batch:
+            raise InputError(
+                f"This memory holds {self.batch} sequences; got a batch of {key.shape[0]}. Start with a new cache, or"
+                " use its batch_repeat_interleave or batch_select_indices."
+            )
+
+    # -- bookkeeping of padding -------------------------------------------------------------------------------------
+    def _note(self, tokens: int, key_mask: Tensor | None) -> None:
+        """Count real tokens, for `check_past`. Reads values; not with static shapes, which may compile."""
+        if self.static_tokens is not None:
+            return
+        if key_mask is not None or self._real is not None:
+            before = (self._seen,) * self.batch if self._real is None else self._real
+            new = [tokens] * self.batch if key_mask is None else key_mask.sum(-1).tolist()
+            self._real = tuple(old + count for old, count in zip(before, new, strict=True))
+        self._seen += tokens
+
+    def check_past(self, real: tuple[int, ...] | None) -> None:
+        """Raise `InputError` if a mask tells other numbers of earlier real tokens than were seen; `None`: all."""
+        if self.static_tokens is not None or self.state is None:
+            return
+        known = self._real if self._real != (self._seen,) * self.batch else None
+        if known == real or (real is not None and tuple(real) == (self._seen,) * self.batch and known is None):
+            return
+        told = "all of them are real" if real is None else f"{list(real)} per row are real"
+        had = f"all {self._seen} were" if known is None else f"{list(known)} per row were"
+        raise InputError(
+            f"attention_mask says of the {self._seen} earlier tokens that {told}; when they were read, {had}. What a"
+            " layer with a state of constant size has read cannot be masked, or unmasked, later: pass the"
+            " attention_mask over all tokens that was used before, followed by that of the new ones."
+        )
+
+    # -- rows and time ----------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        """Sequences in the batch."""
+        return int(next(state_tensors(self.state)).shape[0])
+
+    def rows(self, index: Tensor) -> None:
+        """Keep the rows `index` `[rows]`, in that order, some perhaps several times."""
+        if self.state is None:
+            return
+        index = index.to(next(state_tensors(self.state)).device)
+        held = self._held
+        self._store(self.state.rows(index))
+        if held is not None:
+            parts = (held.query, held.key, held.value, held.mask)
+            self._held = _Held(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
+        if self._real is not None:
+            self._real = tuple(self._real[row] for row in index.tolist())
+
+    def crop(self, count: int) -> None:
+        """Take the last `count` tokens back. Those before them become final.
+
+        Raises: UnsupportedError for tokens that were not recorded (`is_recording`).
+        """
+        held = self._held
+        available = 0 if held is None else held.tokens
+        if count > available:
+            raise UnsupportedError(
+                f"Cannot take {count} tokens back: a state of constant size keeps the last {available} here. Set"
+                " recording on before they are read (`cache.activate_past_recording()`, which assisted generation"
+                " does), or recompute the prompt with a new cache."
+            )
+        if held is None:
+            return
+        kept = held.first(held.tokens - count)
+        if self._recurrence is None:
+            raise UnsupportedError("A copied cache cannot be cropped before it is used again. Crop the original.")
+        if count and held.mask is not None and self._real is not None:
+            gone = held.mask[:, held.tokens - count :].sum(-1).tolist()
+            self._real = tuple(real - n for real, n in zip(self._real, gone, strict=True))
+        elif self._real is not None:
+            self._real = tuple(real - count for real in self._real)
+        self._seen -= count
+        self._held = kept if kept.tokens else None
+        self._absorb_held(self._recurrence)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.static_tokens is None or self.state is None or self._recurrence is None:
+            self.__init__(static_tokens=self.static_tokens)  # type: ignore[misc]
+            return
+        # The tensors stay where they are: a captured graph may know them.
+        near = self.state.near
+        self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
+        self._held = None
+
+    # -- storage ----------------------------------------------------------------------------------------------------
+    def _make_static(self) -> None:
+        if self.static_tokens is not None and not torch.compiler.is_compiling():
+            for tensor in state_tensors(self.state):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _store(self, state: Any) -> None:
+        if self.static_tokens is None:
+            self.state = state
+            return
+        pairs = list(zip(state_tensors(self.state), state_tensors(state), strict=True))
+        if any(old.shape != new.shape for old, new in pairs):  # another batch
+            self.state = state
+            self._make_static()
+            return
+        for old, new in pairs:
+            old.copy_(new)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        if self.state is not None:
+            self.state = map_state(self.state, lambda z: z.to(device, non_blocking=True))
+        if self._held is not None:
+            self._held = map_state(self._held, lambda z: z.to(device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and of held tokens."""
+        tensors = [*state_tensors(self.state), *state_tensors(self._held)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+
+def window_of(config: AttentionConfig) -> Window:
+    """The exact window of a causal layer."""
+    return Window(config.window_size or 0, config.overlap_window)
+
+
+def slot_recurrence(
+    layer: LinearAttention, basis: Basis, num_slots: int, *, scaling: float, in_half: tuple[str, ...] = ()
+) -> SlotRecurrence:
+    """The recurrent form of a layer that reads through slots."""
+    return SlotRecurrence(
+        basis,
+        num_slots,
+        window_of(layer.config),
+        scaling,
+        chunk_size=getattr(layer.config, "chunk_size", None),
+        dropout=layer.config.slot_dropout if layer.training else 0.0,
+        in_half=in_half,
+    )
+
+
+def like(query: Tensor) -> Tensor:
+    """No tokens, but with the heads, dimension, device and dtype in which queries like these are computed."""
+    return query[:, :, :0].to(compute_dtype(query, query, query))
