@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..ops.eva.attention import eva_attention
 from ..ops.eva.chunks import PROPOSALS, WEIGHTINGS
-from ..ops.eva.layout import CHUNKINGS, nominal_reach
+from ..ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ..ops.eva.relative_position import constant_index, t5_sizes, table_size
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
@@ -32,6 +32,9 @@ class EvaConfig(AttentionConfig):
             `tokens // num_chunks` tokens, also in a causal layer without `chunk_size`.
         chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`. `None` only with "published"
             chunking: a prefix then does not give what it gives inside a longer sequence.
+        max_chunks: In a causal layer with "exclusive" chunking, how many chunks a query reads singly, the latest ones;
+            what came before is one summary. The cost per token, and the cache, then do not grow with the context.
+            `None`: all of them singly.
         proposals: Where a chunk's proposal stands: "sum" (mean query + mean key), "mean" (half of that), "key" (mean
             key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders,
             whose cache keeps keys only.
@@ -57,7 +60,8 @@ class EvaConfig(AttentionConfig):
     kind = "eva"
 
     num_chunks: int = 128
-    chunk_size: int | None = 8
+    chunk_size: int | None = 16
+    max_chunks: int | None = None
     proposals: str | None = None
     weighting: str | None = None
     chunking: str | None = None
@@ -74,6 +78,7 @@ class EvaConfig(AttentionConfig):
         self._check_int("window_size", minimum=1, optional=True)
         self._check_int("num_chunks", minimum=1)
         self._check_int("chunk_size", minimum=1, optional=True)
+        self._check_int("max_chunks", minimum=1, optional=True)
         self._check_choice("proposals", PROPOSALS, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
         self._check_choice("chunking", CHUNKINGS, optional=True)
@@ -107,10 +112,21 @@ class EvaAttention(LinearAttention):
             raise ConfigError(
                 "EvaConfig.chunk_size must be an integer in a causal layer with chunking='exclusive'; got None."
             )
+        if config.max_chunks is not None and not shape.is_causal:
+            raise ConfigError(
+                "EvaConfig.max_chunks must be None in a bidirectional layer, where no chunk is older than another; got"
+                f" {config.max_chunks!r}. Use num_chunks to bound their number."
+            )
+        if config.max_chunks is not None and config.chunking == "published":
+            raise ConfigError(
+                f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
+                " Set chunking='exclusive'."
+            )
         if shape.is_causal and config.chunk_size is not None and window % config.chunk_size:
             raise ConfigError(
                 f"EvaConfig.chunk_size must divide window_size in a causal layer; got"
-                f" chunk_size={config.chunk_size!r} and window_size={window!r}."
+                f" chunk_size={config.chunk_size!r} and window_size={window!r}. Set"
+                f" chunk_size={default_chunk(window)}, say."
             )
 
     @classmethod
@@ -137,6 +153,7 @@ class EvaAttention(LinearAttention):
             inputs.value,
             num_chunks=config.num_chunks,
             chunk_size=config.chunk_size if inputs.is_causal else None,
+            max_chunks=config.max_chunks,
             **choices,
             query_map=proposal_map(state, "query"),
             key_map=proposal_map(state, "key"),

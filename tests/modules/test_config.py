@@ -65,6 +65,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "window_size": [0],
         "num_chunks": NOT_COUNTS,
         "chunk_size": [v for v in NOT_COUNTS if v is not None],
+        "max_chunks": [v for v in NOT_COUNTS if v is not None],
         "proposals": ["queries", 1],
         "weighting": ["mass", ""],
         "chunking": ["corrected", 1],
@@ -201,8 +202,9 @@ def test_replace_and_fill(kind: str) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
     config = default_config(kind, family)
-    # `None` says "never" and "what is fast for the shape".
-    assert {name for name, value in config.to_dict().items() if value is None} <= {"redraw_interval", "chunk_size"}
+    # `None` says "never", "what is fast for the shape" and "all".
+    open_fields = {name for name, value in config.to_dict().items() if value is None}
+    assert open_fields <= {"redraw_interval", "chunk_size", "max_chunks"}
     assert resolve(config, family) == config
     assert family_defaults(kind, family).items() <= config.to_dict().items()
 

@@ -21,9 +21,10 @@ from ..kernels.windows_chunks import windows_chunks
 from ..partial import Partial, merge
 from ..slots import mask_logits, weigh
 from ..tokens import Tokens, prepare
+from .bounded import latest_chunks
 from .chunks import MeanMap, Summaries, Summariser
 from .exclusive import exclusive_layout
-from .layout import Chunks, Cutting, Layout, integer_root
+from .layout import Chunks, Cutting, Layout, default_chunk, integer_root
 from .published import published_layout
 
 
@@ -39,6 +40,7 @@ def eva_attention(
     num_chunks: int = 128,
     chunk_size: int | None = None,
     chunking: str = "exclusive",
+    max_chunks: int | None = None,
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     is_causal: bool = False,
@@ -75,12 +77,14 @@ def eva_attention(
             summaries of their own. "published": chunks have `tokens // num_chunks` tokens, of the length padded to
             whole windows.
         chunk_size: Tokens of a chunk (side of a square with a `grid`) instead: a divisor of `window_size` or, in the
-            bidirectional form, a multiple. The causal form needs one, so that a prefix never changes, and takes 8 if
-            `None`; only with "published" may it do with `num_chunks`, and then the chunks depend on the length, and
-            tokens of the query's own chunk before its window are not seen.
+            bidirectional form, a multiple. The causal form needs one, so that a prefix never changes, and takes the
+            largest up to 16 if `None`; only with "published" may it do with `num_chunks`, and then the chunks
+            depend on the length, and tokens of the query's own chunk before its window are not seen.
         chunking: "exclusive": every key counts once. "published": every query reads every chunk (causal: every chunk
             before its own), also those its window covers; means divide by the number of places in a chunk, also
             empty ones at the ends; a chunk of padding up to a whole window has a logit and the value 0.
+        max_chunks: Causal form, "exclusive": a query reads this many chunks singly, at least 1, the latest of those it
+            may read, and one summary of all earlier ones (`bounded.py`). `None`: all of them singly.
         key_mask: `[batch, tokens]` bool, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key: chunks are visible once the window they lie in has passed.
@@ -103,14 +107,15 @@ def eva_attention(
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes or options do not fit; UnsupportedError for options that exclude each other.
     Cost: O(tokens * (window_size + num_chunks) * head_dim); causal O(tokens * (window_size + tokens / chunk_size) *
-        head_dim). Random: only through `noise` and `slot_dropout`.
+        head_dim), with `max_chunks` instead of `tokens / chunk_size` if given. Random: only through `noise` and
+        `slot_dropout`.
     """
     if is_causal and chunk_size is None and chunking == "exclusive":
-        chunk_size = 8
+        chunk_size = default_chunk(window_size)
     if overlap_side is not None and not overlap_window:
         raise InputError(f"overlap_side={overlap_side!r} needs overlap_window=True.")
     side = (overlap_side or ("left" if is_causal else "both")) if overlap_window else None
-    cutting = Cutting(window_size, num_chunks, chunk_size, chunking, side, is_causal)
+    cutting = Cutting(window_size, num_chunks, chunk_size, chunking, side, is_causal, max_chunks)
     cutting.check(grid)
     if is_causal and proposals in ("sum", "mean") and query.shape[2] != key.shape[2]:
         raise InputError(
@@ -144,7 +149,10 @@ def eva_attention(
             member = blocks.real(tokens.valid, y.device)
             windows = Chunks(blocks.split, member, None, blocks.num_blocks)
             pieces = summarise(tokens, windows, noise is True).select(chunks.siblings)
-        if chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
+        few = None if max_chunks is None else _latest(cutting, layout, summaries)
+        if few is not None:
+            partial = few.join(_windows(tokens, block_x, layout, is_causal, bias), block_x, dropout=slot_dropout)
+        elif chunks.hidden is not None and bias is None and not slot_dropout and summaries.spread is None:
             partial = _windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)
         else:
             far = summaries.read(block_x, chunks.seen(), dropout=slot_dropout)
@@ -152,6 +160,15 @@ def eva_attention(
         if pieces is not None:
             partial = pieces.join(partial, block_x, dropout=slot_dropout)
     return tokens.finish(Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1)))
+
+
+def _latest(cutting: Cutting, layout: Layout, summaries: Summaries) -> Summaries | None:
+    """The few chunks that every window reads, with `max_chunks`; `None` if it reads all of them singly."""
+    around, window = layout.windows, cutting.window_size
+    assert cutting.max_chunks is not None
+    assert cutting.chunk_size is not None
+    per_window, skipped = window // cutting.chunk_size, around.left // window
+    return latest_chunks(summaries, cutting.max_chunks, around.blocks.num_blocks, per_window, skipped)
 
 
 def _seen(tokens: Tokens, layout: Layout) -> Tensor | None:

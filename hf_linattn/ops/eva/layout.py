@@ -110,6 +110,7 @@ class Cutting:
     chunking: str
     overlap_side: str | None  # None: windows do not overlap
     is_causal: bool
+    max_chunks: int | None = None
 
     def check(self, grid: tuple[int, int] | None) -> None:
         """Raises `InputError`, or `UnsupportedError` for what a layout cannot have."""
@@ -124,6 +125,15 @@ class Cutting:
             raise UnsupportedError("A causal window reaches to the left only; got overlap_side='both'. Pass None.")
         if grid is not None and self.overlap_side == "left":
             raise UnsupportedError("overlap_side='left' needs a sequence, not an image. Pass 'both', or grid=None.")
+        if self.max_chunks is not None:
+            if not isinstance(self.max_chunks, int) or isinstance(self.max_chunks, bool) or self.max_chunks < 1:
+                raise InputError(f"max_chunks must be an integer >= 1, or None; got {self.max_chunks!r}.")
+            if not self.is_causal or self.chunking != "exclusive":
+                raise UnsupportedError(
+                    "max_chunks needs the causal form with chunking='exclusive', where chunks have an age; got"
+                    f" max_chunks={self.max_chunks!r}, is_causal={self.is_causal!r} and chunking={self.chunking!r}."
+                    " Pass None."
+                )
         if chunk is None:
             return
         if self.is_causal and (chunk < 1 or window % chunk):
@@ -133,6 +143,15 @@ class Cutting:
                 f"chunk_size must be >= 1 and, with chunking='exclusive', divide window_size or be a multiple of it;"
                 f" got {chunk!r} and {window!r}."
             )
+
+
+def default_chunk(window_size: int) -> int:
+    """Tokens of a chunk in the causal form: the largest divisor of the window up to 16.
+
+    One mean key and one value for 16 pairs of them: with the window still less than an eighth of a cache of all keys
+    and values, from 2048 tokens on.
+    """
+    return max((c for c in range(1, 17) if window_size % c == 0), default=1)
 
 
 def nominal_reach(window_size: int, chunking: str, to_the_left: bool) -> int:
