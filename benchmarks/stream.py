@@ -38,7 +38,7 @@ from hf_linattn.benchmark.memory import CHILD_ENVIRONMENT, RESET, STATUS
 SOFTMAX = "softmax"
 MIB = 2**20
 ROWS = 12  # of a table
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
