@@ -138,8 +138,11 @@ class LinearAttention(nn.Module):
         return is_causal and cls.recurrence is not LinearAttention.recurrence
 
     def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
-        """The layer's recurrent form, for queries like `query` `[batch, heads, tokens, head_dim]`."""
-        raise NotImplementedError
+        """The layer's recurrent form, for queries like `query` `[batch, heads, tokens, head_dim]`.
+
+        Raises: `UnsupportedError` if there is none (`supports_recurrence`).
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
 
     def new_calibration(self, stream: int = 0) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
