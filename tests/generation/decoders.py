@@ -78,7 +78,7 @@ all_settings, all_kinds = over(SETTINGS), over(KINDS)
 def decoder(
     case: ModelCase, setting: Setting, *, layers: list[int] | None = None, config: dict[str, Any] | None = None
 ) -> Any:
-    """A converted decoder, with random values for what it could learn (maps, offsets, tables): it starts with zeros."""
+    """A converted decoder, with random values for what it could learn (maps, offsets, tables): at first they are 0."""
     model = case.build(**(config or {}))
     model = hf_linattn.convert(model, case.settings(setting.kind, **setting.changes), layers=layers)
     generator = torch.Generator().manual_seed(5)

@@ -1,0 +1,289 @@
+"""What a cache cannot answer raises: no continuation is silently that of another sequence."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import ModelCase, largest
+from decoders import (
+    BERT,
+    GPT2,
+    KINDS,
+    TOLERANCE,
+    Setting,
+    all_kinds,
+    both,
+    decoder,
+    left_padded,
+    prompt,
+)
+from transformers import DynamicCache, StaticCache
+
+import hf_linattn
+from hf_linattn.errors import InputError, LinAttnError, UnsupportedError
+
+
+def filled(model: Any, tokens: int = 20, batch: int = 2) -> Any:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt(batch, tokens), past_key_values=cache)
+    return cache
+
+
+def go_on(model: Any, cache: Any, tokens: int = 3, batch: int = 2, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(prompt(batch, tokens, seed=8), past_key_values=cache, **options)
+
+
+@both
+@all_kinds
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_softmax_in_the_middle(case: ModelCase, setting: Setting, tokens: int) -> None:
+    """Softmax needs the keys of all tokens. Going back to the kind, the conversation goes on."""
+    model = decoder(case, setting)
+    cache = filled(model)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(LinAttnError, match="attn_implementation"):
+            go_on(model, cache, tokens)
+    model.set_attn_implementation(setting.kind)
+    ids = torch.cat([prompt(2, 20), prompt(2, tokens, seed=8)], dim=1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -tokens:]
+    try:
+        found = go_on(model, cache, tokens).logits
+    except LinAttnError:
+        return  # it may also be over
+    assert largest(found - expected) < TOLERANCE
+
+
+@all_kinds
+def test_a_cache_of_keys_under_another_kind(setting: Setting) -> None:
+    """What softmax has cached is keys and values: the kind reads them, as it does with any such cache."""
+    model = decoder(GPT2, setting)
+    model.set_attn_implementation("sdpa")
+    cache = filled(model)
+    model.set_attn_implementation(setting.kind)
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected_past = copy.deepcopy(cache)
+        model.set_attn_implementation(setting.kind)
+    assert largest(go_on(model, cache).logits - go_on(model, expected_past).logits) == 0
+
+
+@all_kinds
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_in_a_stock_model(setting: Setting, tokens: int) -> None:
+    """A model that knows nothing of the state cannot use it: an error at the second forward at the latest."""
+    model, stock = decoder(GPT2, setting), GPT2.build()
+    for cache in (filled(model), DynamicCache(config=model.config)):
+        with pytest.raises((LinAttnError, ValueError, RuntimeError)):
+            for _ in range(2):
+                go_on(stock, cache, tokens)
+
+
+@all_kinds
+def test_in_a_reverted_model(setting: Setting) -> None:
+    model = decoder(GPT2, setting)
+    cache = filled(model)
+    hf_linattn.revert(model)
+    with pytest.raises(LinAttnError):
+        for _ in range(2):
+            go_on(model, cache)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "window": ({}, {"window_size": 16}),
+    "overlap": ({}, {"overlap_window": True}),
+    "seed": ({}, {"seed": 7}),
+    "heads": ({"n_head": 2}, {}),
+    "width": ({"n_embd": 48}, {}),
+}
+
+
+@all_kinds
+@pytest.mark.parametrize("other", list(OTHERS))
+def test_of_another_model(setting: Setting, other: str) -> None:
+    config, changes = OTHERS[other]
+    theirs = decoder(GPT2, Setting("other", setting.kind, changes), config=config)
+    with pytest.raises((LinAttnError, RuntimeError)) as caught:
+        go_on(theirs, filled(decoder(GPT2, setting)))
+    assert isinstance(caught.value, InputError), f"{type(caught.value).__name__}: {caught.value}"
+
+
+@all_kinds
+def test_of_another_kind(setting: Setting) -> None:
+    for kind in KINDS:
+        if kind is not setting:
+            with pytest.raises(InputError):
+                go_on(decoder(GPT2, kind), filled(decoder(GPT2, setting)))
+
+
+@all_kinds
+def test_of_a_model_with_other_layers_converted(setting: Setting) -> None:
+    """A layer's keys and values given to a layer that expects a state, and the other way round."""
+    whole, first, second = (decoder(GPT2, setting, layers=layers) for layers in (None, [0], [1]))
+    for model, cache in ((first, filled(second)), (first, filled(whole)), (second, filled(first))):
+        with pytest.raises(LinAttnError):
+            for _ in range(2):
+                go_on(model, cache)
+
+
+@both
+@all_kinds
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_another_batch(case: ModelCase, setting: Setting, batch: int, tokens: int) -> None:
+    """Neither more rows nor one row for all, which would broadcast."""
+    model = decoder(case, setting)
+    with pytest.raises(InputError, match="2"):
+        go_on(model, filled(model), tokens, batch)
+
+
+@all_kinds
+def test_one_row_cache_and_a_batch(setting: Setting) -> None:
+    model = decoder(GPT2, setting)
+    for tokens in (1, 4):
+        with pytest.raises(InputError, match="1"):
+            go_on(model, filled(model, batch=1), tokens, 2)
+
+
+@all_kinds
+@pytest.mark.parametrize("width", [3, 20, 22, 24])
+def test_mask_of_another_width(setting: Setting, width: int) -> None:
+    """It covers past and new tokens. One of the new tokens alone would be ambiguous."""
+    model = decoder(GPT2, setting)
+    for converted_layers in (None, [0], [1]):
+        model = decoder(GPT2, setting, layers=converted_layers)
+        with pytest.raises(LinAttnError, match="attention_mask"):
+            go_on(model, filled(model), attention_mask=torch.ones(2, width).long())
+
+
+@all_kinds
+def test_mask_of_pairs(setting: Setting) -> None:
+    model = decoder(GPT2, setting)
+    with pytest.raises(InputError, match="2-D"):
+        go_on(model, filled(model), attention_mask=torch.ones(2, 1, 3, 23).bool())
+
+
+@all_kinds
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_mask_that_changes_the_past(setting: Setting, layers: list[int] | None, tokens: int) -> None:
+    """What has been absorbed cannot be masked later, and what was masked is gone."""
+    model, batch = decoder(GPT2, setting, layers=layers), left_padded([0, 6], 20)
+    new = torch.ones(2, tokens).long()
+    past = batch["attention_mask"]
+    hidden, shown = past.clone(), torch.ones_like(past)
+    hidden[0, 4] = 0
+    for wrong in (hidden, shown):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**batch, past_key_values=cache)
+        with pytest.raises(InputError, match="attention_mask"):
+            go_on(model, cache, tokens, attention_mask=torch.cat([wrong, new], dim=1))
+    cache = filled(model)
+    with pytest.raises(InputError, match="attention_mask"):
+        go_on(model, cache, tokens, attention_mask=torch.cat([hidden, new], dim=1))
+
+
+@all_kinds
+def test_another_token_masked_in_its_place(setting: Setting) -> None:
+    """As many real tokens as there were, but others."""
+    model, batch = decoder(GPT2, setting), left_padded([0, 6], 20)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+    moved = batch["attention_mask"].flip(1)
+    with pytest.raises(InputError, match="attention_mask"):
+        go_on(model, cache, attention_mask=torch.cat([moved, torch.ones(2, 3).long()], dim=1))
+
+
+@all_kinds
+def test_no_mask_after_padding(setting: Setting) -> None:
+    """Without a mask all tokens count, also those that were padding: not what was read."""
+    model, batch = decoder(GPT2, setting), left_padded([0, 6], 20)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+    with pytest.raises(InputError, match="attention_mask"):
+        go_on(model, cache)
+
+
+@all_kinds
+def test_a_generated_padding_token(setting: Setting) -> None:
+    """Continuing without a mask, where `generate` infers one from the padding token, which had been generated."""
+    model, ids = decoder(GPT2, setting), prompt(2, 12)
+    ids[0, 7] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)  # a real token here
+    said = torch.cat([ids, prompt(2, 4, seed=3)], dim=1)
+    with pytest.raises(InputError, match="attention_mask"):
+        model.generate(said, past_key_values=cache, max_new_tokens=2, do_sample=False)
+
+
+@all_kinds
+def test_packed_sequences(setting: Setting) -> None:
+    model = decoder(GPT2, setting)
+    positions = torch.tensor([[20, 0, 1]]).expand(2, -1)
+    with pytest.raises(InputError, match="position_ids"):
+        go_on(model, filled(model), position_ids=positions)
+
+
+@all_kinds
+def test_a_failed_forward_is_not_forgotten(setting: Setting) -> None:
+    """Layers that have read a piece and layers that have not do not go on together."""
+    model = decoder(GPT2, setting)
+    cache = filled(model)
+    handle = model.transformer.h[1].attn.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(model, cache)
+    handle.remove()
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert len(lengths) == 2, "the first layer has read the piece, the second has not"
+    with pytest.raises(LinAttnError):
+        go_on(model, cache)
+
+
+def _interrupt(module: Any, args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@all_kinds
+def test_too_long_for_a_static_cache(setting: Setting) -> None:
+    """Where a state needs room, more tokens than there is room for raise; where it needs none they are read."""
+    model, ids = decoder(GPT2, setting), prompt(2, 40)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        try:
+            found = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(10, dim=1)], dim=1)
+        except (LinAttnError, IndexError, RuntimeError) as error:
+            assert isinstance(error, UnsupportedError), error
+            return
+    assert largest(found - expected) < TOLERANCE
+
+
+@all_kinds
+def test_inf_in_the_padding(setting: Setting) -> None:
+    """Embeddings of padding may be anything: nothing of them gets into a state."""
+    model, batch = decoder(BERT, setting), left_padded([0, 11], 20)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 4).long()], dim=1)
+    mask[0, 22] = 0  # later padding too
+    ids = torch.cat([batch["input_ids"], prompt(2, 4)], dim=1)
+    results = []
+    for filler in (0.0, float("inf"), float("nan")):
+        embeddings = model.get_input_embeddings()(ids).detach()
+        embeddings = embeddings.masked_fill(mask[..., None] == 0, filler)
+        cache, found = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            for start, end in ((0, 9), (9, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
+                piece = embeddings[:, start:end]
+                found.append(model(inputs_embeds=piece, past_key_values=cache, attention_mask=mask[:, :end]).logits)
+        results.append(torch.cat(found, dim=1)[mask.bool()])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

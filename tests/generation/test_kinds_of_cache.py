@@ -1,0 +1,195 @@
+"""The caches that Transformers has beside its default one: static, offloaded, quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import ModelCase, largest
+from decoders import (
+    GPT2,
+    KINDS,
+    TOLERANCE,
+    Setting,
+    all_kinds,
+    all_settings,
+    both,
+    check_replay,
+    decoder,
+    is_recurrent,
+    left_padded,
+    prompt,
+    run,
+    whole_logits,
+)
+from torch import Tensor
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+
+PADDINGS = [0, 3, 20]
+
+
+def read(model: Any, cache: Any, ids: Tensor, lengths: list[int], mask: Tensor | None = None) -> Tensor:
+    found, end = [], 0
+    with torch.no_grad():
+        for piece in ids.split(lengths, dim=1):
+            end += piece.shape[1]
+            seen = None if mask is None else mask[:, :end]
+            found.append(model(piece, past_key_values=cache, attention_mask=seen).logits)
+    return torch.cat(found, dim=1)
+
+
+@all_settings
+def test_static(setting: Setting) -> None:
+    """`generate` makes the mask before it calls the model, and a cache of a given length."""
+    model, batch = decoder(GPT2, setting), left_padded(PADDINGS, 27)
+    check_replay(model, *run(model, 12, **batch, cache_implementation="static"), PADDINGS)
+
+
+@both
+@all_kinds
+def test_static_is_recurrent(case: ModelCase, setting: Setting) -> None:
+    model, ids = decoder(case, setting), prompt(2, 20)
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(ids, cache_implementation="static", **options)
+    assert is_recurrent(out.past_key_values) == [True, True]
+    assert torch.equal(out.sequences, model.generate(ids, use_cache=False, **options).sequences)
+    short = StaticCache(config=model.config, max_cache_len=64)
+    long = StaticCache(config=model.config, max_cache_len=4096)
+    read(model, short, ids, [20])
+    read(model, long, ids, [20])
+    bounded = setting.kind != "eva"
+    for small, large in zip(short.layers, long.layers, strict=True):
+        assert not bounded or small.nbytes == large.nbytes, "a state does not grow with the length it is made for"
+
+
+@all_settings
+def test_static_by_hand(setting: Setting) -> None:
+    """Pieces and steps; then `reset`, as between the requests that share a static cache."""
+    model, cache = decoder(GPT2, setting), None
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    for seed in (1, 2):
+        ids = prompt(2, 40, seed=seed)
+        found = read(model, cache, ids, [11, 1, 1, 1, 13, 1, 12])
+        assert largest(found - whole_logits(model, ids)) < TOLERANCE
+        assert int(cache.get_seq_length()) == 40
+        cache.reset()
+        assert int(cache.get_seq_length()) == 0
+
+
+@all_kinds
+def test_static_beams_and_chunks(setting: Setting) -> None:
+    model, batch = decoder(GPT2, setting), left_padded(PADDINGS, 27)
+    static = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 8}
+    beams = model.generate(**batch, **static, num_beams=2)
+    assert torch.equal(beams, model.generate(**batch, do_sample=False, max_new_tokens=8, num_beams=2, use_cache=False))
+    chunks = model.generate(**batch, **static, prefill_chunk_size=10)
+    assert torch.equal(chunks, model.generate(**batch, do_sample=False, max_new_tokens=8, use_cache=False))
+
+
+@all_kinds
+def test_layers_of_softmax_in_a_static_cache(setting: Setting) -> None:
+    for layers in ([0], [1]):
+        model, ids = decoder(GPT2, setting, layers=layers), prompt(2, 30)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        found = read(model, cache, ids, [11, 1, 18])
+        assert largest(found - whole_logits(model, ids)) < TOLERANCE
+        assert is_recurrent(cache) == [index in layers for index in (0, 1)]
+
+
+@all_kinds
+def test_static_cache_with_room_for_one_token_more(setting: Setting) -> None:
+    """The longest text that a static cache holds."""
+    model, ids = decoder(GPT2, setting), prompt(2, 20)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    assert largest(read(model, cache, ids, [18, 1, 1]) - whole_logits(model, ids)) < TOLERANCE
+
+
+@all_settings
+def test_moved_away_and_back(setting: Setting) -> None:
+    """What an offloading cache does with a layer, between any two calls."""
+    model, batch = decoder(GPT2, setting), left_padded([0, 13], 30)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache, found, end = DynamicCache(config=model.config), [], 0
+    for layer in cache.layers:
+        layer.offload()  # nothing there yet
+        layer.prefetch()
+    with torch.no_grad():
+        for piece in ids.split([14, 1, 1, 14], dim=1):
+            end += piece.shape[1]
+            found.append(model(piece, past_key_values=cache, attention_mask=mask[:, :end]).logits)
+            for layer in cache.layers:
+                layer.offload()
+                layer.prefetch()
+        expected = model(**batch, use_cache=False).logits
+    assert largest((torch.cat(found, dim=1) - expected)[mask.bool()]) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static", "static", "dynamic"])
+@all_settings
+def test_on_a_device(setting: Setting, implementation: str) -> None:
+    model = decoder(GPT2, setting).cuda()
+    batch = {name: tensor.cuda() for name, tensor in left_padded(PADDINGS, 27).items()}
+    options = {"cache_implementation": implementation, "disable_compile": True}
+    check_replay(model, *run(model, 12, **batch, **options), PADDINGS)
+
+
+@pytest.mark.gpu
+@all_settings
+def test_offloading_leaves_the_device(setting: Setting) -> None:
+    model, ids = decoder(GPT2, setting).cuda(), prompt(2, 30).cuda()
+    cache = DynamicCache(config=model.config, offloading=True)
+    found = read(model, cache, ids, [14, 1, 15])
+    assert largest(found - whole_logits(model, ids)) < TOLERANCE
+    for layer in cache.layers:
+        layer.offload()
+        tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+        assert all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+@all_kinds
+def test_quantized_is_refused(setting: Setting) -> None:
+    """A state is no list of keys to be quantized, and says so."""
+    model = decoder(GPT2, setting)
+    with pytest.raises(ValueError, match="linattn"):
+        QuantizedCache("fp8", config=model.config)
+    with pytest.raises(ValueError, match="linattn"):
+        model.generate(prompt(1, 8), cache_implementation="quantized", max_new_tokens=2)
+
+
+def test_caches_of_keys_and_values_still_work() -> None:
+    """A cache that was made without the model's config, and one of stock layers."""
+    for setting in KINDS:
+        model, ids = decoder(GPT2, setting), prompt(2, 30)
+        stock = GPT2.build()
+        for cache in (DynamicCache(), DynamicCache(config=stock.config), StaticCache(stock.config, max_cache_len=64)):
+            found = read(model, cache, ids, [14, 1, 15])
+            assert largest(found - whole_logits(model, ids)) < TOLERANCE
+            assert is_recurrent(cache) == [False, False]
+
+
+def test_the_cache_of_a_reverted_model_is_the_stock_one() -> None:
+    import hf_linattn
+
+    for setting in KINDS:
+        model, ids = hf_linattn.revert(decoder(GPT2, setting)), prompt(2, 20)
+        with torch.no_grad():
+            cache: Cache = model(ids, use_cache=True).past_key_values
+        assert is_recurrent(cache) == [False, False]
+        check_replay(model, *run(model, 6, input_ids=ids))
+
+
+def test_another_implementation_has_the_stock_cache() -> None:
+    """While a converted model runs with exact softmax, its layers are not recurrent."""
+    for setting in KINDS:
+        model, ids = decoder(GPT2, setting), prompt(2, 20)
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                cache = model(ids, use_cache=True).past_key_values
+            assert is_recurrent(cache) == [False, False]
+            check_replay(model, *run(model, 6, input_ids=ids))
+        model.set_attn_implementation(setting.kind)
+        with torch.no_grad():
+            assert is_recurrent(model(ids, use_cache=True).past_key_values) == [True, True]
