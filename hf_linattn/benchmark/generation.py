@@ -257,26 +257,28 @@ def _step(model: PreTrainedModel, cache: Any, ids: Tensor, position: int) -> Non
 
 
 def _race(cases: list[_Case], ids: Tensor, steps: int, seconds: float, report: Report) -> None:
-    """Time all cases in turns, and write the times into them."""
-    rounds, number = MIN_ROUNDS, 0
-    while number < rounds:
-        start = time.perf_counter()
-        for name in dict.fromkeys(case.row.name for case in cases):
-            members = [case for case in cases if case.row.name == name]
-            for case in members[:: -1 if number % 2 else 1]:
-                report(f"{name}, {case.row.work.dtype}: round {number + 1} of {rounds}, {case.row.work.tokens} tokens")
+    """Time all cases in turns, and write the times into them. A row that is slow takes part in fewer rounds."""
+    rows: dict[str, list[_Case]] = {}
+    for case in cases:
+        rows.setdefault(case.row.name, []).append(case)
+    rounds = {name: MIN_ROUNDS for name in rows}
+    for number in range(MAX_ROUNDS):
+        for name in [name for name in rows if number < rounds[name]]:
+            start = time.perf_counter()
+            for case in rows[name][:: -1 if number % 2 else 1]:
+                if case.row.reason:
+                    continue
+                report(f"{name}, {case.row.work.dtype}: round {number + 1}, {case.row.work.tokens} tokens")
                 try:
                     taken = _timed(case, ids, steps)
                 except Exception as error:
                     case.row = replace(case.row, reason=explain(error))
-                    cases = [other for other in cases if other is not case]
                     continue
                 case.rounds.append(statistics.fmean(taken))
                 case.steps += taken
-        number += 1
-        if number == 1:
-            took = max(time.perf_counter() - start, 1e-9)
-            rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * len(cases) / took)))
+            if number == 0:
+                took = max(time.perf_counter() - start, 1e-9)
+                rounds[name] = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * len(rows[name]) / took)))
 
 
 def _timed(case: _Case, ids: Tensor, steps: int) -> list[float]:

@@ -101,6 +101,7 @@ def test_every_kind_at_every_length(rows: list[Row]) -> None:
         assert row.tokens_per_second == 1 / row.mean
         assert row.settings is None or row.settings["window_size"] == WINDOW
         assert row.work.is_causal
+        assert (row.settings or {}).get("max_chunks") == (4 if "at most" in row.name else None)
         softmax = next(r for r in rows if r.group == "softmax" and r.work.tokens == row.work.tokens)
         assert row.ratio == pytest.approx(softmax.mean / row.mean)
 
@@ -139,6 +140,21 @@ def test_a_step_leaves_the_filled_cache_alone() -> None:
         generation._prepared(case, ids, 16, plan, decoder)
         assert len(generation._timed(case, ids, 16)) == 16
     assert case.cache.get_seq_length() == 24
+
+
+def test_a_slow_row_takes_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def timed(case: Any, *_: Any) -> list[float]:
+        took = 5.0 if case.row.group == "softmax" else 0.1
+        now[0] += took
+        return [took]
+
+    monkeypatch.setattr(generation, "_timed", timed)
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+    plan = tiny_plan(kinds=("favor_plus",), seconds=1.0)
+    rows = [row for part in run_generation(plan, Decoder(layers=1), windows=(WINDOW,)) for row in part]
+    assert {(row.group, row.samples) for row in rows} == {("softmax", 3), ("linear", 10)}
 
 
 @pytest.mark.parametrize("where", ["fill", "_timed"])
