@@ -119,18 +119,23 @@ def generate(model: Any, cache: Any, count: int, read: int, every: int) -> list[
     return samples
 
 
-def growth(samples: list[Sample], start: int) -> dict[str, int]:
+def growth(samples: list[Sample], start: int, window: int = 1) -> dict[str, int]:
     """Bytes by which a stream grew: the medians of its last tenth over those of the tenth that begins at `start`.
 
-    Of the cache the maxima count instead, so that any growth is seen.
+    Of the cache any growth counts, between samples with equally many tokens in the current window.
     """
     span = max((samples[-1].tokens - start) // 9, 1)
     early = [s for s in samples if start <= s.tokens <= start + span] or samples[:1]
     late = [s for s in samples if s.tokens > samples[-1].tokens - span] or samples[-1:]
+    phases: dict[int, int] = {}
+    for sample in early:
+        phase = sample.tokens % window
+        phases[phase] = max(sample.cache, phases.get(phase, 0))
+    grown = [s.cache - phases[s.tokens % window] for s in late if s.tokens % window in phases]
     return {
         "resident": round(statistics.median(s.resident for s in late) - statistics.median(s.resident for s in early)),
         "peak": round(statistics.median(s.peak for s in late) - statistics.median(s.peak for s in early)),
-        "cache": max(s.cache for s in late) - max(s.cache for s in early),
+        "cache": max(grown or [late[-1].cache - early[-1].cache]),
     }
 
 
@@ -200,15 +205,16 @@ def main(
     if kind != SOFTMAX:
         hf_linattn.convert(network, decoders.settings(kind, max_chunks))
         decoders.ready(network, ids[: min(1024, tokens)][None])
+    window = 1 if kind == SOFTMAX else network.config.linear_attention["window_size"]
     cache = transformers.DynamicCache(config=network.config)
     parts = {"scored in pieces": score(network, cache, ids, piece)}
     start = {"scored in pieces": tokens // 10}
     if generate_tokens:
-        every = max(1, generate_tokens // 40)
+        every = window * max(1, generate_tokens // (40 * window))
         parts["token by token"] = generate(network, cache, generate_tokens, tokens, every)
         start["token by token"] = tokens + generate_tokens // 10
     wrong: list[str] = []
-    found = {name: growth(samples, start[name]) for name, samples in parts.items()}
+    found = {name: growth(samples, start[name], window) for name, samples in parts.items()}
     for name, samples in parts.items():
         console.print(table(f"{kind}, {name}", samples))
         grown = ", ".join(f"{what} {number / MIB:+.2f} MiB" for what, number in found[name].items())

@@ -131,6 +131,10 @@ def test_growth_counts_from_the_start_given(scripts: Any) -> None:
     assert found["peak"] / MIB == pytest.approx(40, abs=2)
     late = [*flat[:-1], replace(flat[-1], cache=1001)]
     assert scripts.stream.growth(late, 10)["cache"] == 1
+    filling = [replace(s, cache=1000 + s.tokens % 8) for s in flat]  # of windows of 8 tokens; 100 is not full of them
+    assert scripts.stream.growth(filling, 10, 8)["cache"] == 0
+    filling[-1] = replace(filling[-1], cache=filling[-1].cache + 1)
+    assert scripts.stream.growth(filling, 10, 8)["cache"] == 1
     assert scripts.stream.growth(flat[:1], 10) == {"resident": 0, "peak": 0, "cache": 0}
 
 
@@ -154,7 +158,7 @@ def test_the_script_about_streams(scripts: Any, kind: str, tmp_path: Path, monke
     monkeypatch.setattr(scripts.decoders, "load", lambda path, layers, positions: gpt2(n_positions=positions))
     monkeypatch.setattr(scripts.decoders, "settings", small)
     grown = {"resident": 0, "peak": 0, "cache": 7}
-    monkeypatch.setattr(scripts.stream, "growth", lambda samples, start: grown)
+    monkeypatch.setattr(scripts.stream, "growth", lambda samples, start, window: grown)
     app = typer.Typer()
     app.command()(scripts.stream.main)
     arguments = ["--kind", kind, "--tokens", "64", "--piece", "24", "--generate", "5", "--max-chunks", "4"]
