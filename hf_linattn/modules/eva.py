@@ -13,6 +13,7 @@ from ..errors import ConfigError, InputError
 from ..ops.eva.attention import eva_attention
 from ..ops.eva.chunks import PROPOSALS, WEIGHTINGS
 from ..ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
+from ..ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ..ops.eva.relative_position import constant_index, t5_sizes, table_size
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
@@ -142,6 +143,29 @@ class EvaAttention(LinearAttention):
         return spec
 
     @classmethod
+    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
+        assert isinstance(config, EvaConfig)
+        # Without a length of their own, chunks change with every token.
+        return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
+        config, state = self.config, self._tensors()
+        return eva_recurrence(
+            window_size=config.window_size or 1,
+            chunk_size=config.chunk_size,
+            overlap_window=config.overlap_window,
+            chunking=config.chunking or "exclusive",
+            max_chunks=config.max_chunks,
+            proposals=config.proposals or "key",
+            weighting=config.weighting or "size",
+            query_map=proposal_map(state, "query"),
+            key_map=proposal_map(state, "key"),
+            window_bias=_window_bias(config, state.get("relative_table"), None, scaling, is_causal=True),
+            scaling=scaling,
+            slot_dropout=config.slot_dropout if self.training else 0.0,
+        )
+
+    @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, EvaConfig)
         choices: dict[str, Any] = {
@@ -158,7 +182,9 @@ class EvaAttention(LinearAttention):
             query_map=proposal_map(state, "query"),
             key_map=proposal_map(state, "key"),
             noise=bool(inputs.training and config.sample_noise),
-            window_bias=_window_bias(config, state.get("relative_table"), inputs),
+            window_bias=_window_bias(
+                config, state.get("relative_table"), inputs.grid, inputs.scaling, is_causal=inputs.is_causal
+            ),
             **inputs.options(config),
         )
 
@@ -189,22 +215,22 @@ def _table_entries(config: EvaConfig, is_causal: bool) -> int:
     return table_size(config.window_size or 1, *_sides(config, is_causal), **options)  # type: ignore[arg-type]
 
 
-def _window_bias(config: EvaConfig, table: Tensor | None, inputs: AttentionInputs) -> Tensor | None:
+def _window_bias(
+    config: EvaConfig, table: Tensor | None, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
+) -> Tensor | None:
     """`[heads, queries, slots]` from the learned table; `None` without one (native mode)."""
     if table is None:
         return None
-    dims = 1 if inputs.grid is None else 2
+    dims = 1 if grid is None else 2
     if dims != (config.relative_dims or 1):
         raise InputError(
             f"This layer's relative positions are those of {config.relative_dims or 1} dimension(s); got"
-            f" grid={inputs.grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
+            f" grid={grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
             f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
         )
-    options = _index_options(config, inputs.is_causal)
-    sides = _sides(config, inputs.is_causal)
-    kind = config.relative_position
+    options, sides, kind = _index_options(config, is_causal), _sides(config, is_causal), config.relative_position
     bias = table[:, constant_index(kind, config.window_size or 1, *sides, str(table.device), **options)]
-    return bias * inputs.scaling if kind == "t5" and options["convention"] == "published" else bias
+    return bias * scaling if kind == "t5" and options["convention"] == "published" else bias
 
 
 register_kind(

@@ -259,7 +259,7 @@ def test_merging_many_chunks_loses_nothing_to_rounding() -> None:
     assert exact is not None
     assert ours is not None
     last = (wide.key_mean[:, :, :6994].var(2, correction=0) + wide.spread[:, :, :6994].mean(2)).squeeze()
-    torch.testing.assert_close(exact.spread[0, 0, -1, -1], last, rtol=1e-6, atol=0)
+    torch.testing.assert_close(exact.spread[0, 0, -1, 0], last, rtol=1e-6, atol=0)
     for name in ("key_mean", "value", "spread"):
         torch.testing.assert_close(getattr(ours, name).double(), getattr(exact, name).double(), rtol=3e-6, atol=3e-6)
 

@@ -4,69 +4,126 @@ Summaries merge like groups under one softmax: with weights `exp(log_weight)`, m
 the log-weight is the logsumexp, and the spread is the weighted mean of the spreads plus the variance of the mean keys.
 This is associative, so that a state that grows chunk by chunk gets what the sums over a whole sequence give.
 
-Chunks that a real query reads are all full. So their weights are equal, and a prefix is merged by dividing its sum by
-its length. Variances are sums of squares around the first chunk, which every prefix holds: nothing later enters, and
+Variances over prefixes are sums of squares around the first chunk, which every prefix holds: nothing later enters, and
 they do not vanish in the squares of a large common part.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..layout import Blocks, pad_tokens
+from ..layout import pad_tokens
+from ..partial import log_or_minus_inf
 from .chunks import Summaries
-from .layout import Surroundings
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is left of earlier tokens, in float32 or wider.
+
+    latest: `[batch, heads, chunks(, head_dim)]`, `-inf` in `log_weight` where there is none; with `max_chunks` so many
+        of them, the last place for the latest.
+    older: With `max_chunks` all that came before, as one chunk; else `None`.
+    """
+
+    latest: Summaries
+    older: Summaries | None = None
+
+    def together(self) -> Summaries:
+        return self.latest if self.older is None else self.older.then(self.latest)
 
 
 def latest_chunks(
-    summaries: Summaries, max_chunks: int, num_windows: int, per_window: int, skipped: int
+    summaries: Summaries, max_chunks: int, num_windows: int, per_window: int, skipped: int, past: Past | None = None
 ) -> Summaries | None:
-    """What every window reads: `max_chunks` of the chunks before it, and as the last member all that came earlier.
+    """What every window reads: `max_chunks` of the chunks before it, and as the first member all that came earlier.
 
     Args:
-        summaries: `[batch, heads, chunks(, head_dim)]`, in their order, full where a real query reads them.
+        summaries: `[batch, heads, chunks(, head_dim)]`, in their order.
         per_window: Chunks of a window. skipped: Whole windows just before its own that a query sees exactly.
-    Returns: `[batch, heads, windows, max_chunks + 1(, head_dim)]`, `-inf` in `log_weight` where there is none; `None`
-        if no window has more than `max_chunks` chunks to read.
+        past: Chunks before these.
+    Returns: `[batch, heads, windows, 1 + max_chunks(, head_dim)]`, `-inf` in `log_weight` where there is none; `None`
+        if there is no past and no window has more than `max_chunks` chunks to read.
     Cost: O(chunks + windows * max_chunks) times head_dim; nothing of size windows x chunks.
     """
-    passed = (torch.arange(num_windows, device=summaries.value.device) - skipped).clamp_min(0) * per_window
-    if (num_windows - 1 - skipped) * per_window <= max_chunks:
+    if past is None and (num_windows - 1 - skipped) * per_window <= max_chunks:
         return None
-    count = summaries.value.shape[2]
-    around = Surroundings(Blocks(count, per_window), left=max_chunks + skipped * per_window)
+    passed = (torch.arange(num_windows, device=summaries.value.device) - skipped).clamp_min(0) * per_window
+    if past is None:
+        missing, older = max_chunks, _prefixes(summaries, (passed - max_chunks).clamp_min(0))
+    else:
+        missing, summaries = 0, past.latest.then(summaries)
+        older = _prefixes(summaries, passed)
+        if past.older is not None:
+            older = merge_summaries(past.older.map(lambda z: z.expand(-1, -1, num_windows, -1)), older)
+    front = missing + skipped * per_window
 
     def latest(z: Tensor) -> Tensor:
-        return around.split(z)[..., :max_chunks, :]
+        return z.unfold(-2, max_chunks, per_window)[:, :, :num_windows].transpose(-1, -2)
 
-    number = passed[:, None] - max_chunks + torch.arange(max_chunks, device=passed.device)
-    weight = latest(summaries.log_weight.unsqueeze(-1)).squeeze(-1).masked_fill(number < 0, float("-inf"))
-    older = _prefixes(summaries, (passed - max_chunks).clamp_min(0))
-
-    def joined(few: Tensor, one: Tensor) -> Tensor:
-        return torch.cat([few, one.unsqueeze(-2)], dim=-2)
-
-    return Summaries(
-        joined(latest(summaries.key_mean), older.key_mean),
-        joined(latest(summaries.value), older.value),
-        torch.cat([weight, older.log_weight.unsqueeze(-1)], dim=-1),
-        None if summaries.spread is None or older.spread is None else joined(latest(summaries.spread), older.spread),
+    weight = F.pad(summaries.log_weight, (front, 0), value=float("-inf"))
+    few = Summaries(
+        latest(pad_tokens(summaries.key_mean, front, 0)),
+        latest(pad_tokens(summaries.value, front, 0)),
+        latest(weight.unsqueeze(-1)).squeeze(-1),
+        None if summaries.spread is None else latest(pad_tokens(summaries.spread, front, 0)),
     )
+    return older.map(lambda z: z.unsqueeze(-2)).then(few)
 
 
 def _prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
-    """The first `lengths[w]` chunks, merged, for every w. `[batch, heads, windows(, head_dim)]`."""
-    divisor = lengths.clamp_min(1).to(summaries.value.dtype)
+    """The first `lengths[w]` chunks merged, for every w: `[batch, heads, windows(, head_dim)]`."""
+    weight = summaries.log_weight.exp().unsqueeze(-1)
+
+    def sums(z: Tensor) -> Tensor:
+        return pad_tokens(z.cumsum(-2), 1, 0).index_select(-2, lengths)
+
+    total, log_total = log_or_minus_inf(sums(weight))
 
     def mean(z: Tensor) -> Tensor:
-        sums = pad_tokens(z.cumsum(-2), 1, 0).index_select(-2, lengths)
-        return sums / divisor[:, None]
+        return sums(weight * z) / total
+
+    spread = None
+    if summaries.spread is not None:
+        first = (weight > 0).to(torch.uint8).argmax(-2, keepdim=True).expand(*weight.shape[:2], 1, weight.shape[-1])
+        centre = summaries.key_mean.detach().gather(-2, first.expand(-1, -1, -1, summaries.key_mean.shape[-1]))
+        apart = summaries.key_mean - centre
+        spread = mean(summaries.spread + apart.square()) - mean(apart).square()
+    return Summaries(mean(summaries.key_mean), mean(summaries.value), log_total.squeeze(-1), spread)
+
+
+def merge_all(summaries: Summaries) -> Summaries:
+    """All chunks as one, `[batch, heads, 1(, head_dim)]`."""
+    weight = summaries.log_weight.exp().unsqueeze(-1)
+    total, log_total = log_or_minus_inf(weight.sum(-2, keepdim=True))
+    weight = weight / total
+
+    def mean(z: Tensor) -> Tensor:
+        return (weight * z).sum(-2, keepdim=True)
 
     key_mean, spread = mean(summaries.key_mean), None
     if summaries.spread is not None:
-        apart = summaries.key_mean - summaries.key_mean[..., :1, :].detach()
-        spread = mean(summaries.spread + apart.square()) - mean(apart).square()
-    # `-inf` for none, without a gradient: the logarithm of a constant.
-    weight = summaries.log_weight[..., :1] + lengths.to(divisor.dtype).log()
-    return Summaries(key_mean, mean(summaries.value), weight, spread)
+        spread = mean(summaries.spread + (summaries.key_mean - key_mean).square())
+    return Summaries(key_mean, mean(summaries.value), log_total.squeeze(-1), spread)
+
+
+def merge_summaries(first: Summaries, second: Summaries) -> Summaries:
+    """Two of the same shape as one, element by element."""
+    top = torch.maximum(first.log_weight, second.log_weight).clamp_min(torch.finfo(first.log_weight.dtype).min)
+    weight = (second.log_weight - top).exp()
+    total, log_total = log_or_minus_inf((first.log_weight - top).exp() + weight)
+    share = (weight / total).unsqueeze(-1)
+    spread = None
+    if first.spread is not None and second.spread is not None:
+        between = share * (1 - share) * (second.key_mean - first.key_mean).square()
+        spread = torch.lerp(first.spread, second.spread, share) + between
+    return Summaries(
+        torch.lerp(first.key_mean, second.key_mean, share),
+        torch.lerp(first.value, second.value, share),
+        log_total + top,
+        spread,
+    )

@@ -15,7 +15,6 @@ from ..noise import add_noise, noise_factor
 from ..norms import half_norm
 from ..partial import Partial, merge, merge_few
 from ..slots import mask_logits, weigh
-from ..tokens import Tokens
 from .layout import Chunks
 
 MeanMap = Callable[[Tensor], Tensor]
@@ -34,6 +33,28 @@ class Summaries:
     value: Tensor
     log_weight: Tensor
     spread: Tensor | None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Summaries:
+        """`fn` of everything, given as `[batch, heads, ..., chunks, dim]`: `log_weight` has one dimension there."""
+        weight = fn(self.log_weight.unsqueeze(-1)).squeeze(-1)
+        return Summaries(fn(self.key_mean), fn(self.value), weight, None if self.spread is None else fn(self.spread))
+
+    def then(self, others: Summaries) -> Summaries:
+        """These chunks and the others behind them."""
+        spread = None
+        if self.spread is not None and others.spread is not None:
+            spread = torch.cat([self.spread, others.spread], dim=-2)
+        return Summaries(
+            torch.cat([self.key_mean, others.key_mean], dim=-2),
+            torch.cat([self.value, others.value], dim=-2),
+            torch.cat([self.log_weight, others.log_weight], dim=-1),
+            spread,
+        )
+
+    def first(self, number: Tensor) -> Summaries:
+        """The first `number` `[batch]` chunks of every row; the others then weigh nothing."""
+        is_one = torch.arange(self.value.shape[2], device=number.device) < number[:, None]
+        return Summaries(self.key_mean, self.value, mask_logits(self.log_weight, is_one[:, None]), self.spread)
 
     def select(self, index: Tensor) -> Summaries:
         """Pick chunks per group: `index` `[batch or 1, groups, members]`, negative for none."""
@@ -104,6 +125,10 @@ class Summariser:
     noise_scale: str
     root: float
 
+    @property
+    def uses_queries(self) -> bool:
+        return self.proposals in ("sum", "mean")
+
     def check(self) -> None:
         noise_factor(self.noise_scale, 1.0)  # raises for an unknown one
         for name, allowed in (("proposals", PROPOSALS), ("weighting", WEIGHTINGS)):
@@ -124,10 +149,17 @@ class Summariser:
             noise = torch.nn.functional.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
         return add_noise(mu, noise, noise_factor(self.noise_scale, self.root**2))
 
-    def __call__(self, tokens: Tokens, chunks: Chunks, noise: Tensor | bool) -> Summaries:
-        """Summaries of all chunks, in float32 or wider. `noise` as in `eva_attention`."""
-        member, wide = chunks.member, torch.promote_types(tokens.y.dtype, torch.float32)
-        keys = chunks.take(tokens.y).to(wide)
+    def __call__(
+        self, x: Tensor | None, y: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+    ) -> Summaries:
+        """Summaries of all chunks, in float32 or wider.
+
+        Args:
+            x, y: Scaled queries (needed by proposals that are made of them) and keys, `[batch, heads, tokens, dim]`.
+            noise: As in `eva_attention`.
+        """
+        member, wide = chunks.member, torch.promote_types(y.dtype, torch.float32)
+        keys = chunks.take(y).to(wide)
 
         def mean_of(z: Tensor) -> Tensor:
             return masked_mean(z, member) if chunks.slots is None else z.sum(-2) / chunks.slots[:, None, :, None]
@@ -138,11 +170,12 @@ class Summariser:
         elif self.proposals == "key":
             mu = key_mean
         else:
-            mu = key_mean + self._mapped(mean_of(chunks.take(tokens.x).to(wide)), self.query_map)
+            assert x is not None
+            mu = key_mean + self._mapped(mean_of(chunks.take(x).to(wide)), self.query_map)
             mu = mu / 2 if self.proposals == "mean" else mu
         mu = self._noisy(mu, noise, chunks.count)
         bias = mask_logits(-half_norm(keys), member[:, None])
-        value = attend(mu.unsqueeze(-2), keys, chunks.take(tokens.value).to(wide), bias=bias).output.squeeze(-2)
+        value = attend(mu.unsqueeze(-2), keys, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
 
         log_weight = member.sum(-1).to(keys.dtype).log()
         if self.weighting == "none":

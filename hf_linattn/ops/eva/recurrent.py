@@ -1,0 +1,350 @@
+r"""Causal EVA token by token: summaries of the chunks that have left the window, and the tokens that have not.
+
+Windows and chunks are those of a row's real tokens, and what is near begins with a window; so the parallel form on
+[near | new] tokens, reading the earlier chunks as well, gives what it gives on the whole sequence. With `max_chunks`
+the state does not grow: the latest summaries, and one of all that are older.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import InputError, UnsupportedError
+from ..exact import compute_dtype, scale_inputs
+from ..layout import Blocks
+from ..recurrent.near import Counts, Near, Window
+from ..slots import mask_logits
+from ..tokens import prepare
+from .bounded import Past, merge_all, merge_summaries
+from .chunks import MeanMap, Summaries, Summariser
+from .estimate import eva_estimate
+from .layout import Chunks, Cutting
+
+
+@dataclass(frozen=True)
+class EvaState:
+    """What is kept of the tokens seen so far.
+
+    Args:
+        near: The tokens of the window, with their queries where proposals are made of them.
+        chunks: Mean keys (scaled), values, log-weights and spreads of chunks before it, `[batch, heads, places(,
+            head_dim)]`, in the dtypes of keys and values. A row's first places are filled; with `max_chunks` the last.
+        counts: Chunks of every row, unless they are bounded; a tensor `[batch]` with static shapes.
+        older: With `max_chunks` what is older than `chunks`, as one, in at least float32; else `None`.
+    """
+
+    near: Near
+    chunks: Summaries
+    counts: Counts
+    older: Summaries | None
+
+    def rows(self, index: Tensor) -> EvaState:
+        """Pick rows, as beam search does."""
+        if isinstance(self.counts, Tensor):
+            counts: Counts = self.counts.index_select(0, index)
+        elif len(set(self.counts)) < 2:
+            counts = self.counts[:1] * index.shape[0]
+        else:
+            counts = tuple(self.counts[row] for row in index.tolist())
+
+        def pick(z: Tensor) -> Tensor:
+            return z.index_select(0, index)
+
+        older = None if self.older is None else self.older.map(pick)
+        return EvaState(self.near.rows(index), self.chunks.map(pick), counts, older)
+
+
+def eva_recurrence(
+    *,
+    window_size: int,
+    chunk_size: int | None,
+    overlap_window: bool = False,
+    chunking: str = "exclusive",
+    max_chunks: int | None = None,
+    proposals: str = "key",
+    weighting: str = "size",
+    query_map: MeanMap | None = None,
+    key_map: MeanMap | None = None,
+    window_bias: Tensor | None = None,
+    scaling: float,
+    slot_dropout: float = 0.0,
+) -> EvaRecurrence:
+    """The recurrent form of `eva_attention(..., is_causal=True)` with the same options, without noise.
+
+    Raises: UnsupportedError without a `chunk_size`: all chunks would change with every token. InputError for a
+        `window_bias` that is not `[heads or 1, window_size, slots]`, and as `eva_attention`.
+    """
+    if chunk_size is None:
+        raise UnsupportedError(
+            "EVA needs a chunk_size to continue from a state; got None with which the length of the sequence decides,"
+            " so that every new token changes the chunks of all others. Set chunk_size, or recompute without a cache"
+            " (use_cache=False)."
+        )
+    if window_bias is not None and window_bias.ndim != 3:
+        raise InputError(f"window_bias must be [heads or 1, window_size, slots] here; got {tuple(window_bias.shape)}.")
+    side = "left" if overlap_window else None
+    cutting = Cutting(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
+    cutting.check(None)
+    summarise = Summariser(proposals, weighting, query_map, key_map, "corrected", scaling**0.5)
+    summarise.check()
+    return EvaRecurrence(cutting, summarise, scaling, window_bias, slot_dropout)
+
+
+@dataclass(frozen=True)
+class EvaRecurrence:
+    """Causal EVA a piece at a time. No method changes the state it is given. Made by `eva_recurrence`."""
+
+    cutting: Cutting
+    summarise: Summariser
+    scaling: float
+    window_bias: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def keeps_queries(self) -> bool:
+        return self.summarise.uses_queries
+
+    @property
+    def window(self) -> Window:
+        return Window(self.cutting.window_size, self.cutting.overlap_side is not None)
+
+    @property
+    def _chunk(self) -> int:
+        assert self.cutting.chunk_size is not None
+        return self.cutting.chunk_size
+
+    def start(self, key: Tensor, value: Tensor, *, static_tokens: int | None = None) -> EvaState:
+        """The state before the first token, for keys and values like these.
+
+        Args:
+            static_tokens: Shapes stay the same from here on, with room for the chunks of so many tokens.
+        """
+        is_static, bound = static_tokens is not None, self.cutting.max_chunks
+        near = Near.empty(
+            key,
+            value,
+            with_queries=self.keeps_queries,
+            static_places=self.window.places if is_static else None,
+        )
+        places = bound or (self.window.passed(static_tokens) // self._chunk if static_tokens is not None else 0)
+        counts: Counts = ()
+        if bound is None:  # not the very tensor of `near`: with static shapes each is written to
+            counts = near.counts.clone() if isinstance(near.counts, Tensor) else near.counts
+        wide = compute_dtype(key, key, value)
+
+        def empty(places: int, key: Tensor, value: Tensor) -> Summaries:
+            lead = (*key.shape[:2], places)
+            weight = key.new_full(lead, float("-inf"), dtype=wide)
+            keys = key.new_zeros(*lead, key.shape[-1])
+            spread = torch.zeros_like(keys) if self.summarise.weighting == "spread" else None
+            return Summaries(keys, value.new_zeros(*lead, value.shape[-1]), weight, spread)
+
+        older = None if bound is None else empty(1, key.to(wide), value.to(wide))
+        return EvaState(near, _kept(empty(places, key, value), near), counts, older)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState) -> Tensor:
+        """What the last tokens read, in the parallel form.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`, the last of the new tokens (all of them if `keeps_queries`).
+            key, value: `[batch, heads, tokens, head_dim]`, all new tokens. key_mask: `[batch, tokens]`.
+        Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
+        """
+        joined = state.near.join(query, key, value, key_mask)
+        assert joined.query is not None
+        dtype = compute_dtype(query, joined.key, joined.value, ("cuda",))
+        x, y = scale_inputs(joined.query.to(dtype), joined.key.to(dtype), self.scaling)
+        tokens = prepare(x, y, joined.value.to(dtype), joined.mask, is_causal=True)
+        estimate = eva_estimate(
+            tokens,
+            self.cutting,
+            self.summarise,
+            window_bias=self.window_bias,
+            dropout=self.dropout,
+            past=_past(state, torch.promote_types(dtype, torch.float32)),
+        )
+        output = tokens.finish(estimate)
+        return output[:, :, output.shape[2] - query.shape[2] :].to(query.dtype)
+
+    def absorb(
+        self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState
+    ) -> EvaState:
+        """The state after these tokens as well."""
+        passed, near = state.near.move_on(query, key, value, key_mask, self.window)
+        if not passed.key.shape[2]:
+            return EvaState(near, state.chunks, state.counts, state.older)
+        number = None if passed.filled is None else passed.filled // self._chunk
+        fresh = self._summaries(passed.query, passed.key, passed.value)
+        return self._take_in(near, state, fresh, number)
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, state: EvaState, valid: Tensor | None = None
+    ) -> tuple[Tensor, EvaState]:
+        """One token of every row, `[batch, heads, 1, head_dim]`: `attend` and `absorb` in a few operations.
+
+        Args:
+            valid: `[batch]`, False for a row whose token is padding; static shapes only.
+        """
+        dtype = compute_dtype(query, key, value)
+        if valid is not None:  # inf or NaN in the padding must not get into the state
+            real = valid[:, None, None, None]
+            query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
+        near = state.near.append(query if self.keeps_queries else None, key, value, valid)
+        logits = (query.to(dtype) * self.scaling) @ near.key.to(dtype).transpose(-1, -2)
+        if self.window_bias is not None:
+            logits = logits + self._bias(near).to(dtype)
+        mask = near.mask()
+        logits = mask_logits(logits, None if mask is None else mask[:, None, None])
+        groups = [(logits, near.value.to(dtype))]
+        far = [_past(state, dtype).together(), *self._inside(near)]
+        x = query.to(dtype) * self.scaling**0.5
+        groups += [_read(x, chunks) for chunks in far if chunks.value.shape[2]]
+        output = _joint(groups)
+        state = self._pass_block(EvaState(near, state.chunks, state.counts, state.older))
+        if valid is not None:
+            output = output.masked_fill(~valid[:, None, None, None], 0.0)
+        return output.to(query.dtype), state
+
+    # -- one token --------------------------------------------------------------------------------------------------
+    def _bias(self, near: Near) -> Tensor:
+        """`[batch or 1, heads or 1, 1, places]`: the bias of the last token's window at the places of near tokens."""
+        assert self.window_bias is not None
+        size, bias, places = self.cutting.window_size, self.window_bias, near.key.shape[2]
+        reach = bias.shape[-1] - size
+        if near.even is not None:
+            place, begin = (near.even - 1) % size, reach - (near.even - 1) // size * size
+            return bias[None, :, place : place + 1, begin : begin + places]
+        last = (near.count() - 1).clamp_min(0)
+        first = reach - last // size * size
+        slot = (first[:, None] + torch.arange(places, device=first.device)).clamp_max(bias.shape[-1] - 1)
+        return bias[:, (last % size)[:, None], slot].transpose(0, 1).unsqueeze(2)
+
+    def _inside(self, near: Near) -> list[Summaries]:
+        """Published: the chunks of near tokens before the last one's own, which it reads as well."""
+        most = (near.key.shape[2] - 1) // self._chunk
+        if self.cutting.chunking != "published" or not most:
+            return []
+        parts = (near.query, near.key, near.value)
+        chunks = self._summaries(*(None if z is None else z[:, :, : most * self._chunk] for z in parts))  # type: ignore[arg-type]
+        if near.even is not None:
+            return [chunks]
+        return [chunks.first((near.count() - 1) // self._chunk)]
+
+    def _pass_block(self, state: EvaState) -> EvaState:
+        """Summarise the first block of those rows where it has left the window."""
+        near, size = state.near, self.cutting.window_size
+        rows = near.full(self.window)
+        if rows is not None and not rows:
+            return state
+        parts = (near.query, near.key, near.value)
+        fresh = self._summaries(*(None if z is None else z[:, :, :size] for z in parts))  # type: ignore[arg-type]
+        number = None
+        if rows is None or len(rows) < near.key.shape[0]:
+            number = (near.count() == self.window.places).long() * (size // self._chunk)
+        return self._take_in(near.drop(self.window, rows), state, fresh, number)
+
+    # -- summaries --------------------------------------------------------------------------------------------------
+    def _summaries(self, query: Tensor | None, key: Tensor, value: Tensor) -> Summaries:
+        """Of whole chunks, in at least float32."""
+        dtype = compute_dtype(key, key, value)
+        root = self.scaling**0.5
+        blocks = Blocks(key.shape[2], self._chunk)
+        member = torch.ones(1, blocks.num_blocks, self._chunk, dtype=torch.bool, device=key.device)
+        x = query.to(dtype) * root if query is not None and self.keeps_queries else None
+        chunks = Chunks(blocks.split, member, None, blocks.num_blocks)
+        return self.summarise(x, key.to(dtype) * root, value.to(dtype), chunks)
+
+    def _take_in(self, near: Near, state: EvaState, fresh: Summaries, number: Tensor | None) -> EvaState:
+        """The state with new chunks, of every row the first `number` `[batch]` (`None`: all), and what is near now."""
+        if number is not None:
+            fresh = fresh.first(number)
+        if state.older is not None:
+            return self._roll(near, state, fresh, number)
+        new, counts = fresh.value.shape[2], state.counts
+        fresh = _kept(fresh, near)
+        if not isinstance(counts, Tensor):
+            added = [new] * len(counts) if number is None else number.tolist()
+            if number is None and len(set(counts)) == 1:
+                return EvaState(near, state.chunks.then(fresh), tuple(c + new for c in counts), None)
+            counts_now: Counts = tuple(c + n for c, n in zip(counts, added, strict=True))
+            places = max(counts_now)
+            counts = torch.tensor(counts, device=near.key.device)
+        else:
+            counts_now, places = counts + (new if number is None else number), state.chunks.value.shape[2]
+        index = counts[:, None] + torch.arange(new, device=counts.device)
+        # Beyond the room that there is: an index that raises. What is no chunk goes to one place behind all others.
+        index = torch.where(index < places, index, places + 1)
+        if number is not None:
+            index = torch.where(torch.arange(new, device=index.device) < number[:, None], index, places)
+        chunks = _write(state.chunks, fresh, index, places)
+        return EvaState(near, chunks, counts_now, None)
+
+    def _roll(self, near: Near, state: EvaState, fresh: Summaries, number: Tensor | None) -> EvaState:
+        """`_take_in` with a bounded number: as many of the earliest as are new move into the oldest summary."""
+        wide, bound, new = fresh.value.dtype, self.cutting.max_chunks, fresh.value.shape[2]
+        assert bound is not None and state.older is not None  # noqa: PT018
+        row = state.chunks.map(lambda z: z.to(wide)).then(fresh)
+        if number is None:
+            gone, kept = row.map(lambda z: z[:, :, :new]), row.map(lambda z: z[:, :, new:].clone())
+        else:
+            gone = row.map(lambda z: z[:, :, :new]).first(number)
+            index = number[:, None] + torch.arange(bound, device=number.device)
+
+            def take(z: Tensor) -> Tensor:
+                return z.gather(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1]))
+
+            kept = row.map(take)
+        older = merge_summaries(state.older, merge_all(gone))
+        return EvaState(near, _kept(kept, near), state.counts, older)
+
+
+def _past(state: EvaState, dtype: torch.dtype) -> Past:
+    return Past(state.chunks.map(lambda z: z.to(dtype)), state.older)
+
+
+def _kept(chunks: Summaries, near: Near) -> Summaries:
+    """In the dtypes of keys and values. Variances of keys that fit into float16 need not: they take bfloat16."""
+    spread = chunks.spread
+    if spread is not None:
+        spread = spread.to(torch.bfloat16 if near.key.dtype == torch.float16 else near.key.dtype)
+    return Summaries(chunks.key_mean.to(near.key.dtype), chunks.value.to(near.value.dtype), chunks.log_weight, spread)
+
+
+def _write(chunks: Summaries, fresh: Summaries, index: Tensor, places: int) -> Summaries:
+    """`fresh` at the places `index` `[batch, new]`, of which `places` means none."""
+    own = chunks.value.shape[2]
+
+    def write(z: Tensor, new: Tensor, empty: float = 0.0) -> Tensor:
+        room = F.pad(z, (0, 0, 0, places + 1 - own), value=empty)
+        where = index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1])
+        return room.scatter(2, where, new)[:, :, :places].clone()
+
+    weight = write(chunks.log_weight.unsqueeze(-1), fresh.log_weight.unsqueeze(-1), float("-inf"))
+    spread = None
+    if chunks.spread is not None and fresh.spread is not None:
+        spread = write(chunks.spread, fresh.spread)
+    return Summaries(
+        write(chunks.key_mean, fresh.key_mean), write(chunks.value, fresh.value), weight.squeeze(-1), spread
+    )
+
+
+def _read(x: Tensor, chunks: Summaries) -> tuple[Tensor, Tensor]:
+    """Logits `[batch, heads, 1, chunks]` of scaled queries, and the chunks' values."""
+    logits = x @ chunks.key_mean.transpose(-1, -2) + chunks.log_weight.unsqueeze(-2)
+    if chunks.spread is not None:
+        logits = logits + x.square() @ (chunks.spread / 2).transpose(-1, -2)
+    return logits, chunks.value
+
+
+def _joint(groups: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One softmax over all groups of logits, applied to their values."""
+    weights = torch.softmax(torch.cat([logits for logits, _ in groups], dim=-1), dim=-1)
+    parts = weights.split([logits.shape[-1] for logits, _ in groups], dim=-1)
+    output = parts[0] @ groups[0][1]
+    for part, (_, values) in zip(parts[1:], groups[1:], strict=True):
+        output = output + part @ values
+    return output
