@@ -65,7 +65,7 @@ def eva_recurrence(
     overlap_window: bool = False,
     chunking: str = "exclusive",
     max_chunks: int | None = None,
-    proposals: str = "key",
+    proposals: str = "sum",
     weighting: str = "size",
     query_map: MeanMap | None = None,
     key_map: MeanMap | None = None,
