@@ -159,7 +159,7 @@ def agreement(model: Any, rows: Tensor) -> dict[str, float]:
 @torch.inference_mode()
 def greedy(model: Any, rows: Tensor) -> dict[str, Any]:
     """How many tokens generated with the cache are, up to the first other one, those of recomputing everything."""
-    equal = []
+    equal, distinct = [], []
     with decoders.without_end(model):
         for row in rows:
             prompt = row[None, :PROMPT]
@@ -169,7 +169,8 @@ def greedy(model: Any, rows: Tensor) -> dict[str, Any]:
             again = model.generate(prompt, attention_mask=mask, use_cache=False, **options)[0, PROMPT:]
             different = (cached != again).nonzero()
             equal.append(int(different[0]) if len(different) else len(cached))
-    return {"greedy_equal": equal, "greedy_tokens": NEW}
+            distinct.append(len(cached.unique()))  # a text that repeats itself proves less
+    return {"greedy_equal": equal, "greedy_distinct": distinct, "greedy_tokens": NEW}
 
 
 def failures(row: dict[str, Any]) -> list[str]:
@@ -248,6 +249,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['bfloat16_agreement']:.2%}",
             f"{row['bfloat16_agreement_with_float32']:.2%}",
             f"{sum(row['greedy_equal'])} / {len(row['greedy_equal']) * row['greedy_tokens']}",
+            "/".join(map(str, row["greedy_distinct"])),
             f"{row['recovery_seconds']:.0f} + {row['seconds']:.0f}",
         )
     return made

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, PreTrainedModel
 
-from ..conversion import calibrate, convert, needs_calibration
+from ..conversion import calibrate, convert, extend_positions, needs_calibration
 from ..errors import ConfigError
 from ..integrations.families import get_family
 from ..modules.config import AttentionConfig
@@ -164,8 +164,6 @@ def _model(plan: Plan, decoder: Decoder, dtype: str, positions: int) -> PreTrain
                 f"The checkpoint must be a stock GPT-2; got model_type {model.config.model_type!r} in {decoder.path}."
             )
         if model.config.n_positions < positions:
-            from ..conversion.positions import extend_positions
-
             extend_positions(model, positions)
     return model.to(plan.device, DTYPES[dtype]).eval()
 

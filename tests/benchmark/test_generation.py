@@ -178,7 +178,8 @@ def test_what_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch, where: str) ->
 
 
 def test_a_checkpoint(tmp_path: Any) -> None:
-    gpt2().save_pretrained(tmp_path / "decoder")
+    """Its sizes are its own; it gets the positions that it lacks."""
+    gpt2(n_positions=30).save_pretrained(tmp_path / "decoder")
     plan = tiny_plan(kinds=("favor_plus",), lengths=(24, 32))
     decoder = Decoder(path=str(tmp_path / "decoder"))
     rows = [row for part in run_generation(plan, decoder, windows=(WINDOW,)) for row in part]
