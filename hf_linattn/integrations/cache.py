@@ -231,6 +231,8 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     layer = layers[index] if index < len(layers) else None
     if not isinstance(layer, RecurrentLayer):
         return None
+    if not torch.compiler.is_compiling() and not any(isinstance(other, RecurrentLayer) for other in layers[:index]):
+        _check_in_step(layers[index:])
     active, own = module.config._attn_implementation, module.linattn.kind  # type: ignore[union-attr]
     if active != own:
         raise UnsupportedError(
@@ -239,6 +241,16 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             " cache."
         )
     return args, {**kwargs, ARGUMENT: layer}
+
+
+def _check_in_step(rest: Any) -> None:
+    """Raise if layers that a forward pass has yet to come to have seen other tokens than the one it has come to."""
+    lengths = [layer.get_seq_length() for layer in rest]
+    if isinstance(lengths[0], int) and len(set(lengths)) > 1:
+        raise UnsupportedError(
+            f"The layers of this cache have seen {lengths} tokens: a forward pass was interrupted, and what some"
+            " layers have absorbed cannot be taken back. Start with a new cache."
+        )
 
 
 def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:

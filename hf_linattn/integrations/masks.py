@@ -12,7 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.import_utils import is_tracing
 
 from ..errors import InputError, UnsupportedError
-from ..modules.recurrent import RecurrentMemory
+from ..modules.recurrent import RecurrentMemory, fingerprint
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
 
@@ -41,7 +41,8 @@ class TokenMask:
     Args:
         tokens: `[batch, tokens]` bool, True where a token is real; `None` if all are.
         shape: `(batch, tokens)`.
-        past: Real tokens per row before those of this mask, where it covers the new ones alone; `None`: all of them.
+        past: What of the tokens before those of this mask is real, where it covers the new ones alone (`fingerprint`);
+            `None`: all of them.
     """
 
     ndim = 2
@@ -117,7 +118,7 @@ def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:
     if not isinstance(mask, TokenMask) or is_tracing(mask.tokens):
         return mask[:, -count:] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
     if mask.shape[1] > count and mask.tokens is not None:  # made for a layer that needs all tokens
-        past = tuple(mask.tokens[:, :-count].sum(-1).tolist())
+        past = fingerprint(mask.tokens[:, :-count])
         mask = TokenMask(mask.tokens[:, -count:], (mask.shape[0], count), mask.device, past)
     memory.check_past(mask.past)
     if mask.tokens is not None and bool(mask.tokens.all()):
@@ -216,7 +217,7 @@ def _mask_of_new(
     mask = attention_mask.to(torch.bool).expand(batch_size, -1)
     if not tracing and bool(mask.all()):
         return TokenMask(None, shape, device)
-    past = None if tracing else tuple(mask[:, :-q_length].sum(-1).tolist())
+    past = None if tracing else fingerprint(mask[:, :-q_length])
     mask = mask[:, -q_length:]
     if not tracing and past is not None and bool(mask.all()):
         return TokenMask(None, shape, device, past)

@@ -70,7 +70,7 @@ class RecurrentMemory:
         self.is_recording = False
         self.state: Any = None
         self._held: _Held | None = None
-        self._real: tuple[int, ...] | None = None  # real tokens per row; None: all that were seen
+        self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
         self._seen = 0
         self._settings: Any = None
         self._recurrence: Recurrence[Any] | None = None
@@ -180,29 +180,34 @@ class RecurrentMemory:
 
     # -- bookkeeping of padding -------------------------------------------------------------------------------------
     def _note(self, tokens: int, key_mask: Tensor | None) -> None:
-        """Count real tokens, for `check_past`. Reads values; not with static shapes, which may compile."""
+        """Remember what was real, for `check_past`. Reads values; not with static shapes, which may compile."""
         if self.static_tokens is not None:
             return
         if key_mask is not None or self._real is not None:
-            before = (self._seen,) * self.batch if self._real is None else self._real
-            new = [tokens] * self.batch if key_mask is None else key_mask.sum(-1).tolist()
-            self._real = tuple(old + count for old, count in zip(before, new, strict=True))
+            self._real = _added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
         self._seen += tokens
 
+    def _fingerprint(self) -> tuple[int, ...]:
+        return self._fingerprint_of(None, self._seen, 0) if self._real is None else self._real
+
+    def _fingerprint_of(self, key_mask: Tensor | None, tokens: int, start: int) -> tuple[int, ...]:
+        if key_mask is not None:
+            return fingerprint(key_mask, start)
+        return fingerprint(torch.ones(1, tokens, dtype=torch.bool), start) * self.batch
+
     def check_past(self, real: tuple[int, ...] | None) -> None:
-        """Raise `InputError` if a mask tells other numbers of earlier real tokens than were seen; `None`: all."""
-        if self.static_tokens is not None or self.state is None:
+        """Raise `InputError` if a mask calls other earlier tokens real than were read; `None` stands for all."""
+        if self.static_tokens is not None or self.state is None or (real is None and self._real is None):
             return
-        known = self._real if self._real != (self._seen,) * self.batch else None
-        if known == real or (real is not None and tuple(real) == (self._seen,) * self.batch and known is None):
-            return
-        told = "all of them are real" if real is None else f"{list(real)} per row are real"
-        had = f"all {self._seen} were" if known is None else f"{list(known)} per row were"
-        raise InputError(
-            f"attention_mask says of the {self._seen} earlier tokens that {told}; when they were read, {had}. What a"
-            " layer with a state of constant size has read cannot be masked, or unmasked, later: pass the"
-            " attention_mask over all tokens that was used before, followed by that of the new ones."
-        )
+        told = self._fingerprint_of(None, self._seen, 0) if real is None else real
+        rows = [row for row, pair in enumerate(zip(told, self._fingerprint(), strict=True)) if pair[0] != pair[1]]
+        if rows:
+            raise InputError(
+                f"attention_mask calls other tokens real among the {self._seen} earlier ones than when they were read,"
+                f" in rows {rows}. What a layer with a state of constant size has read cannot be masked, or unmasked,"
+                " later: pass the attention_mask over all tokens that was used before, followed by that of the new"
+                " ones."
+            )
 
     # -- rows and time ----------------------------------------------------------------------------------------------
     @property
@@ -241,12 +246,11 @@ class RecurrentMemory:
         kept = held.first(held.tokens - count)
         if self._recurrence is None:
             raise UnsupportedError("A copied cache cannot be cropped before it is used again. Crop the original.")
-        if count and held.mask is not None and self._real is not None:
-            gone = held.mask[:, held.tokens - count :].sum(-1).tolist()
-            self._real = tuple(real - n for real, n in zip(self._real, gone, strict=True))
-        elif self._real is not None:
-            self._real = tuple(real - count for real in self._real)
         self._seen -= count
+        if self._real is not None:
+            mask = None if held.mask is None else held.mask[:, held.tokens - count :]
+            gone = self._fingerprint_of(mask, count, self._seen)
+            self._real = _added(self._real, tuple(-z for z in gone))
         self._held = kept if kept.tokens else None
         self._absorb_held(self._recurrence)
 
@@ -291,6 +295,19 @@ class RecurrentMemory:
         tensors = [*state_tensors(self.state), *state_tensors(self._held)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
+
+
+def fingerprint(mask: Tensor, start: int = 0) -> tuple[int, ...]:
+    """A number per row that tells masks `[batch, tokens]` apart; of tokens from `start` on. Those of parts add up."""
+    place = torch.arange(start + 1, start + 1 + mask.shape[1], device=mask.device)
+    mixed = place * -7046029254386353131  # odd constants with bits all over, as in splitmix64
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+    return tuple((mask * (mixed ^ (mixed >> 32))).sum(-1).tolist())
+
+
+def _added(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    """Row by row, wrapping around like the sums of a tensor."""
+    return tuple((a + b + 2**63) % 2**64 - 2**63 for a, b in zip(first, second, strict=True))
 
 
 def window_of(config: AttentionConfig) -> Window:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.modules.base import AttentionInputs, LayerShape, LinearAttention
-from hf_linattn.modules.recurrent import RecurrentMemory
+from hf_linattn.modules.recurrent import RecurrentMemory, fingerprint
 from hf_linattn.modules.registry import get_kind, list_kinds
 from hf_linattn.ops.kernels.backend import use_backend
 
@@ -294,15 +294,38 @@ def test_taking_back_what_is_absorbed() -> None:
 def test_a_mask_that_changes_its_mind() -> None:
     mask = torch.arange(TOKENS) >= torch.tensor([0, 3, 7])[:, None]
     _, memory = in_pieces(get_layer("lara"), inputs(mask=mask), [20, 25], mask)
-    memory.check_past((45, 42, 38))
-    for wrong in (None, (45, 42, 37)):
-        with pytest.raises(InputError, match=r"\[45, 42, 38\] per row were"):
-            memory.check_past(wrong)
+    memory.check_past(fingerprint(mask))
+    other, moved = mask.clone(), mask.clone()
+    other[2, 30] = False
+    moved[1, 2], moved[1, 20] = True, False
+    for wrong, row in ((other, 2), (moved, 1)):
+        with pytest.raises(InputError, match=rf"in rows \[{row}\]"):
+            memory.check_past(fingerprint(wrong))
+    with pytest.raises(InputError, match=r"in rows \[1, 2\]"):
+        memory.check_past(None)
+    memory.rows(torch.tensor([2, 0, 2]))
+    memory.check_past(fingerprint(mask[[2, 0, 2]]))
+
+
+@torch.no_grad()
+def test_a_mask_of_what_was_all_real() -> None:
     _, memory = in_pieces(get_layer("lara"), inputs(), [45])
+    everything = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     memory.check_past(None)
-    memory.check_past((45, 45, 45))
-    with pytest.raises(InputError, match="all 45 were"):
-        memory.check_past((45, 45, 44))
+    memory.check_past(fingerprint(everything))
+    everything[0, 0] = False
+    with pytest.raises(InputError, match=r"in rows \[0\]"):
+        memory.check_past(fingerprint(everything))
+
+
+@torch.no_grad()
+def test_the_past_after_cropping() -> None:
+    mask = torch.arange(TOKENS) >= torch.tensor([0, 3, 7])[:, None]
+    memory = RecurrentMemory()
+    memory.is_recording = True
+    in_pieces(get_layer("lara"), inputs(mask=mask), [5, 20, 20], mask, memory)
+    memory.crop(31)
+    memory.check_past(fingerprint(mask[:, :14]))
 
 
 def test_a_layer_that_sees_later_tokens() -> None:

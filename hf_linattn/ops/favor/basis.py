@@ -66,6 +66,7 @@ def favor_basis(x: Tensor, projection: Tensor, statistics: FavorStatistics | Non
             f" {tuple(statistics.query_mean.shape)}."
         )
     wide, log_count = torch.promote_types(x.dtype, torch.float32), math.log(projection.shape[-2])
+    projection = projection.to(wide)
     if statistics is None:
         return FavorBasis(projection, torch.zeros_like(projection[..., 0], dtype=wide), None, log_count)
     statistics = FavorStatistics(*(s.to(device=x.device, dtype=wide) for s in statistics))
