@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import decoders
+import causal_lm
 import torch
 import transformers
 import typer
@@ -160,7 +160,7 @@ def agreement(model: Any, rows: Tensor) -> dict[str, float]:
 def greedy(model: Any, rows: Tensor) -> dict[str, Any]:
     """How many tokens generated with the cache are, up to the first other one, those of recomputing everything."""
     equal, distinct = [], []
-    with decoders.without_end(model):
+    with causal_lm.without_end(model):
         for row in rows:
             prompt = row[None, :PROMPT]
             options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -192,8 +192,8 @@ def recovered(kind: str, stock: Any, ids: Tensor, options: dict[str, Any], folde
     place = folder / kind if folder is not None else None
     if place is not None and (place / "config.json").exists():
         return hf_linattn.LinAttnGPT2LMHeadModel.from_pretrained(place).eval(), math.nan
-    model = hf_linattn.convert(stock, decoders.settings(kind, options["max_chunks"]), copy=True)
-    decoders.ready(model, decoders.windows(ids, options["length"], 16))
+    model = hf_linattn.convert(stock, causal_lm.settings(kind, options["max_chunks"]), copy=True)
+    causal_lm.ready(model, causal_lm.windows(ids, options["length"], 16))
     loss = recover(model, ids, options["steps"], batch=options["batch"], length=options["length"])
     if place is not None:
         model.save_pretrained(place)
@@ -202,10 +202,10 @@ def recovered(kind: str, stock: Any, ids: Tensor, options: dict[str, Any], folde
 
 def measured(model: Any, ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """Everything about one model."""
-    rows = decoders.windows(ids, options["window"], options["windows"])
+    rows = causal_lm.windows(ids, options["window"], options["windows"])
     single = rows[: options["single"]]
     found = perplexities(model, rows, len(single))
-    prompts = decoders.windows(ids, PROMPT, options["prompts"])
+    prompts = causal_lm.windows(ids, PROMPT, options["prompts"])
     found |= greedy(model, prompts)
     return found | agreement(copy.deepcopy(model).to(torch.bfloat16), single)
 
@@ -259,7 +259,7 @@ def main(
     model: Annotated[Path, typer.Option(exists=True, help="A GPT-2 checkpoint with its tokenizer.")],
     train: Annotated[list[Path], typer.Option(exists=True, help="Texts for calibration and recovery.")],
     evaluation: Annotated[list[Path], typer.Option("--eval", exists=True, help="Other texts.")],
-    kinds: Annotated[str, typer.Option(help="Kinds, separated by commas.")] = ",".join(decoders.KINDS),
+    kinds: Annotated[str, typer.Option(help="Kinds, separated by commas.")] = ",".join(causal_lm.KINDS),
     steps: Annotated[int, typer.Option(min=0, help="Steps of recovery; 0 for none.")] = 150,
     batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens per row of recovery.")] = 256,
@@ -273,12 +273,12 @@ def main(
 ) -> None:
     """Print the table."""
     chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
-    if unknown := [kind for kind in chosen if kind not in decoders.KINDS]:
-        raise typer.BadParameter(f"--kinds must be of {list(decoders.KINDS)}; got {unknown}.")
-    decoders.quiet()
+    if unknown := [kind for kind in chosen if kind not in causal_lm.KINDS]:
+        raise typer.BadParameter(f"--kinds must be of {list(causal_lm.KINDS)}; got {unknown}.")
+    causal_lm.quiet()
     torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    stock = decoders.load(model, positions=max(window, length, PROMPT + NEW))
+    stock = causal_lm.load(model, positions=max(window, length, PROMPT + NEW))
     options = {
         "steps": steps,
         "batch": batch,
@@ -291,7 +291,7 @@ def main(
         "checkpoints": checkpoints,
     }
     rows = []
-    texts = decoders.tokens(tokenizer, train), decoders.tokens(tokenizer, evaluation)
+    texts = causal_lm.tokens(tokenizer, train), causal_lm.tokens(tokenizer, evaluation)
     for row in run(stock, *texts, chosen, options):
         rows.append({**row, "failures": failures(row) if row["kind"] != SOFTMAX else []})
         console.print(f"{row['kind']}: {'; '.join(rows[-1]['failures']) or 'done'}", highlight=False)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import decoders
+import causal_lm
 import torch
 import transformers
 import typer
@@ -141,7 +141,7 @@ def growth(samples: list[Sample], start: int, window: int = 1) -> dict[str, int]
 
 def failures(kind: str, found: dict[str, int], allow: float) -> list[str]:
     """Why a kind whose state is constant fails, if it does."""
-    if kind not in decoders.CONSTANT:
+    if kind not in causal_lm.CONSTANT:
         return []
     wrong = [
         f"{name} memory grew by {found[name] / MIB:.1f} MiB (allowed: {allow:g})"
@@ -179,12 +179,12 @@ def stream(path: Path | None, text: list[Path], count: int, vocabulary: int) -> 
         return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(1))
     if path is None:
         raise typer.BadParameter("--text needs the tokenizer of a checkpoint: give --model too.")
-    ids = decoders.tokens(transformers.AutoTokenizer.from_pretrained(path), text)
+    ids = causal_lm.tokens(transformers.AutoTokenizer.from_pretrained(path), text)
     return ids.repeat(-(-count // max(1, len(ids))))[:count]
 
 
 def main(
-    kind: Annotated[str, typer.Option(help=f"{', '.join(decoders.KINDS)} or {SOFTMAX}.")] = "favor_plus",
+    kind: Annotated[str, typer.Option(help=f"{', '.join(causal_lm.KINDS)} or {SOFTMAX}.")] = "favor_plus",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the stream.")] = 100_000,
     piece: Annotated[int, typer.Option(min=1, help="Tokens per call.")] = 512,
     generate_tokens: Annotated[int, typer.Option("--generate", min=0, help="Then generate so many, one by one.")] = 0,
@@ -196,15 +196,15 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Read the stream and print what the process held."""
-    if kind not in (*decoders.KINDS, SOFTMAX):
-        raise typer.BadParameter(f"--kind must be one of {[*decoders.KINDS, SOFTMAX]}; got {kind!r}.")
-    decoders.quiet()
+    if kind not in (*causal_lm.KINDS, SOFTMAX):
+        raise typer.BadParameter(f"--kind must be one of {[*causal_lm.KINDS, SOFTMAX]}; got {kind!r}.")
+    causal_lm.quiet()
     torch.set_num_threads(1)
-    network = decoders.load(model, layers, tokens + generate_tokens)
+    network = causal_lm.load(model, layers, tokens + generate_tokens)
     ids = stream(model, text or [], tokens, network.config.vocab_size)
     if kind != SOFTMAX:
-        hf_linattn.convert(network, decoders.settings(kind, max_chunks))
-        decoders.ready(network, ids[: min(1024, tokens)][None])
+        hf_linattn.convert(network, causal_lm.settings(kind, max_chunks))
+        causal_lm.ready(network, ids[: min(1024, tokens)][None])
     window = 1 if kind == SOFTMAX else network.config.linear_attention["window_size"]
     cache = transformers.DynamicCache(config=network.config)
     parts = {"scored in pieces": score(network, cache, ids, piece)}

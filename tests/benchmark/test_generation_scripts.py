@@ -38,16 +38,15 @@ def script(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """Both scripts, and what they share."""
-    before = set(sys.modules)
+    names = ("causal_lm", "stream", "generation_fidelity")
+    assert not set(names) & set(sys.modules)
     sys.path.insert(0, str(FOLDER))
     try:
-        names = ("decoders", "stream", "generation_fidelity")
         yield SimpleNamespace(**{name: script(name) for name in names})
     finally:
         sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            if name in names:
-                del sys.modules[name]
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -72,7 +71,7 @@ def small(kind: str, max_chunks: int = 4) -> Any:
 
 # -- what they share --------------------------------------------------------------------------------------------------
 def test_settings_text_and_models(scripts: Any, tmp_path: Path) -> None:
-    shared = scripts.decoders
+    shared = scripts.causal_lm
     assert [shared.settings(kind).kind for kind in shared.KINDS] == [
         "favor_plus",
         "favor_sharp",
@@ -155,8 +154,8 @@ def test_only_a_constant_state_can_fail(scripts: Any, found: dict[str, int], num
 @linux
 @pytest.mark.parametrize("kind", ["softmax", "favor_sharp", "eva-bounded"])
 def test_the_script_about_streams(scripts: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.decoders, "load", lambda path, layers, positions: gpt2(n_positions=positions))
-    monkeypatch.setattr(scripts.decoders, "settings", small)
+    monkeypatch.setattr(scripts.causal_lm, "load", lambda path, layers, positions: gpt2(n_positions=positions))
+    monkeypatch.setattr(scripts.causal_lm, "settings", small)
     grown = {"resident": 0, "peak": 0, "cache": 7}
     monkeypatch.setattr(scripts.stream, "growth", lambda samples, start, window: grown)
     app = typer.Typer()
@@ -202,7 +201,7 @@ def options(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def fast(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fidelity = scripts.generation_fidelity
-    monkeypatch.setattr(scripts.decoders, "settings", small)
+    monkeypatch.setattr(scripts.causal_lm, "settings", small)
     for name, value in (("PROMPT", 12), ("NEW", 6), ("LONGEST_PIECE", 15)):
         monkeypatch.setattr(fidelity, name, value)
     return fidelity
