@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from . import training as training
     from .conversion import calibrate as calibrate
     from .conversion import convert as convert
+    from .conversion import extend_positions as extend_positions
     from .conversion import needs_calibration as needs_calibration
     from .conversion import revert as revert
     from .conversion.compare import compare as compare
@@ -48,6 +49,7 @@ _LAZY: dict[str, str] = {
     "revert": "hf_linattn.conversion.convert",
     "calibrate": "hf_linattn.conversion.calibrate",
     "needs_calibration": "hf_linattn.conversion.calibrate",
+    "extend_positions": "hf_linattn.conversion.positions",
     "compare": "hf_linattn.conversion.compare",
     "LinAttnError": "hf_linattn.errors",
     "ConfigError": "hf_linattn.errors",

@@ -2,5 +2,6 @@
 
 from .calibrate import calibrate, needs_calibration
 from .convert import convert, revert
+from .positions import extend_positions
 
-__all__ = ["calibrate", "convert", "needs_calibration", "revert"]
+__all__ = ["calibrate", "convert", "extend_positions", "needs_calibration", "revert"]
