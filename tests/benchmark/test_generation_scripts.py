@@ -219,7 +219,8 @@ def test_one_row_per_kind(fast: ModuleType, tmp_path: Path) -> None:
         json.dumps(row)
     assert rows[0]["loss"] is None
     assert rows[1]["loss"] > 0
-    fast.table(rows)
+    table = fast.table(rows)
+    assert all(column.header and len(list(column.cells)) == 3 for column in table.columns[1:])
     (again,) = list(fast.run(gpt2(), tokens(400), tokens(100), ["lara"], options(checkpoints=tmp_path)))[1:]
     assert again["loss"] is None  # nothing was trained
     assert again["perplexity"] == pytest.approx(rows[2]["perplexity"], rel=1e-6)
