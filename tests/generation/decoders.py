@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,16 +63,34 @@ SETTINGS = [
 ]
 if "max_chunks" in {field.name for field in dataclasses.fields(EvaConfig)}:
     SETTINGS.append(Setting("eva-bounded", "eva", {"max_chunks": 3}))
+BY_NAME = {setting.name: setting for setting in SETTINGS}
 KINDS = [setting for setting in SETTINGS if setting.name == setting.kind]
 
 
-def over(settings: Sequence[Setting], *others: Sequence[Any]) -> Any:
-    """Parametrise a test over settings."""
-    return pytest.mark.parametrize("setting", [pytest.param(setting, id=setting.name) for setting in settings])
+# All windows, all kinds of slots and chunks, but not each with each: the others take part in the slow tests.
+QUICK = {
+    "favor_plus",
+    "favor_plus-relu",
+    "favor_sharp-no-window",
+    "lara-overlap",
+    "eva",
+    "eva-bounded",
+    "eva-overlap-t5",
+}
+
+
+def params(settings: Sequence[Setting], quick: Container[str]) -> list[Any]:
+    """Settings to parametrise a test over; those that are not in `quick` are marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(s, id=s.name, marks=[] if s.name in quick else slow) for s in settings]
 
 
 both = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in DECODERS])
-all_settings, all_kinds = over(SETTINGS), over(KINDS)
+every_setting = pytest.mark.parametrize("setting", params(SETTINGS, BY_NAME))
+all_settings = pytest.mark.parametrize("setting", params(SETTINGS, QUICK))
+all_kinds = pytest.mark.parametrize("setting", params(KINDS, BY_NAME))
+# Where kinds hardly differ: one that reads through slots, one that reads summaries.
+some_kinds = pytest.mark.parametrize("setting", params(KINDS, ("favor_plus", "eva")))
 
 
 def decoder(
@@ -145,4 +163,4 @@ def query_lengths(model: Any) -> Iterator[list[int]]:
 def is_recurrent(cache: Any) -> list[bool]:
     """Of each layer of a cache, whether it is one of constant size."""
     cache = getattr(cache, "self_attention_cache", cache)
-    return [type(layer).__name__ == "RecurrentLayer" for layer in cache.layers]
+    return [type(layer).__name__ in ("RecurrentLayer", "StaticRecurrentLayer") for layer in cache.layers]

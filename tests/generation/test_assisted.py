@@ -19,9 +19,11 @@ from decoders import (
     all_settings,
     decoder,
     is_recurrent,
+    params,
     prompt,
     query_lengths,
     run,
+    some_kinds,
     whole_logits,
 )
 from hypothesis import HealthCheck, given, settings
@@ -73,7 +75,7 @@ def check_assisted(model: Any, cropped: list[int], tokens: int = 21, **options: 
 
 
 # Cropping itself is tested over all settings below.
-FEWER = [pytest.param(s, id=s.name, marks=[] if s in KINDS else pytest.mark.slow) for s in SETTINGS]
+FEWER = params(SETTINGS, ("favor_plus", "lara", "eva"))
 
 
 @pytest.mark.parametrize("setting", FEWER)
@@ -82,18 +84,18 @@ def test_converted_draft(setting: Setting, cropped: list[int]) -> None:
     check_assisted(model, cropped, assistant_model=near(model, 0.1))
 
 
-@all_kinds
+@some_kinds
 def test_stock_draft(setting: Setting, cropped: list[int]) -> None:
     """The draft has softmax and a cache of keys and values."""
     check_assisted(decoder(GPT2, setting), cropped, assistant_model=near(GPT2.build(), 0.02))
 
 
-@all_kinds
+@some_kinds
 def test_stock_model_with_a_converted_draft(setting: Setting, cropped: list[int]) -> None:
     check_assisted(near(GPT2.build(), 0.02), cropped, assistant_model=decoder(GPT2, setting))
 
 
-@all_kinds
+@some_kinds
 def test_draft_of_bert(setting: Setting, cropped: list[int]) -> None:
     model = decoder(BERT, setting)
     check_assisted(model, cropped, assistant_model=near(model, 0.1))
@@ -119,7 +121,7 @@ def test_prompt_lookup(setting: Setting, cropped: list[int]) -> None:
 
 def test_sampling_with_a_draft() -> None:
     """It runs; what it draws follows the model's distribution, not its random numbers."""
-    for setting in KINDS:
+    for setting in (KINDS[0], KINDS[-1]):
         model, ids = decoder(GPT2, setting), prompt(1, 12)
         out = model.generate(ids, assistant_model=near(model, 0.1), do_sample=True, max_new_tokens=8)
         assert out.shape == (1, 20)
@@ -156,7 +158,7 @@ def test_crop(setting: Setting) -> None:
     """Tokens are added, in one forward or in several, and some taken back, again and again."""
     model = decoder(GPT2, setting)
     quick = settings(
-        max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
 
     @quick
@@ -231,7 +233,7 @@ def test_crop_of_padded_rows() -> None:
 
 def test_the_model_itself_is_left_alone() -> None:
     """Generating changes no parameter and no buffer."""
-    for setting in KINDS:
+    for setting in (KINDS[0], KINDS[-1]):
         model: nn.Module = decoder(GPT2, setting)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         run(model, 6, input_ids=prompt(1, 12), assistant_model=near(model, 0.1))

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 from cases import ModelCase, largest
-from decoders import BERT, GPT2, SETTINGS, Setting, all_kinds, all_settings, both, decoder, is_recurrent, prompt
+from decoders import (
+    BERT,
+    BY_NAME,
+    GPT2,
+    Setting,
+    all_kinds,
+    all_settings,
+    both,
+    decoder,
+    is_recurrent,
+    prompt,
+)
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -114,7 +125,7 @@ def test_no_graph_without_gradients(setting: Setting) -> None:
 @pytest.mark.parametrize("name", ["favor_plus", "lara-overlap", "eva"])
 def test_cache_filled_in_inference_mode(name: str) -> None:
     """`torch.inference_mode` makes tensors that autograd refuses to save: reading them without gradients works."""
-    model, ids = decoder(GPT2, next(s for s in SETTINGS if s.name == name)), prompt(2, 30)
+    model, ids = decoder(GPT2, BY_NAME[name]), prompt(2, 30)
     cache, found = DynamicCache(config=model.config), []
     with torch.inference_mode():
         for piece in (ids[:, :11], ids[:, 11:12]):

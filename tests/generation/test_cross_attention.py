@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import bert_config, largest
-from decoders import BERT, GPT2, TOLERANCE, Setting, all_kinds, decoder, is_recurrent, prompt
+from decoders import BERT, GPT2, TOLERANCE, Setting, all_kinds, decoder, is_recurrent, prompt, some_kinds
 from transformers import BertModel, DynamicCache, EncoderDecoderModel
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "no_repeat_ngram_size": 2}
@@ -32,7 +32,7 @@ def encoder_decoder(setting: Setting, layers: list[int] | None = None) -> Any:
     return model
 
 
-@all_kinds
+@some_kinds
 def test_encoder_decoder(setting: Setting) -> None:
     model, source = encoder_decoder(setting), prompt(2, 17)
     mask = torch.ones_like(source)
@@ -48,7 +48,7 @@ def test_encoder_decoder(setting: Setting) -> None:
     assert torch.equal(found, model.generate(source, attention_mask=mask, **beams, use_cache=False))
 
 
-@all_kinds
+@some_kinds
 def test_encoder_decoder_with_a_prompt(setting: Setting) -> None:
     """A given beginning of the answer, longer than a window, and a static cache."""
     model, source, begun = encoder_decoder(setting), prompt(2, 17), prompt(2, 21, seed=4)
@@ -67,7 +67,7 @@ def test_its_cache_is_recurrent(setting: Setting) -> None:
         assert is_recurrent(out.past_key_values.cross_attention_cache) == [False, False]
 
 
-@all_kinds
+@some_kinds
 def test_gpt2_with_cross_attention(setting: Setting) -> None:
     model = decoder(GPT2, setting, config={"add_cross_attention": True})
     ids, states = prompt(2, 15), encoder_states()

@@ -27,11 +27,11 @@ from decoders import (
 )
 from transformers import DynamicCache
 
-# Every setting in GPT-2; in BERT, whose attention is called another way, every kind.
+# Every setting in GPT-2; in BERT, whose attention is called another way, two kinds.
 CASES = [
     pytest.param(case, setting, id=f"{case.name}-{setting.name}")
     for case in DECODERS
-    for setting in (SETTINGS if case is GPT2 else KINDS)
+    for setting in (SETTINGS if case is GPT2 else (KINDS[0], KINDS[-1]))
 ]
 ALL = [pytest.param(case, setting, id=f"{case.name}-{setting.name}") for case in DECODERS for setting in SETTINGS]
 
@@ -51,7 +51,7 @@ def check_greedy(case: ModelCase, setting: Setting, tokens: int, new: int) -> No
 
     whole = whole_logits(model, cached)
     assert largest(cached_logits - whole[:, tokens - 1 : -1]) < TOLERANCE
-    assert all(len(set(row.tolist())) > 10 for row in cached[:, tokens:]), "too uniform a text to prove anything"
+    assert all(len(set(row.tolist())) > 8 for row in cached[:, tokens:]), "too uniform a text to prove anything"
     # The first tokens, far from any window, still count at the end.
     other = cached.clone()
     other[:, :4] = 3 + (other[:, :4] + 20) % (VOCAB - 3)
@@ -60,7 +60,7 @@ def check_greedy(case: ModelCase, setting: Setting, tokens: int, new: int) -> No
 
 @pytest.mark.parametrize(("case", "setting"), CASES)
 def test_greedy(case: ModelCase, setting: Setting) -> None:
-    check_greedy(case, setting, 45, 40)
+    check_greedy(case, setting, 45, 24)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_prompts_of_every_length(setting: Setting) -> None:
     """From one token to beyond two windows: states begin and end at every place of a window or chunk."""
     model = decoder(GPT2, setting)
     for tokens in (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17):
-        check_replay(model, *run(model, 10, input_ids=prompt(2, tokens)))
+        check_replay(model, *run(model, 9, input_ids=prompt(2, tokens)))
 
 
 @both

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import largest
-from decoders import GPT2, SETTINGS, Setting, all_settings, decoder, is_recurrent, prompt, run
+from decoders import BY_NAME, GPT2, Setting, all_settings, decoder, is_recurrent, prompt, run
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -63,7 +63,7 @@ def test_finite_at_large_inputs(setting: Setting, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["favor_plus", "favor_sharp", "lara-overlap", "eva"])
 def test_generates_in_half(name: str) -> None:
-    model = decoder(GPT2, next(s for s in SETTINGS if s.name == name)).bfloat16()
+    model = decoder(GPT2, BY_NAME[name]).bfloat16()
     out, logits = run(model, 30, input_ids=prompt(2, 20))
     assert out.shape == (2, 50)
     assert bool(logits.isfinite().all())
@@ -72,7 +72,7 @@ def test_generates_in_half(name: str) -> None:
 @pytest.mark.parametrize("name", ["favor_plus", "lara", "eva"])
 def test_under_autocast(name: str) -> None:
     """Keys may come in another type than the cache began with: it goes on, and stays near float32."""
-    model, ids = decoder(GPT2, next(s for s in SETTINGS if s.name == name)), prompt(2, 40)
+    model, ids = decoder(GPT2, BY_NAME[name]), prompt(2, 40)
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for piece in ids.split([20, 1, 1, 18], dim=1):

@@ -7,9 +7,9 @@ import torch
 from cases import ModelCase, largest
 from decoders import (
     BERT,
+    BY_NAME,
     GPT2,
     PAD,
-    SETTINGS,
     TOLERANCE,
     WINDOW,
     Setting,
@@ -20,6 +20,7 @@ from decoders import (
     decoder,
     left_padded,
     run,
+    some_kinds,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def test_rows_equal_their_unpadded_selves_in_bert(setting: Setting) -> None:
 
 
 @both
-@all_kinds
+@some_kinds
 def test_generated_alone(case: ModelCase, setting: Setting) -> None:
     """The same with `generate` on both sides, and without a cache."""
     model, batch = decoder(case, setting), left_padded([5, 0, 21], 30)
@@ -56,7 +57,7 @@ def test_generated_alone(case: ModelCase, setting: Setting) -> None:
 
 
 @both
-@all_kinds
+@some_kinds
 def test_mask_inferred_from_the_padding_token(case: ModelCase, setting: Setting) -> None:
     model, batch = decoder(case, setting), left_padded(PADDINGS, TOKENS)
     assert int((batch["input_ids"] == PAD).sum()) == sum(PADDINGS)
@@ -70,9 +71,9 @@ def test_mask_inferred_from_the_padding_token(case: ModelCase, setting: Setting)
 
 @pytest.mark.parametrize("name", ["favor_plus", "favor_plus-overlap", "lara-no-window", "eva", "eva-overlap"])
 def test_any_padding(name: str) -> None:
-    model = decoder(GPT2, next(setting for setting in SETTINGS if setting.name == name))
+    model = decoder(GPT2, BY_NAME[name])
 
-    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
     @given(st.lists(st.integers(0, 27), min_size=2, max_size=4), st.integers(28, 36))
     def check(paddings: list[int], tokens: int) -> None:
         check_replay(model, *run(model, 10, **left_padded(paddings, tokens)), paddings)
