@@ -13,7 +13,10 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention
-from hf_linattn.ops.eva.recurrent import EvaRecurrence, EvaState, eva_recurrence
+from hf_linattn.ops.eva import recurrent
+from hf_linattn.ops.eva import state as states
+from hf_linattn.ops.eva.recurrent import EvaRecurrence, eva_recurrence
+from hf_linattn.ops.eva.state import EvaState
 from hf_linattn.ops.recurrent.protocol import state_tensors
 
 BATCH, HEADS, DIM, VALUE_DIM = 3, 2, 3, 4
@@ -131,9 +134,9 @@ def test_steps_equal_pieces_of_one_token(options: dict[str, Any], sizes: list[in
     slow, second = read(recurrence, parts, [1] * tokens, is_fast=False)
     _, third = read(recurrence, parts, sizes, is_fast=False)
     assert_same(fast, slow)
-    for state in (second, third):
-        assert state.counts == first.counts
-        for ours, expected in zip(state_tensors(state), state_tensors(first), strict=True):
+    for other in (second, third):
+        assert other.counts == first.counts
+        for ours, expected in zip(state_tensors(other), state_tensors(first), strict=True):
             assert_same(ours, expected)
 
 
@@ -259,14 +262,31 @@ def test_half_precision_keeps_what_fits() -> None:
 
 
 @torch.no_grad()
-def test_more_tokens_than_there_is_room_for() -> None:
+def test_more_tokens_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Static shapes with too little room raise; nothing is dropped."""
     parts = inputs(60)
     recurrence = eva_recurrence(window_size=4, chunk_size=2, scaling=SCALING)
     read(recurrence, parts, [30] + [1] * 30, static_tokens=60)
-    for sizes in ([30] + [1] * 30, [60], [30, 30]):
+    cuts = ([30] + [1] * 30, [60], [30, 30])
+    for sizes in cuts:
+        with pytest.raises(InputError, match="room for the chunks of 40 tokens; got more.*max_chunks"):
+            read(recurrence, parts, sizes, static_tokens=40)
+    for module in (recurrent, states):
+        monkeypatch.setattr(module, "may_look", lambda _: False)  # as on a GPU
+    for sizes in cuts:
         with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
             read(recurrence, parts, sizes, static_tokens=40)
+
+
+@pytest.mark.parametrize("options", LONG)
+@torch.no_grad()
+def test_without_looking_at_values(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (recurrent, states):
+        monkeypatch.setattr(module, "may_look", lambda _: False)
+    parts, mask = inputs(60), torch.arange(60) >= torch.tensor([0, 7, 20])[:, None]
+    recurrence = eva_recurrence(**options, scaling=SCALING)
+    ours, _ = read(recurrence, parts, [10] + [1] * 20 + [5] + [1] * 25, mask, static_tokens=60)
+    assert_same(ours, whole(parts, mask, **options))
 
 
 @torch.no_grad()

@@ -149,9 +149,11 @@ def default_chunk(window_size: int) -> int:
     """Tokens of a chunk in the causal form: the largest divisor of the window up to 16.
 
     One mean key and one value for 16 pairs of them: with the window still less than an eighth of a cache of all keys
-    and values, from 2048 tokens on.
+    and values, from 2048 tokens on. A window without a divisor from 8 to 16 takes the next larger one, if it has one.
     """
-    return max((c for c in range(1, 17) if window_size % c == 0), default=1)
+    divisors = [c for c in range(1, window_size + 1) if window_size % c == 0]
+    best = max(c for c in divisors if c <= 16)
+    return best if best >= 8 else min((c for c in divisors if c > 16), default=best)
 
 
 def nominal_reach(window_size: int, chunking: str, to_the_left: bool) -> int:

@@ -11,51 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
 from ..exact import compute_dtype, scale_inputs
 from ..layout import Blocks
-from ..recurrent.near import Counts, Near, Window
+from ..recurrent.near import Near, Window
 from ..slots import mask_logits
 from ..tokens import prepare
-from .bounded import Past, merge_all, merge_summaries
 from .chunks import MeanMap, Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import Chunks, Cutting
-
-
-@dataclass(frozen=True)
-class EvaState:
-    """What is kept of the tokens seen so far.
-
-    Args:
-        near: The tokens of the window, with their queries where proposals are made of them.
-        chunks: Mean keys (scaled), values, log-weights and spreads of chunks before it, `[batch, heads, places(,
-            head_dim)]`, in the dtypes of keys and values. A row's first places are filled; with `max_chunks` the last.
-        counts: Chunks of every row, unless they are bounded; a tensor `[batch]` with static shapes.
-        older: With `max_chunks` what is older than `chunks`, as one, in at least float32; else `None`.
-    """
-
-    near: Near
-    chunks: Summaries
-    counts: Counts
-    older: Summaries | None
-
-    def rows(self, index: Tensor) -> EvaState:
-        """Pick rows, as beam search does."""
-        if isinstance(self.counts, Tensor):
-            counts: Counts = self.counts.index_select(0, index)
-        elif len(set(self.counts)) < 2:
-            counts = self.counts[:1] * index.shape[0]
-        else:
-            counts = tuple(self.counts[row] for row in index.tolist())
-
-        def pick(z: Tensor) -> Tensor:
-            return z.index_select(0, index)
-
-        older = None if self.older is None else self.older.map(pick)
-        return EvaState(self.near.rows(index), self.chunks.map(pick), counts, older)
+from .state import EvaState, may_look
 
 
 def eva_recurrence(
@@ -76,7 +42,8 @@ def eva_recurrence(
     """The recurrent form of `eva_attention(..., is_causal=True)` with the same options, without noise.
 
     Raises: UnsupportedError without a `chunk_size`: all chunks would change with every token. InputError for a
-        `window_bias` that is not `[heads or 1, window_size, slots]`, and as `eva_attention`.
+        `window_bias` that is not `[heads or 1, window_size, slots]`, and as `eva_attention`; later on for more tokens
+        than a state with static shapes has room for (compiled, or on a GPU, PyTorch's error of an index).
     """
     if chunk_size is None:
         raise UnsupportedError(
@@ -130,21 +97,8 @@ class EvaRecurrence:
             with_queries=self.keeps_queries,
             static_places=self.window.places if is_static else None,
         )
-        places = bound or (self.window.passed(static_tokens) // self._chunk if static_tokens is not None else 0)
-        counts: Counts = ()
-        if bound is None:  # not the very tensor of `near`: with static shapes each is written to
-            counts = near.counts.clone() if isinstance(near.counts, Tensor) else near.counts
-        wide = compute_dtype(key, key, value)
-
-        def empty(places: int, key: Tensor, value: Tensor) -> Summaries:
-            lead = (*key.shape[:2], places)
-            weight = key.new_full(lead, float("-inf"), dtype=wide)
-            keys = key.new_zeros(*lead, key.shape[-1])
-            spread = torch.zeros_like(keys) if self.summarise.weighting == "spread" else None
-            return Summaries(keys, value.new_zeros(*lead, value.shape[-1]), weight, spread)
-
-        older = None if bound is None else empty(1, key.to(wide), value.to(wide))
-        return EvaState(near, _kept(empty(places, key, value), near), counts, older)
+        places = bound or (-(-static_tokens // self._chunk) if static_tokens is not None else 0)
+        return EvaState.empty(near, places, bound, has_spread=self.summarise.weighting == "spread")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState) -> Tensor:
         """What the last tokens read, in the parallel form.
@@ -165,7 +119,7 @@ class EvaRecurrence:
             self.summarise,
             window_bias=self.window_bias,
             dropout=self.dropout,
-            past=_past(state, torch.promote_types(dtype, torch.float32)),
+            past=state.past(torch.promote_types(dtype, torch.float32)),
         )
         output = tokens.finish(estimate)
         return output[:, :, output.shape[2] - query.shape[2] :].to(query.dtype)
@@ -179,7 +133,7 @@ class EvaRecurrence:
             return EvaState(near, state.chunks, state.counts, state.older)
         number = None if passed.filled is None else passed.filled // self._chunk
         fresh = self._summaries(passed.query, passed.key, passed.value)
-        return self._take_in(near, state, fresh, number)
+        return state.grown(near, fresh, number, self._chunk)
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, state: EvaState, valid: Tensor | None = None
@@ -200,7 +154,7 @@ class EvaRecurrence:
         mask = near.mask()
         logits = mask_logits(logits, None if mask is None else mask[:, None, None])
         groups = [(logits, near.value.to(dtype))]
-        far = [_past(state, dtype).together(), *self._inside(near)]
+        far = [state.past(dtype).together(), *self._inside(near)]
         x = query.to(dtype) * self.scaling**0.5
         groups += [_read(x, chunks) for chunks in far if chunks.value.shape[2]]
         output = _joint(groups)
@@ -240,12 +194,14 @@ class EvaRecurrence:
         rows = near.full(self.window)
         if rows is not None and not rows:
             return state
+        if rows is None and may_look(near.key) and not bool((near.count() == self.window.places).any()):
+            return state
         parts = (near.query, near.key, near.value)
         fresh = self._summaries(*(None if z is None else z[:, :, :size] for z in parts))  # type: ignore[arg-type]
         number = None
         if rows is None or len(rows) < near.key.shape[0]:
             number = (near.count() == self.window.places).long() * (size // self._chunk)
-        return self._take_in(near.drop(self.window, rows), state, fresh, number)
+        return state.grown(near.drop(self.window, rows), fresh, number, self._chunk)
 
     # -- summaries --------------------------------------------------------------------------------------------------
     def _summaries(self, query: Tensor | None, key: Tensor, value: Tensor) -> Summaries:
@@ -257,79 +213,6 @@ class EvaRecurrence:
         x = query.to(dtype) * root if query is not None and self.keeps_queries else None
         chunks = Chunks(blocks.split, member, None, blocks.num_blocks)
         return self.summarise(x, key.to(dtype) * root, value.to(dtype), chunks)
-
-    def _take_in(self, near: Near, state: EvaState, fresh: Summaries, number: Tensor | None) -> EvaState:
-        """The state with new chunks, of every row the first `number` `[batch]` (`None`: all), and what is near now."""
-        if number is not None:
-            fresh = fresh.first(number)
-        if state.older is not None:
-            return self._roll(near, state, fresh, number)
-        new, counts = fresh.value.shape[2], state.counts
-        fresh = _kept(fresh, near)
-        if not isinstance(counts, Tensor):
-            added = [new] * len(counts) if number is None else number.tolist()
-            if number is None and len(set(counts)) == 1:
-                return EvaState(near, state.chunks.then(fresh), tuple(c + new for c in counts), None)
-            counts_now: Counts = tuple(c + n for c, n in zip(counts, added, strict=True))
-            places = max(counts_now)
-            counts = torch.tensor(counts, device=near.key.device)
-        else:
-            counts_now, places = counts + (new if number is None else number), state.chunks.value.shape[2]
-        index = counts[:, None] + torch.arange(new, device=counts.device)
-        # Beyond the room that there is: an index that raises. What is no chunk goes to one place behind all others.
-        index = torch.where(index < places, index, places + 1)
-        if number is not None:
-            index = torch.where(torch.arange(new, device=index.device) < number[:, None], index, places)
-        chunks = _write(state.chunks, fresh, index, places)
-        return EvaState(near, chunks, counts_now, None)
-
-    def _roll(self, near: Near, state: EvaState, fresh: Summaries, number: Tensor | None) -> EvaState:
-        """`_take_in` with a bounded number: as many of the earliest as are new move into the oldest summary."""
-        wide, bound, new = fresh.value.dtype, self.cutting.max_chunks, fresh.value.shape[2]
-        assert bound is not None and state.older is not None  # noqa: PT018
-        row = state.chunks.map(lambda z: z.to(wide)).then(fresh)
-        if number is None:
-            gone, kept = row.map(lambda z: z[:, :, :new]), row.map(lambda z: z[:, :, new:].clone())
-        else:
-            gone = row.map(lambda z: z[:, :, :new]).first(number)
-            index = number[:, None] + torch.arange(bound, device=number.device)
-
-            def take(z: Tensor) -> Tensor:
-                return z.gather(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1]))
-
-            kept = row.map(take)
-        older = merge_summaries(state.older, merge_all(gone))
-        return EvaState(near, _kept(kept, near), state.counts, older)
-
-
-def _past(state: EvaState, dtype: torch.dtype) -> Past:
-    return Past(state.chunks.map(lambda z: z.to(dtype)), state.older)
-
-
-def _kept(chunks: Summaries, near: Near) -> Summaries:
-    """In the dtypes of keys and values. Variances of keys that fit into float16 need not: they take bfloat16."""
-    spread = chunks.spread
-    if spread is not None:
-        spread = spread.to(torch.bfloat16 if near.key.dtype == torch.float16 else near.key.dtype)
-    return Summaries(chunks.key_mean.to(near.key.dtype), chunks.value.to(near.value.dtype), chunks.log_weight, spread)
-
-
-def _write(chunks: Summaries, fresh: Summaries, index: Tensor, places: int) -> Summaries:
-    """`fresh` at the places `index` `[batch, new]`, of which `places` means none."""
-    own = chunks.value.shape[2]
-
-    def write(z: Tensor, new: Tensor, empty: float = 0.0) -> Tensor:
-        room = F.pad(z, (0, 0, 0, places + 1 - own), value=empty)
-        where = index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[-1])
-        return room.scatter(2, where, new)[:, :, :places].clone()
-
-    weight = write(chunks.log_weight.unsqueeze(-1), fresh.log_weight.unsqueeze(-1), float("-inf"))
-    spread = None
-    if chunks.spread is not None and fresh.spread is not None:
-        spread = write(chunks.spread, fresh.spread)
-    return Summaries(
-        write(chunks.key_mean, fresh.key_mean), write(chunks.value, fresh.value), weight.squeeze(-1), spread
-    )
 
 
 def _read(x: Tensor, chunks: Summaries) -> tuple[Tensor, Tensor]:
