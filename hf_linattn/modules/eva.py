@@ -21,6 +21,7 @@ from .defaults import CONVENTIONS
 from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
 from .registry import AttentionKind, register_kind
 
+AUTO = "auto"
 RELATIVE_POSITIONS = ("none", "table", "t5")
 
 
@@ -31,8 +32,9 @@ class EvaConfig(AttentionConfig):
     Args:
         num_chunks: Upper bound of the number of chunks in a bidirectional layer. "published" chunking: chunks have
             `tokens // num_chunks` tokens, also in a causal layer without `chunk_size`.
-        chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`. `None` only with "published"
-            chunking: a prefix then does not give what it gives inside a longer sequence.
+        chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`; "auto" is the largest up to 16.
+            `None` only with "published" chunking: a prefix then does not give what it gives inside a longer sequence,
+            and there is no cache of constant cost.
         max_chunks: In a causal layer with "exclusive" chunking, how many chunks a query reads singly, the latest ones;
             what came before is one summary. The cost per token, and the cache, then do not grow with the context.
             `None`: all of them singly.
@@ -61,7 +63,7 @@ class EvaConfig(AttentionConfig):
     kind = "eva"
 
     num_chunks: int = 128
-    chunk_size: int | None = 16
+    chunk_size: int | str | None = AUTO
     max_chunks: int | None = None
     proposals: str | None = None
     weighting: str | None = None
@@ -74,11 +76,20 @@ class EvaConfig(AttentionConfig):
     noise_scale: str | None = None
     conventions: str = "corrected"
 
+    def filled(self, defaults: Mapping[str, Any]) -> EvaConfig:
+        config = super().filled(defaults)
+        if config.chunk_size == AUTO and config.window_size:
+            config = config.replace(chunk_size=default_chunk(config.window_size))
+        return config
+
     def validate(self) -> None:
         super().validate()
         self._check_int("window_size", minimum=1, optional=True)
         self._check_int("num_chunks", minimum=1)
-        self._check_int("chunk_size", minimum=1, optional=True)
+        if self.chunk_size != AUTO:
+            if isinstance(self.chunk_size, str):
+                self._fail("chunk_size", f"an integer >= 1, {AUTO!r} or None")
+            self._check_int("chunk_size", minimum=1, optional=True)
         self._check_int("max_chunks", minimum=1, optional=True)
         self._check_choice("proposals", PROPOSALS, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
@@ -123,11 +134,11 @@ class EvaAttention(LinearAttention):
                 f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
                 " Set chunking='exclusive'."
             )
-        if shape.is_causal and config.chunk_size is not None and window % config.chunk_size:
+        if isinstance(config.chunk_size, int) and shape.is_causal and window % config.chunk_size:
             raise ConfigError(
                 f"EvaConfig.chunk_size must divide window_size in a causal layer; got"
                 f" chunk_size={config.chunk_size!r} and window_size={window!r}. Set"
-                f" chunk_size={default_chunk(window)}, say."
+                f" chunk_size={default_chunk(window)}, or {AUTO!r}."
             )
 
     @classmethod
@@ -148,11 +159,17 @@ class EvaAttention(LinearAttention):
         # Without a length of their own, chunks change with every token.
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
+    @staticmethod
+    def _chunk(config: EvaConfig) -> int | None:
+        """`chunk_size` as a number: of filled-in settings, which a layer has."""
+        assert not isinstance(config.chunk_size, str)
+        return config.chunk_size
+
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
         config, state = self.config, self._tensors()
         return eva_recurrence(
             window_size=config.window_size or 1,
-            chunk_size=config.chunk_size,
+            chunk_size=self._chunk(config),
             overlap_window=config.overlap_window,
             chunking=config.chunking or "exclusive",
             max_chunks=config.max_chunks,
@@ -176,7 +193,7 @@ class EvaAttention(LinearAttention):
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            chunk_size=config.chunk_size if inputs.is_causal else None,
+            chunk_size=cls._chunk(config) if inputs.is_causal else None,
             max_chunks=config.max_chunks,
             **choices,
             query_map=proposal_map(state, "query"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_linattn.errors import ConfigError, InputError, UnsupportedError
 from hf_linattn.functional import eva_attention
 from hf_linattn.modules.base import LayerShape
+from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.bounded import latest_chunks
 from hf_linattn.ops.eva.chunks import Summaries
@@ -305,15 +306,17 @@ def test_layers_have_the_option() -> None:
         EvaAttention(config, LayerShape(2, 4))
     with pytest.raises(ConfigError, match="max_chunks must be None with chunking='published'; got 2"):
         EvaAttention(config.replace(chunking="published"), LayerShape(2, 4, is_causal=True))
-    with pytest.raises(ConfigError, match="chunk_size=16 and window_size=24. Set chunk_size=12, say"):
-        EvaAttention(EvaConfig(window_size=24), LayerShape(2, 4, is_causal=True))
+    with pytest.raises(ConfigError, match="chunk_size=16 and window_size=24. Set chunk_size=12, or 'auto'"):
+        EvaAttention(EvaConfig(window_size=24, chunk_size=16), LayerShape(2, 4, is_causal=True))
 
 
 def test_default_chunks() -> None:
     """16 tokens: two vectors for 16 pairs are an eighth of a cache of keys and values with room for the window."""
     q, k, v = inputs(90)
-    assert EvaConfig().chunk_size == 16
+    assert resolve(EvaConfig(), "decoder").chunk_size == 16
+    assert resolve(EvaConfig(window_size=8), "decoder").chunk_size == 8
+    assert resolve(EvaConfig(chunk_size=None, conventions="published"), "decoder").chunk_size is None
     assert_same(eva_attention(q, k, v, is_causal=True), eva_attention(q, k, v, is_causal=True, chunk_size=16))
-    for window, chunk in ((8, 8), (32, 16), (24, 12), (7, 7), (17, 1)):
+    for window, chunk in ((8, 8), (32, 16), (24, 12), (7, 7), (17, 17), (34, 17), (9, 9)):
         options = {"window_size": window, "is_causal": True}
         assert_same(eva_attention(q, k, v, **options), eva_attention(q, k, v, chunk_size=chunk, **options))
