@@ -132,9 +132,18 @@ def test_a_table_of_one_row_and_no_change(method: str) -> None:
     row = table_of(model).weight.detach().clone()
     extend_positions(model, 3, method=method)
     assert torch.equal(table_of(model).weight, row.expand(3, -1))
+    weight = table_of(model).weight
+    weight.grad = gradient = torch.ones_like(weight)
     before = snapshot(model)
     assert extend_positions(model, 3, method=method) is model
     assert repr(snapshot(model)) == repr(before)
+    assert weight.grad is gradient
+
+
+def test_tiles_unless_told_otherwise() -> None:
+    model = GPT2.build()
+    old = table_of(model).weight.detach().clone()
+    assert torch.equal(table_of(extend_positions(model, NEW)).weight, expected(old, NEW, "tile"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -266,6 +275,13 @@ def test_training(case: Any) -> None:
     logits_of(model, tokens(NEW)).square().sum().backward()
     optimizer.step()  # no state yet: it holds the same parameter
     assert bool((weight != before).any(dim=1).all())
+
+    started = torch.optim.AdamW([weight])
+    started.step()
+    extend_positions(model, NEW + 1)
+    logits_of(model, tokens(NEW)).square().sum().backward()
+    with pytest.raises(RuntimeError, match="size"):  # its state has the old shape: not silently another table
+        started.step()
 
     frozen = case.build()
     table_of(frozen).weight.requires_grad_(False)
