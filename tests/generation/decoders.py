@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM, BertLMHeadModel, GPT2LMHeadModel
 
 import hf_linattn
 from hf_linattn.integrations.attach import family_layers
-from hf_linattn.modules.eva import EvaConfig
 
 WINDOW = 8
 TOLERANCE = 1e-4  # of logits of a few units, in float32
@@ -45,6 +43,7 @@ class Setting(NamedTuple):
     changes: dict[str, Any]
 
 
+QUERIES_AND_SPREAD = {"proposals": "sum", "weighting": "spread"}
 SETTINGS = [
     Setting("favor_plus", "favor_plus", {}),
     Setting("favor_plus-no-window", "favor_plus", {"window_size": 0}),
@@ -60,9 +59,11 @@ SETTINGS = [
     Setting("eva-published", "eva", {"chunking": "published"}),
     Setting("eva-spread-table", "eva", {"weighting": "spread", "relative_position": "table"}),
     Setting("eva-overlap-t5", "eva", {"overlap_window": True, "relative_position": "t5"}),
+    Setting("eva-queries", "eva", {"proposals": "sum"}),
+    Setting("eva-conventions", "eva", {"conventions": "published", "overlap_window": True}),
+    Setting("eva-bounded", "eva", {"max_chunks": 3}),
+    Setting("eva-bounded-queries", "eva", {"max_chunks": 2, "overlap_window": True, **QUERIES_AND_SPREAD}),
 ]
-if "max_chunks" in {field.name for field in dataclasses.fields(EvaConfig)}:
-    SETTINGS.append(Setting("eva-bounded", "eva", {"max_chunks": 3}))
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 KINDS = [setting for setting in SETTINGS if setting.name == setting.kind]
 
@@ -76,6 +77,7 @@ QUICK = {
     "eva",
     "eva-bounded",
     "eva-overlap-t5",
+    "eva-queries",
 }
 
 

@@ -65,9 +65,10 @@ def near(model: Any, scale: float) -> Any:
 
 def check_assisted(model: Any, cropped: list[int], tokens: int = 21, **options: Any) -> None:
     ids = options.pop("input_ids", prompt(1, tokens))
-    alone, _ = run(model, NEW, input_ids=ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # not guessed from what is generated
+    alone, _ = run(model, NEW, **inputs)
     with query_lengths(model) as lengths:
-        assisted, _ = run(model, NEW, input_ids=ids, **options)
+        assisted, _ = run(model, NEW, **inputs, **options)
     assert torch.equal(assisted, alone)
     assert any(length > 1 for length in lengths[1:]), "nothing was guessed"
     assert len(lengths) < NEW, "no guess was right: the test proves little"

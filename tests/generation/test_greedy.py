@@ -111,10 +111,10 @@ def test_bytes_of_a_state(setting: Setting) -> None:
     if setting.kind != "eva" or "max_chunks" in setting.changes:
         assert early == late
         return
-    chunk, width = 4, 2 * 32 * 4  # a key and a value of every head, in float32
-    chunks = 2 * (387 - 67) // chunk
-    for small, large in zip(early, late, strict=True):
-        assert 0 < (large - small) / chunks < 1.5 * width
+    # Of every head a key, a value, perhaps a spread, and a weight, in float32, for chunks of 4 tokens in 2 rows.
+    vectors = 3 if setting.changes.get("weighting") == "spread" else 2
+    expected = 2 * (387 - 67) // 4 * (vectors * 32 + 4) * 4
+    assert [large - small for small, large in zip(early, late, strict=True)] == [expected] * 2
 
 
 @all_settings
