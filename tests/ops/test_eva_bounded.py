@@ -222,9 +222,9 @@ def test_slot_dropout_drops_summaries_only() -> None:
     torch.manual_seed(0)
     out = eva_attention(q, k, v, slot_dropout=0.5, **options)[0, 0, :, 0]
     assert torch.equal(out[:4], torch.ones(4))  # the window's own keys
-    assert out[20:].unique().numel() > 1
     assert torch.isfinite(out).all()
     plain = eva_attention(q, k, v, **options)[0, 0, :, 0]
+    assert not torch.isclose(out[12:], plain[12:]).all()  # where not all chunks are read singly
     expected = 20 / torch.arange(21, 25)  # every key counts once
     torch.testing.assert_close(plain[20:], expected)
 

@@ -119,8 +119,13 @@ def test_pieces_equal_the_whole(
     recurrence = eva_recurrence(**options, scaling=SCALING)
     ours, state = read(recurrence, parts, sizes, mask, static_tokens=sum(sizes) if is_static else None)
     assert_same(ours, whole(parts, mask, **options))
+    storages = set()
     for tensor in state_tensors(state):
         assert not torch.isnan(tensor).any()
+        # A view would keep all of what it is a view of; and tensors that are written to must not be the same.
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        storages.add(tensor.untyped_storage().data_ptr() if tensor.numel() else len(storages))
+    assert len(storages) == len(list(state_tensors(state)))
 
 
 @quick
@@ -167,7 +172,7 @@ def test_one_by_one_over_many_windows(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", LONG)
 @torch.no_grad()
 def test_rows_can_be_picked(options: dict[str, Any]) -> None:
-    parts, mask = inputs(60), torch.arange(60) >= torch.tensor([0, 7, 20])[:, None]
+    parts, mask = inputs(60), torch.arange(60) >= torch.tensor([20, 7, 0])[:, None]
     recurrence, index = eva_recurrence(**options, scaling=SCALING), torch.tensor([2, 0, 2, 1])
     expected = whole([z[index] for z in parts], mask[index], **options)
     for static_tokens in (None, 60):
@@ -192,6 +197,12 @@ def test_gradients_reach_what_was_absorbed(options: dict[str, Any]) -> None:
     for given_mask in (None, mask):
         for ours, expected in zip(gradients([13, 1, 7, 19], given_mask), gradients(None, given_mask), strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+def test_tensors_that_are_written_to_are_not_shared() -> None:
+    for _, options in long_rows():
+        state = eva_recurrence(**options, scaling=SCALING).start(*inputs(5)[1:], static_tokens=30)
+        assert len({z.data_ptr() for z in state_tensors(state)}) == len(list(state_tensors(state)))
 
 
 @torch.no_grad()
@@ -225,6 +236,22 @@ def test_an_eighth_of_a_cache_of_keys_and_values() -> None:
                 stored = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes() for z in state_tensors(state)}
                 assert sum(stored.values()) <= 2 * parts[1].nbytes / 8
                 assert state.chunks.key_mean.dtype == state.chunks.value.dtype == dtype
+
+
+@torch.no_grad()
+def test_slot_dropout_drops_earlier_chunks_too() -> None:
+    """Exact keys are never dropped: the window's values are 0, those of all chunks 1."""
+    zero, one = torch.zeros(1, 1, 16, 2), torch.ones(1, 1, 16, 2)
+    for bound in (None, 2):
+        shared: dict[str, Any] = {"window_size": 4, "chunk_size": 2, "max_chunks": bound, "scaling": 1.0}
+        recurrence = eva_recurrence(**shared, slot_dropout=0.5)
+        state = recurrence.absorb(zero, zero, one, None, recurrence.start(zero, one))
+        torch.manual_seed(0)
+        new = zero[:, :, :1]
+        seen = torch.cat([recurrence.attend(new, new, new, None, state) for _ in range(20)]).unique()
+        assert seen.numel() > 1
+        plain = eva_recurrence(**shared).attend(new, new, new, None, state)
+        torch.testing.assert_close(plain, torch.full_like(plain, 16 / 17))
 
 
 @torch.no_grad()

@@ -144,9 +144,6 @@ class EvaRecurrence:
             valid: `[batch]`, False for a row whose token is padding; static shapes only.
         """
         dtype = compute_dtype(query, key, value)
-        if valid is not None:  # inf or NaN in the padding must not get into the state
-            real = valid[:, None, None, None]
-            query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
         near = state.near.append(query if self.keeps_queries else None, key, value, valid)
         logits = (query.to(dtype) * self.scaling) @ near.key.to(dtype).transpose(-1, -2)
         if self.window_bias is not None:

@@ -75,8 +75,6 @@ class EvaState:
 
         Raises: InputError for more than there is room for, with static shapes.
         """
-        if number is not None:
-            fresh = fresh.first(number)
         if self.older is not None:
             return self._rolled(near, fresh, number)
         new, counts = fresh.value.shape[2], self.counts
