@@ -39,8 +39,9 @@ class EvaConfig(AttentionConfig):
             what came before is one summary. The cost per token, and the cache, then do not grow with the context.
             `None`: all of them singly.
         proposals: Where a chunk's proposal stands: "sum" (mean query + mean key), "mean" (half of that), "key" (mean
-            key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders,
-            whose cache keeps keys only.
+            key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders:
+            a stock cache, as native mode has, keeps keys only. (The state of a converted layer keeps the queries of
+            its window where they are needed.)
         weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query; "none"
             not at all.
         chunking: "exclusive" (every key counts once) or "published" (all chunks are visible, also those that the
@@ -56,8 +57,8 @@ class EvaConfig(AttentionConfig):
         sample_noise: Add standard normal noise to the proposals in training.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
         conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: generate with
-            `use_cache=False`, or set proposals="key".
+            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: in native mode generate
+            with `use_cache=False`, or set proposals="key".
     """
 
     kind = "eva"
