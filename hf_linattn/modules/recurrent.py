@@ -7,21 +7,41 @@ a cache), and while recording until `crop` (assisted decoding takes tokens back)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..ops.exact import compute_dtype
 from ..ops.recurrent.near import Window
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
 from ..ops.recurrent.slots import Basis, SlotRecurrence
+from .config import AttentionConfig
 
-if TYPE_CHECKING:
-    from .base import LinearAttention
-    from .config import AttentionConfig
+
+class Layer(Protocol):
+    """What a memory asks of the attention layer that it belongs to (`modules.base.LinearAttention`)."""
+
+    @property
+    def config(self) -> AttentionConfig: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+    training: bool
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]: ...
+
+    def read(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, scaling: float
+    ) -> Tensor: ...
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ class RecurrentMemory:
     # -- reading and taking in --------------------------------------------------------------------------------------
     def advance(
         self,
-        layer: LinearAttention,
+        layer: Layer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -143,7 +163,7 @@ class RecurrentMemory:
             self._held = None
             self._store(recurrence.absorb(held.query, held.key, held.value, held.mask, self.state))
 
-    def _recurrence_of(self, layer: LinearAttention, query: Tensor, scaling: float, *, keep: bool) -> Recurrence[Any]:
+    def _recurrence_of(self, layer: Layer, query: Tensor, scaling: float, *, keep: bool) -> Recurrence[Any]:
         """The layer's recurrent form, made again only when something it is made of has changed."""
         if torch.compiler.is_compiling():
             return self._recurrence or layer.recurrence(query, scaling=scaling)
@@ -155,7 +175,7 @@ class RecurrentMemory:
             self._made_from = made_from if keep else None
         return self._recurrence
 
-    def _check(self, layer: LinearAttention, query: Tensor, key: Tensor) -> None:
+    def _check(self, layer: Layer, query: Tensor, key: Tensor) -> None:
         if not layer.shape.is_causal:
             raise UnsupportedError(
                 "Only a causal layer can read a sequence piece by piece; this one sees later tokens."
@@ -316,7 +336,7 @@ def window_of(config: AttentionConfig) -> Window:
 
 
 def slot_recurrence(
-    layer: LinearAttention, basis: Basis, num_slots: int, *, scaling: float, in_half: tuple[str, ...] = ()
+    layer: Layer, basis: Basis, num_slots: int, *, scaling: float, in_half: tuple[str, ...] = ()
 ) -> SlotRecurrence:
     """The recurrent form of a layer that reads through slots."""
     return SlotRecurrence(
