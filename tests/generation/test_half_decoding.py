@@ -9,7 +9,7 @@ import torch
 from cases import largest
 from decoders import BY_NAME, GPT2, Setting, all_settings, decoder, is_recurrent, prompt, run
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 HALVES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (torch.bfloat16, torch.float16)]
 
@@ -81,13 +81,16 @@ def test_under_autocast(name: str) -> None:
     assert largest(torch.cat(found, dim=1) - whole) < 0.2
 
 
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @all_settings
-def test_slots_stay_in_float32(setting: Setting) -> None:
+def test_slots_stay_in_float32(setting: Setting, is_static: bool) -> None:
     """A sum over thousands of tokens would stop growing in half precision."""
     model = decoder(GPT2, setting)
     sizes = []
     for dtype in (torch.float32, torch.bfloat16):
-        cache = DynamicCache(config=model.config)
+        cache: Any = DynamicCache(config=model.config)
+        if is_static:
+            cache = StaticCache(config=model.config, max_cache_len=80)
         with torch.no_grad():
             model.to(dtype)(prompt(2, 64), past_key_values=cache)
         assert is_recurrent(cache) == [True, True]
