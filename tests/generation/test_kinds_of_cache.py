@@ -26,6 +26,8 @@ from decoders import (
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
+from hf_linattn.ops.recurrent.protocol import state_tensors
+
 PADDINGS = [0, 3, 20]
 
 
@@ -75,6 +77,25 @@ def test_static_by_hand(setting: Setting) -> None:
         assert int(cache.get_seq_length()) == 40
         cache.reset()
         assert int(cache.get_seq_length()) == 0
+
+
+@all_settings
+def test_static_tensors_stay_where_they_are(setting: Setting) -> None:
+    """A captured graph reads and writes addresses."""
+    model, ids = decoder(GPT2, setting), prompt(2, 40)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+
+    def places() -> list[tuple[int, torch.Size]]:
+        tensors = [t for layer in cache.layers for t in state_tensors(layer.memory.state)]
+        return [(t.data_ptr(), t.shape) for t in tensors]
+
+    read(model, cache, ids[:, :11], [11])
+    before = places()
+    assert len(before) > 4
+    read(model, cache, ids[:, 11:], [1] * 20 + [9])
+    assert places() == before
+    cache.reset()
+    assert places() == before
 
 
 @all_kinds
