@@ -74,6 +74,10 @@ class RecurrentLayer(CacheLayerMixin):
         self._is_pending = True
         return key_states, value_states
 
+    def retract(self) -> None:
+        """Undo `update`: the call was refused before anything was read."""
+        self._is_pending = False
+
     def attend(
         self,
         layer: LinearAttention,

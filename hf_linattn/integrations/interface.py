@@ -78,7 +78,12 @@ def attend(
     """
     recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
     if recurrent is not None:
-        attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
+        try:
+            attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
+        except InputError:
+            if module.layer_idx == 0:  # no layer before it has taken the tokens in
+                recurrent.retract()
+            raise
     attention_mask = token_mask(attention_mask, query.device)
     check_mask(attention_mask)
     check_kwargs(kind, kwargs)

@@ -99,6 +99,8 @@ class LinearAttention(nn.Module):
         self.config = config
         self.shape = shape
         self._is_calibrated = False
+        # How often directions or statistics have got new values: a state made with the old ones is of no use then.
+        self.revision = 0
         for name, spec in self.state_spec(config, shape).items():
             if spec.learned:
                 self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
@@ -165,7 +167,7 @@ class LinearAttention(nn.Module):
             return
         for name, tensor in self.initial_state().items():
             own[name].copy_(tensor)
-        self.note_calibration()
+        self.note_new_buffers()
 
     def forward(
         self,
@@ -240,13 +242,18 @@ class LinearAttention(nn.Module):
                     f" { {k: tuple(v.shape) for k, v in self._buffers.items() if v is not None} }."
                 )
             buffer.copy_(value)
-        self.note_calibration()
+        self.note_new_buffers()
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the layer has the statistics it needs (True if it needs none). May read a value."""
         count = self._buffers.get("calibrated_tokens")
         return count is None or (not count.is_meta and bool(count))
+
+    def note_new_buffers(self) -> None:
+        """To be called when buffers have got other values."""
+        self.revision += 1
+        self.note_calibration()
 
     def note_calibration(self) -> None:
         """Remember whether the layer is calibrated, after its buffers have changed: known then while compiling."""
@@ -269,7 +276,7 @@ class LinearAttention(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.note_calibration()
+        self.note_new_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
         # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.

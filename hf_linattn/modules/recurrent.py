@@ -7,6 +7,8 @@ a cache), and while recording until `crop` (assisted decoding takes tokens back)
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +34,7 @@ class Layer(Protocol):
     def shape(self) -> Any: ...
 
     training: bool
+    revision: int  # how often directions or statistics have changed
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
@@ -93,12 +96,19 @@ class RecurrentMemory:
         self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
         self._seen = 0
         self._settings: Any = None
+        self._revision: tuple[weakref.ref[Layer], int] | None = None
         self._recurrence: Recurrence[Any] | None = None
         self._made_from: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do without what follows from the layer."""
-        return {**self.__dict__, "_recurrence": None, "_made_from": None}
+        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_revision": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentMemory:
+        twin = type(self)(static_tokens=self.static_tokens)
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        twin._revision = self._revision
+        return twin
 
     # -- reading and taking in --------------------------------------------------------------------------------------
     def advance(
@@ -127,6 +137,7 @@ class RecurrentMemory:
             is_new = self.state is None
             if is_new:
                 self._settings = (layer.config, layer.shape)
+                self._revision = (weakref.ref(layer), layer.revision)
                 self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
                 self._make_static()
             elif not self.is_recording:
@@ -191,6 +202,13 @@ class RecurrentMemory:
             raise InputError(
                 f"This memory belongs to another layer: it was filled with {self._settings[1]} and"
                 f" {self._settings[0]}, and is now given to {layer.shape} and {layer.config}. Start with a new cache."
+            )
+        known = None if torch.compiler.is_compiling() else self._revision
+        if known is not None and known[0]() is layer and known[1] != layer.revision:
+            raise InputError(
+                f"The directions or statistics of layer {layer.shape.layer_idx} have changed (a redraw, a calibration,"
+                " other weights) since it read the first tokens, and what it remembers of them was made with the old"
+                " ones. Start with a new cache."
             )
         if key.shape[0] != self.batch:
             raise InputError(

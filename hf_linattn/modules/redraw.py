@@ -67,6 +67,7 @@ def set_training_step(layer: LinearAttention, step: int) -> bool:
         return False
     for name, spec in redrawn.items():
         buffers[name].copy_(spec.redraw(count))
+    layer.note_new_buffers()
     if known is None:
         layer.register_load_state_dict_post_hook(forget)
     layer._redraw_count = count
