@@ -198,11 +198,14 @@ def fill_at_random(model: PreTrainedModel, ids: Tensor) -> Any:
     return cache
 
 
-def held_bytes(*things: Any) -> int:
+def held_bytes(*things: Any, model: nn.Module | None = None) -> int:
     """Bytes of all tensors that can be reached from the things given, memory that several of them share once.
 
-    Reached are attributes, dataclass fields and the members of tuples, lists and dictionaries, but not modules.
+    Reached are attributes, dataclass fields and the members of tuples, lists and dictionaries, but not modules. What
+    `model` holds itself does not count.
     """
+    own = () if model is None else (*model.parameters(), *model.buffers())
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
     storages: dict[int, int] = {}
     seen: dict[int, Any] = {}  # keeps what it has seen, so that no id is used twice
     waiting = list(things)
@@ -222,7 +225,7 @@ def held_bytes(*things: Any) -> int:
             waiting += [getattr(thing, entry.name) for entry in dataclasses.fields(thing)]
         if not isinstance(thing, Tensor):
             waiting += getattr(thing, "__dict__", {}).values()
-    return sum(storages.values())
+    return sum(size for place, size in storages.items() if place not in known)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ def _prepared(case: _Case, ids: Tensor, steps: int, plan: Plan, decoder: Decoder
         cache, most = copy.deepcopy(case.cache), 0
         for step in range(steps // WINDOWS):
             _step(case.model, cache, ids, tokens + step)
-            most = max(most, held_bytes(*cache.layers))
+            most = max(most, held_bytes(*cache.layers, model=case.model))
         case.row = replace(case.row, state=most // len(cache.layers))
     except Exception as error:
         case.row, case.cache = replace(case.row, reason=explain(error)), None

@@ -58,6 +58,8 @@ def test_bytes_are_found_wherever_they_are_held_and_count_once() -> None:
     assert held_bytes(layer, layer, state) == wanted
     assert held_bytes(layer, Layer(own=torch.zeros(2, dtype=torch.bfloat16))) == wanted + 4
     assert held_bytes(Layer()) == held_bytes() == 0
+    module = torch.nn.Linear(3, 2)
+    assert held_bytes(Layer(own=module.weight), state, model=module) == held_bytes(state)
 
 
 @torch.inference_mode()
