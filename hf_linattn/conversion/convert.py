@@ -35,7 +35,8 @@ def convert(
     becomes 0 in converted layers. Nothing has changed if an error is raised.
 
     Args:
-        model: A model of a stock class.
+        model: A model of a stock class. A part of a composite one (EncoderDecoderModel) before it is put together,
+            whose config would not follow.
         config: A kind's name, a kind's settings such as `FavorPlusConfig(num_features=512)`, or a dictionary of them.
         layers: Layers to convert; `None` means all. The others keep softmax.
         copy: Convert a deep copy and leave `model` as it is.

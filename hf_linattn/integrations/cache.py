@@ -12,13 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import (
-    STATIC_LAYER_TYPE_MAPPING,
-    CacheLayerMixin,
-    DynamicLayer,
-    EncoderDecoderCache,
-    StaticLayer,
-)
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
@@ -36,10 +31,9 @@ class RecurrentLayer(CacheLayerMixin):
     """The cache of one layer: a state instead of all keys and values. `memory` holds it.
 
     `update` returns the new keys and values alone, for the layer's attention function, which reads the state and adds
-    them to it. Nothing else can use such a cache, so a second `update` before that raises.
+    them to it. Nothing else can use such a cache: without the announcement (`expect`) of a layer that can, it raises.
     """
 
-    _layer_type: str | None = LAYER_TYPE
     is_compileable = False
     is_croppable = False  # only while recording
     supports_early_init = False
@@ -47,11 +41,11 @@ class RecurrentLayer(CacheLayerMixin):
     # softmax, if there is one, which needs a mask over all tokens; ours need that of the new ones.
     is_sliding = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.memory = self._new_memory()
         self.seen = 0
-        self._is_pending = False
+        self._is_expected = self._is_pending = False
         self._is_offloaded = False
 
     def _new_memory(self) -> RecurrentMemory:
@@ -62,17 +56,26 @@ class RecurrentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Announce new keys and values, `[batch, heads, tokens, head_dim]`, and return them."""
+        """Take notice of new keys and values, `[batch, heads, tokens, head_dim]`, and return them."""
+        if not self._is_expected:
+            raise UnsupportedError(
+                "A cache made for linear attention was given to a layer without it (a model that is not converted, or"
+                " another attn_implementation): it holds no keys and values, so the tokens before would be lost. Start"
+                " with a new cache, made from this model's config."
+            )
         if self._is_pending:
             raise UnsupportedError(
-                "A cache made for linear attention was used by a layer that has none (another attn_implementation, or"
-                " a model that is not converted), or a forward pass was interrupted: what the cache holds no longer"
-                " fits the sequence. Start with a new cache, made from this model's config."
+                "A forward pass with this cache was interrupted, so that it no longer fits the sequence. Start with a"
+                " new cache."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._is_pending = True
+        self._is_expected, self._is_pending = False, True
         return key_states, value_states
+
+    def expect(self) -> None:
+        """Announce that the next `update` comes from a layer that will call `attend`."""
+        self._is_expected = True
 
     def retract(self) -> None:
         """Undo `update`: the call was refused before anything was read."""
@@ -111,6 +114,8 @@ class RecurrentLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: no maximum."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in older releases of Transformers
 
     @property
     def nbytes(self) -> int:
@@ -151,11 +156,12 @@ class RecurrentLayer(CacheLayerMixin):
         self.memory.is_recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens. Raises UnsupportedError for tokens that were not recorded."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes the number of tokens to remove as a negative integer; got {tokens_to_remove!r}."
-            )
+        """Take back the last `-tokens_to_remove` tokens; a positive number is that of tokens to keep.
+
+        Raises: UnsupportedError for tokens that were not recorded.
+        """
+        if tokens_to_remove > 0:  # as older releases of Transformers call it
+            tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
         self.memory.crop(-tokens_to_remove)
         self._count(tokens_to_remove)
 
@@ -171,7 +177,6 @@ class RecurrentLayer(CacheLayerMixin):
 class StaticRecurrentLayer(RecurrentLayer):
     """The same with tensors that stay where they are, for `StaticCache` and a compiled decoding step."""
 
-    _layer_type = None  # registered by hand: with a type of its own it would replace the dynamic one
     is_compileable = True
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
@@ -200,12 +205,23 @@ class StaticRecurrentLayer(RecurrentLayer):
         """Tokens that there is room for (in EVA's summaries; other states need none)."""
         return self.max_cache_len
 
+    get_max_cache_shape = get_max_length
+
     def reset(self) -> None:
         super().reset()
         self.cumulative_length.zero_()
 
 
-STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticRecurrentLayer
+def _register() -> None:
+    """Name the layers for `LAYER_TYPE`. Up to Transformers 5.13 static caches keep keys and values for every type."""
+    dynamic = "DYNAMIC_LAYER_TYPE_MAPPING", "LAYER_TYPE_CACHE_MAPPING"
+    for names, layer in ((dynamic, RecurrentLayer), (("STATIC_LAYER_TYPE_MAPPING",), StaticRecurrentLayer)):
+        for name in names:
+            if hasattr(cache_utils, name):
+                getattr(cache_utils, name)[LAYER_TYPE] = layer
+
+
+_register()
 
 
 def cache_layer_types(config: Any) -> list[str] | None:
@@ -215,11 +231,13 @@ def cache_layer_types(config: Any) -> list[str] | None:
     is_causal = family == "gpt2" or getattr(config, "is_decoder", False)
     if value is None or not is_causal or config._attn_implementation != value["kind"]:
         return None
-    settings = parse_settings(value, family=defaults_family(config), num_layers=config.num_hidden_layers)
+    settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):
         return None
-    ours = settings.layers or ()
-    return [LAYER_TYPE if index in ours else "full_attention" for index in range(config.num_hidden_layers)]
+    layers, ours = range(config.num_hidden_layers), settings.layers
+    if ours is not None and ours[-1] not in layers:
+        return None  # a model that drafts for itself (early exit): fewer layers in its config than it has
+    return [LAYER_TYPE if ours is None or index in ours else "full_attention" for index in layers]
 
 
 def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,6 +262,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             f" needs the keys and values of all tokens. Call set_attn_implementation({own!r}), or start with a new"
             " cache."
         )
+    layer.expect()
     return args, {**kwargs, ARGUMENT: layer}
 
 

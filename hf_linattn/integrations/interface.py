@@ -17,7 +17,7 @@ from ..modules.registry import get_kind, list_kinds
 from .cache import ARGUMENT, RecurrentLayer
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .families import family_of, is_converted
-from .masks import causal_key_mask, linattn_mask, new_tokens, pad_one_key, token_mask
+from .masks import causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -84,11 +84,13 @@ def attend(
             if module.layer_idx == 0:  # no layer before it has taken the tokens in
                 recurrent.retract()
             raise
-    attention_mask = token_mask(attention_mask, query.device)
-    check_mask(attention_mask)
     check_kwargs(kind, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
+    if is_causal and recurrent is None:
+        check_past_is_here(attention_mask, key.shape[2])
+    attention_mask = token_mask(attention_mask, query.device)
+    check_mask(attention_mask)
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
     if not cross:

@@ -43,6 +43,7 @@ class TokenMask:
         shape: `(batch, tokens)`.
         past: What of the tokens before those of this mask is real, where it covers the new ones alone (`fingerprint`);
             `None`: all of them.
+        follows: Whether there are such tokens.
     """
 
     ndim = 2
@@ -54,18 +55,21 @@ class TokenMask:
         shape: tuple[int, int],
         device: torch.device | str,
         past: tuple[int, ...] | None = None,
+        follows: bool = False,
     ) -> None:
         self.tokens = tokens
         self.shape = shape
         self.device = device
         self.past = past
+        self.follows = follows
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
         device = kwargs.get("device", args[0] if args and isinstance(args[0], (str, int, torch.device)) else None)
         if device is None:
             return self
-        return TokenMask(None if self.tokens is None else self.tokens.to(device), self.shape, device, self.past)
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return TokenMask(tokens, self.shape, device, self.past, self.follows)
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -124,6 +128,16 @@ def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:
     if mask.tokens is not None and bool(mask.tokens.all()):
         return None
     return mask
+
+
+def check_past_is_here(mask: Any, keys: int) -> None:
+    """Raise `UnsupportedError` if a causal layer without a cache is asked to go on after tokens it cannot see."""
+    if isinstance(mask, TokenMask) and (mask.follows or mask.shape[1] > keys):
+        raise UnsupportedError(
+            f"The model goes on after earlier tokens, but this layer got the {keys} new keys alone and no cache: with"
+            " gradient checkpointing in training Transformers drops past_key_values. Switch it off"
+            " (model.gradient_checkpointing_disable()), call model.eval(), or pass the whole sequence."
+        )
 
 
 def linattn_mask(
@@ -210,18 +224,19 @@ def _mask_of_new(
 ) -> TokenMask:
     """The mask of the new tokens, and what it says of those before."""
     shape = (batch_size, q_length)
+    follows = True if is_tracing(q_offset) else bool(q_offset)
     if attention_mask is None:
-        return TokenMask(None, shape, device)
+        return TokenMask(None, shape, device, follows=follows)
     if not tracing:
         _check_width(attention_mask, batch_size, int(q_offset) + q_length)
     mask = attention_mask.to(torch.bool).expand(batch_size, -1)
     if not tracing and bool(mask.all()):
-        return TokenMask(None, shape, device)
+        return TokenMask(None, shape, device, follows=follows)
     past = None if tracing else fingerprint(mask[:, :-q_length])
     mask = mask[:, -q_length:]
-    if not tracing and past is not None and bool(mask.all()):
-        return TokenMask(None, shape, device, past)
-    return TokenMask(mask, shape, device, past)
+    if not tracing and bool(mask.all()):
+        return TokenMask(None, shape, device, past, follows)
+    return TokenMask(mask, shape, device, past, follows)
 
 
 def _check_width(attention_mask: Tensor, batch_size: int, seen: int) -> None:

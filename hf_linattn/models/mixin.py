@@ -133,7 +133,8 @@ class LinAttnMixin:
             return
         check_consistent(self)
         save = super().save_pretrained  # type: ignore[misc]
-        writes = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
+        decide = getattr(self, "should_save_on_this_rank", bool)  # unknown to older releases of Transformers
+        writes = decide(is_main_process)
         save_atomically(save, save_directory, arguments, writes=writes)
         if push_to_hub and writes:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))

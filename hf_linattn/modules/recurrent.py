@@ -47,6 +47,10 @@ class Layer(Protocol):
     def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]: ...
 
 
+# Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
+TAKEN_BACK = 256
+
+
 @dataclass(frozen=True)
 class _Held:
     """Tokens that have not been absorbed, padding included; `query` only where the kind's state needs it."""
@@ -60,10 +64,13 @@ class _Held:
     def tokens(self) -> int:
         return self.key.shape[2]
 
-    def first(self, count: int) -> _Held:
-        query = None if self.query is None else self.query[:, :, :count]
-        mask = None if self.mask is None else self.mask[:, :count]
-        return _Held(query, self.key[:, :, :count], self.value[:, :, :count], mask)
+    def cut(self, start: int, stop: int) -> _Held:
+        query = None if self.query is None else self.query[:, :, start:stop]
+        mask = None if self.mask is None else self.mask[:, start:stop]
+        return _Held(query, self.key[:, :, start:stop], self.value[:, :, start:stop], mask)
+
+    def requires_grad(self) -> bool:
+        return any(z.requires_grad for z in (self.query, self.key, self.value) if z is not None)
 
     def then(self, new: _Held) -> _Held:
         mask = None
@@ -140,8 +147,8 @@ class RecurrentMemory:
                 self._revision = (weakref.ref(layer), layer.revision)
                 self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
                 self._make_static()
-            elif not self.is_recording:
-                self._absorb_held(recurrence)
+            else:
+                self._settle(recurrence)
             self._note(key.shape[2], key_mask)
             is_one = key.shape[2] == 1 and (key_mask is None or self.static_tokens is not None)
             if is_one and self._held is None and not (learns or self.is_recording or layer.training):
@@ -167,6 +174,16 @@ class RecurrentMemory:
             if not (learns or self.is_recording):
                 self._absorb_held(recurrence)
         return output
+
+    def _settle(self, recurrence: Recurrence[Any]) -> None:
+        """Absorb what need not be held any longer; while recording, all but the last tokens."""
+        held = self._held
+        if held is None or not self.is_recording:
+            self._absorb_held(recurrence)
+        elif held.tokens > 2 * TAKEN_BACK:
+            self._held = held.cut(0, held.tokens - TAKEN_BACK)
+            self._absorb_held(recurrence)
+            self._held = held.cut(held.tokens - TAKEN_BACK, held.tokens)
 
     def _absorb_held(self, recurrence: Recurrence[Any]) -> None:
         held = self._held
@@ -244,7 +261,7 @@ class RecurrentMemory:
                 f"attention_mask calls other tokens real among the {self._seen} earlier ones than when they were read,"
                 f" in rows {rows}. What a layer with a state of constant size has read cannot be masked, or unmasked,"
                 " later: pass the attention_mask over all tokens that was used before, followed by that of the new"
-                " ones."
+                " ones. (Given none, `generate` makes one from pad_token_id.)"
             )
 
     # -- rows and time ----------------------------------------------------------------------------------------------
@@ -269,6 +286,8 @@ class RecurrentMemory:
     def crop(self, count: int) -> None:
         """Take the last `count` tokens back. Those before them become final.
 
+        At least the last `TAKEN_BACK` tokens read in earlier calls, and all of the last call, can be taken back.
+
         Raises: UnsupportedError for tokens that were not recorded (`is_recording`).
         """
         held = self._held
@@ -281,7 +300,7 @@ class RecurrentMemory:
             )
         if held is None:
             return
-        kept = held.first(held.tokens - count)
+        kept = held.cut(0, held.tokens - count)
         if self._recurrence is None:
             raise UnsupportedError("A copied cache cannot be cropped before it is used again. Crop the original.")
         self._seen -= count
@@ -290,7 +309,8 @@ class RecurrentMemory:
             gone = self._fingerprint_of(mask, count, self._seen)
             self._real = _added(self._real, tuple(-z for z in gone))
         self._held = kept if kept.tokens else None
-        self._absorb_held(self._recurrence)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and held.requires_grad()):
+            self._absorb_held(self._recurrence)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -320,12 +340,13 @@ class RecurrentMemory:
         for old, new in pairs:
             old.copy_(new)
 
-    def to(self, device: torch.device | str) -> None:
-        """Move everything to a device."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> RecurrentMemory:
+        """Move everything to a device; returns itself, as accelerate's hooks expect of an argument that has `to`."""
         if self.state is not None:
-            self.state = map_state(self.state, lambda z: z.to(device, non_blocking=True))
+            self.state = map_state(self.state, lambda z: z.to(device, non_blocking=non_blocking))
         if self._held is not None:
-            self._held = map_state(self._held, lambda z: z.to(device, non_blocking=True))
+            self._held = map_state(self._held, lambda z: z.to(device, non_blocking=non_blocking))
+        return self
 
     @property
     def nbytes(self) -> int:

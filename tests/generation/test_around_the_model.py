@@ -1,0 +1,103 @@
+"""What other libraries do around a model: hooks, checkpointing, and caches that go astray."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from decoders import GPT2, KINDS, TOLERANCE, Setting, all_kinds, decoder, prompt
+from transformers import DynamicCache
+
+import hf_linattn
+from hf_linattn.errors import UnsupportedError
+from hf_linattn.modules.recurrent import TAKEN_BACK
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@all_kinds
+def test_offloaded_weights(setting: Setting, implementation: str | None) -> None:
+    """Accelerate moves the arguments of every module it loads, the memory among them."""
+    model, ids = decoder(GPT2, setting), prompt(2, 21)
+    expected = model.generate(ids, use_cache=False, **GREEDY)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert torch.equal(offloaded.generate(ids, cache_implementation=implementation, **GREEDY), expected)
+
+
+@all_kinds
+def test_checkpointing_that_drops_the_cache(setting: Setting) -> None:
+    model, ids = decoder(GPT2, setting), prompt(2, 30)
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with pytest.raises(UnsupportedError, match="gradient checkpointing"):
+        model(ids[:, 20:], past_key_values=cache, attention_mask=torch.ones(2, 30))
+    with pytest.raises(UnsupportedError, match="gradient checkpointing"):
+        model(ids[:, 20:], past_key_values=cache)
+    model(ids, labels=ids).loss.backward()
+
+
+@all_kinds
+def test_a_state_given_to_a_model_without(setting: Setting) -> None:
+    """At once: a stock layer would take the new tokens for all there are."""
+    model, ids = decoder(GPT2, setting), prompt(2, 30)
+    stock = hf_linattn.revert(copy.deepcopy(model))
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        for other in (stock, hf_linattn.revert(model)):
+            with pytest.raises(UnsupportedError, match="holds no keys and values"):
+                other(ids[:, 20:], past_key_values=cache)
+
+
+@all_kinds
+def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
+    """Prompt lookup gives back a cache that still records: what cannot be taken back any more is not kept either."""
+    model = decoder(GPT2, setting, config={"n_positions": 2 * TAKEN_BACK + 500})
+    ids = prompt(1, 2 * TAKEN_BACK + 60)
+    found = model.generate(
+        ids[:, :30], prompt_lookup_num_tokens=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
+    cache, start = found.past_key_values, found.past_key_values.get_seq_length()
+    text = torch.cat([found.sequences[:, :start], ids[:, start:]], dim=1)
+    held = []
+    with torch.no_grad():
+        for piece in text[:, start:].split(90, dim=1):
+            last = model(piece, past_key_values=cache).logits
+            held.append(cache.layers[0].memory._held.tokens)
+        expected = model(text, use_cache=False).logits[:, -last.shape[1] :]
+    assert max(held) <= 2 * TAKEN_BACK + 90
+    assert float((last - expected).abs().max()) < TOLERANCE
+
+
+@all_kinds
+def test_cropping_with_gradients_on(setting: Setting) -> None:
+    """What was read without gradients stays without: a copy of the cache can be made afterwards."""
+    model, ids = decoder(GPT2, setting), prompt(2, 30)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :24], past_key_values=cache)
+    cache.crop(-4)
+    twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        found = model(ids[:, 20:], past_key_values=twin).logits
+        assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
+
+
+def test_older_names_of_a_cache_layer() -> None:
+    """Releases of Transformers before 5.15 crop to a length, and before that asked for the longest shape."""
+    model, ids = decoder(GPT2, KINDS[0]), prompt(1, 20)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(15)
+            assert layer.get_max_cache_shape() == -1
+        found = model(ids[:, 15:], past_key_values=cache).logits
+        assert float((found - model(ids, use_cache=False).logits[:, 15:]).abs().max()) < TOLERANCE
