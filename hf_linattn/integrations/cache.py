@@ -125,7 +125,7 @@ class RecurrentLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences in the batch, -1 before the first use."""
-        return -1 if self.memory.state is None else self.memory.batch
+        return self.memory.batch
 
     # -- what generation does with a cache --------------------------------------------------------------------------
     def reset(self) -> None:
@@ -136,11 +136,11 @@ class RecurrentLayer(CacheLayerMixin):
         self.memory.rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.memory.state is not None:
+        if self.memory.batch > 0:
             self.memory.rows(torch.arange(self.memory.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.memory.state is not None:
+        if self.memory.batch > 0:
             self.memory.rows(torch.arange(self.memory.batch, device=indices.device)[indices])
 
     @property
@@ -170,7 +170,7 @@ class RecurrentLayer(CacheLayerMixin):
         self._is_offloaded = True
 
     def prefetch(self) -> None:
-        if self._is_offloaded and self.memory.state is not None:
+        if self._is_offloaded and self.is_initialized:
             self.memory.to(self.device)
 
 

@@ -139,22 +139,26 @@ class RecurrentMemory:
         learns = torch.is_grad_enabled() and (
             any(z.requires_grad for z in (query, key, value)) or any(p.requires_grad for p in layer.parameters())
         )
+        is_new = self._settings is None
+        if is_new:
+            self._settings = (layer.config, layer.shape)
+            self._revision = (weakref.ref(layer), layer.revision)
+        if is_new and learns and not self.is_recording and self.static_tokens is None:
+            # A training step: the state is made if there is a next call.
+            self._held = _Held(query, key, value, key_mask)
+            self._note(key.shape[2], key_mask)
+            return layer.read(query, key, value, key_mask, scaling=scaling)
         with torch.autocast(query.device.type, enabled=False):
             recurrence = self._recurrence_of(layer, query, scaling, keep=not (learns or layer.training))
-            is_new = self.state is None
-            if is_new:
-                self._settings = (layer.config, layer.shape)
-                self._revision = (weakref.ref(layer), layer.revision)
+            if self.state is None:
                 self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
                 self._make_static()
-            else:
-                self._settle(recurrence)
+            self._settle(recurrence)
             self._note(key.shape[2], key_mask)
             is_one = key.shape[2] == 1 and (key_mask is None or self.static_tokens is not None)
             if is_one and self._held is None and not (learns or self.is_recording or layer.training):
-                output, state = recurrence.step(
-                    query, key, value, self.state, None if key_mask is None else key_mask[:, 0]
-                )
+                valid = None if key_mask is None else key_mask[:, 0]
+                output, state = recurrence.step(query, key, value, self.state, valid)
                 self._store(state)
                 return output
             new = _Held(query if recurrence.keeps_queries else None, key, value, key_mask)
@@ -162,18 +166,22 @@ class RecurrentMemory:
             if is_new:
                 output = layer.read(query, key, value, key_mask, scaling=scaling)
             else:
-                if layer.training and getattr(layer.config, "sample_noise", False):
-                    raise UnsupportedError(
-                        "Continuing from a cache in training mode with sample_noise=True would mix the noise of"
-                        " several calls. Call model.eval(), or train on whole sequences (use_cache=False)."
-                    )
-                queries = query if tokens.query is None else tokens.query
-                output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
-                output = output[:, :, output.shape[2] - query.shape[2] :]
+                output = self._attend(layer, recurrence, query, tokens)
             self._held = tokens
             if not (learns or self.is_recording):
                 self._absorb_held(recurrence)
         return output
+
+    def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: _Held) -> Tensor:
+        """What `query`, the last of `tokens`, reads from the state and from them."""
+        if layer.training and getattr(layer.config, "sample_noise", False):
+            raise UnsupportedError(
+                "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."
+                " Call model.eval(), or train on whole sequences (use_cache=False)."
+            )
+        queries = query if tokens.query is None else tokens.query
+        output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
+        return output[:, :, output.shape[2] - query.shape[2] :]
 
     def _settle(self, recurrence: Recurrence[Any]) -> None:
         """Absorb what need not be held any longer; while recording, all but the last tokens."""
@@ -213,7 +221,7 @@ class RecurrentMemory:
                 "A layer with a memory takes queries and keys of the same, new tokens; got"
                 f" {tuple(query.shape)} and {tuple(key.shape)}."
             )
-        if self.state is None:
+        if self._settings is None:
             return
         if self._settings != (layer.config, layer.shape):
             raise InputError(
@@ -252,7 +260,7 @@ class RecurrentMemory:
 
     def check_past(self, real: tuple[int, ...] | None) -> None:
         """Raise `InputError` if a mask calls other earlier tokens real than were read; `None` stands for all."""
-        if self.static_tokens is not None or self.state is None or (real is None and self._real is None):
+        if self.static_tokens is not None or not self._seen or (real is None and self._real is None):
             return
         told = self._fingerprint_of(None, self._seen, 0) if real is None else real
         rows = [row for row, pair in enumerate(zip(told, self._fingerprint(), strict=True)) if pair[0] != pair[1]]
@@ -267,16 +275,22 @@ class RecurrentMemory:
     # -- rows and time ----------------------------------------------------------------------------------------------
     @property
     def batch(self) -> int:
-        """Sequences in the batch."""
-        return int(next(state_tensors(self.state)).shape[0])
+        """Sequences in the batch; -1 before the first token."""
+        tensor = next(self._tensors(), None)
+        return -1 if tensor is None else int(tensor.shape[0])
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from state_tensors(self.state)
+        yield from state_tensors(self._held)
 
     def rows(self, index: Tensor) -> None:
         """Keep the rows `index` `[rows]`, in that order, some perhaps several times."""
-        if self.state is None:
+        tensor = next(self._tensors(), None)
+        if tensor is None:
             return
-        index = index.to(next(state_tensors(self.state)).device)
-        held = self._held
-        self._store(self.state.rows(index))
+        index, held = index.to(tensor.device), self._held
+        if self.state is not None:
+            self._store(self.state.rows(index))
         if held is not None:
             parts = (held.query, held.key, held.value, held.mask)
             self._held = _Held(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
@@ -302,7 +316,10 @@ class RecurrentMemory:
             return
         kept = held.cut(0, held.tokens - count)
         if self._recurrence is None:
-            raise UnsupportedError("A copied cache cannot be cropped before it is used again. Crop the original.")
+            raise UnsupportedError(
+                "A cache that is a copy, or was filled under autograd without recording, cannot be cropped before it"
+                " is used again. Crop the original, or set recording on first."
+            )
         self._seen -= count
         if self._real is not None:
             mask = None if held.mask is None else held.mask[:, held.tokens - count :]
@@ -315,7 +332,9 @@ class RecurrentMemory:
     def reset(self) -> None:
         """Forget everything."""
         if self.static_tokens is None or self.state is None or self._recurrence is None:
+            is_recording = self.is_recording
             self.__init__(static_tokens=self.static_tokens)  # type: ignore[misc]
+            self.is_recording = is_recording
             return
         # The tensors stay where they are: a captured graph may know them.
         near = self.state.near
@@ -351,8 +370,7 @@ class RecurrentMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of the state and of held tokens."""
-        tensors = [*state_tensors(self.state), *state_tensors(self._held)]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
 
 

@@ -150,6 +150,20 @@ def test_gradients_through_pieces(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_step_makes_no_state(name: str) -> None:
+    """Transformers makes a cache in training as well; only a next call pays for it. Rows can be picked before that."""
+    layer, parts = get_layer(name), [z.requires_grad_() for z in inputs()]
+    memory = RecurrentMemory()
+    in_pieces(layer, [z[:, :, :30] for z in parts], [30], memory=memory)
+    assert memory.state is None
+    assert memory.batch == BATCH
+    memory.rows(torch.tensor([2, 0, 1]))
+    read, _ = in_pieces(layer, [z[[2, 0, 1], :, 30:] for z in parts], [1, 14], memory=memory)
+    assert memory.state is not None
+    torch.testing.assert_close(read, layer(*parts, scaling=SCALING)[[2, 0, 1], :, 30:], rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("eva") or "bounded" in name])
 @torch.no_grad()
 def test_state_does_not_grow(name: str) -> None:
