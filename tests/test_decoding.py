@@ -1,4 +1,4 @@
-"""Decoding with the stock cache of keys and values, native and converted."""
+"""Decoding with a cache: native mode keeps Transformers' keys and values, converted models a state."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ CAUSAL_CASES = [
 
 @pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
 def test_generate_with_a_cache(kind: str, build: Any) -> None:
-    """Greedy decoding with the stock KV cache equals recomputing everything, left-padded rows equal unpadded ones."""
+    """Greedy decoding with a cache equals recomputing everything, left-padded rows equal unpadded ones."""
     model, inputs = build(GPT2, kind), left_padded()
+    with torch.no_grad():
+        layers = model(**inputs, use_cache=True).past_key_values.layers
+    is_converted = type(model) is not GPT2.stock
+    assert {type(layer).__name__ for layer in layers} == {"RecurrentLayer" if is_converted else "DynamicLayer"}
 
     def run(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out = model.generate(**inputs, **GENERATE, return_dict_in_generate=True, output_logits=True, **changes)
