@@ -69,13 +69,13 @@ def memory(field: str) -> int:
     raise KeyError(field)
 
 
-def observe(cache: Any, tokens: int, start: float, loss: float | None = None) -> Sample:
+def observe(model: Any, cache: Any, tokens: int, start: float, loss: float | None = None) -> Sample:
     """A sample; the high-water mark starts anew."""
     found = Sample(
         tokens,
         memory("VmRSS"),
         memory("VmHWM"),
-        held_bytes(*cache.layers),
+        held_bytes(*cache.layers, model=model),
         time.perf_counter() - start,
         loss,
     )
@@ -99,7 +99,7 @@ def score(model: Any, cache: Any, ids: Tensor, piece: int) -> list[Sample]:
         last = logits[-1:].clone()
         read += len(part)
         del logits, before
-        samples.append(observe(cache, read, start, loss))
+        samples.append(observe(model, cache, read, start, loss))
     return samples
 
 
@@ -114,7 +114,7 @@ def generate(model: Any, cache: Any, count: int, read: int, every: int) -> list[
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
         token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
         if number % every == 0 or number == count:
-            samples.append(observe(cache, read + number, start))
+            samples.append(observe(model, cache, read + number, start))
             start = time.perf_counter()
     return samples
 

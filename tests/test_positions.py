@@ -25,7 +25,7 @@ from transformers import (
 
 import hf_linattn
 from hf_linattn import extend_positions
-from hf_linattn.errors import ConfigError, UnsupportedError
+from hf_linattn.errors import ConfigError, InputError, UnsupportedError
 from hf_linattn.hub import render_card
 from hf_linattn.models import COUNTERPARTS
 
@@ -86,7 +86,7 @@ def test_longer_inputs(case: Any, method: str, dtype: torch.dtype, form: str, tm
     weight, old = table.weight, table.weight.detach().clone()
     short, long = tokens(OLD), tokens(NEW)
     before = logits(model, input_ids=short)
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, InputError)):
         logits(model, input_ids=long)
 
     assert extend_positions(model, NEW, method=method) is model
@@ -105,7 +105,7 @@ def test_longer_inputs(case: Any, method: str, dtype: torch.dtype, form: str, tm
         assert torch.equal(weight[[0, -1]], old[[0, -1]])
     after = logits(model, input_ids=long)
     assert bool(after.isfinite().all())
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, InputError)):
         logits(model, input_ids=tokens(NEW + 1))
 
     model.save_pretrained(tmp_path)

@@ -35,7 +35,7 @@ def bytes_text(count: int) -> str:
 
 
 def rate_text(rate: float) -> str:
-    return f"{rate / 1e3:.{1 if rate < 1e5 else 0}f}k" if rate >= 1e3 else f"{rate:.0f}"
+    return f"{rate / 1e3:.{1 if rate < 1e5 else 0}f}k" if rate >= 1e3 else f"{rate:.{1 if rate < 10 else 0}f}"
 
 
 def state_text(count: int) -> str:

@@ -60,6 +60,7 @@ class LinAttnMixin:
                 "output_attentions=True has no answer in a model with linear attention: there are no attention "
                 "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
             )
+        _check_positions(config, args, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
@@ -147,6 +148,25 @@ class LinAttnMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Does nothing: the class lives in an installed package, so there is no code to copy into a checkpoint."""
+
+
+def _check_positions(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `InputError` for a text that is longer than the table of positions: on a GPU only a failed assertion."""
+    most = getattr(config, "max_position_embeddings", None)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or torch.compiler.is_compiling():
+        return
+    cache = kwargs.get("past_key_values")
+    seen = 0 if cache is None else cache.get_seq_length()
+    length = tokens.shape[1] + (seen if isinstance(seen, int) else 0)
+    positions = kwargs.get("position_ids")
+    if length <= most or (isinstance(positions, Tensor) and (positions.is_meta or int(positions.max()) < most)):
+        return
+    raise InputError(
+        f"The model has {most} positions; got a text of {length} tokens. Shorten it, or give the model more:"
+        f" hf_linattn.extend_positions(model, {1 << (length - 1).bit_length()})."
+    )
 
 
 def _check_loaded(

@@ -224,10 +224,8 @@ class RecurrentMemory:
         if self._settings is None:
             return
         if self._settings != (layer.config, layer.shape):
-            raise InputError(
-                f"This memory belongs to another layer: it was filled with {self._settings[1]} and"
-                f" {self._settings[0]}, and is now given to {layer.shape} and {layer.config}. Start with a new cache."
-            )
+            found = _difference(self._settings, (layer.config, layer.shape))
+            raise InputError(f"This memory belongs to another layer: {found}. Start with a new cache.")
         known = None if torch.compiler.is_compiling() else self._revision
         if known is not None and known[0]() is layer and known[1] != layer.revision:
             raise InputError(
@@ -308,17 +306,17 @@ class RecurrentMemory:
         available = 0 if held is None else held.tokens
         if count > available:
             raise UnsupportedError(
-                f"Cannot take {count} tokens back: a state of constant size keeps the last {available} here. Set"
-                " recording on before they are read (`cache.activate_past_recording()`, which assisted generation"
-                " does), or recompute the prompt with a new cache."
+                f"Cannot take {count} tokens back, only {available} here: those read while recording"
+                " (`cache.activate_past_recording()`, which assisted generation does) and since the last crop, after"
+                " which what is left is final. Keep a copy of the cache from before, or read the text again."
             )
         if held is None:
             return
         kept = held.cut(0, held.tokens - count)
         if self._recurrence is None:
             raise UnsupportedError(
-                "A cache that is a copy, or was filled under autograd without recording, cannot be cropped before it"
-                " is used again. Crop the original, or set recording on first."
+                "A copied cache, or one filled under autograd without recording, cannot be cropped before it has read"
+                " its next tokens. Crop before copying."
             )
         self._seen -= count
         if self._real is not None:
@@ -372,6 +370,15 @@ class RecurrentMemory:
         """Bytes of the state and of held tokens."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
+
+
+def _difference(own: tuple[AttentionConfig, Any], other: tuple[AttentionConfig, Any]) -> str:
+    """What tells the layer that filled a memory from the one that it is given to: (settings, shape) of each."""
+    if own[0].kind != other[0].kind:
+        return f"filled by {own[0].kind!r}, given to {other[0].kind!r}"
+    pairs = [(vars(a), vars(b)) for a, b in zip(own, other, strict=True)]
+    names = [f"{name}={a[name]!r} and {name}={b[name]!r}" for a, b in pairs for name in a if a[name] != b[name]]
+    return "filled with and given to " + ", ".join(names)
 
 
 def fingerprint(mask: Tensor, start: int = 0) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from decoders import GPT2, KINDS, TOLERANCE, Setting, all_kinds, decoder, prompt
 from transformers import DynamicCache
 
 import hf_linattn
-from hf_linattn.errors import UnsupportedError
+from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.modules.recurrent import TAKEN_BACK
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
@@ -87,6 +87,28 @@ def test_cropping_with_gradients_on(setting: Setting) -> None:
     with torch.no_grad():
         found = model(ids[:, 20:], past_key_values=twin).logits
         assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_text_longer_than_the_positions(given: str) -> None:
+    """Left padding does not count where positions are given, as by `generate`."""
+    model = decoder(GPT2, KINDS[0], config={"n_positions": 40})
+    ids = prompt(1, 41)
+    inputs = {given: ids if given == "input_ids" else model.get_input_embeddings()(ids)}
+    with torch.no_grad():
+        with pytest.raises(
+            InputError, match=r"has 40 positions; got a text of 41 tokens.*extend_positions\(model, 64\)"
+        ):
+            model(**inputs)
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+        with pytest.raises(InputError, match="got a text of 41 tokens"):
+            model(ids[:, 40:], past_key_values=cache)
+        padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:, :30]], dim=1)
+        mask = (torch.arange(35) >= 5).long()[None]
+        alone = model.generate(ids[:, :30], max_new_tokens=10, do_sample=False)
+        assert torch.equal(
+            model.generate(padded, attention_mask=mask, max_new_tokens=10, do_sample=False)[:, 5:], alone
+        )
 
 
 def test_older_names_of_a_cache_layer() -> None:

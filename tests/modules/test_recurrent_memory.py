@@ -288,8 +288,10 @@ def test_step_on_triton(name: str) -> None:
 def test_another_layer_or_batch() -> None:
     layer, parts = get_layer("favor_plus-window"), inputs()
     _, memory = in_pieces(layer, parts, [45])
-    with pytest.raises(InputError, match="belongs to another layer"):
+    with pytest.raises(InputError, match="belongs to another layer: .*window_size=4 and window_size=0"):
         in_pieces(get_layer("favor_plus"), parts, [1], memory=memory)
+    with pytest.raises(InputError, match="filled by 'favor_plus', given to 'lara'"):
+        in_pieces(get_layer("lara"), parts, [1], memory=memory)
     with pytest.raises(InputError, match="holds 3 sequences; got a batch of 2"):
         in_pieces(layer, [z[:2] for z in parts], [1], memory=memory)
     with pytest.raises(InputError, match="same, new tokens"):

@@ -114,8 +114,8 @@ def eva_attention(
     if is_causal and proposals in ("sum", "mean") and query.shape[2] != key.shape[2]:
         raise InputError(
             f"Causal EVA with proposals={proposals!r} needs the queries of all tokens; got {query.shape[2]} queries"
-            f" and {key.shape[2]} keys. Use proposals='key' with a cache of keys, or recompute without a cache"
-            " (use_cache=False)."
+            f" and {key.shape[2]} keys. Use proposals='key' with a cache of keys, convert the model with a"
+            " chunk_size (it then keeps a state), or recompute without a cache (use_cache=False)."
         )
     x, y = scale_inputs(query, key, scaling)
     root = (query.shape[-1] ** -0.5 if scaling is None else scaling) ** 0.5
