@@ -12,7 +12,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.import_utils import is_tracing
 
 from ..errors import InputError, UnsupportedError
-from ..modules.recurrent import RecurrentMemory, fingerprint
+from ..modules.recurrent import RecurrentMemory
+from ..ops.recurrent.held import fingerprint
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
 

@@ -18,9 +18,9 @@ from ..ops.favor.random_features import derive_seed, draw_projection
 from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
-from .recurrent import like, slot_recurrence
 from .redraw import RedrawnTensor, forget, set_training_step, watch
 from .registry import AttentionKind, register_kind
+from .slot_recurrence import like, slot_recurrence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, StateTensor
 from .config import AttentionConfig
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
-from .recurrent import like, slot_recurrence
 from .registry import AttentionKind, register_kind
+from .slot_recurrence import like, slot_recurrence
 
 SOURCES = ("row", "calibrated")
 

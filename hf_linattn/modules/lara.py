@@ -23,8 +23,8 @@ from .config import AttentionConfig
 from .defaults import CONVENTIONS
 from .lara_calibration import ProposalCalibration
 from .proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
-from .recurrent import like, slot_recurrence
 from .registry import AttentionKind, register_kind
+from .slot_recurrence import like, slot_recurrence
 
 PROPOSAL_SOURCES = ("landmarks", "calibrated")
 

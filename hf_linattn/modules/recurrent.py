@@ -10,17 +10,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from ..ops.exact import compute_dtype
-from ..ops.recurrent.near import Window
+from ..ops.recurrent.held import Held, added, fingerprint
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
-from ..ops.recurrent.slots import Basis, SlotRecurrence
 from .config import AttentionConfig
 
 
@@ -51,39 +48,6 @@ class Layer(Protocol):
 TAKEN_BACK = 256
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Tokens that have not been absorbed, padding included; `query` only where the kind's state needs it."""
-
-    query: Tensor | None
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        return self.key.shape[2]
-
-    def cut(self, start: int, stop: int) -> _Held:
-        query = None if self.query is None else self.query[:, :, start:stop]
-        mask = None if self.mask is None else self.mask[:, start:stop]
-        return _Held(query, self.key[:, :, start:stop], self.value[:, :, start:stop], mask)
-
-    def requires_grad(self) -> bool:
-        return any(z.requires_grad for z in (self.query, self.key, self.value) if z is not None)
-
-    def then(self, new: _Held) -> _Held:
-        mask = None
-        if self.mask is not None or new.mask is not None:
-            parts = [
-                p.key.new_ones(p.key.shape[0], p.tokens, dtype=torch.bool) if p.mask is None else p.mask
-                for p in (self, new)
-            ]
-            mask = torch.cat(parts, dim=1)
-        query = None if self.query is None or new.query is None else torch.cat([self.query, new.query], dim=2)
-        return _Held(query, torch.cat([self.key, new.key], 2), torch.cat([self.value, new.value], 2), mask)
-
-
 class RecurrentMemory:
     """The state of one layer for a batch of sequences, and the tokens that are not yet part of it.
 
@@ -99,7 +63,7 @@ class RecurrentMemory:
         self.static_tokens = static_tokens
         self.is_recording = False
         self.state: Any = None
-        self._held: _Held | None = None
+        self._held: Held | None = None
         self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
         self._seen = 0
         self._settings: Any = None
@@ -145,7 +109,7 @@ class RecurrentMemory:
             self._revision = (weakref.ref(layer), layer.revision)
         if is_new and learns and not self.is_recording and self.static_tokens is None:
             # A training step: the state is made if there is a next call.
-            self._held = _Held(query, key, value, key_mask)
+            self._held = Held(query, key, value, key_mask)
             self._note(key.shape[2], key_mask)
             return layer.read(query, key, value, key_mask, scaling=scaling)
         with torch.autocast(query.device.type, enabled=False):
@@ -161,7 +125,7 @@ class RecurrentMemory:
                 output, state = recurrence.step(query, key, value, self.state, valid)
                 self._store(state)
                 return output
-            new = _Held(query if recurrence.keeps_queries else None, key, value, key_mask)
+            new = Held(query if recurrence.keeps_queries else None, key, value, key_mask)
             tokens = new if self._held is None else self._held.then(new)
             if is_new:
                 output = layer.read(query, key, value, key_mask, scaling=scaling)
@@ -172,7 +136,7 @@ class RecurrentMemory:
                 self._absorb_held(recurrence)
         return output
 
-    def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: _Held) -> Tensor:
+    def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: Held) -> Tensor:
         """What `query`, the last of `tokens`, reads from the state and from them."""
         if layer.training and getattr(layer.config, "sample_noise", False):
             raise UnsupportedError(
@@ -245,7 +209,7 @@ class RecurrentMemory:
         if self.static_tokens is not None:
             return
         if key_mask is not None or self._real is not None:
-            self._real = _added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
+            self._real = added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
         self._seen += tokens
 
     def _fingerprint(self) -> tuple[int, ...]:
@@ -291,7 +255,7 @@ class RecurrentMemory:
             self._store(self.state.rows(index))
         if held is not None:
             parts = (held.query, held.key, held.value, held.mask)
-            self._held = _Held(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
+            self._held = Held(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
         if self._real is not None:
             self._real = tuple(self._real[row] for row in index.tolist())
 
@@ -322,7 +286,7 @@ class RecurrentMemory:
         if self._real is not None:
             mask = None if held.mask is None else held.mask[:, held.tokens - count :]
             gone = self._fingerprint_of(mask, count, self._seen)
-            self._real = _added(self._real, tuple(-z for z in gone))
+            self._real = added(self._real, tuple(-z for z in gone))
         self._held = kept if kept.tokens else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and held.requires_grad()):
             self._absorb_held(self._recurrence)
@@ -379,41 +343,3 @@ def _difference(own: tuple[AttentionConfig, Any], other: tuple[AttentionConfig, 
     pairs = [(vars(a), vars(b)) for a, b in zip(own, other, strict=True)]
     names = [f"{name}={a[name]!r} and {name}={b[name]!r}" for a, b in pairs for name in a if a[name] != b[name]]
     return "filled with and given to " + ", ".join(names)
-
-
-def fingerprint(mask: Tensor, start: int = 0) -> tuple[int, ...]:
-    """A number per row that tells masks `[batch, tokens]` apart; of tokens from `start` on. Those of parts add up."""
-    place = torch.arange(start + 1, start + 1 + mask.shape[1], device=mask.device)
-    mixed = place * -7046029254386353131  # odd constants with bits all over, as in splitmix64
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    return tuple((mask * (mixed ^ (mixed >> 32))).sum(-1).tolist())
-
-
-def _added(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    """Row by row, wrapping around like the sums of a tensor."""
-    return tuple((a + b + 2**63) % 2**64 - 2**63 for a, b in zip(first, second, strict=True))
-
-
-def window_of(config: AttentionConfig) -> Window:
-    """The exact window of a causal layer."""
-    return Window(config.window_size or 0, config.overlap_window)
-
-
-def slot_recurrence(
-    layer: Layer, basis: Basis, num_slots: int, *, scaling: float, in_half: tuple[str, ...] = ()
-) -> SlotRecurrence:
-    """The recurrent form of a layer that reads through slots."""
-    return SlotRecurrence(
-        basis,
-        num_slots,
-        window_of(layer.config),
-        scaling,
-        chunk_size=getattr(layer.config, "chunk_size", None),
-        dropout=layer.config.slot_dropout if layer.training else 0.0,
-        in_half=in_half,
-    )
-
-
-def like(query: Tensor) -> Tensor:
-    """No tokens, but with the heads, dimension, device and dtype in which queries like these are computed."""
-    return query[:, :, :0].to(compute_dtype(query, query, query))
