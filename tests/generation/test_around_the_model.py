@@ -58,7 +58,7 @@ def test_a_state_given_to_a_model_without(setting: Setting) -> None:
 def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
     """Prompt lookup gives back a cache that still records: what cannot be taken back any more is not kept either."""
     model = decoder(GPT2, setting, config={"n_positions": 2 * TAKEN_BACK + 500})
-    ids = prompt(1, 2 * TAKEN_BACK + 60)
+    ids = prompt(1, 2 * TAKEN_BACK + 400)
     found = model.generate(
         ids[:, :30], prompt_lookup_num_tokens=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
