@@ -176,6 +176,14 @@ def test_state_does_not_grow(name: str) -> None:
     assert len(bytes_after) == 1, bytes_after
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("eva") or "bounded" in name])
+@torch.no_grad()
+def test_a_long_piece_is_not_kept_alive(name: str) -> None:
+    """The tokens that stay are copies, not views of all tokens of the piece. (Both lengths end at one place.)"""
+    sizes = {in_pieces(get_layer(name), inputs(tokens), [tokens])[1].nbytes for tokens in (63, 123)}
+    assert len(sizes) == 1, sizes
+
+
 @torch.no_grad()
 def test_eva_keeps_one_summary_per_chunk() -> None:
     layer, memory = get_layer("eva"), RecurrentMemory()
