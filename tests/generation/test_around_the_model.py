@@ -111,6 +111,19 @@ def test_a_text_longer_than_the_positions(given: str) -> None:
         )
 
 
+def test_a_wrong_mask_can_be_corrected() -> None:
+    """Refused by the first layer, before any has read: the same cache goes on with the right one."""
+    model, ids = decoder(GPT2, KINDS[0]), prompt(2, 30)
+    wrong = torch.ones(2, 30, dtype=torch.long)
+    wrong[0, 3] = 0
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        with pytest.raises(InputError, match="calls other tokens real"):
+            model(ids[:, 20:], attention_mask=wrong, past_key_values=cache)
+        found = model(ids[:, 20:], past_key_values=cache).logits
+        assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
+
+
 def test_older_names_of_a_cache_layer() -> None:
     """Releases of Transformers before 5.15 crop to a length, and before that asked for the longest shape."""
     model, ids = decoder(GPT2, KINDS[0]), prompt(1, 20)
