@@ -130,7 +130,8 @@ class RecurrentLayer(CacheLayerMixin):
     # -- what generation does with a cache --------------------------------------------------------------------------
     def reset(self) -> None:
         self.memory.reset()
-        self.seen, self._is_pending = 0, False
+        self.seen = 0
+        self._is_expected = self._is_pending = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.memory.rows(beam_idx)
