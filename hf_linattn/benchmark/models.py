@@ -25,6 +25,7 @@ from .results import Row, timed, with_ratios
 
 PATCH, CHANNELS = 16, 3
 CALIBRATION_TOKENS = 1024
+FORMS = ("native", "converted")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ def _minilm(tokens: int, layers: int) -> PreTrainedConfig:
     )
 
 
+def _bert(tokens: int, layers: int) -> PreTrainedConfig:
+    return BertConfig(
+        num_hidden_layers=layers,
+        max_position_embeddings=tokens,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
 def _gpt2(tokens: int, layers: int) -> PreTrainedConfig:
     return GPT2Config(
         n_layer=layers, n_positions=tokens, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, use_cache=False
@@ -68,6 +78,7 @@ def _vit(tokens: int, layers: int) -> PreTrainedConfig:
 
 MODELS = {
     "minilm": ModelSize(6, 12, 32, False, _minilm),
+    "bert": ModelSize(12, 12, 64, False, _bert),
     "gpt2": ModelSize(12, 12, 64, True, _gpt2),
     "vit": ModelSize(12, 12, 64, False, _vit),
 }
@@ -84,6 +95,7 @@ def run_models(
     *,
     layers: int | None = None,
     windows: tuple[int | None, ...] = (None,),
+    forms: tuple[str, ...] = FORMS,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Time a forward pass and a training step (no optimizer) of whole models.
@@ -92,9 +104,12 @@ def run_models(
         plan: Lengths, kinds, dtypes, modes, batch, options and limits; its directions and sizes are the models' own.
         layers: Fewer layers than the model has, to be done sooner.
         windows: Window sizes; `None` is the default of the model family.
+        forms: Some of `FORMS`: how a kind gets into a model.
     Yields: The rows of one workload at a time.
-    Raises: `ConfigError` for an unknown model or no layers.
+    Raises: `ConfigError` for an unknown model or form, or no layers.
     """
+    for form in forms:
+        choose("forms", form, FORMS)
     if layers is not None and layers < 1:
         raise ConfigError(f"layers must be an integer >= 1; got {layers!r}.")
     for name in models:
@@ -108,10 +123,12 @@ def run_models(
                         tokens, plan.batch, size.heads, size.head_dim, size.is_causal, dtype, mode, plan.device
                     )
                     report(f"{name}, {tokens} tokens, {dtype}, {mode}")
-                    yield _run_one(plan, name, work, layers or size.layers, windows)
+                    yield _run_one(plan, name, work, layers or size.layers, windows, forms)
 
 
-def _run_one(plan: Plan, name: str, work: Workload, layers: int, windows: tuple[int | None, ...]) -> list[Row]:
+def _run_one(
+    plan: Plan, name: str, work: Workload, layers: int, windows: tuple[int | None, ...], forms: tuple[str, ...]
+) -> list[Row]:
     limit = plan.max_softmax_length
     softmax = Row("models", "sdpa", "softmax", work, name)
     patches = work.tokens - 1 if name == "vit" else work.tokens
@@ -129,7 +146,8 @@ def _run_one(plan: Plan, name: str, work: Workload, layers: int, windows: tuple[
         for kind in plan.kinds:
             for window in windows:
                 options = replace(plan.options, window_size=window)
-                for form, make in (("native", _native), ("converted", _converted)):
+                for form in forms:
+                    make = _native if form == "native" else _converted
                     row = Row("models", _title(kind, window, form), "linear", work, name)
                     row = replace(row, settings=settings_of(kind, options))
                     try:
