@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_linattn.ops.norms import half_norm
+from hf_linattn.ops.kernels.half_norm import half_norm
 from hf_linattn.ops.partial import Partial, log_or_minus_inf, merge, merge_few, shifted_exp
 
 INF = float("inf")

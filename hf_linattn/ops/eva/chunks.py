@@ -12,7 +12,7 @@ from ...errors import InputError
 from ..kernels.attend import attend
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
-from ..norms import half_norm
+from ..kernels.half_norm import half_norm
 from ..partial import Partial, merge, merge_few
 from ..slots import mask_logits, weigh
 from .layout import Chunks
@@ -131,9 +131,13 @@ class Summariser:
 
     def check(self) -> None:
         noise_factor(self.noise_scale, 1.0)  # raises for an unknown one
-        for name, allowed in (("proposals", PROPOSALS), ("weighting", WEIGHTINGS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {list(allowed)}; got {getattr(self, name)!r}.")
+        # No getattr: torch 2.11's compiler does not know the fields of a dataclass made in the compiled code by name.
+        for name, given, allowed in (
+            ("proposals", self.proposals, PROPOSALS),
+            ("weighting", self.weighting, WEIGHTINGS),
+        ):
+            if given not in allowed:
+                raise InputError(f"{name} must be one of {list(allowed)}; got {given!r}.")
 
     def _mapped(self, mean: Tensor, given: MeanMap | None) -> Tensor:
         """Maps are defined on the means of the queries and keys as they came, before scaling."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..factored import LogWeights
-from ..norms import half_norm
+from ..kernels.half_norm import half_norm
 from .importance import draw_samples, mixture_log_ratio
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..factored import LogWeights
 from ..noise import add_noise
-from ..norms import half_norm
+from ..kernels.half_norm import half_norm
 from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")

@@ -16,6 +16,7 @@ from hf_linattn.ops.kernels.attend import attend
 from hf_linattn.ops.kernels.blocks import through_blocks
 from hf_linattn.ops.kernels.causal import causal
 from hf_linattn.ops.kernels.decode import decode_step
+from hf_linattn.ops.kernels.half_norm import half_norm
 from hf_linattn.ops.kernels.reach import Reach
 from hf_linattn.ops.kernels.windows_chunks import windows_chunks
 
@@ -127,6 +128,11 @@ def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def half_norm_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    assert half_norm  # its operator is defined where it is imported
+    return random(tokens, 2, 3, 4, seed=0, dtype=dtype), "torch"
+
+
 CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "attend": ("attend", attend_case),
     "attend without bias": ("attend", lambda n, d: attend_case(n, d, bias=False)),
@@ -140,6 +146,7 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "windows": ("windows_chunks", windows_chunks_case),
     "windows causal": ("windows_chunks", lambda n, d: windows_chunks_case(n, d, visible=False, is_causal=True)),
     "decode": ("decode_step", decode_case),
+    "half_norm": ("half_norm", half_norm_case),
 }
 # Of the differentiable ones: how many inputs have gradients, in the order of the backward operator's results.
 GRADIENTS = {
