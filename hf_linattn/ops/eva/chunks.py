@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..kernels.attend import attend
+from ..kernels.half_norm import half_norm
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
-from ..kernels.half_norm import half_norm
 from ..partial import Partial, merge, merge_few
 from ..slots import mask_logits, weigh
 from .layout import Chunks

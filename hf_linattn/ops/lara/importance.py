@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..factored import LogWeights
-from ..noise import add_noise
 from ..kernels.half_norm import half_norm
+from ..noise import add_noise
 from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")

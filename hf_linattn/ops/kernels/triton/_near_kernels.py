@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._common import IEEE
 from ._near_tiles import add_tile, first_keys, grad_tile, load_part, logits, store_part
 from ._products import narrow, product
 from ._tiles import dot
@@ -112,7 +113,7 @@ def _score_gradients(
         result = load_part(output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
         values = load_part(value + group * value_g, start, value_t, tokens, e, CHUNK, WIDTH, BLOCK_E)
         shift -= tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
-        grads = dot(grad, tl.trans(values), grads)
+        grads = dot(grad, tl.trans(values), grads, IEEE)
     grads = tl.where(visible & seen[:, None], grads + shift[:, None], 0.0)
     return grads, tl.where(seen, mass, float("inf"))
 
@@ -188,19 +189,19 @@ def backward_tokens(
     for slot in range(0, slots, TILE):
         a = logits(
             x, own_bias, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
+            CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
             y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
+            CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
         number = (slot + tl.arange(0, TILE)).to(tl.int64)
         inside = (number < slots)[:, None] & (column < DIM)[None, :]
         vectors = tl.load(query_slots + (number * query_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_x += product(grad_a, vectors, DTYPE)
+        total_x += product(grad_a, vectors, DTYPE, IEEE)
         vectors = tl.load(key_slots + (number * key_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_y += product(grad_c, vectors, DTYPE)
+        total_y += product(grad_c, vectors, DTYPE, IEEE)
         total_bias += tl.sum(grad_c, 1)
 
     inside = (column < DIM)[None, :]
@@ -212,7 +213,7 @@ def backward_tokens(
         for e in range(0, WIDTH, BLOCK_E):
             grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
             grad = tl.where((mass < float("inf"))[:, None], grad, 0.0)
-            result = product(shares, grad, DTYPE)
+            result = product(shares, grad, DTYPE, IEEE)
             store_part(grad_value + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
 
 
@@ -295,20 +296,20 @@ def backward_slots(
         )  # fmt: skip
         a = logits(
             x, own_bias - mass, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
+            CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
             y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
-            CHUNK, TILE, DIM, BLOCK_D,
+            CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         shares = tl.zeros([CHUNK, CHUNK], tl.float32)
         shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
         inside = (column < DIM)[None, :]
         place = (start + row).to(tl.int64)
         vectors = tl.load(x + (place * x_t)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_query += product(tl.trans(grad_a), vectors, DTYPE)
+        total_query += product(tl.trans(grad_a), vectors, DTYPE, IEEE)
         vectors = tl.load(y + (place * y_t)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_key += product(tl.trans(grad_c), vectors, DTYPE)
+        total_key += product(tl.trans(grad_c), vectors, DTYPE, IEEE)
         total_query_bias += tl.sum(grad_a, 0)
         total_key_bias += tl.sum(grad_c, 0)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._common import EXACT, IEEE
 from ._products import narrow, product
 from ._tiles import dot
 
@@ -55,6 +56,7 @@ def logits(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr = EXACT,
 ):
     """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
@@ -64,7 +66,7 @@ def logits(
         right = load_part(slots, first_slot, slot_stride, num_slots, start, TILE, DIM, BLOCK_D)
         if left.dtype != right.dtype:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        total = dot(left, tl.trans(right), total)
+        total = dot(left, tl.trans(right), total, PRECISION)
     bias = tl.load(slot_bias + slot, mask=slot < num_slots, other=float("-inf"))
     return total + token_bias[:, None] + bias[None, :]
 
@@ -208,9 +210,9 @@ def add_tile(
 @triton.jit
 def _from_features(shares, grad_a, grad_c, query, key, grads, together, DTYPE: tl.constexpr):
     grads = tl.where(together, grads, 0.0)
-    shares += tl.where(together, product(query, tl.trans(key), DTYPE), 0.0)
-    grad_a += query * product(grads, key, DTYPE)
-    grad_c += key * product(tl.trans(grads), query, DTYPE)
+    shares += tl.where(together, product(query, tl.trans(key), DTYPE, IEEE), 0.0)
+    grad_a += query * product(grads, key, DTYPE, IEEE)
+    grad_c += key * product(tl.trans(grads), query, DTYPE, IEEE)
     return shares, grad_a, grad_c
 
 

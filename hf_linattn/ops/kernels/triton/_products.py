@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED
+from ._common import EXACT, INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -23,7 +23,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def product(left, right, DTYPE: tl.constexpr):
+def product(left, right, DTYPE: tl.constexpr, PRECISION: tl.constexpr = EXACT):
     """`left @ right` in float32, of factors that are float32 and may be as small as exp(-87) or as large as exp(40).
 
     `DTYPE` is that of the inputs and says how many digits count: bfloat16 has the range; float16 has not, but TF32 has
@@ -33,4 +33,4 @@ def product(left, right, DTYPE: tl.constexpr):
         return tl.dot(narrow(left, DTYPE), narrow(right, DTYPE))
     if DTYPE == tl.float16:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32")
-    return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision=PRECISION)

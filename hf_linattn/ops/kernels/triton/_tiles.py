@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, LOG2_E
+from ._common import EXACT, INTERPRETED, LOG2_E
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def dot(left, right, start=None):
+def dot(left, right, start=None, PRECISION: tl.constexpr = EXACT):
     """`start + left @ right` in float32; products of float32 are not rounded to TF32.
 
     The interpreter multiplies the bits of bfloat16 as integers (triton 3.9), so there operands are widened first,
@@ -19,7 +19,9 @@ def dot(left, right, start=None):
     """
     if _INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, start, input_precision="ieee")
+    # Wide tiles of pairs of TF32 numbers do not fit into the registers.
+    wide: tl.constexpr = left.shape[1] > 128 or right.shape[1] > 128
+    return tl.dot(left, right, start, input_precision="ieee" if wide else PRECISION)
 
 
 @triton.jit
