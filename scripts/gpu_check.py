@@ -10,6 +10,7 @@ the results file is written after every finding. Beside it comes a table in Mark
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -59,6 +60,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="A checkpoint to train in the part 'training'.")] = None,
     rehearse: Annotated[bool, typer.Option(help="On a CPU, in Triton's interpreter: no figure counts.")] = False,
     fail: Annotated[str, typer.Option(help="A part to fail on purpose.")] = "",
+    from_json: Annotated[Path | None, typer.Option(help="Make the table of earlier results again, and end.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
     pipe: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
@@ -68,6 +70,9 @@ def main(
     for name in [*chosen, *([fail] if fail else [])]:
         if name not in names:
             raise typer.BadParameter(f"Parts are {', '.join(names)}; got {name!r}.")
+    if from_json is not None:
+        _write_table(from_json)
+        return
     if rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     if child:
@@ -94,6 +99,12 @@ def _require(rehearse: bool, model: Path | None) -> None:
         raise typer.BadParameter(f"--model must be a folder with a config.json; got {model}.")
 
 
+def _write_table(results: Path) -> None:
+    from gpu_parts.report import markdown
+
+    write_atomically(results.with_suffix(".md"), markdown(json.loads(results.read_text(encoding="utf-8"))))
+
+
 class _Run:
     """One run: what it writes, and what it says on the way."""
 
@@ -116,30 +127,28 @@ class _Run:
 
         outcomes = run_parts(parts, command, seconds=seconds, save=self.save, report=self.report)
         self.save(outcomes, is_complete=True)
-        self.console.print(f"Results: {self.out} and {self.out.with_suffix('.md')}")
+        _write_table(self.out)
+        self.console.print(f"Results: {self.out} and {self.out.with_suffix('.md')}", soft_wrap=True)
         raise typer.Exit(1 if any(outcome.is_failure for outcome in outcomes) else 0)
 
     def save(self, outcomes: list[Outcome], is_complete: bool = False) -> None:
-        import json
-
-        from gpu_parts.report import markdown
-
         content = self.head | {"is_complete": is_complete, "parts": [outcome.to_dict() for outcome in outcomes]}
         write_atomically(self.out, json.dumps(content, indent=1) + "\n")
-        write_atomically(self.out.with_suffix(".md"), markdown(content))
 
     def report(self, outcome: Outcome) -> None:
         if outcome.status == "running":
-            self.console.print(f"[bold]{outcome.name}[/]: {outcome.title} (at most {outcome.limit:.0f} s)")
+            self.say(f"{outcome.name}: {outcome.title} (at most {outcome.limit:.0f} s)")
             return
         failures = [finding for finding in outcome.findings if finding.get("failed")]
-        self.console.print(
-            f"  {outcome.status} after {outcome.seconds} s: {len(outcome.findings)} findings, {len(failures)} failed"
-            f"{'. ' + outcome.reason if outcome.reason else ''}",
-            markup=False,
+        self.say(
+            f"{outcome.name}: {outcome.status} after {outcome.seconds} s, {len(outcome.findings)} findings,"
+            f" {len(failures)} failed{'. ' + outcome.reason if outcome.reason else ''}"
         )
         for finding in failures[:5]:
-            self.console.print(f"    {_short(finding)}", markup=False)
+            self.say(f"    {_short(finding)}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(finding: Finding) -> str:

@@ -73,16 +73,17 @@ def _findings(part: Content) -> list[str]:
 
 def _errors(findings: list[Content]) -> list[list[str]]:
     """One line for each kernel and head_dim: relative error by dtype, in brackets portable torch's."""
-    table: dict[tuple[str, int], dict[str, str]] = {}
+    table: dict[tuple[str, str], dict[str, str]] = {}
     for f in findings:
         if "error" in f:
             shown = f"{f['error']:.1e} ({f['torch_error']:.1e})" + (" **failed**" if f.get("failed") else "")
         else:
             shown = f"**failed**: {_escape(f.get('reason', ''))}"
-        table.setdefault((f["kernel"], f["head_dim"]), {})[f["dtype"]] = shown
+        name, _, dtype = f["kernel"].partition("/")  # a process that ended without a word knows no more
+        table.setdefault((name, str(f.get("head_dim", ""))), {})[f.get("dtype", dtype)] = shown
     return [
-        [name, str(dim), *(found.get(dtype, "") for dtype in ("float32", "bfloat16", "float16"))]
-        for (name, dim), found in table.items()
+        [name, dim, *(found.get(dtype, "") for dtype in ("float32", "bfloat16", "float16"))]
+        for (name, dim), found in sorted(table.items(), key=lambda entry: (entry[0][0], entry[0][1].zfill(4)))
     ]
 
 

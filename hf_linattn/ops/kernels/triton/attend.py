@@ -37,15 +37,15 @@ class _Blocks(NamedTuple):
     num_stages: int
 
 
-# Blocks by (bytes per element, padded head_dim). Those of 64 are the fastest on an H100 (within 8 %, of 24 for 2 bytes
-# and 8 for 4 bytes, `scripts/tune_kernels.py`) that do not spill on sm_80; the others were chosen by compiling for
-# sm_80 and sm_90, so that the tiles of all stages fit into shared memory and accumulators into registers. Not tuned at
-# run time: the same everywhere.
+# Blocks by (bytes per element, padded head_dim). Those of 64 are within 15 % of the fastest on an H100 (of 24 for two
+# bytes and 8 for four, `scripts/tune_kernels.py`) and spill few registers on sm_80; the others were chosen by compiling
+# for sm_80 and sm_90, so that the tiles of all stages fit into shared memory and accumulators into registers. Not tuned
+# at run time: the same everywhere.
 _FORWARD = {
     (2, 64): _Blocks(64, 128, 4, 3),
     (2, 128): _Blocks(128, 64, 8, 2),
     (2, 256): _Blocks(64, 32, 8, 3),
-    (4, 64): _Blocks(64, 64, 4, 2),
+    (4, 64): _Blocks(64, 32, 4, 2),
     (4, 128): _Blocks(32, 32, 4, 2),
     (4, 256): _Blocks(32, 16, 8, 1),
 }
@@ -53,16 +53,16 @@ _OF_QUERIES = {
     (2, 64): _Blocks(64, 64, 4, 2),
     (2, 128): _Blocks(128, 64, 8, 2),
     (2, 256): _Blocks(64, 32, 8, 2),
-    (4, 64): _Blocks(64, 32, 4, 2),
-    (4, 128): _Blocks(32, 32, 4, 2),
+    (4, 64): _Blocks(32, 64, 4, 2),
+    (4, 128): _Blocks(32, 32, 8, 2),
     (4, 256): _Blocks(32, 16, 8, 1),
 }
 _OF_KEYS = {
     (2, 64): _Blocks(64, 64, 4, 2),
     (2, 128): _Blocks(64, 64, 8, 2),
     (2, 256): _Blocks(16, 64, 8, 2),
-    (4, 64): _Blocks(64, 32, 4, 2),
-    (4, 128): _Blocks(16, 32, 4, 2),
+    (4, 64): _Blocks(32, 32, 4, 2),
+    (4, 128): _Blocks(16, 32, 8, 2),
     (4, 256): _Blocks(16, 32, 8, 1),
 }
 # The least work of a part, when the long side is cut: below it the parts' results cost more than they save.
