@@ -38,9 +38,9 @@ class _Blocks(NamedTuple):
 
 
 # Blocks by (bytes per element, padded head_dim). Those of 64 are within 15 % of the fastest on an H100 (of 24 for two
-# bytes and 8 for four, `scripts/tune_kernels.py`) and spill few registers on sm_80; the others were chosen by compiling
-# for sm_80 and sm_90, so that the tiles of all stages fit into shared memory and accumulators into registers. Not tuned
-# at run time: the same everywhere.
+# bytes and 8 for four, `scripts/tune_kernels.py`) and spill few registers on sm_80. The others were chosen by
+# compiling for sm_80 and sm_90, so that the tiles of all stages fit into shared memory and accumulators into
+# registers. Not tuned at run time: the same everywhere.
 _FORWARD = {
     (2, 64): _Blocks(64, 128, 4, 3),
     (2, 128): _Blocks(128, 64, 8, 2),

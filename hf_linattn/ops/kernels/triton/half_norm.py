@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,8 @@ def half_norm_forward(x: Tensor) -> Tensor:
     return result
 
 
-COMPILE_CASES: CompileCases = {
-    f"half_norm, {dim}": lambda dim=dim: half_norm_forward(torch.zeros(2, 3, 40, dim, dtype=torch.bfloat16))
-    for dim in (64, 80)
-}
+def _case(dim: int) -> None:
+    half_norm_forward(torch.zeros(2, 3, 40, dim, dtype=torch.bfloat16))
+
+
+COMPILE_CASES: CompileCases = {f"half_norm, {dim}": partial(_case, dim) for dim in (64, 80)}
