@@ -177,7 +177,9 @@ def linattn_mask(
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
     check_seams()
-    unknown = [name for name, value in kwargs.items() if name not in MASK_OPTIONS and value not in (None, False)]
+    unknown = [
+        name for name, value in kwargs.items() if name not in MASK_OPTIONS and value is not None and value is not False
+    ]
     if unknown:
         raise changed("arguments of a mask function", ", ".join(unknown))
     given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)

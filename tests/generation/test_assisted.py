@@ -180,9 +180,7 @@ actions = st.lists(st.tuples(st.integers(1, 14), st.integers(0, 14), st.booleans
 def test_crop(setting: Setting) -> None:
     """Tokens are added, in one forward or in several, and some taken back, again and again."""
     model = decoder(GPT2, setting)
-    quick = settings(
-        max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    quick = settings(max_examples=5, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
     @quick
     @given(actions, st.integers(1, 20))

@@ -27,9 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 TOKENS = 41
-quick = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+quick = settings(max_examples=12, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 thorough = settings(quick, max_examples=150)
 
 
