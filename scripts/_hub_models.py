@@ -26,8 +26,8 @@ class HubModel:
 
     Args:
         auto: The Auto class, which finds the stock class and, for what was pushed, ours.
-        processor: Class of the tokenizer or image processor. Not AutoImageProcessor, which does not know the names that
-            old files give to it.
+        processor: Class of the tokenizer or image processor. Not AutoImageProcessor, which does not know the names
+            that old files give to it.
         megabytes: Of its weights, to say in advance what will be transferred.
         unused: Tensors of the file that the head has no place for.
         read: Processor, number of rows and seed -> rows, with labels.
@@ -56,15 +56,14 @@ def sentences() -> list[str]:
 
 
 def _masked_texts(tokenizer: Any, rows: int, seed: int) -> Batch:
-    """Texts of several sentences, padded to the longest of each batch's; labels are tokens behind the masks."""
+    """Texts of several sentences, three lengths of them, padded; labels are the tokens behind the masks."""
     chosen = np.random.default_rng(seed).permutation(sentences())
-    texts, start = [], 0
+    longest = min(TOKENS, tokenizer.model_max_length)
+    encoded = []
     for row in range(rows):
-        length = 24 - 6 * (row % 3)  # sentences; the shorter rows get padding
-        texts.append(" ".join(np.take(chosen, range(start, start + length), mode="wrap")))
-        start += length
-    most = min(TOKENS, tokenizer.model_max_length)
-    batch = dict(tokenizer(texts, padding="max_length", truncation=True, max_length=most, return_tensors="pt"))
+        text = " ".join(np.take(chosen, range(24 * row, 24 * (row + 1)), mode="wrap"))
+        encoded.append(tokenizer(text, truncation=True, max_length=longest - longest // 4 * (row % 3)))
+    batch = dict(tokenizer.pad(encoded, padding="max_length", max_length=longest, return_tensors="pt"))
     ids = batch["input_ids"]
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     masked = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < MASKED) & ~special

@@ -98,6 +98,7 @@ def announce(
 
 
 def pick_device(wanted: str | None) -> str:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over all of them
     import torch
 
     if wanted not in (None, "cpu", "cuda"):

@@ -195,7 +195,8 @@ class KindCheck:
                 output,
             ]
             paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_CACHE": str(Path(folder, "cache"))}
+            caches = {name: str(Path(folder, name)) for name in ("HF_HUB_CACHE", "HF_XET_CACHE")}
+            environment = {**os.environ, **caches, "PYTHONPATH": paths}
             done = subprocess.run(command, env=environment, text=True, capture_output=True)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["nothing printed"]

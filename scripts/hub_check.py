@@ -34,7 +34,7 @@ KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
 MODELS = ("bert", "gpt2", "vit")
 STEPS = ("native", "convert", "compare", "train", "push", "reload", "delete")
 COLUMNS = {
-    "load": "loaded, softmax",
+    "load": "weights of the stock model",
     "native": "native",
     "convert": "converted",
     "compare": "cosine to softmax",
@@ -76,7 +76,10 @@ def main(
     chosen = split_names(models, MODELS, "--models"), split_names(kinds, KINDS, "--kinds")
     parts = [part for model in chosen[0] for part in _parts(model, chosen[1])]
     if unknown := [name for name in fail or [] if name not in parts]:
-        raise typer.BadParameter(f"--fail {unknown[0]}: no such part. There are: {', '.join(parts)}")
+        raise typer.BadParameter(
+            f"--fail {unknown[0]}: there is no such part in this run. Parts are called {chosen[0][0]}/load or "
+            f"{chosen[0][0]}/{chosen[1][0]}/STEP, with one of the steps {', '.join(STEPS)}"
+        )
     with ExitStack() as stack:
         hub = local_hub(stack) if rehearse else None
         be_quiet()
@@ -220,7 +223,8 @@ def _clean_up(repositories: Any) -> dict[str, str]:
 def _introduction(record: Record, left: dict[str, str]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in record.facts["versions"].items() if name != "device")
     lines = [REHEARSAL] if record.facts["rehearsal"] else []
-    lines.append(f"`{record.facts['command']}`, {record.started}; {versions}; {record.facts['versions']['device']}.")
+    where = f"{record.facts['endpoint']}, {record.started}"
+    lines.append(f"`{record.facts['command']}` with {where}; {versions}; {record.facts['versions']['device']}.")
     lines += [f"**Left behind**: `{name}` ({reason})." for name, reason in left.items()]
     return "\n\n".join(lines)
 
