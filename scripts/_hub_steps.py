@@ -120,6 +120,21 @@ class KindCheck:
             "difference": difference(logits, self.stock.softmax, self.stock.inputs),
         }
 
+    def direct(self) -> dict[str, Any]:
+        """The stock checkpoint loaded straight into the converted class: what `convert` makes of it."""
+        converted = type(self.converted)
+        loaded, info = converted.from_pretrained(
+            self.model.repo, linear_attention=self.kind, use_safetensors=True, output_loading_info=True
+        )
+        check_info({**info, "missing_keys": [name for name in info["missing_keys"] if ADDED not in name]}, self.model)
+        check_weights(loaded, self.stock.file, self.model.is_unused)
+        if loaded.config.linear_attention != self.converted.config.linear_attention:
+            raise AssertionError(f"settings are {loaded.config.linear_attention}")
+        waits = hf_linattn.needs_calibration(loaded)
+        if not waits and digest_of_all(loaded) != digest_of_all(self.converted):
+            raise AssertionError("other linear attention tensors than those of a converted model")
+        return {"shown": "same, uncalibrated" if waits else "same"}
+
     def compare(self) -> dict[str, Any]:
         """How close to softmax, before any training."""
         self.converted.to(self.settings.device)

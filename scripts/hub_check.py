@@ -32,11 +32,12 @@ from rich.table import Table  # noqa: E402
 
 KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
 MODELS = ("bert", "gpt2", "vit")
-STEPS = ("native", "convert", "compare", "train", "push", "reload", "delete")
+STEPS = ("native", "convert", "direct", "compare", "train", "push", "reload", "delete")
 COLUMNS = {
     "load": "weights of the stock model",
     "native": "native",
     "convert": "converted",
+    "direct": "loaded as converted",
     "compare": "cosine to softmax",
     "train": "loss",
     "push": "pushed",
