@@ -29,6 +29,7 @@ from hf_linattn.modules.registry import get_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4  # relative; two processes may round differently
+LONGEST = 1800  # seconds to load a model back
 DIFFERENT = 1e-3  # relative; less would mean that softmax attention ran
 
 
@@ -212,7 +213,7 @@ class KindCheck:
             paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             caches = {name: str(Path(folder, name)) for name in ("HF_HUB_CACHE", "HF_XET_CACHE")}
             environment = {**os.environ, **caches, "PYTHONPATH": paths}
-            done = subprocess.run(command, env=environment, text=True, capture_output=True)
+            done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=LONGEST)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or ["nothing printed"]
                 raise RuntimeError("\n".join([f"the new process ended with {done.returncode}: {lines[-1]}", *lines]))
