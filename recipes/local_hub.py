@@ -7,7 +7,8 @@ or, in Python, before anything of Hugging Face is imported:
     with LocalHub() as hub:
         os.environ.update(hub.environment(home))
 
-It knows models only, keeps everything in memory, believes every token, and is not meant for anything but localhost.
+It knows models only, keeps everything in memory, believes every token (a request without one does not see private
+repositories), and is not meant for anything but localhost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,7 @@ class Repo:
 
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, branch: str, files: dict[str, str]) -> str:
         state = json.dumps([len(self.commits), sorted(files.items())])
@@ -50,11 +52,11 @@ class Repo:
 
 
 class NotFound(Exception):
-    """Answered with 404; the code tells the client what is missing."""
+    """Answered with 404 (401 if a token might help); the code tells the client what is missing."""
 
-    def __init__(self, code: str, commit: str | None = None) -> None:
+    def __init__(self, code: str, commit: str | None = None, status: HTTPStatus = HTTPStatus.NOT_FOUND) -> None:
         super().__init__(code)
-        self.code, self.commit = code, commit
+        self.code, self.commit, self.status = code, commit, status
 
 
 class LocalHub:
@@ -95,6 +97,13 @@ class LocalHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
+    def add(self, name: str, files: Mapping[str, bytes], private: bool = False) -> None:
+        """Put a repository here that somebody else has pushed."""
+        repo = self.repos[name] = Repo(private=private)
+        digests = {path: self.store(content) for path, content in files.items()}
+        self.large |= {digest for path, digest in digests.items() if path.endswith(LARGE_SUFFIXES)}
+        repo.commit("main", digests)
+
     # -- what the routes need -------------------------------------------------------------------------------------
     def repo(self, name: str) -> Repo:
         if name not in self.repos:
@@ -133,16 +142,22 @@ class _Handler(BaseHTTPRequestHandler):
             if method == self.command.replace("HEAD", "GET") and found:
                 try:
                     with self.hub.lock:
+                        self._check_access(found.groupdict().get("repo"))
                         handler(self, **found.groupdict())
                 except NotFound as missing:
                     headers = {"X-Error-Code": missing.code}
                     if missing.commit:
                         headers["X-Repo-Commit"] = missing.commit
-                    self._json({"error": missing.code}, HTTPStatus.NOT_FOUND, headers)
+                    self._json({"error": missing.code}, missing.status, headers)
                 return
         self._json({"error": f"{self.command} {path} is not served here"}, HTTPStatus.NOT_FOUND)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _dispatch
+
+    def _check_access(self, name: str | None) -> None:
+        repo = self.hub.repos.get(name or "")
+        if repo is not None and repo.private and "Authorization" not in self.headers:
+            raise NotFound("RepoNotFound", status=HTTPStatus.UNAUTHORIZED)
 
     def _read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -187,9 +202,20 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repos:
             self._json({"error": "You already created this model repo", **answer}, HTTPStatus.CONFLICT)
             return
-        repo = self.hub.repos[name] = Repo()
+        # Older clients send a flag, newer ones a word.
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        repo = self.hub.repos[name] = Repo(private=private)
         repo.commit("main", {})
         self._json(answer)
+
+    def delete_repo(self) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        self.hub.repo(name)
+        if "Authorization" not in self.headers:
+            raise NotFound("RepoNotFound", status=HTTPStatus.UNAUTHORIZED)
+        del self.hub.repos[name]
+        self._json({})
 
     def create_branch(self, repo: str, branch: str) -> None:
         start = json.loads(self.body or b"{}").get("startingPoint") or "main"
@@ -208,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": repo,
                 "modelId": repo,
                 "sha": sha,
-                "private": False,
+                "private": self.hub.repo(repo).private,
                 "tags": [],
                 "siblings": [{"rfilename": path} for path in sorted(files)],
             }
@@ -308,6 +334,7 @@ def _route(method: str, pattern: str, handler: Callable[..., None]) -> None:
 _route("GET", "/api/whoami-v2", _Handler.whoami)
 _route("POST", "/api/validate-yaml", _Handler.validate_yaml)
 _route("POST", "/api/repos/create", _Handler.create_repo)
+_route("DELETE", "/api/repos/delete", _Handler.delete_repo)
 _route("POST", "/api/models/{repo}/branch/{branch}", _Handler.create_branch)
 _route("POST", "/api/models/{repo}/preupload/{revision}", _Handler.preupload)
 _route("POST", "/api/models/{repo}/commit/{revision}", _Handler.commit)

@@ -26,9 +26,13 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
-def run(arguments: list[str], env: dict[str, str], check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], env: dict[str, str], check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments`; a failure shows what it printed."""
-    done = subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=ROOT, text=True, capture_output=True, timeout=timeout
+    )
     assert not check or done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from cases import KINDS
-from hub_server import run_with_hub
+from hub_server import environment, run, run_with_hub
 from huggingface_hub import ModelCard
+
+from recipes.local_hub import LocalHub
 
 pytestmark = pytest.mark.hub
 
@@ -75,3 +77,71 @@ else:
 """,
         tmp_path,
     )
+
+
+def test_private_repositories_and_deletion(tmp_path: Path) -> None:
+    """A private repository is there for those with a token only, a deleted one for nobody."""
+    hub = run_with_hub(
+        """
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
+api = HfApi()
+
+def missing(call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except RepositoryNotFoundError:
+        return True
+    return False
+
+api.create_repo("me/open")
+for name in ("me/hidden", "me/kept"):
+    api.create_repo(name, private=True)
+    api.upload_file(path_or_fileobj=b"content", path_in_repo="a.bin", repo_id=name)
+assert [api.model_info(name).private for name in ("me/open", "me/hidden")] == [False, True]
+assert not missing(api.model_info, "me/open", token=False)
+assert missing(api.model_info, "me/hidden", token=False)
+assert missing(hf_hub_download, "me/hidden", "a.bin", token=False)
+assert open(hf_hub_download("me/hidden", "a.bin"), "rb").read() == b"content"
+
+assert missing(api.delete_repo, "me/hidden", token=False)
+assert api.repo_exists("me/hidden")
+api.delete_repo("me/hidden")
+assert not api.repo_exists("me/hidden") and api.repo_exists("me/open")
+assert missing(api.delete_repo, "me/hidden")
+api.delete_repo("me/hidden", missing_ok=True)
+""",
+        tmp_path,
+    )
+
+    assert {name: repo.private for name, repo in hub.repos.items()} == {"me/open": False, "me/kept": True}
+
+
+def test_push_to_a_private_repository(tmp_path: Path) -> None:
+    hub = run_with_hub(
+        """
+import sys; sys.path.insert(0, "tests")
+from cases import BERT, converted
+converted(BERT, "favor_plus").push_to_hub("me/private", private=True)
+converted(BERT, "favor_plus").push_to_hub("me/public")
+""",
+        tmp_path,
+    )
+
+    assert {name: repo.private for name, repo in hub.repos.items()} == {"me/private": True, "me/public": False}
+
+
+def test_a_repository_of_somebody_else(tmp_path: Path) -> None:
+    content = b"x" * 100
+    with LocalHub() as hub:
+        hub.add("other/model", {"config.json": b"{}", "model.safetensors": content})
+        run(
+            [
+                "-c",
+                "from huggingface_hub import snapshot_download; import pathlib;"
+                " folder = pathlib.Path(snapshot_download('other/model'));"
+                f" assert (folder / 'model.safetensors').read_bytes() == {content!r};"
+                " assert (folder / 'config.json').read_text() == '{}'",
+            ],
+            environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"),
+        )
