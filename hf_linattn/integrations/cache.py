@@ -272,8 +272,17 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             f" needs the keys and values of all tokens. Call set_attn_implementation({own!r}), or start with a new"
             " cache."
         )
+    if layer.is_sliding and not is_compiling():
+        _tell_what_to_offload(layers)
     layer.expect()
     return args, {**kwargs, ARGUMENT: layer}
+
+
+def _tell_what_to_offload(layers: Any) -> None:
+    """A cache that offloads all layers but sliding ones looks for one to offload, and fails if all say they slide."""
+    if all(isinstance(layer, RecurrentLayer) for layer in layers):
+        for layer in layers:
+            layer.is_sliding = False
 
 
 def _check_in_step(rest: Any) -> None:

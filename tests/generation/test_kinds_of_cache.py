@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -215,3 +216,15 @@ def test_another_implementation_has_the_stock_cache() -> None:
         model.set_attn_implementation(setting.kind)
         with torch.no_grad():
             assert is_recurrent(cache_of(model(ids, use_cache=True))) == [True, True]
+
+
+@pytest.mark.parametrize("layers", [None, [0]], ids=["all", "some"])
+def test_a_cache_that_spares_sliding_layers_finds_one_to_offload(layers: list[int] | None) -> None:
+    """`offloaded_static` keeps sliding layers on the device, and has to find one that is none."""
+    model = decoder(GPT2, KINDS[0], layers=layers)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    read(model, cache, prompt(2, 20), [14, 6])
+    assert is_recurrent(cache) == [True, layers is None]
+    assert not all(cache.is_sliding)
+    cache.prefetch_stream = contextlib.nullcontext()
+    cache.prefetch(1, only_non_sliding=True)
