@@ -102,12 +102,18 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
 
 
-def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """`x = sqrt(s) q`, `y = sqrt(s) k`: the coordinates in which the weight of a key is `exp(x . y)`."""
+def root_of(query: Tensor, scaling: float | None) -> float:
+    """The square root of the factor of dot products, `head_dim ** -0.5` if `None`. Raises InputError unless > 0."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not 0 < scaling < float("inf"):
         raise InputError(f"scaling must be a finite number > 0; got {scaling!r}.")
-    return query * scaling**0.5, key * scaling**0.5
+    return scaling**0.5
+
+
+def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
+    """`x = sqrt(s) q`, `y = sqrt(s) k`: the coordinates in which the weight of a key is `exp(x . y)`."""
+    root = root_of(query, scaling)
+    return query * root, key * root
 
 
 def causal_visibility(query_tokens: int, key_tokens: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import attention_function, scale_inputs
+from ..exact import attention_function, root_of, scale_inputs
 from ..layout import check_grid
 from ..tokens import prepare
 from ..windowed import check_chunk_size, slot_attention
@@ -106,9 +106,11 @@ def favor_attention(
             "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"
             " itself, which know later tokens. Use FavorMoments.empty(...).update(...).statistics(variant)."
         )
-    x, y = scale_inputs(query, key, scaling)
-    projection = projection.to(torch.promote_types(x.dtype, torch.float32))
+    projection = projection.to(torch.promote_types(query.dtype, torch.float32))
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
+        # Nothing but the slots sees the tokens, and those of FAVOR+ can take the factor over.
+        root = root_of(query, scaling) if statistics is None else 1.0
+        x, y = (query, key) if statistics is None else scale_inputs(query, key, scaling)
         if grid is not None:
             check_grid(y.shape[2], grid, key_mask)
         visible = None if key_mask is None else key_mask[:, None, :, None]
@@ -117,9 +119,10 @@ def favor_attention(
             # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
             y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
             x = x.masked_fill(~visible, 0.0) if is_self else x
-        query_weights, key_weights = favor_log_weights(x, y, projection, statistics)
+        query_weights, key_weights = favor_log_weights(x, y, projection, statistics, root=root)
         output = query_weights.read(key_weights.masked(visible).summarise(value), dropout=slot_dropout).output
         return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
+    x, y = scale_inputs(query, key, scaling)
     if is_cross:
         raise InputError(
             "Cross-attention (is_cross=True) needs is_causal=False, window_size=0 and num_global_tokens=0; got"

@@ -23,18 +23,20 @@ class FavorBasis:
         own: `[.., features]`: what a feature adds to the log-weight of every token.
         statistics: FAVOR#'s constants, in at least float32; `None` is FAVOR+.
         log_count: Logarithm of the number of features.
+        root: The square root of `scaling` where tokens come as they are; 1 where they are scaled. Only for FAVOR+.
     """
 
     directions: Tensor
     own: Tensor
     statistics: FavorStatistics | None
     log_count: float
+    root: float = 1.0
 
     def query(self, x: Tensor) -> LogWeights:
-        """Log-weights `a[t, j]` of scaled queries `[batch, heads, tokens, head_dim]`."""
+        """Log-weights `a[t, j]` of queries `[batch, heads, tokens, head_dim]`."""
         directions = self.directions.to(x.dtype)
         if self.statistics is None:
-            return LogWeights(x, -half_norm(x).unsqueeze(-1) - self.log_count, directions, self.own)
+            return LogWeights(x, half_norm(x).unsqueeze(-1) * -(self.root**2) - self.log_count, directions, self.own)
         wide = x.to(self.own.dtype)
         x_mean, y_mean = self.statistics.query_mean, self.statistics.key_mean
         extra = (wide * y_mean).sum(-1, keepdim=True) - (x_mean * y_mean).sum(-1, keepdim=True)
@@ -42,21 +44,25 @@ class FavorBasis:
         return LogWeights(x, extra - half_norm(x).unsqueeze(-1) - self.log_count, directions, self.own)
 
     def key(self, y: Tensor) -> LogWeights:
-        """Log-weights `c[j, n]` of scaled keys `[batch, heads, tokens, head_dim]`."""
+        """Log-weights `c[j, n]` of keys `[batch, heads, tokens, head_dim]`."""
         directions = self.directions.to(y.dtype)
         if self.statistics is None:
-            return LogWeights(y, -half_norm(y).unsqueeze(-1), directions, self.own)
+            return LogWeights(y, half_norm(y).unsqueeze(-1) * -(self.root**2), directions, self.own)
         wide = y.to(self.own.dtype)
         extra = (wide * self.statistics.query_mean).sum(-1, keepdim=True)
         y = self.statistics.transform_key(wide).to(y.dtype)
         return LogWeights(y, extra - half_norm(y).unsqueeze(-1), directions, self.own)
 
 
-def favor_basis(x: Tensor, projection: Tensor, statistics: FavorStatistics | None = None) -> FavorBasis:
+def favor_basis(
+    x: Tensor, projection: Tensor, statistics: FavorStatistics | None = None, *, root: float = 1.0
+) -> FavorBasis:
     """The basis for queries and keys like `x` `[batch, heads, tokens, head_dim]`.
 
     Args:
         projection: `[heads, features, head_dim]` or `[features, head_dim]`.
+        root: Square root of `scaling` for tokens that are not scaled: a factor of the few directions instead of all
+            tokens, which saves reading and writing these. Without statistics.
     Raises: InputError if the statistics are those of other heads.
     """
     heads = None if statistics is None else statistics.query_mean.shape[1]
@@ -68,7 +74,8 @@ def favor_basis(x: Tensor, projection: Tensor, statistics: FavorStatistics | Non
     wide, log_count = torch.promote_types(x.dtype, torch.float32), math.log(projection.shape[-2])
     projection = projection.to(wide)
     if statistics is None:
-        return FavorBasis(projection, torch.zeros_like(projection[..., 0], dtype=wide), None, log_count)
+        own = torch.zeros_like(projection[..., 0])
+        return FavorBasis(projection if root == 1 else projection * root, own, None, log_count, root)
     statistics = FavorStatistics(*(s.to(device=x.device, dtype=wide) for s in statistics))
     shape = statistics.shape
     stretch = (1 - 4 * shape).sqrt()
@@ -95,8 +102,8 @@ def favor_log_features(
 
 
 def favor_log_weights(
-    x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None
+    x: Tensor, y: Tensor, projection: Tensor, statistics: FavorStatistics | None = None, *, root: float = 1.0
 ) -> tuple[LogWeights, LogWeights]:
-    """The same as `favor_log_features`, as dot products of tokens and slots."""
-    basis = favor_basis(x, projection, statistics)
+    """The same as `favor_log_features`, as dot products of tokens and slots. `root` as in `favor_basis`."""
+    basis = favor_basis(x, projection, statistics, root=root)
     return basis.query(x), basis.key(y)
