@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import compatibility
 import pytest
 import torch
 
@@ -15,6 +16,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hf_linattn.integrations.checks as checks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    compatibility.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compatibility.configure(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    compatibility.mark_topics(items)
 
 
 @pytest.fixture(autouse=True)

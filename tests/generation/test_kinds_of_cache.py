@@ -41,6 +41,7 @@ def read(model: Any, cache: Any, ids: Tensor, lengths: list[int], mask: Tensor |
     return torch.cat(found, dim=1)
 
 
+@pytest.mark.compat("static")
 @all_settings
 def test_static(setting: Setting) -> None:
     """`generate` makes the mask before it calls the model, and a cache of a given length."""
@@ -48,6 +49,7 @@ def test_static(setting: Setting) -> None:
     check_replay(model, *run(model, 12, **batch, cache_implementation="static"), PADDINGS)
 
 
+@pytest.mark.compat("static")
 @both
 @all_kinds
 def test_static_is_recurrent(case: ModelCase, setting: Setting) -> None:
@@ -108,6 +110,7 @@ def test_static_beams_and_chunks(setting: Setting) -> None:
     assert torch.equal(chunks, model.generate(**batch, do_sample=False, max_new_tokens=8, use_cache=False))
 
 
+@pytest.mark.compat("static")
 @all_kinds
 def test_layers_of_softmax_in_a_static_cache(setting: Setting) -> None:
     for layers in ([0], [1]):
