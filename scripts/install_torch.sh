@@ -2,6 +2,7 @@
 # Install PyTorch into a virtual environment: the CPU build where there is no NVIDIA GPU.
 #
 #   scripts/install_torch.sh .venv/bin/python
+#   TORCH_VERSION=2.12.0 scripts/install_torch.sh .venv/bin/python   # another version than the tested one, or "newest"
 #
 # A plain `pip install torch` on Linux brings several GB of CUDA packages, wanted only where there is a GPU. So:
 #   1. torch is there already           -> do nothing
@@ -12,7 +13,8 @@
 set -eu
 
 python=${1:?usage: $0 path/to/python}
-version=${TORCH_VERSION:-2.13.0}
+tested=2.13.0
+version=${TORCH_VERSION:-$tested}
 cpu_index=https://download.pytorch.org/whl/cpu
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
@@ -20,6 +22,17 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 # find_spec, not import: importing torch takes seconds.
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     exit 0
+fi
+
+# The newest release of which a build for this machine can be had; the tested one if none can be found.
+if [ "$version" = newest ]; then
+    index=$cpu_index
+    case $(uname -s) in Linux) ;; *) index=https://pypi.org/simple ;; esac
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then index=https://pypi.org/simple; fi
+    version=$(PIP_FIND_LINKS='' PIP_EXTRA_INDEX_URL='' pip index versions torch --index-url "$index" --retries 0 \
+        --timeout 15 2>/dev/null | sed -n 's/^torch (\([0-9.]*\).*/\1/p') || true
+    [ -n "$version" ] || echo "The newest torch for this machine cannot be looked up at $index: taking $tested"
+    version=${version:-$tested}
 fi
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then

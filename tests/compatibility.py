@@ -1,7 +1,7 @@
 """The selection of tests that tells whether a release of Transformers is supported, and what a run of it writes down.
 
-A test takes part through `@pytest.mark.compat("topic", ...)`. With `--compat-json PATH` the run leaves a file from which
-`scripts/compatibility_table.py` makes a row of `docs/compatibility.md`.
+A test takes part through `@pytest.mark.compat("topic", ...)`. With `--compat-json PATH` the run leaves a file from
+which `scripts/compatibility_table.py` makes a row of `docs/compatibility.md`.
 """
 
 from __future__ import annotations
