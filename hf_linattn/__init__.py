@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .errors import UncalibratedError as UncalibratedError
     from .errors import UnknownFieldError as UnknownFieldError
     from .errors import UnsupportedError as UnsupportedError
+    from .errors import UnsupportedTransformersError as UnsupportedTransformersError
     from .modules.eva import EvaConfig as EvaConfig
     from .modules.favor_plus import FavorPlusConfig as FavorPlusConfig
     from .modules.favor_sharp import FavorSharpConfig as FavorSharpConfig
@@ -58,6 +59,7 @@ _LAZY: dict[str, str] = {
     "InputError": "hf_linattn.errors",
     "CheckpointError": "hf_linattn.errors",
     "UncalibratedError": "hf_linattn.errors",
+    "UnsupportedTransformersError": "hf_linattn.errors",
     **{
         f"LinAttn{name}": f"hf_linattn.models.{module}"
         for module, names in {

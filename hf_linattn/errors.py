@@ -1,6 +1,7 @@
 """Exceptions of the library.
 
-Every one derives from `LinAttnError` and, because callers of Transformers expect it, from a built-in type as well.
+Every one derives from `LinAttnError` and, because callers of Transformers expect it, from a built-in type as well
+(but `UnsupportedTransformersError`).
 A message says what must be which, shows the value that was wrong, and says what to do.
 """
 
@@ -36,6 +37,14 @@ class UncalibratedError(LinAttnError, RuntimeError):
 
 class CheckpointError(LinAttnError, ValueError):
     """A saved checkpoint is incomplete, contradicts itself, or was written by a newer version."""
+
+
+class UnsupportedTransformersError(LinAttnError):
+    """The installed Transformers does something else than this library was written for: no result would be right.
+
+    Of no built-in type: Transformers itself goes on after ImportError, AttributeError, OSError, ValueError, TypeError
+    and RuntimeError in places, and would do so after this one.
+    """
 
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import (
     BERT,
     BY_NAME,
@@ -64,9 +65,9 @@ def test_masks(case: ModelCase, is_converted: bool) -> None:
 def test_mask_of_new_tokens_only_with_a_cache() -> None:
     model = build(GPT2, False)
     ids = GPT2.inputs()["input_ids"]
-    past = model(input_ids=ids[:, :20], use_cache=True).past_key_values
+    past = cache_of(model(input_ids=ids[:, :20], use_cache=True))
     with pytest.raises(InputError, match=r"past ones included: \[batch, 40\]; got \(2, 20\)"):
-        model(input_ids=ids[:, 20:], past_key_values=past, attention_mask=torch.ones(2, 20))
+        model(input_ids=ids[:, 20:], **cached(past), attention_mask=torch.ones(2, 20))
 
 
 def test_sliding_window() -> None:

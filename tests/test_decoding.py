@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import (
     CAUSAL_KINDS,
     GPT2,
@@ -40,7 +41,7 @@ def test_generate_with_a_cache(kind: str, build: Any) -> None:
     """Greedy decoding with a cache equals recomputing everything, left-padded rows equal unpadded ones."""
     model, inputs = build(GPT2, kind), left_padded()
     with torch.no_grad():
-        layers = model(**inputs, use_cache=True).past_key_values.layers
+        layers = cache_of(model(**inputs, use_cache=True)).layers
     is_converted = type(model) is not GPT2.stock
     assert {type(layer).__name__ for layer in layers} == {"RecurrentLayer" if is_converted else "DynamicLayer"}
 
@@ -74,8 +75,8 @@ def test_prefill_in_parts(kind: str, build: Any) -> None:
     whole = logits(model, input_ids=ids)
     with torch.no_grad():
         first = model(input_ids=ids[:, :13], use_cache=True)
-        second = model(input_ids=ids[:, 13:30], past_key_values=first.past_key_values, use_cache=True)
-        third = model(input_ids=ids[:, 30:], past_key_values=second.past_key_values, use_cache=True)
+        second = model(input_ids=ids[:, 13:30], **cached(cache_of(first)), use_cache=True)
+        third = model(input_ids=ids[:, 30:], **cached(cache_of(second)), use_cache=True)
     parts = torch.cat([first.logits, second.logits, third.logits], dim=1)
     assert largest(parts - whole) < 1e-4
 
@@ -88,8 +89,8 @@ def test_static_cache_without_mask() -> None:
     whole = logits(model, input_ids=ids)
     cache = StaticCache(config=model.config, max_cache_len=60)
     with torch.no_grad():
-        first = model(input_ids=ids[:, :13], past_key_values=cache, use_cache=True).logits
-        second = model(input_ids=ids[:, 13:], past_key_values=cache, use_cache=True).logits
+        first = model(input_ids=ids[:, :13], **cached(cache), use_cache=True).logits
+        second = model(input_ids=ids[:, 13:], **cached(cache), use_cache=True).logits
     assert largest(torch.cat([first, second], dim=1) - whole) < 1e-4
 
 

@@ -431,11 +431,13 @@ SEEN = torch.tensor([[True, True, False]])
 @pytest.mark.parametrize("tokens", [SEEN, None], ids=["padded", "full"])
 def test_mask_answers_only_what_transformers_asks(tokens: torch.Tensor | None) -> None:
     from hf_linattn.integrations.masks import linattn_mask, token_mask
+    from hf_linattn.integrations.seams import causal_mask_function
 
-    mask: Any = linattn_mask(1, 3, 3, attention_mask=tokens)
+    mask: Any = linattn_mask(1, 3, 3, 0, 0, causal_mask_function, tokens)
     assert (mask.ndim, tuple(mask.shape), mask.dtype, str(mask.device)) == (2, (1, 3), torch.bool, "cpu")
     assert not hasattr(mask, "masked_fill")
-    again = linattn_mask(1, 3, 3, attention_mask=mask.to(device="cpu", dtype=torch.bool).contiguous().view(1, -1))
+    ready = mask.to(device="cpu", dtype=torch.bool).contiguous().view(1, -1)
+    again = linattn_mask(1, 3, 3, 0, 0, causal_mask_function, ready)
     got = token_mask(again, torch.device("cpu"))
     assert got is None if tokens is None else torch.equal(got, tokens)
     states = torch.zeros(1, 1, 3, 2)

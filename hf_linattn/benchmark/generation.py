@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, PreTrai
 from ..conversion import calibrate, convert, extend_positions, needs_calibration
 from ..errors import ConfigError
 from ..integrations.families import get_family
+from ..integrations.seams import cache_argument
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
 from .attention import Plan, Report
@@ -180,8 +181,9 @@ def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor) -> P
 def fill(model: PreTrainedModel, ids: Tensor, piece: int) -> Any:
     """A cache that has read `ids` `[batch, tokens]`, `piece` tokens at a time."""
     cache = DynamicCache(config=model.config)
+    given = {cache_argument(model): cache}
     for part in ids.split(piece, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
     return cache
 
 
@@ -252,7 +254,7 @@ def _prepared(case: _Case, ids: Tensor, steps: int, plan: Plan, decoder: Decoder
 
 
 def _step(model: PreTrainedModel, cache: Any, ids: Tensor, position: int) -> None:
-    model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, position : position + 1], use_cache=True, **{cache_argument(model): cache})
     if ids.is_cuda:
         torch.cuda.synchronize()  # as it is where the next token depends on this one's logits
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, BertConfig, GPT2Config
+from transformers import BertConfig, GPT2Config
 
+from ..integrations.seams import attention_named
 from ..modules.base import AttentionInputs, LayerShape
 from ..modules.config import AttentionConfig
 from ..modules.registry import AttentionKind, config_from_dict, get_kind
@@ -66,7 +67,7 @@ def kind_implementation(kind: str, options: KindOptions) -> Implementation:
 
 def registered(name: str, module: nn.Module) -> AttentionCall:
     """The function that models call under `attn_implementation=name`, bound to a module."""
-    function = AttentionInterface()[name]
+    function = attention_named(name)
     is_causal = bool(module.is_causal)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

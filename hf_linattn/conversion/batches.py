@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError
 from ..integrations.masks import causal_key_mask
+from ..integrations.seams import attention_of, softmax_attention
 
 
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[None]:
     """Put attention implementation and train mode back, module by module, whatever happens."""
     training = {module: module.training for module in model.modules()}
-    implementation = model.config._attn_implementation
+    implementation = attention_of(model.config)
     try:
         yield
     finally:
@@ -78,5 +78,4 @@ def exact_attention(
         mask = causal_key_mask(queries, keys, key_mask, query.device)
     elif key_mask is not None:
         mask = key_mask[:, None, None, :].expand(-1, -1, queries, -1)
-    exact, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
-    return exact
+    return softmax_attention(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)

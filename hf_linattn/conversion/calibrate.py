@@ -9,14 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, family_layers
+from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
 from ..integrations.masks import linattn_mask, token_mask
+from ..integrations.seams import check_scaling, register_attention
 from ..modules.base import AttentionInputs, Calibration, LinearAttention
 from .batches import exact_attention, prepare_inputs, read_batches, restored
 
@@ -56,10 +58,10 @@ def calibrate(
     """
     if attention not in ATTENTIONS:
         raise InputError(f"attention must be one of {list(ATTENTIONS)}; got {attention!r}.")
+    check_model(model)
     layers = _calibratable(model)
     observed = {layer: getattr(layer, ATTRIBUTE).new_calibration(stream=_rank()) for layer in layers}
-    AttentionInterface.register(OBSERVER, _observe)
-    AttentionMaskInterface.register(OBSERVER, linattn_mask)
+    register_attention(OBSERVER, _observe, linattn_mask)
     seen = 0
     with restored(model), torch.no_grad():
         model.eval()
@@ -132,7 +134,7 @@ def _observe(
         raise InputError(f"attention_mask must cover the {key.shape[2]} tokens; got {tuple(mask.shape)}.")
     is_causal = bool(getattr(module, "is_causal", False))
     if module in observed:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = check_scaling(module, scaling, query.shape[-1])
         observed[module].update(AttentionInputs(query, key, value, mask, scaling=scale, is_causal=is_causal))
     if attention == "linear" and linear is not None:
         return attend(linear.kind, module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
+from ..integrations.canary import check_model
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
 from ..integrations.masks import linattn_mask, token_mask
+from ..integrations.seams import attention_of, register_attention
 from ..modules.registry import list_kinds
 from .batches import exact_attention, prepare_inputs, read_batches, restored
 
@@ -132,11 +134,11 @@ def compare(
         ConfigError: The model uses softmax attention: there is nothing to compare.
         InputError: No batches, or not a series of dictionaries.
     """
+    check_model(model)
     kind = _kind_of(model)
     layers: dict[nn.Module, _LayerSums] = {}
     total = _ModelSums()
-    AttentionInterface.register(PROBE, _probe)
-    AttentionMaskInterface.register(PROBE, linattn_mask)
+    register_attention(PROBE, _probe, linattn_mask)
     with restored(model), torch.no_grad():
         model.eval()
         for batch in read_batches(batches, max_batches, progress, "Comparing with softmax"):
@@ -156,7 +158,7 @@ def compare(
 # -- one batch -----------------------------------------------------------------------------------------------------
 def _kind_of(model: PreTrainedModel) -> str:
     config = model.config
-    kind = config.linear_attention["kind"] if is_converted(config) else config._attn_implementation
+    kind = config.linear_attention["kind"] if is_converted(config) else attention_of(config)
     if kind not in list_kinds():
         raise ConfigError(
             f"compare needs a model with linear attention; {type(model).__name__} has attn_implementation {kind!r}. "

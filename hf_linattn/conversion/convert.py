@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
-from ..integrations.families import defaults_family, get_family, is_converted, set_model_class
+from ..integrations.canary import check_model
+from ..integrations.families import defaults_family, get_family, is_converted
+from ..integrations.seams import attention_of, select_attention, set_model_class
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
 from ..models import CONFIGS, COUNTERPARTS
 from ..modules.config import AttentionConfig
@@ -42,6 +44,7 @@ def convert(
         copy: Convert a deep copy and leave `model` as it is.
     Returns: The converted model: `model` itself unless `copy`.
     Raises:
+        UnsupportedTransformersError: The installed Transformers works in another way.
         UnsupportedError: Already converted, another architecture, a subclass of a stock class, or a kind that cannot
             work in this model.
         ConfigError: Unknown kind, unknown or impossible setting, layers that do not exist.
@@ -62,6 +65,7 @@ def convert(
             "convert it to something else; trained weights are kept."
         )
     family = get_family(getattr(model, "config", None))
+    check_model(model)
     if type(model) not in COUNTERPARTS:
         known = sorted(
             cls.__name__ for cls in COUNTERPARTS if getattr(cls.config_class, "model_type", "") == family.name
@@ -84,8 +88,8 @@ def convert(
     new_config.__dict__.pop("model_type", None)  # a config read from a checkpoint carries its own
     new_config.linear_attention = settings.to_dict()
     settings = settings_of(new_config)
-    implementation = old_config._attn_implementation
-    new_config._attn_implementation = settings.config.kind
+    implementation = attention_of(old_config)
+    select_attention(new_config, settings.config.kind)
     _set_config(model, old_config, new_config)
     _set_classes(model, COUNTERPARTS)
     attach(model, settings, built)
@@ -106,6 +110,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
             f"revert() needs a converted model; got {type(model).__name__}. Convert one with "
             "hf_linattn.convert(model, kind)."
         )
+    check_model(model)
     settings = settings_of(model.config)
     family = get_family(model.config)
     detach(model, settings)
@@ -118,7 +123,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     _set_config(model, old_config, new_config)
     _set_classes(model, stock)
     remembered = model.__dict__.pop(_STOCK_IMPLEMENTATION, None)
-    new_config._attn_implementation = model.get_correct_attn_implementation(remembered)
+    select_attention(new_config, model.get_correct_attn_implementation(remembered))
     if new_config.architectures is not None:
         new_config.architectures = [type(model).__name__]
     return model

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedError, did_you_mean
+from ..integrations.canary import check_model
+from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def extend_positions(model: PreTrainedModel, num_positions: int, *, method: str 
     """
     if method not in list(METHODS):
         raise ConfigError(f"method must be one of {list(METHODS)}; got {method!r}.{did_you_mean(method, METHODS)}")
+    check_model(model)
     new = _integer(num_positions)
     table, owner = _find_table(model)
     old = _check_table(table, model.config)
@@ -68,7 +71,7 @@ def extend_positions(model: PreTrainedModel, num_positions: int, *, method: str 
         return model
     with torch.inference_mode(False), torch.no_grad():  # in inference mode the new values could not be trained
         weight = METHODS[method](table.weight.detach(), new)
-        buffers = _derived_buffers(owner, new)
+        buffers = _derived_buffers(owner, old, new)
         # The module stays (hooks of accelerate) and so does the parameter (an optimizer without state, ties).
         table.weight.grad = None
         table.weight.data = weight
@@ -170,9 +173,12 @@ def _check_table(table: Any, config: Any) -> int:
     return int(old)
 
 
-def _derived_buffers(owner: nn.Module, new: int) -> dict[str, Tensor]:
+def _derived_buffers(owner: nn.Module, old: int, new: int) -> dict[str, Tensor]:
     """Buffers as long as the longest input: BERT's default positions and segments. Not part of checkpoints."""
     found = {name: owner._buffers.get(name) for name in ("position_ids", "token_type_ids")}
+    for name, buffer in owner._buffers.items():
+        if name not in found and buffer is not None and old in buffer.shape:
+            raise changed("position buffers", f"{name} of shape {tuple(buffer.shape)}")
     values: dict[str, Tensor] = {}
     for name, buffer in found.items():
         if buffer is not None:

@@ -12,7 +12,9 @@ from ..modules.base import LinearAttention
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .cache import add_hook, remove_hook
+from .expected import changed, describe
 from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
+from .seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
 
 ATTRIBUTE = "linattn"
@@ -73,7 +75,7 @@ def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, Linea
             setattr(layer, ATTRIBUTE, built[index])
             # Transformers initialises a model that is put into another one (EncoderDecoderModel) again, but for what
             # has this mark: statistics and trained maps would be lost. On the meta device there are no values yet.
-            built[index]._is_hf_initialized = not any(tensor.is_meta for tensor in _tensors(built[index]))  # type: ignore[assignment]
+            mark_initialized(built[index], not any(tensor.is_meta for tensor in _tensors(built[index])))
             set_attention_dropout(layer, 0.0)
             if built[index].supports_recurrence(settings.config, is_causal=built[index].shape.is_causal):
                 add_hook(layer)
@@ -110,6 +112,16 @@ def check_consistent(model: Any) -> None:
 
 
 def family_layers(model: Any) -> list[nn.Module]:
-    """Self-attention modules of a supported model with any head, first layer first."""
+    """Self-attention modules of a supported model with any head, first layer first.
+
+    Raises: `UnsupportedTransformersError` if the model does not have them where the family's models do.
+    """
     family: Family = get_family(model.config)
-    return family.layers(model.base_model)
+    try:
+        layers = family.layers(model.base_model)
+        wrong = [type(layer).__name__ for layer in layers if not hasattr(layer, "is_causal")]
+    except (AttributeError, TypeError) as error:
+        raise changed("layers of a model", describe(error)) from error
+    if wrong:
+        raise changed("layers of a model", f"{wrong[0]} without is_causal")
+    return layers

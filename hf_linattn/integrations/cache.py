@@ -12,19 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.recurrent import RecurrentMemory
 from ..modules.registry import get_kind
+from .canary import check_seams
+from .expected import changed
 from .families import defaults_family, get_family
+from .seams import (
+    ARGUMENT,
+    LAYER_TYPE,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+    attempt,
+    attention_of,
+    calling_layer,
+    find_cache,
+    is_compiling,
+    register_cache_layers,
+)
 from .settings import parse_settings
-
-LAYER_TYPE = "linattn"
-# Name of the argument with which `hand_over` gives the cache layer to the attention function.
-ARGUMENT = "linattn_cache"
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -42,6 +52,7 @@ class RecurrentLayer(CacheLayerMixin):
     is_sliding = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_seams()
         super().__init__()
         self.memory = self._new_memory()
         self.seen = 0
@@ -58,6 +69,7 @@ class RecurrentLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take notice of new keys and values, `[batch, heads, tokens, head_dim]`, and return them."""
         if not self._is_expected:
+            _check_hand_over()
             raise UnsupportedError(
                 "A cache made for linear attention was given to a layer without it (a model that is not converted, or"
                 " another attn_implementation): it holds no keys and values, so the tokens before would be lost. Start"
@@ -91,6 +103,8 @@ class RecurrentLayer(CacheLayerMixin):
         scaling: float,
     ) -> Tensor:
         """What the new tokens read; they are part of the state afterwards. Arguments as in `LinearAttention`."""
+        if not self._is_pending:
+            raise changed("cache in use", "an attention function called without an update of the cache before")
         self._is_pending = False
         if self._is_offloaded:
             self.memory.to(query.device)
@@ -213,16 +227,7 @@ class StaticRecurrentLayer(RecurrentLayer):
         self.cumulative_length.zero_()
 
 
-def _register() -> None:
-    """Name the layers for `LAYER_TYPE`. Up to Transformers 5.13 static caches keep keys and values for every type."""
-    dynamic = "DYNAMIC_LAYER_TYPE_MAPPING", "LAYER_TYPE_CACHE_MAPPING"
-    for names, layer in ((dynamic, RecurrentLayer), (("STATIC_LAYER_TYPE_MAPPING",), StaticRecurrentLayer)):
-        for name in names:
-            if hasattr(cache_utils, name):
-                getattr(cache_utils, name)[LAYER_TYPE] = layer
-
-
-_register()
+attempt(register_cache_layers, RecurrentLayer, StaticRecurrentLayer)
 
 
 def cache_layer_types(config: Any) -> list[str] | None:
@@ -230,7 +235,7 @@ def cache_layer_types(config: Any) -> list[str] | None:
     value = getattr(config, "linear_attention", None)
     family = get_family(config).name
     is_causal = family == "gpt2" or getattr(config, "is_decoder", False)
-    if value is None or not is_causal or config._attn_implementation != value["kind"]:
+    if value is None or not is_causal or attention_of(config) != value["kind"]:
         return None
     settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):
@@ -243,7 +248,7 @@ def cache_layer_types(config: Any) -> list[str] | None:
 
 def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a converted attention module: give its cache layer, if it is ours, to the attention."""
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(args, kwargs)
     index = getattr(module, "layer_idx", None)
     if cache is None or index is None:
         return None
@@ -256,7 +261,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     if not torch.compiler.is_compiling() and not any(isinstance(other, RecurrentLayer) for other in layers[:index]):
         _check_in_step(layers[index:])
-    active, own = module.config._attn_implementation, module.linattn.kind  # type: ignore[union-attr]
+    active, own = attention_of(module.config), module.linattn.kind  # type: ignore[union-attr]
     if active != own:
         raise UnsupportedError(
             f"This cache holds the state of {own!r} attention, and the active attn_implementation is {active!r}, which"
@@ -284,6 +289,13 @@ def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:
         layer = layers[index]
         is_static = isinstance(layer, StaticRecurrentLayer)
         layers[index] = StaticLayer(max_cache_len=layer.max_cache_len) if is_static else DynamicLayer()
+
+
+def _check_hand_over() -> None:
+    """Raise if the layer that is updating its cache is one of ours: then it was `hand_over` that did not find it."""
+    layer = None if is_compiling() else calling_layer("linattn")
+    if layer is not None and attention_of(layer.config) == layer.linattn.kind:  # type: ignore[union-attr]
+        raise changed("cache in use", f"an update by {type(layer).__name__}, whose forward was given no Cache")
 
 
 def add_hook(module: nn.Module) -> None:

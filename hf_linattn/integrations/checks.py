@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.import_utils import is_tracing
 
 from ..errors import InputError, UnsupportedError
+from .seams import is_tracing
 
 # Arguments that models pass on to the attention function and that do not change what attention computes.
 HARMLESS = frozenset(

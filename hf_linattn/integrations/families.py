@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.utils import output_capturing
 
 from ..errors import UnsupportedError
 from ..modules.base import LayerShape
@@ -101,20 +100,3 @@ def set_attention_dropout(layer: Any, probability: float) -> None:
         layer.attention_dropout = probability
     else:  # BERT
         layer.dropout.p = probability
-
-
-def set_model_class(model: Any, cls: type) -> None:
-    """Turn a model into another class with the same attributes, keeping `output_hidden_states` working."""
-    model.__class__ = cls
-    # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
-    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs
-
-
-def share_preprocessing(config_class: type, stock_model_type: str) -> None:
-    """Let AutoTokenizer and AutoImageProcessor treat a config class as the stock one, without loading either."""
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-
-    for mapping in (TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING):
-        # Not `register`: it needs the processor's class, whose import may bring torchvision along.
-        mapping._reverse_config_mapping[config_class.__name__] = stock_model_type

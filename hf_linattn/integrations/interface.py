@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError, UnsupportedError
 from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
-from .cache import ARGUMENT, RecurrentLayer
+from .cache import RecurrentLayer
+from .canary import check_model
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .families import family_of, is_converted
 from .masks import causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
+from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -26,9 +26,7 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 def register_kinds() -> None:
     """Register every kind's name with Transformers, as an attention and as a mask function. Repeatable."""
     for kind in list_kinds():
-        AttentionInterface.register(kind, attention_function(kind))
-        # Without this one Transformers hands None to the attention function, and padding is attended to.
-        AttentionMaskInterface.register(kind, linattn_mask)
+        attempt(register_attention, kind, attention_function(kind), linattn_mask)
 
 
 def attention_function(kind: str) -> AttentionFunction:
@@ -74,8 +72,10 @@ def attend(
         kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`cache.hand_over`);
             key and value are then those of the new tokens.
     Returns: `([batch, queries, heads, head_dim], None)`.
-    Raises: `InputError` and `UnsupportedError` where the result would be wrong; the message says what to do.
+    Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where the result would be wrong; the
+        message says what to do.
     """
+    check_model(module)
     recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
     if recurrent is not None:
         try:
@@ -95,7 +95,7 @@ def attend(
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
     if not cross:
         check_positions(kwargs.get("position_ids"), mask, query.shape[2])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = check_scaling(module, scaling, query.shape[-1])
 
     layer = getattr(module, "linattn", None)
     if layer is None and is_converted(config):
@@ -191,9 +191,7 @@ def _softmax(
         mask = causal_key_mask(queries, keys, key_mask, query.device)
     elif key_mask is not None:
         mask = key_mask[:, None, None, :].expand(-1, -1, queries, -1)
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
-    )
+    output = softmax_attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
     return output, None
 
 

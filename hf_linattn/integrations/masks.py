@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.utils.import_utils import is_tracing
 
 from ..errors import InputError, UnsupportedError
 from ..modules.recurrent import RecurrentMemory
 from ..ops.recurrent.held import fingerprint
+from .canary import check_seams
+from .expected import changed
+from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
 
@@ -145,10 +146,10 @@ def linattn_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | TokenMask | None = None,
+    q_offset: int | Tensor,
+    kv_offset: int | Tensor,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | TokenMask | None,
     *,
     local_size: int | None = None,
     use_vmap: bool = False,
@@ -164,11 +165,17 @@ def linattn_mask(
         mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured.
         attention_mask: `[batch, seen + q_length]`, True where a token is real.
         local_size, use_vmap: Set by Transformers for local windows and for user-defined overlays.
+        kwargs: `MASK_OPTIONS`; another one might change the mask.
     Returns: A mask over tokens, for the attention function only (`TokenMask`). Shorter than `kv_length` if the cache
         is longer than what has been seen (static cache): the attention function then drops the unseen keys.
-    Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns.
+    Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns;
+        `UnsupportedTransformersError` for an argument that is not known here.
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
+    check_seams()
+    unknown = [name for name, value in kwargs.items() if name not in MASK_OPTIONS and value not in (None, False)]
+    if unknown:
+        raise changed("arguments of a mask function", ", ".join(unknown))
     if isinstance(attention_mask, TokenMask):
         if attention_mask.shape[1] == q_length == kv_length:
             return attention_mask

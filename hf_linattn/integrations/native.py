@@ -15,6 +15,7 @@ from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
 from ..modules.registry import get_kind
 from ..ops.constants import ordinary_tensors
+from .canary import ask_seams
 from .families import MODEL_TYPE_PREFIX
 from .settings import parse_settings
 
@@ -48,6 +49,7 @@ def native_layer(
     Raises: `ConfigError` for settings of another kind; `UnsupportedError` for what only a converted model can do; what
         the kind's `check` raises.
     """
+    ask_seams(family)  # here also while torch compiles: this function is called, not traced
     if isinstance(settings, str):
         settings = {"kind": settings}
     elif isinstance(settings, AttentionConfig):

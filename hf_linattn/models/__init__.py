@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..integrations.families import share_preprocessing
-from . import bert, gpt2, vit
+from ..integrations.expected import changed, describe
+from ..integrations.seams import AutoConfig, attempt, auto_class, share_preprocessing
+
+try:
+    from . import bert, gpt2, vit
+except ImportError as error:
+    raise changed("names", describe(error)) from error
 
 # Stock class -> converted class.
 COUNTERPARTS: dict[type[PreTrainedModel], Any] = {
@@ -59,18 +63,17 @@ AUTO_CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def register_auto_classes() -> None:
-    """Register configs and models with Transformers. Repeatable."""
+    """Register configs and models with Transformers. Repeatable. What fails is told at the first use (`canary.py`)."""
+    attempt(_register)
+
+
+def _register() -> None:
     by_name = {stock.__name__: cls for stock, cls in COUNTERPARTS.items()}
     for config_class in CONFIGS.values():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_name, stock_names in AUTO_CLASSES.items():
-        auto_class = getattr(transformers, auto_name, None)
-        if auto_class is None:
-            from transformers.models.auto import modeling_auto
-
-            auto_class = getattr(modeling_auto, auto_name)
         for stock_name in stock_names:
             cls = by_name[stock_name]
-            auto_class.register(cls.config_class, cls, exist_ok=True)
+            auto_class(auto_name).register(cls.config_class, cls, exist_ok=True)
     for name, config_class in CONFIGS.items():
         share_preprocessing(config_class, name)

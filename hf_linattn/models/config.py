@@ -6,6 +6,7 @@ from typing import Any
 
 from ..integrations.cache import cache_layer_types
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
+from ..integrations.seams import STORED_ATTENTION
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds
 
@@ -27,7 +28,7 @@ class LinAttnConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_attn_implementation_internal" and value is None:
+        if name == STORED_ATTENTION and value is None:
             # A composite config resets its parts' implementation to "not chosen" when it is read: then as above.
             value = (self.__dict__.get("linear_attention") or {}).get("kind")
         if name != "linear_attention" or value is None:
@@ -42,9 +43,9 @@ class LinAttnConfigMixin:
             values["attention_dropout"] = float(getattr(self, family.dropout_field)) or remembered
         setattr(self, family.dropout_field, 0.0)
         super().__setattr__(name, values)
-        active = self.__dict__.get("_attn_implementation_internal")
-        if "_attn_implementation_internal" in self.__dict__ and (active is None or active in list_kinds()):
-            self._attn_implementation_internal = settings.config.kind
+        active = self.__dict__.get(STORED_ATTENTION)
+        if STORED_ATTENTION in self.__dict__ and (active is None or active in list_kinds()):
+            setattr(self, STORED_ATTENTION, settings.config.kind)
 
     @property
     def layer_types(self) -> list[str]:

@@ -8,18 +8,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
-from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, set_model_class
+from ..integrations.canary import check_seams
+from ..integrations.expected import changed
+from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
+from ..integrations.seams import (
+    attention_of,
+    causal_mask,
+    find_cache,
+    initialize,
+    is_compiling,
+    loading_info,
+    set_model_class,
+    writes_files,
+)
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import list_kinds
 from .saving import push_folder, save_atomically
 
 _KEY = f".{ATTRIBUTE}."
+# Mark of attention modules that Transformers has told to initialise themselves.
+_INITIALIZED = "_was_initialized"
 # Fields that say what a layer's tensors mean, beyond kind, layers and seed.
 _MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
 
@@ -30,6 +42,7 @@ class LinAttnMixin:
     base_model_class: ClassVar[type[PreTrainedModel]]  # the converted class of the model inside a head
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+        check_seams(config.model_type)
         settings = settings_of(config)
         if not isinstance(config, self.config_class):  # type: ignore[attr-defined]
             wanted = self.config_class.__name__  # type: ignore[attr-defined]
@@ -50,30 +63,28 @@ class LinAttnMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, LinearAttention):
             for name, value in module.initial_state().items():
-                init.copy_(getattr(module, name), value)  # leaves what a checkpoint has filled
+                initialize(getattr(module, name), value)
+            setattr(module, _INITIALIZED, True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         config = self.config  # type: ignore[attr-defined]
         wanted = kwargs.get("output_attentions")
-        if (config.output_attentions if wanted is None else wanted) and config._attn_implementation in list_kinds():
+        if (config.output_attentions if wanted is None else wanted) and attention_of(config) in list_kinds():
             raise InputError(
                 "output_attentions=True has no answer in a model with linear attention: there are no attention "
                 "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
             )
+        check_seams(config.model_type)
         _check_positions(config, args, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def create_masks_for_generate(
-        config: PreTrainedConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Any,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
         """The mask that `generate` makes for a compiled forward: one for all layers, always of the same shape."""
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        return causal_mask(config, inputs_embeds, attention_mask, find_cache(args, kwargs), positions)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +94,7 @@ class LinAttnMixin:
             linear_attention: A kind's name, its settings object, or a dictionary as in config.json.
         Raises: `CheckpointError` if a converted checkpoint lacks tensors that its config asks for, or has others.
         """
+        check_seams(cls.config_class.model_type)  # type: ignore[attr-defined]
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -134,8 +146,7 @@ class LinAttnMixin:
             return
         check_consistent(self)
         save = super().save_pretrained  # type: ignore[misc]
-        decide = getattr(self, "should_save_on_this_rank", bool)  # unknown to older releases of Transformers
-        writes = decide(is_main_process)
+        writes = writes_files(self, is_main_process)
         save_atomically(save, save_directory, arguments, writes=writes)
         if push_to_hub and writes:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
@@ -155,9 +166,9 @@ def _check_positions(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     most = getattr(config, "max_position_embeddings", None)
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if ids is None else ids
-    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or torch.compiler.is_compiling():
+    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or is_compiling():
         return
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(args, kwargs)
     seen = 0 if cache is None else cache.get_seq_length()
     length = tokens.shape[1] + (seen if isinstance(seen, int) else 0)
     positions = kwargs.get("position_ids")
@@ -174,9 +185,9 @@ def _check_loaded(
 ) -> None:
     """Raise if weights and config disagree about the linear attention, instead of starting from fresh tensors."""
     expected = {name for name in model.state_dict() if _KEY in name}
-    missing = {name for name in info["missing_keys"] if _KEY in name}
-    unexpected = {name for name in info["unexpected_keys"] if _KEY in name}
-    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    missing, unexpected, mismatched = loading_info(info)
+    missing, unexpected = ({name for name in names if _KEY in name} for names in (missing, unexpected))
+    _check_initialized(model, missing)
     ours = [name for name in mismatched if _KEY in name]
     fresh = bool(expected) and missing == expected and not unexpected and not ours
     saved = _saved_settings(model, source, kwargs)
@@ -212,6 +223,15 @@ def _check_loaded(
             f"Some weights of {source!r} have another shape than in {type(model).__name__}: {_some(mismatched)}. Pass "
             "ignore_mismatched_sizes=True to start these from fresh values."
         )
+
+
+def _check_initialized(model: PreTrainedModel, missing: set[str]) -> None:
+    """Raise if tensors that the checkpoint lacks were not filled: they hold whatever was in memory."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearAttention) or getattr(module, _INITIALIZED, False):
+            continue
+        if any(key.startswith(f"{name}.") for key in missing):
+            raise changed("initialised weights", f"no call for {name}")
 
 
 def _some(names: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import CONFIG_NAME
+from ..integrations.seams import CONFIG_NAME
 
 # Not uploaded by a Trainer, which leaves out names that start with an underscore.
 STAGING_PREFIX = "_incomplete_save_"

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from ..integrations.native import as_pair
+from ..integrations.seams import share_weight_names
 from .config import LinAttnConfigMixin
 from .mixin import LinAttnMixin
 
@@ -31,9 +31,7 @@ def _register_renaming() -> None:
     encoder weight at its random initial value. Transformers builds all its mappings for this, which takes a good part
     of a second, so it is done when a model is first loaded or saved, not at import.
     """
-    register_checkpoint_conversion_mapping(
-        "LinAttnViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-    )
+    share_weight_names("LinAttnViTModel", "ViTModel")
 
 
 class LinAttnViTMixin(LinAttnMixin):

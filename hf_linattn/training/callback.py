@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import InputError, UnsupportedError
+from ..integrations.canary import check_trainer
 from ..modules.redraw import check_step, redraws, set_training_step
 
 
@@ -62,6 +63,9 @@ class LinAttnCallback(TrainerCallback):
     New directions come after every `redraw_interval` optimizer steps, never with a forward pass. Nothing is stored in
     the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at.
     """
+
+    def __init__(self) -> None:
+        check_trainer()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         redraw_projections(model, state.global_step)

@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from caches import cache_of, cached
 from decoders import GPT2, KINDS, TOLERANCE, Setting, all_kinds, decoder, prompt
 from transformers import DynamicCache
 
@@ -32,13 +33,13 @@ def test_offloaded_weights(setting: Setting, implementation: str | None) -> None
 def test_checkpointing_that_drops_the_cache(setting: Setting) -> None:
     model, ids = decoder(GPT2, setting), prompt(2, 30)
     with torch.no_grad():
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :20], use_cache=True))
     model.train()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):
-        model(ids[:, 20:], past_key_values=cache, attention_mask=torch.ones(2, 30))
+        model(ids[:, 20:], **cached(cache), attention_mask=torch.ones(2, 30))
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):
-        model(ids[:, 20:], past_key_values=cache)
+        model(ids[:, 20:], **cached(cache))
     model(ids, labels=ids).loss.backward()
 
 
@@ -48,10 +49,10 @@ def test_a_state_given_to_a_model_without(setting: Setting) -> None:
     model, ids = decoder(GPT2, setting), prompt(2, 30)
     stock = hf_linattn.revert(copy.deepcopy(model))
     with torch.no_grad():
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :20], use_cache=True))
         for other in (stock, hf_linattn.revert(model)):
             with pytest.raises(UnsupportedError, match="holds no keys and values"):
-                other(ids[:, 20:], past_key_values=cache)
+                other(ids[:, 20:], **cached(cache))
 
 
 @all_kinds
@@ -62,12 +63,12 @@ def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
     found = model.generate(
         ids[:, :30], prompt_lookup_num_tokens=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
-    cache, start = found.past_key_values, found.past_key_values.get_seq_length()
+    cache, start = cache_of(found), cache_of(found).get_seq_length()
     text = torch.cat([found.sequences[:, :start], ids[:, start:]], dim=1)
     held = []
     with torch.no_grad():
         for piece in text[:, start:].split(90, dim=1):
-            last = model(piece, past_key_values=cache).logits
+            last = model(piece, **cached(cache)).logits
             held.append(cache.layers[0].memory._held.tokens)
         expected = model(text, use_cache=False).logits[:, -last.shape[1] :]
     assert max(held) <= 2 * TAKEN_BACK + 90
@@ -81,11 +82,11 @@ def test_cropping_with_gradients_on(setting: Setting) -> None:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids[:, :24], past_key_values=cache)
+        model(ids[:, :24], **cached(cache))
     cache.crop(-4)
     twin = copy.deepcopy(cache)
     with torch.no_grad():
-        found = model(ids[:, 20:], past_key_values=twin).logits
+        found = model(ids[:, 20:], **cached(twin)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
 
 
@@ -100,9 +101,9 @@ def test_a_text_longer_than_the_positions(given: str) -> None:
             InputError, match=r"has 40 positions; got a text of 41 tokens.*extend_positions\(model, 64\)"
         ):
             model(**inputs)
-        cache = model(ids[:, :40], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :40], use_cache=True))
         with pytest.raises(InputError, match="got a text of 41 tokens"):
-            model(ids[:, 40:], past_key_values=cache)
+            model(ids[:, 40:], **cached(cache))
         padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:, :30]], dim=1)
         mask = (torch.arange(35) >= 5).long()[None]
         alone = model.generate(ids[:, :30], max_new_tokens=10, do_sample=False)
@@ -117,10 +118,10 @@ def test_a_wrong_mask_can_be_corrected() -> None:
     wrong = torch.ones(2, 30, dtype=torch.long)
     wrong[0, 3] = 0
     with torch.no_grad():
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :20], use_cache=True))
         with pytest.raises(InputError, match="calls other tokens real"):
-            model(ids[:, 20:], attention_mask=wrong, past_key_values=cache)
-        found = model(ids[:, 20:], past_key_values=cache).logits
+            model(ids[:, 20:], attention_mask=wrong, **cached(cache))
+        found = model(ids[:, 20:], **cached(cache)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
 
 
@@ -130,9 +131,9 @@ def test_older_names_of_a_cache_layer() -> None:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cached(cache))
         for layer in cache.layers:
             layer.crop(15)
             assert layer.get_max_cache_shape() == -1
-        found = model(ids[:, 15:], past_key_values=cache).logits
+        found = model(ids[:, 15:], **cached(cache)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 15:]).abs().max()) < TOLERANCE

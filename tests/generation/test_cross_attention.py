@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import bert_config, largest
 from decoders import BERT, GPT2, TOLERANCE, Setting, all_kinds, decoder, is_recurrent, prompt, some_kinds
 from transformers import BertModel, DynamicCache, EncoderDecoderModel
@@ -63,8 +64,8 @@ def test_its_cache_is_recurrent(setting: Setting) -> None:
     for layers in (None, [1]):
         model = encoder_decoder(setting, layers)
         out = model.generate(prompt(2, 9), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-        assert is_recurrent(out.past_key_values) == [layers is None, True]
-        assert is_recurrent(out.past_key_values.cross_attention_cache) == [False, False]
+        assert is_recurrent(cache_of(out)) == [layers is None, True]
+        assert is_recurrent(cache_of(out).cross_attention_cache) == [False, False]
 
 
 @some_kinds
@@ -89,8 +90,8 @@ def test_pieces_with_an_encoder(setting: Setting, case: Any) -> None:
         expected = model(ids, **states, use_cache=False).logits
         cache, found = None, []
         for piece in ids.split([11, 1, 1, 17], dim=1):
-            out = model(piece, **states, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, **states, **cached(cache), use_cache=True)
+            cache = cache_of(out)
             found.append(out.logits)
     assert largest(torch.cat(found, dim=1) - expected) < TOLERANCE
     assert is_recurrent(cache) == [True, True]
@@ -102,9 +103,9 @@ def test_without_an_encoder(setting: Setting) -> None:
     model, ids = decoder(GPT2, setting, config={"add_cross_attention": True}), prompt(2, 25)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        cache = model(ids[:, :10], use_cache=True).past_key_values
-        found = model(ids[:, 10:], past_key_values=cache).logits
+        cache = cache_of(model(ids[:, :10], use_cache=True))
+        found = model(ids[:, 10:], **cached(cache)).logits
         own = DynamicCache(config=model.config)
-        again = model(ids, past_key_values=own, use_cache=True).logits
+        again = model(ids, **cached(own), use_cache=True).logits
     assert largest(found - expected[:, 10:]) < TOLERANCE
     assert largest(again - expected) < TOLERANCE

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import VOCAB, ModelCase, largest
 from decoders import (
     BERT,
@@ -85,11 +86,11 @@ def test_the_cache_is_recurrent(case: ModelCase, setting: Setting) -> None:
     """Without a word from the user: `generate`, a plain forward and `DynamicCache(config=...)`."""
     model, ids = decoder(case, setting), prompt(tokens=20)
     generated = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert is_recurrent(generated.past_key_values) == [True, True]
+    assert is_recurrent(cache_of(generated)) == [True, True]
     with torch.no_grad():
-        assert is_recurrent(model(ids, use_cache=True).past_key_values) == [True, True]
+        assert is_recurrent(cache_of(model(ids, use_cache=True))) == [True, True]
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **cached(cache))
     assert is_recurrent(cache) == [True, True]
     assert cache.get_seq_length() == 20
 
@@ -99,7 +100,7 @@ def state_bytes(model: Any, tokens: int, *, at_once: bool) -> list[int]:
     ids = prompt(2, tokens)
     with torch.no_grad():
         for piece in [ids] if at_once else ids.split(1, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, **cached(cache))
     return [layer.nbytes for layer in cache.layers]
 
 
@@ -134,5 +135,5 @@ def test_one_token_at_a_time_from_the_start() -> None:
             cache, parts = DynamicCache(config=model.config), []
             with torch.no_grad():
                 for token in ids.split(1, dim=1):
-                    parts.append(model(token, past_key_values=cache).logits)
+                    parts.append(model(token, **cached(cache)).logits)
             assert largest(torch.cat(parts, dim=1) - whole_logits(model, ids)) < TOLERANCE

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import ModelCase, largest
 from decoders import (
     GPT2,
@@ -37,7 +38,7 @@ def read(model: Any, cache: Any, ids: Tensor, lengths: list[int], mask: Tensor |
         for piece in ids.split(lengths, dim=1):
             end += piece.shape[1]
             seen = None if mask is None else mask[:, :end]
-            found.append(model(piece, past_key_values=cache, attention_mask=seen).logits)
+            found.append(model(piece, **cached(cache), attention_mask=seen).logits)
     return torch.cat(found, dim=1)
 
 
@@ -56,7 +57,7 @@ def test_static_is_recurrent(case: ModelCase, setting: Setting) -> None:
     model, ids = decoder(case, setting), prompt(2, 20)
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     out = model.generate(ids, cache_implementation="static", **options)
-    assert is_recurrent(out.past_key_values) == [True, True]
+    assert is_recurrent(cache_of(out)) == [True, True]
     assert torch.equal(out.sequences, model.generate(ids, use_cache=False, **options).sequences)
     short = StaticCache(config=model.config, max_cache_len=64)
     long = StaticCache(config=model.config, max_cache_len=4096)
@@ -141,7 +142,7 @@ def test_moved_away_and_back(setting: Setting) -> None:
     with torch.no_grad():
         for piece in ids.split([14, 1, 1, 14], dim=1):
             end += piece.shape[1]
-            found.append(model(piece, past_key_values=cache, attention_mask=mask[:, :end]).logits)
+            found.append(model(piece, **cached(cache), attention_mask=mask[:, :end]).logits)
             for layer in cache.layers:
                 layer.offload()
                 layer.prefetch()
@@ -199,7 +200,7 @@ def test_the_cache_of_a_reverted_model_is_the_stock_one() -> None:
     for setting in KINDS:
         model, ids = hf_linattn.revert(decoder(GPT2, setting)), prompt(2, 20)
         with torch.no_grad():
-            cache: Cache = model(ids, use_cache=True).past_key_values
+            cache: Cache = cache_of(model(ids, use_cache=True))
         assert is_recurrent(cache) == [False, False]
         check_replay(model, *run(model, 6, input_ids=ids))
 
@@ -211,9 +212,9 @@ def test_another_implementation_has_the_stock_cache() -> None:
         for implementation in ("sdpa", "eager"):
             model.set_attn_implementation(implementation)
             with torch.no_grad():
-                cache = model(ids, use_cache=True).past_key_values
+                cache = cache_of(model(ids, use_cache=True))
             assert is_recurrent(cache) == [False, False]
             check_replay(model, *run(model, 6, input_ids=ids))
         model.set_attn_implementation(setting.kind)
         with torch.no_grad():
-            assert is_recurrent(model(ids, use_cache=True).past_key_values) == [True, True]
+            assert is_recurrent(cache_of(model(ids, use_cache=True))) == [True, True]

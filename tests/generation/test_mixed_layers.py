@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import ModelCase, largest
 from decoders import (
     BERT,
@@ -47,7 +48,7 @@ def test_generate(case: ModelCase, setting: Setting, layers: list[int]) -> None:
 def test_only_converted_layers_have_a_state(case: ModelCase, setting: Setting, layers: list[int]) -> None:
     model, ids = decoder(case, setting, layers=layers), prompt(2, 12)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     assert is_recurrent(cache) == [index in layers for index in (0, 1)]
 
 
@@ -61,5 +62,5 @@ def test_beams_and_pieces(setting: Setting, layers: list[int]) -> None:
         ids, found, cache = prompt(2, 30), [], DynamicCache(config=model.config)
         with torch.no_grad():
             for piece in ids.split([7, 1, 1, 21], dim=1):
-                found.append(model(piece, past_key_values=cache).logits)
+                found.append(model(piece, **cached(cache)).logits)
         assert largest(torch.cat(found, dim=1) - whole_logits(model, ids)) < TOLERANCE

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of
 from cases import VOCAB
 from decoders import BERT, GPT2, KINDS, PAD, Setting, all_kinds, decoder, prompt, query_lengths
 from tokenizers import Tokenizer
@@ -82,7 +83,7 @@ def test_saved_and_loaded(setting: Setting, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     ours, theirs = model.generate(ids, **options), loaded.generate(ids, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
-    for mine, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for mine, other in zip(cache_of(ours).layers, cache_of(theirs).layers, strict=True):
         assert type(mine) is type(other)
     generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
     assert generate(words(8)[0], max_new_tokens=3, do_sample=False)[0]["generated_text"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, cached
 from cases import largest
 from decoders import (
     BERT,
@@ -39,7 +40,7 @@ def in_pieces(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> 
     with torch.no_grad():
         for start, end in zip([0, *cuts], ends, strict=True):
             seen = None if mask is None else mask[:, :end]
-            found.append(model(ids[:, start:end], past_key_values=cache, attention_mask=seen).logits)
+            found.append(model(ids[:, start:end], **cached(cache), attention_mask=seen).logits)
     assert cache.get_seq_length() == ids.shape[1]
     return torch.cat(found, dim=1)
 
@@ -126,7 +127,7 @@ def by_embeddings(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
     embed, cache, found = model.get_input_embeddings(), DynamicCache(config=model.config), []
     with torch.no_grad():
         for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
-            found.append(model(inputs_embeds=embed(ids[:, start:end]), past_key_values=cache).logits)
+            found.append(model(inputs_embeds=embed(ids[:, start:end]), **cached(cache)).logits)
     return torch.cat(found, dim=1)
 
 
@@ -141,8 +142,8 @@ def test_hidden_states_come_along(name: str) -> None:
     """`output_hidden_states` with a cache: those of the new tokens."""
     model, ids = decoder(GPT2, BY_NAME[name]), prompt(2, 20)
     with torch.no_grad():
-        cache = model(ids[:, :11], use_cache=True).past_key_values
-        found = model(ids[:, 11:], past_key_values=cache, output_hidden_states=True).hidden_states
+        cache = cache_of(model(ids[:, :11], use_cache=True))
+        found = model(ids[:, 11:], **cached(cache), output_hidden_states=True).hidden_states
         expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     for part, whole in zip(found, expected, strict=True):
         assert largest(part - whole[:, 11:]) < TOLERANCE

@@ -1,0 +1,117 @@
+"""What this library expects of Transformers, in words, and the one sentence for what has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import transformers
+
+from ..errors import UnsupportedTransformersError
+
+# The oldest and the newest release of Transformers under which all tests were run.
+TESTED_RELEASES = ("5.10.4", "5.24.0")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One thing that this library needs Transformers to do.
+
+    Args:
+        name: Short, for the message and the tests.
+        expects: In words, after "expected".
+        when: When the canary asks: "always" (at the first touch of a model), "family" (at the first touch of a BERT,
+            GPT-2 or ViT), "trainer" (when the callback is made), or "use": only using it can tell, and the code there
+            raises.
+    """
+
+    name: str
+    expects: str
+    when: str = "always"
+
+
+SEAMS: dict[str, Seam] = {
+    seam.name: seam
+    for seam in (
+        Seam("names", "the classes and functions that hf_linattn imports", "use"),
+        Seam(
+            "attention functions", "ALL_ATTENTION_FUNCTIONS.get_interface to give what AttentionInterface registered"
+        ),
+        Seam(
+            "mask functions",
+            "create_causal_mask and create_bidirectional_mask(config, inputs_embeds, attention_mask, cache) to call"
+            " the registered mask function with the plain pattern, and to return its mask unchanged",
+        ),
+        Seam(
+            "arguments of a mask function",
+            "batch_size, q_length, kv_length, q_offset, kv_offset, mask_function and attention_mask, and no other that"
+            " changes a mask",
+            "use",
+        ),
+        Seam("tracing", "is_tracing(tensor) to say whether values can be read"),
+        Seam(
+            "softmax attention", "sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal)"
+        ),
+        Seam("dynamic cache", "DynamicCache(config) to make the cache layers that config.layer_types names"),
+        Seam(
+            "static cache", "StaticCache(config, max_cache_len) to make the cache layers that config.layer_types names"
+        ),
+        Seam(
+            "cache layers",
+            "a Cache to pass update, get_seq_length, get_mask_sizes, crop, reset, reorder_cache, batch_select_indices"
+            " and batch_repeat_interleave on to its layers",
+        ),
+        Seam("encoder-decoder cache", "EncoderDecoderCache to hold self_attention_cache and cross_attention_cache"),
+        Seam(
+            "cache in use",
+            "a converted layer's forward to be given the Cache, to update it, and to pass unknown arguments on to the"
+            " attention function",
+            "use",
+        ),
+        Seam("cache argument", "a model's forward to have one argument for a Cache", "use"),
+        Seam("masks of generate", "create_masks_for_generate(config, inputs_embeds, attention_mask, cache)"),
+        Seam("recorded outputs", "_CAN_RECORD_REGISTRY to hold by class what a model records"),
+        Seam("initialisation", "_init_weights(module) of a model, and initialization.copy_ to spare loaded tensors"),
+        Seam(
+            "initialised weights", "from_pretrained to call _init_weights for modules that a checkpoint lacks", "use"
+        ),
+        Seam("config", "_attn_implementation of a config to be stored as _attn_implementation_internal"),
+        Seam("model methods", "set_attn_implementation, get_correct_attn_implementation, post_init and base_model"),
+        Seam("saving", "save_pretrained(is_main_process, state_dict, max_shard_size, variant, save_original_format)"),
+        Seam("loading", "output_loading_info to list missing, unexpected and mismatched keys", "use"),
+        Seam("auto classes", "AutoConfig.register and register of the Auto model classes to fill their tables"),
+        Seam(
+            "preprocessing", "TOKENIZER_MAPPING and IMAGE_PROCESSOR_MAPPING to find a class by _reverse_config_mapping"
+        ),
+        Seam("weight names", "a renaming of ViT checkpoints that can be registered for another class", "use"),
+        Seam(
+            "attention modules",
+            "a layer to update the cache, then to call the attention function with (module, query, key, value, mask,"
+            " scaling=, dropout=) and what it was passed besides",
+            "family",
+        ),
+        Seam("forward arguments", "forward of a base model to take the inputs by their names, and others", "family"),
+        Seam("layers of a model", "the attention modules to be where families.py looks for them", "use"),
+        Seam(
+            "position buffers",
+            "buffers as long as the table of positions to be position_ids and token_type_ids",
+            "use",
+        ),
+        Seam("scaling", "attention functions to be given the scaling of the layer", "use"),
+        Seam("trainer events", "TrainerCallback.on_train_begin and on_step_end with state.global_step", "trainer"),
+    )
+}
+
+
+def changed(name: str, found: str) -> UnsupportedTransformersError:
+    """The error to raise for a seam that is not as expected: one sentence that says what, where and what to do."""
+    oldest, newest = TESTED_RELEASES
+    return UnsupportedTransformersError(
+        f"Transformers {transformers.__version__} does not work with this hf_linattn, tested with {oldest} to"
+        f" {newest}: of its {name} was expected {SEAMS[name].expects}, but found {found}; install a tested release (pip install"
+        f" 'transformers=={newest}') or a newer hf_linattn (pip install -U hf-linattn)."
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An error as what was found in place of the expected."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]

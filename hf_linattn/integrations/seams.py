@@ -1,0 +1,274 @@
+"""Every seam to Transformers: what this library expects of it, and the names through which the rest reaches it.
+
+Transformers promises little of what a plugin needs: keyword arguments are renamed, private tables move, a signature
+grows. So private names, names that differ between releases and functions whose arguments matter are used here and
+nowhere else (`families.py` has the names inside the three architectures; `tests/integrations/test_seams.py` reads the
+source). `expected.py` says in words what each has to do; `canary.py` asks the installed release once whether it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .expected import changed, describe
+
+logger = logging.getLogger(__name__)
+
+# Names of ours in Transformers' tables: a cache layer's type, and the argument that carries it to the attention.
+LAYER_TYPE = "linattn"
+ARGUMENT = "linattn_cache"
+
+
+try:
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        AutoConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        cache_utils,
+    )
+    from transformers import initialization as init
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DynamicCache,
+        DynamicLayer,
+        EncoderDecoderCache,
+        StaticCache,
+        StaticLayer,
+    )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        create_causal_mask,
+    )
+    from transformers.utils import CONFIG_NAME, output_capturing
+    from transformers.utils.import_utils import is_tracing
+except ImportError as error:
+    raise changed("names", describe(error)) from error
+
+__all__ = [
+    "ARGUMENT",
+    "CONFIG_NAME",
+    "LAYER_TYPE",
+    "AutoConfig",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "EncoderDecoderCache",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "StaticCache",
+    "StaticLayer",
+    "bidirectional_mask_function",
+    "causal_mask_function",
+    "is_tracing",
+]
+
+
+def attempt(register: Callable[..., None], *args: Any) -> None:
+    """Make an entry in a table of Transformers at import. What goes wrong is found and told by the canary."""
+    try:
+        register(*args)
+    except Exception as error:
+        logger.debug("%s: %s", register.__name__, describe(error))
+
+
+# -- attention and masks --------------------------------------------------------------------------------------------
+# What Transformers tells a mask function beside its named arguments, and what does not change a mask over tokens.
+MASK_OPTIONS = frozenset({"allow_is_bidirectional_skip", "allow_is_causal_skip", "allow_torch_fix", "config", "dtype"})
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Register an attention function and the mask function that goes with it. Repeatable."""
+    AttentionInterface.register(name, attention)
+    # Without this one Transformers hands None to the attention function, and padding is attended to.
+    AttentionMaskInterface.register(name, mask)
+
+
+def attention_named(name: str) -> Callable[..., Any]:
+    """The attention function registered under a name."""
+    return AttentionInterface()[name]
+
+
+def attention_of(config: Any) -> str | None:
+    """Name of the attention implementation that a model's config selects."""
+    return config._attn_implementation
+
+
+def select_attention(config: Any, name: str | None) -> None:
+    """Select an attention implementation in a config that no model has checked."""
+    config._attn_implementation = name
+
+
+# Where a config keeps it; a composite config writes there without the property.
+STORED_ATTENTION = "_attn_implementation_internal"
+
+
+def causal_mask(
+    config: Any, inputs_embeds: Tensor, attention_mask: Any, cache: Any = None, position_ids: Tensor | None = None
+) -> Any:
+    """The mask that a causal model makes, through the mask function of its attention implementation."""
+    # By place: the name of the fourth differs.
+    return create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
+
+
+def softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`."""
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
+    )
+    return output
+
+
+def check_scaling(module: nn.Module, scaling: float | None, head_dim: int) -> float:
+    """The factor of a layer's dot product. Raises where the layer has one of its own and did not pass it on."""
+    default = head_dim**-0.5
+    if scaling is not None:
+        return scaling
+    own = getattr(module, "scaling", None)
+    if isinstance(own, (int, float)) and own != default:
+        raise changed("scaling", f"no scaling from {type(module).__name__}, whose own is {own:.4g}")
+    return default
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+def find_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The `Cache` among the arguments of a call, whatever its place or name; `None` if there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def cache_argument(model: Any) -> str:
+    """Name of the argument with which a model's forward takes a `Cache`: it differs between releases."""
+    parameters = inspect.signature(model.forward).parameters
+    for name, parameter in parameters.items():
+        if "Cache" in str(parameter.annotation):
+            return name
+    raise changed("cache argument", f"{type(model).__name__}.forward({', '.join(parameters)})")
+
+
+def register_cache_layers(dynamic: type, static: type) -> None:
+    """Name our cache layers for `LAYER_TYPE`. Up to 5.13 static caches keep keys and values for every type."""
+    names = ("DYNAMIC_LAYER_TYPE_MAPPING", dynamic), ("LAYER_TYPE_CACHE_MAPPING", dynamic)
+    for name, layer in (*names, ("STATIC_LAYER_TYPE_MAPPING", static)):
+        if hasattr(cache_utils, name):
+            getattr(cache_utils, name)[LAYER_TYPE] = layer
+
+
+def has_static_layer_types() -> bool:
+    """Whether static caches follow `config.layer_types` at all."""
+    return hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING") or not hasattr(cache_utils, "LAYER_TYPE_CACHE_MAPPING")
+
+
+def calling_layer(attribute: str) -> nn.Module | None:
+    """The module with an attribute in whose forward we are; `None` if there is none. Reads the stack: for errors."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner if getattr(owner, attribute, None) is not None else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+def set_model_class(model: Any, cls: type) -> None:
+    """Turn a model into another class with the same attributes, keeping `output_hidden_states` working."""
+    model.__class__ = cls
+    # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
+    registry = output_capturing._CAN_RECORD_REGISTRY
+    registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
+
+
+def mark_initialized(module: nn.Module, is_initialized: bool) -> None:
+    """Say whether Transformers may initialise a module again, as it does with a model put into another one."""
+    module._is_hf_initialized = is_initialized  # type: ignore[assignment]
+
+
+def initialize(tensor: Tensor, value: Tensor) -> None:
+    """Fill a tensor within `_init_weights`, unless a checkpoint has filled it."""
+    init.copy_(tensor, value)
+
+
+def writes_files(model: Any, is_main_process: bool) -> bool:
+    """Whether this process writes what `save_pretrained` saves."""
+    return getattr(model, "should_save_on_this_rank", bool)(is_main_process)  # unknown to older releases
+
+
+LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def loading_info(info: Any) -> tuple[set[str], set[str], list[str]]:
+    """Names of missing, unexpected and mismatched tensors in what `output_loading_info=True` returns."""
+    try:
+        missing, unexpected, mismatched = (info[name] for name in LOADING_INFO)
+        return set(missing), set(unexpected), sorted(str(entry[0]) for entry in mismatched)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise changed("loading", describe(error)) from error
+
+
+def share_weight_names(name: str, stock_name: str) -> None:
+    """Let Transformers rename the weights of checkpoints for one class as it does for another."""
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+
+        mapping = get_checkpoint_conversion_mapping(stock_name)
+        if not mapping:
+            raise LookupError(f"no renaming for {stock_name}")
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    except (ImportError, LookupError, TypeError, AttributeError) as error:
+        raise changed("weight names", describe(error)) from error
+
+
+def auto_class(name: str) -> Any:
+    """An Auto class; not all are in Transformers' own namespace."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(transformers, name, None) or getattr(modeling_auto, name)
+
+
+def preprocessing_tables() -> tuple[Any, Any]:
+    """Where AutoTokenizer and AutoImageProcessor look up what belongs to a config class."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    return TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING
+
+
+def share_preprocessing(config_class: type, stock_model_type: str) -> None:
+    """Let AutoTokenizer and AutoImageProcessor treat a config class as the stock one, without loading either."""
+    for mapping in preprocessing_tables():
+        # Not `register`: it needs the processor's class, whose import may bring torchvision along.
+        mapping._reverse_config_mapping[config_class.__name__] = stock_model_type
+
+
+def is_compiling() -> bool:
+    """Whether torch traces: nothing is asked of Transformers then."""
+    return torch.compiler.is_compiling()
