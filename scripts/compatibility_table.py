@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compatibility"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
 Run = dict[str, Any]
 
@@ -56,10 +57,11 @@ def verdict(run: Run) -> str:
 
 
 def cell(counts: dict[str, int]) -> str:
-    ran = counts["passed"] + counts["failed"]
+    ran, skipped = counts["passed"] + counts["failed"], counts.get("skipped", 0)
     if not ran:
         return "**none**"
-    return f"**{counts['failed']} of {ran} fail**" if counts["failed"] else str(counts["passed"])
+    text = f"**{counts['failed']} of {ran} fail**" if counts["failed"] else str(counts["passed"])
+    return f"{text}, {skipped} skipped" if skipped else text
 
 
 def lines_of(header: list[str], rows: list[list[str]], right_from: int) -> list[str]:
@@ -160,7 +162,7 @@ def insert(page: str, table: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "compatibility")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "compatibility.md")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if the page is not up to date"

@@ -325,7 +325,9 @@ def test_arguments_of_save_pretrained(converted: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(target), **BERT.inputs()), expected)
     other = tmp_path / "other"
     model.save_pretrained(other, is_main_process=False)
-    assert os.listdir(other) == []
+    BERT.build().save_pretrained(tmp_path / "stock", is_main_process=False)
+    # Nothing; the stock classes of Transformers 5.10 wrote their weights all the same.
+    assert os.listdir(other) == os.listdir(tmp_path / "stock")
     with pytest.raises(NotADirectoryError, match="must be a folder"):
         model.save_pretrained(target / "notes.txt")
 
