@@ -45,7 +45,6 @@ class RecurrentLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False  # only while recording
     supports_early_init = False
     # Transformers sizes the mask of a model by its first layer that is not sliding: with this it asks a layer left on
     # softmax, if there is one, which needs a mask over all tokens; ours need that of the new ones.
@@ -166,6 +165,11 @@ class RecurrentLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, value: bool) -> None:
         self.memory.is_recording = value
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back; Transformers asks after it has had recording begin."""
+        return self.record_past
 
     def activate_past_recording(self) -> None:
         self.memory.is_recording = True

@@ -106,8 +106,8 @@ def changed(name: str, found: str) -> UnsupportedTransformersError:
     """The error to raise for a seam that is not as expected: one sentence that says what, where and what to do."""
     oldest, newest = TESTED_RELEASES
     return UnsupportedTransformersError(
-        f"Transformers {transformers.__version__} does not work with this hf_linattn, tested with {oldest} to"
-        f" {newest}: of its {name} was expected {SEAMS[name].expects}, but found {found}; install a tested release (pip install"
+        f"hf_linattn does not work with the installed Transformers {transformers.__version__} (tested: {oldest} to"
+        f" {newest}): {name}: expected {SEAMS[name].expects}; found {found}: install a tested release (pip install"
         f" 'transformers=={newest}') or a newer hf_linattn (pip install -U hf-linattn)."
     )
 

@@ -1,0 +1,387 @@
+"""How each seam is tried out on the installed Transformers.
+
+Where it can, a probe uses the thing on a few numbers (an attention module of four channels without values, a cache of
+two layers) instead of comparing names: what is renamed without consequences passes, what does something else does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import BertConfig, GPT2Config, ViTConfig
+
+from ..modules.registry import list_kinds
+from . import seams
+from .checks import check_kwargs
+from .families import FAMILIES, MODEL_TYPE_PREFIX, layer_shape, set_attention_dropout
+
+# Seam -> the function that tries it out: None, or what it found. Those of families are given one.
+PROBES: dict[str, Callable[..., str | None]] = {}
+
+# Name under which the attention function of the probes is registered.
+CANARY = "linattn_canary"
+
+
+def _probes(name: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    def declare(function: Callable[..., str | None]) -> Callable[..., str | None]:
+        PROBES[name] = function
+        return function
+
+    return declare
+
+
+def _lacks(function: Any, *names: str) -> str | None:
+    """What to say of a function that does not take all the arguments."""
+    parameters = inspect.signature(function).parameters
+    if all(name in parameters for name in names):
+        return None
+    return f"{getattr(function, '__qualname__', function)}({', '.join(parameters)})"
+
+
+def _config(layers: list[str] | None = None, **fields: Any) -> Any:
+    """A decoder of two channels under a kind."""
+    config = GPT2Config(n_embd=2, n_head=1, n_layer=2, vocab_size=4, bos_token_id=0, eos_token_id=0, **fields)
+    seams.select_attention(config, list_kinds()[0])
+    if layers is not None:
+        config.layer_types = layers
+    return config
+
+
+# -- attention and masks --------------------------------------------------------------------------------------------
+@_probes("attention functions")
+def _attention_functions() -> str | None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for kind in list_kinds():
+        found = ALL_ATTENTION_FUNCTIONS.get_interface(kind, None)
+        if getattr(found, "__name__", None) != f"{kind}_attention":
+            return f"{found!r} for {kind!r}"
+    return None
+
+
+@_probes("mask functions")
+def _mask_functions() -> str | None:
+    from transformers.masking_utils import create_bidirectional_mask
+
+    config, embeds = _config(), torch.zeros(1, 3, 2)
+    padding, positions = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]])
+    cases = {
+        "create_causal_mask": seams.causal_mask(config, embeds, padding, None),
+        "create_bidirectional_mask": create_bidirectional_mask(config, embeds, padding),
+        "create_causal_mask with position_ids": seams.causal_mask(config, embeds, padding, None, positions),
+    }
+    for name, mask in cases.items():
+        tokens = getattr(mask, "tokens", None) if type(mask).__name__ == "TokenMask" else None
+        if not isinstance(tokens, Tensor) or tuple(tokens.shape) != (1, 3):
+            return f"{type(mask).__name__} from {name}"
+    return None
+
+
+@_probes("tracing")
+def _tracing() -> str | None:
+    answers = seams.is_tracing(), seams.is_tracing(None), seams.is_tracing(torch.zeros(1))
+    return None if all(isinstance(answer, bool) for answer in answers) else f"{answers}"
+
+
+@_probes("softmax attention")
+def _softmax_attention() -> str | None:
+    lacking = _lacks(seams.sdpa_attention_forward, "dropout", "scaling", "is_causal")
+    if lacking:
+        return lacking
+    query = torch.ones(1, 1, 2, 4, device="meta")
+    found = seams.softmax_attention(nn.Module(), query, query, query, None, scaling=0.5, is_causal=False)
+    return None if tuple(found.shape) == (1, 2, 1, 4) else f"an output of shape {tuple(found.shape)}"
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+def _is_ours(layer: Any) -> bool:
+    return getattr(layer, "memory", None) is not None
+
+
+def _layers(cache: Any) -> str | None:
+    found = [type(layer).__name__ for layer in cache.layers]
+    return None if [_is_ours(layer) for layer in cache.layers] == [True, False] else f"layers {found}"
+
+
+_MIXED = [seams.LAYER_TYPE, "full_attention"]
+
+
+@_probes("dynamic cache")
+def _dynamic_cache() -> str | None:
+    return _layers(seams.DynamicCache(config=_config(_MIXED)))
+
+
+@_probes("static cache")
+def _static_cache() -> str | None:
+    if not seams.has_static_layer_types():
+        return None
+    return _layers(seams.StaticCache(config=_config(_MIXED), max_cache_len=4))
+
+
+@_probes("cache layers")
+def _cache_layers() -> str | None:
+    cache = seams.DynamicCache(config=_config(_MIXED))
+    layer, keys = cache.layers[0], torch.zeros(1, 1, 3, 2)
+    if cache.is_compileable or not cache.is_sliding[0]:
+        return f"is_compileable {cache.is_compileable} and is_sliding {cache.is_sliding}"
+    layer.expect()
+    if cache.update(keys, keys, 0)[0] is not keys:
+        return "other keys from update than those of the layer"
+    layer.seen = 5
+    sizes = int(cache.get_seq_length()), cache.get_mask_sizes(3, 0)
+    if sizes != (5, (3, 5)):
+        return f"get_seq_length and get_mask_sizes {sizes}"
+    mask = seams.causal_mask(_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, _only(cache))
+    if getattr(mask, "shape", None) != (1, 3) or not mask.follows:
+        return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5"
+    return _passed_on(cache)
+
+
+def _only(cache: Any) -> Any:
+    del cache.layers[1:]
+    return cache
+
+
+def _passed_on(cache: Any) -> str | None:
+    """What the container does with the calls of `generate`."""
+    calls: list[str] = []
+    names = ["reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"]
+    optional = ["activate_past_recording"]  # unknown to older releases
+
+    class Spy(type(cache.layers[0])):  # type: ignore[misc]
+        def get_max_length(self) -> int:
+            return -1
+
+    for name in names + optional:
+        setattr(Spy, name, lambda self, *args, name=name, **kwargs: calls.append(name))
+    cache.layers = [Spy()]
+    index = torch.zeros(1, dtype=torch.long)
+    cache.reorder_cache(index)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(index)
+    cache.crop(-1)
+    cache.reset()
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+        names += optional
+    return None if calls == names else f"the layer told to {calls}"
+
+
+@_probes("encoder-decoder cache")
+def _encoder_decoder_cache() -> str | None:
+    own, other = (seams.DynamicCache(config=_config()) for _ in range(2))
+    cache = seams.EncoderDecoderCache(own, other)
+    if not isinstance(cache, seams.Cache):
+        return "it is no Cache"
+    if cache.self_attention_cache is not own or cache.cross_attention_cache is not other:
+        return "other caches in it than those given"
+    seams.DynamicLayer(), seams.StaticLayer(max_cache_len=2)
+    return None
+
+
+@_probes("masks of generate")
+def _masks_of_generate() -> str | None:
+    from transformers.masking_utils import create_masks_for_generate
+
+    return _lacks(create_masks_for_generate, "config", "inputs_embeds", "attention_mask")
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+@_probes("recorded outputs")
+def _recorded_outputs() -> str | None:
+    class Recording:
+        _can_record_outputs: Any = None
+
+    model, recorded = Recording(), {"hidden_states": Recording}
+    model._can_record_outputs = recorded
+    seams.set_model_class(model, Recording)
+    registry = seams.output_capturing._CAN_RECORD_REGISTRY
+    found = registry.pop(str(Recording), None)
+    return None if found is recorded else f"{found!r}"
+
+
+@_probes("initialisation")
+def _initialisation() -> str | None:
+    class Target:
+        """Counts what is written to it; a tensor would have to be read."""
+
+        def __init__(self, is_loaded: bool) -> None:
+            self._is_hf_initialized, self.writes = is_loaded, 0
+
+        def copy_(self, other: Any) -> Target:
+            self.writes += 1
+            return self
+
+    loaded, fresh = Target(True), Target(False)
+    for target in (loaded, fresh):
+        seams.initialize(target, torch.zeros(1))  # type: ignore[arg-type]
+    if (loaded.writes, fresh.writes) != (0, 1):
+        return f"{loaded.writes} writes to a loaded tensor, {fresh.writes} to a fresh one"
+    return _lacks(seams.PreTrainedModel._init_weights, "module")
+
+
+@_probes("config")
+def _config_fields() -> str | None:
+    config = _config()
+    if config.__dict__.get(seams.STORED_ATTENTION) != list_kinds()[0]:
+        return f"no {seams.STORED_ATTENTION} in {sorted(name for name in config.__dict__ if 'attn' in name)}"
+    given = _config(attn_implementation="eager").to_dict()
+    if "attn_implementation" in given:
+        return "attn_implementation in a saved config"
+    wanted = ("get_text_config", "output_attentions", "num_hidden_layers", "validate_layer_type", "get_config_dict")
+    missing = [name for name in wanted if not hasattr(config, name)]
+    return f"no {missing}" if missing else None
+
+
+@_probes("model methods")
+def _model_methods() -> str | None:
+    wanted = ("set_attn_implementation", "get_correct_attn_implementation", "post_init", "base_model", "__call__")
+    missing = [name for name in wanted if not hasattr(seams.PreTrainedModel, name)]
+    return f"no {missing}" if missing else None
+
+
+@_probes("saving")
+def _saving() -> str | None:
+    return _lacks(
+        seams.PreTrainedModel.save_pretrained,
+        *("is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"),
+    )
+
+
+@_probes("auto classes")
+def _auto_classes() -> str | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    for family in FAMILIES:
+        config_class = CONFIG_MAPPING[MODEL_TYPE_PREFIX + family]
+        found = MODEL_MAPPING[config_class]
+        if found.__name__ != config_class.__name__.removesuffix("Config") + "Model":
+            return f"{found.__name__} for {config_class.__name__}"
+    return None
+
+
+@_probes("preprocessing")
+def _preprocessing() -> str | None:
+    for mapping in seams.preprocessing_tables():
+        found = mapping._reverse_config_mapping
+        if found["BertConfig"] != "bert" or found["LinAttnBertConfig"] != "bert":
+            return f"{found.get('BertConfig')!r} for BertConfig, {found.get('LinAttnBertConfig')!r} for ours"
+    return None
+
+
+# -- the three architectures ----------------------------------------------------------------------------------------
+_SIZES: dict[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 2}
+# Family -> module, attention class with its arguments, base model, config, inputs.
+_MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
+    "bert": (
+        "transformers.models.bert.modeling_bert",
+        "BertSelfAttention",
+        {"is_causal": True, "layer_idx": 1},
+        "BertModel",
+        lambda: BertConfig(**_SIZES, vocab_size=2, is_decoder=True),
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+    ),
+    "gpt2": (
+        "transformers.models.gpt2.modeling_gpt2",
+        "GPT2Attention",
+        {"layer_idx": 1},
+        "GPT2Model",
+        lambda: GPT2Config(
+            n_embd=4, n_head=2, n_layer=2, bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True
+        ),
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+    ),
+    "vit": (
+        "transformers.models.vit.modeling_vit",
+        "ViTAttention",
+        {},
+        "ViTModel",
+        lambda: ViTConfig(**_SIZES),
+        ("pixel_values",),
+    ),
+}
+
+
+@_probes("forward arguments")
+def _forward_arguments(family: str) -> str | None:
+    module, _, _, name, _, inputs = _MODULES[family]
+    forward = getattr(importlib.import_module(module), name).forward
+    lacking = _lacks(forward, *inputs)
+    if lacking:
+        return lacking
+    parameters = list(inspect.signature(forward).parameters.values())
+    if parameters[1].name != inputs[0] or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return f"{name}.forward({', '.join(map(str, parameters))})"
+    return None
+
+
+class _Updated(seams.Cache):
+    """A cache that notes who updates it, and returns tensors that can be recognised."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__(layers=[])
+        self.calls = calls
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        returned = key_states.clone(), value_states.clone()
+        self.calls.append(("update", layer_idx, tuple(key_states.shape), returned))
+        return returned
+
+
+@_probes("attention modules")
+def _attention_modules(family: str) -> str | None:
+    """Call one attention module, without values, as a layer of a converted model is called."""
+    source, name, options, _, make_config, _ = _MODULES[family]
+    config, calls = make_config(), []  # type: tuple[Any, list[Any]]
+    cls = getattr(importlib.import_module(source), name)
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        calls.append(("attention", module, query, key, value, mask, kwargs))
+        return query.transpose(1, 2).contiguous(), None
+
+    seams.register_attention(CANARY, attention, lambda **kwargs: None)
+    seams.select_attention(config, CANARY)
+    with torch.device("meta"):  # no values, no random numbers drawn
+        layer = cls(config, **options).train()
+        hidden = torch.zeros(1, 3, 4)
+    shape = layer_shape(layer, 1)
+    if (shape.num_heads, shape.head_dim, shape.is_causal) != (2, 2, family != "vit"):
+        return f"{name} with {shape}"
+    if family != "vit" and layer.layer_idx != 1:
+        return f"layer_idx {layer.layer_idx} in layer 1"
+    set_attention_dropout(layer, 0.25)
+    mask, marker = object(), object()
+    given: dict[str, Any] = {"attention_mask": mask, seams.ARGUMENT: marker}
+    if family != "vit":
+        given[seams.cache_argument(layer)] = _Updated(calls)
+    output = layer(hidden, **given)[0]
+    if output.shape != hidden.shape:
+        return f"an output of shape {tuple(output.shape)} for {tuple(hidden.shape)}"
+    order = [call[0] for call in calls]
+    if order != (["attention"] if family == "vit" else ["update", "attention"]):
+        return f"calls {order} from {name}"
+    _, module, query, key, value, got, kwargs = calls[-1]
+    if module is not layer or got is not mask or {tuple(t.shape) for t in (query, key, value)} != {(1, 2, 3, 2)}:
+        return f"another module, mask or shape ({tuple(query.shape)}) in the call of the attention function"
+    if family != "vit" and (calls[0][1:3] != (1, (1, 2, 3, 2)) or key is not calls[0][3][0]):
+        return f"an update of layer {calls[0][1]} with keys {calls[0][2]}, or other keys afterwards"
+    expected = {"scaling": layer.scaling, "dropout": 0.25, seams.ARGUMENT: marker}
+    wrong = {key: kwargs.pop(key, "nothing") for key in expected if kwargs.get(key) != expected[key]}
+    if wrong:
+        return f"{wrong} in the call of the attention function"
+    check_kwargs("canary", {key: value for key, value in kwargs.items() if key not in expected})
+    return None
+
+
+@_probes("trainer events")
+def _trainer_events() -> str | None:
+    callback, state = transformers.TrainerCallback, transformers.TrainerState()
+    missing = [name for name in ("on_train_begin", "on_step_end") if not hasattr(callback, name)]
+    return f"no {missing}" if missing else None if isinstance(state.global_step, int) else "no global_step"
