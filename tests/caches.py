@@ -16,7 +16,7 @@ def cache_keyword() -> str:
     return cache_argument(GPT2LMHeadModel)
 
 
-def cached(cache: Any) -> dict[str, Any]:
+def given_cache(cache: Any) -> dict[str, Any]:
     """Keyword arguments that give a cache to a model or to `generate`."""
     return {cache_keyword(): cache}
 

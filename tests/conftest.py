@@ -10,12 +10,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import compatibility
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU, Triton kernels run in Triton's interpreter. Triton looks when it is imported, as most models do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hf_linattn.integrations.checks as checks
+
+# How long an example takes says nothing on a shared machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import (
     BERT,
     BY_NAME,
@@ -67,7 +67,7 @@ def test_mask_of_new_tokens_only_with_a_cache() -> None:
     ids = GPT2.inputs()["input_ids"]
     past = cache_of(model(input_ids=ids[:, :20], use_cache=True))
     with pytest.raises(InputError, match=r"past ones included: \[batch, 40\]; got \(2, 20\)"):
-        model(input_ids=ids[:, 20:], **cached(past), attention_mask=torch.ones(2, 20))
+        model(input_ids=ids[:, 20:], **given_cache(past), attention_mask=torch.ones(2, 20))
 
 
 def test_sliding_window() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import (
     CAUSAL_KINDS,
     GPT2,
@@ -75,8 +75,8 @@ def test_prefill_in_parts(kind: str, build: Any) -> None:
     whole = logits(model, input_ids=ids)
     with torch.no_grad():
         first = model(input_ids=ids[:, :13], use_cache=True)
-        second = model(input_ids=ids[:, 13:30], **cached(cache_of(first)), use_cache=True)
-        third = model(input_ids=ids[:, 30:], **cached(cache_of(second)), use_cache=True)
+        second = model(input_ids=ids[:, 13:30], **given_cache(cache_of(first)), use_cache=True)
+        third = model(input_ids=ids[:, 30:], **given_cache(cache_of(second)), use_cache=True)
     parts = torch.cat([first.logits, second.logits, third.logits], dim=1)
     assert largest(parts - whole) < 1e-4
 
@@ -89,8 +89,8 @@ def test_static_cache_without_mask() -> None:
     whole = logits(model, input_ids=ids)
     cache = StaticCache(config=model.config, max_cache_len=60)
     with torch.no_grad():
-        first = model(input_ids=ids[:, :13], **cached(cache), use_cache=True).logits
-        second = model(input_ids=ids[:, 13:], **cached(cache), use_cache=True).logits
+        first = model(input_ids=ids[:, :13], **given_cache(cache), use_cache=True).logits
+        second = model(input_ids=ids[:, 13:], **given_cache(cache), use_cache=True).logits
     assert largest(torch.cat([first, second], dim=1) - whole) < 1e-4
 
 

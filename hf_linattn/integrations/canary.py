@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedTransformersError
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES
@@ -74,6 +75,8 @@ def _probe(seam: Seam, *args: str) -> None:
         # As in a model's first call, whatever the caller's modes are: "meta" as default device, autograd.
         with torch.no_grad(), torch.device("cpu"):
             found = PROBES[seam.name](*args)
+    except UnsupportedTransformersError:
+        raise
     except Exception as error:
         raise changed(seam.name, describe(error)) from error
     if found:

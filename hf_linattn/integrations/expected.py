@@ -33,6 +33,7 @@ SEAMS: dict[str, Seam] = {
     seam.name: seam
     for seam in (
         Seam("names", "the classes and functions that hf_linattn imports", "use"),
+        Seam("config", "_attn_implementation of a config to be stored as _attn_implementation_internal"),
         Seam(
             "attention functions", "ALL_ATTENTION_FUNCTIONS.get_interface to give what AttentionInterface registered"
         ),

@@ -32,17 +32,9 @@ def register_kinds() -> None:
 def attention_function(kind: str) -> AttentionFunction:
     """The function to register under a kind's name with `AttentionInterface`."""
 
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        return attend(kind, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    def attention(module: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        check_model(module)  # before the arguments are looked at
+        return attend(kind, module, *inputs, **kwargs)
 
     attention.__name__ = attention.__qualname__ = f"{kind}_attention"
     return attention
@@ -75,7 +67,6 @@ def attend(
     Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where the result would be wrong; the
         message says what to do.
     """
-    check_model(module)
     recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
     if recurrent is not None:
         try:

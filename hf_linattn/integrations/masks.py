@@ -142,14 +142,18 @@ def check_past_is_here(mask: Any, keys: int) -> None:
         )
 
 
+# In place of an argument that Transformers has to give: a default could be another mask than the one meant.
+_NOT_GIVEN: Any = object()
+
+
 def linattn_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int | Tensor,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | TokenMask | None,
+    batch_size: int = _NOT_GIVEN,
+    q_length: int = _NOT_GIVEN,
+    kv_length: int = _NOT_GIVEN,
+    q_offset: int | Tensor = _NOT_GIVEN,
+    kv_offset: int | Tensor = _NOT_GIVEN,
+    mask_function: Callable[..., Any] = _NOT_GIVEN,
+    attention_mask: Tensor | TokenMask | None = _NOT_GIVEN,
     *,
     local_size: int | None = None,
     use_vmap: bool = False,
@@ -169,13 +173,18 @@ def linattn_mask(
     Returns: A mask over tokens, for the attention function only (`TokenMask`). Shorter than `kv_length` if the cache
         is longer than what has been seen (static cache): the attention function then drops the unseen keys.
     Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns;
-        `UnsupportedTransformersError` for an argument that is not known here.
+        `UnsupportedTransformersError` for an argument that is not known here, or missing.
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
     check_seams()
-    unknown = [name for name, value in kwargs.items() if name not in MASK_OPTIONS and value not in (None, False)]
+    unknown = [
+        name for name, value in kwargs.items() if name not in MASK_OPTIONS and value is not None and value is not False
+    ]
     if unknown:
         raise changed("arguments of a mask function", ", ".join(unknown))
+    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    if any(value is _NOT_GIVEN for value in given):
+        raise changed("arguments of a mask function", f"{sum(value is not _NOT_GIVEN for value in given)} of these")
     if isinstance(attention_mask, TokenMask):
         if attention_mask.shape[1] == q_length == kv_length:
             return attention_mask

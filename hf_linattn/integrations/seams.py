@@ -165,8 +165,9 @@ def find_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def cache_argument(model: Any) -> str:
     """Name of the argument with which a model's forward takes a `Cache`: it differs between releases."""
     parameters = inspect.signature(model.forward).parameters
-    for name, parameter in parameters.items():
-        if "Cache" in str(parameter.annotation):
+    annotated = [name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)]
+    for name in (*annotated, "cache", "past_key_values"):
+        if name in parameters:
             return name
     raise changed("cache argument", f"{type(model).__name__}.forward({', '.join(parameters)})")
 

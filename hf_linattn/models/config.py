@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..integrations.cache import cache_layer_types
+from ..integrations.canary import check_seams
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
 from ..integrations.seams import STORED_ATTENTION
 from ..integrations.settings import parse_settings
@@ -56,6 +57,7 @@ class LinAttnConfigMixin:
         types = cache_layer_types(self)
         if types is None:
             raise AttributeError("layer_types")
+        check_seams()  # what asks is about to make a cache
         return types
 
     def validate_layer_type(self) -> None:

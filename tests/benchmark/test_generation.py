@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cached
+from caches import given_cache
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -80,7 +80,7 @@ def test_a_cache_filled_piece_by_piece_knows_all_tokens(kind: str | None) -> Non
         model = converted(model, FavorPlusConfig(num_features=8, window_size=WINDOW), ids)
     whole = model(ids).logits[:, -1]
     cache = fill(model, ids[:, :40], piece=17)
-    last = model(ids[:, 40:], **cached(cache), use_cache=True).logits[:, -1]
+    last = model(ids[:, 40:], **given_cache(cache), use_cache=True).logits[:, -1]
     assert float((last - whole).abs().max()) < 1e-4
 
 

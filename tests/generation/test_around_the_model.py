@@ -8,7 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from decoders import GPT2, KINDS, TOLERANCE, Setting, all_kinds, decoder, prompt
 from transformers import DynamicCache
 
@@ -37,9 +37,9 @@ def test_checkpointing_that_drops_the_cache(setting: Setting) -> None:
     model.train()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):
-        model(ids[:, 20:], **cached(cache), attention_mask=torch.ones(2, 30))
+        model(ids[:, 20:], **given_cache(cache), attention_mask=torch.ones(2, 30))
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):
-        model(ids[:, 20:], **cached(cache))
+        model(ids[:, 20:], **given_cache(cache))
     model(ids, labels=ids).loss.backward()
 
 
@@ -52,7 +52,7 @@ def test_a_state_given_to_a_model_without(setting: Setting) -> None:
         cache = cache_of(model(ids[:, :20], use_cache=True))
         for other in (stock, hf_linattn.revert(model)):
             with pytest.raises(UnsupportedError, match="holds no keys and values"):
-                other(ids[:, 20:], **cached(cache))
+                other(ids[:, 20:], **given_cache(cache))
 
 
 @all_kinds
@@ -68,7 +68,7 @@ def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
     held = []
     with torch.no_grad():
         for piece in text[:, start:].split(90, dim=1):
-            last = model(piece, **cached(cache)).logits
+            last = model(piece, **given_cache(cache)).logits
             held.append(cache.layers[0].memory._held.tokens)
         expected = model(text, use_cache=False).logits[:, -last.shape[1] :]
     assert max(held) <= 2 * TAKEN_BACK + 90
@@ -82,11 +82,11 @@ def test_cropping_with_gradients_on(setting: Setting) -> None:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids[:, :24], **cached(cache))
+        model(ids[:, :24], **given_cache(cache))
     cache.crop(-4)
     twin = copy.deepcopy(cache)
     with torch.no_grad():
-        found = model(ids[:, 20:], **cached(twin)).logits
+        found = model(ids[:, 20:], **given_cache(twin)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
 
 
@@ -103,7 +103,7 @@ def test_a_text_longer_than_the_positions(given: str) -> None:
             model(**inputs)
         cache = cache_of(model(ids[:, :40], use_cache=True))
         with pytest.raises(InputError, match="got a text of 41 tokens"):
-            model(ids[:, 40:], **cached(cache))
+            model(ids[:, 40:], **given_cache(cache))
         padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:, :30]], dim=1)
         mask = (torch.arange(35) >= 5).long()[None]
         alone = model.generate(ids[:, :30], max_new_tokens=10, do_sample=False)
@@ -120,8 +120,8 @@ def test_a_wrong_mask_can_be_corrected() -> None:
     with torch.no_grad():
         cache = cache_of(model(ids[:, :20], use_cache=True))
         with pytest.raises(InputError, match="calls other tokens real"):
-            model(ids[:, 20:], attention_mask=wrong, **cached(cache))
-        found = model(ids[:, 20:], **cached(cache)).logits
+            model(ids[:, 20:], attention_mask=wrong, **given_cache(cache))
+        found = model(ids[:, 20:], **given_cache(cache)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 20:]).abs().max()) < TOLERANCE
 
 
@@ -131,9 +131,9 @@ def test_older_names_of_a_cache_layer() -> None:
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids, **cached(cache))
+        model(ids, **given_cache(cache))
         for layer in cache.layers:
             layer.crop(15)
             assert layer.get_max_cache_shape() == -1
-        found = model(ids[:, 15:], **cached(cache)).logits
+        found = model(ids[:, 15:], **given_cache(cache)).logits
         assert float((found - model(ids, use_cache=False).logits[:, 15:]).abs().max()) < TOLERANCE

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cached
+from caches import given_cache
 from cases import largest
 from decoders import (
     BERT,
@@ -168,7 +168,7 @@ def recorded(model: Any, ids: Tensor) -> Any:
     """A cache that has read tokens and is ready to be cropped."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, **cached(cache))
+        model(ids, **given_cache(cache))
     cache.activate_past_recording()
     return cache
 
@@ -180,9 +180,7 @@ actions = st.lists(st.tuples(st.integers(1, 14), st.integers(0, 14), st.booleans
 def test_crop(setting: Setting) -> None:
     """Tokens are added, in one forward or in several, and some taken back, again and again."""
     model = decoder(GPT2, setting)
-    quick = settings(
-        max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    quick = settings(max_examples=5, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
     @quick
     @given(actions, st.integers(1, 20))
@@ -193,7 +191,7 @@ def test_crop(setting: Setting) -> None:
             new = prompt(2, added, seed=40 + number)
             with torch.no_grad():
                 pieces = new.split(1, dim=1) if one_by_one else [new]
-                found = torch.cat([model(piece, **cached(cache)).logits for piece in pieces], dim=1)
+                found = torch.cat([model(piece, **given_cache(cache)).logits for piece in pieces], dim=1)
             said = torch.cat([said, new], dim=1)
             assert largest(found - whole_logits(model, said)[:, -added:]) < TOLERANCE
             taken = min(taken, added)
@@ -211,11 +209,11 @@ def test_crop_keeps_the_state_small(setting: Setting) -> None:
     cache = recorded(model, prompt(2, 51))
     for number in range(12):
         with torch.no_grad():
-            model(prompt(2, 16, seed=number), **cached(cache))
+            model(prompt(2, 16, seed=number), **given_cache(cache))
         cache.crop(-8)
     straight = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(2, 51 + 12 * 8), **cached(straight))
+        model(prompt(2, 51 + 12 * 8), **given_cache(straight))
     assert is_recurrent(cache) == [True, True]
     for layer, other in zip(cache.layers, straight.layers, strict=True):
         # As much as was held when the last crop came may still be there.
@@ -228,12 +226,12 @@ def test_crop_of_what_is_absorbed(setting: Setting) -> None:
     model = decoder(GPT2, setting)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(2, 30), **cached(cache))
+        model(prompt(2, 30), **given_cache(cache))
     with pytest.raises(LinAttnError, match="activate_past_recording"):
         cache.crop(-3)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(prompt(2, 5), **cached(cache))
+        model(prompt(2, 5), **given_cache(cache))
     with pytest.raises(LinAttnError, match=r"30|6"):
         cache.crop(-6)
 
@@ -246,10 +244,10 @@ def test_crop_of_padded_rows() -> None:
         with torch.no_grad():
             whole = model(ids, attention_mask=mask, use_cache=False).logits
             cache = DynamicCache(config=model.config)
-            model(ids[:, :19], **cached(cache), attention_mask=mask[:, :19])
+            model(ids[:, :19], **given_cache(cache), attention_mask=mask[:, :19])
             cache.activate_past_recording()
             for start, end in ((19, 30), (25, 36), (33, 40)):
-                found = model(ids[:, start:end], **cached(cache), attention_mask=mask[:, :end]).logits
+                found = model(ids[:, start:end], **given_cache(cache), attention_mask=mask[:, :end]).logits
                 assert largest(found - whole[:, start:end]) < TOLERANCE
                 cache.crop({30: -5, 36: -3, 40: 0}[end])
 
@@ -263,12 +261,12 @@ def test_rows_while_recording() -> None:
         with torch.no_grad():
             whole = model(ids, attention_mask=mask, use_cache=False).logits
             cache = DynamicCache(config=model.config)
-            model(ids[:, :19], **cached(cache), attention_mask=mask[:, :19])
+            model(ids[:, :19], **given_cache(cache), attention_mask=mask[:, :19])
             cache.activate_past_recording()
-            model(ids[:, 19:30], **cached(cache), attention_mask=mask[:, :30])
+            model(ids[:, 19:30], **given_cache(cache), attention_mask=mask[:, :30])
             cache.reorder_cache(torch.tensor(order))
             cache.crop(-4)
-            found = model(ids[order, 26:], **cached(cache), attention_mask=mask[order]).logits
+            found = model(ids[order, 26:], **given_cache(cache), attention_mask=mask[order]).logits
         assert largest(found - whole[order, 26:]) < TOLERANCE
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import ModelCase, largest
 from decoders import (
     BERT,
@@ -123,7 +123,7 @@ def test_rows_of_a_cache(setting: Setting) -> None:
             change(cache)
             mask = torch.cat([batch["attention_mask"][rows], torch.ones(len(rows), 7).long()], dim=1)
             ids = torch.cat([batch["input_ids"][rows], new[: len(rows)]], dim=1)
-            got = model(new[: len(rows)], **cached(cache), attention_mask=mask).logits
+            got = model(new[: len(rows)], **given_cache(cache), attention_mask=mask).logits
             expected = model(ids, attention_mask=mask, use_cache=False).logits[:, -7:]
         assert largest(got - expected) < TOLERANCE
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cached
+from caches import given_cache
 from cases import ModelCase, largest
 from decoders import (
     BERT,
@@ -31,13 +31,13 @@ from hf_linattn.training import redraw_projections
 def filled(model: Any, tokens: int = 20, batch: int = 2) -> Any:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(batch, tokens), **cached(cache))
+        model(prompt(batch, tokens), **given_cache(cache))
     return cache
 
 
 def go_on(model: Any, cache: Any, tokens: int = 3, batch: int = 2, **options: Any) -> Any:
     with torch.no_grad():
-        return model(prompt(batch, tokens, seed=8), **cached(cache), **options)
+        return model(prompt(batch, tokens, seed=8), **given_cache(cache), **options)
 
 
 def go_on_twice(model: Any, cache: Any, tokens: int = 3) -> None:
@@ -172,7 +172,7 @@ def test_a_mask_that_changes_the_past(setting: Setting, layers: list[int] | None
     for wrong in (hidden, shown):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**batch, **cached(cache))
+            model(**batch, **given_cache(cache))
         with pytest.raises(InputError, match="attention_mask"):
             go_on(model, cache, tokens, attention_mask=torch.cat([wrong, new], dim=1))
     cache = filled(model)
@@ -186,7 +186,7 @@ def test_another_token_masked_in_its_place(setting: Setting) -> None:
     model, batch = decoder(GPT2, setting), left_padded([0, 6], 20)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**batch, **cached(cache))
+        model(**batch, **given_cache(cache))
     moved = batch["attention_mask"].flip(1)
     with pytest.raises(InputError, match="attention_mask"):
         go_on(model, cache, attention_mask=torch.cat([moved, torch.ones(2, 3).long()], dim=1))
@@ -198,7 +198,7 @@ def test_no_mask_after_padding(setting: Setting) -> None:
     model, batch = decoder(GPT2, setting), left_padded([0, 6], 20)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**batch, **cached(cache))
+        model(**batch, **given_cache(cache))
     with pytest.raises(InputError, match="attention_mask"):
         go_on(model, cache)
 
@@ -210,10 +210,10 @@ def test_a_generated_padding_token(setting: Setting) -> None:
     ids[0, 7] = 0
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, **cached(cache))  # a real token here
+        model(ids, **given_cache(cache))  # a real token here
     said = torch.cat([ids, prompt(2, 4, seed=3)], dim=1)
     with pytest.raises(InputError, match="attention_mask"):
-        model.generate(said, **cached(cache), max_new_tokens=2, do_sample=False)
+        model.generate(said, **given_cache(cache), max_new_tokens=2, do_sample=False)
 
 
 @all_kinds
@@ -259,7 +259,7 @@ def test_after_a_refusal(setting: Setting) -> None:
         expected = model(ids, attention_mask=mask, use_cache=False).logits[:, -3:]
         for options in refused:
             cache = DynamicCache(config=model.config)
-            model(**batch, **cached(cache))
+            model(**batch, **given_cache(cache))
             with pytest.raises((LinAttnError, ValueError, RuntimeError)):
                 go_on(model, cache, **options)
             try:
@@ -287,9 +287,9 @@ def test_a_model_that_changes_its_type(setting: Setting, types: tuple[torch.dtyp
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, 20:]
         cache = DynamicCache(config=model.config)
-        model.to(types[0])(ids[:, :20], **cached(cache))
+        model.to(types[0])(ids[:, :20], **given_cache(cache))
         model.to(types[1])
-        found = [model(piece, **cached(cache)).logits.float() for piece in (ids[:, 20:21], ids[:, 21:])]
+        found = [model(piece, **given_cache(cache)).logits.float() for piece in (ids[:, 20:21], ids[:, 21:])]
     assert largest(torch.cat(found, dim=1) - expected) < 0.2
 
 
@@ -301,7 +301,7 @@ def test_too_long_for_a_static_cache(setting: Setting) -> None:
 
     def read() -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([model(piece, **cached(cache)).logits for piece in ids.split(10, dim=1)], dim=1)
+            return torch.cat([model(piece, **given_cache(cache)).logits for piece in ids.split(10, dim=1)], dim=1)
 
     if setting.kind == "eva":
         with pytest.raises(LinAttnError, match="20"):
@@ -327,7 +327,7 @@ def test_inf_in_the_padding(setting: Setting) -> None:
         with torch.no_grad():
             for start, end in ((0, 9), (9, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
                 piece = embeddings[:, start:end]
-                found.append(model(inputs_embeds=piece, **cached(cache), attention_mask=mask[:, :end]).logits)
+                found.append(model(inputs_embeds=piece, **given_cache(cache), attention_mask=mask[:, :end]).logits)
         results.append(torch.cat(found, dim=1)[mask.bool()])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import ModelCase, largest
 from decoders import (
     BERT,
@@ -49,7 +49,7 @@ def gradients(model: Any, embeddings: Tensor, lengths: list[int], mask: Tensor |
     for piece in leaf.split(lengths, dim=1):
         end += piece.shape[1]
         seen = None if mask is None else mask[:, :end]
-        out = model(inputs_embeds=piece, **cached(cache), attention_mask=seen, use_cache=cache is not None)
+        out = model(inputs_embeds=piece, **given_cache(cache), attention_mask=seen, use_cache=cache is not None)
         found.append(out.logits)
     loss(torch.cat(found, dim=1)[:, FIRST:]).backward()
     assert leaf.grad is not None
@@ -112,11 +112,11 @@ def test_no_graph_without_gradients(setting: Setting) -> None:
     model, ids = decoder(GPT2, setting), prompt(2, 20)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, **cached(cache))
-    out = model(prompt(2, 7), **cached(cache))  # goes on under autograd
+        model(ids, **given_cache(cache))
+    out = model(prompt(2, 7), **given_cache(cache))  # goes on under autograd
     out.logits.sum().backward()
     with torch.no_grad():
-        found = model(prompt(2, 3), **cached(cache)).logits
+        found = model(prompt(2, 3), **given_cache(cache)).logits
         everything = torch.cat([ids, prompt(2, 7), prompt(2, 3)], dim=1)
         expected = model(everything, use_cache=False).logits[:, -3:]
     assert not found.requires_grad
@@ -130,9 +130,9 @@ def test_cache_filled_in_inference_mode(name: str) -> None:
     cache, found = DynamicCache(config=model.config), []
     with torch.inference_mode():
         for piece in (ids[:, :11], ids[:, 11:12]):
-            found.append(model(piece, **cached(cache)).logits)
+            found.append(model(piece, **given_cache(cache)).logits)
     with torch.no_grad():
         for piece in (ids[:, 12:13], ids[:, 13:]):
-            found.append(model(piece, **cached(cache)).logits)
+            found.append(model(piece, **given_cache(cache)).logits)
         expected = model(ids, use_cache=False).logits
     assert largest(torch.cat([part.clone() for part in found], dim=1) - expected) < 1e-4

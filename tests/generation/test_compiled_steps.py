@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from caches import cached
+from caches import given_cache
 from cases import largest
 from decoders import (
     BERT,
@@ -44,11 +44,11 @@ def steps(model: Any, call: Any, cache: Any, ids: torch.Tensor, mask: torch.Tens
     """Logits of single tokens after a prompt that is read without compiling."""
     found = []
     with torch.no_grad():
-        model(ids[:, :START], **cached(cache), attention_mask=None if mask is None else mask[:, :START])
+        model(ids[:, :START], **given_cache(cache), attention_mask=None if mask is None else mask[:, :START])
         for position in range(START, START + STEPS):
             seen = None if mask is None else mask[:, : position + 1]
             step = ids[:, position : position + 1]
-            found.append(call(step, **cached(cache), attention_mask=seen).logits)
+            found.append(call(step, **given_cache(cache), attention_mask=seen).logits)
     return torch.cat(found, dim=1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import largest
 from decoders import (
     BERT,
@@ -35,7 +35,7 @@ def answer(model: Any, ids: Tensor, cache: Any, **options: Any) -> tuple[Tensor,
     options.setdefault("attention_mask", torch.ones_like(ids))
     out = model.generate(
         ids,
-        **cached(cache),
+        **given_cache(cache),
         max_new_tokens=9,
         do_sample=False,
         return_dict_in_generate=True,
@@ -47,7 +47,7 @@ def answer(model: Any, ids: Tensor, cache: Any, **options: Any) -> tuple[Tensor,
 
 def advance(model: Any, ids: Tensor, cache: Any) -> Tensor:
     with torch.no_grad():
-        return model(ids, **cached(cache)).logits
+        return model(ids, **given_cache(cache)).logits
 
 
 @all_settings
@@ -117,7 +117,7 @@ def test_saved_and_continued(setting: Setting) -> None:
     model, batch = decoder(GPT2, setting), left_padded([0, 9], 21)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**batch, **cached(cache))
+        model(**batch, **given_cache(cache))
     buffer = io.BytesIO()
     torch.save(cache, buffer)
     buffer.seek(0)
@@ -131,7 +131,7 @@ def test_saved_and_continued(setting: Setting) -> None:
         for own in (loaded, cache):
             pieces = [more[:, :1], more[:, 1:2], more[:, 2:]]
             found = [
-                model(piece, **cached(own), attention_mask=mask[:, :end]).logits
+                model(piece, **given_cache(own), attention_mask=mask[:, :end]).logits
                 for piece, end in zip(pieces, (22, 23, 33), strict=True)
             ]
             assert largest(torch.cat(found, dim=1) - expected) < TOLERANCE
@@ -144,10 +144,10 @@ def test_reset_is_like_new(setting: Setting) -> None:
     cache = DynamicCache(config=model.config)
     first = left_padded([0, 5, 17], 25)
     with torch.no_grad():
-        model(**first, **cached(cache))
+        model(**first, **given_cache(cache))
         model(
             prompt(3, 1),
-            **cached(cache),
+            **given_cache(cache),
             attention_mask=torch.nn.functional.pad(first["attention_mask"], (0, 1), value=1),
         )
     cache.reset()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import bert_config, largest
 from decoders import BERT, GPT2, TOLERANCE, Setting, all_kinds, decoder, is_recurrent, prompt, some_kinds
 from transformers import BertModel, DynamicCache, EncoderDecoderModel
@@ -90,7 +90,7 @@ def test_pieces_with_an_encoder(setting: Setting, case: Any) -> None:
         expected = model(ids, **states, use_cache=False).logits
         cache, found = None, []
         for piece in ids.split([11, 1, 1, 17], dim=1):
-            out = model(piece, **states, **cached(cache), use_cache=True)
+            out = model(piece, **states, **given_cache(cache), use_cache=True)
             cache = cache_of(out)
             found.append(out.logits)
     assert largest(torch.cat(found, dim=1) - expected) < TOLERANCE
@@ -104,8 +104,8 @@ def test_without_an_encoder(setting: Setting) -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         cache = cache_of(model(ids[:, :10], use_cache=True))
-        found = model(ids[:, 10:], **cached(cache)).logits
+        found = model(ids[:, 10:], **given_cache(cache)).logits
         own = DynamicCache(config=model.config)
-        again = model(ids, **cached(own), use_cache=True).logits
+        again = model(ids, **given_cache(own), use_cache=True).logits
     assert largest(found - expected[:, 10:]) < TOLERANCE
     assert largest(again - expected) < TOLERANCE

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import VOCAB, ModelCase, largest
 from decoders import (
     BERT,
@@ -90,7 +90,7 @@ def test_the_cache_is_recurrent(case: ModelCase, setting: Setting) -> None:
     with torch.no_grad():
         assert is_recurrent(cache_of(model(ids, use_cache=True))) == [True, True]
         cache = DynamicCache(config=model.config)
-        model(ids, **cached(cache))
+        model(ids, **given_cache(cache))
     assert is_recurrent(cache) == [True, True]
     assert cache.get_seq_length() == 20
 
@@ -100,7 +100,7 @@ def state_bytes(model: Any, tokens: int, *, at_once: bool) -> list[int]:
     ids = prompt(2, tokens)
     with torch.no_grad():
         for piece in [ids] if at_once else ids.split(1, dim=1):
-            model(piece, **cached(cache))
+            model(piece, **given_cache(cache))
     return [layer.nbytes for layer in cache.layers]
 
 
@@ -135,5 +135,5 @@ def test_one_token_at_a_time_from_the_start() -> None:
             cache, parts = DynamicCache(config=model.config), []
             with torch.no_grad():
                 for token in ids.split(1, dim=1):
-                    parts.append(model(token, **cached(cache)).logits)
+                    parts.append(model(token, **given_cache(cache)).logits)
             assert largest(torch.cat(parts, dim=1) - whole_logits(model, ids)) < TOLERANCE

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cached
+from caches import given_cache
 from cases import largest
 from decoders import BY_NAME, GPT2, Setting, all_settings, decoder, is_recurrent, prompt, run
 from torch import Tensor
@@ -20,7 +20,7 @@ def forced(model: Any, ids: Tensor, start: int) -> Tensor:
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
         for piece in (ids[:, :start], *ids[:, start:].split(1, dim=1)):
-            found.append(model(piece, **cached(cache)).logits)
+            found.append(model(piece, **given_cache(cache)).logits)
     return torch.cat(found, dim=1).float()
 
 
@@ -58,7 +58,7 @@ def test_finite_at_large_inputs(setting: Setting, dtype: torch.dtype) -> None:
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
         for piece in (embeddings[:, :20], *embeddings[:, 20:50].split(1, dim=1), embeddings[:, 50:]):
-            found.append(model(inputs_embeds=piece, **cached(cache)).logits)
+            found.append(model(inputs_embeds=piece, **given_cache(cache)).logits)
     assert bool(torch.cat(found, dim=1).isfinite().all())
 
 
@@ -77,7 +77,7 @@ def test_under_autocast(name: str) -> None:
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for piece in ids.split([20, 1, 1, 18], dim=1):
-            found.append(model(piece, **cached(cache)).logits.float())
+            found.append(model(piece, **given_cache(cache)).logits.float())
         whole = model(ids, use_cache=False).logits.float()
     assert largest(torch.cat(found, dim=1) - whole) < 0.2
 
@@ -93,7 +93,7 @@ def test_slots_stay_in_float32(setting: Setting, is_static: bool) -> None:
         if is_static:
             cache = StaticCache(config=model.config, max_cache_len=80)
         with torch.no_grad():
-            model.to(dtype)(prompt(2, 64), **cached(cache))
+            model.to(dtype)(prompt(2, 64), **given_cache(cache))
         assert is_recurrent(cache) == [True, True]
         sizes.append(cache.layers[0].nbytes)
     assert sizes[1] <= sizes[0]

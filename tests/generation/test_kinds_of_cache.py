@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import ModelCase, largest
 from decoders import (
     GPT2,
@@ -40,7 +40,7 @@ def read(model: Any, cache: Any, ids: Tensor, lengths: list[int], mask: Tensor |
         for piece in ids.split(lengths, dim=1):
             end += piece.shape[1]
             seen = None if mask is None else mask[:, :end]
-            found.append(model(piece, **cached(cache), attention_mask=seen).logits)
+            found.append(model(piece, **given_cache(cache), attention_mask=seen).logits)
     return torch.cat(found, dim=1)
 
 
@@ -148,7 +148,7 @@ def test_moved_away_and_back(setting: Setting) -> None:
     with torch.no_grad():
         for piece in ids.split([14, 1, 1, 14], dim=1):
             end += piece.shape[1]
-            found.append(model(piece, **cached(cache), attention_mask=mask[:, :end]).logits)
+            found.append(model(piece, **given_cache(cache), attention_mask=mask[:, :end]).logits)
             for layer in cache.layers:
                 layer.offload()
                 layer.prefetch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import ModelCase, largest
 from decoders import (
     BERT,
@@ -62,5 +62,5 @@ def test_beams_and_pieces(setting: Setting, layers: list[int]) -> None:
         ids, found, cache = prompt(2, 30), [], DynamicCache(config=model.config)
         with torch.no_grad():
             for piece in ids.split([7, 1, 1, 21], dim=1):
-                found.append(model(piece, **cached(cache)).logits)
+                found.append(model(piece, **given_cache(cache)).logits)
         assert largest(torch.cat(found, dim=1) - whole_logits(model, ids)) < TOLERANCE

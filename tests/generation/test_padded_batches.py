@@ -74,7 +74,7 @@ def test_mask_inferred_from_the_padding_token(case: ModelCase, setting: Setting)
 def test_any_padding(name: str) -> None:
     model = decoder(GPT2, BY_NAME[name])
 
-    @settings(max_examples=4, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=4, derandomize=True, database=None)
     @given(st.lists(st.integers(0, 27), min_size=2, max_size=4), st.integers(28, 36))
     def check(paddings: list[int], tokens: int) -> None:
         check_replay(model, *run(model, 10, **left_padded(paddings, tokens)), paddings)

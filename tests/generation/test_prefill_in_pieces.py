@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import cache_of, cached
+from caches import cache_of, given_cache
 from cases import largest
 from decoders import (
     BERT,
@@ -27,9 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 TOKENS = 41
-quick = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+quick = settings(max_examples=12, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 thorough = settings(quick, max_examples=150)
 
 
@@ -40,7 +38,7 @@ def in_pieces(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> 
     with torch.no_grad():
         for start, end in zip([0, *cuts], ends, strict=True):
             seen = None if mask is None else mask[:, :end]
-            found.append(model(ids[:, start:end], **cached(cache), attention_mask=seen).logits)
+            found.append(model(ids[:, start:end], **given_cache(cache), attention_mask=seen).logits)
     assert cache.get_seq_length() == ids.shape[1]
     return torch.cat(found, dim=1)
 
@@ -127,7 +125,7 @@ def by_embeddings(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
     embed, cache, found = model.get_input_embeddings(), DynamicCache(config=model.config), []
     with torch.no_grad():
         for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
-            found.append(model(inputs_embeds=embed(ids[:, start:end]), **cached(cache)).logits)
+            found.append(model(inputs_embeds=embed(ids[:, start:end]), **given_cache(cache)).logits)
     return torch.cat(found, dim=1)
 
 
@@ -143,7 +141,7 @@ def test_hidden_states_come_along(name: str) -> None:
     model, ids = decoder(GPT2, BY_NAME[name]), prompt(2, 20)
     with torch.no_grad():
         cache = cache_of(model(ids[:, :11], use_cache=True))
-        found = model(ids[:, 11:], **cached(cache), output_hidden_states=True).hidden_states
+        found = model(ids[:, 11:], **given_cache(cache), output_hidden_states=True).hidden_states
         expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     for part, whole in zip(found, expected, strict=True):
         assert largest(part - whole[:, 11:]) < TOLERANCE

@@ -110,7 +110,7 @@ def pieces(draw: Any) -> tuple[list[int], Tensor | None]:
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(cut=pieces())
 @torch.no_grad()
 def test_pieces_equal_the_whole(name: str, is_static: bool, cut: tuple[list[int], Tensor | None]) -> None:

@@ -20,7 +20,7 @@ from hf_linattn.modules.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.bounded import latest_chunks
 from hf_linattn.ops.eva.chunks import Summaries
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=60, derandomize=True, database=None)
 Part = tuple[Tensor, Tensor, Tensor, float]  # mean key, value, spread, log-weight
 
 

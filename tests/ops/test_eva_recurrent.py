@@ -21,7 +21,7 @@ from hf_linattn.ops.recurrent.protocol import state_tensors
 
 BATCH, HEADS, DIM, VALUE_DIM = 3, 2, 3, 4
 SCALING = 0.7
-quick = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=80, derandomize=True, database=None)
 Parts = Sequence[Tensor]
 
 

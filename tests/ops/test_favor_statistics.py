@@ -133,7 +133,7 @@ def test_transforms(centring: bool) -> None:
 
 
 @given(seed=st.integers(0, 10_000), tokens=st.integers(2, 30), dim=st.integers(1, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_more_general_statistics_have_less_variance(seed: int, tokens: int, dim: int) -> None:
     """The order that follows from what each variant minimises over."""
     q, k = inputs(tokens, dim, seed)
@@ -340,7 +340,7 @@ def all_at_once() -> FavorMoments:
 
 
 @given(order=st.permutations(range(5)), cuts=st.lists(st.integers(0, 5), min_size=2, max_size=2))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pieces_in_any_order_are_the_whole(order: list[int], cuts: list[int]) -> None:
     parts = [batches()[i] for i in order]
     first, second = sorted(cuts)

@@ -59,7 +59,7 @@ option_cases = st.fixed_dictionaries(
 
 
 @given(case=option_cases)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, derandomize=True, database=None)
 def test_every_option(case: dict) -> None:
     q, k, v = inputs()
     layout = {"grid": (2, 11) if case["count"] else (23, 1)} if case["layout"] == "grid" else {}

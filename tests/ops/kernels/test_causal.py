@@ -29,7 +29,7 @@ NAMES = (
     "key", "key bias", "key slots", "key slot bias", "value",
 )  # fmt: skip
 QUERY, KEY, KEY_BIAS, VALUE = 0, 4, 5, 8
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=60, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
