@@ -24,18 +24,21 @@ if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("
     exit 0
 fi
 
-# The newest release of which a build for this machine can be had; the tested one if none can be found.
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; }
+
+# The newest release of which a build for this machine can be had; the tested one if none can be looked up.
 if [ "$version" = newest ]; then
-    index=$cpu_index
-    case $(uname -s) in Linux) ;; *) index=https://pypi.org/simple ;; esac
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then index=https://pypi.org/simple; fi
-    version=$(PIP_FIND_LINKS='' PIP_EXTRA_INDEX_URL='' pip index versions torch --index-url "$index" --retries 0 \
-        --timeout 15 2>/dev/null | sed -n 's/^torch (\([0-9.]*\).*/\1/p') || true
-    [ -n "$version" ] || echo "The newest torch for this machine cannot be looked up at $index: taking $tested"
+    # On Linux without a GPU the configured index does not count: its newest release has CUDA packages.
+    where="--isolated --index-url $cpu_index"
+    if has_gpu || [ "$(uname -s)" != Linux ]; then where=; fi
+    # shellcheck disable=SC2086
+    version=$("$python" -m pip index versions torch $where --retries 0 --timeout 15 2>/dev/null \
+        | sed -n 's/^torch (\([0-9.]*\).*/\1/p') || true
+    [ -n "$version" ] || echo "The newest torch for this machine cannot be looked up: taking $tested"
     version=${version:-$tested}
 fi
 
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+if has_gpu; then
     echo "GPU found: installing torch $version with CUDA"
     pip install --quiet "torch==$version"
     exit 0
