@@ -111,17 +111,18 @@ def bounds_table(runs: list[Run], project: dict[str, Any]) -> list[str]:
     for name, versions in tested.items():
         seen = sorted(set(versions))
         lowest = min(Version(part.removeprefix(">=")) for part in allowed[name].split(",") if part.startswith(">="))
-        release = seen[0].release[: len(lowest.release)] if seen else ()
-        reached = bool(seen) and release <= lowest.release
+        reached = bool(seen) and seen[0].release[: len(lowest.release)] <= lowest.release
+        untested = [] if reached or not seen else [f"below {seen[0]}"]
+        untested += [f"above {seen[-1]}"] if seen else ["all"]
         rows.append(
             [
                 name,
                 f"`{allowed[name]}`",
                 ", ".join(map(str, seen)) or "none",
-                "tested" if reached else f"**untested** below {seen[0]}" if seen else "**untested**",
+                ", ".join(untested),
             ]
         )
-    return lines_of(["", "allowed", "passed with", "lower bound"], rows, 4)
+    return lines_of(["", "allowed", "passed with", "untested"], rows, 4)
 
 
 def failures(runs: list[Run]) -> list[str]:

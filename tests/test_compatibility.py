@@ -202,9 +202,9 @@ def test_bounds_that_nobody_has_run() -> None:
     ]
     lines = table.bounds_table(runs, PROJECT)[2:]
     assert lines == [
-        "| Python | `>=3.10` | 3.10.2, 3.11.7 | tested |",
-        "| torch | `>=2.6,<3` | 2.13.0 | **untested** below 2.13.0 |",
-        "| transformers | `>=5.10,<6` | 5.10.4, 5.14.1 | tested |",
+        "| Python | `>=3.10` | 3.10.2, 3.11.7 | above 3.11.7 |",
+        "| torch | `>=2.6,<3` | 2.13.0 | below 2.13.0, above 2.13.0 |",
+        "| transformers | `>=5.10,<6` | 5.10.4, 5.14.1 | above 5.14.1 |",
     ]
 
 
