@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 
 import hf_linattn
 from hf_linattn.benchmark.environment import describe
+from hf_linattn.integrations.seams import cache_argument
 
 SOFTMAX = "softmax"
 LENGTH = 1024
@@ -87,7 +88,8 @@ def pieces(total: int, generator: torch.Generator) -> list[int]:
 def read(model: Any, row: Tensor, sizes: list[int]) -> Tensor:
     """Logits `[tokens, vocabulary]` of a row of tokens read through one cache, `sizes` tokens at a time."""
     cache = transformers.DynamicCache(config=model.config)
-    parts = [model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0] for part in row.split(sizes)]
+    given = {cache_argument(model): cache}
+    parts = [model(input_ids=part[None], use_cache=True, **given).logits[0] for part in row.split(sizes)]
     return torch.cat(parts)
 
 

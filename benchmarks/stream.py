@@ -34,6 +34,7 @@ import hf_linattn
 from hf_linattn.benchmark.environment import describe
 from hf_linattn.benchmark.generation import held_bytes
 from hf_linattn.benchmark.memory import CHILD_ENVIRONMENT, RESET, STATUS
+from hf_linattn.integrations.seams import cache_argument
 
 SOFTMAX = "softmax"
 MIB = 2**20
@@ -87,12 +88,13 @@ def observe(model: Any, cache: Any, tokens: int, start: float, loss: float | Non
 def score(model: Any, cache: Any, ids: Tensor, piece: int) -> list[Sample]:
     """Read a stream `[tokens]` piece by piece; every token but the first has a loss."""
     samples: list[Sample] = []
+    given = {cache_argument(model): cache}
     last: Tensor | None = None  # logits of the last token read, which predict the next piece's first
     read = 0
     RESET.write_text("5")
     for part in ids.split(piece):
         start = time.perf_counter()
-        logits = model(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(input_ids=part[None], use_cache=True, **given).logits[0]
         before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
         wanted = part[1:] if last is None else part
         loss = float(torch.nn.functional.cross_entropy(before.float(), wanted)) if len(wanted) else None
@@ -109,9 +111,10 @@ def generate(model: Any, cache: Any, count: int, read: int, every: int) -> list[
     generator = torch.Generator().manual_seed(0)
     token = torch.zeros(1, 1, dtype=torch.long)
     samples: list[Sample] = []
+    given = {cache_argument(model): cache}
     start = time.perf_counter()
     for number in range(1, count + 1):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=token, use_cache=True, **given).logits[:, -1]
         token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
         if number % every == 0 or number == count:
             samples.append(observe(model, cache, read + number, start))

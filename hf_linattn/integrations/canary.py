@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedTransformersError
+from . import family_probes as family_probes  # adds its probes to the others
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES

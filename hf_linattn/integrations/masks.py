@@ -137,7 +137,7 @@ def check_past_is_here(mask: Any, keys: int) -> None:
     if isinstance(mask, TokenMask) and (mask.follows or mask.shape[1] > keys):
         raise UnsupportedError(
             f"The model goes on after earlier tokens, but this layer got the {keys} new keys alone and no cache: with"
-            " gradient checkpointing in training Transformers drops past_key_values. Switch it off"
+            " gradient checkpointing in training Transformers drops the cache. Switch it off"
             " (model.gradient_checkpointing_disable()), call model.eval(), or pass the whole sequence."
         )
 

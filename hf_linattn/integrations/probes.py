@@ -1,12 +1,12 @@
 """How each seam is tried out on the installed Transformers.
 
-Where it can, a probe uses the thing on a few numbers (an attention module of four channels without values, a cache of
-two layers) instead of comparing names: what is renamed without consequences passes, what does something else does not.
+Where it can, a probe uses the thing on a few numbers (a cache of two layers, a mask of three tokens; in
+`family_probes.py` an attention module of four channels) instead of comparing names: what is renamed without
+consequences passes, what does something else does not.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +14,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BertConfig, GPT2Config, ViTConfig
+from transformers import GPT2Config
 
 from ..modules.registry import list_kinds
 from . import seams
-from .checks import check_kwargs
-from .families import FAMILIES, MODEL_TYPE_PREFIX, layer_shape, set_attention_dropout
+from .families import FAMILIES, MODEL_TYPE_PREFIX
 
 # Seam -> the function that tries it out: None, or what it found. Those of families are given one.
 PROBES: dict[str, Callable[..., str | None]] = {}
 
-# Name under which the attention function of the probes is registered.
-CANARY = "linattn_canary"
 
+def probes(name: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Declare a function as the one that tries out a seam."""
 
-def _probes(name: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
     def declare(function: Callable[..., str | None]) -> Callable[..., str | None]:
         PROBES[name] = function
         return function
@@ -36,7 +34,7 @@ def _probes(name: str) -> Callable[[Callable[..., str | None]], Callable[..., st
     return declare
 
 
-def _lacks(function: Any, *names: str) -> str | None:
+def lacks(function: Any, *names: str) -> str | None:
     """What to say of a function that does not take all the arguments."""
     parameters = inspect.signature(function).parameters
     if all(name in parameters for name in names):
@@ -54,7 +52,7 @@ def _config(layers: list[str] | None = None, **fields: Any) -> Any:
 
 
 # -- attention and masks --------------------------------------------------------------------------------------------
-@_probes("attention functions")
+@probes("attention functions")
 def _attention_functions() -> str | None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,7 +63,7 @@ def _attention_functions() -> str | None:
     return None
 
 
-@_probes("mask functions")
+@probes("mask functions")
 def _mask_functions() -> str | None:
     from transformers.masking_utils import create_bidirectional_mask
 
@@ -83,15 +81,15 @@ def _mask_functions() -> str | None:
     return None
 
 
-@_probes("tracing")
+@probes("tracing")
 def _tracing() -> str | None:
     answers = seams.is_tracing(), seams.is_tracing(None), seams.is_tracing(torch.zeros(1))
     return None if all(isinstance(answer, bool) for answer in answers) else f"{answers}"
 
 
-@_probes("softmax attention")
+@probes("softmax attention")
 def _softmax_attention() -> str | None:
-    lacking = _lacks(seams.sdpa_attention_forward, "dropout", "scaling", "is_causal")
+    lacking = lacks(seams.sdpa_attention_forward, "dropout", "scaling", "is_causal")
     if lacking:
         return lacking
     query = torch.ones(1, 1, 2, 4, device="meta")
@@ -112,19 +110,19 @@ def _layers(cache: Any) -> str | None:
 _MIXED = [seams.LAYER_TYPE, "full_attention"]
 
 
-@_probes("dynamic cache")
+@probes("dynamic cache")
 def _dynamic_cache() -> str | None:
     return _layers(seams.DynamicCache(config=_config(_MIXED)))
 
 
-@_probes("static cache")
+@probes("static cache")
 def _static_cache() -> str | None:
     if not seams.has_static_layer_types():
         return None
     return _layers(seams.StaticCache(config=_config(_MIXED), max_cache_len=4))
 
 
-@_probes("cache layers")
+@probes("cache layers")
 def _cache_layers() -> str | None:
     cache = seams.DynamicCache(config=_config(_MIXED))
     layer, keys = cache.layers[0], torch.zeros(1, 1, 3, 2)
@@ -173,7 +171,7 @@ def _passed_on(cache: Any) -> str | None:
     return None if calls == names else f"the layer told to {calls}"
 
 
-@_probes("encoder-decoder cache")
+@probes("encoder-decoder cache")
 def _encoder_decoder_cache() -> str | None:
     own, other = (seams.DynamicCache(config=_config()) for _ in range(2))
     cache = seams.EncoderDecoderCache(own, other)
@@ -185,15 +183,15 @@ def _encoder_decoder_cache() -> str | None:
     return None
 
 
-@_probes("masks of generate")
+@probes("masks of generate")
 def _masks_of_generate() -> str | None:
     from transformers.masking_utils import create_masks_for_generate
 
-    return _lacks(create_masks_for_generate, "config", "inputs_embeds", "attention_mask")
+    return lacks(create_masks_for_generate, "config", "inputs_embeds", "attention_mask")
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
-@_probes("recorded outputs")
+@probes("recorded outputs")
 def _recorded_outputs() -> str | None:
     class Recording:
         _can_record_outputs: Any = None
@@ -206,7 +204,7 @@ def _recorded_outputs() -> str | None:
     return None if found is recorded else f"{found!r}"
 
 
-@_probes("initialisation")
+@probes("initialisation")
 def _initialisation() -> str | None:
     class Target:
         """Counts what is written to it; a tensor would have to be read."""
@@ -223,10 +221,10 @@ def _initialisation() -> str | None:
         seams.initialize(target, torch.zeros(1))  # type: ignore[arg-type]
     if (loaded.writes, fresh.writes) != (0, 1):
         return f"{loaded.writes} writes to a loaded tensor, {fresh.writes} to a fresh one"
-    return _lacks(seams.PreTrainedModel._init_weights, "module")
+    return lacks(seams.PreTrainedModel._init_weights, "module")
 
 
-@_probes("config")
+@probes("config")
 def _config_fields() -> str | None:
     config = _config()
     if config.__dict__.get(seams.STORED_ATTENTION) != list_kinds()[0]:
@@ -239,22 +237,22 @@ def _config_fields() -> str | None:
     return f"no {missing}" if missing else None
 
 
-@_probes("model methods")
+@probes("model methods")
 def _model_methods() -> str | None:
     wanted = ("set_attn_implementation", "get_correct_attn_implementation", "post_init", "base_model", "__call__")
     missing = [name for name in wanted if not hasattr(seams.PreTrainedModel, name)]
     return f"no {missing}" if missing else None
 
 
-@_probes("saving")
+@probes("saving")
 def _saving() -> str | None:
-    return _lacks(
+    return lacks(
         seams.PreTrainedModel.save_pretrained,
         *("is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"),
     )
 
 
-@_probes("auto classes")
+@probes("auto classes")
 def _auto_classes() -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -267,7 +265,7 @@ def _auto_classes() -> str | None:
     return None
 
 
-@_probes("preprocessing")
+@probes("preprocessing")
 def _preprocessing() -> str | None:
     for mapping in seams.preprocessing_tables():
         found = mapping._reverse_config_mapping
@@ -276,111 +274,8 @@ def _preprocessing() -> str | None:
     return None
 
 
-# -- the three architectures ----------------------------------------------------------------------------------------
-_SIZES: dict[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 2}
-# Family -> module, attention class with its arguments, base model, config, inputs.
-_MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
-    "bert": (
-        "transformers.models.bert.modeling_bert",
-        "BertSelfAttention",
-        {"is_causal": True, "layer_idx": 1},
-        "BertModel",
-        lambda: BertConfig(**_SIZES, vocab_size=2, is_decoder=True),
-        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
-    ),
-    "gpt2": (
-        "transformers.models.gpt2.modeling_gpt2",
-        "GPT2Attention",
-        {"layer_idx": 1},
-        "GPT2Model",
-        lambda: GPT2Config(
-            n_embd=4, n_head=2, n_layer=2, bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True
-        ),
-        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
-    ),
-    "vit": (
-        "transformers.models.vit.modeling_vit",
-        "ViTAttention",
-        {},
-        "ViTModel",
-        lambda: ViTConfig(**_SIZES),
-        ("pixel_values",),
-    ),
-}
-
-
-@_probes("forward arguments")
-def _forward_arguments(family: str) -> str | None:
-    module, _, _, name, _, inputs = _MODULES[family]
-    forward = getattr(importlib.import_module(module), name).forward
-    lacking = _lacks(forward, *inputs)
-    if lacking:
-        return lacking
-    parameters = list(inspect.signature(forward).parameters.values())
-    if parameters[1].name != inputs[0] or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-        return f"{name}.forward({', '.join(map(str, parameters))})"
-    return None
-
-
-class _Updated(seams.Cache):
-    """A cache that notes who updates it, and returns tensors that can be recognised."""
-
-    def __init__(self, calls: list[Any]) -> None:
-        super().__init__(layers=[])
-        self.calls = calls
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        returned = key_states.clone(), value_states.clone()
-        self.calls.append(("update", layer_idx, tuple(key_states.shape), returned))
-        return returned
-
-
-@_probes("attention modules")
-def _attention_modules(family: str) -> str | None:
-    """Call one attention module, without values, as a layer of a converted model is called."""
-    source, name, options, _, make_config, _ = _MODULES[family]
-    config, calls = make_config(), []  # type: tuple[Any, list[Any]]
-    cls = getattr(importlib.import_module(source), name)
-
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        calls.append(("attention", module, query, key, value, mask, kwargs))
-        return query.transpose(1, 2).contiguous(), None
-
-    seams.register_attention(CANARY, attention, lambda **kwargs: None)
-    seams.select_attention(config, CANARY)
-    with torch.device("meta"):  # no values, no random numbers drawn
-        layer = cls(config, **options).train()
-        hidden = torch.zeros(1, 3, 4)
-    shape = layer_shape(layer, 1)
-    if (shape.num_heads, shape.head_dim, shape.is_causal) != (2, 2, family != "vit"):
-        return f"{name} with {shape}"
-    if family != "vit" and layer.layer_idx != 1:
-        return f"layer_idx {layer.layer_idx} in layer 1"
-    set_attention_dropout(layer, 0.25)
-    mask, marker = object(), object()
-    given: dict[str, Any] = {"attention_mask": mask, seams.ARGUMENT: marker}
-    if family != "vit":
-        given[seams.cache_argument(layer)] = _Updated(calls)
-    output = layer(hidden, **given)[0]
-    if output.shape != hidden.shape:
-        return f"an output of shape {tuple(output.shape)} for {tuple(hidden.shape)}"
-    order = [call[0] for call in calls]
-    if order != (["attention"] if family == "vit" else ["update", "attention"]):
-        return f"calls {order} from {name}"
-    _, module, query, key, value, got, kwargs = calls[-1]
-    if module is not layer or got is not mask or {tuple(t.shape) for t in (query, key, value)} != {(1, 2, 3, 2)}:
-        return f"another module, mask or shape ({tuple(query.shape)}) in the call of the attention function"
-    if family != "vit" and (calls[0][1:3] != (1, (1, 2, 3, 2)) or key is not calls[0][3][0]):
-        return f"an update of layer {calls[0][1]} with keys {calls[0][2]}, or other keys afterwards"
-    expected = {"scaling": layer.scaling, "dropout": 0.25, seams.ARGUMENT: marker}
-    wrong = {key: kwargs.pop(key, "nothing") for key in expected if kwargs.get(key) != expected[key]}
-    if wrong:
-        return f"{wrong} in the call of the attention function"
-    check_kwargs("canary", {key: value for key, value in kwargs.items() if key not in expected})
-    return None
-
-
-@_probes("trainer events")
+# -- training ---------------------------------------------------------------------------------------------------------
+@probes("trainer events")
 def _trainer_events() -> str | None:
     callback, state = transformers.TrainerCallback, transformers.TrainerState()
     missing = [name for name in ("on_train_begin", "on_step_end") if not hasattr(callback, name)]

@@ -1,0 +1,122 @@
+"""How the seams to BERT, GPT-2 and ViT are tried out: one attention module is called, without a model around it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, GPT2Config, ViTConfig
+
+from . import seams
+from .checks import check_kwargs
+from .families import layer_shape, set_attention_dropout
+from .probes import lacks, probes
+
+# Name under which the attention function of the probes is registered.
+CANARY = "linattn_canary"
+
+_SIZES: dict[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 2}
+# Family -> module, attention class with its arguments, base model, config, inputs.
+_MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
+    "bert": (
+        "transformers.models.bert.modeling_bert",
+        "BertSelfAttention",
+        {"is_causal": True, "layer_idx": 1},
+        "BertModel",
+        lambda: BertConfig(**_SIZES, vocab_size=2, is_decoder=True),
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+    ),
+    "gpt2": (
+        "transformers.models.gpt2.modeling_gpt2",
+        "GPT2Attention",
+        {"layer_idx": 1},
+        "GPT2Model",
+        lambda: GPT2Config(
+            n_embd=4, n_head=2, n_layer=2, bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True
+        ),
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+    ),
+    "vit": (
+        "transformers.models.vit.modeling_vit",
+        "ViTAttention",
+        {},
+        "ViTModel",
+        lambda: ViTConfig(**_SIZES),
+        ("pixel_values",),
+    ),
+}
+
+
+@probes("forward arguments")
+def _forward_arguments(family: str) -> str | None:
+    module, _, _, name, _, inputs = _MODULES[family]
+    forward = getattr(importlib.import_module(module), name).forward
+    lacking = lacks(forward, *inputs)
+    if lacking:
+        return lacking
+    parameters = list(inspect.signature(forward).parameters.values())
+    if parameters[1].name != inputs[0] or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return f"{name}.forward({', '.join(map(str, parameters))})"
+    return None
+
+
+class _Updated(seams.Cache):
+    """A cache that notes who updates it, and returns tensors that can be recognised."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__(layers=[])
+        self.calls = calls
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        returned = key_states.clone(), value_states.clone()
+        self.calls.append(("update", layer_idx, tuple(key_states.shape), returned))
+        return returned
+
+
+@probes("attention modules")
+def _attention_modules(family: str) -> str | None:
+    """Call one attention module, without values, as a layer of a converted model is called."""
+    source, name, options, _, make_config, _ = _MODULES[family]
+    config, calls = make_config(), []  # type: tuple[Any, list[Any]]
+    cls = getattr(importlib.import_module(source), name)
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        calls.append(("attention", module, query, key, value, mask, kwargs))
+        return query.transpose(1, 2).contiguous(), None
+
+    seams.register_attention(CANARY, attention, lambda **kwargs: None)
+    seams.select_attention(config, CANARY)
+    with torch.device("meta"):  # no values, no random numbers drawn
+        layer = cls(config, **options).train()
+        hidden = torch.zeros(1, 3, 4)
+    shape = layer_shape(layer, 1)
+    if (shape.num_heads, shape.head_dim, shape.is_causal) != (2, 2, family != "vit"):
+        return f"{name} with {shape}"
+    if family != "vit" and layer.layer_idx != 1:
+        return f"layer_idx {layer.layer_idx} in layer 1"
+    set_attention_dropout(layer, 0.25)
+    mask, marker = object(), object()
+    given: dict[str, Any] = {"attention_mask": mask, seams.ARGUMENT: marker}
+    if family != "vit":
+        given[seams.cache_argument(layer)] = _Updated(calls)
+    output = layer(hidden, **given)[0]
+    if output.shape != hidden.shape:
+        return f"an output of shape {tuple(output.shape)} for {tuple(hidden.shape)}"
+    order = [call[0] for call in calls]
+    if order != (["attention"] if family == "vit" else ["update", "attention"]):
+        return f"calls {order} from {name}"
+    _, module, query, key, value, got, kwargs = calls[-1]
+    if module is not layer or got is not mask or {tuple(t.shape) for t in (query, key, value)} != {(1, 2, 3, 2)}:
+        return f"another module, mask or shape ({tuple(query.shape)}) in the call of the attention function"
+    if family != "vit" and (calls[0][1:3] != (1, (1, 2, 3, 2)) or key is not calls[0][3][0]):
+        return f"an update of layer {calls[0][1]} with keys {calls[0][2]}, or other keys afterwards"
+    expected = {"scaling": layer.scaling, "dropout": 0.25, seams.ARGUMENT: marker}
+    wrong = {key: kwargs.pop(key, "nothing") for key in expected if kwargs.get(key) != expected[key]}
+    if wrong:
+        return f"{wrong} in the call of the attention function"
+    check_kwargs("canary", {key: value for key, value in kwargs.items() if key not in expected})
+    return None
