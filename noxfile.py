@@ -40,9 +40,8 @@ def requirement(release: str) -> str:
 
 def test_files() -> list[str]:
     """The others may import packages that are not installed here."""
-    return [
-        str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "@pytest.mark.compat(" in path.read_text()
-    ]
+    paths = sorted(Path("tests").rglob("test_*.py"))
+    return [str(path) for path in paths if "\n@pytest.mark.compat(" in path.read_text()]
 
 
 def ask(session: nox.Session, code: str) -> str:
