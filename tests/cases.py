@@ -157,6 +157,11 @@ NATIVE_MATRIX = matrix(*MODELS, native=True)
 MODES = [pytest.param(native, id="native"), pytest.param(converted, id="converted")]
 
 
+def checkpoint_activations(model: Any, *options: Any) -> None:
+    """Switch checkpointing on, by its name since Transformers 5.23 or the older one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*options)
+
+
 def logits(model: Any, **inputs: Any) -> Tensor:
     """The first tensor of a model's output, in float32, without gradients."""
     with torch.no_grad():

@@ -20,6 +20,7 @@ from cases import (
     VIT,
     VOCAB,
     ModelCase,
+    checkpoint_activations,
     converted,
     largest,
     native,
@@ -217,9 +218,7 @@ def test_gradient_checkpointing(case: ModelCase, kind: str, window: bool, use_re
     model = one_layer(case, kind, window_size=window_of(case, window)).train()
     logits, expected = step(model, model, inputs_of(case))
     # Its name in Transformers changed.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
-        {"use_reentrant": use_reentrant}
-    )
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     again, found = step(model, model, inputs_of(case))
     assert torch.equal(again, logits)

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from cases import BERT, BY_NAME, GPT2, KINDS, MATRIX, VIT, ModelCase, converted, largest, logits, ready
+from cases import (
+    BERT,
+    BY_NAME,
+    GPT2,
+    KINDS,
+    MATRIX,
+    VIT,
+    ModelCase,
+    checkpoint_activations,
+    converted,
+    largest,
+    logits,
+    ready,
+)
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -254,7 +267,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         gradients = []
         for checkpointing in (False, True):
             if checkpointing:
-                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+                checkpoint_activations(model)
             model.zero_grad()
             torch.manual_seed(1)
             model(**case.inputs())[0].square().sum().backward()

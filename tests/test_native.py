@@ -19,6 +19,7 @@ from cases import (
     VOCAB,
     ModelCase,
     bert_config,
+    checkpoint_activations,
     gpt2_config,
     largest,
     left_padded,
@@ -466,7 +467,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model = GPT2.build(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0).train()
         model.set_attn_implementation("favor_plus")
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()].square().sum().backward()
         gradients.append(model.transformer.wte.weight.grad)
     assert largest(gradients[0] - gradients[1]) < 1e-3

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BERT, BY_NAME, GPT2, VIT, VOCAB, converted, gpt2_config, logits, ready
+from cases import BERT, BY_NAME, GPT2, VIT, VOCAB, checkpoint_activations, converted, gpt2_config, logits, ready
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -270,7 +270,7 @@ def test_training(case: Any) -> None:
         extend_positions(model, NEW)
     assert weight.grad is None
     model.train()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    checkpoint_activations(model)
     before = weight.detach().clone()
     logits_of(model, tokens(NEW)).square().sum().backward()
     optimizer.step()  # no state yet: it holds the same parameter

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, VOCAB
+from cases import BERT, GPT2, VOCAB, checkpoint_activations
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -112,7 +112,7 @@ def test_trainer_redraws_by_optimizer_steps(kind: str, tmp_path: Path) -> None:
 def test_accumulation_and_checkpointing_count_no_extra_steps(checkpointing: bool | None, tmp_path: Path) -> None:
     model = build()
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model, {"use_reentrant": checkpointing})
     _, record = train(tmp_path, model, gradient_accumulation_steps=3, max_steps=3)
     for step, seen in record.seen.items():
         assert same(seen, expected(step)), step

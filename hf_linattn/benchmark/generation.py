@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -253,8 +254,12 @@ def _prepared(case: _Case, ids: Tensor, steps: int, plan: Plan, decoder: Decoder
     return case
 
 
+_argument_of = functools.cache(cache_argument)  # not looked up anew in every step that is timed
+
+
 def _step(model: PreTrainedModel, cache: Any, ids: Tensor, position: int) -> None:
-    model(input_ids=ids[:, position : position + 1], use_cache=True, **{cache_argument(model): cache})
+    given = {_argument_of(type(model)): cache}  # type: ignore[arg-type]
+    model(input_ids=ids[:, position : position + 1], use_cache=True, **given)
     if ids.is_cuda:
         torch.cuda.synchronize()  # as it is where the next token depends on this one's logits
 

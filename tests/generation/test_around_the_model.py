@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from caches import cache_of, given_cache
+from cases import checkpoint_activations
 from decoders import GPT2, KINDS, TOLERANCE, Setting, all_kinds, decoder, prompt
 from transformers import DynamicCache
 
@@ -35,7 +36,7 @@ def test_checkpointing_that_drops_the_cache(setting: Setting) -> None:
     with torch.no_grad():
         cache = cache_of(model(ids[:, :20], use_cache=True))
     model.train()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    checkpoint_activations(model)
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):
         model(ids[:, 20:], **given_cache(cache), attention_mask=torch.ones(2, 30))
     with pytest.raises(UnsupportedError, match="gradient checkpointing"):

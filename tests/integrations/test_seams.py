@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -519,6 +520,15 @@ def test_a_static_cache_of_the_release(monkeypatch: Patch) -> None:
     layers = StaticCache(config=model.config, max_cache_len=8).layers
     ours = "StaticRecurrentLayer" if seams.has_static_layer_types() else "StaticLayer"
     assert [type(layer).__name__ for layer in layers] == [ours] * 2
+
+
+def test_warnings_of_transformers_about_its_own_names() -> None:
+    """They are errors where our code is at fault, or for anything but a new name."""
+    renamed = "`past_key_values` is deprecated and will be removed in version 5.40.0 for `f`. Use `cache` instead."
+    warnings.warn_explicit(renamed, FutureWarning, "f.py", 1, module="transformers.models.gpt2.modeling_gpt2")
+    for text, module in ((renamed, "hf_linattn.integrations.cache"), ("gone", "transformers.models.gpt2")):
+        with pytest.raises(FutureWarning):
+            warnings.warn_explicit(text, FutureWarning, "f.py", 2, module=module)
 
 
 # -- the room --------------------------------------------------------------------------------------------------------
