@@ -456,6 +456,25 @@ def test_a_compiled_native_model_asks_too(monkeypatch: Patch) -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiled_model_that_was_never_called(monkeypatch: Patch) -> None:
+    """Nothing of the canary is traced, and yet it asks."""
+    model = GPT2.build()
+    model.set_attn_implementation(KIND)
+    torch._dynamo.reset()
+    hf_linattn.integrations.native._layer.cache_clear()
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(_ids(), use_cache=False).logits
+        assert "always" in canary._passed
+        assert torch.allclose(found, model(_ids(), use_cache=False).logits, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_mask_function_called_with_less() -> None:
+    arguments = dict.fromkeys(("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"), 1)
+    with sentence("arguments of a mask function"):
+        linattn_mask(**arguments, mask_function=seams.causal_mask_function)
+
+
 # -- what must not be refused ----------------------------------------------------------------------------------------
 def test_asked_once_and_cheaply(monkeypatch: Patch) -> None:
     """Some tens of milliseconds, no random numbers, nothing at the second touch; under modes of the caller too."""
