@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import compatibility
 import pytest
 import torch
 from hypothesis import settings
@@ -20,6 +21,18 @@ import hf_linattn.integrations.checks as checks
 # How long an example takes says nothing on a shared machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    compatibility.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compatibility.configure(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    compatibility.mark_topics(items)
 
 
 @pytest.fixture(autouse=True)

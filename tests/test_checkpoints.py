@@ -56,6 +56,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 # -- stock checkpoints ----------------------------------------------------------------------------------------------
+@pytest.mark.compat("save and load")
 @pytest.mark.parametrize("arguments", LOADING, ids=str)
 @pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2))
 def test_stock_checkpoint_into_a_converted_class(
@@ -120,6 +121,7 @@ def test_from_config_and_direct_construction(converted: Path) -> None:
                 assert torch.equal(state[name], expected[name]), name
 
 
+@pytest.mark.compat("save and load")
 def test_base_model_and_heads_load_each_other(converted: Path, tmp_path: Path) -> None:
     full = AutoModelForMaskedLM.from_pretrained(converted)
     base = AutoModel.from_pretrained(converted)
@@ -131,6 +133,7 @@ def test_base_model_and_heads_load_each_other(converted: Path, tmp_path: Path) -
     assert torch.equal(head.bert(**BERT.inputs()).last_hidden_state, states)
 
 
+@pytest.mark.compat("save and load")
 def test_casts_keep_the_buffers(converted: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(converted)
     before = {name: tensor.clone() for name, tensor in model.named_buffers() if "linattn" in name}
@@ -300,6 +303,7 @@ def test_safetensors_only(converted: Path, tmp_path: Path) -> None:
     assert not any(name.endswith(".bin") for name in os.listdir(converted))
 
 
+@pytest.mark.compat("save and load")
 def test_arguments_of_save_pretrained(converted: Path, tmp_path: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(converted)
     expected = logits(model, **BERT.inputs())
@@ -321,7 +325,9 @@ def test_arguments_of_save_pretrained(converted: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForMaskedLM.from_pretrained(target), **BERT.inputs()), expected)
     other = tmp_path / "other"
     model.save_pretrained(other, is_main_process=False)
-    assert os.listdir(other) == []
+    BERT.build().save_pretrained(tmp_path / "stock", is_main_process=False)
+    # Nothing; the stock classes of Transformers 5.10 wrote their weights all the same.
+    assert os.listdir(other) == os.listdir(tmp_path / "stock")
     with pytest.raises(NotADirectoryError, match="must be a folder"):
         model.save_pretrained(target / "notes.txt")
 

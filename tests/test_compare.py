@@ -41,6 +41,7 @@ def test_a_window_over_everything_is_softmax(case: ModelCase) -> None:
     assert min(layer.uniform_error for layer in report.layers) > 0.05
 
 
+@pytest.mark.compat("compare")
 @pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
 def test_a_linear_kind_is_off(kind: str, case: ModelCase) -> None:
     report = hf_linattn.compare(converted(case, kind), batches(case))
@@ -86,6 +87,7 @@ def test_padding_does_not_count() -> None:
     assert [x.uniform_error for x in report.layers] == pytest.approx([x.uniform_error for x in alone.layers], rel=1e-3)
 
 
+@pytest.mark.compat("compare")
 def test_native_model_and_base_model() -> None:
     model = BERT.build().bert
     model.set_attn_implementation("lara")
@@ -106,6 +108,7 @@ def test_only_converted_layers_are_listed(tmp_path: Path) -> None:
     assert [layer.name for layer in report.layers] == ["bert.encoder.layer.1.attention.self"]
 
 
+@pytest.mark.compat("compare")
 @pytest.mark.parametrize("implementation", ["favor_plus", "sdpa"])
 def test_the_model_is_as_before(implementation: str) -> None:
     model = hf_linattn.convert(BERT.build(), "favor_plus").train()

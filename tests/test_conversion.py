@@ -30,6 +30,7 @@ from hf_linattn.integrations.attach import family_layers
 from hf_linattn.models import AUTO_CLASSES, CONFIGS, COUNTERPARTS
 
 
+@pytest.mark.compat("convert", "save and load")
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
 def test_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
     model, inputs = case.build(), case.inputs()
@@ -88,6 +89,7 @@ def test_half_precision(kind: str, case: ModelCase, dtype: torch.dtype, tmp_path
     assert largest(low - exact) < 0.25 * largest(exact)
 
 
+@pytest.mark.compat("convert", "save and load")
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_of_every_class(kind: str, tmp_path: Any) -> None:
     """Every stock head converts, runs, saves, loads and reverts."""
@@ -126,6 +128,7 @@ def test_every_stock_head_has_a_counterpart() -> None:
                 assert getattr(hf_linattn, "LinAttn" + name) is COUNTERPARTS[cls]
 
 
+@pytest.mark.compat("convert")
 def test_auto_classes_match_those_of_transformers() -> None:
     """Whatever Auto class has a stock head for a model has the converted one, and no other."""
     checked = 0
@@ -155,6 +158,7 @@ def test_auto_tokenizer_of_a_converted_config() -> None:
     assert hf_linattn.LinAttnViTConfig in IMAGE_PROCESSOR_MAPPING
 
 
+@pytest.mark.compat("convert")
 @pytest.mark.parametrize("case", [BERT, GPT2, VIT], ids=lambda case: case.name)
 def test_selected_layers(case: ModelCase, tmp_path: Any) -> None:
     """Layers left on softmax compute exactly what the stock model computes, also after reloading."""
@@ -245,6 +249,7 @@ def test_hidden_states_of_a_converted_model() -> None:
         assert torch.equal(states[0], expected[0])
 
 
+@pytest.mark.compat("train")
 def test_loss_is_that_of_the_head() -> None:
     """Transformers picks the loss by class name."""
     case = BY_NAME["bert-classifier"]
@@ -255,6 +260,7 @@ def test_loss_is_that_of_the_head() -> None:
     assert largest(out.loss - expected) < 1e-6
 
 
+@pytest.mark.compat("train")
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for kind, case in [(k, c) for k in KINDS for c in (BERT, VIT)]:
         model = hf_linattn.convert(case.build(hidden_dropout_prob=0.0), case.settings(kind)).train()
@@ -270,6 +276,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
             assert largest(a - b) <= 1e-5 * (1 + largest(a))
 
 
+@pytest.mark.compat("train")
 @pytest.mark.parametrize("case", [BERT, GPT2, VIT], ids=lambda case: case.name)
 def test_every_learned_parameter_gets_a_gradient(case: ModelCase) -> None:
     for kind in KINDS:
@@ -281,6 +288,7 @@ def test_every_learned_parameter_gets_a_gradient(case: ModelCase) -> None:
                 assert torch.isfinite(parameter.grad).all(), (kind, name)
 
 
+@pytest.mark.compat("save and load")
 def test_config_round_trip(tmp_path: Any) -> None:
     config = hf_linattn.LinAttnBertConfig(**{**BERT.config().to_dict(), "linear_attention": "favor_plus"})
     assert config.model_type == "linattn_bert"

@@ -35,6 +35,7 @@ CAUSAL_CASES = [
 ]
 
 
+@pytest.mark.compat("cache", "no cache", "static", "beams")
 @pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
 def test_generate_with_a_cache(kind: str, build: Any) -> None:
     """Greedy decoding with a cache equals recomputing everything, left-padded rows equal unpadded ones."""
@@ -65,6 +66,7 @@ def test_generate_with_a_cache(kind: str, build: Any) -> None:
     assert repeated < 1, "the model generates one token only: the comparison proves nothing"
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.parametrize(("kind", "build"), CAUSAL_CASES)
 def test_prefill_in_parts(kind: str, build: Any) -> None:
     """Queries are the last tokens of the keys when a prompt is continued."""
@@ -92,6 +94,7 @@ def test_static_cache_without_mask() -> None:
     assert largest(torch.cat([first, second], dim=1) - whole) < 1e-4
 
 
+@pytest.mark.compat("cache", "no cache")
 @pytest.mark.parametrize("is_converted", [False, True], ids=["native", "converted"])
 def test_bert_as_a_decoder_generates(is_converted: bool) -> None:
     """It has a decoder's defaults: EVA's proposals may not read queries, which no cache holds."""

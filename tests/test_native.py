@@ -113,6 +113,7 @@ def inputs_for(name: str, batch: int = 2) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, VOCAB, (batch, TOKENS))}
 
 
+@pytest.mark.compat("native")
 @pytest.mark.parametrize(("kind", "case"), NATIVE_MATRIX)
 def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) -> None:
     """`attn_implementation=kind` and `set_attn_implementation(kind)` agree, differ from softmax, add no parameters."""
@@ -132,6 +133,7 @@ def test_from_pretrained_with_a_kind(kind: str, case: ModelCase, tmp_path: Any) 
     assert torch.equal(logits(stock, **inputs), expected)
 
 
+@pytest.mark.compat("native")
 @pytest.mark.parametrize(("kind", "case"), NATIVE_MATRIX)
 def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> None:
     """Same settings, same seeds: conversion starts from what native mode computes (but for ViT's layer index)."""
@@ -146,6 +148,7 @@ def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> 
     assert largest(logits(ours, **inputs) - logits(native(case, kind), **inputs)) < 1e-4
 
 
+@pytest.mark.compat("native")
 @pytest.mark.parametrize(("kind", "name"), OTHER_CASES)
 def test_other_architectures(kind: str, name: str) -> None:
     """More features come closer to softmax; padding and batch composition change nothing."""
@@ -293,6 +296,7 @@ def test_state_drawn_in_inference_mode_can_be_trained_with() -> None:
     model(input_ids=torch.randint(3, VOCAB, (1, 10)))[0].sum().backward()
 
 
+@pytest.mark.compat("native")
 def test_cross_attention() -> None:
     """Done without window and global tokens by the kinds that can; encoder and decoder padding are kept apart."""
     torch.manual_seed(0)

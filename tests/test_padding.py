@@ -36,6 +36,7 @@ def padded(side: str, rows: list[Tensor], width: int = TOKENS) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
+@pytest.mark.compat("padding")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("kind", "case", "build"), CASES)
 def test_padded_rows_equal_unpadded_ones(kind: str, case: ModelCase, build: Any, side: str) -> None:
@@ -51,6 +52,7 @@ def test_padded_rows_equal_unpadded_ones(kind: str, case: ModelCase, build: Any,
         assert largest((wider[i, :n] if side == "right" else wider[i, -n:]) - alone[1 + i]) < 1e-5
 
 
+@pytest.mark.compat("padding")
 @pytest.mark.parametrize(("kind", "case", "build"), CASES)
 def test_all_padding_row(kind: str, case: ModelCase, build: Any) -> None:
     """Its outputs and gradients are finite, and it does not disturb the rows beside it."""
@@ -80,6 +82,7 @@ def test_all_padding_row_in_a_softmax_layer(case: ModelCase) -> None:
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.compat("padding")
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_reaches_the_attention_function(kind: str) -> None:
     """Without a registered mask function Transformers drops the mask silently."""

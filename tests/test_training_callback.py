@@ -96,6 +96,7 @@ def train(folder: Path, model: Any, resume: bool = False, callback: bool = True,
 # -- Trainer --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat("train")
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer_redraws_by_optimizer_steps(kind: str, tmp_path: Path) -> None:
     model, record = train(tmp_path, build(kind))
@@ -117,6 +118,7 @@ def test_accumulation_and_checkpointing_count_no_extra_steps(checkpointing: bool
         assert same(seen, expected(step)), step
 
 
+@pytest.mark.compat("resume")
 def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, whole_record = train(tmp_path / "whole", build())
     train(tmp_path / "parts", build(), max_steps=3)

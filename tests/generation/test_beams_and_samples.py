@@ -51,6 +51,7 @@ def reordered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return moved
 
 
+@pytest.mark.compat("beams")
 @all_settings
 def test_beams_on_a_padded_batch(setting: Setting, reordered: list[bool]) -> None:
     model, batch = decoder(GPT2, setting), left_padded(PADDINGS, 28)
@@ -109,6 +110,7 @@ def test_samples_are_chosen_from_the_right_logits(name: str) -> None:
     assert largest(torch.stack(out.logits, dim=1) - expected) < TOLERANCE
 
 
+@pytest.mark.compat("beams")
 @all_settings
 def test_rows_of_a_cache(setting: Setting) -> None:
     """Reordering, repeating and selecting rows of a cache, each followed by a continuation."""

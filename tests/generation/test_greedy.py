@@ -59,6 +59,7 @@ def check_greedy(case: ModelCase, setting: Setting, tokens: int, new: int) -> No
     assert largest((whole_logits(model, other) - whole)[:, -1]) > 50 * TOLERANCE
 
 
+@pytest.mark.compat("cache", "no cache")
 @pytest.mark.parametrize(("case", "setting"), CASES)
 def test_greedy(case: ModelCase, setting: Setting) -> None:
     check_greedy(case, setting, 45, 24)
@@ -78,6 +79,7 @@ def test_prompts_of_every_length(setting: Setting) -> None:
         check_replay(model, *run(model, 9, input_ids=prompt(2, tokens)))
 
 
+@pytest.mark.compat("cache")
 @both
 @all_settings
 def test_the_cache_is_recurrent(case: ModelCase, setting: Setting) -> None:

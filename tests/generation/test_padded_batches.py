@@ -30,6 +30,7 @@ PADDINGS = [0, 3, WINDOW, 29]
 TOKENS = 37
 
 
+@pytest.mark.compat("padding")
 @all_settings
 def test_rows_equal_their_unpadded_selves(setting: Setting) -> None:
     model, batch = decoder(GPT2, setting), left_padded(PADDINGS, TOKENS)
