@@ -79,7 +79,8 @@ def main(
         raise typer.Exit(_child(child, pipe, rehearse, model, child == fail))
     _require(rehearse, model)
     out = out or RESULTS / ("gpu_rehearsal.json" if rehearse else "gpu.json")
-    command = " ".join(["python", "scripts/gpu_check.py", *sys.argv[1:]])
+    given = [out.name if argument == str(out) else argument for argument in sys.argv[1:]]
+    command = " ".join(["python", "scripts/gpu_check.py", *given])
     _Run(out, command, rehearse).run([part for part in PARTS if part.name in chosen], 60 * minutes)
 
 
@@ -133,7 +134,10 @@ class _Run:
 
     def save(self, outcomes: list[Outcome], is_complete: bool = False) -> None:
         content = self.head | {"is_complete": is_complete, "parts": [outcome.to_dict() for outcome in outcomes]}
-        write_atomically(self.out, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1) + "\n"
+        for place, name in ((str(ROOT), "."), (sys.prefix, "python")):  # results are for everybody to read
+            text = text.replace(place, name)
+        write_atomically(self.out, text)
 
     def report(self, outcome: Outcome) -> None:
         if outcome.status == "running":

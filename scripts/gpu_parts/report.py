@@ -78,9 +78,10 @@ def _errors(findings: list[Content]) -> list[list[str]]:
         if "error" in f:
             shown = f"{f['error']:.1e} ({f['torch_error']:.1e})" + (" **failed**" if f.get("failed") else "")
         else:
-            shown = f"**failed**: {_escape(f.get('reason', ''))}"
-        name, _, dtype = f["kernel"].partition("/")  # a process that ended without a word knows no more
-        table.setdefault((name, str(f.get("head_dim", ""))), {})[f.get("dtype", dtype)] = shown
+            shown = f"**failed**: {_escape(f.get('reason', ''))}" if f.get("failed") else f.get("reason", "")
+        name, *rest = f["kernel"].split("/")  # a process that ended without a word knows no more
+        dtype, dim = f.get("dtype", "".join(rest[:1])), f.get("head_dim", "".join(rest[1:]))
+        table.setdefault((name, str(dim)), {})[dtype] = shown
     return [
         [name, dim, *(found.get(dtype, "") for dtype in ("float32", "bfloat16", "float16"))]
         for (name, dim), found in sorted(table.items(), key=lambda entry: (entry[0][0], entry[0][1].zfill(4)))

@@ -108,7 +108,7 @@ def _peaks(plan: Plan) -> Iterator[Finding]:
 
 def other_lengths(context: Context) -> Iterator[Finding]:
     """From 128 to 65536 tokens, then the other dtypes; the most wanted first, since this part ends with the time."""
-    long = _plan(context, lengths=(128, 1024, 4096, 8192, 32768, 65536), batch=1, seconds=0.06)
+    long = _plan(context, lengths=(128, 1024, 4096, 8192, 32768, 65536), batch=1, seconds=0.06, peers=PEERS)
     for mode in MODES:
         for is_causal in (False, True):
             for rows in run_attention(replace(long, modes=(mode,), causal=(is_causal,))):
