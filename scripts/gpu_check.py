@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # from a checkout, where nothing is installed
 
 import typer
-from isolated import Finding, Outcome, Part, run_child, run_parts, write_atomically
 from rich.console import Console
+
+from isolated import Finding, Outcome, Part, run_child, run_parts, write_atomically
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # the library and the local Hub of this checkout
 
-import typer  # noqa: E402
-from _hub_setup import announce, be_quiet, fill, local_hub, pick_device, split_names, versions, who  # noqa: E402
-from _report import FAILED, OK, Part, Record  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hub_parts.record import FAILED, OK, Part, Record
+from hub_parts.setup import announce, be_quiet, fill, local_hub, pick_device, split_names, versions, who
 
 KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
 MODELS = ("bert", "gpt2", "vit")
@@ -102,10 +103,11 @@ def _check(
     rehearse: bool,
 ) -> bool:
     """Run all parts. Returns whether something failed or is left behind."""
-    from _hub_models import MODELS as HUB_MODELS
-    from _hub_repos import Repositories
-    from _hub_steps import Settings
     from huggingface_hub import HfApi
+
+    from hub_parts.models import MODELS as HUB_MODELS
+    from hub_parts.repositories import Repositories
+    from hub_parts.steps import Settings
 
     settings = Settings(device, steps, learning_rate=5e-3 if rehearse else 5e-5)
     repositories = Repositories(HfApi(), user, secrets.token_hex(4))
@@ -148,7 +150,7 @@ def _check(
 
 
 def _check_model(model: Any, kinds: list[str], settings: Any, repositories: Any, record: Record) -> None:
-    from _hub_steps import KindCheck, ModelCheck
+    from hub_parts.steps import KindCheck, ModelCheck
 
     stock = ModelCheck(model, settings)
     load = f"{model.name}/load"

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from isolated import Finding
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 import hf_linattn
 from hf_linattn.benchmark.measure import Failure, explain, time_interleaved
 from hf_linattn.modules.registry import config_from_dict
+from isolated import Finding
 
 from .context import Context
 

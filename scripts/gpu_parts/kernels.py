@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from isolated import Finding
 from torch import Tensor
 
 from hf_linattn.benchmark.cases import DTYPES, Workload, make_inputs
@@ -21,6 +20,7 @@ from hf_linattn.ops.kernels.causal import causal
 from hf_linattn.ops.kernels.decode import decode_step
 from hf_linattn.ops.kernels.reach import Reach
 from hf_linattn.ops.kernels.windows_chunks import windows_chunks
+from isolated import Finding
 
 from .context import Context
 from .pool import in_processes

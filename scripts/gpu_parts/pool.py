@@ -7,9 +7,8 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from isolated import Finding
-
 from hf_linattn.benchmark.measure import explain
+from isolated import Finding
 
 Run = Callable[[Any, str], Iterator[Finding]]
 

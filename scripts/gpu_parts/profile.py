@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from isolated import Finding
 from torch.profiler import ProfilerActivity, profile
 
 from hf_linattn.benchmark.cases import MODES, Workload, make_inputs, make_step
 from hf_linattn.benchmark.measure import explain
 from hf_linattn.benchmark.ours import KindOptions, kind_implementation
+from isolated import Finding
 
 from .context import Context
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from isolated import Finding
-
 from hf_linattn.benchmark.attention import Plan, run_attention
 from hf_linattn.benchmark.cases import MODES, make_inputs, make_step
 from hf_linattn.benchmark.generation import Decoder, run_generation
@@ -18,6 +16,7 @@ from hf_linattn.benchmark.models import run_models
 from hf_linattn.benchmark.ours import KindOptions
 from hf_linattn.benchmark.results import Row
 from hf_linattn.modules.registry import list_kinds
+from isolated import Finding
 
 from .context import Context
 from .kernels import WORKERS
@@ -136,8 +135,9 @@ def models(context: Context) -> Iterator[Finding]:
 
 
 def generation(context: Context) -> Iterator[Finding]:
-    """Time per token and size of the cache behind short and long contexts; GPT-2's width."""
-    plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.5, causal=(True,))
+    """Time per token and size of the cache behind short and long contexts, kind by kind; GPT-2's width."""
     decoder = Decoder(layers=1 if context.is_rehearsal else 6, piece=32 if context.is_rehearsal else 4096)
-    for rows in run_generation(plan, decoder):
-        yield from _rows(rows)
+    for number, kind in enumerate(list_kinds()):
+        plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.3, causal=(True,), kinds=(kind,))
+        for rows in run_generation(plan, decoder):
+            yield from _rows([row for row in rows if row.group == "linear" or not number])

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from isolated import Finding, PartFailed
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
 
 import hf_linattn
 from hf_linattn.benchmark.measure import explain
 from hf_linattn.modules.registry import config_from_dict
+from isolated import Finding, PartFailed
 
 from .compiled import SETTINGS
 from .context import Context

@@ -18,10 +18,9 @@ from safetensors.torch import load
 
 sys.path.append(str(ROOT / "scripts"))
 
-import _hub_models  # noqa: E402
-import _hub_steps  # noqa: E402
-from _small_checkpoints import small_checkpoints  # noqa: E402
-from _weights import check_weights  # noqa: E402
+from hub_parts import models, steps  # noqa: E402
+from hub_parts.small_checkpoints import small_checkpoints  # noqa: E402
+from hub_parts.weights import check_weights  # noqa: E402
 
 SCRIPT = str(ROOT / "scripts" / "hub_check.py")
 
@@ -147,7 +146,7 @@ def test_a_part_that_does_not_exist_cannot_fail() -> None:
 # -- what the parts see ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoints() -> dict[str, dict[str, bytes]]:
-    return small_checkpoints(_hub_models.sentences())
+    return small_checkpoints(models.sentences())
 
 
 def test_layouts_are_the_old_ones(checkpoints: dict[str, dict[str, bytes]]) -> None:
@@ -161,10 +160,10 @@ def test_layouts_are_the_old_ones(checkpoints: dict[str, dict[str, bytes]]) -> N
         assert not [name for name in files if name.endswith((".bin", ".pt"))]
 
 
-@pytest.mark.parametrize("name", list(_hub_models.MODELS))
+@pytest.mark.parametrize("name", list(models.MODELS))
 def test_a_fresh_weight_is_seen(name: str, checkpoints: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
     """For every weight: were it not taken from the file, `check_weights` would say so."""
-    model = _hub_models.MODELS[name]
+    model = models.MODELS[name]
     for path, content in checkpoints[model.repo].items():
         (tmp_path / path).write_bytes(content)
     file = load(checkpoints[model.repo]["model.safetensors"])
@@ -181,7 +180,7 @@ def test_a_fresh_weight_is_seen(name: str, checkpoints: dict[str, dict[str, byte
 
 def test_a_weight_that_got_lost_is_seen(checkpoints: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
     """Two weights of the model that equal one of the file: none is fresh, but one of the file has no place."""
-    model = _hub_models.MODELS["gpt2"]
+    model = models.MODELS["gpt2"]
     for path, content in checkpoints[model.repo].items():
         (tmp_path / path).write_bytes(content)
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
@@ -192,16 +191,16 @@ def test_a_weight_that_got_lost_is_seen(checkpoints: dict[str, dict[str, bytes]]
 
 
 def test_missing_and_left_over_weights_are_seen() -> None:
-    model = _hub_models.MODELS["bert"]
+    model = models.MODELS["bert"]
     good: dict[str, Any] = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
-    _hub_steps.check_info({**good, "unexpected_keys": {"cls.seq_relationship.bias"}}, model)
+    steps.check_info({**good, "unexpected_keys": {"cls.seq_relationship.bias"}}, model)
     for bad in (
         {"missing_keys": {"bert.embeddings.LayerNorm.weight"}},
         {"unexpected_keys": {"bert.embeddings.LayerNorm.gamma"}},
         {"mismatched_keys": {("cls.predictions.bias", (1,), (2,))}},
     ):
         with pytest.raises(AssertionError):
-            _hub_steps.check_info({**good, **bad}, model)
+            steps.check_info({**good, **bad}, model)
 
 
 def test_outputs_of_softmax_are_not_those_of_a_kind() -> None:
@@ -214,23 +213,23 @@ def test_outputs_of_softmax_are_not_those_of_a_kind() -> None:
     broken = other.clone()
     broken[0, 0, 0] = float("nan")
 
-    assert _hub_steps.difference(other, softmax, {"attention_mask": mask}) > 0.01
+    assert steps.difference(other, softmax, {"attention_mask": mask}) > 0.01
     for logits in (softmax, padding, broken):
         with pytest.raises(AssertionError):
-            _hub_steps.difference(logits, softmax, {"attention_mask": mask})
+            steps.difference(logits, softmax, {"attention_mask": mask})
 
 
 @pytest.mark.parametrize("losses", [[2.0, 1.9], [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, float("nan"), 1.0], [1.0] * 4])
 def test_losses_that_do_not_fall(losses: list[float]) -> None:
-    _hub_steps.check_losses([4.0, 3.0, 3.5, 1.0], steps=4)
+    steps.check_losses([4.0, 3.0, 3.5, 1.0], steps=4)
     with pytest.raises(AssertionError):
-        _hub_steps.check_losses(losses, steps=4)
+        steps.check_losses(losses, steps=4)
 
 
-@pytest.mark.parametrize("name", list(_hub_models.MODELS))
+@pytest.mark.parametrize("name", list(models.MODELS))
 def test_inputs_are_the_same_every_time(name: str, checkpoints: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
     """And long enough for most keys to be outside of a window; texts of BERT are padded."""
-    model = _hub_models.MODELS[name]
+    model = models.MODELS[name]
     for path, content in checkpoints[model.repo].items():
         (tmp_path / path).write_bytes(content)
     processor = getattr(transformers, model.processor).from_pretrained(tmp_path)

@@ -12,8 +12,8 @@ from hub_server import ROOT
 
 sys.path.append(str(ROOT / "scripts"))
 
-from _hub_repos import Repositories  # noqa: E402
-from _report import Record, Refused  # noqa: E402
+from hub_parts.record import Record, Refused  # noqa: E402
+from hub_parts.repositories import Repositories  # noqa: E402
 
 
 def record(folder: Path, **options: Any) -> Record:

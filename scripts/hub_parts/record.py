@@ -26,6 +26,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from isolated import write_atomically
+
 OK, FAILED, SKIPPED, REFUSED, RUNNING, INTERRUPTED = "ok", "failed", "skipped", "refused", "running", "interrupted"
 GOOD = (OK, REFUSED, SKIPPED)
 LONGEST = 300  # characters of a message in a table; the traceback has all of it
@@ -174,10 +176,7 @@ class Record:
 
     def write(self) -> None:
         """Replace the file: a reader finds the old or the new one, never half of one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_name(f"{self.path.name}.partial")
-        scratch.write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        write_atomically(self.path, json.dumps(self.to_dict(), indent=1, default=str) + "\n")
 
     def grids(self) -> list[list[list[str]]]:
         """Tables as rows of cells, headings first: one for each depth of names."""

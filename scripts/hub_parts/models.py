@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-SENTENCES = Path(__file__).resolve().parents[1] / "recipes" / "data" / "sst2_sample" / "train.parquet"
+SENTENCES = Path(__file__).resolve().parents[2] / "recipes" / "data" / "sst2_sample" / "train.parquet"
 TOKENS = 256  # of a text: several windows, so that most of a token's keys are far away
 MASKED = 0.15
 

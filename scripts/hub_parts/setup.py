@@ -31,8 +31,8 @@ def local_hub(stack: ExitStack) -> Any:
 
 
 def fill(hub: Any) -> None:
-    from _hub_models import sentences
-    from _small_checkpoints import small_checkpoints
+    from .models import sentences
+    from .small_checkpoints import small_checkpoints
 
     for repo, files in small_checkpoints(sentences()).items():
         hub.add(repo, files)

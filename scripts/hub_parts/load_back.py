@@ -1,6 +1,6 @@
 """Load a pushed model in a process that knows nothing but its name, run it, and say what came.
 
-python scripts/_load_back.py REPOSITORY AUTO_CLASS INPUTS OUTPUT        # two safetensors files
+python scripts/hub_parts/load_back.py REPOSITORY AUTO_CLASS INPUTS OUTPUT        # two safetensors files
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 
 import torch
 import transformers
-from _weights import digest_of_all
 from safetensors.torch import load_file, save_file
+from weights import digest_of_all
 
 import hf_linattn  # noqa: F401  # registers the kinds and the converted classes
 

@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from _hub_models import Batch, HubModel
-from _hub_repos import Repositories
-from _report import Refused
-from _weights import ADDED, check_weights, digest, digest_of_all
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -27,7 +23,12 @@ from transformers.trainer_callback import PrinterCallback
 import hf_linattn
 from hf_linattn.modules.registry import get_kind
 
-ROOT = Path(__file__).resolve().parents[1]
+from .models import Batch, HubModel
+from .record import Refused
+from .repositories import Repositories
+from .weights import ADDED, check_weights, digest, digest_of_all
+
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4  # relative; two processes may round differently
 LONGEST = 1800  # seconds to load a model back
 DIFFERENT = 1e-3  # relative; less would mean that softmax attention ran
@@ -204,7 +205,7 @@ class KindCheck:
             save_file({name: tensor.contiguous() for name, tensor in self.stock.inputs.items()}, inputs)
             command = [
                 sys.executable,
-                str(ROOT / "scripts" / "_load_back.py"),
+                str(ROOT / "scripts" / "hub_parts" / "load_back.py"),
                 self.repo,
                 self.model.auto,
                 inputs,
