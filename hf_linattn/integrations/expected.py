@@ -8,7 +8,7 @@ import transformers
 
 from ..errors import UnsupportedTransformersError
 
-# The oldest and the newest release of Transformers under which all tests were run.
+# The oldest and the newest release of Transformers in the table of docs/compatibility.md.
 TESTED_RELEASES = ("5.10.4", "5.24.0")
 
 
@@ -75,7 +75,6 @@ SEAMS: dict[str, Seam] = {
         Seam(
             "initialised weights", "from_pretrained to call _init_weights for modules that a checkpoint lacks", "use"
         ),
-        Seam("config", "_attn_implementation of a config to be stored as _attn_implementation_internal"),
         Seam("model methods", "set_attn_implementation, get_correct_attn_implementation, post_init and base_model"),
         Seam("saving", "save_pretrained(is_main_process, state_dict, max_shard_size, variant, save_original_format)"),
         Seam("loading", "output_loading_info to list missing, unexpected and mismatched keys", "use"),
