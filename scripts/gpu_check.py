@@ -25,7 +25,7 @@ from rich.console import Console
 
 from isolated import Finding, Outcome, Part, run_child, run_parts, write_atomically
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
 
 def _lazily(module: str, function: str) -> Any:
@@ -79,7 +79,7 @@ def main(
     if child:
         raise typer.Exit(_child(child, pipe, rehearse, model, child == fail))
     _require(rehearse, model)
-    out = out or RESULTS / ("gpu_rehearsal.json" if rehearse else "gpu.json")
+    out = out or RESULTS / ("rehearsal.json" if rehearse else "check.json")
     given = [out.name if argument == str(out) else argument for argument in sys.argv[1:]]
     command = " ".join(["python", "scripts/gpu_check.py", *given])
     _Run(out, command, rehearse).run([part for part in PARTS if part.name in chosen], 60 * minutes)

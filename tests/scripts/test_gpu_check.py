@@ -14,7 +14,8 @@ import torch
 from hub_server import ROOT
 
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
-RESULTS = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("check*.json"))
+RESULTS = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("*.json"))
+RESULTS = [path for path in RESULTS if path.stem != "tuning"]
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
