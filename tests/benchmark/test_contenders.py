@@ -159,6 +159,6 @@ def test_whole_models(name: str) -> None:
 def test_unknown_model() -> None:
     plan = Plan((16,), ("eva",))
     with pytest.raises(ConfigError, match="minilm"):
-        next(run_models(plan, ("bert",)))
+        next(run_models(plan, ("t5",)))
     with pytest.raises(ConfigError, match="layers"):
         next(run_models(plan, ("vit",), layers=0))
