@@ -23,6 +23,7 @@ import torch
 import typer
 from torch import Tensor
 
+from gpu_parts.pool import fork_server
 from hf_linattn.ops.kernels.triton import _common, attend, near, windows_chunks
 
 GROUPS, LONG, SLOTS, WINDOW = (8, 12), 8192, 256, 64
@@ -165,9 +166,9 @@ def main(out: Annotated[Path, typer.Option()], seconds: Annotated[float, typer.O
     start = time.monotonic()
     chosen = list(trials())
     compiled: list[tuple[Trial, str]] = []
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tune_kernels"])
-    with server.Pool(WORKERS) as pool:  # all of it before anything is timed: the workers use the GPU too
+    with fork_server("tune_kernels").Pool(
+        WORKERS
+    ) as pool:  # all of it before anything is timed: the workers use the GPU too
         results = [(trial, pool.apply_async(compile_trial, (trial,))) for trial in chosen]
         for trial, result in results:
             try:

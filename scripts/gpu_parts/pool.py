@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,8 +24,7 @@ def in_processes(run: Run, context: Any, names: Sequence[str], workers: int) -> 
     Args:
         run: A function of a module, since it crosses a process border.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([run.__module__])
+    server = fork_server(run.__module__)
     found: Any = server.Queue()
     waiting, running = list(names), {}
     while waiting or running:
@@ -43,6 +44,15 @@ def in_processes(run: Run, context: Any, names: Sequence[str], workers: int) -> 
             running.pop(name, None)
         else:
             yield finding
+
+
+def fork_server(module: str) -> Any:
+    """A context of `multiprocessing` whose processes have imported a module already."""
+    # Before Python 3.13 the server knows of no other places, and is silent about a module that it does not find.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([module])
+    return server
 
 
 def _work(run: Run, context: Any, name: str, found: Any) -> None:
