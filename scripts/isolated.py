@@ -101,9 +101,8 @@ def run_parts(
     seconds: float,
     save: Callable[[list[Outcome]], None],
     report: Callable[[Outcome], None] = lambda _: None,
-    environment: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Run parts one after the other; a failure never stops the next.
+    """Run parts in order, those that measure no time side by side; a failure never stops the next.
 
     Args:
         command: From a part and the number of an open pipe, the command line of its process.
@@ -121,7 +120,7 @@ def run_parts(
 
     def work(part: Part, outcome: Outcome) -> None:
         report(outcome)
-        _run_one(part, outcome, command, saved, environment)
+        _run_one(part, outcome, command, saved)
         report(outcome)
         saved()
 
@@ -159,7 +158,6 @@ def _run_one(
     outcome: Outcome,
     command: Callable[[Part, int], list[str]],
     save: Callable[[], None],
-    environment: dict[str, str] | None,
 ) -> None:
     start = time.monotonic()
     reader, writer = os.pipe()
@@ -170,7 +168,6 @@ def _run_one(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             pass_fds=[writer],
-            env=environment,
             start_new_session=True,  # what the part starts ends with it
         )
         os.close(writer)
