@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, UnsupportedTransformersError
 from ..modules.base import LinearAttention
 from ..modules.recurrent import RecurrentMemory
 from ..modules.registry import get_kind
@@ -37,6 +37,10 @@ from .seams import (
 from .settings import parse_settings
 
 
+class _NoKeysError(UnsupportedTransformersError, AttributeError):
+    """So that `hasattr(layer, "keys")` is False."""
+
+
 class RecurrentLayer(CacheLayerMixin):
     """The cache of one layer: a state instead of all keys and values. `memory` holds it.
 
@@ -57,6 +61,19 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen = 0
         self._is_expected = self._is_pending = False
         self._is_offloaded = False
+
+    @property
+    def keys(self) -> Any:
+        """A state has none: a method of Transformers that reads them would take ours for an empty cache."""
+        raise _NoKeysError(
+            str(changed("cache layers", "a method that reads the keys of a layer, which keeps a state"))
+        )
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        pass  # what a layer of keys and values starts with
+
+    values = keys
 
     def _new_memory(self) -> RecurrentMemory:
         return RecurrentMemory()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedTransformersError
-from . import family_probes as family_probes  # adds its probes to the others
+from . import family_probes, model_probes  # noqa: F401  # add their probes to the others
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES
@@ -57,7 +57,8 @@ def check_trainer() -> None:
 
 def _ask(group: str) -> None:
     with _lock:
-        if group in _passed or group in _asking:  # the latter: a probe makes a cache of ours
+        # A probe makes caches and masks of ours, which ask in turn: not what is being asked, and no family meanwhile.
+        if group in _passed or group in _asking or (_asking and group in FAMILIES):
             return
         _asking.add(group)
         try:

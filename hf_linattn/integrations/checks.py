@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
+from .expected import installed
 from .seams import is_tracing
 
 # Arguments that models pass on to the attention function and that do not change what attention computes.
@@ -71,8 +72,8 @@ def check_kwargs(kind: str, kwargs: Mapping[str, Any]) -> None:
             raise error(f"{REFUSED[name]} Got {name}={_short(value)} under {kind!r}.")
         raise UnsupportedError(
             f"The attention function of {kind!r} was given {name}={_short(value)}, which it does not know: ignoring "
-            "it could give a wrong result. If it comes from your call, drop it; if the model passes it, use "
-            "attn_implementation='sdpa' for this model."
+            "it could give a wrong result. If it comes from your call, drop it; if the model passes it, or "
+            f"{installed()}, use attn_implementation='sdpa' for this model."
         )
 
 

@@ -71,11 +71,15 @@ SEAMS: dict[str, Seam] = {
         Seam("cache argument", "a model's forward to have one argument for a Cache", "use"),
         Seam("masks of generate", "create_masks_for_generate(config, inputs_embeds, attention_mask, cache)"),
         Seam("recorded outputs", "_CAN_RECORD_REGISTRY to hold by class what a model records"),
+        Seam(
+            "model methods",
+            "set_attn_implementation, get_correct_attn_implementation, post_init and base_model of a model, and the"
+            " attention that was set to stay",
+        ),
         Seam("initialisation", "_init_weights(module) of a model, and initialization.copy_ to spare loaded tensors"),
         Seam(
             "initialised weights", "from_pretrained to call _init_weights for modules that a checkpoint lacks", "use"
         ),
-        Seam("model methods", "set_attn_implementation, get_correct_attn_implementation, post_init and base_model"),
         Seam("saving", "save_pretrained(is_main_process, state_dict, max_shard_size, variant, save_original_format)"),
         Seam("loading", "output_loading_info to list missing, unexpected and mismatched keys", "use"),
         Seam("auto classes", "AutoConfig.register and register of the Auto model classes to fill their tables"),
@@ -90,6 +94,12 @@ SEAMS: dict[str, Seam] = {
             "family",
         ),
         Seam("forward arguments", "forward of a base model to take the inputs by their names, and others", "family"),
+        Seam(
+            "models",
+            "a model under an attention of ours to hand padding, positions and the cache to its layers, so that a row"
+            " does not depend on its padding, a token on later ones, or a continued text on the cache",
+            "family",
+        ),
         Seam("layers of a model", "the attention modules to be where families.py looks for them", "use"),
         Seam(
             "position buffers",
@@ -104,12 +114,16 @@ SEAMS: dict[str, Seam] = {
 
 def changed(name: str, found: str) -> UnsupportedTransformersError:
     """The error to raise for a seam that is not as expected: one sentence that says what, where and what to do."""
-    oldest, newest = TESTED_RELEASES
+    newest = TESTED_RELEASES[-1]
     return UnsupportedTransformersError(
-        f"hf_linattn does not work with the installed Transformers {transformers.__version__} (tested: {oldest} to"
-        f" {newest}): {name}: expected {SEAMS[name].expects}; found {found}: install a tested release (pip install"
-        f" 'transformers=={newest}') or a newer hf_linattn (pip install -U hf-linattn)."
+        f"hf_linattn does not work with {installed()}: {name}: expected {SEAMS[name].expects}; found {found}: install"
+        f" a tested release (pip install 'transformers=={newest}') or a newer hf_linattn (pip install -U hf-linattn)."
     )
+
+
+def installed() -> str:
+    """The installed release beside those that are tested, for messages."""
+    return f"the installed Transformers {transformers.__version__} (tested: {' to '.join(TESTED_RELEASES)})"
 
 
 def describe(error: BaseException) -> str:

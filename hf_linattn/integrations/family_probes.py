@@ -21,7 +21,7 @@ CANARY = "linattn_canary"
 
 _SIZES: dict[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 2}
 # Family -> module, attention class with its arguments, base model, config, inputs.
-_MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
+MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
     "bert": (
         "transformers.models.bert.modeling_bert",
         "BertSelfAttention",
@@ -53,7 +53,7 @@ _MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tupl
 
 @probes("forward arguments")
 def _forward_arguments(family: str) -> str | None:
-    module, _, _, name, _, inputs = _MODULES[family]
+    module, _, _, name, _, inputs = MODULES[family]
     forward = getattr(importlib.import_module(module), name).forward
     lacking = lacks(forward, *inputs)
     if lacking:
@@ -80,12 +80,12 @@ class _Updated(seams.Cache):
 @probes("attention modules")
 def _attention_modules(family: str) -> str | None:
     """Call one attention module, without values, as a layer of a converted model is called."""
-    source, name, options, _, make_config, _ = _MODULES[family]
+    source, name, options, _, make_config, _ = MODULES[family]
     config, calls = make_config(), []  # type: tuple[Any, list[Any]]
     cls = getattr(importlib.import_module(source), name)
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        calls.append(("attention", module, query, key, value, mask, kwargs))
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        calls.append(("attention", module, query, key, value, attention_mask, kwargs))
         return query.transpose(1, 2).contiguous(), None
 
     seams.register_attention(CANARY, attention, lambda **kwargs: None)
@@ -103,7 +103,8 @@ def _attention_modules(family: str) -> str | None:
     given: dict[str, Any] = {"attention_mask": mask, seams.ARGUMENT: marker}
     if family != "vit":
         given[seams.cache_argument(layer)] = _Updated(calls)
-    output = layer(hidden, **given)[0]
+    output = layer(hidden, **given)
+    output = output if isinstance(output, Tensor) else output[0]
     if output.shape != hidden.shape:
         return f"an output of shape {tuple(output.shape)} for {tuple(hidden.shape)}"
     order = [call[0] for call in calls]
@@ -114,7 +115,7 @@ def _attention_modules(family: str) -> str | None:
         return f"another module, mask or shape ({tuple(query.shape)}) in the call of the attention function"
     if family != "vit" and (calls[0][1:3] != (1, (1, 2, 3, 2)) or key is not calls[0][3][0]):
         return f"an update of layer {calls[0][1]} with keys {calls[0][2]}, or other keys afterwards"
-    expected = {"scaling": layer.scaling, "dropout": 0.25, seams.ARGUMENT: marker}
+    expected = {"scaling": 2**-0.5 / (2 if family == "gpt2" else 1), "dropout": 0.25, seams.ARGUMENT: marker}
     wrong = {key: kwargs.pop(key, "nothing") for key in expected if kwargs.get(key) != expected[key]}
     if wrong:
         return f"{wrong} in the call of the attention function"

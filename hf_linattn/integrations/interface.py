@@ -15,8 +15,9 @@ from ..modules.registry import get_kind, list_kinds
 from .cache import RecurrentLayer
 from .canary import check_model
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
+from .expected import changed
 from .families import family_of, is_converted
-from .masks import causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
+from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
 
@@ -80,6 +81,9 @@ def attend(
     is_causal = _causality(module, config, kwargs)
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
+    if not is_causal and isinstance(attention_mask, TokenMask) and attention_mask.shape[1] != key.shape[2]:
+        found = f"{key.shape[2]} keys for a mask of {attention_mask.shape[1]} tokens from {type(module).__name__}"
+        raise changed("attention modules", found)
     attention_mask = token_mask(attention_mask, query.device)
     check_mask(attention_mask)
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])

@@ -176,7 +176,7 @@ def linattn_mask(
         `UnsupportedTransformersError` for an argument that is not known here, or missing.
         What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
     """
-    check_seams()
+    check_seams(getattr(kwargs.get("config"), "model_type", None))
     unknown = [
         name for name, value in kwargs.items() if name not in MASK_OPTIONS and value is not None and value is not False
     ]

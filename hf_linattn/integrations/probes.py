@@ -51,6 +51,12 @@ def _config(layers: list[str] | None = None, **fields: Any) -> Any:
     return config
 
 
+def _empty_model() -> Any:
+    """A stock model of two channels, without values."""
+    with torch.device("meta"):
+        return transformers.GPT2Model(_config(n_positions=2))
+
+
 # -- attention and masks --------------------------------------------------------------------------------------------
 @probes("attention functions")
 def _attention_functions() -> str | None:
@@ -78,6 +84,8 @@ def _mask_functions() -> str | None:
         tokens = getattr(mask, "tokens", None) if type(mask).__name__ == "TokenMask" else None
         if not isinstance(tokens, Tensor) or tuple(tokens.shape) != (1, 3):
             return f"{type(mask).__name__} from {name}"
+        if tokens.tolist() != [[False, True, True]]:
+            return f"{tokens.tolist()} for a mask of {padding.tolist()} from {name}"
     return None
 
 
@@ -94,7 +102,14 @@ def _softmax_attention() -> str | None:
         return lacking
     query = torch.ones(1, 1, 2, 4, device="meta")
     found = seams.softmax_attention(nn.Module(), query, query, query, None, scaling=0.5, is_causal=False)
-    return None if tuple(found.shape) == (1, 2, 1, 4) else f"an output of shape {tuple(found.shape)}"
+    if tuple(found.shape) != (1, 2, 1, 4):
+        return f"an output of shape {tuple(found.shape)}"
+    ones, value = torch.ones(1, 1, 2, 4), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
+    mask = torch.tensor([True, False]).view(1, 1, 1, 2).expand(1, 1, 2, 2)
+    hidden = seams.softmax_attention(nn.Module(), ones, ones, value, mask, scaling=0.5, is_causal=False)
+    causal = seams.softmax_attention(nn.Module(), ones, ones, value, None, scaling=0.5, is_causal=True)
+    got = hidden[0, :, 0, 0].tolist(), causal[0, :, 0, 0].tolist()
+    return None if got == ([1.0, 1.0], [1.0, 2.0]) else f"{got} of the values 1 and 3"
 
 
 # -- caches ---------------------------------------------------------------------------------------------------------
@@ -138,6 +153,13 @@ def _cache_layers() -> str | None:
     mask = seams.causal_mask(_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, _only(cache))
     if getattr(mask, "shape", None) != (1, 3) or not mask.follows:
         return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5"
+    mixed = seams.DynamicCache(config=_config(_MIXED))
+    mixed.layers[0].seen = 5
+    mixed.layers[1].update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]])
+    mask = seams.causal_mask(_config(_MIXED), torch.zeros(1, 3, 2), padding, mixed)
+    if getattr(mask, "shape", None) != (1, 8) or mask.tokens.tolist() != padding.bool().tolist():
+        return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5 where a layer keeps keys"
     return _passed_on(cache)
 
 
@@ -158,6 +180,11 @@ def _passed_on(cache: Any) -> str | None:
 
     for name in names + optional:
         setattr(Spy, name, lambda self, *args, name=name, **kwargs: calls.append(name))
+    stock = seams.DynamicLayer()
+    stock.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    stock.crop(-1)
+    if int(stock.get_seq_length()) != 2:
+        return f"{stock.get_seq_length()} of 3 tokens after crop(-1)"
     cache.layers = [Spy()]
     index = torch.zeros(1, dtype=torch.long)
     cache.reorder_cache(index)
@@ -221,6 +248,17 @@ def _initialisation() -> str | None:
         seams.initialize(target, torch.zeros(1))  # type: ignore[arg-type]
     if (loaded.writes, fresh.writes) != (0, 1):
         return f"{loaded.writes} writes to a loaded tensor, {fresh.writes} to a fresh one"
+    model = _empty_model()
+    with torch.device("meta"):
+        model.ln_f.ours, model.ln_f.new = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module in (model, model.ln_f, model.ln_f.new):
+        seams.mark_initialized(module, False)
+    seams.mark_initialized(model.ln_f.ours, True)
+    told: list[Any] = []
+    model._init_weights = told.append
+    model.initialize_weights()
+    if any(module is model.ln_f.ours for module in told) or not any(module is model.ln_f.new for module in told):
+        return "_init_weights called for a module marked as initialised, or not for a new one"
     return lacks(seams.PreTrainedModel._init_weights, "module")
 
 
@@ -241,7 +279,14 @@ def _config_fields() -> str | None:
 def _model_methods() -> str | None:
     wanted = ("set_attn_implementation", "get_correct_attn_implementation", "post_init", "base_model", "__call__")
     missing = [name for name in wanted if not hasattr(seams.PreTrainedModel, name)]
-    return f"no {missing}" if missing else None
+    if missing:
+        return f"no {missing}"
+    model = _empty_model()
+    for kind in list_kinds():
+        model.set_attn_implementation(kind)
+        if seams.attention_of(model.config) != kind:
+            return f"{seams.attention_of(model.config)!r} after set_attn_implementation({kind!r})"
+    return None
 
 
 @probes("saving")
@@ -279,4 +324,16 @@ def _preprocessing() -> str | None:
 def _trainer_events() -> str | None:
     callback, state = transformers.TrainerCallback, transformers.TrainerState()
     missing = [name for name in ("on_train_begin", "on_step_end") if not hasattr(callback, name)]
-    return f"no {missing}" if missing else None if isinstance(state.global_step, int) else "no global_step"
+    if missing or not isinstance(state.global_step, int):
+        return f"no {missing or 'global_step'}"
+    from transformers.trainer_callback import CallbackHandler
+
+    told: list[Any] = []
+
+    class Spy(callback):  # type: ignore[misc, valid-type]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            told.append(model)
+
+    model = nn.Module()
+    CallbackHandler([Spy()], model, None, None, None).on_step_end(None, state, transformers.TrainerControl())
+    return None if told == [model] else f"on_step_end with model={told}"

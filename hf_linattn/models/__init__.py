@@ -11,7 +11,7 @@ from ..integrations.seams import AutoConfig, attempt, auto_class, share_preproce
 
 try:
     from . import bert, gpt2, vit
-except ImportError as error:
+except Exception as error:
     raise changed("names", describe(error)) from error
 
 # Stock class -> converted class.

@@ -52,7 +52,11 @@ class LinAttnMixin:
                 f"{type(self).__name__} needs a {wanted}; got {type(config).__name__}. Make one with "
                 f"{wanted}.from_pretrained(name, linear_attention=kind)."
             )
+        asked_for = attention_of(config)
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
+        active = attention_of(self.config)  # type: ignore[attr-defined]
+        if asked_for in list_kinds() and active != asked_for:
+            raise changed("model methods", f"{active!r} in a model whose config says {asked_for!r}")
         inner = self.base_model  # type: ignore[attr-defined]
         if inner is not self:
             # Transformers initialises weights through the innermost model, so that one has to be ours too.

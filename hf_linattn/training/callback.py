@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ..errors import InputError, UnsupportedError
 from ..integrations.canary import check_trainer
+from ..integrations.expected import changed
 from ..modules.redraw import check_step, redraws, set_training_step
 
 
@@ -66,9 +67,14 @@ class LinAttnCallback(TrainerCallback):
 
     def __init__(self) -> None:
         check_trainer()
+        self._begun: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         redraw_projections(model, state.global_step)
+        self._begun = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._begun is not None and state.global_step <= self._begun:
+            found = f"global_step {state.global_step} at the end of the step after {self._begun}"
+            raise changed("trainer events", found)
         redraw_projections(model, state.global_step)

@@ -33,10 +33,11 @@ from transformers import (
     initialization,
     masking_utils,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model
 from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.utils import output_capturing
 
@@ -185,6 +186,32 @@ def _closed(forward: Any) -> Any:
     return call
 
 
+def _without(forward: Any, name: str) -> Any:
+    """A forward that takes an argument and does nothing with it."""
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **{key: None if key == name else value for key, value in kwargs.items()})
+
+    return call
+
+
+def _inverted_mask(*args: Any, **kwargs: Any) -> Any:
+    mask = masking_utils.create_causal_mask(*args, **kwargs)
+    if mask.tokens is not None:
+        mask.tokens = ~mask.tokens
+    return mask
+
+
+def _inverted_softmax(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, None if mask is None else ~mask, **kwargs)
+
+
+def _initialise_all(self: Any) -> None:
+    for module in self.modules():
+        self._init_weights(module)
+
+
 def _not_causal(init: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -291,6 +318,8 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
     "mask functions": [
         (lambda p: p.delitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, KIND), converting()),
         (replaced(seams, "create_causal_mask", lambda config, embeds, cache, mask, positions: None), generating()),
+        (replaced(masking_utils, "create_bidirectional_mask", lambda *args, **kwargs: None), converting(BERT)),
+        (replaced(seams, "create_causal_mask", _inverted_mask), native_call()),
     ],
     "arguments of a mask function": [
         (_mask_called_with(attention_mask="padding_mask"), native_call()),
@@ -304,6 +333,7 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
             replaced(seams, "sdpa_attention_forward", lambda m, q, k, v, mask, dropout, scale, is_causal: (q, None)),
             converting(),
         ),
+        (replaced(seams, "sdpa_attention_forward", _inverted_softmax), converting()),
     ],
     "dynamic cache": [
         (_drop_entries(*TABLES[:2]), generating()),
@@ -343,15 +373,22 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
     "initialisation": [
         (replaced(initialization, "copy_", lambda tensor, other: tensor.copy_(other)), loading_stock()),
         (dropped(PreTrainedModel, "_init_weights"), converting()),
+        (replaced(PreTrainedModel, "initialize_weights", _initialise_all), converting()),
     ],
     "initialised weights": [
-        (replaced(PreTrainedModel, "initialize_weights", lambda self, *args, **kwargs: None), loading_stock()),
+        (
+            _both(replaced(PreTrainedModel, "initialize_weights", lambda self: None), asked("always", "bert")),
+            loading_stock(),
+        ),
     ],
     "config": [
         (_other_field, converting()),
         (dropped(PreTrainedConfig, "get_text_config"), converting()),
     ],
-    "model methods": [(dropped(PreTrainedModel, "get_correct_attn_implementation"), converting())],
+    "model methods": [
+        (dropped(PreTrainedModel, "get_correct_attn_implementation"), converting()),
+        (replaced(PreTrainedModel, "get_correct_attn_implementation", lambda self, *args: "sdpa"), converting()),
+    ],
     "saving": [(replaced(PreTrainedModel, "save_pretrained", lambda self, folder, **kwargs: None), converting(VIT))],
     "loading": [
         (
@@ -382,6 +419,11 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
     "forward arguments": [
         (replaced(BertModel, "forward", _renamed(BertModel.forward, "input_ids", "tokens")), converting(BERT)),
         (replaced(BertModel, "forward", lambda self, input_ids: None), converting(BERT)),
+    ],
+    "models": [
+        (replaced(GPT2Model, "forward", _without(GPT2Model.forward, "attention_mask")), native_call()),
+        (replaced(GPT2Model, "forward", _without(GPT2Model.forward, "position_ids")), converting()),
+        (replaced(BertModel, "forward", _without(BertModel.forward, "attention_mask")), converting(BERT)),
     ],
     "layers of a model": [(nothing, _renamed_blocks)],
     "position buffers": [(nothing, _other_buffers)],
@@ -473,6 +515,23 @@ def test_a_mask_function_called_with_less() -> None:
     arguments = dict.fromkeys(("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"), 1)
     with sentence("arguments of a mask function"):
         linattn_mask(**arguments, mask_function=seams.causal_mask_function)
+
+
+def test_a_method_that_would_read_the_keys_of_a_state() -> None:
+    model = converted(GPT2, KIND)
+    cache = DynamicCache(config=model.config)
+    model(_ids(), **given_cache(cache))
+    assert not hasattr(cache.layers[0], "keys")
+    with sentence("cache layers"):
+        cache.layers[0].keys.shape  # noqa: B018
+
+
+def test_steps_that_are_counted_late() -> None:
+    callback, state = LinAttnCallback(), transformers.TrainerState()
+    model = converted(BERT, "favor_plus", redraw_interval=2)
+    callback.on_train_begin(None, state, None, model=model)
+    with sentence("trainer events"):
+        callback.on_step_end(None, state, None, model=model)
 
 
 # -- what must not be refused ----------------------------------------------------------------------------------------
