@@ -536,7 +536,7 @@ def test_steps_that_are_counted_late() -> None:
 
 # -- what must not be refused ----------------------------------------------------------------------------------------
 def test_asked_once_and_cheaply(monkeypatch: Patch) -> None:
-    """No model of ordinary size is built, no random numbers, nothing at the second touch; under modes of the caller too."""
+    """No random numbers, nothing at the second touch; under modes of the caller too."""
     state, start = torch.get_rng_state(), time.process_time()
     with torch.device("meta"), torch.inference_mode():
         for family in ("bert", "gpt2", "vit"):
