@@ -81,7 +81,8 @@ def attend(
     is_causal = _causality(module, config, kwargs)
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
-    if not is_causal and isinstance(attention_mask, TokenMask) and attention_mask.shape[1] != key.shape[2]:
+    is_unpadded = isinstance(attention_mask, TokenMask) and attention_mask.tokens is None  # others are checked below
+    if not is_causal and is_unpadded and attention_mask.shape[1] != key.shape[2]:
         found = f"{key.shape[2]} keys for a mask of {attention_mask.shape[1]} tokens from {type(module).__name__}"
         raise changed("attention modules", found)
     attention_mask = token_mask(attention_mask, query.device)

@@ -42,7 +42,9 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.utils import output_capturing
 
 import hf_linattn
+from hf_linattn.benchmark.cases import Workload
 from hf_linattn.benchmark.generation import fill
+from hf_linattn.benchmark.ours import layer_for
 from hf_linattn.errors import InputError, UnsupportedTransformersError
 from hf_linattn.integrations import canary, seams
 from hf_linattn.integrations.expected import SEAMS, TESTED_RELEASES
@@ -524,6 +526,17 @@ def test_a_method_that_would_read_the_keys_of_a_state() -> None:
     assert not hasattr(cache.layers[0], "keys")
     with sentence("cache layers"):
         cache.layers[0].keys.shape  # noqa: B018
+
+
+def test_heads_and_tokens_exchanged_in_another_architecture() -> None:
+    """Of three families a module is tried out; elsewhere only the numbers of tokens tell."""
+    module, tokens = layer_for(Workload(5, heads=2, head_dim=4)), torch.randn(1, 5, 2, 4)
+    sizes = {"batch_size": 1, "q_length": 5, "kv_length": 5, "q_offset": 0, "kv_offset": 0}
+    mask = linattn_mask(**sizes, mask_function=seams.bidirectional_mask_function, attention_mask=None)
+    right = tokens.transpose(1, 2)
+    transformers.AttentionInterface()[KIND](module, right, right, right, mask, scaling=0.5, dropout=0.0)
+    with sentence("attention modules"):
+        transformers.AttentionInterface()[KIND](module, tokens, tokens, tokens, mask, scaling=0.5, dropout=0.0)
 
 
 def test_steps_that_are_counted_late() -> None:
