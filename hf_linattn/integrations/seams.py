@@ -2,7 +2,7 @@
 
 Transformers promises little of what a plugin needs: keyword arguments are renamed, private tables move, a signature
 grows. So private names, names that differ between releases and functions whose arguments matter are used here and
-nowhere else (`families.py` has the names inside the three architectures; `tests/integrations/test_seams.py` reads the
+nowhere else (`families.py` has the names inside the three architectures; `tests/integrations/test_room.py` reads the
 source). `expected.py` says in words what each has to do; `canary.py` has `probes.py` try them out once.
 """
 
