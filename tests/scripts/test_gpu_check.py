@@ -13,6 +13,11 @@ import pytest
 import torch
 from hub_server import ROOT
 
+sys.path.append(str(ROOT / "scripts"))
+
+from gpu_parts.kernels import Case, _compare  # noqa: E402
+from hf_linattn.functional import current_backend  # noqa: E402
+
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("*.json"))
 RESULTS = [path for path in RESULTS if path.stem != "tuning"]
@@ -49,6 +54,18 @@ def test_a_failing_part_is_recorded_and_the_rest_is_done(tmp_path: Path) -> None
     text = json.dumps(found)
     assert str(ROOT) not in text
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("fault", [0.0, 0.1, float("nan")])
+def test_a_kernel_that_is_wrong_is_told(fault: float) -> None:
+    """The comparison with float64: of a product that is off in the backend that is checked."""
+
+    def product(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x * (3.0 + (fault if current_backend() == "triton" else 0.0)),)
+
+    found = _compare(Case("product", product, {"x": torch.randn(4, 5, dtype=torch.float64)}), "bfloat16")
+    assert bool(found.get("failed")) == (fault != 0)
+    assert not fault or "less exact" in found["reason"]
 
 
 @pytest.mark.slow
