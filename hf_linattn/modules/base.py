@@ -101,11 +101,14 @@ class LinearAttention(nn.Module):
         self._is_calibrated = False
         # How often directions or statistics have got new values: a state made with the old ones is of no use then.
         self.revision = 0
-        for name, spec in self.state_spec(config, shape).items():
-            if spec.learned:
-                self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
+        spec = self.state_spec(config, shape)
+        self._state_shapes = {name: torch.Size(tensor.shape) for name, tensor in spec.items()}
+        self._learned = tuple(name for name, tensor in spec.items() if tensor.learned)
+        for name, tensor in spec.items():
+            if tensor.learned:
+                self.register_parameter(name, nn.Parameter(torch.empty(tensor.shape)))
             else:
-                self.register_buffer(name, torch.empty(spec.shape, dtype=torch.float32))
+                self.register_buffer(name, torch.empty(tensor.shape, dtype=torch.float32))
         self.reset_parameters()
 
     # -- to be defined by a kind ------------------------------------------------------------------------------------
@@ -201,8 +204,8 @@ class LinearAttention(nn.Module):
         if self.training and torch.is_grad_enabled():
             # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the
             # graph.
-            for parameter in self.parameters(recurse=False):
-                output = output + 0.0 * parameter.sum().to(output.dtype)
+            for name in self._learned:
+                output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
         return output
 
     def read(
@@ -226,10 +229,32 @@ class LinearAttention(nn.Module):
             grid=grid,
             training=self.training,
         )
-        return self.attend(self.config, self._tensors(), inputs)
+        return self.attend(self.config, self.tensors(), inputs)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that `state_spec` names, each as the attribute it is.
+
+        Not as registered parameters and buffers: a replica of DataParallel, FSDP with flat parameters, `prune` and
+        `parametrize` take those away and leave a tensor under the name.
+
+        Raises: `UnsupportedError` if one is missing, or is a part of what it has to be.
+        """
+        found: dict[str, Tensor] = {}
+        for name, shape in self._state_shapes.items():
+            tensor = getattr(self, name, None)
+            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                raise UnsupportedError(self._not_whole(name, tensor))
+            found[name] = tensor
+        return found
+
+    def _not_whole(self, name: str, tensor: Any) -> str:
+        has = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"({tensor!r})"
+        return (
+            f"Layer {self.shape.layer_idx} ({self.kind}) needs its tensor {name!r} of shape"
+            f" {tuple(self._state_shapes[name])}; got one {has}. A library that replaces or shards parameters (FSDP,"
+            " pruning, adapters) has to put the whole tensor back before the layer is called: call the model through"
+            " the wrapper, or leave the modules named 'linattn' out of it."
+        )
 
     @torch.no_grad()
     def set_buffers(self, values: Mapping[str, Tensor]) -> None:

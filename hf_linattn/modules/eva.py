@@ -167,7 +167,7 @@ class EvaAttention(LinearAttention):
         return config.chunk_size
 
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
-        config, state = self.config, self._tensors()
+        config, state = self.config, self.tensors()
         return eva_recurrence(
             window_size=config.window_size or 1,
             chunk_size=self._chunk(config),

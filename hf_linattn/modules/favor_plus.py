@@ -159,10 +159,11 @@ class FavorPlusAttention(FavorAttention):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         config, features = self.config, self.config.num_features
+        projection = self.tensors()["projection"]
         if config.kernel != "softmax":
-            kernel = GeneralizedBasis(self.projection, config.kernel, config.kernel_epsilon)
+            kernel = GeneralizedBasis(projection, config.kernel, config.kernel_epsilon)
             return slot_recurrence(self, kernel, features, scaling=scaling)
-        basis = favor_basis(like(query), self.projection)
+        basis = favor_basis(like(query), projection)
         return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
 
     @classmethod

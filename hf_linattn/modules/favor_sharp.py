@@ -111,7 +111,7 @@ class FavorSharpAttention(FavorAttention):
         )
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        state = self._tensors()
+        state = self.tensors()
         basis = favor_basis(like(query), state["projection"], _stored(state))
         return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
 

@@ -157,7 +157,7 @@ class LaraAttention(LinearAttention):
         return spec
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        state = self._tensors()
+        state = self.tensors()
         proposals = sample_proposals(
             state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
         )

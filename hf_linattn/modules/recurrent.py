@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.held import Held, added, fingerprint
@@ -33,9 +33,7 @@ class Layer(Protocol):
     training: bool
     revision: int  # how often directions or statistics have changed
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
-
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
 
     def read(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, scaling: float
@@ -101,7 +99,7 @@ class RecurrentMemory:
         """
         self._check(layer, query, key)
         learns = torch.is_grad_enabled() and (
-            any(z.requires_grad for z in (query, key, value)) or any(p.requires_grad for p in layer.parameters())
+            any(z.requires_grad for z in (query, key, value)) or any(z.requires_grad for z in layer.tensors().values())
         )
         is_new = self._settings is None
         if is_new:
@@ -167,10 +165,14 @@ class RecurrentMemory:
         """The layer's recurrent form, made again only when something it is made of has changed."""
         if torch.compiler.is_compiling():
             return self._recurrence or layer.recurrence(query, scaling=scaling)
-        tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        versions = [(id(t), None if t.is_inference() else t._version) for t in tensors]
-        made_from = (versions, scaling, query.dtype, query.device)
-        if self._recurrence is None or not keep or self._made_from != made_from:
+        tensors = tuple(layer.tensors().values())
+        # The tensors are kept: another one may get the id of one that is gone.
+        made_from = (
+            tuple((id(t), None if t.is_inference() else t._version) for t in tensors),
+            (scaling, query.dtype, query.device),
+            tensors,
+        )
+        if self._recurrence is None or not keep or self._made_from is None or self._made_from[:2] != made_from[:2]:
             self._recurrence = layer.recurrence(query, scaling=scaling)
             self._made_from = made_from if keep else None
         return self._recurrence

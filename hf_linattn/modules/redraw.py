@@ -60,7 +60,7 @@ def set_training_step(layer: LinearAttention, step: int) -> bool:
     known = getattr(layer, "_redraw_count", None)
     if known == count:
         return False
-    buffers = dict(layer.named_buffers(recurse=False))
+    buffers = layer.tensors()
     specs = layer.state_spec(layer.config, layer.shape)
     redrawn = {name: spec for name, spec in specs.items() if isinstance(spec, RedrawnTensor)}
     if any(buffers[name].is_meta for name in redrawn):
