@@ -11,74 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from .expected import installed
+from .keywords import PACKED
 from .seams import is_tracing
-
-# Arguments that models pass on to the attention function and that do not change what attention computes.
-HARMLESS = frozenset(
-    {
-        "cache_position",
-        "grid",  # ours: patches per column and row
-        "is_causal",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",  # checked separately
-        "return_dict",
-        "use_cache",
-    }
-)
-
-_PACKED = (
-    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
-    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
-)
-
-# Arguments that do change it, with what to do about each.
-REFUSED = {
-    "output_attentions": (
-        "Attention weights do not exist in a linear attention kind, so output_attentions=True has no answer. Call "
-        "model.set_attn_implementation('eager') first to get those of softmax attention."
-    ),
-    "softcap": (
-        "A soft cap on attention logits cannot be applied by a linear attention kind. Use attn_implementation='eager'."
-    ),
-    "sliding_window": (
-        "A linear attention kind attends to the whole sequence. Set the model's config.sliding_window to None, or use "
-        "attn_implementation='sdpa'."
-    ),
-    "s_aux": "Attention sinks are not supported by a linear attention kind. Use attn_implementation='eager'.",
-    "sinks": "Attention sinks are not supported by a linear attention kind. Use attn_implementation='eager'.",
-    "position_bias": (
-        "A bias on attention logits (relative positions, ALiBi) cannot be applied by a linear attention kind. Use "
-        "attn_implementation='eager' for this model."
-    ),
-    "head_mask": "A mask over heads is not supported by a linear attention kind. Use attn_implementation='eager'.",
-    "cache": "A paged cache (continuous batching) is not supported. Use model.generate() with its default cache.",
-    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), _PACKED),
-}
-
-
-def check_kwargs(kind: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise `InputError` or `UnsupportedError` for an argument that changes the result in a way no kind can follow."""
-    for name, value in kwargs.items():
-        if value is None or value is False or name in HARMLESS:
-            continue
-        if name == "encoder_hidden_states":
-            continue  # cross-attention, decided elsewhere
-        if name in REFUSED:
-            error = InputError if REFUSED[name] is _PACKED or name == "output_attentions" else UnsupportedError
-            raise error(f"{REFUSED[name]} Got {name}={_short(value)} under {kind!r}.")
-        raise UnsupportedError(
-            f"The attention function of {kind!r} was given {name}={_short(value)}, which it does not know: ignoring "
-            "it could give a wrong result. If it comes from your call, drop it; if the model passes it, or "
-            f"{installed()}, use attn_implementation='sdpa' for this model."
-        )
-
-
-def _short(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 def check_mask(mask: Any) -> None:
@@ -138,7 +72,7 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
         row = int(wrong.any(-1).nonzero()[0])
         raise InputError(
             f"position_ids must increase along the real tokens of a row; row {row} has "
-            f"{positions[row].tolist()[:16]}. {_PACKED}"
+            f"{positions[row].tolist()[:16]}. {PACKED}"
         )
     if versioned:
         seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from . import seams
-from .checks import check_kwargs
 from .families import layer_shape, set_attention_dropout
+from .keywords import check_keywords
 from .probes import lacks, probes
 
 # Name under which the attention function of the probes is registered.
@@ -119,5 +119,5 @@ def _attention_modules(family: str) -> str | None:
     wrong = {key: kwargs.pop(key, "nothing") for key in expected if kwargs.get(key) != expected[key]}
     if wrong:
         return f"{wrong} in the call of the attention function"
-    check_kwargs("canary", {key: value for key, value in kwargs.items() if key not in expected})
+    check_keywords("canary", layer, {key: value for key, value in kwargs.items() if key not in expected})
     return None

@@ -14,9 +14,10 @@ from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .cache import RecurrentLayer
 from .canary import check_model
-from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
+from .checks import check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
+from .keywords import check_keywords
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
@@ -76,7 +77,7 @@ def attend(
             if module.layer_idx == 0:  # no layer before it has taken the tokens in
                 recurrent.retract()
             raise
-    check_kwargs(kind, kwargs)
+    check_keywords(kind, module, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
     if is_causal and recurrent is None:

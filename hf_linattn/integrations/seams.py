@@ -8,6 +8,7 @@ source). `expected.py` says in words what each has to do; `canary.py` has `probe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
@@ -52,7 +53,7 @@ try:
         causal_mask_function,
         create_causal_mask,
     )
-    from transformers.utils import CONFIG_NAME, output_capturing
+    from transformers.utils import CONFIG_NAME, generic, output_capturing
     from transformers.utils.import_utils import is_tracing
 except ImportError as error:
     raise changed("names", describe(error)) from error
@@ -100,6 +101,17 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 def attention_named(name: str) -> Callable[..., Any]:
     """The attention function registered under a name."""
     return AttentionInterface()[name]
+
+
+@functools.cache
+def attention_keywords() -> frozenset[str]:
+    """Names that Transformers knows to reach an attention function: of its own functions and its typed arguments."""
+    names = set(getattr(generic.TransformersKwargs, "__annotations__", ()))
+    for name in AttentionInterface().valid_keys():
+        function = attention_named(name)
+        if str(getattr(function, "__module__", "")).startswith("transformers."):
+            names.update(inspect.signature(function).parameters)
+    return frozenset(names - {"module", "kwargs"})
 
 
 def attention_of(config: Any) -> str | None:
