@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..errors import CheckpointError, ConfigError, LinAttnError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .cache import add_hook, remove_hook
 from .expected import changed, describe
-from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
+from .families import Family, defaults_family, get_family, is_causal_model, layer_shape, set_attention_dropout
 from .seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
 
 ATTRIBUTE = "linattn"
+# What the layers of a model were made from, kept beside its config, which can be edited.
+_MADE_FROM = "_linattn_made_from"
+_UNDO = (
+    "Layers are made when a model is converted: an edit has no effect, and a saved checkpoint would load as something "
+    "else. Undo it, or revert the model (`hf_linattn.revert`) and convert it with the settings you want."
+)
 
 
 def settings_of(config: Any) -> LinearAttentionSettings:
@@ -81,6 +89,52 @@ def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, Linea
                 add_hook(layer)
         else:
             set_attention_dropout(layer, settings.attention_dropout or 0.0)
+    for part in (model, model.base_model):
+        setattr(part, _MADE_FROM, _told(part.config))
+
+
+def _told(config: Any) -> tuple[dict[str, Any], bool]:
+    return copy.deepcopy(config.linear_attention), is_causal_model(config)
+
+
+def check_unchanged(model: Any, asked: bool | None = None) -> None:
+    """Raise if a converted model's config was edited, or the call asks, for other attention than its layers have.
+
+    Args:
+        asked: `is_causal` of the call, which overrides that of the config.
+    Raises: `ConfigError` for other settings, `UnsupportedError` for the other direction.
+    """
+    config = model.config
+    settings, is_causal = getattr(model, _MADE_FROM)
+    if config.linear_attention is None:
+        raise ConfigError(
+            "config.linear_attention was removed from a converted model's config. Put it back, or revert the model "
+            "(`hf_linattn.revert`)."
+        )
+    if config.linear_attention != settings:
+        if torch.compiler.is_compiling():
+            raise ConfigError(f"config.linear_attention was edited after conversion. {_UNDO}")
+        check_consistent(model, ConfigError)
+        setattr(model, _MADE_FROM, _told(config))
+    wanted = is_causal_model(config) if asked is None else bool(asked)
+    if wanted != is_causal:
+        raise UnsupportedError(
+            f"The layers were converted with is_causal={is_causal}, but the config (is_causal, is_decoder) or the "
+            f"call says {wanted}. {convert_otherwise(config, wanted)}"
+        )
+
+
+def convert_otherwise(config: Any, is_causal: bool) -> str:
+    """How to have converted layers with the other direction."""
+    if is_causal and getattr(config, "is_causal", None) is not False and get_family(config).name == "bert":
+        return (
+            "To have the other form, revert the model (`hf_linattn.revert`), save it, load it with is_decoder=True "
+            "and convert that."
+        )
+    return (
+        "To have the other form, revert the model (`hf_linattn.revert`), set config.is_causal = "
+        f"{is_causal} and convert it again."
+    )
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -95,19 +149,20 @@ def detach(model: Any, settings: LinearAttentionSettings) -> None:
             delattr(layer, ATTRIBUTE)
         remove_hook(layer)
         set_attention_dropout(layer, settings.attention_dropout or 0.0)
+    for part in (model, model.base_model):
+        part.__dict__.pop(_MADE_FROM, None)
 
 
-def check_consistent(model: Any) -> None:
-    """Raise `CheckpointError` if a model's config no longer describes its layers, as after editing the config."""
+def check_consistent(model: Any, error: type[LinAttnError] = CheckpointError) -> None:
+    """Raise if a model's config no longer describes its layers, as after editing the config."""
     settings = settings_of(model.config)
     for index, layer in enumerate(family_layers(model)):
         held = getattr(layer, ATTRIBUTE, None)
         told = settings.config if index in (settings.layers or ()) else None
         if (None if held is None else held.config) != told:
-            raise CheckpointError(
+            raise error(
                 f"config.linear_attention does not describe layer {index} any more: the layer has "
-                f"{'softmax' if held is None else held.config}, the config says {told or 'softmax'}. A saved "
-                "checkpoint would load as something else. Revert the model and convert it with the settings you want."
+                f"{'softmax' if held is None else held.config}, the config says {told or 'softmax'}. {_UNDO}"
             )
 
 

@@ -19,7 +19,7 @@ from ..modules.recurrent import RecurrentMemory
 from ..modules.registry import get_kind
 from .canary import check_seams
 from .expected import changed
-from .families import defaults_family, get_family
+from .families import defaults_family, is_causal_model
 from .seams import (
     ARGUMENT,
     LAYER_TYPE,
@@ -254,9 +254,7 @@ attempt(register_cache_layers, RecurrentLayer, StaticRecurrentLayer)
 def cache_layer_types(config: Any) -> list[str] | None:
     """Type of each layer's cache for a converted model's config; `None` if no layer keeps a state."""
     value = getattr(config, "linear_attention", None)
-    family = get_family(config).name
-    is_causal = family == "gpt2" or getattr(config, "is_decoder", False)
-    if value is None or not is_causal or attention_of(config) != value["kind"]:
+    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"]:
         return None
     settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):

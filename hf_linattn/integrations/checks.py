@@ -89,7 +89,7 @@ def is_cross_attention(
     declared = getattr(module, "is_cross_attention", None)
     if declared is not None:
         return bool(declared)
-    if is_causal:
+    if is_causal or getattr(module, "is_causal", False):  # or asked to be bidirectional, by the config or the call
         return False
     if kwargs.get("encoder_hidden_states") is not None or not same_length:
         return True

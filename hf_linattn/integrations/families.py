@@ -66,30 +66,41 @@ def get_family(config: Any) -> Family:
     return FAMILIES[name]
 
 
-def defaults_family(config: Any) -> str:
-    """Column of the default settings for a model that can be converted: a decoding BERT has those of decoders.
+def is_causal_model(config: Any) -> bool:
+    """Whether self-attention is causal in a model that can be converted: GPT-2, a decoding BERT.
 
-    Raises: `UnsupportedError` for any other architecture.
+    `config.is_causal = False` makes a decoder bidirectional, as for text embeddings.
     """
-    name = get_family(config).name
-    return "decoder" if name == "bert" and getattr(config, "is_decoder", False) else name
+    if getattr(config, "is_causal", None) is False:
+        return False
+    return get_family(config).name == "gpt2" or bool(getattr(config, "is_decoder", False))
+
+
+def defaults_family(config: Any) -> str:
+    """Column of the default settings for a model that can be converted. Raises `UnsupportedError` for any other."""
+    get_family(config)
+    return family_of(config, is_causal=is_causal_model(config))
 
 
 def family_of(config: Any, *, is_causal: bool) -> str:
-    """Column of the default settings for any architecture: of its own, or "vision", "decoder" or "encoder"."""
+    """Column of the default settings for any architecture: of its own, or "vision", "decoder" or "encoder".
+
+    A decoding BERT has those of decoders, a bidirectional GPT-2 those of encoders.
+    """
     name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
-    if name in FAMILIES:
-        return "decoder" if name == "bert" and is_causal else name
+    if name == "vit" or name == ("gpt2" if is_causal else "bert"):
+        return name
     if hasattr(config, "image_size") and hasattr(config, "patch_size") and not hasattr(config, "vocab_size"):
         return "vision"
     return "decoder" if is_causal else "encoder"
 
 
 def layer_shape(layer: Any, index: int) -> LayerShape:
-    """Heads, head dimension and causality of a stock self-attention module."""
+    """Heads, head dimension and causality of a stock self-attention module, the last as its config has it."""
     heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
     head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.attention_head_size
-    return LayerShape(num_heads=heads, head_dim=head_dim, layer_idx=index, is_causal=bool(layer.is_causal))
+    is_causal = bool(layer.is_causal) and getattr(layer.config, "is_causal", None) is not False
+    return LayerShape(num_heads=heads, head_dim=head_dim, layer_idx=index, is_causal=is_causal)
 
 
 def set_attention_dropout(layer: Any, probability: float) -> None:

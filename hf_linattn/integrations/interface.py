@@ -12,6 +12,7 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
+from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .canary import check_model
 from .checks import check_mask, check_positions, is_cross_attention, warn_attention_dropout
@@ -80,6 +81,7 @@ def attend(
     check_keywords(kind, module, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
+    _check_agreement(module, attention_mask, is_causal)
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
     is_unpadded = isinstance(attention_mask, TokenMask) and attention_mask.tokens is None  # others are checked below
@@ -91,6 +93,12 @@ def attend(
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
     if not cross:
+        if not is_causal and query.shape[2] != key.shape[2]:
+            raise InputError(
+                f"A bidirectional layer reads whole sequences: every token sees the new ones. Got {query.shape[2]} "
+                f"queries for {key.shape[2]} keys, as with a cache of earlier tokens. Pass all tokens at once, with "
+                "use_cache=False."
+            )
         check_positions(kwargs.get("position_ids"), mask, query.shape[2])
     scaling = check_scaling(module, scaling, query.shape[-1])
 
@@ -108,8 +116,8 @@ def attend(
             )
         if layer.shape.is_causal != is_causal:
             raise UnsupportedError(
-                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert "
-                "the model and convert it again with a config that says so."
+                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. "
+                f"{convert_otherwise(config, is_causal)}"
             )
         if recurrent is not None:
             return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2), None
@@ -147,6 +155,20 @@ def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
                 "model, or set it on its attention modules."
             )
     return bool(is_causal)
+
+
+def _check_agreement(module: nn.Module, mask: Any, is_causal: bool) -> None:
+    """Raise if the mask that the model made and its attention module do not mean the same direction."""
+    told = mask.is_causal if isinstance(mask, TokenMask) else None
+    if told is None or told == is_causal:
+        return
+    words = {True: "causal", False: "bidirectional"}
+    raise UnsupportedError(
+        f"The model made a {words[told]} attention mask, but {type(module).__name__} computes {words[is_causal]} "
+        "attention: a token would see too much or too little. Set is_causal (of a BERT: is_decoder) in the config "
+        "before the model is made; in a call, pass is_causal only to a decoder. With attn_implementation='sdpa' the "
+        "mask decides."
+    )
 
 
 def _match_keys(

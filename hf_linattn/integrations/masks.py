@@ -46,6 +46,7 @@ class TokenMask:
         past: What of the tokens before those of this mask is real, where it covers the new ones alone (`fingerprint`);
             `None`: all of them.
         follows: Whether there are such tokens.
+        is_causal: Which of the two patterns the model asked for, if that is known.
     """
 
     ndim = 2
@@ -58,12 +59,14 @@ class TokenMask:
         device: torch.device | str,
         past: tuple[int, ...] | None = None,
         follows: bool = False,
+        is_causal: bool | None = None,
     ) -> None:
         self.tokens = tokens
         self.shape = shape
         self.device = device
         self.past = past
         self.follows = follows
+        self.is_causal = is_causal
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
@@ -71,7 +74,7 @@ class TokenMask:
         if device is None:
             return self
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return TokenMask(tokens, self.shape, device, self.past, self.follows)
+        return TokenMask(tokens, self.shape, device, self.past, self.follows, self.is_causal)
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -125,7 +128,7 @@ def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:
         return mask[:, -count:] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
     if mask.shape[1] > count and mask.tokens is not None:  # made for a layer that needs all tokens
         past = fingerprint(mask.tokens[:, :-count])
-        mask = TokenMask(mask.tokens[:, -count:], (mask.shape[0], count), mask.device, past)
+        mask = TokenMask(mask.tokens[:, -count:], (mask.shape[0], count), mask.device, past, is_causal=mask.is_causal)
     memory.check_past(mask.past)
     if mask.tokens is not None and bool(mask.tokens.all()):
         return None
@@ -204,10 +207,31 @@ def linattn_mask(
             f"{attention_mask.ndim}-D {tuple(attention_mask.shape)}. A linear attention kind cannot hide single "
             "query-key pairs."
         )
-    bidirectional = mask_function is bidirectional_mask_function
     has_state = isinstance(kv_offset, Tensor) or (kv_offset > 0 and kv_offset == q_offset)
     if has_state and kv_length == q_length:  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
-        return _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
+        made = _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
+    else:
+        bidirectional = mask_function is bidirectional_mask_function
+        made = _mask_of_all(
+            batch_size, q_length, kv_length, q_offset, attention_mask, device, tracing, bidirectional=bidirectional
+        )
+    if mask_function in _PLAIN:
+        made.is_causal = mask_function is causal_mask_function
+    return made
+
+
+def _mask_of_all(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    tracing: bool,
+    *,
+    bidirectional: bool,
+) -> TokenMask:
+    """The mask of all tokens, of those in the cache too."""
     seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
     if seen > kv_length:
         raise UnsupportedError(

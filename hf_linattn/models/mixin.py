@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 from typing import Any, ClassVar
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, InputError
-from ..integrations.attach import ATTRIBUTE, attach, build_layers, check_consistent, family_layers, settings_of
+from ..integrations.attach import (
+    ATTRIBUTE,
+    attach,
+    build_layers,
+    check_consistent,
+    check_unchanged,
+    family_layers,
+    settings_of,
+)
 from ..integrations.canary import check_seams
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
@@ -35,6 +45,44 @@ _KEY = f".{ATTRIBUTE}."
 _INITIALIZED = "_was_initialized"
 # Fields that say what a layer's tensors mean, beyond kind, layers and seed.
 _MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
+
+
+def _init_of(cls: Any, stock: Any) -> Any:
+    """`__init__` of a converted class, with the signature of the stock one."""
+
+    @functools.wraps(stock.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).__init__(*args, **kwargs)
+
+    return init
+
+
+def _forward_of(stock: Any) -> Any:
+    """`forward` of a converted class: the stock one after `check_call`, with its signature.
+
+    Not in `__call__`, because libraries call `forward` directly.
+    """
+    stock_forward = stock.forward
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.check_call(args, kwargs)
+        return stock_forward(self, *args, **kwargs)
+
+    return forward
+
+
+def signed_like(stock: Any, *own: str) -> Any:
+    """Give a method the signature of the stock one, and keyword arguments of its own."""
+
+    def sign(method: Any) -> Any:
+        *known, rest = inspect.signature(stock).parameters.values()
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
+        rest = [*more, rest] if rest.kind is inspect.Parameter.VAR_KEYWORD else [rest, *more]
+        method.__signature__ = inspect.Signature([*known, *rest])
+        return method
+
+    return sign
 
 
 class LinAttnMixin:
@@ -64,6 +112,12 @@ class LinAttnMixin:
         attach(self, settings, build_layers(family_layers(self), settings))
         self.post_init()  # type: ignore[attr-defined]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock: Any = cls.__bases__[-1]
+        if not issubclass(stock, LinAttnMixin):
+            cls.__init__, cls.forward = _init_of(cls, stock), _forward_of(stock)  # type: ignore[method-assign,attr-defined]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -72,17 +126,20 @@ class LinAttnMixin:
                 initialize(getattr(module, name), value)
             setattr(module, _INITIALIZED, True)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `forward`, checked, and completed where a class has something to add."""
         config = self.config  # type: ignore[attr-defined]
-        wanted = kwargs.get("output_attentions")
-        if (config.output_attentions if wanted is None else wanted) and attention_of(config) in list_kinds():
-            raise InputError(
-                "output_attentions=True has no answer in a model with linear attention: there are no attention "
-                "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
-            )
+        if attention_of(config) in list_kinds():
+            wanted = kwargs.get("output_attentions")
+            if config.output_attentions if wanted is None else wanted:
+                raise InputError(
+                    "output_attentions=True has no answer in a model with linear attention: there are no attention "
+                    "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
+                )
+            check_unchanged(self, kwargs.get("is_causal"))
         check_seams(config.model_type)
         _check_positions(config, args, kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return args, kwargs
 
     @staticmethod
     def create_masks_for_generate(
@@ -93,6 +150,7 @@ class LinAttnMixin:
         return causal_mask(config, inputs_embeds, attention_mask, find_cache(args, kwargs), positions)
 
     @classmethod
+    @signed_like(PreTrainedModel.from_pretrained.__func__, "linear_attention")
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers. Loads stock checkpoints too, given `linear_attention=` (or a config that has it).
 
@@ -158,6 +216,7 @@ class LinAttnMixin:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
             push_folder(self, save_directory, repo_id, token=token, **kwargs)
 
+    @signed_like(PreTrainedModel.push_to_hub)
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **kwargs: Any) -> str:
         """Upload weights, config and a model card. Arguments as in Transformers; returns the commit's address."""
         return push_folder(self, None, repo_id, max_shard_size=max_shard_size, **kwargs)

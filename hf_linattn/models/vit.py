@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImage
 from ..integrations.native import as_pair
 from ..integrations.seams import share_weight_names
 from .config import LinAttnConfigMixin
-from .mixin import LinAttnMixin
+from .mixin import LinAttnMixin, signed_like
 
 
 @strict
@@ -38,10 +38,12 @@ class LinAttnViTMixin(LinAttnMixin):
     config_class = LinAttnViTConfig
 
     @classmethod
+    @signed_like(LinAttnMixin.from_pretrained.__func__)
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         _register_renaming()
         return super().from_pretrained(*args, **kwargs)
 
+    @signed_like(LinAttnMixin.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         _register_renaming()
         super().save_pretrained(*args, **kwargs)
@@ -50,13 +52,14 @@ class LinAttnViTMixin(LinAttnMixin):
 class LinAttnViTModel(LinAttnViTMixin, ViTModel):
     """`ViTModel` with linear attention in the layers that `config.linear_attention` names."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().check_call(args, kwargs)
         pixels = args[0] if args else kwargs.get("pixel_values")
         patch = as_pair(self.config.patch_size)
         if pixels is not None and patch is not None:
             # Images may be larger than config.image_size (interpolate_pos_encoding) and need not be square.
             kwargs["grid"] = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
-        return super().__call__(*args, **kwargs)
+        return args, kwargs
 
 
 LinAttnViTMixin.base_model_class = LinAttnViTModel
