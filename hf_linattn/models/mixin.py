@@ -76,10 +76,10 @@ def signed_like(stock: Any, *own: str) -> Any:
     """Give a method the signature of the stock one, and keyword arguments of its own."""
 
     def sign(method: Any) -> Any:
-        *known, rest = inspect.signature(stock).parameters.values()
+        parameters = list(inspect.signature(stock).parameters.values())
         more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
-        rest = [*more, rest] if rest.kind is inspect.Parameter.VAR_KEYWORD else [rest, *more]
-        method.__signature__ = inspect.Signature([*known, *rest])
+        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        method.__signature__ = inspect.Signature([*parameters[:end], *more, *parameters[end:]])
         return method
 
     return sign
