@@ -105,6 +105,11 @@ class RecurrentLayer(CacheLayerMixin):
         """Announce that the next `update` comes from a layer that will call `attend`."""
         self._is_expected = True
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether there was an `update` whose tokens have not been read."""
+        return self._is_pending
+
     def retract(self) -> None:
         """Undo `update`: the call was refused before anything was read."""
         self._is_pending = False

@@ -22,6 +22,7 @@ from .keywords import check_keywords
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
+from .undo import give_back
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -37,7 +38,13 @@ def attention_function(kind: str) -> AttentionFunction:
 
     def attention(module: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         check_model(module)  # before the arguments are looked at
-        return attend(kind, module, *inputs, **kwargs)
+        if torch.compiler.is_compiling():
+            return attend(kind, module, *inputs, **kwargs)
+        try:
+            return attend(kind, module, *inputs, **kwargs)
+        except Exception:
+            give_back(key=inputs[1], tokens=inputs[0].shape[2])
+            raise
 
     attention.__name__ = attention.__qualname__ = f"{kind}_attention"
     return attention
@@ -72,12 +79,7 @@ def attend(
     """
     recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
     if recurrent is not None:
-        try:
-            attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
-        except InputError:
-            if module.layer_idx == 0:  # no layer before it has taken the tokens in
-                recurrent.retract()
-            raise
+        attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
     check_keywords(kind, module, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)

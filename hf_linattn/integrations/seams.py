@@ -208,6 +208,28 @@ def calling_layer(attribute: str) -> nn.Module | None:
     return None
 
 
+def calling_cache() -> Any:
+    """The `Cache` that the attention module in whose forward we are was given. Reads the stack: for errors."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        for value in frame.f_locals.values():
+            if isinstance(value, Cache):
+                return value
+        if isinstance(frame.f_locals.get("self"), PreTrainedModel):
+            return None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def shorten(layer: Any, tokens: int) -> None:
+    """Drop the last tokens of a cache layer of keys and values: of other sorts none."""
+    if type(layer) is DynamicLayer:
+        kept = layer.keys.shape[-2] - tokens
+        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+    elif type(layer) is StaticLayer:  # what lies beyond its length is overwritten
+        layer.cumulative_length.sub_(tokens)
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 def set_model_class(model: Any, cls: type) -> None:
     """Turn a model into another class with the same attributes, keeping `output_hidden_states` working."""
