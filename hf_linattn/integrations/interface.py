@@ -83,7 +83,7 @@ def attend(
     check_keywords(kind, module, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
-    _check_agreement(module, attention_mask, is_causal)
+    _check_agreement(module, attention_mask, is_causal, asked=kwargs.get("is_causal") is not None)
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
     is_unpadded = isinstance(attention_mask, TokenMask) and attention_mask.tokens is None  # others are checked below
@@ -159,17 +159,20 @@ def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
     return bool(is_causal)
 
 
-def _check_agreement(module: nn.Module, mask: Any, is_causal: bool) -> None:
-    """Raise if the mask that the model made and its attention module do not mean the same direction."""
+def _check_agreement(module: nn.Module, mask: Any, is_causal: bool, *, asked: bool) -> None:
+    """Raise if the mask that the model made and its attention module do not mean the same direction.
+
+    Args:
+        asked: Whether `is_causal` is an argument of the call: an encoder may be asked to be causal.
+    """
     told = mask.is_causal if isinstance(mask, TokenMask) else None
-    if told is None or told == is_causal:
+    if told is None or told == is_causal or (asked and is_causal):
         return
     words = {True: "causal", False: "bidirectional"}
     raise UnsupportedError(
         f"The model made a {words[told]} attention mask, but {type(module).__name__} computes {words[is_causal]} "
         "attention: a token would see too much or too little. Set is_causal (of a BERT: is_decoder) in the config "
-        "before the model is made; in a call, pass is_causal only to a decoder. With attn_implementation='sdpa' the "
-        "mask decides."
+        "before the model is made, or use attn_implementation='sdpa', where the mask decides."
     )
 
 

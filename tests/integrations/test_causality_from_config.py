@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import cache_of, given_cache
 from cases import GPT2, KINDS, VOCAB, ModelCase, bert_config, gpt2_config, largest, logits, ready
 from transformers import (
     AutoModelForCausalLM,
@@ -144,16 +145,16 @@ def test_an_edited_config_raises(kind: str) -> None:
         build(GPT, "eva", native=True, window_size=8, is_causal=None)(**GPT2.inputs())
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "converted"])
-def test_an_encoder_asked_to_be_causal(native: bool) -> None:
-    """The stock model masks nothing with padding and everything later without; neither can be meant."""
+def test_an_encoder_asked_to_be_causal() -> None:
     model: PreTrainedModel = BertModel(bert_config()).eval()
-    if native:
-        model.set_attn_implementation("favor_plus")
-    else:
-        model = hf_linattn.convert(model, "favor_plus")
-    with pytest.raises(UnsupportedError, match="is_causal"):
-        model(**padded(), is_causal=True)
+    with pytest.raises(UnsupportedError, match="load it with is_decoder=True"):
+        hf_linattn.convert(model, "favor_plus", copy=True)(**padded(), is_causal=True)
+    model.set_attn_implementation("favor_plus")
+    changed = {**padded(), "input_ids": padded()["input_ids"].clone()}
+    changed["input_ids"][:, 29] = 3
+    before, after = (logits(model, **inputs, is_causal=True) for inputs in (padded(), changed))
+    assert torch.equal(before[:, :29], after[:, :29])
+    assert largest(before[:, 29] - after[:, 29]) > 0
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "converted"])
@@ -162,18 +163,10 @@ def test_tokens_after_a_cache(kind: str, native: bool) -> None:
     """Bidirectional layers see whole sequences: new tokens alone are refused."""
     model = build(GPT, kind, native=native, window_size=EXACT, is_causal=False)
     ids = GPT2.inputs(batch=1)["input_ids"]
-    past = _after(model, ids[:, :30])
-    with pytest.raises(InputError, match="with a cache of earlier tokens"):
-        model(ids[:, 30:], **past)
-
-
-def _after(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     with torch.no_grad():
-        output = model(ids, use_cache=True)
-    for name in ("past_key_values", "cache"):
-        if output.get(name) is not None:
-            return {name: output[name]}
-    raise AssertionError(list(output))
+        cache = cache_of(model(ids[:, :30], use_cache=True))
+    with pytest.raises(InputError, match="with a cache of earlier tokens"):
+        model(ids[:, 30:], **given_cache(cache))
 
 
 def test_gpt2_without_the_field_has_the_defaults_of_decoders() -> None:
