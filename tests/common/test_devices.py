@@ -32,11 +32,13 @@ def test_loaded_to_disk(stock: Stock, kind: str, tmp_path: Path) -> None:
     model = convert(stock, kind)
     expected = logits(model, **inputs(stock))
     model.save_pretrained(tmp_path / "model")
-    layer = next(name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules)
+    layer = next(name for name, module in model.named_modules() if hasattr(module, "linattn")).split(".0.")[0] + ".0"
     places = {
-        name: "cpu" for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(layer + ".")
+        name: "cpu"
+        for name, module in model.named_modules()
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        and not f"{name}.".startswith(f"{layer}.")
     }
-    places |= {name: "cpu" for name, _ in model.named_buffers() if not name.startswith(layer + ".")}
     loaded = COUNTERPARTS[stock].from_pretrained(
         tmp_path / "model", device_map={**places, layer: "disk"}, offload_folder=str(tmp_path / "disk")
     )

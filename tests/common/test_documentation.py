@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 TABLE = HERE.parents[1] / "docs" / "common_tests.md"
 
 
-def tests_in(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in folder.rglob("test_*.py"))
     return {
         node.name
@@ -23,5 +23,5 @@ def tests_in(folder: Path) -> set[str]:
 def test_names_in_the_table() -> None:
     named = set(re.findall(r"`(test_\w+)`", TABLE.read_text(encoding="utf-8")))
     own = {name for name in globals() if name.startswith("test_")}
-    assert not named - tests_in(HERE.parent), "named in the table, but not there"
-    assert not tests_in(HERE) - named - own, "not named in the table"
+    assert not named - names_in(HERE.parent), "named in the table, but not there"
+    assert not names_in(HERE) - named - own, "not named in the table"
