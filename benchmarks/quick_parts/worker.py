@@ -1,6 +1,6 @@
 """A process that measures one checkout: reads a request per line, measures, answers with a line.
 
-    {"figure": NAME}               builds it, calls it twice -> {"seconds": of the second call}
+    {"figure": NAME}               builds it, calls it twice (a slow one once) -> {"seconds": of the last call}
     {"figure": NAME, "calls": N}   one sample of N calls      -> {"seconds": per call}
 
 Started by `turns.Worker`, with the checkout first in PYTHONPATH.
@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,8 +36,11 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             torch.set_num_threads(figure.threads)
             torch.manual_seed(0)
             built: Sample = figure.build()
-            built(1)
+            start = time.perf_counter()
+            once = built(1)
             name, sample = figure.name, built
+            if time.perf_counter() - start > 1:
+                return once
         if sample is None or name != request["figure"]:
             raise RuntimeError(f"{request['figure']!r} has not been built; built is {name!r}.")
         gc.collect()

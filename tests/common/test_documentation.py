@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -11,13 +10,8 @@ TABLE = HERE.parents[1] / "docs" / "common_tests.md"
 
 
 def names_in(folder: Path) -> set[str]:
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in folder.rglob("test_*.py"))
-    return {
-        node.name
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
+    texts = (path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py"))
+    return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
 
 
 def test_names_in_the_table() -> None:
