@@ -1,7 +1,7 @@
 """A process that measures one checkout: reads a request per line, measures, answers with a line.
 
     {"figure": NAME}               builds it, calls it twice (a slow one once) -> {"seconds": of the last call}
-    {"figure": NAME, "calls": N}   one sample of N calls      -> {"seconds": per call}
+    {"figure": NAME, "calls": N}   one sample of N calls      -> {"seconds": of the fastest call}
 
 Started by `turns.Worker`, with the checkout first in PYTHONPATH.
 """
