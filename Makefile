@@ -13,7 +13,7 @@ NEWEST := VENV=$(VENV)-newest CONSTRAINTS= TORCH_VERSION=newest
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-newest quickstart-newest test-slow test-gpu compat constraints quality style clean
+.PHONY: help quickstart test test-newest quickstart-newest test-slow test-gpu compat speed constraints quality style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ test-gpu: $(VENV)/.stamp-dev  ## the tests that need a CUDA device
 
 compat: $(VENV)/.stamp-dev  ## the tests marked compat on every supported release of Transformers, and their table
 	$(PY) -m nox
+
+BEFORE ?= HEAD
+
+speed: $(VENV)/.stamp-dev  ## compare the speed of this checkout with that of the revision BEFORE (at most 15 minutes)
+	$(PY) benchmarks/quick.py --before $(BEFORE)
 
 constraints: $(VENV)/.stamp-dev  ## write constraints.txt anew: the newest releases of everything but torch
 	@$(PIP) install --quiet uv

@@ -31,6 +31,14 @@ class LinAttnGPT2Config(LinAttnConfigMixin, GPT2Config):
 class LinAttnGPT2Mixin(LinAttnMixin):
     config_class = LinAttnGPT2Config
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of classes outside of Transformers, modules without tensors of their own are not told to initialise.
+
+        In GPT-2 these scale down the projections that write to the residual stream.
+        """
+        return False
+
 
 class LinAttnGPT2Model(LinAttnGPT2Mixin, GPT2Model):
     """`GPT2Model` with linear attention in the layers that `config.linear_attention` names."""
