@@ -7,7 +7,6 @@ file says in its header how long it is.
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
 import re
@@ -113,15 +112,15 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of, reverse=True)
 
 
-def set_aside(folder: Path, word: str, replace: bool) -> Path:
-    """Rename a checkpoint, so that no other is ever written into it and Trainer does not count it."""
-    for number in itertools.count(1):
-        target = folder.with_name(f"{word}-{folder.name}" + (f".{number}" if number > 1 else ""))
-        if target.exists() and replace:
-            shutil.rmtree(target)
-        if not target.exists():
-            return folder.rename(target)
-    raise AssertionError("unreachable")
+def set_aside(folder: Path, word: str) -> Path:
+    """Rename a checkpoint, so that no other is written into it. One of each name is kept.
+
+    Trainer neither counts nor uploads what begins with an underscore.
+    """
+    target = folder.with_name(f"_{word}-{folder.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    return folder.rename(target)
 
 
 def last_complete(output: Path, training: TrainingArguments) -> Path | None:
@@ -135,7 +134,7 @@ def last_complete(output: Path, training: TrainingArguments) -> Path | None:
         reasons[path] = f"{missing[path]} is missing"
     for path, reason in reasons.items():
         if reason is not None and training.should_save:
-            renamed = set_aside(path, "damaged", replace=True)
+            renamed = set_aside(path, "damaged")
             logger.warning("Skipping %s, which is incomplete: %s. It is now %s", path, reason, renamed.name)
     if reasons and not found:
         logger.warning("No checkpoint in %s is complete: starting anew", output)
@@ -220,5 +219,5 @@ def _set_aside_later(output: Path, start: Path | None) -> None:
     begun = json.loads((start / STATE).read_text(encoding="utf-8"))["global_step"] if start else 0
     for path in list_checkpoints(output):
         if step_of(path) > begun and (start is None or path.resolve() != start.resolve()):
-            renamed = set_aside(path, "earlier", replace=False)
+            renamed = set_aside(path, "earlier")
             logger.warning("%s is of an earlier course of the run. It is now %s", path, renamed.name)

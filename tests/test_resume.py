@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_told(
     assert len(lines) == 1
     assert name in lines[0]
     assert "\n" not in lines[0]
-    assert {path.name for path in output.glob("*-12")} == {"damaged-checkpoint-12"}
+    assert {path.name for path in output.glob("*-12")} == {"_damaged-checkpoint-12"}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_later_checkpoints_of_another_course_are_not_resumed(
 ) -> None:
     """A run from scratch, or from an early checkpoint, must not go on from what an earlier run has left."""
     train(arguments(folder, output, "favor_plus", "--from_scratch", "--seed", "3"), cut_after=5)
-    assert "checkpoint-12" in caplog.text
+    assert "It is now _earlier-checkpoint-12" in caplog.text
     caplog.clear()
     assert len(train(arguments(folder, output, "favor_plus", "--seed", "3")).seen) == 4 * 8
     assert f"Resuming from {output / 'checkpoint-4'}" in caplog.text
