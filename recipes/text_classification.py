@@ -6,8 +6,8 @@ Runs with plain `python` or with `accelerate launch`, on Hub names or local fold
         --train_file train.parquet --validation_file dev.parquet --max_length 512 \\
         --do_train --do_eval --eval_strategy epoch --num_train_epochs 2 --output_dir runs/favor_sharp
 
-Every `TrainingArguments` flag works. A run that was cut short goes on from its last checkpoint when it is started
-again.
+Every `TrainingArguments` flag works. A run that was cut short goes on from its last complete checkpoint when it
+is started again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_linattn
+from _checkpoints import find_checkpoint
 from _common import (
     AttentionArguments,
     ClassificationMetrics,
@@ -54,6 +53,7 @@ from _common import (
     versions,
     write_json,
 )
+from _data_order import RepeatableTrainer
 from _text import (
     ColumnArguments,
     Columns,
@@ -116,7 +116,7 @@ class RecipeTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(RepeatableTrainer):
     """A `Trainer` whose model card is the one of the library, with the metrics of the run."""
 
     card_facts: dict[str, Any]
@@ -178,30 +178,6 @@ def load(
     return apply_attention(model, attention), tokenizer, index
 
 
-def find_checkpoint(training: TrainingArguments, data: DataArguments, model: PreTrainedModel) -> str | None:
-    """Where to resume: the checkpoint that was named, else the last one in the output folder."""
-    wanted = training.resume_from_checkpoint
-    if wanted in ("True", "true"):
-        wanted = None
-    elif wanted:
-        if not Path(wanted).is_dir():
-            raise RecipeError(f"--resume_from_checkpoint must be a checkpoint folder; {wanted!r} is none.")
-    found = wanted
-    if not found and not data.from_scratch and Path(training.output_dir).is_dir():
-        found = get_last_checkpoint(training.output_dir)
-    if not found:
-        return None
-    saved = json.loads((Path(found) / "config.json").read_text(encoding="utf-8")).get("linear_attention")
-    present = json.loads(json.dumps(linear_attention_of(model)))
-    if saved != present:
-        raise RecipeError(
-            f"{found} was trained with other attention settings ({saved}) than this run has ({present}). "
-            "Use another --output_dir, the same settings, or --from_scratch."
-        )
-    logger.warning("Resuming from %s (--from_scratch starts anew)", found)
-    return found
-
-
 # -- the run ----------------------------------------------------------------------------------------------------------
 def parse(argv: Sequence[str] | None) -> tuple[Any, ...]:
     parser = HfArgumentParser(
@@ -250,7 +226,9 @@ def main(
     columns = find_columns(splits, data_args)
     model, tokenizer, index = load(model_args, attention_args, splits, columns)
     max_length = choose_max_length(data_args.max_length, tokenizer, model.config)
-    checkpoint = find_checkpoint(training_args, data_args, model) if training_args.do_train else None
+    checkpoint = None
+    if training_args.do_train:
+        checkpoint = find_checkpoint(training_args, linear_attention_of(model), data_args.from_scratch)
 
     tokenize = tokenizer_function(tokenizer, columns, index, max_length)
     with training_args.main_process_first(desc="tokenizing"):

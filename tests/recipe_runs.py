@@ -1,0 +1,137 @@
+"""Runs of the text classification recipe on a tiny model that can be cut short at a step.
+
+As a program (of several processes): `recipe_runs.py RECORD STEP ARGUMENTS...`, with step 0 for the whole run; what
+each rank was fed goes to RECORD-rank.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback, set_seed
+
+import text_classification
+
+WORDS = ["[PAD]", "[UNK]", *"a bad good film not very plot the dull fine".split()]
+ROWS = 24
+STEPS_PER_EPOCH = 6  # of 4 rows
+
+# Every kind with what is random in it while it trains.
+KINDS = {
+    "favor_plus": {"num_features": 8, "window_size": 4, "slot_dropout": 0.2, "redraw_interval": 5},
+    "favor_sharp": {"num_features": 8, "window_size": 4, "slot_dropout": 0.2, "redraw_interval": 5},
+    "lara": {"num_landmarks": 4, "window_size": 4},
+    "eva": {"window_size": 4, "chunk_size": 2},
+}
+
+
+class CutError(Exception):
+    """Ends a run as a kill would: nothing is written after it."""
+
+
+class CutAfter(TrainerCallback):
+    """Cut the run after a step, before that step is saved, and record what the model was fed."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+        self.seen: list[list[int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def record(module: Any, inputs: Any, arguments: dict[str, Any]) -> None:
+            if module.training:
+                self.seen += arguments["input_ids"].tolist()
+
+        model.register_forward_pre_hook(record, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise CutError
+
+
+def build_inputs(folder: Path) -> None:
+    """`folder/model` (BERT of two layers, dropout of 0.1, with a tokenizer) and `folder/data.jsonl` (24 rows)."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    fast.save_pretrained(folder / "model")
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    set_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choices(WORDS[2:], k=6 + i % 20)), "label": i % 2} for i in range(ROWS)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arguments(folder: Path, output: Path, kind: str = "favor_plus", *changes: str) -> list[str]:
+    """The command line of two epochs of six steps, saved every second step."""
+    values: dict[str, Any] = {
+        "model_name_or_path": folder / "model",
+        "attention": kind,
+        "train_file": folder / "data.jsonl",
+        "validation_file": folder / "data.jsonl",
+        "output_dir": output,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "save_steps": 2,
+        "eval_strategy": "epoch",
+        "learning_rate": 1e-2,
+        "disable_tqdm": "true",
+        "report_to": "none",
+    }
+    if kind in KINDS:
+        values["attention_config"] = json.dumps(KINDS[kind])
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return [*flags, "--do_train", "--do_eval", *changes]
+
+
+def train(argv: Sequence[str], cut_after: int | None = None) -> CutAfter:
+    """Run the recipe; with `cut_after`, until that step."""
+    callback = CutAfter(cut_after)
+    if cut_after is None:
+        text_classification.main(argv, [callback])
+    else:
+        with pytest.raises(CutError):
+            text_classification.main(argv, [callback])
+    return callback
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    """Bit by bit."""
+    one, two = weights(ours), weights(theirs)
+    assert one.keys() == two.keys()
+    off = {name: float((one[name] - two[name]).abs().max()) for name in one if not torch.equal(one[name], two[name])}
+    assert not off, f"largest differences: {off}"
+
+
+if __name__ == "__main__":
+    callback = CutAfter(int(sys.argv[2]) or None)
+    try:
+        text_classification.main(sys.argv[3:], [callback])
+    except CutError:
+        pass
+    Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(callback.seen))
+    torch.distributed.destroy_process_group()
