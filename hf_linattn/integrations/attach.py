@@ -14,10 +14,9 @@ from ..modules.registry import get_kind, list_kinds
 from .cache import add_hook, remove_hook
 from .expected import changed, describe
 from .families import Family, defaults_family, get_family, layer_shape, set_attention_dropout
+from .layers import ATTRIBUTE, linear_layer
 from .seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
-
-ATTRIBUTE = "linattn"
 
 
 def settings_of(config: Any) -> LinearAttentionSettings:
@@ -101,7 +100,7 @@ def check_consistent(model: Any) -> None:
     """Raise `CheckpointError` if a model's config no longer describes its layers, as after editing the config."""
     settings = settings_of(model.config)
     for index, layer in enumerate(family_layers(model)):
-        held = getattr(layer, ATTRIBUTE, None)
+        held = linear_layer(layer)
         told = settings.config if index in (settings.layers or ()) else None
         if (None if held is None else held.config) != told:
             raise CheckpointError(

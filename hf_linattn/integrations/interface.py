@@ -17,6 +17,7 @@ from .canary import check_model
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
+from .layers import linear_layer
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
@@ -93,7 +94,7 @@ def attend(
         check_positions(kwargs.get("position_ids"), mask, query.shape[2])
     scaling = check_scaling(module, scaling, query.shape[-1])
 
-    layer = getattr(module, "linattn", None)
+    layer = linear_layer(module)
     if layer is None and is_converted(config):
         return _softmax(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal)
     warn_attention_dropout(dropout)
@@ -110,9 +111,10 @@ def attend(
                 f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. Revert "
                 "the model and convert it again with a config that says so."
             )
+        held: Any = module.linattn  # the layer, or what PEFT has put round it
         if recurrent is not None:
-            return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2), None
-        output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
+            return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2), None
+        output = held(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(
             kind,
