@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
+from ..integrations.adapters import keep_in_adapters
 from ..integrations.attach import family_layers
 from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
@@ -46,7 +47,8 @@ def calibrate(
     statistics. In a distributed run every process passes its own batches and all end with the same statistics.
 
     Args:
-        model: Converted. Changed in place.
+        model: Converted, as it is or wrapped. Changed in place. With an adapter (PEFT) in it the statistics are those
+            of the adapter, which holds them from then on, as with `modules_to_save=["linattn"]`.
         batches: Keyword arguments of the model's forward, as tensors: what a data loader gives. Some tens of thousands
             of tokens of the kind of input the model is meant for. Labels are left out.
         attention: Which attention the layers run with meanwhile: "softmax", that of the pretrained weights, or
@@ -56,6 +58,7 @@ def calibrate(
     Returns: `model`.
     Raises:
         ConfigError: The model is not converted, or no layer of it has statistics to set.
+        UnsupportedError: `model` holds no model, or several; see `integrations/wrappers.py`.
         InputError: No batches, not a series of dictionaries, or too few tokens.
     """
     if attention not in ATTENTIONS:
@@ -83,9 +86,10 @@ def calibrate(
     for module, calibration in observed.items():
         if _world_size() > 1:
             calibration.merge(_all_states(calibration.state(), model.device))
-        results.append((layers[module], calibration.result()))
-    for layer, values in results:  # all or none
-        layer.set_buffers(values)
+        results.append((module, calibration.result()))
+    keep_in_adapters(model, lambda layer: layer in layers.values())
+    for module, values in results:  # all or none
+        linear_layer(module).set_buffers(values)  # type: ignore[union-attr]
     return given
 
 

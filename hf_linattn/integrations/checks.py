@@ -170,6 +170,22 @@ def is_cross_attention(
     return bool(is_decoder)
 
 
+def check_prefix(module: nn.Module, config: Any, *, queries: int, keys: int, is_converted: bool) -> None:
+    """Raise `UnsupportedError` for keys from before the tokens of a bidirectional layer, as prefix tuning makes them.
+
+    Args:
+        is_converted: Whether the layer has linear attention of its own: such a layer is never cross-attention.
+    """
+    encoder = getattr(module, "is_decoder", None) is False and not getattr(config, "add_cross_attention", False)
+    if queries != keys and (is_converted or encoder):
+        raise UnsupportedError(
+            "A bidirectional layer with linear attention has no keys but those of its own tokens, which past keys and "
+            f"values (past_key_values; prefix tuning makes some) add to: got {keys} keys for {queries} queries. Use "
+            "virtual tokens in the input (PEFT: PromptTuningConfig, PromptEncoderConfig) or an adapter of the weights "
+            "(LoraConfig), or keep attn_implementation='sdpa'."
+        )
+
+
 _dropout_warned = False
 
 

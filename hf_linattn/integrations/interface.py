@@ -14,7 +14,7 @@ from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from .cache import RecurrentLayer
 from .canary import check_model
-from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
+from .checks import check_kwargs, check_mask, check_positions, check_prefix, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
 from .layers import linear_layer
@@ -97,6 +97,8 @@ def attend(
     layer = linear_layer(module)
     if layer is None and is_converted(config):
         return _softmax(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal)
+    if not is_causal:
+        check_prefix(module, config, queries=query.shape[2], keys=key.shape[2], is_converted=layer is not None)
     warn_attention_dropout(dropout)
     key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     if layer is not None:

@@ -31,7 +31,7 @@ def active_layers(model: nn.Module) -> Iterator[LinearAttention]:
     """All layers of a model in use: not the originals of active copies, nor the copies of other adapters."""
     if isinstance(model, LinearAttention):
         yield model
-    elif _has_copies(model):
+    elif has_copies(model):
         yield from active_layers(_active_copy(model))
     else:
         for child in model.children():
@@ -48,7 +48,7 @@ def _layer_in(held: nn.Module) -> LinearAttention:
     return layers[0]
 
 
-def _has_copies(module: Any) -> bool:
+def has_copies(module: Any) -> bool:
     """Whether a module is PEFT's `ModulesToSaveWrapper`."""
     return "modules_to_save" in module._modules and "original_module" in module._modules
 
