@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..integrations.adapters import name_as_stock, name_as_unsaved
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
 from ..integrations.canary import check_model
 from ..integrations.families import defaults_family, get_family, is_converted
@@ -88,6 +89,7 @@ def convert(
     _set_classes(model, COUNTERPARTS)
     attach(model, settings, built)
     setattr(model, _STOCK_IMPLEMENTATION, implementation)
+    name_as_unsaved(model, settings.config.kind)
     _report(model, old_class.__name__, settings)
     return model
 
@@ -118,6 +120,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     setattr(new_config, family.dropout_field, settings.attention_dropout or 0.0)
     _set_config(model, old_config, new_config)
     _set_classes(model, stock)
+    name_as_stock(model)
     remembered = model.__dict__.pop(_STOCK_IMPLEMENTATION, None)
     select_attention(new_config, model.get_correct_attn_implementation(remembered))
     if new_config.architectures is not None:

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
 from .layers import ATTRIBUTE, has_copies, linear_layer
+from .seams import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -81,3 +82,23 @@ def _note(config: Any) -> None:
     if config is not None and ATTRIBUTE not in modules:
         config.modules_to_save = [*modules, ATTRIBUTE]
     logger.info("The adapter holds the directions and statistics of the layers from now on (modules_to_save).")
+
+
+def name_as_unsaved(model: nn.Module, kind: str) -> None:
+    """Give a converted model a name for which adapters of it are refused, until it is loaded from where it was saved.
+
+    PEFT writes a model's `name_or_path` into the adapter as the base to load. That of the stock checkpoint would be
+    softmax attention. Whoever loads such an adapter is shown this name in the error. The config keeps the name of the
+    stock checkpoint, from which cards are written.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            source = part.config.name_or_path or type(part).__name__
+            part.name_or_path = f"({source} converted to {kind}: save it, and make adapters of the saved model)"
+
+
+def name_as_stock(model: nn.Module) -> None:
+    """Undo `name_as_unsaved`."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.name_or_path = part.config.name_or_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -330,13 +329,3 @@ def test_a_resumed_adapter_goes_on_as_it_would_have(tmp_path: Path) -> None:
     torch.manual_seed(5)
     train(again, tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
     torch.testing.assert_close(outputs(again, **inputs_of(GPT2)), outputs(wrapped, **inputs_of(GPT2)))
-
-
-# -- the base that an adapter names ---------------------------------------------------------------------------------
-def stock(case: ModelCase, folder: Path) -> Any:
-    case.build().save_pretrained(folder)
-    return case.auto.from_pretrained(folder)
-
-
-def base_of(folder: Path) -> Any:
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
