@@ -183,8 +183,8 @@ def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
     sides = (moments.query_scatter, moments.query_mean), (moments.key_scatter, moments.key_mean)
     if not any(bool(without_rounding(scatter / seen, mean).any()) for scatter, mean in sides):
         raise InputError(
-            f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take statistics"
-            " of. Calibrate with typical inputs."
+            f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take"
+            " statistics of. Calibrate with typical inputs."
         )
 
 

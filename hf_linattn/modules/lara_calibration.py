@@ -116,8 +116,8 @@ class ProposalCalibration:
         if points.shape[1] < self._num_proposals:
             raise InputError(
                 f"Calibrating {self._num_proposals} proposals needs at least as many real tokens (beside global"
-                f" ones); got {points.shape[1]}. Pass more batches (some tens of thousands of tokens), or set a smaller"
-                " num_landmarks."
+                f" ones); got {points.shape[1]}. Pass more batches (some tens of thousands of tokens), or set a"
+                " smaller num_landmarks."
             )
         spread = (points - points[:, :1]).abs().amax()
         if self._num_proposals > 1 and bool(spread <= 16 * torch.finfo(points.dtype).eps * points.abs().amax()):
