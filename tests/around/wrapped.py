@@ -59,11 +59,19 @@ def _trainer(model: Any, folder: Path) -> Any:
     return Trainer(model=model, args=arguments)
 
 
+def _prepared(model: Any) -> Any:
+    """As `Accelerator.prepare` leaves it in a run of several processes, with the forward that it sets."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    return nn.parallel.DistributedDataParallel(accelerator.prepare(model))
+
+
 # Name -> (how it is put round a model, the expression that leads to the model).
 WRAPPERS: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "data parallel": (lambda model, _: nn.DataParallel(model), "model.module"),
     "distributed": (lambda model, _: nn.parallel.DistributedDataParallel(model), "model.module"),
     "compiled": (lambda model, _: torch.compile(model, backend="eager"), "model._orig_mod"),
+    "accelerator": (lambda model, _: _prepared(model), "model.module"),
     "lora": (lambda model, _: lora(model), "model.get_base_model()"),
     "lora in parallel": (lambda model, _: nn.DataParallel(lora(model)), "model.module.get_base_model()"),
     "sentence transformer": (sentences, "model[0].model"),
