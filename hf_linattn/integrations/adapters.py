@@ -42,12 +42,12 @@ def keep_in_adapters(model: nn.Module, changing: Callable[[LinearAttention], boo
 
 
 def _active(root: Any) -> list[str]:
-    """Names of the active adapters of a model."""
+    """Names of the active adapters of a model; none within `disable_adapter()`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in root.modules():
         if isinstance(module, BaseTunerLayer):
-            return list(module.active_adapters)
+            return [] if module.disable_adapters else list(module.active_adapters)
     names = getattr(root, "active_adapter", [])  # virtual tokens, which have no layers
     return [names] if isinstance(names, str) else list(names)
 

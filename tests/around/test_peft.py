@@ -252,6 +252,17 @@ def test_directions_belong_to_one_adapter(tmp_path: Path) -> None:
         torch.testing.assert_close(outputs(loaded, **inputs_of(BERT)), want, rtol=0, atol=0)
 
 
+def test_without_the_adapter_the_model_under_it_changes(tmp_path: Path) -> None:
+    wrapped = wrap(converted(BERT, "favor_plus", redraw_interval=10), adapter(BERT, "lora"))
+    plain = converted(BERT, "favor_plus", redraw_interval=10)
+    redraw_projections(plain, 25)
+    with wrapped.disable_adapter():
+        redraw_projections(wrapped, 25)
+        torch.testing.assert_close(outputs(wrapped, **inputs_of(BERT)), outputs(plain, **inputs_of(BERT)))
+    wrapped.save_pretrained(tmp_path)
+    assert "linattn" not in (wrapped.peft_config["default"].modules_to_save or [])
+
+
 def test_several_active_adapters_cannot_share_directions() -> None:
     wrapped = wrap(converted(BERT, "favor_plus", redraw_interval=10), adapter(BERT, "lora"))
     wrapped.add_adapter("second", adapter(BERT, "lora"))
