@@ -37,7 +37,8 @@ def keep_in_adapters(model: nn.Module, changing: Callable[[LinearAttention], boo
             continue
         names = _active(root)
         inside = set(root.modules())
-        if any([_keep(module, names, changing) for module in held if module in inside]):
+        kept = [_keep(module, names, changing) for module in held if module in inside]
+        if any(kept) and not _is_from_transformers(root):
             _note(configs.get(names[0]))
 
 
@@ -50,6 +51,17 @@ def _active(root: Any) -> list[str]:
             return [] if module.disable_adapters else list(module.active_adapters)
     names = getattr(root, "active_adapter", [])  # virtual tokens, which have no layers
     return [names] if isinstance(names, str) else list(names)
+
+
+def _is_from_transformers(root: nn.Module) -> bool:
+    """Whether `model.add_adapter` has put the adapter in, without a PeftModel: then `model.load_adapter` loads what is
+    in the file under the names of the model, but nothing of a copy that the config names."""
+    if not isinstance(root, PreTrainedModel):
+        return False
+    try:
+        return bool(root.active_adapters())
+    except ValueError:  # no adapter of that kind
+        return False
 
 
 def _keep(module: Any, names: list[str], changing: Callable[[LinearAttention], bool]) -> bool:
