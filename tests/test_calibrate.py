@@ -224,11 +224,6 @@ def test_batches_that_cannot_be_read(message: str, batch: dict[str, Any]) -> Non
         hf_linattn.calibrate(converted("favor_sharp", GPT2), [{**data(1)[0], **batch}])
 
 
-def test_a_wrapped_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model.module"):
-        hf_linattn.calibrate(torch.nn.DataParallel(converted("favor_sharp", GPT2)), data())  # type: ignore[arg-type]
-
-
 # -- several processes ----------------------------------------------------------------------------------------------
 def _calibrate_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

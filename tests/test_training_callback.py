@@ -295,7 +295,7 @@ def test_wrong_arguments() -> None:
     for step in (-1, 1.0, "1", None, True, torch.tensor(1)):
         with pytest.raises(InputError, match="step must be the number of optimizer steps"):
             redraw_projections(model, step)
-    with pytest.raises(InputError, match="model must be a torch.nn.Module; got str"):
+    with pytest.raises(UnsupportedError, match="needs a Transformers model; got str 'model'"):
         redraw_projections("model", 1)  # type: ignore[arg-type]
 
 

@@ -191,7 +191,8 @@ def _converted(model: PreTrainedModel, kind: str, options: KindOptions, work: Wo
     made = convert(_sharing_copy(model), options.config(kind)).to(work.device)
     if needs_calibration(made):
         vocabulary, tokens = made.config.vocab_size, min(CALIBRATION_TOKENS, work.tokens)
-        ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(1))
+        rows = CALIBRATION_TOKENS // tokens  # of short ones more: statistics need a number of tokens
+        ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(1))
         calibrate(made, [{"input_ids": ids.to(work.device)}])
     return made
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
-from ..integrations.attach import ATTRIBUTE, family_layers
+from ..integrations.adapters import keep_in_adapters
+from ..integrations.attach import family_layers
 from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
+from ..integrations.layers import active_layers, linear_layer
 from ..integrations.masks import linattn_mask, token_mask
 from ..integrations.seams import check_scaling, register_attention
+from ..integrations.wrappers import converted_parts, inside, module_of
 from ..modules.base import AttentionInputs, Calibration, LinearAttention
 from .batches import exact_attention, prepare_inputs, read_batches, restored
 
@@ -44,7 +47,8 @@ def calibrate(
     statistics. In a distributed run every process passes its own batches and all end with the same statistics.
 
     Args:
-        model: Converted. Changed in place.
+        model: Converted, as it is or wrapped. Changed in place. With an adapter (PEFT) in it the statistics are those
+            of the adapter, which holds them from then on, as with `modules_to_save=["linattn"]`.
         batches: Keyword arguments of the model's forward, as tensors: what a data loader gives. Some tens of thousands
             of tokens of the kind of input the model is meant for. Labels are left out.
         attention: Which attention the layers run with meanwhile: "softmax", that of the pretrained weights, or
@@ -54,13 +58,15 @@ def calibrate(
     Returns: `model`.
     Raises:
         ConfigError: The model is not converted, or no layer of it has statistics to set.
+        UnsupportedError: `model` holds no model, or several; see `integrations/wrappers.py`.
         InputError: No batches, not a series of dictionaries, or too few tokens.
     """
     if attention not in ATTENTIONS:
         raise InputError(f"attention must be one of {list(ATTENTIONS)}; got {attention!r}.")
+    given, model = model, inside(model, "calibrate")
     check_model(model)
     layers = _calibratable(model)
-    observed = {layer: getattr(layer, ATTRIBUTE).new_calibration(stream=_rank()) for layer in layers}
+    observed: dict[nn.Module, Any] = {m: layer.new_calibration(stream=_rank()) for m, layer in layers.items()}
     register_attention(OBSERVER, _observe, linattn_mask)
     seen = 0
     with restored(model), torch.no_grad():
@@ -77,34 +83,31 @@ def calibrate(
     if not seen and _world_size() == 1:
         raise InputError("`batches` is empty: calibrate needs at least one batch of inputs.")
     results = []
-    for layer, calibration in observed.items():
+    for module, calibration in observed.items():
         if _world_size() > 1:
             calibration.merge(_all_states(calibration.state(), model.device))
-        results.append((getattr(layer, ATTRIBUTE), calibration.result()))
+        results.append((module, calibration.result()))
+    keep_in_adapters(model, lambda layer: layer in layers.values())
     for module, values in results:  # all or none
-        module.set_buffers(values)
-    return model
+        linear_layer(module).set_buffers(values)  # type: ignore[union-attr]
+    return given
 
 
 def needs_calibration(model: nn.Module) -> bool:
     """Whether some layer of a model has to be calibrated before it can be used. Reads values."""
-    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    layers = active_layers(module_of(model, "needs_calibration"))
     return any(not bool(count) for layer in layers if (count := layer._buffers.get("calibrated_tokens")) is not None)
 
 
-def _calibratable(model: PreTrainedModel) -> list[nn.Module]:
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"calibrate() needs a Transformers model; got {type(model).__name__}. Pass the model inside a wrapper"
-            " (DistributedDataParallel, torch.compile): model.module, or accelerator.unwrap_model(model)."
-        )
+def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
+    """The attention modules with statistics to set, and the layer of each."""
     if not is_converted(model.config):
         raise ConfigError(
-            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. Convert it"
-            " first: hf_linattn.convert(model, kind)."
+            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics."
+            + (converted_parts(model) or " Convert it first: hf_linattn.convert(model, kind).")
         )
-    converted = [layer for layer in family_layers(model) if getattr(layer, ATTRIBUTE, None) is not None]
-    layers = [layer for layer in converted if getattr(layer, ATTRIBUTE).new_calibration() is not None]
+    converted = {module: layer for module in family_layers(model) if (layer := linear_layer(module)) is not None}
+    layers = {module: layer for module, layer in converted.items() if layer.new_calibration() is not None}
     if not layers:
         kind = model.config.linear_attention["kind"]
         raise ConfigError(
@@ -127,7 +130,7 @@ def _observe(
 ) -> tuple[Tensor, None]:
     """Show a layer's inputs to its calibration, and go on with the attention that was asked for."""
     attention, observed = _OBSERVED.get()
-    linear = getattr(module, ATTRIBUTE, None)
+    linear = linear_layer(module)
     mask = token_mask(attention_mask, query.device)
     check_mask(mask)
     if mask is not None and mask.shape[1] != key.shape[2]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, UnsupportedError
 from ..integrations.canary import check_model
 from ..integrations.families import is_converted
 from ..integrations.interface import attend
 from ..integrations.masks import linattn_mask, token_mask
 from ..integrations.seams import attention_of, register_attention
+from ..integrations.wrappers import converted_parts, inside
 from ..modules.registry import list_kinds
 from .batches import exact_attention, prepare_inputs, read_batches, restored
 
@@ -134,6 +135,7 @@ def compare(
         ConfigError: The model uses softmax attention: there is nothing to compare.
         InputError: No batches, or not a series of dictionaries.
     """
+    model = inside(model, "compare")
     check_model(model)
     kind = _kind_of(model)
     layers: dict[nn.Module, _LayerSums] = {}
@@ -151,6 +153,12 @@ def compare(
             total.add(softmax, _run(model, inputs, kind), mask)
     if not total.rows:
         raise InputError("`batches` is empty: compare needs at least one batch of inputs.")
+    if not layers:
+        raise UnsupportedError(
+            f"No layer of {type(model).__name__} ran under {kind!r}: both runs were softmax, and there is nothing to "
+            "compare. Its attention does not go through Transformers' AttentionInterface, or only in parts that these "
+            "inputs do not reach."
+        )
     names = {module: name for name, module in model.named_modules()}
     return total.report(kind, [sums.report(names[module]) for module, sums in layers.items()])
 
@@ -161,8 +169,12 @@ def _kind_of(model: PreTrainedModel) -> str:
     kind = config.linear_attention["kind"] if is_converted(config) else attention_of(config)
     if kind not in list_kinds():
         raise ConfigError(
-            f"compare needs a model with linear attention; {type(model).__name__} has attn_implementation {kind!r}. "
-            f"Convert it (hf_linattn.convert) or call model.set_attn_implementation(kind) with one of {list_kinds()}."
+            f"compare needs a model with linear attention; {type(model).__name__} has attn_implementation {kind!r}."
+            + (
+                converted_parts(model)
+                or " Convert it (hf_linattn.convert) or call model.set_attn_implementation(kind) with one of "
+                f"{list_kinds()}."
+            )
         )
     return str(kind)
 

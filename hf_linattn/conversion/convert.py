@@ -10,11 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..integrations.adapters import name_as_stock, name_as_unsaved
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
 from ..integrations.canary import check_model
 from ..integrations.families import defaults_family, get_family, is_converted
 from ..integrations.seams import attention_of, select_attention, set_model_class
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
+from ..integrations.wrappers import converted_parts, itself, refuse_adapter
 from ..models import CONFIGS, COUNTERPARTS
 from ..modules.config import AttentionConfig
 
@@ -49,15 +51,7 @@ def convert(
             work in this model.
         ConfigError: Unknown kind, unknown or impossible setting, layers that do not exist.
     """
-    if not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "module", None)
-        advice = (
-            f"Unwrap it: convert its .module, a {type(inner).__name__}, and wrap that."
-            if isinstance(inner, PreTrainedModel)
-            else "Load one with AutoModel.from_pretrained(name)."
-        )
-        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise UnsupportedError(f"convert() needs a Transformers model (a BERT, GPT-2 or ViT); got {given}. {advice}")
+    model = itself(model, "convert")
     if is_converted(getattr(model, "config", None)) or type(model) in COUNTERPARTS.values():
         kind = settings_of(model.config).config.kind
         raise UnsupportedError(
@@ -65,14 +59,15 @@ def convert(
             "convert it to something else; trained weights are kept."
         )
     family = get_family(getattr(model, "config", None))
+    refuse_adapter(model, "convert")
     check_model(model)
     if type(model) not in COUNTERPARTS:
         known = sorted(
             cls.__name__ for cls in COUNTERPARTS if getattr(cls.config_class, "model_type", "") == family.name
         )
         raise UnsupportedError(
-            f"convert() needs a model of one of the classes {known}; got {type(model).__name__}. Unwrap it (DDP, "
-            "compile, PEFT) or convert the stock model and derive your class from its LinAttn counterpart."
+            f"convert() needs a model of one of the classes {known}; got {type(model).__name__}. Convert the "
+            "stock model and derive your class from its LinAttn counterpart."
         )
     count = model.config.num_hidden_layers
     settings = parse_settings(config, family=defaults_family(model.config), num_layers=count)
@@ -94,6 +89,7 @@ def convert(
     _set_classes(model, COUNTERPARTS)
     attach(model, settings, built)
     setattr(model, _STOCK_IMPLEMENTATION, implementation)
+    name_as_unsaved(model, settings.config.kind)
     _report(model, old_class.__name__, settings)
     return model
 
@@ -105,11 +101,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises: `UnsupportedError` if the model is not a converted one.
     """
     stock = {converted: cls for cls, converted in COUNTERPARTS.items()}
+    model = itself(model, "revert")
     if type(model) not in stock:
         raise UnsupportedError(
-            f"revert() needs a converted model; got {type(model).__name__}. Convert one with "
-            "hf_linattn.convert(model, kind)."
+            f"revert() needs a converted model; got {type(model).__name__}."
+            + (converted_parts(model) or " Convert one with hf_linattn.convert(model, kind).")
         )
+    refuse_adapter(model, "revert")
     check_model(model)
     settings = settings_of(model.config)
     family = get_family(model.config)
@@ -122,6 +120,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     setattr(new_config, family.dropout_field, settings.attention_dropout or 0.0)
     _set_config(model, old_config, new_config)
     _set_classes(model, stock)
+    name_as_stock(model)
     remembered = model.__dict__.pop(_STOCK_IMPLEMENTATION, None)
     select_attention(new_config, model.get_correct_attn_implementation(remembered))
     if new_config.architectures is not None:

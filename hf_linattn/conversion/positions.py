@@ -15,6 +15,7 @@ from ..errors import ConfigError, UnsupportedError, did_you_mean
 from ..integrations.canary import check_model
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX
+from ..integrations.wrappers import itself
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def extend_positions(model: PreTrainedModel, num_positions: int, *, method: str 
     """
     if method not in list(METHODS):
         raise ConfigError(f"method must be one of {list(METHODS)}; got {method!r}.{did_you_mean(method, METHODS)}")
+    model = itself(model, "extend_positions")
     check_model(model)
     new = _integer(num_positions)
     table, owner = _find_table(model)
@@ -116,12 +118,6 @@ def _integer(number: Any) -> int:
 
 def _find_table(model: Any) -> tuple[Any, Any]:
     """The table of positions, usually an `nn.Embedding`, and the module that owns it."""
-    if not isinstance(model, PreTrainedModel):
-        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise UnsupportedError(
-            f"extend_positions() needs a Transformers model (a BERT or GPT-2); got {given}. Extend the model before "
-            "it is wrapped (DDP, PEFT, torch.compile), and wrap it afterwards."
-        )
     model_type = getattr(model.config, "model_type", None)
     family = str(model_type).removeprefix(MODEL_TYPE_PREFIX)
     if family == "vit":

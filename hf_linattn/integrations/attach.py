@@ -16,10 +16,10 @@ from ..modules.registry import get_kind, list_kinds
 from .cache import add_hook, remove_hook
 from .expected import changed, describe
 from .families import Family, defaults_family, get_family, is_causal_model, layer_shape, set_attention_dropout
+from .layers import ATTRIBUTE, linear_layer
 from .seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
 
-ATTRIBUTE = "linattn"
 # What the layers of a model were made from, kept beside its config, which can be edited.
 _MADE_FROM = "_linattn_made_from"
 _UNDO = (
@@ -157,7 +157,7 @@ def check_consistent(model: Any, error: type[LinAttnError] = CheckpointError) ->
     """Raise if a model's config no longer describes its layers, as after editing the config."""
     settings = settings_of(model.config)
     for index, layer in enumerate(family_layers(model)):
-        held = getattr(layer, ATTRIBUTE, None)
+        held = linear_layer(layer)
         told = settings.config if index in (settings.layers or ()) else None
         if (None if held is None else held.config) != told:
             raise error(

@@ -20,6 +20,7 @@ from ..modules.registry import get_kind
 from .canary import check_seams
 from .expected import changed
 from .families import defaults_family, is_causal_model
+from .layers import linear_layer
 from .seams import (
     ARGUMENT,
     LAYER_TYPE,
@@ -285,7 +286,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     if not torch.compiler.is_compiling() and not any(isinstance(other, RecurrentLayer) for other in layers[:index]):
         _check_in_step(layers[index:])
-    active, own = attention_of(module.config), module.linattn.kind  # type: ignore[union-attr]
+    active, own = attention_of(module.config), linear_layer(module).kind  # type: ignore[union-attr]
     if active != own:
         raise UnsupportedError(
             f"This cache holds the state of {own!r} attention, and the active attn_implementation is {active!r}, which"
@@ -327,7 +328,7 @@ def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:
 def _check_hand_over() -> None:
     """Raise if the layer that is updating its cache is one of ours: then it was `hand_over` that did not find it."""
     layer = None if is_compiling() else calling_layer("linattn")
-    if layer is not None and attention_of(layer.config) == layer.linattn.kind:  # type: ignore[union-attr]
+    if layer is not None and attention_of(layer.config) == linear_layer(layer).kind:  # type: ignore[union-attr]
         raise changed("cache in use", f"an update by {type(layer).__name__}, whose forward was given no Cache")
 
 

@@ -104,6 +104,22 @@ def is_cross_attention(
     return bool(is_decoder)
 
 
+def check_prefix(module: nn.Module, config: Any, *, queries: int, keys: int, own_tokens: bool) -> None:
+    """Raise `UnsupportedError` for keys from before the tokens of a bidirectional layer: a cache, or prefix tuning.
+
+    Args:
+        own_tokens: Whether the layer is known to attend to its own tokens. A converted one always does.
+    """
+    encoder = getattr(module, "is_decoder", None) is False and not getattr(config, "add_cross_attention", False)
+    if queries != keys and (own_tokens or encoder):
+        raise UnsupportedError(
+            "A bidirectional layer with linear attention has no keys but those of its own tokens, which past keys and "
+            f"values add to: got {keys} keys for {queries} queries. Pass all tokens at once, without a cache "
+            "(use_cache=False). In place of prefix tuning use virtual tokens in the input (PEFT: PromptTuningConfig, "
+            "PromptEncoderConfig) or an adapter of the weights (LoraConfig), or keep attn_implementation='sdpa'."
+        )
+
+
 _dropout_warned = False
 
 

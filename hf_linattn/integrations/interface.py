@@ -15,10 +15,11 @@ from ..modules.registry import get_kind, list_kinds
 from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .canary import check_model
-from .checks import check_mask, check_positions, is_cross_attention, warn_attention_dropout
+from .checks import check_mask, check_positions, check_prefix, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
 from .keywords import check_keywords
+from .layers import linear_layer
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
@@ -95,18 +96,15 @@ def attend(
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
     if not cross:
-        if not is_causal and query.shape[2] != key.shape[2]:
-            raise InputError(
-                f"A bidirectional layer reads whole sequences: every token sees the new ones. Got {query.shape[2]} "
-                f"queries for {key.shape[2]} keys, as with a cache of earlier tokens. Pass all tokens at once, with "
-                "use_cache=False."
-            )
         check_positions(kwargs.get("position_ids"), mask, query.shape[2])
     scaling = check_scaling(module, scaling, query.shape[-1])
 
-    layer = getattr(module, "linattn", None)
+    layer = linear_layer(module)
     if layer is None and is_converted(config):
         return _softmax(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal)
+    if not is_causal:
+        own_tokens = layer is not None or not cross
+        check_prefix(module, config, queries=query.shape[2], keys=key.shape[2], own_tokens=own_tokens)
     warn_attention_dropout(dropout)
     key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     if layer is not None:
@@ -121,9 +119,10 @@ def attend(
                 f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. "
                 f"{convert_otherwise(config, is_causal)}"
             )
+        held: Any = module.linattn  # the layer, or what PEFT has put round it
         if recurrent is not None:
-            return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2), None
-        output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
+            return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2), None
+        output = held(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(
             kind,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, InputError
+from ..integrations.adapters import name_as_unsaved
 from ..integrations.attach import (
     ATTRIBUTE,
     attach,
@@ -257,6 +258,8 @@ def _check_loaded(
     fresh = bool(expected) and missing == expected and not unexpected and not ours
     saved = _saved_settings(model, source, kwargs)
     asked = settings_of(model.config)
+    if saved is None:
+        name_as_unsaved(model, asked.config.kind)
     if fresh and saved is not None and saved.config == asked.config and saved.layers == asked.layers:
         raise CheckpointError(
             f"{source!r} says that it is a converted model, but its weights hold no linear attention tensors "

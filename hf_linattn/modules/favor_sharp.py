@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..ops.favor.attention import FavorStatistics, favor_attention, favor_basis, favor_statistics, neutral_statistics
-from ..ops.favor.statistics import FAVOR_VARIANTS, FavorMoments
+from ..ops.favor.moments import without_rounding
+from ..ops.favor.statistics import DENSE_VARIANTS, FAVOR_VARIANTS, FavorMoments
 from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, StateTensor
 from .config import AttentionConfig
@@ -130,6 +131,7 @@ class FavorCalibration:
 
     def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
         self.config = config
+        self.shape = shape
         self.moments = FavorMoments.empty(shape.num_heads, shape.head_dim)
 
     def update(self, inputs: AttentionInputs) -> None:
@@ -149,20 +151,41 @@ class FavorCalibration:
         self.moments = sum(moments[1:], moments[0])
 
     def result(self) -> dict[str, Tensor]:
-        counts = self.moments.query_count, self.moments.key_count
-        if not all(bool(count) for count in counts):
-            raise InputError(
-                f"FAVOR# needs real tokens to take statistics of; got {int(counts[0])} queries and {int(counts[1])}"
-                " keys. Calibrate with batches that are not all padding."
-            )
-        if not all(bool(tensor.isfinite().all()) for tensor in self.moments.tensors().values()):
-            raise InputError("The queries or keys of the calibration data are not all finite; got inf or NaN.")
+        check_calibration(self.moments, self.config.variant, self.shape.layer_idx)
         statistics = self.moments.statistics(self.config.variant, self.config.centring)
         values = {f"statistics_{name}": value.float() for name, value in statistics._asdict().items()}
         for name in ("statistics_query_transform", "statistics_key_transform"):
             if values[name].shape[-2] == 1:
                 values[name] = torch.diag_embed(values[name].squeeze(-2))
         return {**values, "calibrated_tokens": self.moments.key_count.float().reshape(())}
+
+
+def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
+    """Raise `InputError` for moments that are no statistics: of too few tokens, of equal ones, not finite."""
+    seen, dim = int(min(moments.query_count, moments.key_count)), moments.query_mean.shape[-1]
+    if not seen:
+        raise InputError(
+            f"FAVOR# needs real tokens to take statistics of; got {int(moments.query_count)} queries and"
+            f" {int(moments.key_count)} keys. Calibrate with batches that are not all padding."
+        )
+    # The second moments of d dimensions about their mean have full rank from d + 1 tokens on.
+    needed = dim + 1 if variant in DENSE_VARIANTS else 2
+    if seen < needed:
+        why = f"one more than the {dim} dimensions of a head" if variant in DENSE_VARIANTS else "for a variance"
+        raise InputError(
+            f"Calibrating FAVOR# with variant={variant!r} needs at least {needed} real tokens ({why}); got {seen}."
+            " Pass more batches (some tens of thousands of tokens)."
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in moments.tensors().values()):
+        raise InputError(
+            f"The queries or keys of the calibration data are not all finite (inf or NaN) in layer {layer}."
+        )
+    sides = (moments.query_scatter, moments.query_mean), (moments.key_scatter, moments.key_mean)
+    if not any(bool(without_rounding(scatter / seen, mean).any()) for scatter, mean in sides):
+        raise InputError(
+            f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take"
+            " statistics of. Calibrate with typical inputs."
+        )
 
 
 _checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()

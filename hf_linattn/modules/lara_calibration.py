@@ -43,6 +43,7 @@ class ProposalCalibration:
         self._points = torch.zeros(shape.num_heads, size, shape.head_dim)
         self._priorities = torch.full((size,), float("-inf"), dtype=torch.float64)
         self._seen = torch.zeros(1, dtype=torch.int64)
+        self._broken = torch.zeros(1, dtype=torch.int64)
         self._generator = torch.Generator(device="cpu").manual_seed(
             derive_seed(seed, shape.layer_idx, "lara-sample", stream)
         )
@@ -79,11 +80,8 @@ class ProposalCalibration:
             visible = numbers <= at[:, None] if inputs.is_causal else None
             means.append((part + proposal_key_mean(part, y, visible)).squeeze(0))
         points = torch.cat(means, dim=1).cpu()
-        if not bool(points.isfinite().all()):
-            raise InputError(
-                f"Queries or keys of layer {self._shape.layer_idx} are not finite; proposals cannot be calibrated on"
-                " them."
-            )
+        # Told by `result`: a process that raised here would leave the others waiting for its state.
+        self._broken += int((~points.isfinite().all(-1).all(0)).sum())
         self._keep(torch.cat([self._points, points], dim=1), torch.cat([self._priorities, priorities[entering]]))
 
     def _keep(self, points: Tensor, priorities: Tensor) -> None:
@@ -91,24 +89,43 @@ class ProposalCalibration:
         self._points, self._priorities = points[:, best], priorities[best]
 
     def state(self) -> dict[str, Tensor]:
-        """The sample (`-inf` as priority of empty places) and the number of tokens seen."""
-        return {"points": self._points, "priorities": self._priorities, "tokens": self._seen}
+        """The sample (`-inf` as priority of empty places), and the numbers of tokens seen and of those not finite."""
+        return {
+            "points": self._points,
+            "priorities": self._priorities,
+            "tokens": self._seen,
+            "broken": self._broken,
+        }
 
     def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """The sample of the tokens of all `states`."""
         self._keep(torch.cat([s["points"] for s in states], dim=1), torch.cat([s["priorities"] for s in states]))
         self._seen = torch.stack([s["tokens"] for s in states]).sum(0)
+        self._broken = torch.stack([s["broken"] for s in states]).sum(0)
 
     def result(self) -> dict[str, Tensor]:
-        """The layer's `centroids` and `calibrated_tokens`. Raises `InputError` for fewer tokens than centroids."""
-        points = self._points[:, self._priorities > float("-inf")]
+        """The layer's `centroids` and `calibrated_tokens`.
+
+        Raises: `InputError` for fewer tokens than centroids, for equal ones, and for some that are not finite.
+        """
+        points, layer = self._points[:, self._priorities > float("-inf")], self._shape.layer_idx
+        if int(self._broken):
+            raise InputError(
+                f"The queries or keys of the calibration data are not all finite (inf or NaN) in layer {layer}."
+            )
         if points.shape[1] < self._num_proposals:
             raise InputError(
-                f"Calibrating {self._num_proposals} proposals needs at least as many real tokens; got"
-                f" {points.shape[1]}. Pass more batches (some tens of thousands of tokens), or set a smaller"
-                " num_landmarks."
+                f"Calibrating {self._num_proposals} proposals needs at least as many real tokens (beside global"
+                f" ones); got {points.shape[1]}. Pass more batches (some tens of thousands of tokens), or set a"
+                " smaller num_landmarks."
             )
-        seed = derive_seed(self._seed, self._shape.layer_idx, "lara-kmeans")
+        spread = (points - points[:, :1]).abs().amax()
+        if self._num_proposals > 1 and bool(spread <= 16 * torch.finfo(points.dtype).eps * points.abs().amax()):
+            raise InputError(
+                f"All {points.shape[1]} tokens of the calibration data are equal in layer {layer}: there is nothing to"
+                " take proposals from. Calibrate with typical inputs."
+            )
+        seed = derive_seed(self._seed, layer, "lara-kmeans")
         return {
             "centroids": kmeans(points, self._num_proposals, seed=seed),
             "calibrated_tokens": self._seen.sum().float(),

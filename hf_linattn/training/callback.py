@@ -7,9 +7,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..errors import InputError, UnsupportedError
+from ..errors import UnsupportedError
+from ..integrations.adapters import keep_in_adapters
 from ..integrations.canary import check_trainer
 from ..integrations.expected import changed
+from ..integrations.layers import active_layers
+from ..integrations.wrappers import module_of
 from ..modules.redraw import check_step, redraws, set_training_step
 
 
@@ -28,20 +31,23 @@ def redraw_projections(model: nn.Module, step: int) -> int:
     run continues as if it had not been interrupted.
 
     Args:
-        model: A converted model, as it is or wrapped (DDP, FSDP, `torch.compile`, `Accelerator.prepare`).
+        model: A converted model, as it is or wrapped (DDP, FSDP, `torch.compile`, `Accelerator.prepare`). With an
+            adapter (PEFT) the directions are the adapter's: from the first call on it holds them, as with
+            `modules_to_save=["linattn"]`, and the model under it keeps its own.
         step: Optimizer steps taken so far; micro-batches of gradient accumulation do not count.
     Returns: The number of layers whose directions were drawn.
-    Raises: InputError if `step` is not a number of steps or `model` no module; UnsupportedError for a model in native
-        mode (`attn_implementation=`) whose settings ask for redraws: it has no layers that could keep them.
+    Raises: InputError if `step` is not a number of steps; UnsupportedError if `model` holds none, for a model in
+        native mode (`attn_implementation=`) whose settings ask for redraws (it has no layers that could keep them),
+        and for several active adapters.
     Cost: a QR factorisation of `num_features / head_dim` blocks per head and layer, on the CPU, at each redraw.
     """
     check_step(step)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    layers = [module for module in model.modules() if redraws(module)]
-    if not layers:
+    model = module_of(model, "redraw_projections")
+    if not any(redraws(layer) for layer in active_layers(model)):
         _check_native(model)
-    return sum(set_training_step(layer, step) for layer in layers)  # type: ignore[arg-type]
+        return 0
+    keep_in_adapters(model, redraws)
+    return sum(set_training_step(layer, step) for layer in active_layers(model))
 
 
 def _check_native(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from .balance import dense_transforms, diagonal_balance
 from .moments import merge_moments, row_moments, without_rounding
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
-_DENSE_VARIANTS = ("aderf", "sderf", "dense")
+DENSE_VARIANTS = ("aderf", "sderf", "dense")
 
 
 class FavorStatistics(NamedTuple):
@@ -212,7 +212,7 @@ def favor_statistics(
     check_inputs(query, key, key, key_mask)
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     with torch.autocast(query.device.type, enabled=False):
-        moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in _DENSE_VARIANTS)
+        moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in DENSE_VARIANTS)
         statistics = _statistics(_scaled(moments, scaling), variant, centring)
     return RowStatistics(*(s.to(dtype) for s in statistics))
 
@@ -243,7 +243,7 @@ def _pooled_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorStatistics:
-    is_dense = variant in _DENSE_VARIANTS
+    is_dense = variant in DENSE_VARIANTS
     x2, y2 = moments.query_scatter, moments.key_scatter
     if is_dense and x2.shape[-1] != x2.shape[-2]:
         raise InputError(f"variant={variant!r} needs dense moments; got diagonal ones.")
