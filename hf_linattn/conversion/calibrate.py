@@ -17,7 +17,7 @@ from ..integrations.attach import family_layers
 from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
-from ..integrations.interface import attend
+from ..integrations.interface import attend, causality
 from ..integrations.layers import active_layers, linear_layer
 from ..integrations.masks import linattn_mask, token_mask
 from ..integrations.seams import check_scaling, register_attention
@@ -135,7 +135,7 @@ def _observe(
     check_mask(mask)
     if mask is not None and mask.shape[1] != key.shape[2]:
         raise InputError(f"attention_mask must cover the {key.shape[2]} tokens; got {tuple(mask.shape)}.")
-    is_causal = bool(getattr(module, "is_causal", False))
+    is_causal = causality(module, kwargs)
     if module in observed:
         scale = check_scaling(module, scaling, query.shape[-1])
         observed[module].update(AttentionInputs(query, key, value, mask, scaling=scale, is_causal=is_causal))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, InputError, UnsupportedError
 from ..integrations.canary import check_model
 from ..integrations.families import is_converted
-from ..integrations.interface import attend
+from ..integrations.interface import attend, causality
 from ..integrations.masks import linattn_mask, token_mask
 from ..integrations.seams import attention_of, register_attention
 from ..integrations.wrappers import converted_parts, inside
@@ -209,7 +209,7 @@ def _probe(
     """Softmax attention that compares itself with the linear attention of the same layer."""
     kind, layers = _RECORDER.get()
     attention_mask = token_mask(attention_mask, query.device)
-    is_causal = bool(getattr(module, "is_causal", False))
+    is_causal = causality(module, kwargs)
     exact = exact_attention(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
     stays_softmax = is_converted(getattr(module, "config", None)) and getattr(module, "linattn", None) is None
     if stays_softmax or getattr(module, "is_cross_attention", False):

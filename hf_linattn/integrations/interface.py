@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def attend(
         attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
     check_keywords(kind, module, kwargs)
     config = getattr(module, "config", None)
-    is_causal = _causality(module, config, kwargs)
+    is_causal = causality(module, kwargs)
     _check_agreement(module, attention_mask, is_causal, asked=kwargs.get("is_causal") is not None)
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
@@ -140,7 +140,12 @@ def attend(
     return output.transpose(1, 2), None
 
 
-def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
+def causality(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an attention function is causal: what the call says, else what the module does.
+
+    Raises: `UnsupportedError` if neither says, or if the config contradicts the module.
+    """
+    config = getattr(module, "config", None)
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", None)

@@ -173,3 +173,14 @@ def test_gpt2_without_the_field_has_the_defaults_of_decoders() -> None:
     causal = hf_linattn.convert(GPT2LMHeadModel(gpt2_config()), "lara").config.linear_attention
     both = hf_linattn.convert(GPT2LMHeadModel(gpt2_config(is_causal=False)), "lara").config.linear_attention
     assert (causal["proposal_source"], both["proposal_source"]) == ("calibrated", "landmarks")
+
+
+@pytest.mark.parametrize(("kind", "case"), CONVERTED)
+def test_compare_and_calibrate_follow_the_config(kind: str, case: ModelCase) -> None:
+    """Softmax beside which a layer is compared, or with which it is calibrated, is bidirectional too."""
+    changes = {"favor_sharp": {"statistics": "calibrated"}, "lara": {"proposal_source": "calibrated"}}.get(kind, {})
+    settings = own_settings(case, kind, is_causal=False, window_size=EXACT, **changes)
+    model = ready(hf_linattn.convert(case.build(is_causal=False), settings))
+    report = hf_linattn.compare(model, [padded()])
+    assert max(layer.error for layer in report.layers) < 1e-3
+    assert report.hidden_cosine > 1 - 1e-5
