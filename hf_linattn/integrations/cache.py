@@ -17,6 +17,7 @@ from ..errors import UnsupportedError, UnsupportedTransformersError
 from ..modules.base import LinearAttention
 from ..modules.recurrent import RecurrentMemory
 from ..modules.registry import get_kind
+from ..modules.whole import is_recorded
 from .canary import check_seams
 from .expected import changed
 from .families import defaults_family, get_family
@@ -256,7 +257,8 @@ def cache_layer_types(config: Any) -> list[str] | None:
     value = getattr(config, "linear_attention", None)
     family = get_family(config).name
     is_causal = family == "gpt2" or getattr(config, "is_decoder", False)
-    if value is None or not is_causal or attention_of(config) != value["kind"]:
+    # In a graph that is run for other inputs later, no state of this call is of use: all keys and values are kept.
+    if value is None or not is_causal or attention_of(config) != value["kind"] or is_recorded():
         return None
     settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):

@@ -14,6 +14,7 @@ from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
 from .defaults import resolve
 from .recurrent import RecurrentMemory
+from .whole import attend as attend_whole
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class LinearAttention(nn.Module):
             grid=grid,
             training=self.training,
         )
-        return self.attend(self.config, self._tensors(), inputs)
+        return attend_whole(type(self), self.config, self._tensors(), inputs)
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))

@@ -6,6 +6,7 @@ A kind's settings are a frozen, keyword-only dataclass; a name that is not a fie
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -62,6 +63,8 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+        # As text, at hand for graphs that keep the settings (`modules/whole.py`); not a field.
+        object.__setattr__(self, "as_json", json.dumps(self.to_dict(), sort_keys=True))
 
     # -- validation -------------------------------------------------------------------------------------------------
     def validate(self) -> None:
