@@ -1,7 +1,8 @@
 """Checks of tensors' values in graphs: made when the graph runs, since the values are not there when it is made.
 
-`torch.compile`, `torch.export` and a captured CUDA graph get an assertion of torch, which does not wait for the GPU; its
-message names this library. `torch.jit.trace` drops operators without a result, so there a tensor passes through one.
+`torch.compile`, `torch.export` and a captured CUDA graph get an assertion of torch, which does not wait for the GPU;
+its message names this library. `torch.jit.trace` drops operators without a result, so there a tensor passes through
+one.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tens
     """Let the graph fail where positions do not increase along a row's real tokens, as in packed sequences.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`. mask: What the attention function was given, a `TokenMask` as a rule.
+        query: `[batch, heads, queries, head_dim]`. mask: What the attention function was given, as a rule a
+            `TokenMask`.
         position_ids: `[batch or 1, queries]`. key_mask: `[batch, keys]` bool.
     Returns: `query`, to be used instead of it.
     """
     # Once per forward, not in every layer: the mask is made once. Where gradients are recorded a layer may run within
-    # a checkpoint, from which a graph lets nothing be remembered.
-    remembers = getattr(mask, "in_graph", False) and not torch.is_grad_enabled()
+    # a checkpoint, from which torch.compile lets nothing be remembered.
+    may_remember = torch.jit.is_tracing() or not torch.is_grad_enabled()
+    remembers = may_remember and getattr(mask, "in_graph", False)
     if remembers and mask.ordered is position_ids:
         return query
     query = require(query, ~out_of_order(position_ids, key_mask, query.shape[2]).any(), _UNORDERED)

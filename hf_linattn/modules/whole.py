@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
 _LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor[] state, str settings, str names, float scaling,"
-    " bool is_causal, int[] grid) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor[] state, str settings, str names,"
+    " float scaling, bool is_causal, int[] grid) -> Tensor"
 )
 _NAME = "hf_linattn::attention"
 
@@ -45,8 +45,8 @@ def attend(
         return module_cls.attend(config, state, inputs)
     if _to_onnx():
         raise UnsupportedError(
-            f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no operator"
-            " for it. Use torch.export or torch.jit.trace, or export the model with softmax attention"
+            f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no"
+            " operator for it. Use torch.export or torch.jit.trace, or export the model with softmax attention"
             " (model.set_attn_implementation('eager'))."
         )
     is_random = inputs.training and (config.slot_dropout > 0 or getattr(config, "sample_noise", False))
@@ -100,16 +100,15 @@ def _attention(
     module_cls, config = _parsed(settings)
     size = (grid[0], grid[1]) if grid else None
     inputs = AttentionInputs(query, key, value, key_mask, scaling=scaling, is_causal=is_causal, grid=size)
-    return module_cls.attend(config, dict(zip(names.split(",") if names else (), state, strict=True)), inputs).contiguous()
+    named = dict(zip(names.split(",") if names else (), state, strict=True))
+    return module_cls.attend(config, named, inputs).contiguous()
 
 
 def _like_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def _gradients(
-    options: Sequence[Any], grad: Tensor, mask: Tensor | None, *tensors: Tensor
-) -> list[Tensor]:
+def _gradients(options: Sequence[Any], grad: Tensor, mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     """Of query, key, value and the state's tensors, from a forward pass that is done again."""
     with torch.enable_grad():
         leaves = [z.detach().requires_grad_() for z in tensors]
@@ -128,7 +127,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Any:
     query, key, value, key_mask, *state = ctx.saved_tensors
     found = backward_of(_gradients, ctx.options, grad, key_mask, query, key, value, *state)
-    return *found[:3], None, found[3:], None, None, None, None, None
+    grid = ctx.options[-1]
+    return *found[:3], None, found[3:], None, None, None, None, [None] * len(grid)
 
 
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 def ordinary_tensors() -> Iterator[None]:
     """Tensors made in the `with` block are ordinary ones, by default on the CPU, whatever is active around it.
 
-    That is inference mode, gradients, autocast, a default device, the transforms of `torch.func`, the fake tensors with
-    which `torch.export` traces and the recording of `torch.jit.trace`.
+    That is inference mode, gradients, autocast, a default device, the transforms of `torch.func`, the fake tensors
+    with which `torch.export` traces and the recording of `torch.jit.trace`.
     """
     with contextlib.ExitStack() as stack:
         for manager in (
