@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UnsupportedError
 from .expected import installed
 from .graph_checks import PACKED as _PACKED
-from .graph_checks import out_of_order, require_order
+from .graph_checks import out_of_order
 from .seams import is_tracing
 
 # Arguments that models pass on to the attention function and that do not change what attention computes.
@@ -103,30 +103,25 @@ def _is_seen(tensor: Tensor | None, seen: _Seen | None) -> bool:
     return seen[0]() is tensor and seen[1] == tensor._version
 
 
-def check_positions(query: Tensor, mask: Any, position_ids: Any, key_mask: Tensor | None) -> Tensor:
+def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> bool:
     """Raise `InputError` if the positions of a row's real tokens do not increase, as in packed sequences.
 
-    While tracing (`torch.compile`, export, `torch.jit.trace`) the values are not there: the graph raises when it runs.
-
-    Args:
-        query: `[batch, heads, queries, head_dim]`. mask: What the attention function was given. key_mask: `[batch,
-            keys]` bool, the same as a tensor.
-    Returns: `query`, to be used instead of it.
+    Returns: whether that is left to the graph that is being made (`graph_checks.require_order`): while tracing
+        (`torch.compile`, export, `torch.jit.trace`) the values are not there.
     """
     global _last_checked
-    query_tokens = query.shape[2]
     if position_ids is None or query_tokens == 1 or not isinstance(position_ids, Tensor) or position_ids.is_meta:
-        return query
+        return False
     if position_ids.ndim != 2 or position_ids.shape[1] != query_tokens:
         raise InputError(
             f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}."
         )
     if is_tracing(position_ids):
-        return require_order(query, mask, position_ids, key_mask)
+        return True
     last = _last_checked
     versioned = not any(tensor.is_inference() for tensor in (position_ids, key_mask) if tensor is not None)
     if versioned and last is not None and _is_seen(position_ids, last[0]) and _is_seen(key_mask, last[1]):
-        return query
+        return False
     wrong = out_of_order(position_ids, key_mask, query_tokens)
     if bool(wrong.any()):
         row = int(wrong.any(-1).nonzero()[0])
@@ -138,7 +133,7 @@ def check_positions(query: Tensor, mask: Any, position_ids: Any, key_mask: Tenso
     if versioned:
         seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)
         _last_checked = ((weakref.ref(position_ids), position_ids._version), seen_mask)
-    return query
+    return False
 
 
 def is_cross_attention(

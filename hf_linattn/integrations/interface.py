@@ -19,7 +19,7 @@ from .canary import check_model
 from .checks import check_kwargs, check_mask, check_positions, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
-from .graph_checks import require_pattern
+from .graph_checks import require_order, require_pattern
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
@@ -93,8 +93,9 @@ def attend(
     check_mask(attention_mask)
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
-    if not cross:
-        query = check_positions(query, given, kwargs.get("position_ids"), mask)
+    position_ids: Any = kwargs.get("position_ids")
+    if not cross and check_positions(position_ids, mask, query.shape[2]):
+        query = require_order(query, given, position_ids, mask)
     scaling = check_scaling(module, scaling, query.shape[-1])
 
     layer = getattr(module, "linattn", None)

@@ -34,6 +34,8 @@ class AttentionConfig:
 
     kind: ClassVar[str] = ""
     _own_doc: ClassVar[str] = ""
+    # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/whole.py`). Not a field.
+    as_json: ClassVar[str] = ""
 
     window_size: int | None = None
     num_global_tokens: int | None = None
@@ -63,7 +65,6 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         self.validate()
-        # As text, at hand for graphs that keep the settings (`modules/whole.py`); not a field.
         object.__setattr__(self, "as_json", json.dumps(self.to_dict(), sort_keys=True))
 
     # -- validation -------------------------------------------------------------------------------------------------

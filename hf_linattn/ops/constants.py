@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -33,14 +34,26 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """The `with` block is not part of what is traced around it, and modes can be used in it."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with unrecorded(), _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+@contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """What `torch.jit.trace` does not see: sizes are numbers, and results are constants of the trace."""
     recording = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(recording)
+        torch._C._set_tracing_state(recording)  # type: ignore[attr-defined]
 
 
 def known(size: int | Tensor) -> int:
