@@ -17,6 +17,7 @@ from ..errors import UnsupportedError, UnsupportedTransformersError
 from ..modules.base import LinearAttention
 from ..modules.recurrent import RecurrentMemory
 from ..modules.registry import get_kind
+from ..modules.whole import is_recorded
 from .canary import check_seams
 from .expected import changed
 from .families import defaults_family, is_causal_model
@@ -260,7 +261,8 @@ attempt(register_cache_layers, RecurrentLayer, StaticRecurrentLayer)
 def cache_layer_types(config: Any) -> list[str] | None:
     """Type of each layer's cache for a converted model's config; `None` if no layer keeps a state."""
     value = getattr(config, "linear_attention", None)
-    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"]:
+    # In a graph that is run for other inputs later, no state of this call is of use: all keys and values are kept.
+    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"] or is_recorded():
         return None
     settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):

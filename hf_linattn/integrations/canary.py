@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedTransformersError
+from ..ops.constants import outside_of_modes
 from . import family_probes, model_probes  # noqa: F401  # add their probes to the others
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
@@ -74,8 +75,8 @@ def _ask(group: str) -> None:
 
 def _probe(seam: Seam, *args: str) -> None:
     try:
-        # As in a model's first call, whatever the caller's modes are: "meta" as default device, autograd.
-        with torch.no_grad(), torch.device("cpu"):
+        # As in a model's first call, whatever the caller's modes are: "meta" as default device, autograd, tracing.
+        with outside_of_modes(), torch.no_grad(), torch.device("cpu"):
             found = PROBES[seam.name](*args)
     except UnsupportedTransformersError:
         raise

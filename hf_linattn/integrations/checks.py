@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from .keywords import PACKED
+from .graph_checks import PACKED, out_of_order
 from .seams import is_tracing
 
 
@@ -40,36 +40,29 @@ def _is_seen(tensor: Tensor | None, seen: _Seen | None) -> bool:
     return seen[0]() is tensor and seen[1] == tensor._version
 
 
-def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> None:
+def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> bool:
     """Raise `InputError` if the positions of a row's real tokens do not increase, as in packed sequences.
 
-    Reads tensor values, so it does nothing while tracing (`torch.compile`, export).
+    Returns: whether that is left to the graph that is being made (`graph_checks.require_order`): while tracing
+        (`torch.compile`, export, `torch.jit.trace`) the values are not there.
     """
     global _last_checked
-    if position_ids is None or query_tokens == 1 or not isinstance(position_ids, Tensor):
-        return
-    if is_tracing(position_ids) or position_ids.is_meta:
-        return
+    if position_ids is None or query_tokens == 1 or not isinstance(position_ids, Tensor) or position_ids.is_meta:
+        return False
     if position_ids.ndim != 2 or position_ids.shape[1] != query_tokens:
         raise InputError(
             f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}."
         )
+    if is_tracing(position_ids):
+        return True
     last = _last_checked
     versioned = not any(tensor.is_inference() for tensor in (position_ids, key_mask) if tensor is not None)
     if versioned and last is not None and _is_seen(position_ids, last[0]) and _is_seen(key_mask, last[1]):
-        return
-    positions = position_ids
-    if key_mask is None:
-        wrong = positions[:, 1:] <= positions[:, :-1]
-    else:
-        real = key_mask[:, -query_tokens:].to(positions.device)
-        positions = positions.expand(real.shape[0], -1)
-        # For each token, the highest position among the real tokens before it.
-        lowest = torch.iinfo(torch.long).min
-        highest = positions.long().masked_fill(~real, lowest).cummax(-1).values
-        wrong = real[:, 1:] & (positions[:, 1:] <= highest[:, :-1])
+        return False
+    wrong = out_of_order(position_ids, key_mask, query_tokens)
     if bool(wrong.any()):
         row = int(wrong.any(-1).nonzero()[0])
+        positions = position_ids.expand(wrong.shape[0], -1)
         raise InputError(
             f"position_ids must increase along the real tokens of a row; row {row} has "
             f"{positions[row].tolist()[:16]}. {PACKED}"
@@ -77,6 +70,7 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
     if versioned:
         seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)
         _last_checked = ((weakref.ref(position_ids), position_ids._version), seen_mask)
+    return False
 
 
 def is_cross_attention(

@@ -12,12 +12,15 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
+from ..modules.whole import attend as attend_whole
+from ..ops.constants import known
 from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .canary import check_model
 from .checks import check_mask, check_positions, check_prefix, is_cross_attention, warn_attention_dropout
 from .expected import changed
 from .families import family_of, is_converted
+from .graph_checks import require_order, require_pattern
 from .keywords import check_keywords
 from .layers import linear_layer
 from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
@@ -91,12 +94,14 @@ def attend(
     if not is_causal and is_unpadded and attention_mask.shape[1] != key.shape[2]:
         found = f"{key.shape[2]} keys for a mask of {attention_mask.shape[1]} tokens from {type(module).__name__}"
         raise changed("attention modules", found)
-    attention_mask = token_mask(attention_mask, query.device)
+    query = require_pattern(query, attention_mask)
+    given, attention_mask = attention_mask, token_mask(attention_mask, query.device)
     check_mask(attention_mask)
     cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
     key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
-    if not cross:
-        check_positions(kwargs.get("position_ids"), mask, query.shape[2])
+    position_ids: Any = kwargs.get("position_ids")
+    if not cross and check_positions(position_ids, mask, query.shape[2]):
+        query = require_order(query, given, position_ids, mask)
     scaling = check_scaling(module, scaling, query.shape[-1])
 
     layer = linear_layer(module)
@@ -197,7 +202,7 @@ def _match_keys(
 
 def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:
     """Grouped-query attention: give every query head its own copy of its group's keys or values."""
-    repeats = query.shape[1] // states.shape[1]
+    repeats = known(query.shape[1]) // known(states.shape[1])
     return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
 
 
@@ -271,11 +276,11 @@ def _native(
         kind,
         family,
         given,
-        query.shape[1],
-        query.shape[3],
+        known(query.shape[1]),
+        known(query.shape[3]),
         getattr(module, "layer_idx", None) or 0,
         is_causal,
-        None if image is None else image[1],
+        None if image is None else known(image[1]),
         str(query.device),
         module.training,
     )
@@ -287,7 +292,7 @@ def _native(
     inputs = AttentionInputs(
         query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
     )
-    return declared.module_cls.attend(settings, dict(state), inputs)
+    return attend_whole(declared.module_cls, settings, dict(state), inputs)
 
 
 def _check_cross(kind: str, settings: AttentionConfig) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from .expected import installed
+from .graph_checks import PACKED
 from .seams import attention_keywords
 
 # What models pass on to the attention function and what does not change what attention computes.
@@ -37,11 +38,6 @@ HARMLESS = frozenset(
         "return_dict",
         "use_cache",
     }
-)
-
-PACKED = (
-    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
-    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
 )
 
 # What does change it, with what to do about each.

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..modules.recurrent import RecurrentMemory
+from ..ops.constants import known
 from ..ops.recurrent.held import fingerprint
 from .canary import check_seams
 from .expected import changed
+from .graph_checks import require, require_plain
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
@@ -47,6 +49,10 @@ class TokenMask:
             `None`: all of them.
         follows: Whether there are such tokens.
         is_causal: Which of the two patterns the model asked for, if that is known.
+
+    Attributes:
+        in_graph: Whether it was made while tracing, for the graph that is being made.
+        pattern: A scalar bool that must be True when that graph runs (`graph_checks.require_pattern`).
     """
 
     ndim = 2
@@ -67,6 +73,9 @@ class TokenMask:
         self.past = past
         self.follows = follows
         self.is_causal = is_causal
+        self.in_graph = False
+        self.pattern: Tensor | None = None
+        self.ordered: Tensor | None = None  # positions that the graph checks already
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
@@ -74,7 +83,9 @@ class TokenMask:
         if device is None:
             return self
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return TokenMask(tokens, self.shape, device, self.past, self.follows, self.is_causal)
+        moved = TokenMask(tokens, self.shape, device, self.past, self.follows, self.is_causal)
+        moved.in_graph, moved.pattern = self.in_graph, self.pattern
+        return moved
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -177,7 +188,7 @@ def linattn_mask(
         is longer than what has been seen (static cache): the attention function then drops the unseen keys.
     Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns;
         `UnsupportedTransformersError` for an argument that is not known here, or missing.
-        What can only be read from tensors (packed sequences) is not checked while tracing (`torch.compile`, export).
+        What can only be read from tensors (packed sequences) raises when the graph runs, while tracing.
     """
     check_seams(getattr(kwargs.get("config"), "model_type", None))
     unknown = [
@@ -193,7 +204,11 @@ def linattn_mask(
             return attention_mask
         attention_mask = attention_mask.tokens
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
-    if local_size is not None or use_vmap or (not tracing and mask_function not in _PLAIN):
+    batch_size, q_length, kv_length = known(batch_size), known(q_length), known(kv_length)
+    is_plain = mask_function in _PLAIN
+    # Transformers adds the pattern of packed sequences to all masks that it makes while tracing and without a cache.
+    may_be_plain = is_plain or (tracing and not isinstance(q_offset, Tensor) and q_length == kv_length)
+    if local_size is not None or use_vmap or not may_be_plain:
         raise UnsupportedError(
             "A linear attention kind honours the plain causal and the plain bidirectional attention pattern; this "
             "model or input asks for another one (packed sequences, sliding window, chunked or blockwise attention, "
@@ -207,31 +222,34 @@ def linattn_mask(
             f"{attention_mask.ndim}-D {tuple(attention_mask.shape)}. A linear attention kind cannot hide single "
             "query-key pairs."
         )
-    has_state = isinstance(kv_offset, Tensor) or (kv_offset > 0 and kv_offset == q_offset)
-    if has_state and kv_length == q_length:  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
-        made = _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
-    else:
-        bidirectional = mask_function is bidirectional_mask_function
-        made = _mask_of_all(
-            batch_size, q_length, kv_length, q_offset, attention_mask, device, tracing, bidirectional=bidirectional
-        )
+    sizes = batch_size, q_length, kv_length
+    made = _mask_of(*sizes, q_offset, kv_offset, mask_function, attention_mask, device, tracing)
+    made.in_graph = tracing
     if mask_function in _PLAIN:
         made.is_causal = mask_function is causal_mask_function
+    if not is_plain:
+        made.pattern = require_plain(mask_function, batch_size, q_length, device)
     return made
 
 
-def _mask_of_all(
+def _mask_of(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor,
+    kv_offset: int | Tensor,
+    mask_function: Callable[..., Any],
     attention_mask: Tensor | None,
     device: torch.device | str,
     tracing: bool,
-    *,
-    bidirectional: bool,
 ) -> TokenMask:
-    """The mask of all tokens, of those in the cache too."""
+    """`linattn_mask` for arguments that have been checked one by one."""
+    bidirectional = mask_function is bidirectional_mask_function
+    if isinstance(q_offset, Tensor) and (torch.jit.is_tracing() or not is_tracing(q_offset)):
+        q_offset = known(q_offset)
+    has_state = isinstance(kv_offset, Tensor) or (kv_offset > 0 and kv_offset == q_offset)
+    if has_state and kv_length == q_length:  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
+        return _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
     seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
     if seen > kv_length:
         raise UnsupportedError(
@@ -243,9 +261,10 @@ def _mask_of_all(
             return TokenMask(None, (batch_size, seen), device)
         all_seen = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
         return TokenMask(all_seen, (batch_size, seen), device)
-    _check_width(attention_mask, batch_size, seen)
+    whole = bidirectional or not isinstance(q_offset, Tensor)
+    attention_mask = _check_width(attention_mask, batch_size, seen if whole else q_offset + q_length)
     mask = attention_mask.to(torch.bool)
-    if mask.shape[0] != batch_size:
+    if known(mask.shape[0]) != batch_size:
         mask = mask.expand(batch_size, -1)
     # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention function to
     # compare with the keys it gets.
@@ -268,8 +287,7 @@ def _mask_of_new(
     follows = True if is_tracing(q_offset) else bool(q_offset)
     if attention_mask is None:
         return TokenMask(None, shape, device, follows=follows)
-    if not tracing:
-        _check_width(attention_mask, batch_size, int(q_offset) + q_length)
+    attention_mask = _check_width(attention_mask, batch_size, q_offset + q_length)
     mask = attention_mask.to(torch.bool).expand(batch_size, -1)
     if not tracing and bool(mask.all()):
         return TokenMask(None, shape, device, follows=follows)
@@ -280,17 +298,22 @@ def _mask_of_new(
     return TokenMask(mask, shape, device, past, follows)
 
 
-def _check_width(attention_mask: Tensor, batch_size: int, seen: int) -> None:
-    if attention_mask.shape[1] != seen:
-        raise InputError(
-            f"attention_mask must cover all tokens, past ones included: [batch, {seen}]; got "
-            f"{tuple(attention_mask.shape)}."
-        )
-    if attention_mask.shape[0] not in (1, batch_size):
+def _check_width(attention_mask: Tensor, batch_size: int, seen: int | Tensor) -> Tensor:
+    """Raise `InputError`, when a graph runs if the number of seen tokens is not known before. Returns the mask."""
+    width = known(attention_mask.shape[1])
+    if isinstance(seen, Tensor):
+        attention_mask = require(attention_mask, seen.reshape(()) == width, f"hf_linattn: {_WIDTH} seen + new].")
+    elif width != seen:
+        raise InputError(f"{_WIDTH} {seen}]; got {tuple(attention_mask.shape)}.")
+    if known(attention_mask.shape[0]) not in (1, batch_size):
         raise InputError(
             f"attention_mask must have a row for each of the {batch_size} inputs, [batch, tokens]; got "
             f"{tuple(attention_mask.shape)}."
         )
+    return attention_mask
+
+
+_WIDTH = "attention_mask must cover all tokens, past ones included: [batch,"
 
 
 def _seen_tokens(
@@ -301,8 +324,6 @@ def _seen_tokens(
         return kv_length  # the keys may be those of another sequence
     if not isinstance(q_offset, Tensor):
         return q_offset + q_length
-    if not is_tracing(q_offset):
-        return int(q_offset) + q_length
     # The number of seen tokens is a value in a tensor here; the mask's width is the only thing known about it.
     if attention_mask is None:
         raise UnsupportedError(

@@ -14,6 +14,7 @@ from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
 from .defaults import resolve
 from .recurrent import RecurrentMemory
+from .whole import attend as attend_whole
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class LinearAttention(nn.Module):
             grid=grid,
             training=self.training,
         )
-        return self.attend(self.config, self.tensors(), inputs)
+        return attend_whole(type(self), self.config, self.tensors(), inputs)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.

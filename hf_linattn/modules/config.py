@@ -6,6 +6,7 @@ A kind's settings are a frozen, keyword-only dataclass; a name that is not a fie
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -33,6 +34,8 @@ class AttentionConfig:
 
     kind: ClassVar[str] = ""
     _own_doc: ClassVar[str] = ""
+    # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/whole.py`). Not a field.
+    as_json: ClassVar[str] = ""
 
     window_size: int | None = None
     num_global_tokens: int | None = None
@@ -62,6 +65,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+        object.__setattr__(self, "as_json", json.dumps(self.to_dict(), sort_keys=True))
 
     # -- validation -------------------------------------------------------------------------------------------------
     def validate(self) -> None:

@@ -192,7 +192,7 @@ class RecurrentMemory:
         if self._settings != (layer.config, layer.shape):
             found = _difference(self._settings, (layer.config, layer.shape))
             raise InputError(f"This memory belongs to another layer: {found}. Start with a new cache.")
-        known = None if torch.compiler.is_compiling() else self._revision
+        known = self._revision
         if known is not None and known[0]() is layer and known[1] != layer.revision:
             raise InputError(
                 f"The directions or statistics of layer {layer.shape.layer_idx} have changed (a redraw, a calibration,"

@@ -60,11 +60,14 @@ def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:
             f"A grid of {grid[0]} x {grid[1]} patches needs {grid[0] * grid[1]} tokens after the global ones; got"
             f" {tokens}. Pass the grid of these images, or grid=None to treat the tokens as a sequence."
         )
-    if mask is not None and not torch.compiler.is_compiling() and not bool(mask.all()):
-        raise InputError(
-            "A mask over a 2-D grid must be all True (a full rectangle of patches); got one with"
-            f" {int((~mask).sum())} masked patches. Pass grid=None to treat the tokens as a sequence."
-        )
+    if mask is None:
+        return
+    must = "A mask over a 2-D grid must be all True (a full rectangle of patches)"
+    advice = "Pass grid=None to treat the tokens as a sequence."
+    if torch.compiler.is_compiling():  # when the graph runs
+        torch._assert_async(mask.all(), f"hf_linattn: {must}. {advice}")
+    elif not bool(mask.all()):
+        raise InputError(f"{must}; got one with {int((~mask).sum())} masked patches. {advice}")
 
 
 def fit_window(window_size: int, tokens: int, grid: tuple[int, int] | None) -> int:

@@ -1,0 +1,130 @@
+"""Checks of tensors' values in graphs: made when the graph runs, since the values are not there when it is made.
+
+`torch.compile`, `torch.export` and a captured CUDA graph get an assertion of torch, which does not wait for the GPU;
+its message names this library. `torch.jit.trace` drops operators without a result, so there a tensor passes through
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+PACKED = (
+    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
+    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
+)
+_UNORDERED = f"hf_linattn: position_ids must increase along the real tokens of a row. {PACKED}"
+_PATTERN = (
+    "hf_linattn: position_ids must go up by one from token to token, or another mask over query-key pairs was asked"
+    f" for. {PACKED}"
+)
+
+_LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
+_LIBRARY.define("require(Tensor passed, Tensor condition, str message) -> Tensor")
+
+
+def require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
+    """Let the graph that is being made fail unless a scalar bool `condition` is True.
+
+    Returns: `passed`, to be used instead of it.
+    Raises: when the graph runs, `InputError` or a RuntimeError of torch with the message.
+    """
+    if torch.jit.is_tracing():
+        return torch.ops.hf_linattn.require(passed, condition, message)
+    if condition.device.type not in ("cpu", "cuda"):
+        condition = condition.cpu()
+    torch._assert_async(condition, message)
+    return passed
+
+
+def _require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
+    if not bool(condition):
+        raise InputError(message)
+    return passed.clone()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is needed for the derivative."""
+
+
+_LIBRARY.impl("require", _require, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_linattn::require", lambda passed, *_: torch.empty_like(passed), lib=_LIBRARY)
+torch.library.register_autograd(
+    "hf_linattn::require", lambda ctx, grad: (grad, None, None), setup_context=_keep, lib=_LIBRARY
+)
+
+
+def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Let the graph fail where positions do not increase along a row's real tokens, as in packed sequences.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`. mask: What the attention function was given, as a rule a
+            `TokenMask`.
+        position_ids: `[batch or 1, queries]`. key_mask: `[batch, keys]` bool.
+    Returns: `query`, to be used instead of it.
+    """
+    # Once per forward, not in every layer: the mask is made once. Where gradients are recorded a layer may run within
+    # a checkpoint, from which torch.compile lets nothing be remembered.
+    may_remember = torch.jit.is_tracing() or not torch.is_grad_enabled()
+    remembers = may_remember and getattr(mask, "in_graph", False)
+    if remembers and mask.ordered is position_ids:
+        return query
+    query = require(query, ~out_of_order(position_ids, key_mask, query.shape[2]).any(), _UNORDERED)
+    if remembers:
+        mask.ordered = position_ids
+    return query
+
+
+def require_plain(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor | None:
+    """Let the graph fail unless a mask over query-key pairs hides none of a row's tokens from later ones.
+
+    Returns: the condition where it still has to be required (`require_pattern`).
+    """
+    pattern = _sees_whole_past(mask_function, batch_size, tokens, device)
+    if torch.jit.is_tracing():
+        return pattern
+    require(pattern, pattern, _PATTERN)
+    return None
+
+
+def require_pattern(query: Tensor, mask: Any) -> Tensor:
+    """`require_plain` where there was no tensor to hang it on. Returns: `query`, to be used instead of it."""
+    pattern = getattr(mask, "pattern", None)
+    return query if pattern is None else require(query, pattern, _PATTERN)
+
+
+def out_of_order(position_ids: Tensor, key_mask: Tensor | None, query_tokens: int) -> Tensor:
+    """`[batch, tokens]`, True where a real token's position is not above those of the row's real tokens before.
+
+    Args:
+        position_ids: `[batch or 1, tokens]`. key_mask: `[batch, keys]` bool, the last `tokens` of which are meant.
+    """
+    # Without slices of one token less, whose length a graph with symbols for sizes wants to tell from 1.
+    has_earlier = torch.arange(query_tokens, device=position_ids.device) > 0
+    if key_mask is None:
+        return has_earlier & (position_ids <= position_ids.roll(1, -1))
+    real = key_mask[:, -query_tokens:].to(position_ids.device)
+    positions = position_ids.expand(real.shape[0], -1)
+    # For each token, the highest position among the real tokens before it.
+    lowest = torch.iinfo(torch.long).min
+    highest = positions.long().masked_fill(~real, lowest).cummax(-1).values
+    return has_earlier & real & (positions <= highest.roll(1, -1))
+
+
+def _sees_whole_past(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor:
+    """Whether a mask over query-key pairs lets every token see its row's first token and the one before, a scalar.
+
+    While it traces, Transformers adds the pattern of packed sequences to every mask whose positions it is told, since
+    their values are not there.
+    """
+    rows = torch.arange(batch_size, device=device)[:, None]
+    queries = torch.arange(tokens, device=device)[None]
+    head = queries.new_zeros(())
+    first = mask_function(rows, head, queries, torch.zeros_like(queries))
+    before = mask_function(rows, head, queries, (queries - 1).clamp_min(0))
+    return (first & before).all()
