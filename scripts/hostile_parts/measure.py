@@ -1,0 +1,72 @@
+"""The errors of a setting on hostile inputs, against float64, beside those of softmax and of the plain formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import INPUTS, Inputs, ordinary
+from .settings import SHAPE, Setting
+
+SCALES = (1e1, 1e2, 1e3, 1e4, 1e5)
+BOUNDED = 1e3  # beyond it results only have to be finite
+SMALLEST = 1e-5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("output", "gradients")
+
+Results = tuple[Tensor, ...]
+
+
+def differentiated(function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype) -> Results:
+    """The output and the gradients of query, key and value, in `dtype`."""
+    leaves = [z.detach().to(dtype).requires_grad_() for z in inputs]
+    output = function(*leaves)
+    weight = torch.randn(*output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()  # the same in all dtypes
+    return (output.detach(), *torch.autograd.grad(output, leaves, weight.to(dtype)))
+
+
+def errors(found: Results, exact: Results) -> tuple[float, float]:
+    """The largest absolute error of the output, and of the three gradients; infinite for what is not finite."""
+    off = [float((a.double() - b).abs().nan_to_num(nan=torch.inf).amax()) for a, b in zip(found, exact, strict=True)]
+    return off[0], max(off[1:])
+
+
+def measure(setting: Setting, name: str, scale: float, dtype: str) -> dict[str, Any] | None:
+    """Errors of one case and their bounds, in a form for JSON; `None` if `dtype` cannot hold the inputs or results."""
+    kind = DTYPES[dtype]
+    inputs: Inputs = tuple(z.to(kind) for z in INPUTS[name](ordinary(SHAPE), scale))  # type: ignore[assignment]
+    if not all(bool(z.isfinite().all()) for z in inputs):
+        return None
+    exact = differentiated(setting.call, inputs, torch.float64)
+    assert all(bool(z.isfinite().all()) for z in exact), (setting.name, name, scale)
+    if any(float(z.abs().max()) > torch.finfo(kind).max for z in exact):
+        return None
+    ours = errors(differentiated(setting.call, inputs, kind), exact)
+    case = {"setting": setting.name, "input": name, "scale": scale, "dtype": dtype, "ours": ours}
+    if scale > BOUNDED:
+        return {**case, "kept": max(ours) < float("inf")}
+    softmax = errors(
+        differentiated(setting.softmax, inputs, kind), differentiated(setting.softmax, inputs, torch.float64)
+    )
+    case["softmax"] = softmax
+    limits = [max(10 * off, SMALLEST) for off in softmax]
+    if any(off > limit for off, limit in zip(ours, limits, strict=True)):
+        plain = differentiated(setting.formula, inputs, torch.float32)
+        case["plain"] = errors(tuple(z.to(kind) for z in plain), exact)
+        limits = [max(limit, 2 * off) for limit, off in zip(limits, case["plain"], strict=True)]
+    case["kept"] = all(off <= limit for off, limit in zip(ours, limits, strict=True))
+    return case
+
+
+def cases(settings: list[Setting], dtypes: list[str], scales: tuple[float, ...] = SCALES) -> Iterator[dict[str, Any]]:
+    """All combinations that a dtype can hold."""
+    for setting in settings:
+        for dtype in dtypes:
+            for name in INPUTS:
+                for scale in scales:
+                    found = measure(setting, name, scale, dtype)
+                    if found is not None:
+                        yield found
