@@ -131,9 +131,8 @@ class LogWeights:
         """Queries (`self`) read all keys up to themselves, those of their chunk one by one."""
         if extra is not None or dropout:
             return causal_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
-        return causal(
+        read = causal(
             self.tokens,
-            self.token_bias.squeeze(-1),
             self.slots,
             self.slot_bias,
             key.tokens,
@@ -143,6 +142,7 @@ class LogWeights:
             value,
             chunk,
         )
+        return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
 
 
 def across_dense(
