@@ -110,6 +110,12 @@ class LogWeights:
         """What the queries `self.unbiased()` have read, with the log mass of `self`."""
         return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
 
+    def levelled(self) -> LogWeights:
+        """Without the largest factor of a token, which all slots have in common: for keys beside no exact ones."""
+        largest = self.token_bias.detach().amax(-2, keepdim=True)
+        bias = self.token_bias - largest.clamp_min(torch.finfo(largest.dtype).min)
+        return replace(self, token_bias=bias)
+
     def summarise(self, values: Tensor) -> Partial:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
         state = attend(self.slots, self.tokens, values, bias=self.token_bias.squeeze(-1))

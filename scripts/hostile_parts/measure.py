@@ -52,7 +52,8 @@ def measure(setting: Setting, name: str, scale: float, dtype: str) -> dict[str, 
         differentiated(setting.softmax, inputs, kind), differentiated(setting.softmax, inputs, torch.float64)
     )
     case["softmax"] = softmax
-    limits = [max(10 * off, SMALLEST) for off in softmax]
+    smallest = SMALLEST * max(1.0, float(inputs[2].double().std()))  # of values of order 1
+    limits = [max(10 * off, smallest) for off in softmax]
     if any(off > limit for off, limit in zip(ours, limits, strict=True)):
         plain = differentiated(setting.formula, inputs, torch.float32)
         case["plain"] = errors(tuple(z.to(kind) for z in plain), exact)

@@ -92,8 +92,10 @@ def attend_backward(
     offset, total = log_mass.masked_fill(empty, 0.0), None
     by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
     if is_large(query, key, bias):
-        output, offset, total = _normalised(query, key, value, bias, visible, by_keys=by_keys)
-    shift = ((grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass).masked_fill_(empty, 0.0)
+        offset, total, shift = _normalised(grad_output, query, key, value, bias, visible, by_keys=by_keys)
+    else:
+        shift = (grad_output.to(wide) * output.to(wide)).sum(-1)
+    shift = (shift - grad_mass).masked_fill_(empty, 0.0)
     grad_query = torch.empty(query.shape, dtype=wide, device=query.device) if needs[0] else None
     grad_key = torch.empty(key.shape, dtype=wide, device=key.device) if needs[1] else None
     grad_value = torch.empty(value.shape, dtype=wide, device=value.device) if needs[2] else None
@@ -129,22 +131,32 @@ def attend_backward(
 
 
 def _normalised(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None, *, by_keys: bool
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    visible: Tensor | None,
+    *,
+    by_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, largest logit and sum of the weights relative to it, from the very logits of the backward pass."""
+    """Largest logit, sum of the weights relative to it, and `grad_output . output`, of every query.
+
+    From the very numbers that the backward pass computes: gradients that cancel, cancel to the last digit.
+    """
     wide = _wide(query.dtype)
     top = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
-    total, result = torch.zeros_like(top), top.new_zeros(*top.shape, value.shape[-1])
+    total, mean = torch.zeros_like(top), torch.zeros_like(top)
     for part in _tiles(query, key, by_keys=by_keys):
         logits, before = _logits(query, key, bias, visible, part), top[part.queries]
         highest = torch.maximum(before, logits.amax(-1))
         weights, decay = logits.sub_(highest.unsqueeze(-1)).exp_(), (before - highest).exp_()
         total[part.queries] = total[part.queries] * decay + weights.sum(-1)
-        sums = product(weights, value[part.keys].to(wide))
-        result[part.queries] = result[part.queries] * decay.unsqueeze(-1) + sums
+        pairs = product(grad_output[part.queries], value[part.keys].transpose(-1, -2)).to(wide)
+        mean[part.queries] = mean[part.queries] * decay + weights.mul_(pairs).sum(-1)
         top[part.queries] = highest
     total.masked_fill_(total == 0, 1.0)
-    return result.div_(total.unsqueeze(-1)), top, total
+    return top, total, mean.div_(total)
 
 
 # -- flash attention of torch, on a CPU ------------------------------------------------------------------------------

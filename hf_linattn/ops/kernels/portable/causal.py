@@ -228,10 +228,12 @@ def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _
 
 
 def _ask(inputs: _Inputs, keys: _Keys) -> _Queries:
-    features = inputs.query_logits(keys.part).add_(keys.before.top.mT + inputs.slot_bias())
+    # References are large where keys are long, and similar: what they have in common is put on last, to the log mass.
+    common = keys.before.top.amax(1, keepdim=True)
+    features = inputs.query_logits(keys.part).add_((keys.before.top - common).mT + inputs.slot_bias())
     top = features.amax(-1, keepdim=True)
     features.sub_(top).exp_()
-    return _Queries(features, (features @ keys.features).tril_(), top)
+    return _Queries(features, (features @ keys.features).tril_(), top + common)
 
 
 def _read(inputs: _Inputs, keys: _Keys, output: Tensor, log_mass: Tensor) -> None:
