@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     entries = record["entries"]
     if not options.check and not options.only:
-        RESULTS.write_text(json.dumps(record, indent=None, separators=(",", ":")).replace('{"setting"', '\n{"setting"'))
+        RESULTS.write_text(
+            json.dumps(record, indent=None, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
+        )
         PAGE.write_text(inserted(PAGE.read_text(), render(entries, record["dtypes"])))
     elif options.check and inserted(PAGE.read_text(), render(entries, record["dtypes"])) != PAGE.read_text():
         print(f"error: {PAGE} is not what the results say: run {Path(__file__).name}", file=sys.stderr)

@@ -137,7 +137,11 @@ def _windows(
         visible = earlier if visible is None else visible & earlier
     x, y = (grouped(z).unflatten(-2, (per_group, members)) for z in (tokens.x, tokens.y))
     near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
-    partials, reader, through = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))], query.unbiased(), []
+    partials, reader, through = (
+        [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))],
+        query.unbiased(),
+        [],
+    )
     if per_group > 1:
         query_logits, key_logits = reader.dense(), key.dense()
         query_logits = query_logits if extra is None else query_logits + extra

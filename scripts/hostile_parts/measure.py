@@ -24,7 +24,9 @@ def differentiated(function: Callable[..., Tensor], inputs: Inputs, dtype: torch
     """The output and the gradients of query, key and value, in `dtype`."""
     leaves = [z.detach().to(dtype).requires_grad_() for z in inputs]
     output = function(*leaves)
-    weight = torch.randn(*output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()  # the same in all dtypes
+    weight = torch.randn(
+        *output.shape, generator=torch.Generator().manual_seed(1)
+    ).bfloat16()  # the same in all dtypes
     return (output.detach(), *torch.autograd.grad(output, leaves, weight.to(dtype)))
 
 
@@ -48,18 +50,27 @@ def measure(setting: Setting, name: str, scale: float, dtype: str) -> dict[str, 
     case = {"setting": setting.name, "input": name, "scale": scale, "dtype": dtype, "ours": ours}
     if scale > BOUNDED:
         return {**case, "kept": max(ours) < float("inf")}
-    softmax = errors(
-        differentiated(setting.softmax, inputs, kind), differentiated(setting.softmax, inputs, torch.float64)
-    )
-    case["softmax"] = softmax
-    smallest = SMALLEST * max(1.0, float(inputs[2].double().std()))  # of values of order 1
-    limits = [max(10 * off, smallest) for off in softmax]
-    if any(off > limit for off, limit in zip(ours, limits, strict=True)):
-        plain = differentiated(setting.formula, inputs, torch.float32)
-        case["plain"] = errors(tuple(z.to(kind) for z in plain), exact)
-        limits = [max(limit, 2 * off) for limit, off in zip(limits, case["plain"], strict=True)]
+    limits = [SMALLEST * max(1.0, float(inputs[2].double().std()))] * 2  # of values of order 1
+    for reference, factor in (("softmax", 10), ("plain", 2)):
+        if any(off > limit for off, limit in zip(ours, limits, strict=True)):
+            case[reference] = (
+                _softmax(setting, inputs, kind) if reference == "softmax" else _plain(setting, inputs, exact)
+            )
+            limits = [max(limit, factor * off) for limit, off in zip(limits, case[reference], strict=True)]
     case["kept"] = all(off <= limit for off, limit in zip(ours, limits, strict=True))
     return case
+
+
+def _softmax(setting: Setting, inputs: Inputs, dtype: torch.dtype) -> tuple[float, float]:
+    return errors(
+        differentiated(setting.softmax, inputs, dtype), differentiated(setting.softmax, inputs, torch.float64)
+    )
+
+
+def _plain(setting: Setting, inputs: Inputs, exact: Results) -> tuple[float, float]:
+    """In float32, rounded to the dtype of the inputs."""
+    found = differentiated(setting.formula, inputs, torch.float32)
+    return errors(tuple(z.to(inputs[0].dtype) for z in found), exact)
 
 
 def cases(settings: list[Setting], dtypes: list[str], scales: tuple[float, ...] = SCALES) -> Iterator[dict[str, Any]]:

@@ -119,8 +119,6 @@ def _plain_favor(query: Tensor, key: Tensor, value: Tensor, statistics: str | No
     return plain.favor(query, key, value, PROJECTION.to(query), found, **options)
 
 
-
-
 def _favors() -> list[Setting]:
     found = []
     for name, statistics, is_causal in (
@@ -182,7 +180,9 @@ def _plain_generalized(query: Tensor, key: Tensor, value: Tensor, **options: Any
     return plain.generalized(query, key, value, PROJECTION.to(query), **options)
 
 
-def _lara(query: Tensor, key: Tensor, value: Tensor, *, learned: bool = False, noisy: bool = False, **options: Any) -> Tensor:
+def _lara(
+    query: Tensor, key: Tensor, value: Tensor, *, learned: bool = False, noisy: bool = False, **options: Any
+) -> Tensor:
     if learned:
         options.update(query_map=lambda z: z @ MAPS[0].to(z), key_map=lambda z: z @ MAPS[1].to(z))
     if noisy:
@@ -268,7 +268,9 @@ def _evas() -> list[Setting]:
     ]
     for name, ours, formula in forms:
         short = name in ("12 chunks", "12 chunks, key", "12 chunks, spread", "12 chunks, overlap")
-        found.append(Setting(f"EVA {name}", partial(_eva, **ours), partial(plain.eva, window=WINDOW, **formula), is_short=short))
+        found.append(
+            Setting(f"EVA {name}", partial(_eva, **ours), partial(plain.eva, window=WINDOW, **formula), is_short=short)
+        )
     causal: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("key", {"proposals": "key"}, {"proposals": "key"}),
         ("sum", {"proposals": "sum"}, {"proposals": "sum"}),
@@ -277,7 +279,15 @@ def _evas() -> list[Setting]:
     ]
     for name, ours, formula in causal:
         run = partial(_eva, is_causal=True, chunk_size=4, **ours)
-        found.append(Setting(f"EVA causal, {name}", run, partial(plain.eva, window=WINDOW, chunk=4, is_causal=True, **formula), True, is_short=name != "sum"))
+        found.append(
+            Setting(
+                f"EVA causal, {name}",
+                run,
+                partial(plain.eva, window=WINDOW, chunk=4, is_causal=True, **formula),
+                True,
+                is_short=name != "sum",
+            )
+        )
     found.append(
         Setting(
             "EVA 10 chunks, global tokens",

@@ -124,8 +124,8 @@ def test_the_edges_of_every_range_are_allowed(kind: str) -> None:
 def test_settings_that_are_too_large_together() -> None:
     with pytest.raises(ConfigError, match=r"num_landmarks \* samples_per_landmark <= 1048576; got 2048"):
         config_of("lara", num_landmarks=1024, samples_per_landmark=2048)
+    large = resolve(config_of("eva", window_size=2**20, relative_position="table"), "bert")
     with pytest.raises(ConfigError, match="more than 1048576 entries per head; got window_size=1048576"):
-        large = resolve(config_of("eva", window_size=2**20, relative_position="table"), "bert")
         get_kind("eva").module_cls.check(large, LayerShape(num_heads=2, head_dim=4))
 
 

@@ -68,7 +68,10 @@ def test_shared_options(attention: Any, name: str, values: list[Any]) -> None:
         (lambda: lara(num_landmarks=0), "num_landmarks"),
         (lambda: lara(alpha_coeff=-1.0), "alpha_coeff"),
         (lambda: lara(alpha_coeff=1e300), "alpha_coeff must be a finite number.*1e.300"),
-        (lambda: lara(num_landmarks=2**64), "num_landmarks must be an integer >= 1 and <= 1048576; got 18446744073709551616"),
+        (
+            lambda: lara(num_landmarks=2**64),
+            "num_landmarks must be an integer >= 1 and <= 1048576; got 18446744073709551616",
+        ),
         (lambda: lara(num_landmarks=-(2**64)), "num_landmarks must be an integer >= 1"),
         (lambda: lara(samples_per_landmark=2**70), "samples_per_landmark must be an integer >= 1 and <= 1048576"),
         (lambda: lara(samples_per_landmark=2**19, noise=True), "samples_per_landmark . landmarks must be"),

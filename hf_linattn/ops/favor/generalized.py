@@ -246,7 +246,9 @@ def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {list(KERNELS)}; got {kernel!r}.{did_you_mean(kernel, KERNELS)}")
     if not 0 <= kernel_epsilon <= LARGEST_FACTOR:
-        raise InputError(f"kernel_epsilon must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {kernel_epsilon!r}.")
+        raise InputError(
+            f"kernel_epsilon must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {kernel_epsilon!r}."
+        )
     if (
         projection.ndim not in (2, 3)
         or projection.shape[-1] != query.shape[-1]

@@ -58,7 +58,7 @@ def logits(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr = EXACT,
 ):
-    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]`, if any, is loaded. -inf beyond the last slot."""
+    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded, or None. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
     for start in range(0, DIM, BLOCK_D):
@@ -226,7 +226,9 @@ def _from_features(shares, grad_a, grad_c, query, key, grads, together, DTYPE: t
 
 
 @triton.jit
-def _grad_first(shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr):
+def _grad_first(
+    shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr
+):
     sees = tl.arange(0, CHUNK) >= first
     query = _relative(tl.where(sees[:, None], a + reference, float("-inf")), mass)
     key = tl.exp(c - _finite(reference))
@@ -272,7 +274,7 @@ def grad_tile(
     TILE: tl.constexpr,
 ):
     """Gradients of `a` and `c`, `[CHUNK, TILE]`, and `shares` with those of this tile; those of keys that are not
-    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` +inf where a query sees nothing.
+    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` is +inf where a query sees none.
     """
     grad_a, grad_c = tl.zeros([CHUNK, TILE], tl.float32), tl.zeros([CHUNK, TILE], tl.float32)
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
