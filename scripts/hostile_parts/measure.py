@@ -12,6 +12,7 @@ from .inputs import INPUTS, Inputs, ordinary
 from .settings import SHAPE, Setting
 
 SCALES = (1e1, 1e2, 1e3, 1e4, 1e5)
+HALF_SCALES = (1e1, 1e3, 1e5)
 BOUNDED = 1e3  # beyond it results only have to be finite
 SMALLEST = 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,12 +74,14 @@ def _plain(setting: Setting, inputs: Inputs, exact: Results) -> tuple[float, flo
     return errors(tuple(z.to(inputs[0].dtype) for z in found), exact)
 
 
-def cases(settings: list[Setting], dtypes: list[str], scales: tuple[float, ...] = SCALES) -> Iterator[dict[str, Any]]:
+def cases(
+    settings: list[Setting], dtypes: list[str], scales: tuple[float, ...] | None = None
+) -> Iterator[dict[str, Any]]:
     """All combinations that a dtype can hold."""
     for setting in settings:
         for dtype in dtypes:
             for name in INPUTS:
-                for scale in scales:
+                for scale in scales or (SCALES if dtype == "float32" else HALF_SCALES):
                     found = measure(setting, name, scale, dtype)
                     if found is not None:
                         yield found

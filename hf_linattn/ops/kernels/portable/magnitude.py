@@ -1,8 +1,8 @@
 """How large logits may be before their rounding shows in weights that are recomputed from a stored log mass.
 
 A logit is rounded by about `eps` times what it is summed from, and the sum may be formed differently in the two
-directions: then `exp(logit - log_mass)` is off by that much, and the weights of a query do not add up to one. Of ordinary
-numbers nothing of it is seen. Where products reach into the hundreds, the backward pass normalises anew.
+directions: then `exp(logit - log_mass)` is off by that much, and the weights of a query do not add up to one. Of
+ordinary numbers nothing of it is seen. Where products reach into the hundreds, the backward pass normalises anew.
 """
 
 from __future__ import annotations

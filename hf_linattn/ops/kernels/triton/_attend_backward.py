@@ -1,4 +1,4 @@
-"""The backward kernels of `attend`: weights are recomputed from the log-sum-exp, and are at most 1 whatever is rounded.
+"""The backward kernels of `attend`: weights are recomputed from the log-sum-exp, at most 1 whatever is rounded.
 
 dlogit[t, n] = weight[t, n] (grad_output_t . value_n - delta_t),     delta_t = grad_output_t . output_t - grad_mass_t
 """

@@ -58,7 +58,7 @@ def logits(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr = EXACT,
 ):
-    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded, or None. -inf beyond the last slot."""
+    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` is loaded, or None. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
     for start in range(0, DIM, BLOCK_D):
