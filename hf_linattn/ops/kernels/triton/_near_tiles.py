@@ -274,7 +274,7 @@ def grad_tile(
     TILE: tl.constexpr,
 ):
     """Gradients of `a` and `c`, `[CHUNK, TILE]`, and `shares` with those of this tile; those of keys that are not
-    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` is +inf where a query sees none.
+    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` +inf where a query sees none.
     """
     grad_a, grad_c = tl.zeros([CHUNK, TILE], tl.float32), tl.zeros([CHUNK, TILE], tl.float32)
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
