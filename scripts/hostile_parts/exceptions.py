@@ -16,7 +16,28 @@ class Exception_:
     above: float
 
 
-EXCEPTIONS: tuple[Exception_, ...] = ()
+_COINCIDING = ("equal keys", "equal tokens", "keys along queries", "queries and keys", "shifted queries and keys")
+
+EXCEPTIONS: tuple[Exception_, ...] = (
+    Exception_(
+        "Groups of keys (window, slots, chunks, global and heavy tokens, stretches of a causal row) meet under one"
+        " softmax by logits from different products, or by their log masses. Each is rounded on its own: by 6e-8 of"
+        " itself, so that shares are off by as much. Softmax and the plain formula round the logits of equal keys alike,"
+        " and their errors cancel.",
+        ("FAVOR", "LARA", "EVA", "generalised"),
+        ("window", "global", "heavy", "EVA", "causal"),
+        _COINCIDING,
+        1.0,
+    ),
+    Exception_(
+        "LARA's log-weights hold the squared lengths of queries, keys and proposals, which nearly cancel: at x1e3 they are"
+        " 1e6 and rounded by 0.1, where the logits of softmax are 1e3.",
+        ("LARA",),
+        ("",),
+        ("all queries", "all keys", "shifted keys", *_COINCIDING),
+        1.0,
+    ),
+)
 
 
 def reason_of(form: str, name: str, scale: float) -> str | None:
