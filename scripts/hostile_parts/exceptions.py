@@ -37,6 +37,36 @@ EXCEPTIONS: tuple[Exception_, ...] = (
         ("all queries", "all keys", "shifted keys", *_COINCIDING),
         1.0,
     ),
+    Exception_(
+        "EVA takes the keys of a chunk relative to their mean, which costs nothing where they have much in common; a key"
+        " a hundred times as long as the others moves that mean, and the distances of the others are rounded with it.",
+        ("EVA",),
+        ("",),
+        ("one key",),
+        10.0,
+    ),
+    Exception_(
+        "The summary of an EVA chunk is a softmax of squared distances: 1e6 at x1e3, rounded by 0.1.",
+        ("EVA",),
+        ("",),
+        ("all queries", "all keys"),
+        10.0,
+    ),
+    Exception_(
+        "FAVOR#'s constants are taken from the row in float32, and all log-features change with them: within three times"
+        " the error of the plain formula.",
+        ("FAVOR#",),
+        ("no window",),
+        ("all keys", "one query"),
+        100.0,
+    ),
+    Exception_(
+        "Values a thousand times as large as the others: within four times the error of the plain formula.",
+        ("LARA",),
+        ("heavy",),
+        ("one value",),
+        100.0,
+    ),
 )
 
 

@@ -45,18 +45,17 @@ def _errors(pair: list[float]) -> str:
 
 
 def _power(scale: float) -> str:
-    return f"{scale:.0e}".replace("e+0", "e") if scale else "none"
+    return f"x{scale:.0e}".replace("e+0", "e") if scale else "-"
 
 
 def _cell(entries: list[Case]) -> str:
-    """Up to which scale the bound holds for all inputs, and with which exceptions."""
+    """Whether the bound holds for all inputs, or for how many it does not."""
     if not entries:
         return "-"
-    least = min(min(entry["kept"], BOUNDED) if entry.get("off") else BOUNDED for entry in entries)
     names = [entry["input"] for entry in entries if entry.get("off")]
     if not names:
-        return f"x{_power(BOUNDED)}"
-    return f"x{_power(BOUNDED)} but for {len(names)} of {len(entries)} inputs (x{_power(least)} for all)"
+        return _power(BOUNDED)
+    return f"{_power(BOUNDED)} but for {len(names)} of {len(entries)} inputs"
 
 
 def render(entries: list[Case], dtypes: list[str]) -> str:
@@ -67,16 +66,14 @@ def render(entries: list[Case], dtypes: list[str]) -> str:
         rows = [[e for e in entries if e["setting"] == setting and e["dtype"] == dtype] for dtype in dtypes]
         lines.append(f"| {setting} | {' | '.join(map(_cell, rows))} |")
     lines += ["", "### Exceptions", ""]
-    lines += ["| form | dtype | inputs | kept up to | worst error | softmax | plain | why |", "|---" * 8 + "|"]
+    lines += ["| form | dtype | inputs | kept up to | worst at | error | softmax | plain | why |", "|---" * 9 + "|"]
     for entry in entries:
         if entry.get("off"):
             worst = max(entry["off"], key=lambda off: max(off["ours"]))
             why = reason_of(entry["setting"], entry["input"], worst["scale"]) or "**not listed**"
             errors = " | ".join(_errors(worst[name]) for name in ("ours", "softmax", "plain"))
-            lines.append(
-                f"| {entry['setting']} | {entry['dtype']} | {entry['input']} | x{_power(entry['kept'])} | {errors} at"
-                f" x{_power(worst['scale'])} | {why} |".replace(f"{errors} at x{_power(worst['scale'])}", errors)
-            )
+            place = f"{entry['setting']} | {entry['dtype']} | {entry['input']} | {_power(entry['kept'])}"
+            lines.append(f"| {place} | {_power(worst['scale'])} | {errors} | {why} |")
     lines += ["", *(f"{number}. {exception.reason}" for number, exception in enumerate(EXCEPTIONS, 1))]
-    tried = f"{len(settings)} forms, {len(INPUTS)} inputs, scales {', '.join(f'x{_power(s)}' for s in SCALES)}"
+    tried = f"{len(settings)} forms, {len(INPUTS)} inputs, scales {', '.join(map(_power, SCALES))}"
     return "\n".join([f"Tried: {tried}.", "", *lines])

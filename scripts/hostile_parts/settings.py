@@ -173,7 +173,7 @@ def _favors() -> list[Setting]:
 
 
 def _generalized(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return F.generalized_attention(query, key, value, PROJECTION.to(query), **options)
+    return F.generalized_attention(query, key, value, PROJECTION, **options)
 
 
 def _plain_generalized(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
