@@ -20,26 +20,27 @@ _COINCIDING = ("equal keys", "equal tokens", "keys along queries", "queries and 
 
 EXCEPTIONS: tuple[Exception_, ...] = (
     Exception_(
-        "Groups of keys (window, slots, chunks, global and heavy tokens, stretches of a causal row) meet under one"
-        " softmax by logits from different products, or by their log masses. Each is rounded on its own: by 6e-8 of"
-        " itself, so that shares are off by as much. Softmax and the plain formula round the logits of equal keys alike,"
-        " and their errors cancel.",
+        "Groups of keys (window, slots, chunks, global and heavy tokens, stretches of a causal row) meet under "
+        "one softmax by logits from different products, or by their log masses. Each is rounded on its own: by "
+        "6e-8 of itself, so that shares are off by as much. Softmax and the plain formula round the logits of "
+        "equal keys alike, and their errors cancel.",
         ("FAVOR", "LARA", "EVA", "generalised"),
         ("window", "global", "heavy", "EVA", "causal"),
         _COINCIDING,
         1.0,
     ),
     Exception_(
-        "LARA's log-weights hold the squared lengths of queries, keys and proposals, which nearly cancel: at x1e3 they are"
-        " 1e6 and rounded by 0.1, where the logits of softmax are 1e3.",
+        "LARA's log-weights hold the squared lengths of queries, keys and proposals, which nearly cancel: at x1e3"
+        " they are 1e6 and rounded by 0.1, where the logits of softmax are 1e3.",
         ("LARA",),
         ("",),
         ("all queries", "all keys", "shifted keys", *_COINCIDING),
         1.0,
     ),
     Exception_(
-        "EVA takes the keys of a chunk relative to their mean, which costs nothing where they have much in common; a key"
-        " a hundred times as long as the others moves that mean, and the distances of the others are rounded with it.",
+        "EVA takes the keys of a chunk relative to their mean, which costs nothing where they have much in "
+        "common; a key a hundred times as long as the others moves that mean, and the distances of the others are"
+        " rounded with it.",
         ("EVA",),
         ("",),
         ("one key",),
@@ -53,8 +54,8 @@ EXCEPTIONS: tuple[Exception_, ...] = (
         10.0,
     ),
     Exception_(
-        "FAVOR#'s constants are taken from the row in float32, and all log-features change with them: within three times"
-        " the error of the plain formula.",
+        "FAVOR#'s constants are taken from the row in float32, and all log-features change with them: within "
+        "three times the error of the plain formula.",
         ("FAVOR#",),
         ("no window",),
         ("all keys", "one query"),
