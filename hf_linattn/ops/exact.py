@@ -98,7 +98,8 @@ _SIZES = ("window_size", "num_global_tokens", "num_heavy_keys")  # 0 for none
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `InputError` for a value that no attention function can use, of the options that they share."""
-    check_counts({name: options[name] for name in _COUNTS if options.get(name) is not None})
+    for name in _COUNTS:
+        check_counts({name: options.get(name, 1)}, or_none=name in ("chunk_size", "max_chunks"))
     check_counts({name: options[name] for name in _SIZES if name in options}, minimum=0)
     dropout = options.get("slot_dropout", 0.0)
     if not 0 <= dropout < 1:

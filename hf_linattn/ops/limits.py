@@ -15,10 +15,13 @@ LARGEST_FACTOR = 1e6
 LARGEST_SCALING = 1e30
 
 
-def check_counts(options: Mapping[str, Any], *, minimum: int = 1) -> None:
+def check_counts(options: Mapping[str, Any], *, minimum: int = 1, or_none: bool = False) -> None:
     """Raise `InputError` for the first of `options` that is no integer from `minimum` to `LARGEST_COUNT`."""
+    note = ", or None" if or_none else ""
     for name, value in options.items():
+        if or_none and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise InputError(f"{name} must be an integer >= {minimum}; got {value!r}.")
+            raise InputError(f"{name} must be an integer >= {minimum}{note}; got {value!r}.")
         if value > LARGEST_COUNT:
-            raise InputError(f"{name} must be an integer >= {minimum} and <= {LARGEST_COUNT}; got {value!r}.")
+            raise InputError(f"{name} must be an integer >= {minimum} and <= {LARGEST_COUNT}{note}; got {value!r}.")
