@@ -71,11 +71,11 @@ def call_of(trial: Trial) -> Callable[[], object]:
     if trial.case.startswith("near"):
         x, slots = _random(groups, 2048, trial.dim, dtype=dtype), _random(groups, SLOTS, trial.dim, dtype=dtype)
         bias, slot_bias = torch.zeros(groups, 2048, device="cuda"), torch.zeros(groups, SLOTS, device="cuda")
-        inputs = (x, bias, slots, slot_bias, x, bias, slots, slot_bias, x)
+        inputs = (x, slots, slot_bias, x, bias, slots, slot_bias, x)
         if trial.case == "near":
             return lambda: near.near_forward(*inputs, 64)
         results = near.near_forward(*inputs, 64)
-        return lambda: near.near_backward(results[0], results[1], *inputs, *results, [True] * 9, 64)
+        return lambda: near.near_backward(results[0], results[1], *inputs, *results, [True] * 8, 64)
     if trial.case.startswith("windows"):
         windows = LONG // WINDOW
         tokens = _random(groups, windows, WINDOW, trial.dim, dtype=dtype)

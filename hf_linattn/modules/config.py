@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import ConfigError, UnknownFieldError, did_you_mean
+from ..ops.limits import LARGEST_COUNT, LARGEST_FACTOR
 
 C = TypeVar("C", bound="AttentionConfig")
 
@@ -90,9 +91,17 @@ class AttentionConfig:
         value = getattr(self, field)
         if optional and value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum or (maximum and value > maximum):
-            bound = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum else "")
+        largest = LARGEST_COUNT if maximum is None else maximum
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not minimum <= value <= largest:
+            is_large = is_integer and value > largest
+            bound = f"an integer >= {minimum}" + (f" and <= {largest}" if maximum or is_large else "")
             self._fail(field, bound + (" (or None for the default)" if optional else ""))
+
+    def _check_factor(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_FACTOR:
+            self._fail(field, f"a finite number >= 0 and <= {LARGEST_FACTOR:g}")
 
     def _check_even_overlap(self) -> None:
         if self.overlap_window and self.window_size is not None and self.window_size % 2:

@@ -15,6 +15,7 @@ from ..ops.eva.chunks import PROPOSALS, WEIGHTINGS
 from ..ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ..ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ..ops.eva.relative_position import constant_index, t5_sizes, table_size
+from ..ops.limits import LARGEST_COUNT
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from .config import AttentionConfig
 from .defaults import CONVENTIONS
@@ -134,6 +135,11 @@ class EvaAttention(LinearAttention):
             raise ConfigError(
                 f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
                 " Set chunking='exclusive'."
+            )
+        if config.relative_position != "none" and _table_entries(config, shape.is_causal) > LARGEST_COUNT:
+            raise ConfigError(
+                f"EvaConfig.relative_position must be 'none' with so large a window: its table would have more than"
+                f" {LARGEST_COUNT} entries per head; got window_size={window!r}. Take a smaller window, or 't5'."
             )
         if isinstance(config.chunk_size, int) and shape.is_causal and window % config.chunk_size:
             raise ConfigError(

@@ -5,7 +5,6 @@ arXiv:2009.14794.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,8 @@ class FavorConfig(AttentionConfig):
         self._check_bool("shared_projection")
         self._check_int("num_heavy_keys", minimum=0)
         interval = self.redraw_interval
-        if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
+        is_integer = isinstance(interval, int) and not isinstance(interval, bool)
+        if interval is not None and not (is_integer and 1 <= interval < 2**63):
             self._fail("redraw_interval", "an integer >= 1 (training steps), or None for never")
 
 
@@ -91,9 +91,7 @@ class FavorPlusConfig(FavorConfig):
         super().validate()
         self._check_bool("regularized")
         self._check_choice("kernel", ("softmax", *KERNELS))
-        epsilon = self.kernel_epsilon
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 <= epsilon < math.inf:
-            self._fail("kernel_epsilon", "a finite number >= 0")
+        self._check_factor("kernel_epsilon")
         if self.kernel != "softmax":
             for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
                 if getattr(self, field):

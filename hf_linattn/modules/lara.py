@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..ops.lara.attention import lara_attention
 from ..ops.lara.calibrated_proposals import proposal_basis, sample_proposals
 from ..ops.lara.importance import WEIGHTINGS
 from ..ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ..ops.limits import LARGEST_COUNT
 from ..ops.noise import NOISE_SCALES
 from ..ops.recurrent.slots import SlotRecurrence
 from .base import AttentionInputs, LayerShape, LinearAttention, StateTensor
@@ -80,20 +80,15 @@ class LaraConfig(AttentionConfig):
         self._check_even_overlap()
         self._check_choice("proposal_source", PROPOSAL_SOURCES, optional=True)
         self._check_choice("weighting", WEIGHTINGS, optional=True)
-        coefficient = self.alpha_coeff
-        if (
-            isinstance(coefficient, bool)
-            or not isinstance(coefficient, (int, float))
-            or not math.isfinite(coefficient)
-            or coefficient < 0
-        ):
-            self._fail("alpha_coeff", "a finite number >= 0")
+        self._check_factor("alpha_coeff")
         self._check_choice("mixing", MIXINGS, optional=True)
         self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
         self._check_choice("map_stage", MAP_STAGES, optional=True)
         self._check_bool("sample_noise", optional=True)
         self._check_choice("noise_scale", NOISE_SCALES, optional=True)
         self._check_int("samples_per_landmark", minimum=1, optional=True)
+        if self.num_landmarks * (self.samples_per_landmark or 1) > LARGEST_COUNT:
+            self._fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
         self._check_bool("antithetic", optional=True)
         self._check_int("num_heavy_keys", minimum=0)
         self._check_choice("conventions", CONVENTIONS)

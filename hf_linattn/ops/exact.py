@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .kernels.attend import attend
 from .kernels.backend import use_backend
+from .limits import LARGEST_SCALING, check_counts
 from .partial import Partial
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
@@ -91,12 +92,15 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
 
 
+_COUNTS = ("num_landmarks", "samples_per_landmark", "num_chunks", "chunk_size", "max_chunks")
+_SIZES = ("window_size", "num_global_tokens", "num_heavy_keys")  # 0 for none
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `InputError` for a value that no attention function can use, of the options that they share."""
-    for name, least in (("window_size", 0), ("num_global_tokens", 0), ("num_heavy_keys", 0), ("num_landmarks", 1)):
-        value = options.get(name, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be an integer >= {least}; got {value!r}.")
+    for name in _COUNTS:
+        check_counts({name: options.get(name, 1)}, or_none=name in ("chunk_size", "max_chunks"))
+    check_counts({name: options[name] for name in _SIZES if name in options}, minimum=0)
     dropout = options.get("slot_dropout", 0.0)
     if not 0 <= dropout < 1:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
@@ -105,8 +109,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 def root_of(query: Tensor, scaling: float | None) -> float:
     """The square root of the factor of dot products, `head_dim ** -0.5` if `None`. Raises InputError unless > 0."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not 0 < scaling < float("inf"):
-        raise InputError(f"scaling must be a finite number > 0; got {scaling!r}.")
+    if not 1 / LARGEST_SCALING <= scaling <= LARGEST_SCALING:
+        raise InputError(
+            f"scaling must be a finite number > 0, from {1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g}; got"
+            f" {scaling!r}."
+        )
     return scaling**0.5
 
 

@@ -8,7 +8,7 @@ member, `kernels.attend`, whose memory is that of its inputs and outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,6 +37,15 @@ class SlotWeights(Protocol):
 
     def masked(self, visible: Tensor | None) -> Self:
         """Weight 0 for tokens where `visible` (`[batch, 1 or heads, ..., tokens, 1]`) is False."""
+
+    def unbiased(self) -> Self:
+        """Without the factors that belong to a token alone: they do not change what queries read through slots."""
+
+    def biased(self, read: Partial) -> Partial:
+        """What the queries `self.unbiased()` have read, with the log mass of `self`.
+
+        Put on last: added to every logit, minus half the squared length of a query is all that rounding leaves of it.
+        """
 
     def summarise(self, values: Tensor) -> Partial:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
@@ -93,6 +102,20 @@ class LogWeights:
         bias = self.token_bias.masked_fill(~visible, float("-inf"))
         return LogWeights(self.tokens, bias, self.slots, self.slot_bias)
 
+    def unbiased(self) -> LogWeights:
+        """Without `token_bias`."""
+        return replace(self, token_bias=torch.zeros_like(self.token_bias))
+
+    def biased(self, read: Partial) -> Partial:
+        """What the queries `self.unbiased()` have read, with the log mass of `self`."""
+        return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
+
+    def levelled(self) -> LogWeights:
+        """Without the largest factor of a token, which all slots have in common: for keys beside no exact ones."""
+        largest = self.token_bias.detach().amax(-2, keepdim=True)
+        bias = self.token_bias - largest.clamp_min(torch.finfo(largest.dtype).min)
+        return replace(self, token_bias=bias)
+
     def summarise(self, values: Tensor) -> Partial:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
         state = attend(self.slots, self.tokens, values, bias=self.token_bias.squeeze(-1))
@@ -101,17 +124,16 @@ class LogWeights:
     def read(self, slots: Partial, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
         """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
         if extra is not None or dropout:
-            logits = self.dense() + slots.log_mass.unsqueeze(-2)
-            return weigh(logits if extra is None else logits + extra, slots.output, dropout=dropout)
-        out = attend(self.tokens, self.slots, slots.output, bias=slots.log_mass + self.slot_bias)
-        return Partial(out.output, out.log_mass + self.token_bias.squeeze(-1))
+            logits = self.unbiased().dense() + slots.log_mass.unsqueeze(-2)
+            return self.biased(weigh(logits if extra is None else logits + extra, slots.output, dropout=dropout))
+        return self.biased(attend(self.tokens, self.slots, slots.output, bias=slots.log_mass + self.slot_bias))
 
     def across(
         self, key: LogWeights, value: Tensor, reach: Reach, *, extra: Tensor | None = None, dropout: float = 0.0
     ) -> Partial:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
         if extra is not None or dropout:
-            return across_dense(self, key, value, reach, extra=extra, dropout=dropout)
+            return self.biased(across_dense(self.unbiased(), key, value, reach, extra=extra, dropout=dropout))
         read = through_blocks(
             self.tokens,
             self.slots.squeeze(-3),
@@ -123,17 +145,16 @@ class LogWeights:
             value,
             reach,
         )
-        return Partial(read.output, read.log_mass + self.token_bias.squeeze(-1))
+        return self.biased(read)
 
     def causal(
         self, key: LogWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
     ) -> Partial:
         """Queries (`self`) read all keys up to themselves, those of their chunk one by one."""
         if extra is not None or dropout:
-            return causal_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
-        return causal(
+            return self.biased(causal_dense(self.unbiased(), key, value, chunk=chunk, extra=extra, dropout=dropout))
+        read = causal(
             self.tokens,
-            self.token_bias.squeeze(-1),
             self.slots,
             self.slot_bias,
             key.tokens,
@@ -143,6 +164,7 @@ class LogWeights:
             value,
             chunk,
         )
+        return self.biased(read)
 
 
 def across_dense(

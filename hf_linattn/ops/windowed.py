@@ -137,16 +137,22 @@ def _windows(
         visible = earlier if visible is None else visible & earlier
     x, y = (grouped(z).unflatten(-2, (per_group, members)) for z in (tokens.x, tokens.y))
     near = exact_partial(x, y, value.unflatten(-2, (per_group, members)), visible)
-    partials = [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))]
+    partials, reader, through = (
+        [Partial(near.output.flatten(-3, -2), near.log_mass.flatten(-2, -1))],
+        query.unbiased(),
+        [],
+    )
     if per_group > 1:
-        query_logits, key_logits = query.dense(), key.dense()
+        query_logits, key_logits = reader.dense(), key.dense()
         query_logits = query_logits if extra is None else query_logits + extra
     half = members
     while half < per_group * members:
-        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout))
+        through.append(between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout))
         half *= 2
     if value.shape[-3] > 1:
-        partials.append(query.across(key, value, Reach(is_causal=is_causal), extra=extra, dropout=dropout))
+        through.append(reader.across(key, value, Reach(is_causal=is_causal), extra=extra, dropout=dropout))
+    if through:
+        partials.append(query.biased(merge(through)))
 
     def joined(x: Tensor) -> Tensor:
         return blocks.join(x.unflatten(-2, (per_group, members)).flatten(-4, -3)[..., : blocks.num_blocks, :, :])

@@ -96,7 +96,7 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
         }
         return Case(name, lambda query, key, value, bias: attend(query, key, value, bias=bias), inputs)
     if name == "causal":
-        order = "query, query bias, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
+        order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, tokens) | maps
         return Case(name, lambda *z: causal(*z, 64), {name: inputs[name] for name in order.split(", ")})
     if name.startswith("blocks"):

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from hf_linattn.errors import ConfigError, LinAttnError, UnknownFieldError
+from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.modules.defaults import FAMILIES, family_defaults, resolve
 from hf_linattn.modules.registry import config_from_dict, default_config, get_kind, list_kinds
 
-NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan]
+ABSURD: list[Any] = [2**20 + 1, 2**40, 2**63, 2**64, 10**400]  # beyond what a tensor, or an int64, may hold
+NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan, math.inf, -(2**70), *ABSURD]
 NOT_BOOLS: list[Any] = [0, 1, "true", None]
 NOT_SIZES = [v for v in NOT_COUNTS if v != 0 or isinstance(v, bool)]  # 0 is a size
 PROPOSALS: dict[str, list[Any]] = {  # LARA and EVA
@@ -28,21 +30,21 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "window_size": [v for v in NOT_SIZES if v is not None],
         "num_global_tokens": [v for v in NOT_SIZES if v is not None],
         "overlap_window": NOT_BOOLS,
-        "slot_dropout": [1.0, 1, -0.1, math.nan, "0.1", None, True],
-        "seed": [-1, 2**63, 1.0, None, "0", True],
+        "slot_dropout": [1.0, 1, -0.1, math.nan, math.inf, 10**400, "0.1", None, True],
+        "seed": [-1, 2**63, 2**70, math.nan, 1.0, None, "0", True],
     },
     "favor": {
         "num_features": NOT_COUNTS,
         "chunk_size": [*(v for v in NOT_COUNTS if v is not None), 3, 96, 8192],
         "orthogonal": NOT_BOOLS,
         "shared_projection": NOT_BOOLS,
-        "redraw_interval": [0, -1, 2.0, "8", True, math.nan],
+        "redraw_interval": [0, -1, 2.0, "8", True, math.nan, 2**63],
         "num_heavy_keys": NOT_SIZES,
     },
     "favor_plus": {
         "regularized": NOT_BOOLS,
         "kernel": ["relus", "RELU", "", None, 1, ["relu"]],
-        "kernel_epsilon": [-1e-3, math.inf, math.nan, "0.1", None, True],
+        "kernel_epsilon": [-1e-3, math.inf, math.nan, 1e300, 10**400, "0.1", None, True],
     },
     "favor_sharp": {
         "variant": ["favor", "SADERF", "", None, 1, ["saderf"]],
@@ -53,7 +55,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_landmarks": NOT_COUNTS,
         "proposal_source": ["data", 1, True],
         "weighting": ["bias", "", 1],
-        "alpha_coeff": [-1.0, math.inf, math.nan, "1", None, True],
+        "alpha_coeff": [-1.0, math.inf, math.nan, 1e300, 10**400, "1", None, True],
         "mixing": ["value", 1],
         "map_stage": ["sum", 1],
         "samples_per_landmark": [v for v in NOT_COUNTS if v is not None],
@@ -71,7 +73,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "chunking": ["corrected", 1],
         "relative_position": ["rope", None, 1],
         "relative_index": ["official", 1],
-        "relative_dims": [0, 3, "2"],
+        "relative_dims": [0, 3, 2**64, "2"],
         **PROPOSALS,
     },
 }
@@ -117,6 +119,14 @@ def test_the_edges_of_every_range_are_allowed(kind: str) -> None:
     if kind.startswith("favor"):
         config_of(kind, num_features=1, chunk_size=1)
         config_of(kind, chunk_size=4096)
+
+
+def test_settings_that_are_too_large_together() -> None:
+    with pytest.raises(ConfigError, match=r"num_landmarks \* samples_per_landmark <= 1048576; got 2048"):
+        config_of("lara", num_landmarks=1024, samples_per_landmark=2048)
+    large = resolve(config_of("eva", window_size=2**20, relative_position="table"), "bert")
+    with pytest.raises(ConfigError, match="more than 1048576 entries per head; got window_size=1048576"):
+        get_kind("eva").module_cls.check(large, LayerShape(num_heads=2, head_dim=4))
 
 
 def test_regularised_needs_orthogonal() -> None:

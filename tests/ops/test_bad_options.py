@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hf_linattn.functional import (
     eva_attention,
     favor_attention,
     favor_statistics,
+    generalized_attention,
     lara_attention,
     softmax_attention,
 )
@@ -39,15 +41,15 @@ def eva(**options: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("window_size", [-3, 2.0, True]),
-        ("num_global_tokens", [-1, -2, 1.0]),
-        ("slot_dropout", [1.0, 1.5, -0.1, math.nan]),
-        ("scaling", [0, -1.0, math.nan, math.inf]),
+        ("window_size", [-3, 2.0, True, 2**63, 2**64, math.nan]),
+        ("num_global_tokens", [-1, -2, 1.0, 2**40, 2**64]),
+        ("slot_dropout", [1.0, 1.5, -0.1, math.nan, math.inf]),
+        ("scaling", [0, -1.0, math.nan, math.inf, 1e300, 1e-300]),
     ],
 )
 def test_shared_options(attention: Any, name: str, values: list[Any]) -> None:
     for value in values:
-        with pytest.raises(InputError, match=f"{name} must be.*{value!r}"):
+        with pytest.raises(InputError, match=f"{name} must be.*{re.escape(repr(value))}"):
             attention(**{name: value})
 
 
@@ -65,6 +67,25 @@ def test_shared_options(attention: Any, name: str, values: list[Any]) -> None:
         (lambda: favor_statistics(Q, K[..., :2]), "query and key must agree"),
         (lambda: lara(num_landmarks=0), "num_landmarks"),
         (lambda: lara(alpha_coeff=-1.0), "alpha_coeff"),
+        (lambda: lara(alpha_coeff=1e300), "alpha_coeff must be a finite number.*1e.300"),
+        (
+            lambda: lara(num_landmarks=2**64),
+            "num_landmarks must be an integer >= 1 and <= 1048576; got 18446744073709551616",
+        ),
+        (lambda: lara(num_landmarks=-(2**64)), "num_landmarks must be an integer >= 1"),
+        (lambda: lara(samples_per_landmark=2**70), "samples_per_landmark must be an integer >= 1 and <= 1048576"),
+        (lambda: lara(samples_per_landmark=2**19, noise=True), "samples_per_landmark . landmarks must be"),
+        (lambda: lara(num_heavy_keys=2**63), "num_heavy_keys must be an integer >= 0 and <= 1048576"),
+        (lambda: favor(chunk_size=2**70), "chunk_size must be an integer >= 1 and <= 1048576"),
+        (lambda: eva(num_chunks=2**64), "num_chunks must be an integer >= 1 and <= 1048576"),
+        (lambda: eva(num_chunks=math.inf), "num_chunks must be an integer >= 1; got inf"),
+        (lambda: eva(chunk_size=2**63), "chunk_size must be an integer >= 1 and <= 1048576"),
+        (lambda: eva(max_chunks=2**40, is_causal=True), "max_chunks must be an integer >= 1 and <= 1048576"),
+        (lambda: generalized_attention(Q, K, V, PROJECTION, kernel_epsilon=1e300), "kernel_epsilon must be a finite"),
+        (lambda: draw_projection(2, 2**40, 4, seed=0), "num_features must be an integer >= 1 and <= 1048576"),
+        (lambda: draw_projection(2, 6, -4, seed=0), "head_dim must be an integer >= 1; got -4"),
+        (lambda: draw_projection(2, 6, 4, seed=2**70), "seed must be an integer from -2..63 to 2..64 - 1; got 1180"),
+        (lambda: draw_projection(2, 6, 4, seed=math.nan), "seed must be an integer .*got nan"),
         (lambda: lara(num_landmarks=3, noise=torch.zeros(1, 1, 3, 4)), "noise must be"),
         (lambda: softmax_attention(Q, K, V, scaling=math.inf), "scaling must be a finite number"),
     ],
@@ -94,7 +115,7 @@ def test_dtypes_may_differ() -> None:
 
 
 def test_impossible_directions() -> None:
-    with pytest.raises(InputError, match="must be >= 1; got 0"):
+    with pytest.raises(InputError, match="num_features must be an integer >= 1; got 0"):
         draw_projection(2, 0, 4, seed=0)
     with pytest.raises(InputError, match="must be CalibratedProposals"):
         lara(proposals=torch.zeros(2, 3, 4))

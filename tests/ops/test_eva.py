@@ -208,7 +208,7 @@ def test_wrong_inputs_are_refused() -> None:
         with pytest.raises(InputError, match="got"):
             eva_attention(q, k, v, **change)
     for chunk in (0, 3):
-        with pytest.raises(InputError, match="divide window_size"):
+        with pytest.raises(InputError, match="chunk_size must"):
             eva_attention(q, k, v, window_size=8, chunk_size=chunk, is_causal=True)
     with pytest.raises(InputError, match="proposals='key'"):
         eva_attention(q[:, :, -1:], k, v, window_size=8, is_causal=True)

@@ -168,18 +168,23 @@ class Summariser:
         def mean_of(z: Tensor) -> Tensor:
             return masked_mean(z, member) if chunks.slots is None else z.sum(-2) / chunks.slots[:, None, :, None]
 
-        key_mean = self._mapped(mean_of(keys), self.key_map)
+        centre = masked_mean(keys, member)
+        key_mean = self._mapped(centre if chunks.slots is None else mean_of(keys), self.key_map)
+        # `mu . y - |y|^2 / 2` is a softmax of the distances between keys and `mu`, which do not change when both are
+        # taken relative to the chunk's centre, nor with it: what all keys have in common costs no digits then.
+        centre = centre.detach()
+        centred = keys - centre.unsqueeze(-2)
         if self.proposals == "none":
-            mu = torch.zeros_like(key_mean)
-        elif self.proposals == "key":
-            mu = key_mean
+            mu = -centre
         else:
-            assert x is not None
-            mu = key_mean + self._mapped(mean_of(chunks.take(x).to(wide)), self.query_map)
-            mu = mu / 2 if self.proposals == "mean" else mu
+            mu = key_mean - centre
+            if self.proposals != "key":
+                assert x is not None
+                mu = mu + self._mapped(mean_of(chunks.take(x).to(wide)), self.query_map)
+            mu = (mu - centre) / 2 if self.proposals == "mean" else mu
         mu = self._noisy(mu, noise, chunks.count)
-        bias = mask_logits(-half_norm(keys), member[:, None])
-        value = attend(mu.unsqueeze(-2), keys, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
+        bias = mask_logits(-half_norm(centred), member[:, None])
+        value = attend(mu.unsqueeze(-2), centred, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
 
         log_weight = member.sum(-1).to(keys.dtype).log()
         if self.weighting == "none":
@@ -187,6 +192,5 @@ class Summariser:
             log_weight = log_weight.masked_fill(member.any(-1) | (chunks.slots is not None), 0.0)
         spread = None
         if self.weighting == "spread":
-            centre = masked_mean(keys, member).unsqueeze(-2)
-            spread = masked_mean((keys - centre).square().masked_fill(~member[:, None, ..., None], 0.0), member)
+            spread = masked_mean(centred.square().masked_fill(~member[:, None, ..., None], 0.0), member)
         return Summaries(key_mean, value, log_weight[:, None].expand(*mu.shape[:-1]), spread)

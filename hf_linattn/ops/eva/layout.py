@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
 from ..layout import Blocks, pad_tokens
+from ..limits import check_counts
 from ..tokens import Tokens
 
 CHUNKINGS = ("exclusive", "published")
@@ -126,8 +127,7 @@ class Cutting:
         if grid is not None and self.overlap_side == "left":
             raise UnsupportedError("overlap_side='left' needs a sequence, not an image. Pass 'both', or grid=None.")
         if self.max_chunks is not None:
-            if not isinstance(self.max_chunks, int) or isinstance(self.max_chunks, bool) or self.max_chunks < 1:
-                raise InputError(f"max_chunks must be an integer >= 1, or None; got {self.max_chunks!r}.")
+            check_counts({"max_chunks": self.max_chunks}, or_none=True)
             if not self.is_causal or self.chunking != "exclusive":
                 raise UnsupportedError(
                     "max_chunks needs the causal form with chunking='exclusive', where chunks have an age; got"

@@ -120,7 +120,9 @@ def favor_attention(
             y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
             x = x.masked_fill(~visible, 0.0) if is_self else x
         query_weights, key_weights = favor_log_weights(x, y, projection, statistics, root=root)
-        output = query_weights.read(key_weights.masked(visible).summarise(value), dropout=slot_dropout).output
+        output = query_weights.read(
+            key_weights.masked(visible).levelled().summarise(value), dropout=slot_dropout
+        ).output
         return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
     x, y = scale_inputs(query, key, scaling)
     if is_cross:

@@ -23,6 +23,7 @@ from ...errors import InputError, UnsupportedError, did_you_mean
 from ..exact import attention_function, scale_inputs
 from ..factored import across_dense, causal_dense
 from ..kernels.reach import Reach
+from ..limits import LARGEST_FACTOR
 from ..partial import Partial
 from ..slots import mask_logits, weigh
 from ..tokens import prepare
@@ -52,6 +53,14 @@ class FeatureWeights:
     def masked(self, visible: Tensor | None) -> FeatureWeights:
         """Weight 0 for tokens where `visible` (`[batch, 1, ..., tokens, 1]`) is False."""
         return FeatureWeights(mask_logits(self.log_features, visible))
+
+    def unbiased(self) -> FeatureWeights:
+        """Themselves: no factor is known to belong to a token alone."""
+        return self
+
+    def biased(self, read: Partial) -> Partial:
+        """`read` as it is."""
+        return read
 
     def summarise(self, values: Tensor) -> Partial:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
@@ -236,8 +245,10 @@ def generalized_attention(
 def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float, chunk_size: int | None) -> None:
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {list(KERNELS)}; got {kernel!r}.{did_you_mean(kernel, KERNELS)}")
-    if not 0 <= kernel_epsilon < math.inf:
-        raise InputError(f"kernel_epsilon must be a finite number >= 0; got {kernel_epsilon!r}.")
+    if not 0 <= kernel_epsilon <= LARGEST_FACTOR:
+        raise InputError(
+            f"kernel_epsilon must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {kernel_epsilon!r}."
+        )
     if (
         projection.ndim not in (2, 3)
         or projection.shape[-1] != query.shape[-1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..limits import check_counts
 
 
 def derive_seed(*parts: object) -> int:
@@ -38,7 +39,7 @@ def draw_projection(
         num_heads: `None` draws one set that all heads share: the errors of the heads are then correlated, each alone
             has the same distribution.
         num_features: Rows per set; need not be a multiple of `head_dim`.
-        seed: Any integer; `derive_seed` mixes in the layer.
+        seed: An integer that fits into 64 bits; `derive_seed` makes one of anything, and mixes in the layer.
         orthogonal: False draws independent Gaussian rows.
         regularized: All lengths `head_dim ** 0.5` (slightly biased, a little less variance).
     Returns: `[num_heads, num_features, head_dim]`, shared `[num_features, head_dim]`; float32 on the CPU.
@@ -48,8 +49,9 @@ def draw_projection(
         return draw_projection(
             1, num_features, head_dim, seed=seed, orthogonal=orthogonal, regularized=regularized
         ).squeeze(0)
-    if num_features < 1 or head_dim < 1:
-        raise InputError(f"num_features and head_dim must be >= 1; got {num_features!r} and {head_dim!r}.")
+    check_counts({"num_heads": num_heads, "num_features": num_features, "head_dim": head_dim})
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed must be an integer from -2**63 to 2**64 - 1; got {seed!r}. derive_seed makes one.")
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

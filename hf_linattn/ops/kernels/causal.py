@@ -15,7 +15,6 @@ from .registration import backward_of, only, register, spread
 
 def causal(
     query: Tensor,
-    query_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     key: Tensor,
@@ -28,8 +27,9 @@ def causal(
     """What every query reads through slots from the keys up to itself.
 
     Args:
-        query, key: `[batch, heads, tokens, dim]`; their biases `[batch or 1, heads or 1, tokens]`, `-inf` for a key
-            that nothing reads.
+        query, key: `[batch, heads, tokens, dim]`. A factor of the weights that belongs to a query alone only shifts
+            its log mass, and is left to the caller.
+        key_bias: `[batch or 1, heads or 1, tokens]`, `-inf` for a key that nothing reads.
         query_slots, key_slots: `[batch or 1, heads, slots, dim]`, or without leading dimensions; their biases without
             `dim`.
         value: `[batch, heads, tokens, head_dim]`.
@@ -44,8 +44,8 @@ def causal(
         x = x.reshape(*[1] * (ndim - x.ndim), *x.shape)
         return x.expand(*lead, *x.shape[2:]).flatten(0, 1)
 
-    tensors = (query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
-    sizes = (4, 3) * 4 + (4,)
+    tensors = (query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    sizes = (4, 4, 3, 4, 3, 4, 3, 4)
     output, log_mass, *_ = _Causal.apply(
         *(grouped(x, ndim) for x, ndim in zip(tensors, sizes, strict=True)), chunk, current_backend()
     )
@@ -58,7 +58,6 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(
         query: Tensor,
-        query_bias: Tensor,
         query_slots: Tensor,
         query_slot_bias: Tensor,
         key: Tensor,
@@ -71,7 +70,6 @@ class _Causal(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         return _forward_op(
             query,
-            query_bias,
             query_slots,
             query_slot_bias,
             key,
@@ -85,13 +83,13 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:9], *output)
+        ctx.save_for_backward(*inputs[:8], *output)
         ctx.mark_non_differentiable(*output[2:])
-        ctx.options = inputs[9:]
+        ctx.options = inputs[8:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        needs, (chunk, backend) = list(ctx.needs_input_grad[:9]), ctx.options
+        needs, (chunk, backend) = list(ctx.needs_input_grad[:8]), ctx.options
         found = backward_of(_backward_op, *grads[:2], *ctx.saved_tensors, needs, chunk, backend)
         return *spread(found, needs), None, None
 
@@ -109,12 +107,12 @@ def _forward(*arguments: Any) -> Any:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    query, query_bias, slots, value, chunk = *arguments[:2], arguments[6], arguments[8], arguments[9]
+    query, key_bias, slots, value, chunk = arguments[0], arguments[4], arguments[5], arguments[7], arguments[8]
     kept = _portable.kept_states(query.shape[1], chunk)
-    sums = query_bias.new_empty(query.shape[0], kept, slots.shape[1], value.shape[-1])
-    masses = query_bias.new_empty(query.shape[0], kept, slots.shape[1], 2)
+    sums = key_bias.new_empty(query.shape[0], kept, slots.shape[1], value.shape[-1])
+    masses = key_bias.new_empty(query.shape[0], kept, slots.shape[1], 2)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
-    return output, query_bias.new_empty(query.shape[:-1]), sums, masses
+    return output, key_bias.new_empty(query.shape[:-1]), sums, masses
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
@@ -127,12 +125,12 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    return [z.new_empty(z.shape) for z, needed in zip(arguments[2:11], arguments[15], strict=True) if needed]
+    return [z.new_empty(z.shape) for z, needed in zip(arguments[2:10], arguments[14], strict=True) if needed]
 
 
 _TENSORS = (
-    "Tensor query, Tensor query_bias, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias,"
-    " Tensor key_slots, Tensor key_slot_bias, Tensor value"
+    "Tensor query, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias, Tensor key_slots,"
+    " Tensor key_slot_bias, Tensor value"
 )
 _forward_op = register(
     f"causal({_TENSORS}, int chunk, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake, _Causal

@@ -86,12 +86,12 @@ def _step(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     mass = log_weights(key, key_bias, key_slots, key_slot_bias)
     state = merge([state, Partial(value.to(wide).unsqueeze(-2).expand_as(state.output), mass)])
-    logits = log_weights(query, query_bias, query_slots, query_slot_bias) + state.log_mass
+    logits = log_weights(query, torch.zeros_like(query_bias), query_slots, query_slot_bias) + state.log_mass
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)
     output = (weights.unsqueeze(-1) * state.output).sum(-2) / total.masked_fill(total == 0, 1.0)
-    return output.to(value.dtype), (total.log() + top).squeeze(-1), state.output, state.log_mass
+    return output.to(value.dtype), (total.log() + top).squeeze(-1) + query_bias.to(wide), state.output, state.log_mass
 
 
 def _kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

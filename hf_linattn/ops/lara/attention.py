@@ -21,6 +21,7 @@ from ...errors import InputError, UnsupportedError
 from ..exact import attention_function, exact_partial, scale_inputs
 from ..factored import LogWeights
 from ..layout import gather_tokens
+from ..limits import LARGEST_FACTOR, check_counts
 from ..noise import noise_factor
 from ..tokens import Tokens, prepare
 from ..windowed import check_chunk_size, slot_attention
@@ -105,11 +106,8 @@ def lara_attention(
     """
     if weighting not in WEIGHTINGS:
         raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {weighting!r}.")
-    for name, number in (("num_landmarks", num_landmarks), ("samples_per_landmark", samples_per_landmark)):
-        if number < 1:
-            raise InputError(f"{name} must be >= 1; got {number!r}.")
-    if not 0 <= alpha_coeff < float("inf"):
-        raise InputError(f"alpha_coeff must be a finite number >= 0; got {alpha_coeff!r}.")
+    if not 0 <= alpha_coeff <= LARGEST_FACTOR:
+        raise InputError(f"alpha_coeff must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {alpha_coeff!r}.")
     check_chunk_size(chunk_size)
     if proposals is not None and not isinstance(proposals, CalibratedProposals):
         raise InputError(f"proposals must be CalibratedProposals; got {type(proposals).__name__}.")
@@ -150,6 +148,7 @@ def lara_attention(
             map_stage=map_stage,
             mixing=mixing,
         )
+        check_counts({"samples_per_landmark * landmarks": samples_per_landmark * landmarks.query_mean.shape[2]})
         samples = draw_samples(
             landmarks.query_mean + landmarks.key_mean,
             noise,

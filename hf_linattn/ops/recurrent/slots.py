@@ -96,7 +96,7 @@ class SlotRecurrence:
         dtype = compute_dtype(query, joined.key, joined.value, self.in_half)
         x, y = scale_inputs(query.to(dtype), joined.key.to(dtype), self.scaling)
         tokens = prepare(x, y, joined.value.to(dtype), joined.mask, is_causal=True)
-        reader = self.basis.query(tokens.x)
+        reader = self._reader(tokens.x)
         partial = slot_attention(
             tokens,
             reader,
@@ -133,7 +133,7 @@ class SlotRecurrence:
         if valid is not None:  # inf or NaN in the padding must not get into the state
             real = valid[:, None, None, None]
             query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
-        reader = self.basis.query(query.to(dtype) * self.scaling**0.5)
+        reader = self._reader(query.to(dtype) * self.scaling**0.5)
         if not self.window.size:
             output, far = self._through_slots(reader, key.to(dtype), value.to(dtype), state.far, valid)
             state = SlotState(state.near, far)
@@ -147,6 +147,11 @@ class SlotRecurrence:
         if valid is not None:
             output = output.masked_fill(~valid[:, None, None, None], 0.0)
         return output.to(query.dtype), state
+
+    def _reader(self, x: Tensor) -> SlotWeights:
+        """Log-weights of queries, up to a factor of their own where all that they read are slots."""
+        reader = self.basis.query(x)
+        return reader if self.window.size else reader.unbiased()
 
     def _take_in(self, far: Partial, key: Tensor, value: Tensor, mask: Tensor | None) -> Partial:
         """Slots with more keys in them."""

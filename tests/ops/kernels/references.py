@@ -50,10 +50,10 @@ def dense_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, visible
 
 
 def dense_causal(
-    query: Tensor, query_bias: Tensor, query_slots: Tensor, query_slot_bias: Tensor,
+    query: Tensor, query_slots: Tensor, query_slot_bias: Tensor,
     key: Tensor, key_bias: Tensor, key_slots: Tensor, key_slot_bias: Tensor, value: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reading = query @ query_slots.mT + query_bias.unsqueeze(-1) + query_slot_bias.unsqueeze(-2)
+    reading = query @ query_slots.mT + query_slot_bias.unsqueeze(-2)
     writing = key @ key_slots.mT + key_bias.unsqueeze(-1) + key_slot_bias.unsqueeze(-2)
     tokens = query.shape[-2]
     return dense_slots(reading, writing, value, torch.ones(tokens, tokens, dtype=torch.bool).tril())
@@ -78,7 +78,7 @@ def dense_blocks(
 
 
 def recurrent_causal(
-    query: Tensor, query_bias: Tensor, query_slots: Tensor, query_slot_bias: Tensor,
+    query: Tensor, query_slots: Tensor, query_slot_bias: Tensor,
     key: Tensor, key_bias: Tensor, key_slots: Tensor, key_slot_bias: Tensor, value: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """One token after the other: every slot remembers its mean and its mass."""
@@ -90,7 +90,7 @@ def recurrent_causal(
         mean = shares[..., :1] * mean + shares[..., 1:] * value[..., t, None, :]
         mass = logsumexp(torch.stack([mass, new], -1))
         logits = (query_slots @ query[..., t, :, None]).squeeze(-1) + query_slot_bias + mass
-        yield (softmax(logits).unsqueeze(-2) @ mean).squeeze(-2), logsumexp(logits) + query_bias[..., t]
+        yield (softmax(logits).unsqueeze(-2) @ mean).squeeze(-2), logsumexp(logits)
 
 
 # -- comparisons -----------------------------------------------------------------------------------------------------

@@ -78,7 +78,6 @@ def causal_case(tokens: int, dtype: torch.dtype, chunk: int = 4) -> tuple[Any, .
     key_bias[1, 0] = -INF
     return (
         random(2, tokens, 4, seed=0, dtype=dtype),
-        random(2, tokens, seed=1, dtype=wide(dtype)),
         random(2, 6, 4, seed=2, dtype=dtype),
         random(2, 6, seed=3, dtype=wide(dtype)),
         random(2, tokens, 4, seed=4, dtype=dtype),
@@ -152,7 +151,7 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
 GRADIENTS = {
     "attend": (0, 1, 2, 3),
     "blocks": tuple(range(8)),
-    "causal": tuple(range(9)),
+    "causal": tuple(range(8)),
     "windows_chunks": (0, 1, 2, 4, 5, 6),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -305,7 +304,7 @@ def _blocks(*tensors: Tensor) -> Any:
 
 
 def _causal(*tensors: Tensor) -> Any:
-    rows = [z.unsqueeze(0) if place in (0, 1, 4, 5, 8) else z for place, z in enumerate(tensors)]
+    rows = [z.unsqueeze(0) if place in (0, 3, 4, 7) else z for place, z in enumerate(tensors)]
     return causal(*rows, 4)
 
 

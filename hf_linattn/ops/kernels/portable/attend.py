@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .magnitude import is_large, unexpanded
 from .products import product, suits_onednn
 from .streamed import streamed_forward, suits_streaming
 
@@ -75,7 +76,8 @@ def attend_backward(
     """Gradients of query, key, value and bias, where `needs` says so. The weights are computed again, tile by tile.
 
     With `p` the weights, the gradient of a logit is `p (grad_output . value - grad_output . output + grad_mass)`.
-    Logits and sums are in float32 or wider, the other products in the dtype of the inputs.
+    Logits and sums are in float32 or wider, the other products in the dtype of the inputs. Large logits (`is_large`)
+    are normalised again: `output` and `log_mass` are those of logits that were rounded differently.
     """
     wide = log_mass.dtype
     if _is_empty(query, key):
@@ -87,9 +89,13 @@ def attend_backward(
     # Where nothing is visible all logits are -inf: weights and gradients are 0 whatever is taken off, and the gradient
     # of the log mass, which may be NaN, does not count.
     empty = log_mass == float("-inf")
-    offset = log_mass.masked_fill(empty, 0.0)
-    shift = ((grad_output.to(wide) * output.to(wide)).sum(-1) - grad_mass).masked_fill_(empty, 0.0)
+    offset, total = log_mass.masked_fill(empty, 0.0), None
     by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
+    if is_large(query, key, bias):
+        offset, total, shift = _normalised(grad_output, query, key, value, bias, visible, by_keys=by_keys)
+    else:
+        shift = (grad_output.to(wide) * output.to(wide)).sum(-1)
+    shift = (shift - grad_mass).masked_fill_(empty, 0.0)
     grad_query = torch.empty(query.shape, dtype=wide, device=query.device) if needs[0] else None
     grad_key = torch.empty(key.shape, dtype=wide, device=key.device) if needs[1] else None
     grad_value = torch.empty(value.shape, dtype=wide, device=value.device) if needs[2] else None
@@ -97,6 +103,8 @@ def attend_backward(
     for part in _tiles(query, key, by_keys=by_keys):
         weights = _logits(query, key, bias, visible, part)
         weights.sub_(offset[part.queries].unsqueeze(-1)).exp_()
+        if total is not None:
+            weights.div_(total[part.queries].unsqueeze(-1))
         grads = grad_output[part.queries]
         if grad_value is not None:
             new = by_keys or part.is_first
@@ -120,6 +128,35 @@ def attend_backward(
         None if grad_value is None else grad_value.to(value.dtype),
         grad_bias,
     )
+
+
+def _normalised(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    visible: Tensor | None,
+    *,
+    by_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, sum of the weights relative to it, and `grad_output . output`, of every query.
+
+    From the very numbers that the backward pass computes: gradients that cancel, cancel to the last digit.
+    """
+    wide = _wide(query.dtype)
+    top = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
+    total, mean = torch.zeros_like(top), torch.zeros_like(top)
+    for part in _tiles(query, key, by_keys=by_keys):
+        logits, before = _logits(query, key, bias, visible, part), top[part.queries]
+        highest = torch.maximum(before, logits.amax(-1))
+        weights, decay = logits.sub_(highest.unsqueeze(-1)).exp_(), (before - highest).exp_()
+        total[part.queries] = total[part.queries] * decay + weights.sum(-1)
+        pairs = product(grad_output[part.queries], value[part.keys].transpose(-1, -2)).to(wide)
+        mean[part.queries] = mean[part.queries] * decay + weights.mul_(pairs).sum(-1)
+        top[part.queries] = highest
+    total.masked_fill_(total == 0, 1.0)
+    return top, total, mean.div_(total)
 
 
 # -- flash attention of torch, on a CPU ------------------------------------------------------------------------------
@@ -147,17 +184,10 @@ def _flash(
 def _float_mask(bias: Tensor | None, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What is added to the logits, with dimensions of 1 where it is the same along one."""
     if visible is not None:
-        visible = _unexpanded(visible)
+        visible = unexpanded(visible)
         hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-        return hidden if bias is None else hidden + _unexpanded(bias).unsqueeze(-2)
-    return None if bias is None else _unexpanded(bias).unsqueeze(-2).to(dtype)
-
-
-def _unexpanded(x: Tensor) -> Tensor:
-    for dim, stride in enumerate(x.stride()[:-1]):
-        if stride == 0 and x.shape[dim] > 1:
-            x = x.narrow(dim, 0, 1)
-    return x
+        return hidden if bias is None else hidden + unexpanded(bias).unsqueeze(-2)
+    return None if bias is None else unexpanded(bias).unsqueeze(-2).to(dtype)
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------------

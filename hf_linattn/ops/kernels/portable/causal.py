@@ -38,7 +38,6 @@ class _Inputs(NamedTuple):
     """Tokens `[groups, tokens, dim]`, slots `[groups, slots, dim]`, biases without `dim`."""
 
     query: Tensor
-    query_bias: Tensor
     query_slots: Tensor
     query_slot_bias: Tensor
     key: Tensor
@@ -62,7 +61,7 @@ class _Inputs(NamedTuple):
         return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
 
     def query_logits(self, part: slice) -> Tensor:
-        """`[groups, tokens, slots]`, without the biases: that of the tokens only shifts the log mass."""
+        """`[groups, tokens, slots]`, without the bias."""
         wide = self.key_bias.dtype
         return self.query[:, part].to(wide) @ self.query_slots.to(wide).mT
 
@@ -95,10 +94,13 @@ class _Queries(NamedTuple):
     product: Tensor  # with the keys of the chunk, `[groups, tokens, tokens]`, 0 for later ones
     top: Tensor  # `[groups, tokens, 1]`
 
+    def total(self, before: _State) -> Tensor:
+        """The sum of a query's weights, of the keys before the chunk and in it, `[groups, tokens, 1]`."""
+        return (self.features @ before.mass).add_(self.product.sum(-1, keepdim=True))
+
 
 def causal_forward(
     query: Tensor,
-    query_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     key: Tensor,
@@ -114,12 +116,12 @@ def causal_forward(
     Returns: `[groups, tokens, head_dim]`, `[groups, tokens]`, `[groups, kept, slots, head_dim]` and `[groups, kept,
         slots, 2]`.
     """
-    inputs = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
     groups, tokens, _ = query.shape
     kept, slots = kept_states(tokens, chunk), key_slots.shape[1]
-    output, log_mass = value.new_empty(groups, tokens, value.shape[-1]), query_bias.new_empty(groups, tokens)
-    sums = query_bias.new_empty(groups, kept, slots, value.shape[-1])
-    masses = query_bias.new_empty(groups, kept, slots, 2)
+    output, log_mass = value.new_empty(groups, tokens, value.shape[-1]), key_bias.new_empty(groups, tokens)
+    sums = key_bias.new_empty(groups, kept, slots, value.shape[-1])
+    masses = key_bias.new_empty(groups, kept, slots, 2)
     for group, few in inputs.some(chunk):
         state = few.first_state()
         for number, start in enumerate(range(0, tokens, chunk)):
@@ -137,7 +139,6 @@ def causal_backward(
     grad_output: Tensor,
     grad_mass: Tensor,
     query: Tensor,
-    query_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     key: Tensor,
@@ -152,11 +153,14 @@ def causal_backward(
     needs: list[bool],
     chunk: int,
 ) -> list[Tensor | None]:
-    """Gradients of the nine tensors of `causal_forward`, where `needs` says so: the chunks in reverse order."""
-    inputs = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    """Gradients of the eight tensors of `causal_forward`, where `needs` says so: the chunks in reverse order.
+
+    `log_mass` only says which queries see nothing: weights are normalised by the sums that are recomputed with them.
+    """
+    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
     wide = log_mass.dtype
     found = [
-        _like(z, wide, sums_up=i in (2, 3, 6, 7)) if n else None
+        _like(z, wide, sums_up=i in (1, 2, 5, 6)) if n else None
         for i, (z, n) in enumerate(zip(inputs, needs, strict=True))
     ]
     tokens, length = query.shape[1], chunk * _SEGMENT
@@ -224,22 +228,23 @@ def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _
 
 
 def _ask(inputs: _Inputs, keys: _Keys) -> _Queries:
-    features = inputs.query_logits(keys.part).add_(keys.before.top.mT + inputs.slot_bias())
+    # References are large where keys are long, and similar: what they have in common is put on last, to the log mass.
+    common = keys.before.top.amax(1, keepdim=True)
+    features = inputs.query_logits(keys.part).add_((keys.before.top - common).mT + inputs.slot_bias())
     top = features.amax(-1, keepdim=True)
     features.sub_(top).exp_()
-    return _Queries(features, (features @ keys.features).tril_(), top)
+    return _Queries(features, (features @ keys.features).tril_(), top + common)
 
 
 def _read(inputs: _Inputs, keys: _Keys, output: Tensor, log_mass: Tensor) -> None:
     """Write the results of a chunk."""
     part, before, queries = keys.part, keys.before, _ask(inputs, keys)
-    total = (queries.features * before.mass.mT).sum(-1, keepdim=True).add_(queries.product.sum(-1, keepdim=True))
+    total = queries.total(before)
     result = torch.baddbmm(queries.features @ before.sums, queries.product, inputs.values(part))
     empty = total == 0
     total.masked_fill_(empty, 1.0)
     output[:, part] = result.div_(total)
-    mass = total.log_().add_(queries.top).masked_fill_(empty, float("-inf")).squeeze(-1)
-    torch.add(mass, inputs.query_bias[:, part], out=log_mass[:, part])
+    log_mass[:, part] = total.log_().add_(queries.top).masked_fill_(empty, float("-inf")).squeeze(-1)
 
 
 class _Backward:
@@ -252,8 +257,6 @@ class _Backward:
         # Of a query that sees nothing all weights are 0 anyway, and the gradient of its mass may be NaN.
         empty = log_mass == float("-inf")
         self.grad_output, self.grad_mass, self.output = grad_output, grad_mass.masked_fill(empty, 0.0), output
-        # Without the bias of the queries.
-        self.log_mass = log_mass.sub(inputs.query_bias).masked_fill_(empty, 0.0)
         first = inputs.first_state()
         self.sums, self.mass = first.sums, first.mass
         self.found: list[Tensor | None] = []
@@ -265,32 +268,34 @@ class _Backward:
         grads = self.grad_output[:, part].to(values.dtype)
         shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
         shift -= self.grad_mass[:, part].unsqueeze(-1)
-        # Everything is linear in features divided by the total of a query, exp(log_mass - top).
-        scale = (queries.top - self.log_mass[:, part].unsqueeze(-1)).exp_()
-        grads, shift = grads * scale, shift * scale
+        # Everything is linear in features divided by the total of a query.
+        total = queries.total(before)
+        total.masked_fill_(total == 0, 1.0)
+        grads, shift = grads / total, shift / total
         pairs = torch.baddbmm(-shift, grads, values.mT).tril_()
 
         grad_query = torch.baddbmm(grads @ before.sums.mT, pairs, keys.features.mT)
         grad_query.addcmul_(shift, before.mass.mT, value=-1).mul_(queries.features)
         grad_key = torch.baddbmm(self.sums @ values.mT, queries.features.mT, pairs).add_(self.mass).mul_(keys.features)
-        if self.found[8] is not None:
-            _write(self.found[8][:, part], keys.features.mT, self.sums).baddbmm_(queries.product.mT, grads)
-        self._add(slice(0, 4), grad_query, part, of_keys=False)
-        self._add(slice(4, 8), grad_key, part, of_keys=True)
+        if self.found[7] is not None:
+            _write(self.found[7][:, part], keys.features.mT, self.sums).baddbmm_(queries.product.mT, grads)
+        self._add((0, None, 1, 2), grad_query, part, of_keys=False)
+        self._add((3, 4, 5, 6), grad_key, part, of_keys=True)
 
         self.sums = torch.baddbmm(self.sums, queries.features.mT, grads).mul_(keys.decay)
         self.mass = self.mass.sub((queries.features * shift).sum(1).unsqueeze(-1)).mul_(keys.decay)
 
-    def _add(self, which: slice, grad: Tensor, part: slice, *, of_keys: bool) -> None:
-        tokens, bias, slots, slot_bias = self.found[which]
-        given = self.inputs[which]
+    def _add(self, which: tuple[int, int | None, int, int], grad: Tensor, part: slice, *, of_keys: bool) -> None:
+        """Add what follows from the gradients of logits to those of tokens, their bias, slots and their bias."""
+        tokens, bias, slots, slot_bias = (None if i is None else self.found[i] for i in which)
+        given_tokens, given_slots = self.inputs[which[0]], self.inputs[which[2]]
         by_token = grad.mT if of_keys else grad
         if tokens is not None:
-            _write(tokens[:, part], by_token, given[2].to(grad.dtype))
+            _write(tokens[:, part], by_token, given_slots.to(grad.dtype))
         if bias is not None:
             torch.sum(by_token, -1, out=bias[:, part])
         if slots is not None:
-            slots += by_token.mT @ given[0][:, part].to(grad.dtype)
+            slots += by_token.mT @ given_tokens[:, part].to(grad.dtype)
         if slot_bias is not None:
             slot_bias += by_token.sum(1)
 

@@ -1,7 +1,8 @@
 """`scan` in plain torch: one block after the other, so that the running state stays in the caches of a core.
 
 States of units of keys, `output` `[groups, units, slots, head_dim]` and `log_mass` `[groups, units, slots]`, are
-merged for every block of queries over the units it reads (`Reach`). Nothing is ever subtracted.
+merged for every block of queries over the units it reads (`Reach`). Nothing is ever subtracted, and weights are summed
+relative to the largest mass so far: added up as logs, small ones would vanish beside masses of 1e6.
 """
 
 from __future__ import annotations
@@ -16,21 +17,20 @@ def scan_forward(output: Tensor, log_mass: Tensor, blocks: int, reach: Reach) ->
     """Merged states `[groups, blocks, slots, ...]`; a block that reads nothing gets output 0 and mass `-inf`."""
     groups, units, slots, head_dim = output.shape
     merged, mass = output.new_empty(groups, blocks, slots, head_dim), log_mass.new_empty(groups, blocks, slots)
-    state, done = _empty_state(output, log_mass), 0
+    state, done = _State(output, log_mass), 0
     for block in range(blocks):
         for unit in range(done, reach.before(block)):
-            state = _join(*state, output[:, unit], log_mass[:, unit])
+            state.join(output[:, unit], log_mass[:, unit])
         done = max(done, reach.before(block))
-        merged[:, block], mass[:, block] = state
+        merged[:, block], mass[:, block] = state.mean, state.log_mass()
     if reach.is_causal:
         return merged, mass
-    state, done = _empty_state(output, log_mass), units
+    state, done = _State(output, log_mass), units
     for block in reversed(range(blocks)):
         for unit in reversed(range(reach.after(block, units), done)):
-            state = _join(*state, output[:, unit], log_mass[:, unit])
+            state.join(output[:, unit], log_mass[:, unit])
         done = min(done, reach.after(block, units))
-        both = _join(merged[:, block], mass[:, block], *state)
-        merged[:, block], mass[:, block] = both
+        merged[:, block], mass[:, block] = _join(merged[:, block], mass[:, block], state.mean, state.log_mass())
     return merged, mass
 
 
@@ -101,9 +101,23 @@ def _dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([(x.to(dtype) * y.to(dtype)).sum(-1) for x, y in pairs], dim=1)
 
 
-def _empty_state(output: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    first = output[:, 0]
-    return torch.zeros_like(first, dtype=log_mass.dtype), torch.full_like(log_mass[:, 0], float("-inf"))
+class _State:
+    """The mean of states so far, and their weights `total`, relative to the largest, `exp(top)`."""
+
+    def __init__(self, output: Tensor, log_mass: Tensor) -> None:
+        self.mean = torch.zeros_like(output[:, 0], dtype=log_mass.dtype)
+        self.total = torch.zeros_like(log_mass[:, 0])
+        self.top = torch.full_like(self.total, torch.finfo(log_mass.dtype).min)
+
+    def join(self, output: Tensor, log_mass: Tensor) -> None:
+        top = torch.maximum(self.top, log_mass)
+        new = (log_mass - top).exp_()
+        self.total.mul_(self.top.sub_(top).exp_()).add_(new)
+        self.top = top
+        self.mean.lerp_(output.to(new.dtype), (new / self.total.masked_fill(self.total == 0, 1.0)).unsqueeze(-1))
+
+    def log_mass(self) -> Tensor:
+        return self.total.log().add_(self.top)
 
 
 def _join(state: Tensor, mass: Tensor, other: Tensor, other_mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The backward kernels of `attend`: weights are recomputed from the log-sum-exp.
+"""The backward kernels of `attend`: weights are recomputed from the log-sum-exp, at most 1 whatever is rounded.
 
 dlogit[t, n] = weight[t, n] (grad_output_t . value_n - delta_t),     delta_t = grad_output_t . output_t - grad_mass_t
 """
@@ -81,7 +81,7 @@ def of_queries(
         if MASK == 2:
             seen = pair_mask(visible, first_q, start, visible_q, visible_k, num_queries, num_keys, BLOCK_Q, BLOCK_K)
             logits = tl.where(seen, logits, float("-inf"))
-        weights = tl.exp2(logits - row_lift[:, None])
+        weights = tl.exp2(tl.minimum(logits - row_lift[:, None], 0.0))
         grad_logits = weights * (dot(grad, tl.trans(v)) - row_delta[:, None])
         grad_q = dot(grad_logits.to(k.dtype), k, grad_q)
     store_tile(
@@ -130,7 +130,7 @@ def of_keys(
         if MASK == 2:
             seen = pair_mask(visible, first_k, start, visible_k, visible_q, num_keys, num_queries, BLOCK_K, BLOCK_Q)
             logits = tl.where(seen, logits, float("-inf"))
-        weights = tl.exp2(logits - row_lift[None, :])
+        weights = tl.exp2(tl.minimum(logits - row_lift[None, :], 0.0))
         if grad_value is not None:
             grad_v = dot(weights.to(grad.dtype), grad, grad_v)
         if grad_key is not None or grad_bias is not None:

@@ -14,7 +14,6 @@ from ._tiles import dot
 @triton.jit
 def forward(
     x,
-    x_bias,
     query_slots,
     query_slot_bias,
     y,
@@ -51,7 +50,7 @@ def forward(
     group, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
     row = tl.arange(0, CHUNK)
     at = group * tokens + start + row
-    own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
+    key_bias = tl.load(y_bias + at)
     visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
     first = first_keys(key_bias, CHUNK, CHUNK)
     x += group * x_g
@@ -65,7 +64,7 @@ def forward(
     weights = tl.zeros([CHUNK, CHUNK], tl.float32)
     for slot in range(0, slots, TILE):
         a = logits(
-            x, own_bias, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D,
         )  # fmt: skip
         c = logits(
@@ -121,7 +120,6 @@ def _score_gradients(
 @triton.jit
 def backward_tokens(
     x,
-    x_bias,
     query_slots,
     query_slot_bias,
     y,
@@ -167,7 +165,7 @@ def backward_tokens(
     group, start = (program // chunks).to(tl.int64), (program % chunks) * CHUNK
     row = tl.arange(0, CHUNK)
     at = group * tokens + start + row
-    own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
+    key_bias = tl.load(y_bias + at)
     visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
     first = first_keys(key_bias, CHUNK, CHUNK)
     x += group * x_g
@@ -181,21 +179,20 @@ def backward_tokens(
         grad_output, grad_mass, value, output, log_mass, group, start, tokens, value_g, value_t, visible,
         WIDTH, BLOCK_E, CHUNK,
     )  # fmt: skip
-    own_bias -= mass
     column = part * BLOCK_D + tl.arange(0, BLOCK_D)
     shares = tl.zeros([CHUNK, CHUNK], tl.float32)
     total_x, total_y = tl.zeros([CHUNK, BLOCK_D], tl.float32), tl.zeros([CHUNK, BLOCK_D], tl.float32)
     total_bias = tl.zeros([CHUNK], tl.float32)
     for slot in range(0, slots, TILE):
         a = logits(
-            x, own_bias, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
             y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
-        shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
+        shares, grad_a, grad_c = grad_tile(shares, a, c, mass, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
         number = (slot + tl.arange(0, TILE)).to(tl.int64)
         inside = (number < slots)[:, None] & (column < DIM)[None, :]
         vectors = tl.load(query_slots + (number * query_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
@@ -220,7 +217,6 @@ def backward_tokens(
 @triton.jit
 def backward_slots(
     x,
-    x_bias,
     query_slots,
     query_slot_bias,
     y,
@@ -287,7 +283,7 @@ def backward_slots(
     for chunk in range(part * chunks_each, tl.minimum(chunks, (part + 1) * chunks_each)):
         start = chunk * CHUNK
         at = group * tokens + start + row
-        own_bias, key_bias = tl.load(x_bias + at), tl.load(y_bias + at)
+        key_bias = tl.load(y_bias + at)
         visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
         first = first_keys(key_bias, CHUNK, CHUNK)
         grads, mass = _score_gradients(
@@ -295,7 +291,7 @@ def backward_slots(
             WIDTH, BLOCK_E, CHUNK,
         )  # fmt: skip
         a = logits(
-            x, own_bias - mass, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
@@ -303,7 +299,7 @@ def backward_slots(
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         shares = tl.zeros([CHUNK, CHUNK], tl.float32)
-        shares, grad_a, grad_c = grad_tile(shares, a, c, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
+        shares, grad_a, grad_c = grad_tile(shares, a, c, mass, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
         inside = (column < DIM)[None, :]
         place = (start + row).to(tl.int64)
         vectors = tl.load(x + (place * x_t)[:, None] + column[None, :], mask=inside, other=0.0)

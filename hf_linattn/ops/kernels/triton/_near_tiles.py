@@ -58,7 +58,7 @@ def logits(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr = EXACT,
 ):
-    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` `[CHUNK]` is loaded. -inf beyond the last slot."""
+    """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` is loaded, or None. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
     for start in range(0, DIM, BLOCK_D):
@@ -68,7 +68,9 @@ def logits(
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = dot(left, tl.trans(right), total, PRECISION)
     bias = tl.load(slot_bias + slot, mask=slot < num_slots, other=float("-inf"))
-    return total + token_bias[:, None] + bias[None, :]
+    if token_bias is not None:
+        total += token_bias[:, None]
+    return total + bias[None, :]
 
 
 @triton.jit
@@ -203,8 +205,15 @@ def add_tile(
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
-# With p[t, n, j] = exp(a + c) (`a` less the log mass of the query) and X[t, n] = dO_t . (v_n - O_t) + dmass_t:
+# With p[t, n, j] = exp(a + c - mass) and X[t, n] = dO_t . (v_n - O_t) + dmass_t:
 # da[t, j] = sum_n p X, dc[n, j] = sum_t p X, and dv_n = sum_t (sum_j p) dO_t. The sums over slots are `shares`.
+# The mass comes off what the forward pass has compared with it, digit by digit, and no query's feature exceeds 1.
+
+
+@triton.jit
+def _relative(logits, mass):
+    """Weights of `logits`, `[CHUNK, TILE]`, relative to the mass of each query."""
+    return tl.exp(tl.minimum(logits - mass[:, None], 0.0))
 
 
 @triton.jit
@@ -217,29 +226,31 @@ def _from_features(shares, grad_a, grad_c, query, key, grads, together, DTYPE: t
 
 
 @triton.jit
-def _grad_first(shares, grad_a, grad_c, a, c, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr):
+def _grad_first(
+    shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr
+):
     sees = tl.arange(0, CHUNK) >= first
-    query = tl.exp(tl.where(sees[:, None], a + reference, float("-inf")))
+    query = _relative(tl.where(sees[:, None], a + reference, float("-inf")), mass)
     key = tl.exp(c - _finite(reference))
     return _from_features(shares, grad_a, grad_c, query, key, grads, _together(SPAN, CHUNK), DTYPE)
 
 
 @triton.jit
-def _grad_halves(shares, grad_a, grad_c, a, c, grads, DTYPE, HALF: tl.constexpr, CHUNK: tl.constexpr, TILE):
+def _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, HALF: tl.constexpr, CHUNK: tl.constexpr, TILE):
     left = ((tl.arange(0, CHUNK) // HALF) % 2 == 0)[:, None]
     reference = half_reference(c, HALF, CHUNK, TILE)
-    query = tl.exp(tl.where(left, float("-inf"), a + reference))
+    query = _relative(tl.where(left, float("-inf"), a + reference), mass)
     key = tl.exp(tl.where(left, c - _finite(reference), float("-inf")))
     return _from_features(shares, grad_a, grad_c, query, key, grads, _together(2 * HALF, CHUNK), DTYPE)
 
 
 @triton.jit
-def _grad_one_by_one(shares, grad_a, grad_c, a, c, grads, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE):
+def _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE):
     row = tl.arange(0, CHUNK)
     for place in range(0, SEGMENT):
         own = (row % SEGMENT == place)[:, None]
         key = _span_sum(tl.where(own, c, 0.0), SEGMENT, CHUNK, TILE)
-        weight = tl.exp(tl.where((row % SEGMENT >= place)[:, None], a + key, float("-inf")))
+        weight = _relative(tl.where((row % SEGMENT >= place)[:, None], a + key, float("-inf")), mass)
         here = row[None, :] == (row // SEGMENT * SEGMENT + place)[:, None]
         shares += tl.where(here, tl.sum(weight, 1)[:, None], 0.0)
         weight *= tl.sum(tl.where(here, grads, 0.0), 1)[:, None]
@@ -253,6 +264,7 @@ def grad_tile(
     shares,
     a,
     c,
+    mass,
     grads,
     first,
     key_bias,
@@ -262,27 +274,27 @@ def grad_tile(
     TILE: tl.constexpr,
 ):
     """Gradients of `a` and `c`, `[CHUNK, TILE]`, and `shares` with those of this tile; those of keys that are not
-    visible are left to be masked. `grads` is `X`, 0 where a key is not visible.
+    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` +inf where a query sees none.
     """
     grad_a, grad_c = tl.zeros([CHUNK, TILE], tl.float32), tl.zeros([CHUNK, TILE], tl.float32)
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
     if above <= ROOM:
         shares, grad_a, grad_c = _grad_first(
-            shares, grad_a, grad_c, a, c, grads, reference, first, DTYPE, CHUNK, CHUNK
+            shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, CHUNK, CHUNK
         )
     else:
         if CHUNK >= 128 and SEGMENT <= 64:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, grads, DTYPE, 64, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 64, CHUNK, TILE)
         if CHUNK >= 64 and SEGMENT <= 32:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, grads, DTYPE, 32, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 32, CHUNK, TILE)
         if CHUNK >= 32 and SEGMENT <= 16:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, grads, DTYPE, 16, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 16, CHUNK, TILE)
         own_first = first_keys(key_bias, SEGMENT, CHUNK)
         reference, above = first_reference(c, own_first, SEGMENT, CHUNK, TILE)
         if above <= ROOM:
             shares, grad_a, grad_c = _grad_first(
-                shares, grad_a, grad_c, a, c, grads, reference, own_first, DTYPE, SEGMENT, CHUNK
+                shares, grad_a, grad_c, a, c, mass, grads, reference, own_first, DTYPE, SEGMENT, CHUNK
             )
         else:
-            shares, grad_a, grad_c = _grad_one_by_one(shares, grad_a, grad_c, a, c, grads, SEGMENT, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT, CHUNK, TILE)
     return shares, grad_a, grad_c

@@ -51,8 +51,8 @@ def _add(total, top, mean, logits, values):
 
 @triton.jit
 def _score_gradients(logits, values, grad, mass, shift):
-    """Weights, and the gradient of the logits."""
-    weights = tl.exp(logits - mass[:, None])
+    """Weights, at most 1 whatever is rounded, and the gradient of the logits."""
+    weights = tl.exp(tl.minimum(logits - mass[:, None], 0.0))
     return weights, weights * (dot(grad, tl.trans(values)) - shift[:, None])
 
 

@@ -29,10 +29,9 @@ _BEFORE = Reach(is_causal=True)
 
 
 class _Inputs(NamedTuple):
-    """The nine inputs; tokens a multiple of `_CHUNK`."""
+    """The eight inputs; tokens a multiple of `_CHUNK`."""
 
     query: Tensor
-    query_bias: Tensor
     query_slots: Tensor
     query_slot_bias: Tensor
     key: Tensor
@@ -46,7 +45,6 @@ class _Inputs(NamedTuple):
         if not extra:
             return self
         longer = {name: F.pad(getattr(self, name), (0, 0, 0, extra)) for name in ("query", "key", "value")}
-        longer["query_bias"] = F.pad(self.query_bias, (0, extra))
         longer["key_bias"] = F.pad(self.key_bias, (0, extra), value=float("-inf"))
         return self._replace(**longer)
 
@@ -80,7 +78,6 @@ class _Inputs(NamedTuple):
 
 def causal_forward(
     query: Tensor,
-    query_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     key: Tensor,
@@ -94,16 +91,15 @@ def causal_forward(
 
     The last two results are the place of the states that the portable form keeps, here without content.
     """
-    given = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    given = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
     groups, tokens, _ = query.shape
     output = value.new_empty(groups, tokens, value.shape[-1])
     log_mass = output.new_empty(groups, tokens, dtype=torch.float32)
     for group, few in given.padded().some():
         merged, _, mass = few.merged(few.states())
         far = attend_forward(few.cut(few.query), few.shared(few.query_slots), merged, mass, None)
-        far_mass = far[1].flatten(1, 2) + few.query_bias
         near = near_forward(*few, _CHUNK)
-        both = merge([Partial(far[0].flatten(1, 2), far_mass), Partial(*near)])
+        both = merge([Partial(far[0].flatten(1, 2), far[1].flatten(1, 2)), Partial(*near)])
         output[group], log_mass[group] = both.output[:, :tokens], both.log_mass[:, :tokens]
     kept = (groups, -(-tokens // (chunk * _KEPT)), key_slots.shape[1])
     nothing = log_mass.new_zeros(1)
@@ -115,7 +111,6 @@ def causal_backward(
     grad_output: Tensor,
     grad_mass: Tensor,
     query: Tensor,
-    query_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     key: Tensor,
@@ -130,8 +125,8 @@ def causal_backward(
     needs: Sequence[bool],
     chunk: int,
 ) -> list[Tensor | None]:
-    """Gradients of the nine tensors of `causal_forward`, where `needs` says so. `sums`, `masses`, `chunk`: unused."""
-    given = _Inputs(query, query_bias, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    """Gradients of the eight tensors of `causal_forward`, where `needs` says so. `sums`, `masses`, `chunk`: unused."""
+    given = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
     tokens, extra = query.shape[1], -query.shape[1] % _CHUNK
     grad_output, output = (F.pad(z, (0, 0, 0, extra)) for z in (grad_output, output))
     grad_mass, log_mass = F.pad(grad_mass, (0, extra)), F.pad(log_mass, (0, extra), value=float("-inf"))
@@ -150,10 +145,10 @@ def causal_backward(
 def _through_states(
     few: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, log_mass: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of what queries read from earlier chunks. That of the bias of queries is in `near_backward`'s."""
+    """Gradients of what queries read from earlier chunks."""
     states = few.states()
     merged, merged_mass, mass = few.merged(states)
-    key_side = any(needs[4:])
+    key_side = any(needs[3:])
     grads = attend_backward(
         few.cut(grad_output),
         few.cut(grad_mass),
@@ -163,13 +158,13 @@ def _through_states(
         mass,
         None,
         few.cut(output),
-        few.cut(log_mass - few.query_bias),  # what the bias of a query adds
-        (needs[0], needs[2], key_side, key_side or needs[3]),
+        few.cut(log_mass),
+        (needs[0], needs[1], key_side, key_side or needs[2]),
     )
-    found: list[Tensor | None] = [None] * 9
+    found: list[Tensor | None] = [None] * 8
     found[0] = None if grads[0] is None else grads[0].flatten(1, 2)
-    found[2] = None if grads[1] is None else grads[1].sum(1)
-    found[3] = grads[3].sum(1) if needs[3] and grads[3] is not None else None
+    found[1] = None if grads[1] is None else grads[1].sum(1)
+    found[2] = grads[3].sum(1) if needs[2] and grads[3] is not None else None
     if not key_side or grads[2] is None or grads[3] is None:
         return found
     own_mass = states[1] + few.key_slot_bias.unsqueeze(1)
@@ -184,9 +179,9 @@ def _through_states(
         None,
         states[0],
         states[1],
-        (needs[6], needs[4], needs[8], needs[5]),
+        (needs[5], needs[3], needs[7], needs[4]),
     )
-    found[4], found[5], found[8] = (None if z is None else z.flatten(1, 2) for z in (keys, bias, values))
-    found[6] = None if key_slots is None else key_slots.sum(1)
-    found[7] = grad_own.sum(1) if needs[7] else None
+    found[3], found[4], found[7] = (None if z is None else z.flatten(1, 2) for z in (keys, bias, values))
+    found[5] = None if key_slots is None else key_slots.sum(1)
+    found[6] = grad_own.sum(1) if needs[6] else None
     return found

@@ -69,7 +69,7 @@ def _step(
 
         products = tl.sum(load_tile(query_slots, start, query_slots_m, num_slots, BLOCK, D, D_PADDED) * q[None, :], 1)
         bias = tl.load(query_slot_bias + slot * query_slot_bias_m, mask=inside, other=float("-inf"))
-        logits = (products + q_bias + bias) * LOG2_E + mass
+        logits = (products + bias) * LOG2_E + mass
         new_top = tl.maximum(top, tl.max(logits, 0))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights, decay = tl.exp2(logits - finite_top), tl.exp2(top - finite_top)
@@ -81,7 +81,7 @@ def _step(
     safe_total = tl.where(nothing, 1.0, total)
     index = tl.arange(0, E_PADDED)
     tl.store(output + group * E + index, (read / safe_total).to(output.dtype.element_ty), mask=index < E)
-    tl.store(log_mass + group, tl.where(nothing, float("-inf"), (top + tl.log2(safe_total)) * LN_2))
+    tl.store(log_mass + group, tl.where(nothing, float("-inf"), (top + tl.log2(safe_total)) * LN_2 + q_bias))
 
 
 def decode_step(

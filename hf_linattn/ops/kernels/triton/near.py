@@ -32,10 +32,9 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class _Inputs(NamedTuple):
-    """The nine inputs of `near_forward`, their last dimensions contiguous."""
+    """The eight inputs of `near_forward`, their last dimensions contiguous."""
 
     x: Tensor
-    x_bias: Tensor
     query_slots: Tensor
     query_slot_bias: Tensor
     y: Tensor
@@ -51,9 +50,7 @@ class _Inputs(NamedTuple):
         if self.x.shape[1] % chunk:
             raise InputError(f"tokens must be a multiple of chunk={chunk}; got {self.x.shape[1]}. Pad the input.")
         check(*self, head_dims=(self.x.shape[-1], self.value.shape[-1]))
-        biases = {"x_bias": self.x_bias, "y_bias": self.y_bias}
-        ready = self._replace(**{name: bias.float().contiguous() for name, bias in biases.items()})
-        return _Inputs(*(rows(z) for z in ready))
+        return _Inputs(*(rows(z) for z in self._replace(y_bias=self.y_bias.float().contiguous())))
 
     def sizes(self) -> tuple[int, ...]:
         """Tokens, slots, and strides in the order in which the kernels take them."""
@@ -94,7 +91,6 @@ class _Inputs(NamedTuple):
 
 def near_forward(
     x: Tensor,
-    x_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     y: Tensor,
@@ -107,8 +103,8 @@ def near_forward(
     """Output and log mass of every query.
 
     Args:
-        x, y: `[groups, tokens, dim]`, tokens a multiple of `chunk`; their biases `[groups, tokens]`, float32, `-inf`
-            for a key that nothing reads.
+        x, y: `[groups, tokens, dim]`, tokens a multiple of `chunk`. y_bias: `[groups, tokens]`, float32, `-inf` for a
+            key that nothing reads.
         query_slots, key_slots: `[groups, slots, dim]`; their biases `[groups, slots]`, float32. Strides may be 0.
         value: `[groups, tokens, head_dim]`.
         chunk: Tokens of a chunk: 16, 32, 64 or 128.
@@ -116,7 +112,7 @@ def near_forward(
         0, where a query sees nothing).
     Raises: InputError for another chunk or number of tokens; UnsupportedError for tensors that Triton cannot take.
     """
-    inputs = _Inputs(x, x_bias, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
+    inputs = _Inputs(x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
     inputs = inputs.checked(chunk)
     groups, tokens, _ = x.shape
     output = value.new_empty(groups, tokens, value.shape[-1])
@@ -131,7 +127,6 @@ def near_backward(
     grad_output: Tensor,
     grad_mass: Tensor,
     x: Tensor,
-    x_bias: Tensor,
     query_slots: Tensor,
     query_slot_bias: Tensor,
     y: Tensor,
@@ -144,29 +139,27 @@ def near_backward(
     needs: Sequence[bool],
     chunk: int,
 ) -> list[Tensor | None]:
-    """Gradients of the nine tensors of `near_forward`, where `needs` says so, by computing the weights again.
+    """Gradients of the eight tensors of `near_forward`, where `needs` says so, by computing the weights again.
 
     Gradients of slots are those of every group on its own, also where groups share their memory. Where a query sees
     nothing, `grad_mass` is not looked at.
     Raises: as `near_forward`.
     """
-    inputs = _Inputs(x, x_bias, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
+    inputs = _Inputs(x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value)
     inputs = inputs.checked(chunk)
     results = [grad_output.to(value.dtype).contiguous(), grad_mass.float().contiguous(), output.contiguous(), log_mass]
-    found: list[Tensor | None] = [None] * 9
-    if needs[1]:  # a bias of a query is a shift of its log mass, nothing else
-        found[1] = grad_mass.masked_fill(log_mass == float("-inf"), 0.0)
+    found: list[Tensor | None] = [None] * 8
     constants = inputs.constants(chunk, backward=True)
     groups, tokens, dim = x.shape
     slots = query_slots.shape[1]
     parts = triton.cdiv(dim, constants["BLOCK_D"])
-    if needs[0] or needs[4] or needs[5] or needs[8]:
+    if needs[0] or needs[3] or needs[4] or needs[7]:
         grads = [z.new_empty(z.shape) for z in (x, y, y_bias, value)]
         programs = groups * (tokens // chunk) * parts
         launch(kernels.backward_tokens, programs, *inputs, *results, *grads, *inputs.sizes(), **constants)
-        for index, grad in zip((0, 4, 5, 8), grads, strict=True):
+        for index, grad in zip((0, 3, 4, 7), grads, strict=True):
             found[index] = grad if needs[index] else None
-    if needs[2] or needs[3] or needs[6] or needs[7]:
+    if needs[1] or needs[2] or needs[5] or needs[6]:
         programs, chunks = groups * triton.cdiv(slots, constants["TILE"]) * parts, tokens // chunk
         pieces = splits(programs, chunks, _LEAST_CHUNKS)
         shapes = [(pieces, *z.shape) for z in (query_slots, query_slot_bias, key_slots, key_slot_bias)]
@@ -183,7 +176,7 @@ def near_backward(
             each,
             **constants,
         )
-        for index, grad in zip((2, 3, 6, 7), grads, strict=True):
+        for index, grad in zip((1, 2, 5, 6), grads, strict=True):
             found[index] = grad.sum(0).to(inputs[index].dtype) if needs[index] else None
     return found
 
@@ -191,9 +184,9 @@ def near_backward(
 def _case(dim: int, chunk: int, dtype: torch.dtype) -> None:
     tokens, bias = torch.zeros(1, chunk, dim, dtype=dtype), torch.zeros(1, chunk)
     slots, slot_bias = torch.zeros(1, 256, dim, dtype=dtype), torch.zeros(1, 256)
-    inputs = (tokens, bias, slots, slot_bias, tokens, bias, slots, slot_bias, tokens)
+    inputs = (tokens, slots, slot_bias, tokens, bias, slots, slot_bias, tokens)
     result = near_forward(*inputs, chunk)
-    near_backward(*result, *inputs, *result, [True] * 9, chunk)
+    near_backward(*result, *inputs, *result, [True] * 8, chunk)
 
 
 COMPILE_CASES: CompileCases = {
