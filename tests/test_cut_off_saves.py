@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Disk:
             self.count += 1
             self.at(self.count)
 
-    @contextmanager
+    @contextlib.contextmanager
     def calling(self, at: Callable[[int], None]) -> Iterator[None]:
         self.count, self.at = 0, at
         try:
@@ -204,11 +204,8 @@ def test_full_disk_at_every_operation(before: Any, after: Any, tmp_path: Path) -
     for place in range(1, total + 1):
         folder = tmp_path / f"full{place}"
         shutil.copytree(template, folder)
-        try:
-            with DISK.calling(fails_at(place)):
-                second.save_pretrained(folder, **after)
-        except OSError as error:
-            assert "No space left" in str(error)
+        with contextlib.suppress(OSError), DISK.calling(fails_at(place)):
+            second.save_pretrained(folder, **after)
         found = state(folder)
         seen.append([same(found, one) for one in expected].index(True))
         if seen[-1] == 0:

@@ -164,7 +164,7 @@ class LinAttnMixin:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
             push_folder(self, save_directory, names, repo_id, token=token, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
         """Upload weights, config and a model card. Arguments as in Transformers; returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)

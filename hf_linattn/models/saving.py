@@ -66,7 +66,7 @@ def pending_save(folder: str | os.PathLike[str]) -> str | None:
     except (OSError, ValueError):
         return None
     pointer = values.get(WEIGHTS_POINTER) if isinstance(values, dict) else None
-    return pointer.partition("/")[0] if is_pending(pointer) else None
+    return str(pointer).partition("/")[0] if is_pending(pointer) else None
 
 
 def is_pending(pointer: Any) -> bool:
