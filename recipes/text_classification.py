@@ -118,7 +118,7 @@ class RecipeTrainingArguments(TrainingArguments):
 
 
 class RecipeTrainer(Trainer):
-    """A `Trainer` whose model card is the one of the library, and that uploads nothing but model, tokenizer and card."""
+    """A `Trainer` with the model card of the library, which uploads nothing but model, tokenizer and card."""
 
     card_facts: dict[str, Any]
 

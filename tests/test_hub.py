@@ -145,3 +145,153 @@ def test_a_repository_of_somebody_else(tmp_path: Path) -> None:
             ],
             environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"),
         )
+
+
+# -- what is uploaded ----------------------------------------------------------------------------------------------
+SAVE_AND_PUSH = """
+import os, pathlib, sys, tempfile
+sys.path.insert(0, "tests")
+from cases import BERT, GPT2, VIT
+import hf_linattn
+from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+
+home = pathlib.Path(tempfile.mkdtemp())
+(home / "passwords").write_text("secret")
+def folder(name):
+    path = home / name
+    (path / "runs").mkdir(parents=True)
+    for file in (".env", "id_rsa", "notes.md", "optimizer.pt", "config.json.bak", "runs/log", "model.key", ".netrc",
+                 "adapter_model.safetensors", "tokenizer.json", "model.old.safetensors", "_incomplete_save_x"):
+        (path / file).write_text("mine")
+    for file in ("link", "README.md", "generation_config.json", "model-00001-of-00009.safetensors"):
+        (path / file).symlink_to(home / "passwords")
+    (path / "deep").symlink_to(home)
+    return path
+
+for case in (BERT, GPT2, VIT):
+    for options in ({}, {"max_shard_size": "40KB"}, {"variant": "fp16"}):
+        name = case.name + "-" + "-".join(options)
+        stock = case.build()
+        stock.save_pretrained(folder("stock-" + name), push_to_hub=True, repo_id="stock/" + name, **options)
+        model = hf_linattn.convert(case.build(), case.settings("favor_plus" if case is not VIT else "eva"))
+        model.save_pretrained(folder("ours-" + name), push_to_hub=True, repo_id="ours/" + name, **options)
+        assert (home / "passwords").read_text() == "secret" or name
+        (home / "passwords").write_text("secret")
+model.push_to_hub("ours/direct")
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
+tokenizer.push_to_hub("ours/direct")
+model.push_to_hub("ours/direct")
+"""
+
+
+def test_nothing_but_what_was_saved_is_uploaded(tmp_path: Path) -> None:
+    """As many files as of the stock model, whatever else lies in the folder; links are not followed."""
+    hub = run_with_hub(SAVE_AND_PUSH, tmp_path)
+    names = [name.removeprefix("ours/") for name in hub.repos if name.startswith("ours/") and "direct" not in name]
+    assert len(names) == 9
+    for name in names:
+        ours, stock = (
+            repo.commits[repo.branches["main"]] for repo in (hub.repos[f"ours/{name}"], hub.repos[f"stock/{name}"])
+        )
+        shards = [path for path in ours if "-of-" in path]
+        assert bool(shards) == ("max_shard_size" in name)
+        assert set(ours) - set(shards) == {path for path in stock if "-of-" not in path}
+        card = ModelCard(hub.blobs[ours["README.md"]].decode())
+        assert "## Limits" in card.text
+    direct = hub.repos["ours/direct"].commits[hub.repos["ours/direct"].branches["main"]]
+    assert {"tokenizer.json", "README.md", "config.json", "model.safetensors"} <= set(direct)
+    assert "## Limits" in hub.blobs[direct["README.md"]].decode()
+    published = {
+        hub.blobs[digest]
+        for name, repo in hub.repos.items()
+        if name.startswith("ours/")
+        for files in repo.commits.values()
+        for digest in files.values()
+    }
+    assert not published & {b"mine", b"secret"}
+
+
+OTHER_FILES = """
+import sys
+sys.path.insert(0, "tests")
+from cases import BERT
+import hf_linattn
+model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
+SAVE
+"""
+THEIRS = [
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
+    "onnx/model.safetensors",
+    "model-of-thoughts-of-mine.safetensors",
+    "model-card-of-us.safetensors",
+    "sub/model-00001-of-00002.safetensors",
+    "pytorch_model-notes-of-me.bin",
+    "adapter_model.safetensors",
+    "training_args.bin",
+    "tokenizer.json",
+    ".env.example",
+    "handler.py",
+]
+STALE = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("save", "new", "gone"),
+    [
+        ("model.push_to_hub('me/it')", {"model.safetensors"}, STALE),
+        ("model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it')", {"model.safetensors"}, STALE),
+        (
+            "model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it', variant='fp16')",
+            {"model.fp16.safetensors"},
+            ["pytorch_model.fp16.bin"],
+        ),
+    ],
+    ids=["push_to_hub", "save_pretrained", "variant"],
+)
+def test_files_of_others_in_the_repository_stay(save: str, new: set[str], gone: list[str], tmp_path: Path) -> None:
+    """Gone are weights that would be loaded together with, or instead of, the new ones; nothing else."""
+    with LocalHub() as hub:
+        hub.add("me/it", {name: b"theirs" for name in [*THEIRS, *STALE]})
+        code = OTHER_FILES.replace("SAVE", save)
+        run(["-c", code, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
+    files = hub.repos["me/it"].commits[hub.repos["me/it"].branches["main"]]
+    assert set(files) == ({*THEIRS, *STALE, "config.json", "README.md"} | new) - set(gone)
+    assert {name for name, digest in files.items() if hub.blobs[digest] == b"theirs"} == {*THEIRS, *STALE} - set(
+        gone
+    ) - new
+
+
+BROKEN = {
+    "yaml": b"---\nlicense: [mit\n---\n# Mine\n",
+    "end": b"---\nlicense: mit\n# Mine\n",
+    "latin": b"---\nlicense: mit\n---\nCaf\xe9\n",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("where", ["folder", "hub", "source"])
+def test_a_broken_card_does_not_lose_the_upload(where: str, broken: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "source").mkdir()
+    if where != "hub":
+        (tmp_path / ("out" if where == "folder" else "source") / "README.md").write_bytes(BROKEN[broken])
+    save = (
+        f"model.config._name_or_path = {str(tmp_path / 'source')!r};"
+        " model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it', tags=['more'])"
+    )
+    with LocalHub() as hub:
+        hub.add("me/it", {"README.md": BROKEN[broken]} if where == "hub" else {})
+        code = OTHER_FILES.replace("SAVE", save)
+        done = run(["-c", code, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
+    files = hub.repos["me/it"].commits[hub.repos["me/it"].branches["main"]]
+    assert {"config.json", "model.safetensors"} <= set(files)
+    assert "Traceback" not in done.stderr
+    assert "README.md" in done.stderr
+    if where == "source":
+        assert "more" in ModelCard(hub.blobs[files["README.md"]].decode()).data.tags
+    elif where == "hub":
+        assert hub.blobs[files["README.md"]] == BROKEN[broken]
+    else:
+        assert "README.md" not in files

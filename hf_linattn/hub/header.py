@@ -103,11 +103,14 @@ def source_metadata(source: str, mark: str) -> dict[str, Any]:
         wanted["base_model"] = _HUB_NAME.fullmatch
     found = {}
     for name, fits in wanted.items():
-        value = "no" if name == "language" and header.get(name) is False else header.get(name)  # Norwegian, in YAML
+        value = header.get(name)
         if value is None:
             continue
-        if all(isinstance(one, str) and fits(one) for one in (value if isinstance(value, list) else [value])):
-            found[name] = value
+        values = value if isinstance(value, list) else [value]
+        if name == "language":
+            values = ["no" if one is False else one for one in values]  # Norwegian is False to YAML
+        if all(isinstance(one, str) and fits(one) for one in values):
+            found[name] = values if isinstance(value, list) else values[0]
         else:
             logger.warning("`%s` of %r is not in the card: %s there is %r.", name, source, path.name, value)
     return found

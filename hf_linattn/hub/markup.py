@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 # Line ends, control characters, and characters that turn the direction of what follows.
 _INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
-_MARKUP = re.compile(r"[\\`*\[\]|#~$!]|(?<!\w)_|_(?!\w)")
+_MARKUP = re.compile(r"[\\`*\[\]|#~$!]|(?<![^\W_])_|_(?![^\W_])")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 

@@ -19,10 +19,10 @@ def check_attention(config: Any) -> None:
     if settings is None or active in (None, settings["kind"]):
         return
     raise ConfigError(
-        f"attn_implementation must be {settings['kind']!r}, as `linear_attention` says, or be left out; got {active!r} "
+        f"attn_implementation must be {settings['kind']!r}, as `linear_attention` says, or left out; got {active!r} "
         "(an argument, or a key of config.json): the model would compute something else than its settings say. "
-        "For softmax attention with these weights load the model without it and call hf_linattn.revert(model); to look "
-        "at attention weights, model.set_attn_implementation('eager')."
+        "For softmax attention with its weights, load the model without it and call hf_linattn.revert(model). To see "
+        "attention weights: model.set_attn_implementation('eager')."
     )
 
 

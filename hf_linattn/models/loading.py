@@ -18,7 +18,7 @@ _ATTEMPTS = 5
 def load_consistently(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the stock `from_pretrained` so that all it reads belongs to one checkpoint.
 
-    Where a save was cut off, the checkpoint is in a subfolder (`saving.py`). Where one happens meanwhile, the folder is
+    Where a save was cut off, the checkpoint is in a subfolder (`saving.py`). If one happens meanwhile, the folder is
     read again.
 
     Raises: `CheckpointError` if another checkpoint came under a config that the caller had read before.
