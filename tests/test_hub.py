@@ -171,13 +171,12 @@ def folder(name):
 
 for case in (BERT, GPT2, VIT):
     for options in ({}, {"max_shard_size": "40KB"}, {"variant": "fp16"}):
-        name = case.name + "-" + "-".join(options)
+        name = "-".join([case.name, *options])
         stock = case.build()
-        stock.save_pretrained(folder("stock-" + name), push_to_hub=True, repo_id="stock/" + name, **options)
+        stock.save_pretrained(home / ("stock-" + name), push_to_hub=True, repo_id="stock/" + name, **options)
         model = hf_linattn.convert(case.build(), case.settings("favor_plus" if case is not VIT else "eva"))
         model.save_pretrained(folder("ours-" + name), push_to_hub=True, repo_id="ours/" + name, **options)
-        assert (home / "passwords").read_text() == "secret" or name
-        (home / "passwords").write_text("secret")
+        assert (home / "passwords").read_text() == "secret"
 model.push_to_hub("ours/direct")
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
 tokenizer.push_to_hub("ours/direct")
@@ -186,7 +185,7 @@ model.push_to_hub("ours/direct")
 
 
 def test_nothing_but_what_was_saved_is_uploaded(tmp_path: Path) -> None:
-    """As many files as of the stock model, whatever else lies in the folder; links are not followed."""
+    """The files that the stock model uploads from an empty folder, whatever else lies in the folder; links are not followed."""
     hub = run_with_hub(SAVE_AND_PUSH, tmp_path)
     names = [name.removeprefix("ours/") for name in hub.repos if name.startswith("ours/") and "direct" not in name]
     assert len(names) == 9
@@ -218,11 +217,12 @@ sys.path.insert(0, "tests")
 from cases import BERT
 import hf_linattn
 model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
-SAVE
+model.push_to_hub("me/push")
+model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="me/save")
+model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="me/variant", variant="fp16")
 """
-THEIRS = [
-    "model.fp16.safetensors",
-    "pytorch_model.fp16.bin",
+THEIRS = {
+    "model.bf16.safetensors",
     "onnx/model.safetensors",
     "model-of-thoughts-of-mine.safetensors",
     "model-card-of-us.safetensors",
@@ -233,65 +233,59 @@ THEIRS = [
     "tokenizer.json",
     ".env.example",
     "handler.py",
-]
-STALE = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
-
-
-@pytest.mark.parametrize(
-    ("save", "new", "gone"),
-    [
-        ("model.push_to_hub('me/it')", {"model.safetensors"}, STALE),
-        ("model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it')", {"model.safetensors"}, STALE),
-        (
-            "model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it', variant='fp16')",
-            {"model.fp16.safetensors"},
-            ["pytorch_model.fp16.bin"],
-        ),
-    ],
-    ids=["push_to_hub", "save_pretrained", "variant"],
-)
-def test_files_of_others_in_the_repository_stay(save: str, new: set[str], gone: list[str], tmp_path: Path) -> None:
-    """Gone are weights that would be loaded together with, or instead of, the new ones; nothing else."""
-    with LocalHub() as hub:
-        hub.add("me/it", {name: b"theirs" for name in [*THEIRS, *STALE]})
-        code = OTHER_FILES.replace("SAVE", save)
-        run(["-c", code, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
-    files = hub.repos["me/it"].commits[hub.repos["me/it"].branches["main"]]
-    assert set(files) == ({*THEIRS, *STALE, "config.json", "README.md"} | new) - set(gone)
-    assert {name for name, digest in files.items() if hub.blobs[digest] == b"theirs"} == {*THEIRS, *STALE} - set(
-        gone
-    ) - new
-
-
-BROKEN = {
-    "yaml": b"---\nlicense: [mit\n---\n# Mine\n",
-    "end": b"---\nlicense: mit\n# Mine\n",
-    "latin": b"---\nlicense: mit\n---\nCaf\xe9\n",
+}
+STALE = {
+    "": {"model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"},
+    "fp16": {"model.fp16.safetensors", "pytorch_model.fp16.bin", "model.safetensors.index.fp16.json"},
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("where", ["folder", "hub", "source"])
-def test_a_broken_card_does_not_lose_the_upload(where: str, broken: str, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "source").mkdir()
-    if where != "hub":
-        (tmp_path / ("out" if where == "folder" else "source") / "README.md").write_bytes(BROKEN[broken])
-    save = (
-        f"model.config._name_or_path = {str(tmp_path / 'source')!r};"
-        " model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id='me/it', tags=['more'])"
-    )
+def test_files_of_others_in_the_repository_stay(tmp_path: Path) -> None:
+    """Gone are weights that would be loaded together with, or instead of, the new ones; nothing else."""
+    there = THEIRS | STALE[""] | STALE["fp16"]
     with LocalHub() as hub:
-        hub.add("me/it", {"README.md": BROKEN[broken]} if where == "hub" else {})
-        code = OTHER_FILES.replace("SAVE", save)
-        done = run(["-c", code, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
-    files = hub.repos["me/it"].commits[hub.repos["me/it"].branches["main"]]
-    assert {"config.json", "model.safetensors"} <= set(files)
+        for name in ("me/push", "me/save", "me/variant"):
+            hub.add(name, dict.fromkeys(there, b"theirs"))
+        run(["-c", OTHER_FILES, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
+    for name, variant in (("me/push", ""), ("me/save", ""), ("me/variant", "fp16")):
+        files = hub.repos[name].commits[hub.repos[name].branches["main"]]
+        weights = f"model.{variant}.safetensors" if variant else "model.safetensors"
+        assert set(files) == (there - STALE[variant]) | {weights, "config.json", "README.md"}, name
+        kept = {path for path, digest in files.items() if hub.blobs[digest] == b"theirs"}
+        assert kept == there - STALE[variant], name
+
+
+BROKEN_CARDS = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+from cases import BERT
+import hf_linattn
+model = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
+folder = pathlib.Path(sys.argv[1])
+for place in ("source", "folder", "hub"):
+    (folder / place).mkdir(parents=True)
+    if place != "hub":
+        (folder / place / "README.md").write_text("---\\nlicense: [mit\\n---\\n# Mine\\n")
+model.config._name_or_path = str(folder / "source")
+for place in ("out", "folder", "hub"):
+    model.save_pretrained(folder / place, push_to_hub=True, repo_id="me/" + place, tags=["more"])
+"""
+
+
+def test_a_broken_card_does_not_lose_the_upload(tmp_path: Path) -> None:
+    """Of the base model, in the folder, on the Hub: a warning names it, and it is not overwritten."""
+    broken = b"---\nlicense: [mit\n---\n# Mine\n"
+    with LocalHub() as hub:
+        hub.add("me/hub", {"README.md": broken})
+        done = run(["-c", BROKEN_CARDS, str(tmp_path)], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
     assert "Traceback" not in done.stderr
-    assert "README.md" in done.stderr
-    if where == "source":
-        assert "more" in ModelCard(hub.blobs[files["README.md"]].decode()).data.tags
-    elif where == "hub":
-        assert hub.blobs[files["README.md"]] == BROKEN[broken]
-    else:
-        assert "README.md" not in files
+    for said in ("License and language of the base model are not in the card", "No model card is uploaded"):
+        assert f"{said}: '{tmp_path}" in done.stderr
+    files = {
+        place: hub.repos[f"me/{place}"].commits[hub.repos[f"me/{place}"].branches["main"]]
+        for place in ("out", "folder", "hub")
+    }
+    assert all({"config.json", "model.safetensors"} <= set(found) for found in files.values())
+    assert "more" in ModelCard(hub.blobs[files["out"]["README.md"]].decode()).data.tags
+    assert "README.md" not in files["folder"]
+    assert (tmp_path / "folder" / "README.md").read_bytes() == hub.blobs[files["hub"]["README.md"]] == broken

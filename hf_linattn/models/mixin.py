@@ -162,7 +162,7 @@ class LinAttnMixin:
         names = save_atomically(save, save_directory, arguments, writes=writes)
         if push_to_hub and writes:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
-            push_folder(self, save_directory, names, repo_id, token=token, **kwargs)
+            push_folder(self, save_directory, names, repo_id, variant=variant, token=token, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
         """Upload weights, config and a model card. Arguments as in Transformers; returns the commit's address."""
