@@ -112,16 +112,18 @@ def whole(found: State, *expected: State) -> bool:
     return any(all(torch.equal(found[name], one[name]) for name in found.keys() & one.keys()) for one in expected)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 SHARDS = {"max_shard_size": "40KB"}
 LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("converted", {}, {}),
     ("converted", SHARDS, {}),
     ("converted", {}, SHARDS),
     ("converted", SHARDS, {"max_shard_size": "60KB"}),
-    ("converted", {"variant": "fp16"}, {"variant": "fp16"}),
     ("converted", {"variant": "fp16", **SHARDS}, {"variant": "fp16"}),
     ("stock", {}, {}),
-    ("stock", SHARDS, {}),
     ("stock", {}, SHARDS),
 ]
 
@@ -142,8 +144,7 @@ def test_cut_off_at_every_operation(previous: str, before: Any, after: Any, tmp_
     total = operations(lambda: second.save_pretrained(scratch, **after))
     assert total > 8
     expected = state(template, **variant), state(scratch, **variant)
-    listing = sorted(os.listdir(scratch))
-    assert not [entry for entry in listing if entry.startswith("_")]
+    assert not [entry for entry in os.listdir(scratch) if entry.startswith("_")]
     seen = []
     for last in range(total):
         folder = tmp_path / f"cut{last}"
@@ -155,9 +156,8 @@ def test_cut_off_at_every_operation(previous: str, before: Any, after: Any, tmp_
         # A stock class does not know of our saves: it must not mix them either.
         plain = BertForMaskedLM.from_pretrained(folder, **variant).state_dict()
         assert whole(plain, expected[seen[-1]][2]), last
-        second.save_pretrained(folder, **after)
-        assert same(state(folder, **variant), expected[1])
-        assert sorted(os.listdir(folder)) == listing
+        second.save_pretrained(folder, **after)  # tidies up
+        assert contents(folder) == contents(scratch)
         shutil.rmtree(folder)
     assert seen == sorted(seen)
     assert set(seen) == {0, 1}
@@ -199,7 +199,6 @@ def test_full_disk_at_every_operation(before: Any, after: Any, tmp_path: Path) -
     shutil.copytree(template, scratch)
     total = operations(lambda: second.save_pretrained(scratch, **after))
     expected = state(template), state(scratch)
-    listing = sorted(os.listdir(template))
     seen = []
     for place in range(1, total + 1):
         folder = tmp_path / f"full{place}"
@@ -209,9 +208,9 @@ def test_full_disk_at_every_operation(before: Any, after: Any, tmp_path: Path) -
         found = state(folder)
         seen.append([same(found, one) for one in expected].index(True))
         if seen[-1] == 0:
-            assert sorted(os.listdir(folder)) == listing
+            assert contents(folder) == contents(template)
         second.save_pretrained(folder, **after)
-        assert sorted(os.listdir(folder)) == sorted(os.listdir(scratch))
+        assert contents(folder) == contents(scratch)
         shutil.rmtree(folder)
     assert set(seen) == {0, 1}
 

@@ -185,7 +185,7 @@ model.push_to_hub("ours/direct")
 
 
 def test_nothing_but_what_was_saved_is_uploaded(tmp_path: Path) -> None:
-    """The files that the stock model uploads from an empty folder, whatever else lies in the folder; links are not followed."""
+    """What the stock model uploads from an empty folder, whatever else lies in it; links are not followed."""
     hub = run_with_hub(SAVE_AND_PUSH, tmp_path)
     names = [name.removeprefix("ours/") for name in hub.repos if name.startswith("ours/") and "direct" not in name]
     assert len(names) == 9
