@@ -54,6 +54,7 @@ from _common import (
     write_json,
 )
 from _data_order import RepeatableTrainer
+from _publish import Publisher
 from _text import (
     ColumnArguments,
     Columns,
@@ -117,13 +118,40 @@ class RecipeTrainingArguments(TrainingArguments):
 
 
 class RecipeTrainer(RepeatableTrainer):
-    """A `Trainer` whose model card is the one of the library, with the metrics of the run."""
+    """A `Trainer` with the model card of the library, which uploads nothing but model, tokenizer and card."""
 
     card_facts: dict[str, Any]
+
+    def __init__(self, *, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        self.publisher = Publisher(args)
+        super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
+        self.publisher.trainer = self
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.hub_model_id is None:
+            self.args.hub_private_repo = self.args.hub_private_repo if private is None else private
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self.publisher.finish()
+        return self.publisher.push(blocking, commit_message=commit_message, token=token, revision=revision)
 
     def create_model_card(self, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if linear_attention_of(model) is None:
+            path = Path(self.args.output_dir, "README.md")
+            if self.is_world_process_zero() and path.is_symlink():  # Trainer would write to its target
+                path.unlink()
             super().create_model_card(**kwargs)
         elif self.is_world_process_zero():
             from hf_linattn.hub import write_card
@@ -293,7 +321,10 @@ def main(
             "labels": {str(k): v for k, v in index.items()},
             **asdict(columns),
         },
-        "training": json.loads(training_args.to_json_string()),
+        "training": {
+            **json.loads(training_args.to_json_string()),
+            "hub_strategy": trainer.publisher.strategy.value,
+        },
         "metrics": metrics,
         "log": trainer.state.log_history,
         "processes": training_args.world_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,15 @@ import pytest
 import torch
 from cases import BERT, BY_NAME, GPT2, VIT, ModelCase, largest, logits, matrix, ready
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, EncoderDecoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    BertTokenizer,
+    EncoderDecoderModel,
+    pipeline,
+)
 
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError
@@ -202,11 +209,11 @@ def test_parts_of_a_composite_keep_their_kind_and_state(kind: str, source: str, 
     assert loaded.decoder.config._attn_implementation == kind
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.decoder.state_dict().items())
     assert largest(logits(loaded, **inputs) - expected) < 1e-5
-    for softmax in (
-        lambda: EncoderDecoderModel.from_pretrained(tmp_path, attn_implementation="sdpa"),
-        lambda: loaded.set_attn_implementation("sdpa") or loaded,
-    ):
-        assert softmax().encoder.config._attn_implementation == "sdpa"  # type: ignore[no-untyped-call]
+    for wanted in ("sdpa", {"decoder": "eager"}, {"encoder": "lara"}):
+        with pytest.raises(ConfigError, match=r"as `linear_attention` says"):
+            EncoderDecoderModel.from_pretrained(tmp_path, attn_implementation=wanted)
+    loaded.set_attn_implementation("sdpa")
+    assert loaded.encoder.config._attn_implementation == "sdpa"
 
 
 # -- damaged and contradictory checkpoints --------------------------------------------------------------------------
@@ -295,6 +302,90 @@ def test_mismatched_sizes_elsewhere_keep_their_meaning(converted: Path) -> None:
     assert info["mismatched_keys"]
 
 
+# -- what a checkpoint says it computes -----------------------------------------------------------------------------
+OTHERS = ["sdpa", "eager", "flex_attention", "eva", {"": "sdpa"}]
+BY_ARGUMENT = {
+    "Auto class": lambda folder, wanted: AutoModelForMaskedLM.from_pretrained(folder, attn_implementation=wanted),
+    "base model": lambda folder, wanted: AutoModel.from_pretrained(folder, attn_implementation=wanted),
+    "class": lambda folder, wanted: hf_linattn.LinAttnBertModel.from_pretrained(folder, attn_implementation=wanted),
+    "AutoConfig": lambda folder, wanted: AutoConfig.from_pretrained(folder, attn_implementation=wanted),
+    "config": lambda _, wanted: hf_linattn.LinAttnBertConfig(attn_implementation=wanted, linear_attention="lara"),
+    "stock": lambda folder, wanted: hf_linattn.LinAttnBertModel.from_pretrained(
+        folder.parent / "stock", linear_attention="favor_plus", attn_implementation=wanted
+    ),
+    "from_config": lambda folder, wanted: AutoModelForMaskedLM.from_config(
+        AutoConfig.from_pretrained(folder), attn_implementation=wanted
+    ),
+    "pipeline": lambda folder, wanted: pipeline(
+        "feature-extraction",
+        model=str(folder),
+        tokenizer=BertTokenizer(vocab={"[UNK]": 0}),
+        model_kwargs={"attn_implementation": wanted},
+    ),
+}
+
+
+@pytest.mark.parametrize("wanted", OTHERS, ids=str)
+@pytest.mark.parametrize("road", BY_ARGUMENT)
+def test_another_attention_by_argument(road: str, wanted: Any, converted: Path, stock: Path) -> None:
+    with pytest.raises((ConfigError, ValueError), match=r"as `linear_attention` says[\s\S]*revert\(model\)"):
+        BY_ARGUMENT[road](converted, wanted)
+
+
+@pytest.mark.parametrize("wanted", OTHERS, ids=str)
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_another_attention_in_the_config(key: str, wanted: Any, converted: Path) -> None:
+    edit_config(converted, **{key: wanted})
+    for load in (AutoConfig, AutoModel, AutoModelForMaskedLM, hf_linattn.LinAttnBertForMaskedLM):
+        with pytest.raises(ConfigError, match=r"got '[a-z_]+' \(an argument, or a key of config.json\)"):
+            load.from_pretrained(converted)
+
+
+@pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
+@pytest.mark.parametrize("active", ["eager", "sdpa"])
+def test_saved_while_softmax_is_looked_at(active: str, kind: str, case: ModelCase, tmp_path: Path) -> None:
+    """`set_attn_implementation` is for the moment; what is saved computes what its settings say."""
+    model = ready(hf_linattn.convert(case.build(), case.settings(kind), layers=[0]))
+    expected = logits(model, **case.inputs())
+    model.set_attn_implementation(active)
+    assert largest(logits(model, **case.inputs()) - expected) > 1e-4
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+    loaded = case.auto.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == kind
+    assert largest(logits(loaded, **case.inputs()) - expected) < 1e-5
+    with pytest.raises(ConfigError, match="as `linear_attention` says"):
+        type(model)(model.config)
+    model.set_attn_implementation(kind)
+    assert largest(logits(model, **case.inputs()) - expected) < 1e-5
+
+
+def test_the_own_kind_may_be_named(converted: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(converted, attn_implementation="favor_plus")
+    edit_config(converted, attn_implementation="favor_plus", _attn_implementation_internal="sdpa")
+    for found in (model, AutoModelForMaskedLM.from_pretrained(converted)):
+        assert found.config._attn_implementation == "favor_plus"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1}, "layers must be integers from 0 to 0; got 1"),
+        ({"model_type": "linattn_gpt2"}, "contradict `linear_attention`"),
+        ({"linear_attention": "favor_plus"}, "contradict `linear_attention`"),
+        ({"linear_attention": {"kind": "softmax"}}, "Unknown attention kind 'softmax'"),
+        ({"linear_attention": {"kind": "favor_plus", "layers": []}}, "at least one layer"),
+        ({"linear_attention": {"kind": "favor_plus", "enabled": False}}, "has no field 'enabled'"),
+        ({"linear_attention": False}, "must be the name of a kind"),
+    ],
+    ids=str,
+)
+def test_an_edit_that_would_take_attention_away(changes: dict[str, Any], message: str, converted: Path) -> None:
+    edit_config(converted, **changes)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        AutoModel.from_pretrained(converted)
+
+
 # -- saving ---------------------------------------------------------------------------------------------------------
 def test_safetensors_only(converted: Path, tmp_path: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(converted)
@@ -342,80 +433,6 @@ def test_config_changed_after_conversion(converted: Path, tmp_path: Path) -> Non
             model.save_pretrained(tmp_path / "x")
     model.config.linear_attention = values
     model.save_pretrained(tmp_path / "x")
-
-
-class Interrupted(BaseException):
-    """Stands for a signal: not an Exception, so that no handler swallows it."""
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForMaskedLM.from_pretrained(folder).state_dict()
-
-
-@pytest.mark.parametrize("previous", ["converted", "stock", "sharded"])
-def test_interrupted_save(previous: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped at any step, the folder holds the old checkpoint or does not load; the next save works."""
-    first = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
-    old = BERT.build() if previous == "stock" else first
-    second = hf_linattn.convert(BERT.build(), BERT.settings("favor_sharp", num_features=16), layers=[1])
-    with torch.no_grad():
-        second.bert.embeddings.word_embeddings.weight.add_(1)
-    # Every step of a save that changes the disk, counted in a dry run.
-    steps: list[str] = []
-    budget = [10**9]
-
-    def counted(name: str, function: Any) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            steps.append(name)
-            if len(steps) > budget[0]:
-                raise Interrupted(name)
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    import transformers.modeling_utils as modeling
-
-    monkeypatch.setattr(modeling, "safe_save_file", counted("weights", modeling.safe_save_file))
-    monkeypatch.setattr(os, "replace", counted("replace", os.replace))
-    monkeypatch.setattr(Path, "unlink", counted("unlink", Path.unlink))
-    shards = {"max_shard_size": "8KB"} if previous == "sharded" else {}
-    template = tmp_path / "template"
-    old.save_pretrained(template, **shards)
-    expected_old = tensors(template)
-    steps.clear()
-    scratch = tmp_path / "scratch"
-    shutil.copytree(template, scratch)
-    second.save_pretrained(scratch, **shards)
-    total = len(steps)
-    assert total >= 4
-    expected_new = tensors(scratch)
-    outcomes = set()
-    for stop in range(total):
-        folder = tmp_path / f"stop{stop}"
-        budget[0] = 10**9
-        shutil.copytree(template, folder)
-        steps.clear()
-        budget[0] = stop
-        with pytest.raises(Interrupted):
-            second.save_pretrained(folder, **shards)
-        budget[0] = 10**9
-        try:
-            found = tensors(folder)
-        except ValueError as error:
-            outcomes.add(str(error).split(" in ")[0])
-            for cls in (BertForMaskedLM, hf_linattn.LinAttnBertForMaskedLM):
-                with pytest.raises((OSError, ValueError, RuntimeError)):
-                    cls.from_pretrained(folder)
-        else:
-            outcomes.add("old")
-            assert found.keys() == expected_old.keys()
-            assert all(torch.equal(found[name], expected_old[name]) for name in found)
-        second.save_pretrained(folder, **shards)
-        found = tensors(folder)
-        assert all(torch.equal(found[name], expected_new[name]) for name in expected_new)
-        assert not [name for name in os.listdir(folder) if name.startswith("_incomplete")]
-        shutil.rmtree(folder)
-    assert outcomes == {"old", "Unrecognized model"}
 
 
 def test_killed_during_a_save(converted: Path) -> None:
@@ -495,8 +512,9 @@ with LocalHub() as hub:
     assert "My own words" in ModelCard.load(api.hf_hub_download(repo, "README.md", revision="second")).content
     from_branch = AutoModelForMaskedLM.from_pretrained(repo, revision="second")
     assert torch.equal(logits(from_branch, **BERT.inputs()), expected)
-    native = AutoModelForMaskedLM.from_pretrained(repo, attn_implementation="sdpa")
-    assert native.config._attn_implementation == "sdpa"
+    loaded.set_attn_implementation("sdpa")  # says nothing about the checkpoint
+    loaded.push_to_hub(repo)
+    assert AutoModelForMaskedLM.from_pretrained(repo).config._attn_implementation == "favor_plus"
     print("pushed")
 """
 

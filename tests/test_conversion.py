@@ -298,7 +298,6 @@ def test_config_round_trip(tmp_path: Any) -> None:
     assert type(loaded) is hf_linattn.LinAttnBertConfig
     assert loaded.linear_attention == config.linear_attention
     assert loaded._attn_implementation == "favor_plus"
-    assert AutoConfig.from_pretrained(tmp_path, attn_implementation="sdpa")._attn_implementation == "sdpa"
     model = AutoModel.from_config(loaded)
     assert isinstance(model, hf_linattn.LinAttnBertModel)
 

@@ -270,3 +270,74 @@ def test_documents_have_a_majority_and_no_repetition() -> None:
         build_documents(["a"], [0], documents=1)
     with pytest.raises(BuildError, match="more than half"):
         build_documents(sentences, labels, documents=1, majority=8)
+
+
+# -- what is uploaded ----------------------------------------------------------------------------------------------
+SECRETS = {".env": "KEY=1", "id_ed25519": "PRIVATE", "notes.txt": "mine", "model.key": "x", "runs/events": "log"}
+
+
+def strew(output: Path, outside: Path) -> None:
+    """Things that people have in an output folder, and links to what is elsewhere."""
+    outside.mkdir(exist_ok=True)
+    (outside / "passwords").write_text("secret")
+    for place in (output, *output.glob("checkpoint-*")):
+        for name, content in SECRETS.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(content)
+        for name in ("link.txt", "tokenizer.model", "rng_state_7.pth", "README.md"):
+            (place / name).unlink(missing_ok=True)
+            (place / name).symlink_to(outside / "passwords")
+        (place / "folder").symlink_to(outside)
+
+
+PUSH = """
+import runpy, sys, pathlib
+sys.path[:0] = ["tests", "recipes"]
+from test_recipes import strew
+from transformers import Trainer
+output, outside = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+output.mkdir()
+save = Trainer._save_optimizer_and_scheduler
+def saving(self, folder):  # while the checkpoint is written: before it is pushed
+    save(self, folder)
+    strew(pathlib.Path(folder), outside)
+Trainer._save_optimizer_and_scheduler = saving
+strew(output, outside)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+RESUME = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(
+    ("strategy", "attention"),
+    [("end", "lara"), ("every_save", "softmax"), ("checkpoint", "lara"), ("all_checkpoints", "lara")],
+)
+def test_nothing_but_the_model_is_uploaded(strategy: str, attention: str, folder: Path, tmp_path: Path) -> None:
+    from recipes.local_hub import LocalHub
+
+    output = tmp_path / "out"
+    kind = ["--attention", attention, *(["--num_landmarks", "2", "--window_size", "0"] if attention == "lara" else [])]
+    hub_options = ["--push_to_hub", "--hub_model_id", "local/it", "--hub_strategy", strategy]
+    hub_options += ["--hub_always_push", "true", "--hub_token", "hf_not_to_be_seen"]
+    arguments = recipe(folder, output, *kind, *hub_options)
+    with LocalHub() as hub:
+        env = environment(**hub.environment(folder / "home"), HF_HUB_OFFLINE="0")
+        run(["-c", PUSH, str(output), str(tmp_path / "outside"), *arguments], env)
+    repo = hub.repos["local/it"]
+    everything = {path for files in repo.commits.values() for path in files}
+    expected = MODEL | {"README.md"}
+    prefixes = {"checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-1", "checkpoint-2"]}
+    for prefix in prefixes.get(strategy, []):
+        expected |= {f"{prefix}/{name}" for name in MODEL | RESUME}
+    assert everything == expected
+    assert len(repo.commits) > 3 or strategy == "end"  # also while it trained
+    published = [hub.blobs[digest] for files in repo.commits.values() for digest in files.values()]
+    for content in [*SECRETS.values(), "secret", "hf_not_to_be_seen", str(tmp_path)]:
+        assert len(content) < 4 or not any(content.encode() in blob for blob in published), content
+    assert results(output)["training"]["hub_strategy"] == strategy
+    card = hub.blobs[repo.commits[repo.branches["main"]]["README.md"]].decode()
+    assert ("## Limits" in card) == (attention == "lara")
+    assert (tmp_path / "outside" / "passwords").read_text() == "secret"

@@ -6,16 +6,20 @@ Works on plain data (`config.linear_attention`, the names of classes), so it kno
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import ConfigError
 from ..modules.registry import get_kind
+from .header import BrokenCardError, add_tags, is_hub_name, join_card, read_card, source_metadata, split_card
+from .markup import code, links, string, text
+
+logger = logging.getLogger(__name__)
 
 MARK = "<!-- This card is written by hf_linattn."
 GENERATED = (
@@ -48,15 +52,17 @@ def write_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> Path
     """Write `README.md` for `model` into `folder`. Takes the facts of `render_card`. Returns the path.
 
     A README that a person wrote keeps its text; only metadata that it lacks is added. One that this function or
-    Transformers generated is replaced.
+    Transformers generated is replaced, and so is a link, whose target is not read. One with a broken header stays as
+    it is, with a warning.
     """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = render_card(model, **facts)
-    if path.exists():
-        own = path.read_text(encoding="utf-8")
-        if not any(mark in own for mark in GENERATED):
-            content = _with_metadata(own, content)
+    try:
+        own = read_card(path) if path.is_file() and not path.is_symlink() else None
+        content = card_for(model, own, **facts)
+    except BrokenCardError as error:
+        logger.warning("No model card is written: %s", error)
+        return path
     # Written beside and moved: a reader never sees half a card.
     draft = path.with_name(".README.md.tmp")
     draft.write_text(content, encoding="utf-8")
@@ -64,11 +70,23 @@ def write_card(model: Any, folder: str | os.PathLike[str], **facts: Any) -> Path
     return path
 
 
+def card_for(model: Any, own: str | None, **facts: Any) -> str:
+    """The rendered card, or the one that a person wrote (`own`) with the metadata that its header lacks."""
+    rendered = render_card(model, **facts)
+    if own is None or any(mark in own for mark in GENERATED):
+        return rendered
+    header, body = split_card(own)
+    ours, _ = split_card(rendered)
+    tags = ours.pop("tags")
+    ours.pop("model-index", None)
+    return add_tags(join_card({**ours, **{k: v for k, v in header.items() if v is not None}}, body), tags)
+
+
 def render_card(
     model: Any,
     *,
     repo_id: str | None = None,
-    base_model: str | None = None,
+    base_model: str | list[str] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -99,22 +117,24 @@ def render_card(
     class_name = type(model).__name__
     kind = get_kind(settings["kind"])
     source = getattr(config, "_name_or_path", "") or ""
-    known = _source_card(source)
-    base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
+    known = source_metadata(source, MARK)
+    base_model = base_model or known.get("base_model") or (source if is_hub_name(source) else None)
+    bases = [base_model] if isinstance(base_model, str) else list(base_model or ())
+    on_hub = [name for name in bases if is_hub_name(name)]
     heads = (head for suffix, head in HEADS.items() if class_name.endswith(suffix))
     auto_class, pipeline_tag = next(heads, ("AutoModel", None))
-    model_name = repo_id or f"{(base_model or class_name).rsplit('/', 1)[-1]}-{kind.name.replace('_', '-')}"
+    model_name = repo_id or f"{(bases or [class_name])[0].rsplit('/', 1)[-1]}-{kind.name.replace('_', '-')}"
     shown = {name: _number(value) for name, value in (metrics or {}).items()}
 
     data = ModelCardData(
-        base_model=base_model,
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
         library_name="transformers",
         license=license or known.get("license"),
         language=language or known.get("language"),
         pipeline_tag=pipeline_tag,
         tags=["linear-attention", "hf_linattn", kind.name],
         metrics=list(shown) or None,
-        datasets=[dataset] if dataset and _is_hub_name(dataset) else None,
+        datasets=[dataset] if dataset and is_hub_name(dataset) else None,
         **_eval_results(model_name, pipeline_tag, dataset, split, metrics),
     )
     template = importlib.resources.files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
@@ -124,6 +144,10 @@ def render_card(
     card = ModelCard.from_template(
         data,
         template_str=template,
+        text=text,
+        code=code,
+        string=string,
+        made_from=links(on_hub, "https://huggingface.co") or ", ".join(map(text, bases)),
         model_name=model_name,
         class_name=class_name,
         repo_id=repo_id or "path/or/name",
@@ -164,41 +188,6 @@ def _eval_results(
         for name, value in metrics.items()
     ]
     return {"model_name": model_name, "eval_results": results}
-
-
-def _source_card(source: str) -> dict[str, Any]:
-    """Metadata worth carrying over from the card of what was loaded, if it is on this machine."""
-    if not source:
-        return {}
-    path = Path(source) / "README.md"
-    if not path.is_file() and _is_hub_name(source):
-        cached = try_to_load_from_cache(source, "README.md")
-        path = Path(cached) if isinstance(cached, str) else path
-    if not path.is_file():
-        return {}
-    try:
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    except ValueError:  # a card without a header, or with a broken one, has nothing to carry over
-        return {}
-    found = {"license": card.data.license, "language": card.data.language}
-    if MARK in card.text:  # a converted model, trained on: it still comes from the same base
-        found["base_model"] = card.data.base_model
-    return found
-
-
-def _with_metadata(own: str, rendered: str) -> str:
-    """`own` with the metadata of `rendered` that its header lacks, and the tags of both."""
-    card, ours = ModelCard(own, ignore_metadata_errors=True), ModelCard(rendered)
-    for name, value in ours.data.to_dict().items():
-        if name != "model-index" and card.data.get(name) is None:
-            setattr(card.data, name, value)
-    tags = list(card.data.get("tags") or [])
-    card.data["tags"] = tags + [tag for tag in ours.data.get("tags") if tag not in tags]
-    return str(card)
-
-
-def _is_hub_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
 
 
 def _number(value: float) -> str:

@@ -62,6 +62,7 @@ __all__ = [
     "ARGUMENT",
     "CONFIG_NAME",
     "LAYER_TYPE",
+    "WEIGHTS_POINTER",
     "AutoConfig",
     "Cache",
     "CacheLayerMixin",
@@ -253,6 +254,9 @@ def writes_files(model: Any, is_main_process: bool) -> bool:
     """Whether this process writes what `save_pretrained` saves."""
     return getattr(model, "should_save_on_this_rank", bool)(is_main_process)  # unknown to older releases
 
+
+# In config.json: the weight file to load, relative to the folder, instead of those with the usual names.
+WEIGHTS_POINTER = "transformers_weights"
 
 LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")
 

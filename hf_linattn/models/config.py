@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import ConfigError
 from ..integrations.cache import cache_layer_types
 from ..integrations.canary import check_seams
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
-from ..integrations.seams import STORED_ATTENTION
+from ..integrations.seams import STORED_ATTENTION, attention_of
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds
+
+
+def check_attention(config: Any) -> None:
+    """Raise `ConfigError` if a config selects another attention than its settings: what is loaded is what they say."""
+    settings, active = getattr(config, "linear_attention", None), attention_of(config)
+    if settings is None or active in (None, settings["kind"]):
+        return
+    raise ConfigError(
+        f"attn_implementation must be {settings['kind']!r}, as `linear_attention` says, or left out; got {active!r} "
+        "(an argument, or a key of config.json): the model would compute something else than its settings say. "
+        "For softmax attention with its weights, load the model without it and call hf_linattn.revert(model). To see "
+        "attention weights: model.set_attn_implementation('eager')."
+    )
 
 
 class LinAttnConfigMixin:
@@ -27,6 +41,7 @@ class LinAttnConfigMixin:
             # Never saved by Transformers, so it has to follow from the settings.
             kwargs["attn_implementation"] = settings["kind"]
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        check_attention(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == STORED_ATTENTION and value is None:

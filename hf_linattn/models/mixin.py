@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import tempfile
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,10 @@ from ..integrations.seams import (
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import list_kinds
-from .saving import push_folder, save_atomically
+from .config import check_attention
+from .loading import load_consistently
+from .publishing import push_folder
+from .saving import save_atomically
 
 _KEY = f".{ATTRIBUTE}."
 # Mark of attention modules that Transformers has told to initialise themselves.
@@ -101,6 +105,7 @@ class LinAttnMixin:
                 f"{type(self).__name__} needs a {wanted}; got {type(config).__name__}. Make one with "
                 f"{wanted}.from_pretrained(name, linear_attention=kind)."
             )
+        check_attention(config)
         asked_for = attention_of(config)
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         active = attention_of(self.config)  # type: ignore[attr-defined]
@@ -162,9 +167,9 @@ class LinAttnMixin:
         check_seams(cls.config_class.model_type)  # type: ignore[attr-defined]
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        load = super().from_pretrained  # type: ignore[misc]
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+        model, info = load_consistently(load, pretrained_model_name_or_path, *args, **options)
         for layer in model.modules():
             if isinstance(layer, LinearAttention):
                 layer.note_calibration()  # Transformers fills tensors without load_state_dict
@@ -188,7 +193,8 @@ class LinAttnMixin:
         """As in Transformers, with these differences.
 
         * safetensors only.
-        * An interrupted save leaves the checkpoint that was there, or a folder that does not load, never a mix.
+        * A save that is cut off leaves the checkpoint that was there, or the new one.
+        * With `push_to_hub`, what this save wrote is uploaded, and a model card; nothing else that is in the folder.
         * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume
           a ViT (it loads them by name, without renaming).
         """
@@ -212,15 +218,17 @@ class LinAttnMixin:
         check_consistent(self)
         save = super().save_pretrained  # type: ignore[misc]
         writes = writes_files(self, is_main_process)
-        save_atomically(save, save_directory, arguments, writes=writes)
+        names = save_atomically(save, save_directory, arguments, writes=writes)
         if push_to_hub and writes:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
-            push_folder(self, save_directory, repo_id, token=token, **kwargs)
+            push_folder(self, save_directory, names, repo_id, variant=variant, token=token, **kwargs)
 
     @signed_like(PreTrainedModel.push_to_hub)
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
         """Upload weights, config and a model card. Arguments as in Transformers; returns the commit's address."""
-        return push_folder(self, None, repo_id, max_shard_size=max_shard_size, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(self, folder, os.listdir(folder), repo_id, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
