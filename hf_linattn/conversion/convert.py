@@ -10,9 +10,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..integrations.advice import can_convert
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
 from ..integrations.canary import check_model
-from ..integrations.families import defaults_family, get_family, is_converted
+from ..integrations.families import FAMILIES, defaults_family, get_family, is_converted
+from ..integrations.names import natively
 from ..integrations.seams import attention_of, select_attention, set_model_class
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
 from ..models import CONFIGS, COUNTERPARTS
@@ -64,7 +66,12 @@ def convert(
             f"{type(model).__name__} is already converted (to {kind!r}). Call hf_linattn.revert(model) first to "
             "convert it to something else; trained weights are kept."
         )
-    family = get_family(getattr(model, "config", None))
+    if not can_convert(model.config):
+        raise UnsupportedError(
+            f"Conversion is implemented for the architectures {list(FAMILIES)}; got model_type"
+            f" {model.config.model_type!r}. {natively(model, _kind_of(config))}"
+        )
+    family = get_family(model.config)
     check_model(model)
     if type(model) not in COUNTERPARTS:
         known = sorted(
@@ -96,6 +103,13 @@ def convert(
     setattr(model, _STOCK_IMPLEMENTATION, implementation)
     _report(model, old_class.__name__, settings)
     return model
+
+
+def _kind_of(config: Any) -> Any:
+    """The name in what was given as settings, which have not been checked."""
+    if isinstance(config, Mapping):
+        return config.get("kind")
+    return getattr(config, "kind", config)
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from ..modules.recurrent import RecurrentMemory
 from ..ops.recurrent.held import fingerprint
 from .canary import check_seams
 from .expected import changed
+from .patterns import is_unused, refusal
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 
 _PLAIN = (causal_mask_function, bidirectional_mask_function)
@@ -46,6 +47,7 @@ class TokenMask:
         past: What of the tokens before those of this mask is real, where it covers the new ones alone (`fingerprint`);
             `None`: all of them.
         follows: Whether there are such tokens.
+        refusal: Why no layer may use it.
     """
 
     ndim = 2
@@ -58,12 +60,14 @@ class TokenMask:
         device: torch.device | str,
         past: tuple[int, ...] | None = None,
         follows: bool = False,
+        refusal: str | None = None,
     ) -> None:
         self.tokens = tokens
         self.shape = shape
         self.device = device
         self.past = past
         self.follows = follows
+        self.refusal = refusal
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
@@ -71,7 +75,7 @@ class TokenMask:
         if device is None:
             return self
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return TokenMask(tokens, self.shape, device, self.past, self.follows)
+        return TokenMask(tokens, self.shape, device, self.past, self.follows, self.refusal)
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -113,6 +117,8 @@ def token_mask(mask: Any, device: torch.device) -> Any:
     """The tensor (or `None`) that a mask given to an attention function stands for, on the queries' device."""
     if not isinstance(mask, TokenMask):
         return mask
+    if mask.refusal is not None:
+        raise UnsupportedError(mask.refusal)
     return None if mask.tokens is None else mask.tokens.to(device)
 
 
@@ -191,13 +197,11 @@ def linattn_mask(
         attention_mask = attention_mask.tokens
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
     if local_size is not None or use_vmap or (not tracing and mask_function not in _PLAIN):
-        raise UnsupportedError(
-            "A linear attention kind honours the plain causal and the plain bidirectional attention pattern; this "
-            "model or input asks for another one (packed sequences, sliding window, chunked or blockwise attention, "
-            f"or an overlay; mask function {getattr(mask_function, '__qualname__', mask_function)!r}). Give one "
-            "sequence per row with a 2-D attention_mask, switch the pattern off in the model's config, or keep "
-            "attn_implementation='sdpa' for this model."
-        )
+        patterned, config = None if tracing else mask_function, kwargs.get("config")
+        reason = refusal(patterned, config, local_size)
+        if not is_unused(patterned, config):
+            raise UnsupportedError(reason)
+        return TokenMask(None, (batch_size, kv_length), device, refusal=reason)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise InputError(
             "attention_mask must be 2-D, [batch, tokens] with 1 where a token is real; got "

@@ -8,10 +8,11 @@ source). `expected.py` says in words what each has to do; `canary.py` has `probe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,9 +108,35 @@ def attention_of(config: Any) -> str | None:
     return config._attn_implementation
 
 
-def select_attention(config: Any, name: str | None) -> None:
-    """Select an attention implementation in a config that no model has checked."""
-    config._attn_implementation = name
+def select_attention(config: Any, name: str | None, *, parts: bool = True) -> None:
+    """Select an attention implementation in a config that no model has checked; `parts`: in its sub-configs too."""
+    if parts:
+        config._attn_implementation = name
+    else:
+        config.__dict__[STORED_ATTENTION] = name
+
+
+def parts_of_config(config: Any) -> Iterator[Any]:
+    """A config and the sub-configs in it, at any depth."""
+    if isinstance(config, PreTrainedConfig):
+        yield config
+        for name in type(config).sub_configs:
+            yield from parts_of_config(getattr(config, name, None))
+
+
+# By one of these names a class asks for the attention function that its config names.
+INTERFACE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"})
+
+
+def softmax_name(config: Any) -> str:
+    """The name of softmax attention for models with such a config: not all of them know "sdpa"."""
+    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    models = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__
+    ] if module is not None else []
+    return "sdpa" if not models or any(cls._supports_sdpa for cls in models) else "eager"
 
 
 # Where a config keeps it; a composite config writes there without the property.
@@ -203,6 +230,48 @@ def set_model_class(model: Any, cls: type) -> None:
     # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
     registry = output_capturing._CAN_RECORD_REGISTRY
     registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
+
+
+def watch_models(built: Callable[[Any], None], switch: Callable[..., Any]) -> None:
+    """Have `built` called with every new model, and `switch` in place of `set_attn_implementation`. Repeatable.
+
+    Args:
+        built: From a model whose modules are complete; not called for the parts of one that is being built.
+        switch: From the method it replaces and its arguments.
+    """
+    post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
+    if hasattr(post_init, _WATCHED):
+        return
+
+    # Transformers has no hook where a name is given and the model is at hand.
+    @functools.wraps(post_init)
+    def checked_post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_part(self):
+            built(self)
+        return post_init(self, *args, **kwargs)
+
+    @functools.wraps(set_attention)
+    def checked_set_attention(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        return switch(set_attention, self, attn_implementation, *args, **kwargs)
+
+    setattr(checked_post_init, _WATCHED, True)
+    PreTrainedModel.post_init = checked_post_init  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = checked_set_attention  # type: ignore[method-assign]
+
+
+_WATCHED = "_watched_by_hf_linattn"
+
+
+def _is_part(model: Any) -> bool:
+    """Whether a model is made by the constructor of another one, which will be looked at as a whole."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, PreTrainedModel) and owner is not model:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def mark_initialized(module: nn.Module, is_initialized: bool) -> None:

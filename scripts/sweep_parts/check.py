@@ -1,0 +1,391 @@
+"""What a kind does with one tiny model, by every road on which its name can be given.
+
+A kind is right in a model if it computes softmax attention where its settings leave nothing to estimate (one window
+over all tokens), computes something else where they do not, and is called by as many layers as call any attention
+function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import hf_linattn
+from hf_linattn.errors import LinAttnError
+from hf_linattn.integrations import interface
+from hf_linattn.modules.registry import get_kind, list_kinds
+
+from . import inputs as guesses
+from .advice import failures
+from .configs import config_class, model_class, tiny_config
+
+TOLERANCE = 1e-4
+LARGEST = 12_000_000
+RECORDER = "sweep_recorder"
+ROADS = ("from_config", "from_pretrained", "set_attn_implementation")
+_SOFTMAX = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+
+
+class Own(TorchFunctionMode):
+    """Collects the modules that compute attention by themselves: softmax outside of an attention function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _SOFTMAX and not _in_interface() and (name != "softmax" or _is_square(args[0])):
+            self.found.add(_caller())
+        return func(*args, **(kwargs or {}))
+
+
+def _is_square(tensor: Any) -> bool:
+    """Whether logits are of queries and keys rather than of experts or classes."""
+    return isinstance(tensor, Tensor) and tensor.ndim >= 3 and tensor.shape[-1] > 1
+
+
+def _in_interface() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name in ("attend", "_recorder"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _caller() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, nn.Softmax):
+            return type(owner).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+_calls: list[tuple[str, bool]] = []
+
+
+def _recorder(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> Any:
+    _calls.append((type(module).__name__, query.shape[2] == key.shape[2]))
+    kept = {name: kwargs.get(name) for name in ("scaling", "is_causal")}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kept)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The modules for which our attention function is called, call by call."""
+    calls: list[str] = []
+    original = interface.attend
+
+    def attend(kind: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(module).__name__)
+        return original(kind, module, *args, **kwargs)
+
+    interface.attend = attend
+    try:
+        yield calls
+    finally:
+        interface.attend = original
+
+
+@contextlib.contextmanager
+def exact(kind: str) -> Iterator[None]:
+    """The kind's mathematics replaced by softmax: for cross-attention, which has no window and so no exact limit."""
+    cls = get_kind(kind).module_cls
+    original = cls.__dict__["attend"]
+
+    def attend(config: Any, state: Any, given: Any, *args: Any, **kwargs: Any) -> Tensor:
+        logits = given.query @ given.key.transpose(-1, -2) * given.scaling
+        if given.key_mask is not None:
+            logits = logits.masked_fill(~given.key_mask[:, None, None, :], -torch.inf)
+        if given.is_causal:
+            queries, keys = logits.shape[-2:]
+            seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            logits = logits.masked_fill(~seen, -torch.inf)
+        return logits.softmax(-1).nan_to_num() @ given.value
+
+    cls.attend = staticmethod(attend)
+    try:
+        yield
+    finally:
+        cls.attend = original
+
+
+@dataclass
+class Model:
+    """A tiny stock model, what it answers and who computes its attention."""
+
+    model_type: str
+    cls: Any = None
+    config: Any = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    answer: list[Tensor] = field(default_factory=list)
+    stock: str = ""
+    layers: int = 0
+    cross: int = 0
+    own: list[str] = field(default_factory=list)
+    switched: Any = None  # goes from kind to kind
+
+
+def configs_of(config: Any) -> Iterator[Any]:
+    yield config
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from configs_of(part)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Floating-point tensors of an output, without caches."""
+    if isinstance(output, Tensor):
+        return [output.detach().float()] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        return [t for name, value in output.items() if "past" not in name and "cache" not in name for t in tensors(value)]
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in tensors(value)]
+    return []
+
+
+def run(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        return tensors(model(**{name: value.clone() for name, value in given.items()}))
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference relative to the largest value of a tensor (at least 1)."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if one.numel():
+            difference = (one - other).nan_to_num(0 if bool((one.isnan() == other.isnan()).all()) else 1e9)
+            worst = max(worst, float(difference.abs().max() / other.nan_to_num().abs().max().clamp(min=1)))
+    return worst
+
+
+def settle(model: Any, seed: int = 0) -> None:
+    """Weights with which attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.ndim >= 2 and parameter.is_floating_point() and "norm" not in name:
+                fan = parameter[0].numel()
+                scale = 1.5 * fan**-0.5 if fan else 1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def first_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+
+
+def build(model_type: str) -> Model:
+    """A model with inputs it can be run on; `inputs` stays empty if none were found. Raises what building raises."""
+    AttentionInterface.register(RECORDER, _recorder)
+    AttentionMaskInterface.register(RECORDER, sdpa_mask)
+    found = Model(model_type, cls=model_class(model_type))
+    found.config = tiny_config(config_class(model_type))
+    torch.manual_seed(0)
+    model = found.cls._from_config(copy.deepcopy(found.config)).float().eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > LARGEST:
+        raise MemoryError(f"{count / 1e6:.0f} million parameters: not made small")
+    settle(model)
+    found.state = {name: value.clone() for name, value in model.state_dict().items()}
+    found.stock = str(model.config._attn_implementation)
+    error: BaseException | None = None
+    for given in guesses.candidates(model, found.config):
+        try:
+            answer = run(model, given)
+        except Exception as caught:
+            error = error or caught
+            continue
+        if answer and all(t.isfinite().any() for t in answer if t.numel()) and distance(run(model, given), answer) < 1e-6:
+            found.inputs, found.answer = given, answer
+            break
+    if not found.inputs:
+        found.stock = first_line(error) if error else "no inputs guessed"
+        return found
+    recorded = found.cls._from_config(copy.deepcopy(found.config), attn_implementation=RECORDER).float().eval()
+    recorded.load_state_dict(found.state, strict=False)
+    _calls.clear()
+    with Own() as own:
+        run(recorded, found.inputs)
+    found.layers, found.cross, found.own = len(_calls), sum(not same for _, same in _calls), sorted(own.found)
+    return found
+
+
+def settings(kind: str, window: int) -> dict[str, Any]:
+    small = {"favor_plus": {"num_features": 16}, "favor_sharp": {"num_features": 16}, "lara": {"num_landmarks": 4}}
+    return {"kind": kind, "window_size": window, **small.get(kind, {"num_chunks": 2, "chunk_size": "auto"})}
+
+
+def make(found: Model, kind: str, road: str, folder: str) -> Any:
+    """The model under a kind's name, given on one of the roads."""
+    if road == "from_config":
+        model = found.cls._from_config(copy.deepcopy(found.config), attn_implementation=kind)
+    elif road == "from_pretrained":
+        model = found.cls.from_pretrained(folder, attn_implementation=kind, dtype=torch.float32)
+    else:
+        if found.switched is None:
+            found.switched = found.cls._from_config(copy.deepcopy(found.config))
+        model = found.switched
+        model.set_attn_implementation(kind)
+    model = model.float().eval()
+    model.load_state_dict(found.state, strict=False)
+    return model
+
+
+def with_settings(model: Any, values: dict[str, Any]) -> Any:
+    seen = {id(config): config for config in configs_of(model.config)}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            seen[id(config)] = config
+    for config in seen.values():
+        config.linear_attention = dict(values)
+    return model
+
+
+def judge(found: Model, kind: str, road: str, folder: str) -> dict[str, Any]:
+    """`{"verdict": "works" | "refused" | "stock" | "fault" | "accepted", "why": ...}`."""
+    try:
+        model = make(found, kind, road, folder)
+    except LinAttnError as error:
+        return {"verdict": "refused", "why": first_line(error), "at": "name"}
+    except Exception as error:
+        return {"verdict": "stock", "why": first_line(error), "at": "name"}
+    taken = {getattr(c, "_attn_implementation", None) for c in configs_of(model.config)}
+    if kind not in taken:
+        return {"verdict": "stock", "why": "Transformers warns and keeps its own attention", "at": "name"}
+    if not found.inputs:
+        return {"verdict": "accepted", "why": f"not run: {found.stock}"}
+    has_cross = False
+    try:
+        with counted() as calls:
+            limit = run(with_settings(model, settings(kind, 4096)), found.inputs)
+    except LinAttnError as error:
+        if "Cross-attention under" not in str(error):
+            return {"verdict": "refused", "why": first_line(error), "at": "call"}
+        has_cross = True
+    except Exception as error:
+        return {"verdict": "fault", "why": first_line(error), "trace": traceback.format_exc()[-1500:]}
+    try:
+        if has_cross:
+            with counted() as calls, exact(kind):
+                limit = run(with_settings(model, {**settings(kind, 0), "num_global_tokens": 0}), found.inputs)
+        if not calls:
+            return {"verdict": "fault", "why": f"the name is taken and ignored; {found.own} attend"}
+        if len(calls) != found.layers:
+            return {"verdict": "fault", "why": f"{len(calls)} of {found.layers} calls are of the kind"}
+        error = distance(limit, found.answer)
+        if not error <= TOLERANCE:
+            return {"verdict": "fault", "why": f"differs from softmax by {error:.1e} in the limit"}
+        # FAVOR+ without a window, EVA with one of two tokens, has something to estimate.
+        other = {**settings(kind, 2 if kind == "eva" else 0), "num_global_tokens": 0}
+        away = distance(run(with_settings(model, other), found.inputs), found.answer)
+        if not TOLERANCE / 10 < away < float("inf"):
+            return {"verdict": "fault", "why": f"differs from softmax by {away:.1e} outside of the limit"}
+    except LinAttnError as error:
+        return {"verdict": "refused", "why": first_line(error), "at": "call"}
+    except Exception as error:
+        return {"verdict": "fault", "why": first_line(error), "trace": traceback.format_exc()[-1500:]}
+    return {"verdict": "works", "limit": error, "away": away}
+
+
+def try_out(found: Model, config: Any, name: Any) -> str | None:
+    """What goes wrong when a model is made of a config under a name, and run; None if nothing does."""
+    try:
+        model = found.cls._from_config(config, attn_implementation=name).float().eval()
+        if found.inputs:
+            run(model, found.inputs)
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
+def wrong_advice(found: Model, kinds: dict[str, Any]) -> dict[str, list[str]]:
+    """Refusal -> what of its advice does not work."""
+    wrong = {}
+    for kind, roads in kinds.items():
+        for verdict in roads.values():
+            message = verdict.get("why", "")
+            if verdict["verdict"] == "refused" and message not in wrong:
+                wrong[message] = failures(
+                    message,
+                    found.config,
+                    kind,
+                    lambda config: list(configs_of(config)),
+                    lambda config, name: try_out(found, config, name),
+                )
+    return {message: advice for message, advice in wrong.items() if advice}
+
+
+def converting(found: Model, kinds: dict[str, Any]) -> dict[str, str]:
+    """Kind -> what is wrong with what `convert` advises for a model that it cannot convert."""
+    wrong = {}
+    for kind in list_kinds():
+        try:
+            hf_linattn.convert(found.cls._from_config(copy.deepcopy(found.config)), kind)
+        except LinAttnError as error:
+            advised = re.search(r"set_attn_implementation\('(\w+)'\)(?!, if)", str(error))
+            verdicts = {} if advised is None else kinds[advised[1]]
+            if any(verdict["verdict"] not in ("works", "accepted") for verdict in verdicts.values()):
+                wrong[kind] = first_line(error)
+        except Exception as error:
+            wrong[kind] = first_line(error)
+    return wrong
+
+
+def sweep_one(model_type: str) -> dict[str, Any]:
+    """Everything about one model type, as JSON."""
+    try:
+        found = build(model_type)
+    except Exception as error:
+        return {"built": False, "why": first_line(error)}
+    result: dict[str, Any] = {
+        "built": True,
+        "class": found.cls.__name__,
+        "run": bool(found.inputs),
+        "inputs": sorted(found.inputs),
+        "stock": found.stock,
+        "layers": found.layers,
+        "cross": found.cross,
+        "own": found.own,
+        "kinds": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = found.cls._from_config(copy.deepcopy(found.config))
+        model.load_state_dict(found.state, strict=False)
+        try:
+            model.save_pretrained(folder)
+            roads = ROADS
+        except Exception as error:
+            result["not saved"] = first_line(error)
+            roads = (ROADS[0], ROADS[2])
+        for kind in list_kinds():
+            # What from_pretrained does with one name it does with all.
+            own = roads if kind == list_kinds()[0] else [road for road in roads if road != "from_pretrained"]
+            result["kinds"][kind] = {road: judge(found, kind, road, folder) for road in own}
+    result["convert"] = converting(found, result["kinds"])
+    result["advice"] = wrong_advice(found, result["kinds"])
+    return result
