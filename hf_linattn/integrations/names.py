@@ -20,7 +20,7 @@ from .users import Part, parts_of
 
 def watch_names() -> None:
     """Have the names that models are given checked. Repeatable."""
-    attempt(watch_models, check_built, set_and_check)
+    attempt(watch_models, check_built, set_and_check, explain)
 
 
 def check_built(model: Any) -> None:
@@ -29,6 +29,16 @@ def check_built(model: Any) -> None:
     named = {name for part in parts_of_config(model.config) if (name := attention_of(part)) in kinds}
     if named:
         _check(model, sorted(named)[0], [part for part in parts_of(model) if attention_of(part.config) in kinds])
+
+
+def explain(cls: Any, error: KeyError) -> None:
+    """Raise `UnsupportedError` for a model that looks a kind's name up in a table of its own."""
+    kind = error.args[0] if error.args else None
+    if kind in list_kinds():
+        raise UnsupportedError(
+            f"{cls.__name__} chooses among its own attention classes by name, and has none for {kind!r}: no linear"
+            f" attention kind can replace its attention. Use attn_implementation={softmax_name(cls.config_class)!r}."
+        ) from error
 
 
 def set_and_check(switch: Any, model: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +80,7 @@ def natively(model: Any, kind: str | None) -> str:
     name = kind if kind in able else able[0]
     others = "" if kind in able else f"{kind!r} does not work in it without conversion, but one of {able} does: "
     settings = f" with linear_attention = {CROSS} in its config" if cross else ""
+    settings += " (a call raises where it cannot be right)"
     if kind in able and kind not in (safe := kinds_for(is_causal=True)):  # a model may say so only when it is called
         settings = f", if none of its layers is causal; otherwise with one of {safe}"
     return f"{others or 'Without conversion: '}model.set_attn_implementation({name!r}){settings}."
@@ -81,7 +92,7 @@ def _hindrance(parts: list[Part]) -> str | None:
         return "it has no attention layer that asks Transformers' AttentionInterface for its function"
     for part in parts:
         pattern = in_config(part.config)
-        if part.alone and not part.asking:
+        if part.alone and not _asks_within(part, parts):
             return f"{part.owner} computes softmax attention itself ({type(part.alone[0]).__name__})"
         if part.asking and pattern is not None:
             return f"its layers of type {type(part.asking[0]).__name__} use {pattern}"
@@ -115,7 +126,7 @@ def _names_in(name: Any) -> Iterable[str]:
 def _check(model: Any, kind: str, told: list[Part]) -> None:
     """Raise if one of the parts that were told to use a kind does not ask for its function."""
     title, asking = type(model).__name__, [part for part in told if part.asking]
-    ignoring = next((part for part in told if part.alone and not part.asking), None)
+    ignoring = next((part for part in told if part.alone and not _asks_within(part, told)), None)
     instead = softmax_name(model.config)
     if not asking and ignoring is None:
         raise UnsupportedError(
@@ -136,6 +147,15 @@ def _check(model: Any, kind: str, told: list[Part]) -> None:
         f"{ignoring.owner} computes softmax attention itself ({own}) instead of asking Transformers'"
         f" AttentionInterface, so attn_implementation={kind!r} would be ignored there. {advice}"
     )
+
+
+def _asks_within(part: Part, parts: list[Part]) -> bool:
+    """Whether a name in the part's config reaches a module that asks, in it or in a part of it.
+
+    What attends by itself beside such modules (a pooling head, a projector) does so whatever the name.
+    """
+    inside = {id(config) for config in parts_of_config(part.config)}
+    return bool(part.asking) or any(other.asking and id(other.config) in inside for other in parts)
 
 
 def _able(model: Any, kind: str, told: list[Part]) -> dict[str, str]:

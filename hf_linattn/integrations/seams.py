@@ -129,8 +129,9 @@ INTERFACE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"})
 
 
 def softmax_name(config: Any) -> str:
-    """The name of softmax attention for models with such a config: not all of them know "sdpa"."""
-    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    """The name of softmax attention for models with a config, or a class of configs: not all of them know "sdpa"."""
+    cls = config if isinstance(config, type) else type(config)
+    module = sys.modules.get(cls.__module__.replace(".configuration_", ".modeling_"))
     models = [
         cls
         for cls in vars(module).values()
@@ -232,12 +233,15 @@ def set_model_class(model: Any, cls: type) -> None:
     registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
 
 
-def watch_models(built: Callable[[Any], None], switch: Callable[..., Any]) -> None:
+def watch_models(
+    built: Callable[[Any], None], switch: Callable[..., Any], failed: Callable[[type, KeyError], None]
+) -> None:
     """Have `built` called with every new model, and `switch` in place of `set_attn_implementation`. Repeatable.
 
     Args:
         built: From a model whose modules are complete; not called for the parts of one that is being built.
         switch: From the method it replaces and its arguments.
+        failed: From the class of a model and the `KeyError` that making it ended in, which is raised afterwards.
     """
     post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
     if hasattr(post_init, _WATCHED):
@@ -254,6 +258,19 @@ def watch_models(built: Callable[[Any], None], switch: Callable[..., Any]) -> No
     def checked_set_attention(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         return switch(set_attention, self, attn_implementation, *args, **kwargs)
 
+    def watched(method: Any) -> Any:
+        @functools.wraps(method.__func__)
+        def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method.__func__(cls, *args, **kwargs)
+            except KeyError as error:
+                failed(cls, error)
+                raise
+
+        return classmethod(make)
+
+    for name in ("from_pretrained", "_from_config"):
+        setattr(PreTrainedModel, name, watched(getattr(PreTrainedModel, name)))
     setattr(checked_post_init, _WATCHED, True)
     PreTrainedModel.post_init = checked_post_init  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = checked_set_attention  # type: ignore[method-assign]

@@ -12,7 +12,6 @@ import copy
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,8 @@ from transformers.masking_utils import sdpa_mask
 import hf_linattn
 from hf_linattn.errors import LinAttnError
 from hf_linattn.integrations import interface
+from hf_linattn.integrations.advice import can_convert
+from hf_linattn.integrations.canary import check_seams
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 from . import inputs as guesses
@@ -166,7 +167,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def run(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     with torch.no_grad():
         return tensors(model(**{name: value.clone() for name, value in given.items()}))
 
@@ -204,7 +205,7 @@ def build(model_type: str) -> Model:
     AttentionMaskInterface.register(RECORDER, sdpa_mask)
     found = Model(model_type, cls=model_class(model_type))
     found.config = tiny_config(config_class(model_type))
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = found.cls._from_config(copy.deepcopy(found.config)).float().eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > LARGEST:
@@ -288,7 +289,7 @@ def judge(found: Model, kind: str, road: str, folder: str) -> dict[str, Any]:
             return {"verdict": "refused", "why": first_line(error), "at": "call"}
         has_cross = True
     except Exception as error:
-        return {"verdict": "fault", "why": first_line(error), "trace": traceback.format_exc()[-1500:]}
+        return {"verdict": "fault", "why": first_line(error)}
     try:
         if has_cross:
             with counted() as calls, exact(kind):
@@ -300,6 +301,8 @@ def judge(found: Model, kind: str, road: str, folder: str) -> dict[str, Any]:
         error = distance(limit, found.answer)
         if not error <= TOLERANCE:
             return {"verdict": "fault", "why": f"differs from softmax by {error:.1e} in the limit"}
+        if road != ROADS[0]:
+            return {"verdict": "works"}
         # FAVOR+ without a window, EVA with one of two tokens, has something to estimate.
         other = {**settings(kind, 2 if kind == "eva" else 0), "num_global_tokens": 0}
         away = distance(run(with_settings(model, other), found.inputs), found.answer)
@@ -308,8 +311,8 @@ def judge(found: Model, kind: str, road: str, folder: str) -> dict[str, Any]:
     except LinAttnError as error:
         return {"verdict": "refused", "why": first_line(error), "at": "call"}
     except Exception as error:
-        return {"verdict": "fault", "why": first_line(error), "trace": traceback.format_exc()[-1500:]}
-    return {"verdict": "works", "limit": error, "away": away}
+        return {"verdict": "fault", "why": first_line(error)}
+    return {"verdict": "works"}
 
 
 def try_out(found: Model, config: Any, name: Any) -> str | None:
@@ -325,35 +328,52 @@ def try_out(found: Model, config: Any, name: Any) -> str | None:
 
 def wrong_advice(found: Model, kinds: dict[str, Any]) -> dict[str, list[str]]:
     """Refusal -> what of its advice does not work."""
+    followed: set[str] = set()
     wrong = {}
     for kind, roads in kinds.items():
         for verdict in roads.values():
             message = verdict.get("why", "")
-            if verdict["verdict"] == "refused" and message not in wrong:
-                wrong[message] = failures(
-                    message,
-                    found.config,
-                    kind,
-                    lambda config: list(configs_of(config)),
-                    lambda config, name: try_out(found, config, name),
-                )
-    return {message: advice for message, advice in wrong.items() if advice}
+            alike = message.replace(repr(kind), "a kind")
+            if verdict["verdict"] != "refused" or alike in followed:
+                continue
+            followed.add(alike)
+            advice = failures(
+                message,
+                found.config,
+                kind,
+                lambda config: list(configs_of(config)),
+                lambda config, name: try_out(found, config, name),
+            )
+            if advice:
+                wrong[message] = advice
+    return wrong
 
 
 def converting(found: Model, kinds: dict[str, Any]) -> dict[str, str]:
-    """Kind -> what is wrong with what `convert` advises for a model that it cannot convert."""
+    """Kind -> what is wrong with what `convert` says of a model that it cannot convert: it must not lead in a circle."""
+    if can_convert(found.config):
+        return {}
     wrong = {}
     for kind in list_kinds():
         try:
-            hf_linattn.convert(found.cls._from_config(copy.deepcopy(found.config)), kind)
+            hf_linattn.convert(found.switched, kind)
         except LinAttnError as error:
-            advised = re.search(r"set_attn_implementation\('(\w+)'\)(?!, if)", str(error))
-            verdicts = {} if advised is None else kinds[advised[1]]
-            if any(verdict["verdict"] not in ("works", "accepted") for verdict in verdicts.values()):
-                wrong[kind] = first_line(error)
+            advised = re.search(r"set_attn_implementation\('(\w+)'\)", str(error))
+            then = {} if advised is None else kinds[advised[1]]
+            back = [verdict["why"] for verdict in then.values() if "hf_linattn.convert" in verdict.get("why", "")]
+            if back:
+                wrong[kind] = f"{first_line(error)} {back[0]}"
         except Exception as error:
             wrong[kind] = first_line(error)
     return wrong
+
+
+def warm_up() -> None:
+    """What is asked once per process, so that no child has to."""
+    for family in (None, "bert", "gpt2", "vit"):
+        check_seams(family)
+    for model_type in ("clip", "llama"):
+        sweep_one(model_type)
 
 
 def sweep_one(model_type: str) -> dict[str, Any]:

@@ -133,5 +133,5 @@ def candidates(model: Any, config: Any) -> Iterator[dict[str, Tensor]]:
         seen.add(wanted)
         count = max(len(made[name]) for name in wanted)
         for index in range(count):
-            torch.manual_seed(1)
+            torch.default_generator.manual_seed(1)
             yield {name: made[name][min(index, len(made[name]) - 1)]() for name in wanted}
