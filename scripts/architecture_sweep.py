@@ -75,7 +75,11 @@ def main(
 
 
 def save(out: Path, results: dict[str, Any]) -> None:
-    kept = {"transformers": transformers.__version__, "torch": torch.__version__, "types": dict(sorted(results.items()))}
+    kept = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "types": dict(sorted(results.items())),
+    }
     write_atomically(out, json.dumps(kept, indent=1) + "\n")
 
 

@@ -112,7 +112,7 @@ def attend(
                 "the model and convert it again with a config that says so."
             )
         if recurrent is not None:
-            return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2), None
+            return recurrent.attend(layer, query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
         output = layer(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(
@@ -128,7 +128,7 @@ def attend(
             cross=cross,
             kwargs=kwargs,
         )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None  # models take views of it
 
 
 def _causality(module: nn.Module, config: Any, kwargs: dict[str, Any]) -> bool:
@@ -264,5 +264,6 @@ def _check_cross(kind: str, config: Any, settings: AttentionConfig) -> None:
         raise UnsupportedError(
             f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
             f"and keys are different sequences); got window_size={settings.window_size}, "
-            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. {cross_settings(config, kind)}"
+            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. "
+            f"{cross_settings(config, kind)}"
         )

@@ -12,10 +12,12 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..modules.registry import list_kinds
-from .advice import CROSS, has_cross_attention, kinds_for, softmax_name
+from .advice import CROSS, has_cross_attention, kinds_for
+from .canary import check_seams
 from .patterns import in_config
-from .seams import attempt, attention_of, parts_of_config, select_attention, watch_models
+from .seams import PreTrainedModel, attempt, attention_of, parts_of_config, select_attention, softmax_name_of
 from .users import Part, parts_of
+from .watching import watch_models
 
 
 def watch_names() -> None:
@@ -37,7 +39,7 @@ def explain(cls: Any, error: KeyError) -> None:
     if kind in list_kinds():
         raise UnsupportedError(
             f"{cls.__name__} chooses among its own attention classes by name, and has none for {kind!r}: no linear"
-            f" attention kind can replace its attention. Use attn_implementation={softmax_name(cls.config_class)!r}."
+            f" attention kind can replace its attention. Use attn_implementation={softmax_name_of(cls)!r}."
         ) from error
 
 
@@ -70,7 +72,7 @@ def set_and_check(switch: Any, model: Any, name: Any, *args: Any, **kwargs: Any)
 def natively(model: Any, kind: str | None) -> str:
     """What can be had without conversion in a model, as a sentence; `kind`: the one that was asked for."""
     parts = parts_of(model)
-    instead = f"use attn_implementation={softmax_name(model.config)!r}"
+    instead = f"use attn_implementation={_softmax_name(model)!r}"
     why = _hindrance(parts)
     if why is not None:
         return f"No linear attention kind works in it without conversion either: {why}; {instead}."
@@ -127,15 +129,16 @@ def _check(model: Any, kind: str, told: list[Part]) -> None:
     """Raise if one of the parts that were told to use a kind does not ask for its function."""
     title, asking = type(model).__name__, [part for part in told if part.asking]
     ignoring = next((part for part in told if part.alone and not _asks_within(part, told)), None)
-    instead = softmax_name(model.config)
-    if not asking and ignoring is None:
+    instead = _softmax_name(model)
+    if ignoring is None and asking:
+        return
+    check_seams()  # a release in which models ask in another way is told as such
+    if ignoring is None:
         raise UnsupportedError(
             f"{title} has no attention layer that asks Transformers' AttentionInterface for its function, so"
             f" attn_implementation={kind!r} would change nothing. Load it without attn_implementation, or with"
             f" {instead!r}."
         )
-    if ignoring is None:
-        return
     own = type(ignoring.alone[0]).__name__
     able = _able(model, kind, told)
     advice = (
@@ -147,6 +150,10 @@ def _check(model: Any, kind: str, told: list[Part]) -> None:
         f"{ignoring.owner} computes softmax attention itself ({own}) instead of asking Transformers'"
         f" AttentionInterface, so attn_implementation={kind!r} would be ignored there. {advice}"
     )
+
+
+def _softmax_name(model: Any) -> str:
+    return softmax_name_of(*(module for module in model.modules() if isinstance(module, PreTrainedModel)))
 
 
 def _asks_within(part: Part, parts: list[Part]) -> bool:

@@ -46,7 +46,7 @@ def _title(config: Any) -> str:
 
 
 def _makers(function: Any) -> Iterator[str]:
-    """Names of the functions that made a mask function, and the parts that it is combined of, without `and` and `or`."""
+    """Names of the functions that made a mask function and those it is combined of, without `and` and `or`."""
     if isinstance(function, (tuple, list)):
         for part in function:
             yield from _makers(part)
@@ -88,7 +88,9 @@ def _switch_off(overlay: str, config: Any) -> str:
     if config is None or softmax_name(config) == "eager" or overlay == "blockwise":
         return "Use "
     if isinstance(types, (list, tuple)) and any(kind in _LAYER_TYPES for kind in types):
-        if not set(types) <= {"full_attention", *_LAYER_TYPES}:
+        rope = getattr(config, "rope_parameters", None) or {}
+        by_type = any(kind in rope for kind in _LAYER_TYPES) and "full_attention" not in rope
+        if by_type or getattr(config, "per_layer_config", None) or not set(types) <= {"full_attention", *_LAYER_TYPES}:
             return "Use "
         change = f"layer_types=['full_attention'] * {len(types)}"
     elif getattr(config, "sliding_window", None):

@@ -8,7 +8,6 @@ source). `expected.py` says in words what each has to do; `canary.py` has `probe
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import sys
@@ -131,13 +130,15 @@ INTERFACE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"})
 def softmax_name(config: Any) -> str:
     """The name of softmax attention for models with a config, or a class of configs: not all of them know "sdpa"."""
     cls = config if isinstance(config, type) else type(config)
-    module = sys.modules.get(cls.__module__.replace(".configuration_", ".modeling_"))
-    models = [
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__
-    ] if module is not None else []
-    return "sdpa" if not models or any(cls._supports_sdpa for cls in models) else "eager"
+    name = cls.__module__.replace(".configuration_", ".modeling_")
+    found: list[Any] = [value for value in vars(sys.modules.get(name, cls)).values() if isinstance(value, type)]
+    models = [value for value in found if issubclass(value, PreTrainedModel) and value.__module__ == name]
+    return "sdpa" if not models or any(model._supports_sdpa for model in models) else "eager"
+
+
+def softmax_name_of(*models: Any) -> str:
+    """The name of softmax attention for models, or classes of models, at once."""
+    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 
 # Where a config keeps it; a composite config writes there without the property.
@@ -233,62 +234,8 @@ def set_model_class(model: Any, cls: type) -> None:
     registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
 
 
-def watch_models(
-    built: Callable[[Any], None], switch: Callable[..., Any], failed: Callable[[type, KeyError], None]
-) -> None:
-    """Have `built` called with every new model, and `switch` in place of `set_attn_implementation`. Repeatable.
-
-    Args:
-        built: From a model whose modules are complete; not called for the parts of one that is being built.
-        switch: From the method it replaces and its arguments.
-        failed: From the class of a model and the `KeyError` that making it ended in, which is raised afterwards.
-    """
-    post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
-    if hasattr(post_init, _WATCHED):
-        return
-
-    # Transformers has no hook where a name is given and the model is at hand.
-    @functools.wraps(post_init)
-    def checked_post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_part(self):
-            built(self)
-        return post_init(self, *args, **kwargs)
-
-    @functools.wraps(set_attention)
-    def checked_set_attention(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        return switch(set_attention, self, attn_implementation, *args, **kwargs)
-
-    def watched(method: Any) -> Any:
-        @functools.wraps(method.__func__)
-        def make(cls: type, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return method.__func__(cls, *args, **kwargs)
-            except KeyError as error:
-                failed(cls, error)
-                raise
-
-        return classmethod(make)
-
-    for name in ("from_pretrained", "_from_config"):
-        setattr(PreTrainedModel, name, watched(getattr(PreTrainedModel, name)))
-    setattr(checked_post_init, _WATCHED, True)
-    PreTrainedModel.post_init = checked_post_init  # type: ignore[method-assign]
-    PreTrainedModel.set_attn_implementation = checked_set_attention  # type: ignore[method-assign]
-
-
-_WATCHED = "_watched_by_hf_linattn"
-
-
-def _is_part(model: Any) -> bool:
-    """Whether a model is made by the constructor of another one, which will be looked at as a whole."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "__init__":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, PreTrainedModel) and owner is not model:
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+# The class methods that make a model: the Auto classes end in one of them.
+MAKERS = ("from_pretrained", "_from_config")
 
 
 def mark_initialized(module: nn.Module, is_initialized: bool) -> None:

@@ -52,8 +52,9 @@ def parts_of(model: Any) -> list[Part]:
             owner = type(module).__name__
         own = getattr(module, "config", None)
         config = own if isinstance(own, PreTrainedConfig) else config
-        asks = asks_interface(type(module))
-        if asks or attends_alone(type(module)):
+        cls: Any = type(module)
+        asks = asks_interface(cls)
+        if asks or attends_alone(cls):
             part = found.setdefault(id(config), Part(config, owner))
             (part.asking if asks else part.alone).append(module)
         waiting += [(child, config, owner) for child in reversed(list(module.children()))]
@@ -61,13 +62,13 @@ def parts_of(model: Any) -> list[Part]:
 
 
 @functools.lru_cache(maxsize=4096)
-def asks_interface(cls: type[nn.Module]) -> bool:
+def asks_interface(cls: Any) -> bool:
     """Whether a module class asks Transformers' AttentionInterface for its attention function."""
     return any(not _names(function).isdisjoint(INTERFACE_NAMES) for function in _functions(cls))
 
 
 @functools.lru_cache(maxsize=4096)
-def attends_alone(cls: type[nn.Module]) -> bool:
+def attends_alone(cls: Any) -> bool:
     """Whether a module class computes softmax attention without asking."""
     if issubclass(cls, nn.MultiheadAttention):
         return True

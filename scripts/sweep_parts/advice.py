@@ -14,7 +14,9 @@ _KINDS = re.compile(r"Use one of (\[[^\]]*\])(?: with " + _SETTINGS + ")?")
 _SET = re.compile("Set " + _SETTINGS)
 _CHANGE = re.compile(r"Set (\w+)=(None|\['full_attention'\] \* \d+) in the '([^']*)' config")
 # Advice about the call, or about a field of the settings, rather than about the model.
-_CALL = re.compile(r"Pass |pass the|Give one|Drop |Leave out|Set `is_causal`|set_attn_implementation\(|Load it without")
+_CALL = re.compile(
+    r"Pass |pass the|Give one|Drop |Leave out|Set `is_causal`|set_attn_implementation\(|Load it without"
+)
 # The name that was asked for, which an error repeats before it says what to do.
 _ASKED = re.compile(r"so attn_implementation='\w+'|under '\w+'")
 

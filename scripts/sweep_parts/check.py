@@ -35,7 +35,7 @@ from .advice import failures
 from .configs import config_class, model_class, tiny_config
 
 TOLERANCE = 1e-4
-LARGEST = 12_000_000
+LARGEST = 32_000_000
 RECORDER = "sweep_recorder"
 ROADS = ("from_config", "from_pretrained", "set_attn_implementation")
 _SOFTMAX = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -160,7 +160,9 @@ def tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output.detach().float()] if output.is_floating_point() else []
     if isinstance(output, dict):
-        return [t for name, value in output.items() if "past" not in name and "cache" not in name for t in tensors(value)]
+        return [
+            t for name, value in output.items() if "past" not in name and "cache" not in name for t in tensors(value)
+        ]
     if isinstance(output, (list, tuple)):
         return [t for value in output for t in tensors(value)]
     return []
@@ -201,6 +203,7 @@ def first_line(error: BaseException) -> str:
 
 def build(model_type: str) -> Model:
     """A model with inputs it can be run on; `inputs` stays empty if none were found. Raises what building raises."""
+    _calls.clear()
     AttentionInterface.register(RECORDER, _recorder)
     AttentionMaskInterface.register(RECORDER, sdpa_mask)
     found = Model(model_type, cls=model_class(model_type))
@@ -220,16 +223,20 @@ def build(model_type: str) -> Model:
         except Exception as caught:
             error = error or caught
             continue
-        if answer and all(t.isfinite().any() for t in answer if t.numel()) and distance(run(model, given), answer) < 1e-6:
+        if (
+            answer
+            and all(t.isfinite().any() for t in answer if t.numel())
+            and distance(run(model, given), answer) < 1e-6
+        ):
             found.inputs, found.answer = given, answer
             break
     if not found.inputs:
         found.stock = first_line(error) if error else "no inputs guessed"
         return found
-    recorded = found.cls._from_config(copy.deepcopy(found.config), attn_implementation=RECORDER).float().eval()
-    recorded.load_state_dict(found.state, strict=False)
-    _calls.clear()
-    with Own() as own:
+    with Own() as own, contextlib.suppress(KeyError):  # a table of attention classes of the model's own
+        recorded = found.cls._from_config(copy.deepcopy(found.config), attn_implementation=RECORDER).float().eval()
+        recorded.load_state_dict(found.state, strict=False)
+        _calls.clear()
         run(recorded, found.inputs)
     found.layers, found.cross, found.own = len(_calls), sum(not same for _, same in _calls), sorted(own.found)
     return found
@@ -350,7 +357,7 @@ def wrong_advice(found: Model, kinds: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def converting(found: Model, kinds: dict[str, Any]) -> dict[str, str]:
-    """Kind -> what is wrong with what `convert` says of a model that it cannot convert: it must not lead in a circle."""
+    """Kind -> what is wrong with what `convert` advises for a model that it cannot convert: no circle."""
     if can_convert(found.config):
         return {}
     wrong = {}

@@ -161,7 +161,9 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     own = [
         cls
         for _, cls in inspect.getmembers(modeling, inspect.isclass)
-        if issubclass(cls, PreTrainedModel) and cls.config_class is config and not cls.__name__.endswith("PreTrainedModel")
+        if issubclass(cls, PreTrainedModel)
+        and cls.config_class is config
+        and not cls.__name__.endswith("PreTrainedModel")
     ]
     if not own:
         raise LookupError(f"no model class has {config.__name__}")

@@ -32,15 +32,21 @@ REASONS = (
 
 HEAD = """# Architectures
 
-What a kind's name does in every model type of Transformers {version}, without conversion: `attn_implementation=kind` in `from_config`
-and `from_pretrained`, and `model.set_attn_implementation(kind)`. Made by
+What a kind's name does in every model type of Transformers {version}, without conversion:
+`attn_implementation=kind` in `from_config` and `from_pretrained`, and `model.set_attn_implementation(kind)`.
 
     python scripts/architecture_sweep.py            # some ten minutes on one core; --resume goes on where a run ended
 
-which builds every type tiny with random weights. **Computes** means: with one window over all tokens the output is that of softmax
-to {tolerance:g}, without one it is another, and as many layers call the kind as attend at all. In cross-attention, which has no window,
-the first is shown with the kind's mathematics replaced by softmax. **Refused** means an error of this library that says why and what to do;
-what it advises was followed, and led to a model that runs. Nothing else happens: a name that is taken and ignored fails the sweep.
+builds every type tiny, with random weights, and writes this page.
+
+* **Computes**: with one window over all tokens the output is that of softmax to {tolerance:g}, without a window it is
+  another, and as many layers call the kind as attend at all. In cross-attention, which has no window, the first is
+  shown with the kind's mathematics replaced by softmax.
+* **Refused**: an error of this library that says why and what to do. What it advises was followed, step by step, and
+  led to a model that runs.
+
+Nothing else may happen: a name that is taken and ignored, another result, or another error fails the sweep. Modules
+that attend by themselves whatever the name, such as pooling heads, are in the last column.
 
 {summary}
 """
@@ -69,14 +75,14 @@ def faults(results: dict[str, Any]) -> list[str]:
         for kind, roads in row.get("kinds", {}).items():
             found += [f"{name}: {kind}, {road}: {v['why']}" for road, v in roads.items() if v["verdict"] == "fault"]
             if len({v["verdict"] for v in roads.values()}) > 1:
-                found.append(f"{name}: {kind}: {({road: v['verdict'] for road, v in roads.items()})}")
+                found.append(f"{name}: {kind}: { ({road: v['verdict'] for road, v in roads.items()}) }")
         found += [f"{name}: {message}: {wrong}" for message, wrong in row.get("advice", {}).items()]
         found += [f"{name}: convert to {kind}: {message}" for kind, message in row.get("convert", {}).items()]
     return found
 
 
 def group(row: dict[str, Any]) -> str:
-    """"computes", "refused", "stock", "taken" (and not run), "fault" or "not built"."""
+    """ "computes", "refused", "stock", "taken" (and not run), "fault" or "not built"."""
     if not row["built"]:
         return "not built"
     found = {v["verdict"] for roads in row["kinds"].values() for v in roads.values()}
@@ -123,7 +129,10 @@ def render(results: dict[str, Any], *, version: str, tolerance: float) -> str:
             continue
         lines += ["", f"## {title}", ""]
         if name == "computes":
-            lines += ["| model type | class | kinds | refused | softmax of its own beside |", "| --- | --- | --- | --- | --- |"]
+            lines += [
+                "| model type | class | kinds | refused | softmax of its own beside |",
+                "| --- | --- | --- | --- | --- |",
+            ]
             for model_type, row in rows[name]:
                 able = works(row)
                 kinds = "all" if len(able) == len(KINDS) else ", ".join(KINDS[kind] for kind in able)
