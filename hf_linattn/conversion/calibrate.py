@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
+from ..integrations.advice import convert_first
 from ..integrations.attach import ATTRIBUTE, family_layers
 from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
@@ -100,8 +101,8 @@ def _calibratable(model: PreTrainedModel) -> list[nn.Module]:
         )
     if not is_converted(model.config):
         raise ConfigError(
-            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. Convert it"
-            " first: hf_linattn.convert(model, kind)."
+            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. "
+            f"{convert_first(getattr(model, 'config', None))}"
         )
     converted = [layer for layer in family_layers(model) if getattr(layer, ATTRIBUTE, None) is not None]
     layers = [layer for layer in converted if getattr(layer, ATTRIBUTE).new_calibration() is not None]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
-from ..integrations.advice import can_convert
+from ..integrations.advice import can_convert, convert_first
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
 from ..integrations.canary import check_model
 from ..integrations.families import FAMILIES, defaults_family, get_family, is_converted
@@ -121,8 +121,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     stock = {converted: cls for cls, converted in COUNTERPARTS.items()}
     if type(model) not in stock:
         raise UnsupportedError(
-            f"revert() needs a converted model; got {type(model).__name__}. Convert one with "
-            "hf_linattn.convert(model, kind)."
+            f"revert() needs a converted model; got {type(model).__name__}. "
+            f"{convert_first(getattr(model, 'config', None))}"
         )
     check_model(model)
     settings = settings_of(model.config)

@@ -31,6 +31,13 @@ def converting(config: Any, kind: str) -> str:
     return f"Models of type {stock_type(config)!r} cannot be converted. "
 
 
+def convert_first(config: Any) -> str:
+    """What to do where only a converted model will do."""
+    if can_convert(config):
+        return "Convert it first: hf_linattn.convert(model, kind)."
+    return f"Models of type {stock_type(config)!r} cannot be converted."
+
+
 def kinds_for(*, is_causal: bool = False, cross: bool = False) -> list[str]:
     """Kinds that work natively, without conversion, in a model with layers of these sorts."""
     return [

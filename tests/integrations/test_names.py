@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, DebertaV2Config, DebertaV2Model, FalconConfig, FalconModel, LlamaConfig, LlamaModel
 
 import hf_linattn
-from hf_linattn.errors import UnsupportedError
+from hf_linattn.errors import LinAttnError, UnsupportedError
 from hf_linattn.integrations.canary import check_seams
 from hf_linattn.integrations.seams import attention_of
 from hf_linattn.integrations.users import asks_interface, attends_alone, parts_of
@@ -203,6 +203,9 @@ def test_convert_and_native_do_not_send_each_other_round() -> None:
     assert set(advised) == {"eva"}
     model.set_attn_implementation(advised[0])
     assert model(ids)[0].isfinite().all()
+    for refused in (lambda: hf_linattn.revert(model), lambda: hf_linattn.calibrate(model, [{"input_ids": ids}])):
+        with pytest.raises(LinAttnError, match="Models of type 'llama' cannot be converted"):
+            refused()
     with pytest.raises(UnsupportedError, match="No linear attention kind works in it without conversion either"):
         hf_linattn.convert(deberta(), "eva")
 
