@@ -32,7 +32,7 @@ from hf_linattn.modules.registry import get_kind, list_kinds
 
 from . import inputs as guesses
 from .advice import failures
-from .configs import config_class, model_class, tiny_config
+from .configs import config_class, fit_rope, model_class, tiny_config
 
 TOLERANCE = 1e-4
 LARGEST = 32_000_000
@@ -208,6 +208,8 @@ def build(model_type: str) -> Model:
     AttentionMaskInterface.register(RECORDER, sdpa_mask)
     found = Model(model_type, cls=model_class(model_type))
     found.config = tiny_config(config_class(model_type))
+    for part in configs_of(found.config):
+        fit_rope(part)
     torch.default_generator.manual_seed(0)
     model = found.cls._from_config(copy.deepcopy(found.config)).float().eval()
     count = sum(parameter.numel() for parameter in model.parameters())

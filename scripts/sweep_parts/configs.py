@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -19,7 +20,7 @@ _SMALL: tuple[tuple[str, int], ...] = (
     (r"token_(id|index)$|_id$|_ids$|_index$|_idx$", 0),
     (r"num_(key_value|kv)_heads|num_key_value_groups|multi_query_group_num|n_head_kv|num_kv_heads", 2),
     (r"n_group|topk_group", 1),
-    (r"num_experts_per_tok|top_k_experts|moe_topk|moe_top_k|router_topk|^topk$|num_selected_experts", 2),
+    (r"num_experts_per_tok|top_k_experts|moe_topk|moe_k$|moe_top_k|router_topk|^topk$|num_selected_experts", 2),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|n_shared_experts", 4),
     (r"(attention_|_|^)n?_?heads?$|num_attention_heads|_heads$|n_head$|^heads$", HEADS),
     (r"head_dim|head_size|kv_channels|d_kv$|attention_head_size", HEAD_DIM),
@@ -46,7 +47,19 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "colqwen2_text", "qwen2_5_omni_text", "qwen2_5_omni_talker")
 _SWIN = {"window_size": 2, "patch_size": 4, "image_size": 64, "depths": [1, 1, 1, 1]}
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash"), _MLA),
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "longcat_flash",
+            "glm_moe_dsa",
+            "glm4_moe_lite",
+        ),
+        _MLA,
+    ),
     **dict.fromkeys(("swin", "donut-swin", "maskformer-swin", "swinv2", "swin2sr"), _SWIN),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
     **dict.fromkeys(_MROPE, {"rope_parameters": _ROPE}),
@@ -89,6 +102,17 @@ def _value(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:  # a field that differs between layers
         return None
+
+
+def fit_rope(config: Any) -> None:
+    """Sections of multi-dimensional rotary positions that add up to half of a small head, where a model has them."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or name not in sys.modules or "rope_theta" not in rope:
+        return
+    if "mrope_section" in inspect.getsource(sys.modules[name]):
+        half = int(HEAD_DIM * (rope.get("partial_rotary_factor") or 1)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
