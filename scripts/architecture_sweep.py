@@ -66,8 +66,8 @@ def main(
             results[name] = in_child(name)
             console.print(f"{name}: {table.group(results[name])}", highlight=False)
             save(out, results)
-    version = known.get("transformers", transformers.__version__) if only_page else transformers.__version__
-    write_atomically(page, table.render(results, version=version, tolerance=check.TOLERANCE))
+    found = json.loads(out.read_text())
+    write_atomically(page, table.render(found, tolerance=check.TOLERANCE))
     wrong = table.faults(results)
     for fault in wrong:
         console.print(f"FAULT {fault}", highlight=False, markup=False)
@@ -78,6 +78,7 @@ def save(out: Path, results: dict[str, Any]) -> None:
     kept = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "known": len(configs.all_types()),
         "types": dict(sorted(results.items())),
     }
     write_atomically(out, json.dumps(kept, indent=1) + "\n")

@@ -11,6 +11,7 @@ KINDS = {"favor_plus": "FAVOR+", "favor_sharp": "FAVOR#", "lara": "LARA", "eva":
 # What stands in a refusal -> why, in a few words. The first that fits counts.
 REASONS = (
     (r"computes softmax attention itself \((\w+)\)", "computes attention itself ({0})"),
+    (r"chooses among its own attention classes", "attention classes of its own, chosen by name"),
     (r"no attention layer that asks", "no attention layers"),
     (r"uses sliding-window attention", "sliding-window attention"),
     (r"uses chunked attention", "chunked attention"),
@@ -109,7 +110,9 @@ def cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
 
 
-def render(results: dict[str, Any], *, version: str, tolerance: float) -> str:
+def render(found: dict[str, Any], *, tolerance: float) -> str:
+    """The page from a results file."""
+    results, version = found["types"], found["transformers"]
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, row in sorted(results.items()):
         rows.setdefault(group(row), []).append((name, row))
@@ -123,6 +126,8 @@ def render(results: dict[str, Any], *, version: str, tolerance: float) -> str:
         "not built": "Not built tiny",
     }
     summary = "\n".join(f"- {title}: {counts[name]} types" for name, title in titles.items() if counts[name])
+    if left := found["known"] - len(results):
+        summary += f"\n- Not tried yet: {left} types (`--resume` goes on)"
     lines = [HEAD.format(version=version, tolerance=tolerance, summary=summary)]
     for name, title in titles.items():
         if name not in rows:

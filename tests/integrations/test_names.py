@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -208,6 +209,12 @@ def test_convert_and_native_do_not_send_each_other_round() -> None:
             refused()
     with pytest.raises(UnsupportedError, match="No linear attention kind works in it without conversion either"):
         hf_linattn.convert(deberta(), "eva")
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
+    assert table.faults(found["types"]) == []
+    assert (ROOT / "docs" / "architectures.md").read_text() == table.render(found, tolerance=check.TOLERANCE)
 
 
 @pytest.mark.slow
