@@ -72,7 +72,8 @@ def attends_alone(cls: Any) -> bool:
     """Whether a module class computes softmax attention without asking."""
     if issubclass(cls, nn.MultiheadAttention):
         return True
-    if not any(part in cls.__name__.lower() for part in _ATTENTION) or asks_interface(cls):
+    named = any(part in cls.__name__.lower() for part in _ATTENTION) and not issubclass(cls, PreTrainedModel)
+    if not named or asks_interface(cls):
         return False
     return any(not _names(function).isdisjoint(_SOFTMAX) for function in _functions(cls))
 

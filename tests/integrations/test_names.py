@@ -175,6 +175,7 @@ def test_who_asks_and_who_attends_alone() -> None:
     asking = {cls for cls in (Asking, OwnAttention, Router, nn.MultiheadAttention) if asks_interface(cls)}
     alone = {cls for cls in (Asking, OwnAttention, Router, nn.MultiheadAttention) if attends_alone(cls)}
     assert (asking, alone) == ({Asking}, {OwnAttention, nn.MultiheadAttention})
+    assert not attends_alone(hf_linattn.LinAttnGPT2LMHeadModel)  # whose generation draws from a softmax
     assert not asks_interface(DebertaV2Model)  # the base class of all models knows the table
 
 
