@@ -93,7 +93,7 @@ def _switch_off(overlay: str, config: Any) -> str:
         if by_type or getattr(config, "per_layer_config", None) or not set(types) <= {"full_attention", *_LAYER_TYPES}:
             return "Use "
         change = f"layer_types=['full_attention'] * {len(types)}"
-    elif getattr(config, "sliding_window", None):
+    elif types is None and getattr(config, "sliding_window", None):
         change = "sliding_window=None"
     else:
         return "Use "

@@ -133,6 +133,7 @@ def softmax_name(config: Any) -> str:
     name = cls.__module__.replace(".configuration_", ".modeling_")
     found: list[Any] = [value for value in vars(sys.modules.get(name, cls)).values() if isinstance(value, type)]
     models = [value for value in found if issubclass(value, PreTrainedModel) and value.__module__ == name]
+    models = [model for model in models if model.config_class is cls] or models
     return "sdpa" if not models or any(model._supports_sdpa for model in models) else "eager"
 
 
