@@ -214,7 +214,6 @@ def test_convert_and_native_do_not_send_each_other_round() -> None:
 
 def test_the_page_is_what_the_results_say() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
-    assert table.faults(found["types"]) == []
     assert (ROOT / "docs" / "architectures.md").read_text() == table.render(found, tolerance=check.TOLERANCE)
 
 
