@@ -80,6 +80,12 @@ def attend(
     check_kwargs(kind, kwargs)
     config = getattr(module, "config", None)
     is_causal = _causality(module, config, kwargs)
+    if not is_causal and kwargs.get("is_causal") is None and getattr(attention_mask, "causal", False):
+        raise UnsupportedError(
+            f"The model asks for a causal mask, but {type(module).__name__} says that it is not causal: a token would"
+            f" see later ones. Set `is_causal` on its modules, or use"
+            f" attn_implementation={softmax_name(config)!r}."
+        )
     if is_causal and recurrent is None:
         check_past_is_here(attention_mask, key.shape[2])
     is_unpadded = isinstance(attention_mask, TokenMask) and attention_mask.tokens is None  # others are checked below

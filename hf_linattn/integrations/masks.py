@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ class TokenMask:
         self.past = past
         self.follows = follows
         self.refusal = refusal
+        self.causal = False  # whether it was asked for as one that hides later tokens
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
@@ -75,7 +77,9 @@ class TokenMask:
         if device is None:
             return self
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return TokenMask(tokens, self.shape, device, self.past, self.follows, self.refusal)
+        moved = TokenMask(tokens, self.shape, device, self.past, self.follows, self.refusal)
+        moved.causal = self.causal
+        return moved
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -152,6 +156,17 @@ def check_past_is_here(mask: Any, keys: int) -> None:
 _NOT_GIVEN: Any = object()
 
 
+def _remember_causality(make: Callable[..., TokenMask]) -> Callable[..., TokenMask]:
+    @functools.wraps(make)
+    def mask(*args: Any, **kwargs: Any) -> TokenMask:
+        made = make(*args, **kwargs)
+        made.causal = kwargs.get("mask_function", args[5] if len(args) > 5 else None) is causal_mask_function
+        return made
+
+    return mask
+
+
+@_remember_causality
 def linattn_mask(
     batch_size: int = _NOT_GIVEN,
     q_length: int = _NOT_GIVEN,

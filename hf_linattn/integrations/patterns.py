@@ -41,6 +41,13 @@ def refusal(mask_function: Callable[..., Any] | None, config: Any, local_size: i
     return f"{plain}{_title(config)} uses {_OVERLAYS[overlay]}{where}. {_switch_off(overlay, config)}{softmax}."
 
 
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # Transformers raises for a field that differs between layers
+        return None
+
+
 def _title(config: Any) -> str:
     return "This model" if config is None else f"A model of type {stock_type(config)!r}"
 
@@ -70,7 +77,7 @@ def _contents(cell: Any) -> Iterator[Any]:
 def _where(overlay: str, config: Any, local_size: int | None) -> str:
     """In which layers, and the fields of the config that say so."""
     types = getattr(config, "layer_types", None)
-    fields = [f"{name}={value}" for name in _FIELDS.get(overlay, ()) if (value := getattr(config, name, None))]
+    fields = [f"{name}={value}" for name in _FIELDS.get(overlay, ()) if (value := _read(config, name))]
     if isinstance(types, (list, tuple)):
         count = sum(_LAYER_TYPES.get(kind) == overlay for kind in types)
         if count:
@@ -93,7 +100,7 @@ def _switch_off(overlay: str, config: Any) -> str:
         if by_type or getattr(config, "per_layer_config", None) or not set(types) <= {"full_attention", *_LAYER_TYPES}:
             return "Use "
         change = f"layer_types=['full_attention'] * {len(types)}"
-    elif types is None and getattr(config, "sliding_window", None):
+    elif types is None and _read(config, "sliding_window"):
         change = "sliding_window=None"
     else:
         return "Use "
@@ -110,7 +117,7 @@ def in_config(config: Any) -> str | None:
     for overlay, fields in _FIELDS.items():
         listed = types is not None and any(_LAYER_TYPES.get(kind) == overlay for kind in types)
         switched = types is None and getattr(config, "use_sliding_window", True)
-        if listed or (switched and any(getattr(config, name, None) for name in fields)):
+        if listed or (switched and any(_read(config, name) for name in fields)):
             return f"{_OVERLAYS[overlay]}{_where(overlay, config, None)}"
     return None
 

@@ -39,6 +39,7 @@ COMPUTE: dict[str, set[str]] = {
 REFUSED = {
     "deberta-v2": "computes softmax attention itself \\(DisentangledSelfAttention\\)",
     "bloom": "computes softmax attention itself",
+    "pegasus_x": "asks for a causal mask, but PegasusXAttention says that it is not causal|Use one of",
     "resnet": "no attention layer",
     "mamba": "no attention layer",
     "blip": "computes softmax attention itself",
