@@ -414,16 +414,18 @@ OWN_ATTENTION: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_that_compute_attention_themselves(name: str, padded: bool) -> None:
-    """They would take a mask over tokens, or none, for one over query-key pairs and see later tokens or padding."""
+    """Their name is refused at once. One that is not found out would take a mask over tokens for one over pairs."""
     cls, config = OWN_ATTENTION[name]
-    model = cls._from_config(config, attn_implementation="favor_plus").eval()
     ids = torch.randint(3, VOCAB, (1, 12))
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0 if padded else 1
-    with pytest.raises(UnsupportedError, match=r"works on the attention mask itself.*'eager' or 'sdpa'"):
-        model(input_ids=ids, attention_mask=mask)
+    with pytest.raises(UnsupportedError, match=r"computes softmax attention itself.*attn_implementation='eager'"):
+        cls._from_config(config, attn_implementation="favor_plus")
     model = cls._from_config(config, attn_implementation="eager").eval()
     assert model(input_ids=ids, attention_mask=mask)[0].isfinite().all()
+    model.config._attn_implementation = "favor_plus"  # behind the model's back
+    with pytest.raises(UnsupportedError, match=r"works on the attention mask itself.*'eager' or 'sdpa'"):
+        model(input_ids=ids, attention_mask=mask)
 
 
 SEEN = torch.tensor([[True, True, False]])
@@ -431,8 +433,9 @@ SEEN = torch.tensor([[True, True, False]])
 
 @pytest.mark.parametrize("tokens", [SEEN, None], ids=["padded", "full"])
 def test_mask_answers_only_what_transformers_asks(tokens: torch.Tensor | None) -> None:
-    from hf_linattn.integrations.masks import linattn_mask, token_mask
+    from hf_linattn.integrations.masks import linattn_mask
     from hf_linattn.integrations.seams import causal_mask_function
+    from hf_linattn.integrations.token_mask import token_mask
 
     mask: Any = linattn_mask(1, 3, 3, 0, 0, causal_mask_function, tokens)
     assert (mask.ndim, tuple(mask.shape), mask.dtype, str(mask.device)) == (2, (1, 3), torch.bool, "cpu")

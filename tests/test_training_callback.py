@@ -304,7 +304,7 @@ def test_native_mode_cannot_redraw() -> None:
         model = case.build()
         model.config.linear_attention = {"kind": "favor_plus", "redraw_interval": 2}
         model.set_attn_implementation("favor_plus")
-        with pytest.raises(UnsupportedError, match="redraw_interval=2.*native mode.*Convert the model"):
+        with pytest.raises(UnsupportedError, match="redraw_interval=2.*native mode.*Convert it first"):
             redraw_projections(model, 2)
         model.config.linear_attention = {"kind": "favor_plus"}
         assert redraw_projections(model, 2) == 0

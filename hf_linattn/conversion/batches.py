@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..integrations.masks import causal_key_mask
 from ..integrations.seams import attention_of, softmax_attention
+from ..integrations.token_mask import causal_key_mask
 
 
 @contextmanager

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError
 from ..integrations.adapters import keep_in_adapters
+from ..integrations.advice import convert_first
 from ..integrations.attach import family_layers
 from ..integrations.canary import check_model
 from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
 from ..integrations.interface import attend, causality
 from ..integrations.layers import active_layers, linear_layer
-from ..integrations.masks import linattn_mask, token_mask
+from ..integrations.masks import linattn_mask
 from ..integrations.seams import check_scaling, register_attention
+from ..integrations.token_mask import token_mask
 from ..integrations.wrappers import converted_parts, inside, module_of
 from ..modules.base import AttentionInputs, Calibration, LinearAttention
 from .batches import exact_attention, prepare_inputs, read_batches, restored
@@ -103,8 +105,8 @@ def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
     """The attention modules with statistics to set, and the layer of each."""
     if not is_converted(model.config):
         raise ConfigError(
-            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics."
-            + (converted_parts(model) or " Convert it first: hf_linattn.convert(model, kind).")
+            f"calibrate() needs a converted model; got {type(model).__name__}, which keeps no statistics. "
+            + (converted_parts(model).strip() or convert_first(getattr(model, "config", None)))
         )
     converted = {module: layer for module in family_layers(model) if (layer := linear_layer(module)) is not None}
     layers = {module: layer for module, layer in converted.items() if layer.new_calibration() is not None}

@@ -17,8 +17,9 @@ from ..errors import ConfigError, InputError, UnsupportedError
 from ..integrations.canary import check_model
 from ..integrations.families import is_converted
 from ..integrations.interface import attend, causality
-from ..integrations.masks import linattn_mask, token_mask
+from ..integrations.masks import linattn_mask
 from ..integrations.seams import attention_of, register_attention
+from ..integrations.token_mask import token_mask
 from ..integrations.wrappers import converted_parts, inside
 from ..modules.registry import list_kinds
 from .batches import exact_attention, prepare_inputs, read_batches, restored

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
 from ..integrations.adapters import name_as_stock, name_as_unsaved
+from ..integrations.advice import can_convert, convert_first
 from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
 from ..integrations.canary import check_model
-from ..integrations.families import defaults_family, get_family, is_converted
+from ..integrations.families import FAMILIES, defaults_family, get_family, is_converted
+from ..integrations.names import natively
 from ..integrations.seams import attention_of, select_attention, set_model_class
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
 from ..integrations.wrappers import converted_parts, itself, refuse_adapter
@@ -58,7 +60,12 @@ def convert(
             f"{type(model).__name__} is already converted (to {kind!r}). Call hf_linattn.revert(model) first to "
             "convert it to something else; trained weights are kept."
         )
-    family = get_family(getattr(model, "config", None))
+    if not can_convert(model.config):
+        raise UnsupportedError(
+            f"Conversion is implemented for the architectures {list(FAMILIES)}; got model_type"
+            f" {model.config.model_type!r}. {natively(model, _kind_of(config))}"
+        )
+    family = get_family(model.config)
     refuse_adapter(model, "convert")
     check_model(model)
     if type(model) not in COUNTERPARTS:
@@ -94,6 +101,13 @@ def convert(
     return model
 
 
+def _kind_of(config: Any) -> Any:
+    """The name in what was given as settings, which have not been checked."""
+    if isinstance(config, Mapping):
+        return config.get("kind")
+    return getattr(config, "kind", config)
+
+
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `convert` in place: the stock class and config, softmax attention, trained weights kept.
 
@@ -104,8 +118,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     model = itself(model, "revert")
     if type(model) not in stock:
         raise UnsupportedError(
-            f"revert() needs a converted model; got {type(model).__name__}."
-            + (converted_parts(model) or " Convert one with hf_linattn.convert(model, kind).")
+            f"revert() needs a converted model; got {type(model).__name__}. "
+            + (converted_parts(model).strip() or convert_first(getattr(model, "config", None)))
         )
     refuse_adapter(model, "revert")
     check_model(model)

@@ -76,6 +76,11 @@ SEAMS: dict[str, Seam] = {
             "set_attn_implementation, get_correct_attn_implementation, post_init and base_model of a model, and the"
             " attention that was set to stay",
         ),
+        Seam(
+            "names given to models",
+            "the constructor of a model to call post_init, a name to be given by set_attn_implementation, and"
+            " attention modules to find their function in ALL_ATTENTION_FUNCTIONS",
+        ),
         Seam("initialisation", "_init_weights(module) of a model, and initialization.copy_ to spare loaded tensors"),
         Seam(
             "initialised weights", "from_pretrained to call _init_weights for modules that a checkpoint lacks", "use"

@@ -14,6 +14,7 @@ from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from ..modules.whole import attend as attend_whole
 from ..ops.constants import known
+from .advice import converting, cross_settings, instead, softmax_name
 from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .canary import check_model
@@ -23,9 +24,10 @@ from .families import family_of, is_converted
 from .graph_checks import require_order, require_pattern
 from .keywords import check_keywords
 from .layers import linear_layer
-from .masks import TokenMask, causal_key_mask, check_past_is_here, linattn_mask, new_tokens, pad_one_key, token_mask
+from .masks import linattn_mask
 from .native import image_grid, native_layer
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
+from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens, pad_one_key, token_mask
 from .undo import give_back
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -126,7 +128,7 @@ def attend(
             )
         held: Any = module.linattn  # the layer, or what PEFT has put round it
         if recurrent is not None:
-            return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2), None
+            return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
         output = held(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
         output = _native(
@@ -142,7 +144,7 @@ def attend(
             cross=cross,
             kwargs=kwargs,
         )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None  # models take views of it
 
 
 def causality(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -158,7 +160,7 @@ def causality(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
             raise UnsupportedError(
                 f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing "
                 "could let a token see later ones. Set `is_causal` on the attention modules, or use "
-                "attn_implementation='sdpa'."
+                f"attn_implementation={softmax_name(config)!r}."
             )
         if is_causal and getattr(config, "is_causal", True) is False:
             raise UnsupportedError(
@@ -254,18 +256,17 @@ def _native(
     if is_causal and not declared.supports_causal:
         raise UnsupportedError(
             f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
-            f"{_other('supports_causal')}"
+            f"{instead(config, is_causal=True)}"
         )
     if is_causal and declared.causal_needs_data:
         raise UnsupportedError(
             f"{declared.title} ({kind!r}) in a causal model works with statistics of other data, which only a"
-            " converted model can keep: hf_linattn.convert(model, kind), then hf_linattn.calibrate(model, batches)."
-            f" Without conversion: {_other('supports_causal', without_data=True)}"
+            f" converted model can keep. {converting(config, kind)}{instead(config, is_causal=True)}"
         )
     if cross and not declared.supports_cross:
         raise UnsupportedError(
             f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
-            f"{_other('supports_cross')}"
+            f"{instead(config, is_causal=False, cross=True)}"
         )
     family = family_of(config, is_causal=is_causal)
     image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
@@ -285,7 +286,7 @@ def _native(
         module.training,
     )
     if cross:
-        _check_cross(kind, settings)
+        _check_cross(kind, config, settings)
         if query.shape[2] == key.shape[2]:
             key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
     grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
@@ -295,19 +296,12 @@ def _native(
     return attend_whole(declared.module_cls, settings, dict(state), inputs)
 
 
-def _check_cross(kind: str, settings: AttentionConfig) -> None:
+def _check_cross(kind: str, config: Any, settings: AttentionConfig) -> None:
     heavy = settings.num_heavy_keys  # type: ignore[attr-defined]  # kinds with a cross form have it
     if settings.window_size or settings.num_global_tokens or heavy:
         raise UnsupportedError(
             f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
             f"and keys are different sequences); got window_size={settings.window_size}, "
-            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. Set "
-            f"model.config.linear_attention = {{'kind': {kind!r}, 'window_size': 0, 'num_global_tokens': 0}}, or "
-            "convert the model: conversion leaves cross-attention on softmax."
+            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. "
+            f"{cross_settings(config, kind)}"
         )
-
-
-def _other(capability: str, *, without_data: bool = False) -> str:
-    kinds = [get_kind(name) for name in list_kinds()]
-    able = [k.name for k in kinds if getattr(k, capability) and not (without_data and k.causal_needs_data)]
-    return f"Use one of {able}, or attn_implementation='sdpa'."

@@ -50,7 +50,7 @@ REFUSED = {
         "A soft cap on attention logits cannot be applied by a linear attention kind. Use attn_implementation='eager'."
     ),
     "sliding_window": (
-        "A linear attention kind attends to the whole sequence. Set the model's config.sliding_window to None, or use "
+        "A linear attention kind attends to the whole sequence. Load the model with sliding_window=None, or use "
         "attn_implementation='sdpa'."
     ),
     "s_aux": "Attention sinks are not supported by a linear attention kind. Use attn_implementation='eager'.",

@@ -16,7 +16,7 @@ from ..modules.defaults import resolve
 from ..modules.registry import get_kind
 from ..ops.constants import ordinary_tensors
 from .canary import ask_seams
-from .families import MODEL_TYPE_PREFIX
+from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .settings import parse_settings
 
 # Tokens before the patches, without register tokens. Of other models it is unknown whether they have a distillation
@@ -60,31 +60,36 @@ def native_layer(
     config, state = _layer(
         kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device
     )
-    _check_stateless(config, is_causal, training)
+    _check_stateless(config, is_causal, training, convertible=family in FAMILIES)
     return config, tuple(state.items())
 
 
-def _check_stateless(config: AttentionConfig, is_causal: bool, training: bool) -> None:
+def _check_stateless(config: AttentionConfig, is_causal: bool, training: bool, *, convertible: bool) -> None:
     """Raise for settings that need something kept in the layer."""
     proposal_map = getattr(config, "proposal_map", None) or "none"
     if proposal_map.endswith("_norm"):
         raise UnsupportedError(
             f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode"
-            " has none. Set proposal_map='none' in config.linear_attention for the parameter-free method, or convert"
-            " the model (hf_linattn.convert)."
+            " has none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
+            + (", or convert the model (hf_linattn.convert)." if convertible else ".")
         )
     sources = (getattr(config, "statistics", None), getattr(config, "proposal_source", None))
     if not is_causal and "calibrated" in sources:
         raise UnsupportedError(
             f"config.linear_attention asks for calibrated {config.kind!r}, but native mode keeps no statistics."
-            " Convert the model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate), or leave out the field:"
-            " bidirectional models take their statistics from each row."
+            " Leave out the field: bidirectional models take their statistics from each row"
+            + (
+                "; or convert the model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate)."
+                if convertible
+                else "."
+            )
         )
     interval = getattr(config, "redraw_interval", None)
     if training and interval is not None:
         raise UnsupportedError(
             f"config.linear_attention asks for redraw_interval={interval}, but native mode has no layers that could"
-            " keep new directions. Convert the model (hf_linattn.convert), or set redraw_interval to None."
+            " keep new directions. Set redraw_interval to None"
+            + (", or convert the model (hf_linattn.convert)." if convertible else ".")
         )
 
 
@@ -108,7 +113,8 @@ def _layer(
         if parsed.layers is not None:
             raise ConfigError(
                 f"config.linear_attention['layers'] = {list(parsed.layers)} selects layers of a converted model; "
-                "native mode uses the kind in every layer. Drop 'layers', or convert the model (`hf_linattn.convert`)."
+                "native mode uses the kind in every layer. Drop 'layers'"
+                + (", or convert the model (`hf_linattn.convert`)." if family in FAMILIES else ".")
             )
         if config.kind != kind:
             raise ConfigError(

@@ -16,9 +16,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import GPT2Config
 
+from ..errors import UnsupportedError
 from ..modules.registry import list_kinds
 from . import seams
 from .families import FAMILIES, MODEL_TYPE_PREFIX
+from .users import asks_interface
 
 # Seam -> the function that tries it out: None, or what it found. Those of families are given one.
 PROBES: dict[str, Callable[..., str | None]] = {}
@@ -287,6 +289,29 @@ def _model_methods() -> str | None:
         if seams.attention_of(model.config) != kind:
             return f"{seams.attention_of(model.config)!r} after set_attn_implementation({kind!r})"
     return None
+
+
+@probes("names given to models")
+def _names_given() -> str | None:
+    class Deaf(seams.PreTrainedModel):
+        config_class = GPT2Config
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.post_init()
+
+    kind = list_kinds()[0]
+    stock = _config()
+    seams.select_attention(stock, "eager")
+    for give in (lambda: Deaf(_config()), lambda: Deaf(stock).set_attn_implementation(kind)):
+        try:
+            give()
+        except UnsupportedError:
+            continue
+        return f"a model without attention layers that takes the name {kind!r}"
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    return None if asks_interface(GPT2Attention) else "GPT2Attention, which does not"
 
 
 @probes("saving")

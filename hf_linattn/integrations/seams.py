@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,9 +120,39 @@ def attention_of(config: Any) -> str | None:
     return config._attn_implementation
 
 
-def select_attention(config: Any, name: str | None) -> None:
-    """Select an attention implementation in a config that no model has checked."""
-    config._attn_implementation = name
+def select_attention(config: Any, name: str | None, *, parts: bool = True) -> None:
+    """Select an attention implementation in a config that no model has checked; `parts`: in its sub-configs too."""
+    if parts:
+        config._attn_implementation = name
+    else:
+        config.__dict__[STORED_ATTENTION] = name
+
+
+def parts_of_config(config: Any) -> Iterator[Any]:
+    """A config and the sub-configs in it, at any depth."""
+    if isinstance(config, PreTrainedConfig):
+        yield config
+        for name in type(config).sub_configs:
+            yield from parts_of_config(getattr(config, name, None))
+
+
+# By one of these names a class asks for the attention function that its config names.
+INTERFACE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"})
+
+
+def softmax_name(config: Any) -> str:
+    """The name of softmax attention for models with a config, or a class of configs: not all of them know "sdpa"."""
+    cls = config if isinstance(config, type) else type(config)
+    name = cls.__module__.replace(".configuration_", ".modeling_")
+    found: list[Any] = [value for value in vars(sys.modules.get(name, cls)).values() if isinstance(value, type)]
+    models = [value for value in found if issubclass(value, PreTrainedModel) and value.__module__ == name]
+    models = [model for model in models if model.config_class is cls] or models
+    return "sdpa" if not models or any(model._supports_sdpa for model in models) else "eager"
+
+
+def softmax_name_of(*models: Any) -> str:
+    """The name of softmax attention for models, or classes of models, at once."""
+    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
 
 
 # Where a config keeps it; a composite config writes there without the property.
@@ -238,6 +268,10 @@ def set_model_class(model: Any, cls: type) -> None:
     # Transformers looks up by class what a model can record; normally a model's __init__ enters it.
     registry = output_capturing._CAN_RECORD_REGISTRY
     registry[str(cls) if type(registry) is dict else model] = model._can_record_outputs
+
+
+# The class methods that make a model: the Auto classes end in one of them.
+MAKERS = ("from_pretrained", "_from_config")
 
 
 def mark_initialized(module: nn.Module, is_initialized: bool) -> None:

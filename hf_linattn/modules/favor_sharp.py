@@ -204,8 +204,8 @@ def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
     if not bool(calibrated_tokens):
         warnings.warn(
             "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
-            " itself would let a token of a causal model look ahead. Convert the model (hf_linattn.convert) and"
-            " calibrate it (hf_linattn.calibrate).",
+            " itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
+            " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
             stacklevel=2,
         )
 

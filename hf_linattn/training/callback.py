@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ..errors import UnsupportedError
 from ..integrations.adapters import keep_in_adapters
+from ..integrations.advice import convert_first
 from ..integrations.canary import check_trainer
 from ..integrations.expected import changed
 from ..integrations.layers import active_layers
@@ -59,8 +60,8 @@ def _check_native(model: nn.Module) -> None:
         if interval is not None:
             raise UnsupportedError(
                 f"config.linear_attention asks for redraw_interval={interval}, but {type(module).__name__} works in"
-                " native mode and has no layers that could keep new directions. Convert the model"
-                " (hf_linattn.convert), or set redraw_interval to None."
+                " native mode and has no layers that could keep new directions. Set"
+                f" redraw_interval to None. {convert_first(getattr(module, 'config', None))}"
             )
 
 

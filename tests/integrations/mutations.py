@@ -364,6 +364,7 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
         (dropped(PreTrainedModel, "get_correct_attn_implementation"), converting()),
         (replaced(PreTrainedModel, "get_correct_attn_implementation", lambda self, *args: "sdpa"), converting()),
     ],
+    "names given to models": [(replaced(PreTrainedModel, "post_init", lambda self: None), converting())],
     "saving": [(replaced(PreTrainedModel, "save_pretrained", lambda self, folder, **kwargs: None), converting(VIT))],
     "loading": [
         (

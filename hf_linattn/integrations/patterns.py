@@ -1,0 +1,130 @@
+"""Attention patterns that no kind can follow, in words: what a mask function of Transformers hides, and where it comes
+from in the model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .advice import softmax_name, stock_type
+
+# The function of `masking_utils` that makes an overlay -> what it is called; the first that is found counts.
+_OVERLAYS = {
+    "packed_sequence": "packed sequences",
+    "sliding_window": "sliding-window attention",
+    "chunked": "chunked attention",
+    "blockwise": "attention in both directions within blocks of tokens, such as those of an image",
+}
+# Type of a layer in config.layer_types -> the overlay that it has.
+_LAYER_TYPES = {"sliding_attention": "sliding_window", "chunked_attention": "chunked"}
+# Fields with the width of an overlay.
+_FIELDS = {"sliding_window": ("sliding_window", "local_attention"), "chunked": ("attention_chunk_size",)}
+
+
+def refusal(mask_function: Callable[..., Any] | None, config: Any, local_size: int | None) -> str:
+    """Why a mask function cannot be followed and what to do, for a `UnsupportedError`."""
+    names = list(_makers(mask_function))
+    overlay = next((key for key in _OVERLAYS for name in names if name.startswith(key)), None)
+    plain = "A linear attention kind honours the plain causal and the plain bidirectional attention pattern. "
+    softmax = f"attn_implementation={softmax_name(config)!r}"
+    if overlay == "packed_sequence":
+        return (
+            f"{plain}This input asks for packed sequences (several in one row), where a token would attend to the"
+            f" other sequences. Give one sequence per row with a 2-D attention_mask, or use {softmax}."
+        )
+    if overlay is None and local_size is not None:
+        overlay = "sliding_window"
+    if overlay is None:
+        shown = ", ".join(dict.fromkeys(names)) or getattr(mask_function, "__qualname__", str(mask_function))
+        return f"{plain}This model or input adds one of its own to it ({shown}). Use {softmax}."
+    where = _where(overlay, config, local_size)
+    return f"{plain}{_title(config)} uses {_OVERLAYS[overlay]}{where}. {_switch_off(overlay, config)}{softmax}."
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # Transformers raises for a field that differs between layers
+        return None
+
+
+def _title(config: Any) -> str:
+    return "This model" if config is None else f"A model of type {stock_type(config)!r}"
+
+
+def _makers(function: Any) -> Iterator[str]:
+    """Names of the functions that made a mask function and those it is combined of, without `and` and `or`."""
+    if isinstance(function, (tuple, list)):
+        for part in function:
+            yield from _makers(part)
+    elif callable(function):
+        maker = getattr(function, "__qualname__", type(function).__name__).partition(".")[0]
+        parts = [value for cell in getattr(function, "__closure__", None) or () for value in _contents(cell)]
+        if maker not in ("and_masks", "or_masks", "causal_mask_function", "bidirectional_mask_function"):
+            yield maker
+        for part in parts:
+            if callable(part) or isinstance(part, (tuple, list)):
+                yield from _makers(part)
+
+
+def _contents(cell: Any) -> Iterator[Any]:
+    try:
+        yield cell.cell_contents
+    except ValueError:  # not filled yet
+        return
+
+
+def _where(overlay: str, config: Any, local_size: int | None) -> str:
+    """In which layers, and the fields of the config that say so."""
+    types = getattr(config, "layer_types", None)
+    fields = [f"{name}={value}" for name in _FIELDS.get(overlay, ()) if (value := _read(config, name))]
+    if isinstance(types, (list, tuple)):
+        count = sum(_LAYER_TYPES.get(kind) == overlay for kind in types)
+        if count:
+            layers = "all" if count == len(types) else f"{count}"
+            return f" in {layers} of its {len(types)} layers (config.{', config.'.join(['layer_types', *fields])})"
+    if fields:
+        return f" (config.{', config.'.join(fields)})"
+    return f" (over {local_size} tokens)" if local_size else ""
+
+
+def _switch_off(overlay: str, config: Any) -> str:
+    """How to load the model without a pattern, where that leaves one that a kind can follow; ends in "or use "."""
+    types = getattr(config, "layer_types", None)
+    # Models that do not know "sdpa" have more that no kind can follow: capped logits, sinks.
+    if config is None or softmax_name(config) == "eager" or overlay == "blockwise":
+        return "Use "
+    if isinstance(types, (list, tuple)) and any(kind in _LAYER_TYPES for kind in types):
+        rope = getattr(config, "rope_parameters", None) or {}
+        by_type = any(kind in rope for kind in _LAYER_TYPES) and "full_attention" not in rope
+        if by_type or getattr(config, "per_layer_config", None) or not set(types) <= {"full_attention", *_LAYER_TYPES}:
+            return "Use "
+        change = f"layer_types=['full_attention'] * {len(types)}"
+    elif types is None and _read(config, "sliding_window"):
+        change = "sliding_window=None"
+    else:
+        return "Use "
+    return (
+        f"Set {change} in the {stock_type(config)!r} config before the model is made, after which its layers attend to"
+        " the whole sequence (another result for texts longer than the window), or use "
+    )
+
+
+def in_config(config: Any) -> str | None:
+    """The pattern that a config asks for, in words; None for a plain one. What an input asks for is not known here."""
+    types = getattr(config, "layer_types", None)
+    types = types if isinstance(types, (list, tuple)) else None
+    for overlay, fields in _FIELDS.items():
+        listed = types is not None and any(_LAYER_TYPES.get(kind) == overlay for kind in types)
+        switched = types is None and getattr(config, "use_sliding_window", True)
+        if listed or (switched and any(_read(config, name) for name in fields)):
+            return f"{_OVERLAYS[overlay]}{_where(overlay, config, None)}"
+    return None
+
+
+def is_unused(mask_function: Callable[..., Any] | None, config: Any) -> bool:
+    """Whether a model makes a mask for which it has no layer, as some do for every pattern that they know."""
+    types = getattr(config, "layer_types", None)
+    if not isinstance(types, (list, tuple)) or set(types) != {"full_attention"}:
+        return False
+    return all(name.startswith(tuple(_FIELDS)) for name in _makers(mask_function))
