@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedError
 from ..integrations.adapters import name_as_stock, name_as_unsaved
 from ..integrations.advice import can_convert, convert_first
-from ..integrations.attach import attach, build_layers, detach, family_layers, settings_of
+from ..integrations.attach import attach, build_layers, detach, family_layers, made_from, settings_of
 from ..integrations.canary import check_model
 from ..integrations.families import FAMILIES, defaults_family, get_family, is_converted
 from ..integrations.names import natively
@@ -21,6 +21,7 @@ from ..integrations.settings import LinearAttentionSettings, check_layers, parse
 from ..integrations.wrappers import converted_parts, itself, refuse_adapter
 from ..models import CONFIGS, COUNTERPARTS
 from ..modules.config import AttentionConfig
+from .unchanged import unchanged_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +93,12 @@ def convert(
     settings = settings_of(new_config)
     implementation = attention_of(old_config)
     select_attention(new_config, settings.config.kind)
-    _set_config(model, old_config, new_config)
-    _set_classes(model, COUNTERPARTS)
-    attach(model, settings, built)
-    setattr(model, _STOCK_IMPLEMENTATION, implementation)
-    name_as_unsaved(model, settings.config.kind)
+    with unchanged_on_error(model):
+        _set_config(model, old_config, new_config)
+        _set_classes(model, COUNTERPARTS)
+        attach(model, settings, built)
+        setattr(model, _STOCK_IMPLEMENTATION, implementation)
+        name_as_unsaved(model, settings.config.kind)
     _report(model, old_class.__name__, settings)
     return model
 
@@ -123,20 +125,21 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         )
     refuse_adapter(model, "revert")
     check_model(model)
-    settings = settings_of(model.config)
+    settings = made_from(model)
     family = get_family(model.config)
-    detach(model, settings)
     old_config = model.config
     new_config = copying.deepcopy(old_config)
     new_config.__class__ = stock[type(model)].config_class
     new_config.__dict__.pop("model_type", None)
     del new_config.linear_attention
     setattr(new_config, family.dropout_field, settings.attention_dropout or 0.0)
-    _set_config(model, old_config, new_config)
-    _set_classes(model, stock)
-    name_as_stock(model)
-    remembered = model.__dict__.pop(_STOCK_IMPLEMENTATION, None)
-    select_attention(new_config, model.get_correct_attn_implementation(remembered))
+    with unchanged_on_error(model):
+        detach(model, settings)
+        _set_config(model, old_config, new_config)
+        _set_classes(model, stock)
+        name_as_stock(model)
+        remembered = model.__dict__.pop(_STOCK_IMPLEMENTATION, None)
+        select_attention(new_config, model.get_correct_attn_implementation(remembered))
     if new_config.architectures is not None:
         new_config.architectures = [type(model).__name__]
     return model
@@ -152,6 +155,11 @@ def _set_config(model: PreTrainedModel, old: Any, new: Any) -> None:
 def _set_classes(model: PreTrainedModel, classes: Mapping[Any, Any]) -> None:
     """Swap the class of the model and of the base model inside it."""
     for part in {id(m): m for m in (model.base_model, model)}.values():
+        if type(part) not in classes:
+            raise UnsupportedError(
+                f"The base model inside must be of a stock class; got {type(part).__name__}. Put the stock one there, "
+                "or derive your class from its LinAttn counterpart."
+            )
         set_model_class(part, classes[type(part)])
 
 

@@ -97,6 +97,12 @@ def _told(config: Any) -> tuple[dict[str, Any], bool]:
     return copy.deepcopy(config.linear_attention), is_causal_model(config)
 
 
+def made_from(model: Any) -> LinearAttentionSettings:
+    """The settings that a converted model's layers were made from, whatever has become of its config since."""
+    settings, _ = getattr(model, _MADE_FROM)
+    return parse_settings(settings, family=defaults_family(model.config), num_layers=len(family_layers(model)))
+
+
 def check_unchanged(model: Any, asked: bool | None = None) -> None:
     """Raise if a converted model's config was edited, or the call asks, for other attention than its layers have.
 
