@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,5 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    logging.getLogger("hf_linattn").setLevel(logging.NOTSET)  # programs set it when a test runs them in this process
     monkeypatch.setattr(checks, "_dropout_warned", False)
     monkeypatch.setattr(checks, "_last_checked", None)

@@ -189,7 +189,7 @@ def test_convert_something_else(model: Any, message: str) -> None:
 
 def test_convert_a_wrapped_model() -> None:
     with pytest.raises(
-        UnsupportedError, match=r"got DataParallel. Unwrap it: convert its \.module, a BertForMaskedLM"
+        UnsupportedError, match=r"got DataParallel. Pass what is inside, model\.module \(a BertForMaskedLM\)"
     ):
         hf_linattn.convert(torch.nn.DataParallel(BERT.build()), "favor_plus")
 

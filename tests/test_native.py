@@ -365,7 +365,13 @@ BASE_MODELS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize(
     ("name", "kind", "is_converted"),
     [
-        pytest.param(name, kind, is_converted, id=f"{'converted' if is_converted else 'native'}-{kind}-{name}")
+        pytest.param(
+            name,
+            kind,
+            is_converted,
+            id=f"{'converted' if is_converted else 'native'}-{kind}-{name}",
+            marks=[] if kind in ("favor_plus", "eva") else pytest.mark.slow,
+        )
         for name in BASE_MODELS
         for kind in KINDS
         for is_converted in (False, True)

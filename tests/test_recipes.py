@@ -313,7 +313,13 @@ RESUME = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 @pytest.mark.hub
 @pytest.mark.parametrize(
     ("strategy", "attention"),
-    [("end", "lara"), ("every_save", "softmax"), ("checkpoint", "lara"), ("all_checkpoints", "lara")],
+    [
+        ("all_checkpoints", "lara"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("end", "lara"), ("every_save", "softmax"), ("checkpoint", "lara"))
+        ),
+    ],
 )
 def test_nothing_but_the_model_is_uploaded(strategy: str, attention: str, folder: Path, tmp_path: Path) -> None:
     from recipes.local_hub import LocalHub

@@ -115,7 +115,7 @@ def test_whatever_feeds_the_model(
     assert_same_weights(tmp_path, whole)
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("strategy", ["group_by_length", pytest.param("random", marks=pytest.mark.slow)])
 def test_an_epoch_has_an_order_of_its_own(folder: Path, tmp_path: Path, strategy: str) -> None:
     """Every row once an epoch, in an order that follows from the seed of the data and the epoch alone."""
 

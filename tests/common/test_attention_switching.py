@@ -9,6 +9,7 @@ import torch
 from cases import BERT, largest, logits
 from heads import CLASSES, Stock, build, convert, every_class_and_family, every_kind, inputs
 
+from hf_linattn.errors import ConfigError
 from hf_linattn.models import COUNTERPARTS
 
 SOFTMAX = ("eager", "sdpa")
@@ -42,11 +43,14 @@ def test_attention_weights_of_softmax(stock: Stock, kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("name", SOFTMAX)
 def test_loaded_with_softmax(kind: str, name: str, tmp_path: Path) -> None:
-    """The states of the layers are loaded all the same, so that switching back is possible."""
+    """An argument that would make the checkpoint softmax is refused; a loaded model can be switched, and back."""
     for stock in (CLASSES[0], BERT.stock):
         model = convert(stock, kind)
         model.save_pretrained(tmp_path)
-        loaded = COUNTERPARTS[stock].from_pretrained(tmp_path, attn_implementation=name)
+        with pytest.raises(ConfigError, match=f"got '{name}'"):
+            COUNTERPARTS[stock].from_pretrained(tmp_path, attn_implementation=name)
+        loaded = COUNTERPARTS[stock].from_pretrained(tmp_path).eval()
+        loaded.set_attn_implementation(name)
         assert loaded.config._attn_implementation == name
         assert largest(logits(loaded, **inputs(stock)) - logits(build(stock), **inputs(stock))) < 1e-4
         loaded.set_attn_implementation(kind)

@@ -82,7 +82,7 @@ def test_default_compiler(dynamic: bool) -> None:
     check_refused(torch.compile(model, fullgraph=True, dynamic=dynamic), model)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_step(checkpointing: bool) -> None:
     model = model_of("favor_plus", converted, layers=2).train()
     if checkpointing:
