@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back classes, attributes, submodules and hooks of all modules if the block raises. Tensors are not copied."""
+    """Put back classes, attributes, submodules and hooks of all modules if the block raises; no tensors are copied."""
     kept = [
         (module, type(module), {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -44,50 +42,13 @@ from .config import check_attention
 from .loading import load_consistently
 from .publishing import push_folder
 from .saving import save_atomically
+from .signatures import forward_of, init_of, signed_like
 
 _KEY = f".{ATTRIBUTE}."
 # Mark of attention modules that Transformers has told to initialise themselves.
 _INITIALIZED = "_was_initialized"
 # Fields that say what a layer's tensors mean, beyond kind, layers and seed.
 _MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
-
-
-def _init_of(cls: Any, stock: Any) -> Any:
-    """`__init__` of a converted class, with the signature of the stock one."""
-
-    @functools.wraps(stock.__init__)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        super(cls, self).__init__(*args, **kwargs)
-
-    return init
-
-
-def _forward_of(stock: Any) -> Any:
-    """`forward` of a converted class: the stock one after `check_call`, with its signature.
-
-    Not in `__call__`, because libraries call `forward` directly.
-    """
-    stock_forward = stock.forward
-
-    @functools.wraps(stock_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self.check_call(args, kwargs)
-        return stock_forward(self, *args, **kwargs)
-
-    return forward
-
-
-def signed_like(stock: Any, *own: str) -> Any:
-    """Give a method the signature of the stock one, and keyword arguments of its own."""
-
-    def sign(method: Any) -> Any:
-        parameters = list(inspect.signature(stock).parameters.values())
-        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
-        end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        method.__signature__ = inspect.Signature([*parameters[:end], *more, *parameters[end:]])
-        return method
-
-    return sign
 
 
 class LinAttnMixin:
@@ -122,7 +83,7 @@ class LinAttnMixin:
         super().__init_subclass__(**kwargs)
         stock: Any = cls.__bases__[-1]
         if not issubclass(stock, LinAttnMixin):
-            cls.__init__, cls.forward = _init_of(cls, stock), _forward_of(stock)  # type: ignore[method-assign,attr-defined]
+            cls.__init__, cls.forward = init_of(cls, stock), forward_of(stock)  # type: ignore[method-assign,attr-defined]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -11,7 +11,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImage
 from ..integrations.native import as_pair
 from ..integrations.seams import share_weight_names
 from .config import LinAttnConfigMixin
-from .mixin import LinAttnMixin, signed_like
+from .mixin import LinAttnMixin
+from .signatures import signed_like
 
 
 @strict
