@@ -1,6 +1,6 @@
 """What every kind does in every model type of Transformers, each built tiny: docs/architectures.md.
 
-    python scripts/architecture_sweep.py                     # all types, and the page: some ten minutes on one core
+    python scripts/architecture_sweep.py                     # all types, and the page: some six minutes on one core
     python scripts/architecture_sweep.py --types bert,llama  # these anew, the others as they were found before
     python scripts/architecture_sweep.py --resume            # those that the results file lacks
     python scripts/architecture_sweep.py --only-page         # the page from the results file
