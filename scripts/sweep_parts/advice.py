@@ -59,7 +59,10 @@ def failures(
     message: str, config: Any, name: Name, parts: Callable[[Any], list[Any]], try_out: TryOut, depth: int = 4
 ) -> list[str]:
     """Pieces of advice in an error that do not lead to a model that runs, each with what happens instead."""
-    taken = list(steps(message, config, name, parts))
+    try:
+        taken = list(steps(message, config, name, parts))
+    except Exception as error:  # a field that does not take the value
+        return [" ".join(f"{type(error).__name__}: {error}".split())[:300]]
     if not taken:
         return [] if _CALL.search(message) else ["no advice"]
     found = []

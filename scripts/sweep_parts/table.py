@@ -90,6 +90,8 @@ def faults(results: dict[str, Any]) -> list[str]:
     """Everything that may not be: names that are ignored, wrong results, raw errors, advice that does not work."""
     found = []
     for name, row in results.items():
+        if "broken" in row:
+            found.append(f"{name}: {row['broken']}")
         for kind, roads in row.get("kinds", {}).items():
             found += [f"{name}: {kind}, {road}: {v['why']}" for road, v in roads.items() if v["verdict"] == "fault"]
             if len({v["verdict"] for v in roads.values() if not points_to_another_road(v)}) > 1:
@@ -101,10 +103,10 @@ def faults(results: dict[str, Any]) -> list[str]:
 
 def group(row: dict[str, Any]) -> str:
     """ "computes", "refused", "stock", "taken" (and not run), "fault" or "not built"."""
-    if not row["built"]:
-        return "not built"
     if faults({"": row}):
         return "fault"
+    if not row["built"]:
+        return "not built"
     found = {v["verdict"] for roads in row["kinds"].values() for v in roads.values()}
     for verdict, name in (("fault", "fault"), ("works", "computes"), ("accepted", "taken"), ("refused", "refused")):
         if verdict in found:

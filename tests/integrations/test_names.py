@@ -55,6 +55,7 @@ REFUSED = {
     "blip": "computes softmax attention itself",
     "mistral": r"'mistral' uses sliding-window attention \(config.sliding_window=4096\)",
     "modernbert": r"sliding-window attention in 1 of its 2 layers \(config.layer_types, config.sliding_window=64",
+    "mimi_encoder": "sliding-window attention.*Use attn_implementation='sdpa'",  # whose window may not be None
     "gemma2": "sliding-window attention in 1 of its 2 layers",
     "llama4_text": "chunked attention in all of its 2 layers",
     "gpt_oss": "sliding-window attention.*'eager'",
