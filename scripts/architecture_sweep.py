@@ -1,6 +1,6 @@
 """What every kind does in every model type of Transformers, each built tiny: docs/architectures.md.
 
-    python scripts/architecture_sweep.py                     # all types, and the page: some ten minutes on one core
+    python scripts/architecture_sweep.py                     # all types, and the page: some six minutes on one core
     python scripts/architecture_sweep.py --types bert,llama  # these anew, the others as they were found before
     python scripts/architecture_sweep.py --resume            # those that the results file lacks
     python scripts/architecture_sweep.py --only-page         # the page from the results file
@@ -106,7 +106,9 @@ def in_child(model_type: str) -> dict[str, Any]:
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
-    return json.loads(said) if said else {"built": False, "why": f"ended, or took more than {SECONDS} s or its memory"}
+    return (
+        json.loads(said) if said else {"built": False, "broken": f"ended, or took more than {SECONDS} s or its memory"}
+    )
 
 
 def _run(model_type: str, pipe: int) -> None:
@@ -116,7 +118,11 @@ def _run(model_type: str, pipe: int) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     try:
-        said = json.dumps(check.sweep_one(model_type)).encode()
+        try:
+            found = check.sweep_one(model_type)
+        except Exception as error:  # of the sweep itself
+            found = {"built": False, "broken": f"the sweep ended in {type(error).__name__}: {str(error)[:300]}"}
+        said = json.dumps(found).encode()
         while said:
             said = said[os.write(pipe, said) :]
     finally:

@@ -69,4 +69,7 @@ def cross_settings(config: Any, kind: str) -> str:
     """What to do about settings that cross-attention cannot follow."""
     settings = CROSS.replace("{", f"{{'kind': {kind!r}, ")
     converted = ", or convert the model: conversion leaves cross-attention on softmax" if can_convert(config) else ""
-    return f"Set linear_attention = {settings} in the {stock_type(config)!r} config{converted}."
+    return (
+        f"Set linear_attention = {settings} in the {stock_type(config)!r} config, and in that of every other part with"
+        f" cross-attention{converted}."
+    )

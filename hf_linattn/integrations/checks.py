@@ -51,7 +51,8 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
         return False
     if position_ids.ndim != 2 or position_ids.shape[1] != query_tokens:
         raise InputError(
-            f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}."
+            f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}. Pass "
+            "them in this shape; a model that hands others to its layers works with attn_implementation='sdpa'."
         )
     if is_tracing(position_ids):
         return True

@@ -49,7 +49,9 @@ def attention_function(kind: str) -> AttentionFunction:
         try:
             return attend(kind, module, *inputs, **kwargs)
         except Exception:
-            give_back(key=inputs[1], tokens=inputs[0].shape[2])
+            given = dict(zip(("query", "key"), inputs, strict=False)) | kwargs  # some models name all of them
+            if "query" in given and "key" in given:
+                give_back(key=given["key"], tokens=given["query"].shape[2])
             raise
 
     attention.__name__ = attention.__qualname__ = f"{kind}_attention"
@@ -183,7 +185,8 @@ def _check_agreement(module: nn.Module, mask: Any, is_causal: bool, *, asked: bo
     raise UnsupportedError(
         f"The model made a {words[told]} attention mask, but {type(module).__name__} computes {words[is_causal]} "
         "attention: a token would see too much or too little. Set is_causal (of a BERT: is_decoder) in the config "
-        "before the model is made, or use attn_implementation='sdpa', where the mask decides."
+        f"before the model is made, or use attn_implementation={softmax_name(getattr(module, 'config', None))!r}, "
+        "where the mask decides."
     )
 
 

@@ -30,7 +30,15 @@ def check_built(model: Any) -> None:
     kinds = list_kinds()
     named = {name for part in parts_of_config(model.config) if (name := attention_of(part)) in kinds}
     if named:
-        _check(model, sorted(named)[0], [part for part in parts_of(model) if attention_of(part.config) in kinds])
+        parts, kind = parts_of(model), sorted(named)[0]
+        told = [part for part in parts if attention_of(part.config) in kinds]
+        if not told and _hindrance(parts) is None:
+            raise UnsupportedError(
+                f"Transformers does not hand a name on to the parts of {type(model).__name__} that attend"
+                f" ({', '.join(dict.fromkeys(part.owner for part in parts))}), so attn_implementation={kind!r} would"
+                f" change nothing. Make the model without it, then call model.set_attn_implementation({kind!r})."
+            )
+        _check(model, kind, told)
 
 
 def explain(cls: Any, error: KeyError) -> None:

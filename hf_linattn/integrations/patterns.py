@@ -3,6 +3,7 @@ from in the model's config."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +47,15 @@ def _read(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:  # Transformers raises for a field that differs between layers
         return None
+
+
+def _takes_none(config: Any, name: str) -> bool:
+    """Whether a field of a config may be None: its class may say that it is a number."""
+    try:
+        setattr(copy.copy(config), name, None)
+    except Exception:  # of huggingface_hub, which validates
+        return False
+    return True
 
 
 def _title(config: Any) -> str:
@@ -100,7 +110,7 @@ def _switch_off(overlay: str, config: Any) -> str:
         if by_type or getattr(config, "per_layer_config", None) or not set(types) <= {"full_attention", *_LAYER_TYPES}:
             return "Use "
         change = f"layer_types=['full_attention'] * {len(types)}"
-    elif types is None and _read(config, "sliding_window"):
+    elif types is None and _read(config, "sliding_window") and _takes_none(config, "sliding_window"):
         change = "sliding_window=None"
     else:
         return "Use "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,18 @@ def watch_models(
     """Have `built` called with every new model, and `switch` in place of `set_attn_implementation`. Repeatable.
 
     Args:
-        built: From a model whose modules are complete; not called for the parts of one that is being built.
+        built: From a model whose modules are complete, once; not called for the parts of one that is being built.
         switch: From the method it replaces and its arguments.
         failed: From the class of a model and the `KeyError` that making it ended in, which is raised afterwards.
     """
     post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
     if hasattr(post_init, _WATCHED):
         return
+    complete: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @functools.wraps(post_init)
     def checked_post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        complete.add(self)
         if not _is_part(self):
             built(self)
         return post_init(self, *args, **kwargs)
@@ -38,10 +41,15 @@ def watch_models(
         @functools.wraps(method.__func__)
         def make(cls: type, *args: Any, **kwargs: Any) -> Any:
             try:
-                return method.__func__(cls, *args, **kwargs)
+                made = method.__func__(cls, *args, **kwargs)
             except KeyError as error:
                 failed(cls, error)
                 raise
+            model = made[0] if isinstance(made, tuple) else made
+            # Some constructors do not call post_init.
+            if isinstance(model, PreTrainedModel) and model not in complete and not _is_part(model):
+                built(model)
+            return made
 
         return classmethod(make)
 

@@ -59,13 +59,17 @@ def failures(
     message: str, config: Any, name: Name, parts: Callable[[Any], list[Any]], try_out: TryOut, depth: int = 4
 ) -> list[str]:
     """Pieces of advice in an error that do not lead to a model that runs, each with what happens instead."""
-    taken = list(steps(message, config, name, parts))
+    try:
+        taken = list(steps(message, config, name, parts))
+    except Exception as error:  # a field that does not take the value
+        return [" ".join(f"{type(error).__name__}: {error}".split())[:300]]
     if not taken:
         return [] if _CALL.search(message) else ["no advice"]
     found = []
     for words, new, called in taken:
         wrong = try_out(copy.deepcopy(new), called)
-        if wrong is not None and not (wrong.startswith("UnsupportedError") and depth):
+        # An error of this library about the model says what to do next, one about a mask that the model made too.
+        if wrong is not None and not (wrong.startswith(("UnsupportedError", "InputError")) and depth):
             found.append(f"{words}: {wrong}")
         elif wrong is not None:
             if wrong == message:

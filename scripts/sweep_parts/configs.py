@@ -63,6 +63,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("swin", "donut-swin", "maskformer-swin", "swinv2", "swin2sr"), _SWIN),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
     **dict.fromkeys(_MROPE, {"rope_parameters": _ROPE}),
+    "rf_detr_dinov2": {"num_windows": 2},  # more tokens than one patch and one class token
     "segformer": {"sr_ratios": [2, 1, 1, 1]},  # more than one key in every stage
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},

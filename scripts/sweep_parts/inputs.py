@@ -31,10 +31,10 @@ def _side(config: Any) -> tuple[int, int]:
     return (numbers[0], numbers[-1])
 
 
-def _ids(config: Any, tokens: int = TOKENS) -> Tensor:
+def _ids(config: Any, tokens: int = TOKENS, rows: int = BATCH) -> Tensor:
     vocabulary = find(config, "vocab_size")
     vocabulary = vocabulary if isinstance(vocabulary, int) else 20
-    return torch.randint(min(5, vocabulary - 1), max(vocabulary - 12, 6), (BATCH, tokens)).clamp(max=vocabulary - 1)
+    return torch.randint(min(5, vocabulary - 1), max(vocabulary - 12, 6), (rows, tokens)).clamp(max=vocabulary - 1)
 
 
 def _random(*shape: int) -> Tensor:
@@ -54,6 +54,10 @@ def values(config: Any) -> dict[str, list[Any]]:
     longest = longest if isinstance(longest, int) else length
     hidden = find(config, "hidden_size", "d_model", "embed_dim", "n_embd") or 64
     hidden = hidden if isinstance(hidden, int) else hidden[0]
+    series = find(config, "patch_length") or 4  # eight patches or more, where a model has any
+    series = 8 * series if isinstance(series, int) else 32
+    documents = find(config, "n_docs")
+    documents = documents if isinstance(documents, int) else 2
     patch = find(config, "patch_size")
     patch = patch if isinstance(patch, int) else 8
     frames = find(config, "num_frames")
@@ -97,7 +101,14 @@ def values(config: Any) -> dict[str, list[Any]]:
         "query_states": [lambda: _random(BATCH, 8, hidden)],
         "grid_thw": [lambda: torch.tensor([[1, 4, 4]])],
         "image_grid_thw": [lambda: torch.tensor([[1, 4, 4]])],
-        "past_values": [lambda: _random(BATCH, 32), lambda: _random(BATCH, 32, 1)],
+        "past_values": [
+            lambda: _random(BATCH, series),
+            lambda: _random(BATCH, 32),
+            lambda: _random(BATCH, 32, 1),
+        ],
+        "context_input_ids": [lambda: _ids(config, rows=BATCH * documents)],
+        "context_attention_mask": [lambda: torch.ones(BATCH * documents, TOKENS, dtype=torch.long)],
+        "doc_scores": [lambda: _random(BATCH, documents)],
         "time_series": [lambda: _random(BATCH, 32)],
         "noisy_latents": [lambda: _random(BATCH, hidden)],
         "bool_masked_pos": [lambda: torch.zeros(BATCH, 16, dtype=torch.bool)],
@@ -124,6 +135,7 @@ def candidates(model: Any, config: Any) -> Iterator[dict[str, Tensor]]:
     if "input_ids" in parameters and "input_ids" not in required:
         sets.append(["input_ids", "decoder_input_ids"])
         sets.append(["input_ids"])
+        sets.append(["input_ids", "context_input_ids", "context_attention_mask", "doc_scores"])
         sets.append(["input_ids", "bbox"])
         sets.append(["input_ids", "pixel_values"])
     sets.append([main])

@@ -91,9 +91,10 @@ class Model:
 
 
 def configs_of(config: Any) -> Iterator[Any]:
+    """A config and those inside it, also those that its class does not name as its parts."""
     yield config
-    for name in type(config).sub_configs:
-        part = getattr(config, name, None)
+    parts = [getattr(config, name, None) for name in type(config).sub_configs]
+    for part in {id(part): part for part in [*parts, *vars(config).values()]}.values():
         if isinstance(part, PreTrainedConfig):
             yield from configs_of(part)
 
@@ -138,6 +139,8 @@ def settle(model: Any, seed: int = 0) -> None:
                 fan = parameter[0].numel()
                 scale = 1.5 * fan**-0.5 if fan else 1
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif name.endswith(".temp"):  # factors of the logits, which start at 0
+                parameter.fill_(1.0)
 
 
 def first_line(error: BaseException) -> str:
@@ -183,5 +186,9 @@ def build(model_type: str) -> Model:
         recorded.load_state_dict(found.state, strict=False)
         _calls.clear()
         run(recorded, found.inputs)
+        if not _calls:  # a name that only this reaches
+            recorded.set_attn_implementation(RECORDER)
+            own.found.clear()
+            run(recorded, found.inputs)
     found.layers, found.cross, found.own = len(_calls), sum(not same for _, same in _calls), sorted(own.found)
     return found

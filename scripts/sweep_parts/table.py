@@ -27,22 +27,25 @@ REASONS = (
     (r"cannot do cross-attention", "cross-attention"),
     (r"works on the attention mask itself", "computes attention itself"),
     (r"was given (\w+)=", "passes {0} to its attention function"),
+    (r"The model made a (\w+) attention mask, but \w+ computes (\w+)", "makes a {0} mask for {1} attention"),
+    (r"does not let the attention of", "from_config and from_pretrained only"),
+    (r"does not hand a name on", "set_attn_implementation only"),
     (r"position_ids must", "position_ids of its own"),
     (r"Packed sequences", "packed sequences"),
 )
 
 HEAD = """# Architectures
 
-What a kind's name does in every model type of Transformers {version}, without conversion:
-`attn_implementation=kind` in `from_config` and `from_pretrained`, and `model.set_attn_implementation(kind)`.
+    python scripts/architecture_sweep.py            # some six minutes on one core; --resume goes on where a run ended
 
-    python scripts/architecture_sweep.py            # some ten minutes on one core; --resume goes on where a run ended
-
-builds every type tiny, with random weights, and writes this page.
+builds every model type of Transformers {version} tiny, with random weights, gives it every kind's name without
+conversion (`attn_implementation=kind` in `from_config` and `from_pretrained`, `model.set_attn_implementation(kind)`),
+and writes this page.
 
 * **Computes**: with one window over all tokens the output is that of softmax to {tolerance:g}, without a window it is
   another, and as many layers call the kind as attend at all. In cross-attention, which has no window, the first is
-  shown with the kind's mathematics replaced by softmax.
+  shown with the kind's mathematics replaced by softmax. Where one of the three ways alone reaches a model, the others
+  are refused and name it.
 * **Refused**: an error of this library that says why and what to do. What it advises was followed, step by step, and
   led to a model that runs.
 
@@ -66,16 +69,32 @@ def verdicts(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def works(row: dict[str, Any]) -> list[str]:
-    return [kind for kind in KINDS if {v["verdict"] for v in verdicts(row, kind)} == {"works"}]
+    return [
+        kind
+        for kind in KINDS
+        if (found := verdicts(row, kind))
+        and all(v["verdict"] == "works" or points_to_another_road(v) for v in found)
+        and any(v["verdict"] == "works" for v in found)
+    ]
+
+
+def points_to_another_road(verdict: dict[str, Any]) -> bool:
+    """Whether a refusal says on which other road the name can be given."""
+    return verdict["verdict"] == "refused" and bool(_ANOTHER_ROAD.search(verdict["why"]))
+
+
+_ANOTHER_ROAD = re.compile("Transformers does not (let the attention of|hand a name on)")
 
 
 def faults(results: dict[str, Any]) -> list[str]:
     """Everything that may not be: names that are ignored, wrong results, raw errors, advice that does not work."""
     found = []
     for name, row in results.items():
+        if "broken" in row:
+            found.append(f"{name}: {row['broken']}")
         for kind, roads in row.get("kinds", {}).items():
             found += [f"{name}: {kind}, {road}: {v['why']}" for road, v in roads.items() if v["verdict"] == "fault"]
-            if len({v["verdict"] for v in roads.values()}) > 1:
+            if len({v["verdict"] for v in roads.values() if not points_to_another_road(v)}) > 1:
                 found.append(f"{name}: {kind}: { ({road: v['verdict'] for road, v in roads.items()}) }")
         found += [f"{name}: {message}: {wrong}" for message, wrong in row.get("advice", {}).items()]
         found += [f"{name}: convert to {kind}: {message}" for kind, message in row.get("convert", {}).items()]
@@ -84,6 +103,8 @@ def faults(results: dict[str, Any]) -> list[str]:
 
 def group(row: dict[str, Any]) -> str:
     """ "computes", "refused", "stock", "taken" (and not run), "fault" or "not built"."""
+    if faults({"": row}):
+        return "fault"
     if not row["built"]:
         return "not built"
     found = {v["verdict"] for roads in row["kinds"].values() for v in roads.values()}

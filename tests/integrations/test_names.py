@@ -12,10 +12,20 @@ import pytest
 import torch
 from cases import KINDS, VOCAB
 from torch import nn
-from transformers import AutoModel, DebertaV2Config, DebertaV2Model, FalconConfig, FalconModel, LlamaConfig, LlamaModel
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    FalconConfig,
+    FalconModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+)
 
 import hf_linattn
-from hf_linattn.errors import LinAttnError, UnsupportedError
+from hf_linattn.errors import InputError, LinAttnError, UnsupportedError
 from hf_linattn.integrations.canary import check_seams
 from hf_linattn.integrations.seams import attention_of
 from hf_linattn.integrations.users import asks_interface, attends_alone, parts_of
@@ -39,17 +49,20 @@ COMPUTE: dict[str, set[str]] = {
 REFUSED = {
     "deberta-v2": "computes softmax attention itself \\(DisentangledSelfAttention\\)",
     "bloom": "computes softmax attention itself",
-    "pegasus_x": "asks for a causal mask, but PegasusXAttention says that it is not causal|Use one of",
+    "pegasus_x": "made a causal attention mask, but PegasusXAttention computes bidirectional attention.*'eager'",
     "resnet": "no attention layer",
     "mamba": "no attention layer",
     "blip": "computes softmax attention itself",
     "mistral": r"'mistral' uses sliding-window attention \(config.sliding_window=4096\)",
     "modernbert": r"sliding-window attention in 1 of its 2 layers \(config.layer_types, config.sliding_window=64",
+    "mimi_encoder": "sliding-window attention.*Use attn_implementation='sdpa'",  # whose window may not be None
     "gemma2": "sliding-window attention in 1 of its 2 layers",
     "llama4_text": "chunked attention in all of its 2 layers",
     "gpt_oss": "sliding-window attention.*'eager'",
     "t5": "A bias on attention logits|computes softmax attention itself|does not let the attention",  # by release
     "swin": "attention_mask must be 2-D",
+    "parakeet_encoder": "attention_mask must be 2-D",  # names every argument of the attention function
+    "glm4v_moe_text": r"position_ids must be \[batch, tokens\].*'sdpa'",
 }
 
 
@@ -80,6 +93,49 @@ def test_every_name_computes_or_is_refused(model_type: str, swept: Any) -> None:
         for verdict in row["kinds"][kind].values():
             assert verdict["verdict"] == "refused"
             assert re.search(REFUSED.get(model_type, "Use one of"), verdict["why"]), verdict["why"]
+
+
+@pytest.mark.parametrize("model_type", ["rag", "xclip"])
+def test_a_model_that_one_way_alone_reaches(model_type: str, swept: Any) -> None:
+    """A name that Transformers does not hand on, or does not let be changed: refused, with the way that works."""
+    row = swept(model_type)
+    assert row["run"], row
+    assert table.faults({model_type: row}) == []
+    assert set(table.works(row)) == CROSS
+    for kind in CROSS:
+        for way, verdict in row["kinds"][kind].items():
+            advice = f"set_attn_implementation\\('{kind}'\\)|Load the model with attn_implementation='{kind}'"
+            assert verdict["verdict"] == "works" or re.search(advice, verdict["why"]), (way, verdict)
+
+
+def test_a_constructor_that_does_not_call_post_init() -> None:
+    """The name is looked at when the model has been made."""
+
+    class Bare(PreTrainedModel):
+        config_class = LlamaConfig
+        _supports_sdpa = True
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.linear = nn.Linear(4, 4)
+
+    Bare._from_config(LlamaConfig(), attn_implementation="sdpa")
+    with pytest.raises(UnsupportedError, match="Bare has no attention layer that asks"):
+        Bare._from_config(LlamaConfig(), attn_implementation="eva")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_by_name(kind: str) -> None:
+    """Some models name every argument of their attention function: an error inside keeps its words."""
+    module = nn.Module()
+    module.config, module.is_causal = LlamaConfig(), False  # type: ignore[assignment]
+    states = {name: torch.randn(1, 32, 5, 128) for name in ("query", "key", "value")}
+    attention = AttentionInterface()[kind]
+    with pytest.raises(InputError, match="attention_mask must be 2-D"):
+        attention(module, **states, attention_mask=torch.zeros(1, 1, 5, 5))
+    if kind != "lara":
+        by_place = attention(module, *states.values(), None)[0]
+        assert torch.equal(attention(module, **states, attention_mask=None)[0], by_place)
 
 
 def deberta() -> DebertaV2Model:
