@@ -526,3 +526,19 @@ def test_push_to_hub() -> None:
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", PUSH], cwd=root, env=env, capture_output=True, text=True)
     assert out.stdout.endswith("pushed\n"), out.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
+def test_a_class_that_would_be_softmax_is_refused(kind: str, case: ModelCase, tmp_path: Path) -> None:
+    """The stock class, its config, or its name in config.json."""
+    ready(hf_linattn.convert(case.build(), case.settings(kind))).save_pretrained(tmp_path)
+    stock = case.stock
+    with pytest.raises(CheckpointError, match=f"would compute softmax.*linattn_{stock.config_class.model_type}"):
+        stock.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="would compute softmax"):
+        case.auto.from_pretrained(tmp_path, config=stock.config_class.from_pretrained(tmp_path))
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "model_type": stock.config_class.model_type}))
+    with pytest.raises(CheckpointError, match="would compute softmax"):
+        case.auto.from_pretrained(tmp_path)

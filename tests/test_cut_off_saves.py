@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from cases import BERT, GPT2
 from hub_server import environment, run
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import hf_linattn
 from hf_linattn.errors import CheckpointError
@@ -154,7 +155,8 @@ def test_cut_off_at_every_operation(previous: str, before: Any, after: Any, tmp_
         found = state(folder, **variant)
         seen.append([same(found, one) for one in expected].index(True))
         # A stock class does not know of our saves: it must not mix them either.
-        plain = BertForMaskedLM.from_pretrained(folder, **variant).state_dict()
+        config = BertConfig.from_pretrained(folder, linear_attention=None)
+        plain = BertForMaskedLM.from_pretrained(folder, config=config, **variant).state_dict()
         assert whole(plain, expected[seen[-1]][2]), last
         second.save_pretrained(folder, **after)  # tidies up
         assert contents(folder) == contents(scratch)
@@ -353,3 +355,25 @@ def test_a_save_while_loading(auto: Any, layout: Any, tmp_path: Path) -> None:
                 break
         assert outcomes[-1] == "old"  # no save any more
         assert len(outcomes) > 3
+
+
+def test_saves_at_the_same_time_wait_for_each_other(tmp_path: Path) -> None:
+    first, second = old_and_new()
+    errors: list[BaseException] = []
+
+    def save(model: Any) -> None:
+        try:
+            for _ in range(4):
+                model.save_pretrained(tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(model,)) for model in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("_")]
+    loaded = type(first).from_pretrained(tmp_path).state_dict()
+    assert whole(loaded, first.state_dict(), second.state_dict())

@@ -42,7 +42,7 @@ def register_kinds() -> None:
 def attention_function(kind: str) -> AttentionFunction:
     """The function to register under a kind's name with `AttentionInterface`."""
 
-    def attention(module: nn.Module, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         check_model(module)  # before the arguments are looked at
         if torch.compiler.is_compiling():
             return attend(kind, module, *inputs, **kwargs)
@@ -51,7 +51,7 @@ def attention_function(kind: str) -> AttentionFunction:
         except Exception:
             given = dict(zip(("query", "key"), inputs, strict=False)) | kwargs  # some models name all of them
             if "query" in given and "key" in given:
-                give_back(key=given["key"], tokens=given["query"].shape[2])
+                give_back(module, key=given["key"], tokens=given["query"].shape[2])
             raise
 
     attention.__name__ = attention.__qualname__ = f"{kind}_attention"
@@ -61,6 +61,7 @@ def attention_function(kind: str) -> AttentionFunction:
 def attend(
     kind: str,
     module: nn.Module,
+    /,  # a batch may have keys of these names
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -86,6 +87,10 @@ def attend(
         message says what to do.
     """
     recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
+    if recurrent is not None and not isinstance(recurrent, RecurrentLayer):
+        raise InputError(
+            f"{ARGUMENT!r} is a name of this library's own; got {type(recurrent).__name__}. Rename the key."
+        )
     if recurrent is not None:
         attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
     check_keywords(kind, module, kwargs)

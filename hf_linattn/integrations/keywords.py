@@ -114,14 +114,18 @@ def given_by_the_model(module_class: type) -> frozenset[str] | None:
 
 
 def _given(tree: ast.Module, own: list[ast.ClassDef]) -> Iterator[str]:
-    """Keyword arguments in calls by the class itself, and in calls anywhere that hand on further ones (`**kwargs`)."""
+    """Keyword arguments in calls by the class that hand on the module itself, as that of the attention function does,
+    and in calls anywhere that hand on further ones (`**kwargs`).
+    """
     within = {node for cls in own for node in ast.walk(cls)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name.endswith("attention_forward"):
             yield from (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
         if not isinstance(node, ast.Call) or "loss" in ast.unparse(node.func):
             continue
-        if node in within or any(keyword.arg is None for keyword in node.keywords):
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        hands_on_itself = node in within and any(isinstance(v, ast.Name) and v.id == "self" for v in values)
+        if hands_on_itself or any(keyword.arg is None for keyword in node.keywords):
             yield from (keyword.arg for keyword in node.keywords if keyword.arg is not None)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..modules.registry import list_kinds
 from .advice import CROSS, has_cross_attention, kinds_for
 from .canary import check_seams
+from .families import is_converted
 from .patterns import in_config
 from .seams import PreTrainedModel, attempt, attention_of, parts_of_config, select_attention, softmax_name_of
 from .users import Part, parts_of
@@ -26,8 +27,20 @@ def watch_names() -> None:
 
 
 def check_built(model: Any) -> None:
-    """Raise `UnsupportedError` if a part of a new model would ignore the kind that its config names."""
+    """Raise `UnsupportedError` if a part of a new model would ignore the kind that its config names.
+
+    And `CheckpointError` if the config is that of a converted model, and the class is not: it would be softmax.
+    """
     kinds = list_kinds()
+    for config in parts_of_config(model.config):
+        settings = getattr(config, "linear_attention", None)
+        if isinstance(settings, dict) and "layers" in settings and not is_converted(type(config)):
+            raise CheckpointError(
+                f"The config of {type(model).__name__} is that of a converted model ({settings.get('kind')!r}), and"
+                " this class would compute softmax attention with its weights. Load it with an Auto class or a LinAttn"
+                f" class, with model_type 'linattn_{type(config).model_type}' in config.json. For softmax,"
+                " revert it then (hf_linattn.revert)."
+            )
     named = {name for part in parts_of_config(model.config) if (name := attention_of(part)) in kinds}
     if named:
         parts, kind = parts_of(model), sorted(named)[0]

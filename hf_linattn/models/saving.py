@@ -16,11 +16,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..integrations.seams import CONFIG_NAME, WEIGHTS_POINTER
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Not uploaded by a Trainer, which leaves out names that start with an underscore.
 STAGING_PREFIX = "_incomplete_save_"
@@ -49,14 +55,32 @@ def save_atomically(
         save(folder, **arguments)
         return []
     target.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(target)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target))
-    try:
-        staging.chmod(target.stat().st_mode & 0o777)  # a reader may have to look inside
-        save(staging, **arguments)
-        return _put_in_place(staging, target, arguments.get("variant"))
-    finally:
+    with _one_at_a_time(target):
         _remove_left_overs(target)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target))
+        try:
+            staging.chmod(target.stat().st_mode & 0o777)  # a reader may have to look inside
+            save(staging, **arguments)
+            return _put_in_place(staging, target, arguments.get("variant"))
+        finally:
+            _remove_left_overs(target)
+
+
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Let other threads and processes that save into the same folder wait, where the system can lock a folder."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold the descriptor for longer
+        os.close(descriptor)
 
 
 def pending_save(folder: str | os.PathLike[str]) -> str | None:

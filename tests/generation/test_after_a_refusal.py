@@ -11,7 +11,10 @@ from caches import given_cache
 from cases import NATIVE_CAUSAL_KINDS, ModelCase, largest
 from decoders import BERT, GPT2, KINDS, STATIC_KEEPS_KEYS, TOLERANCE, Setting, decoder, prompt
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from hf_linattn.errors import LinAttnError
 
 PAST, NEW = 20, 3
 
@@ -143,3 +146,58 @@ def test_an_error_from_elsewhere(
         handle.remove()
 
     check(model, dynamic, refuse, must_work=(layer, place) == (0, "before"))
+
+
+# -- caches whose keys are not those that the attention function gets -------------------------------------------------
+def deepseek(layers: int) -> Any:
+    """Its attention puts two parts of a key together after the cache has been updated."""
+    config = DeepseekV3Config(
+        vocab_size=60,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM._from_config(config, attn_implementation="favor_plus").eval()
+
+
+class OwnLayer(DynamicLayer):
+    """A layer that does something else with its keys."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_keys_that_are_changed_after_the_cache(layers: int) -> None:
+    model = deepseek(layers)
+
+    def refuse(cache: Any) -> None:
+        with pytest.raises(LinAttnError):
+            step(model, prompt(2, NEW, seed=9), cache, softcap=3.0)
+
+    check(model, dynamic, refuse, must_work=True)
+
+
+def test_a_layer_that_cannot_give_tokens_back_raises() -> None:
+    model = native(GPT2, KINDS[0])
+    cache = DynamicCache(config=model.config)
+    cache.layers = [OwnLayer() for _ in range(2)]
+    step(model, prompt(2, PAST), cache)
+    with pytest.raises(LinAttnError, match="soft cap"):
+        step(model, prompt(2, NEW), cache, softcap=3.0)
+    with pytest.raises(LinAttnError, match=r"cannot give them back\. Start with a new cache"):
+        step(model, prompt(2, NEW), cache)

@@ -57,6 +57,9 @@ EXTRA: dict[str, Any] = {
     "shift_labels": TOKENS_2,
     "text": ["a", "b"],
     "a_key_of_tomorrow": 1,
+    "kind": torch.tensor([0, 1]),  # names of arguments and of what layers are made with
+    "bias": torch.zeros(2),
+    "dim": 1,
 }
 
 
@@ -250,6 +253,12 @@ def test_compiled_in_one_graph(build: Any, kind: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("build", MODES)
+def test_the_name_of_our_own(build: Any) -> None:
+    with pytest.raises(InputError, match="Rename the key"):
+        build(GPT2, "favor_plus")(**GPT2.inputs(), linattn_cache="x")
+
+
 def test_other_architectures() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
@@ -257,4 +266,4 @@ def test_other_architectures() -> None:
     model.set_attn_implementation("eva")
     ids = GPT2.inputs()["input_ids"]
     want = logits(model, input_ids=ids)
-    assert torch.equal(logits(model, input_ids=ids, special_tokens_mask=TOKENS_2, length=[40, 40]), want)
+    assert torch.equal(logits(model, input_ids=ids, special_tokens_mask=TOKENS_2, bias=torch.zeros(2)), want)
