@@ -53,7 +53,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 _LIBRARY.impl("require", _require, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_linattn::require", lambda passed, *_: torch.empty_like(passed), lib=_LIBRARY)
+_LIBRARY.impl("require", lambda passed, *_: torch.empty_like(passed), "Meta")
 torch.library.register_autograd(
     "hf_linattn::require", lambda ctx, grad: (grad, None, None), setup_context=_keep, lib=_LIBRARY
 )
