@@ -104,7 +104,13 @@ def check_compiled(case: ModelCase, kind: str, window: bool, mode: Callable[...,
     check_step(model, torch.compile(model.train(), fullgraph=True, backend=backend), inputs)
 
 
-@pytest.mark.parametrize(("case", "kind", "window"), combinations(native_mode=False, windows=(True,)))
+@pytest.mark.parametrize(
+    ("case", "kind", "window"),
+    [
+        pytest.param(*c.values, id=c.id, marks=[] if c.values[1] in ("favor_plus", "eva") else pytest.mark.slow)
+        for c in combinations(native_mode=False, windows=(True,))
+    ],
+)
 def test_training_step_without_graph_breaks(case: ModelCase, kind: str, window: bool) -> None:
     torch._dynamo.reset()
     model = one_layer(case, kind, window_size=window_of(case, window)).train()

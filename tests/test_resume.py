@@ -87,7 +87,7 @@ def test_a_run_cut_in_any_epoch_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     "changes",
     [
-        ["--train_sampling_strategy", "random"],
+        pytest.param(["--train_sampling_strategy", "random"], marks=pytest.mark.slow),
         # Three steps an epoch; then two, the last of which has two batches.
         ["--gradient_accumulation_steps", "2"],
         pytest.param(["--gradient_accumulation_steps", "4", "--save_steps", "1"], marks=pytest.mark.slow),
@@ -232,7 +232,12 @@ def test_a_damaged_checkpoint_is_told(
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("trainer_state.json", remove), ("model.safetensors", cut_off), ("optimizer.pt", empty)]
+    ("name", "how"),
+    [
+        ("model.safetensors", cut_off),
+        pytest.param("trainer_state.json", remove, marks=pytest.mark.slow),
+        pytest.param("optimizer.pt", empty, marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_is_skipped(
     folder: Path,

@@ -123,7 +123,7 @@ def test_static_caches(build: Any, case: ModelCase, setting: Setting, name: str)
     check(model, static, refuse, must_work=True)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize(("build", "case", "setting"), [p for p in MATRIX if "one-layer" not in str(p.id)])

@@ -256,7 +256,7 @@ def test_compiled_in_one_graph(build: Any, kind: str) -> None:
 @pytest.mark.parametrize("build", MODES)
 def test_the_name_of_our_own(build: Any) -> None:
     with pytest.raises(InputError, match="Rename the key"):
-        build(GPT2, "favor_plus")(**GPT2.inputs(), linattn_cache="x")
+        build(GPT2, "favor_plus")(**GPT2.inputs(), use_cache=False, linattn_cache="x")
 
 
 def test_other_architectures() -> None:
