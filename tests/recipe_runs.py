@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 import text_classification
+from scripts.kill_parts.inputs import SETTINGS
 
-WORDS = ["[PAD]", "[UNK]", *"a bad good film not very plot the dull fine".split()]
 ROWS = 24
 STEPS_PER_EPOCH = 6  # of 4 rows
-
-# Every kind with what is random in it while it trains.
-KINDS = {
-    "favor_plus": {"num_features": 8, "window_size": 4, "slot_dropout": 0.2, "redraw_interval": 5},
-    "favor_sharp": {"num_features": 8, "window_size": 4, "slot_dropout": 0.2, "redraw_interval": 5},
-    "lara": {"num_landmarks": 4, "window_size": 4},
-    "eva": {"window_size": 4, "chunk_size": 2},
-}
 
 
 class CutError(Exception):
@@ -59,29 +49,6 @@ class CutAfter(TrainerCallback):
             raise CutError
 
 
-def build_inputs(folder: Path) -> None:
-    """`folder/model` (BERT of two layers, dropout of 0.1, with a tokenizer) and `folder/data.jsonl` (24 rows)."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]"
-    )
-    fast.save_pretrained(folder / "model")
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    set_seed(0)
-    BertForSequenceClassification(config).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    rows = [{"text": " ".join(draw.choices(WORDS[2:], k=6 + i % 20)), "label": i % 2} for i in range(ROWS)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def arguments(folder: Path, output: Path, kind: str = "favor_plus", *changes: str) -> list[str]:
     """The command line of two epochs of six steps, saved every second step."""
     values: dict[str, Any] = {
@@ -98,8 +65,8 @@ def arguments(folder: Path, output: Path, kind: str = "favor_plus", *changes: st
         "disable_tqdm": "true",
         "report_to": "none",
     }
-    if kind in KINDS:
-        values["attention_config"] = json.dumps(KINDS[kind])
+    if kind in SETTINGS:
+        values["attention_config"] = json.dumps(SETTINGS[kind])
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     return [*flags, "--do_train", "--do_eval", *changes]
 

@@ -14,12 +14,10 @@ import pytest
 import recipe_runs
 from hub_server import ROOT, environment, run
 from recipe_runs import (
-    KINDS,
     ROWS,
     STEPS_PER_EPOCH,
     arguments,
     assert_same_weights,
-    build_inputs,
     train,
     weights,
 )
@@ -28,13 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 from _checkpoints import damage, find_checkpoint
 from _common import RecipeError
+from scripts.kill_parts.inputs import SETTINGS, build
 from text_classification import RecipeTrainingArguments
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume")
-    build_inputs(path)
+    build(path, ROWS)
     return path
 
 
@@ -65,7 +64,7 @@ def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # -- the data after a resume --------------------------------------------------------------------------------------
 # In the first epoch; at its end, where the evaluation that follows the save is not repeated; in the second.
-CUTS = [(kind, cut) for kind in (*KINDS, "softmax") for cut in (3, 7, 9)]
+CUTS = [(kind, cut) for kind in (*SETTINGS, "softmax") for cut in (3, 7, 9)]
 QUICK = [("favor_plus", 9), ("lara", 7), ("eva", 9)]
 
 
