@@ -68,3 +68,20 @@ def check(call: Any, model: Road, *batches: dict[str, Tensor]) -> None:
     for batch in batches:
         with torch.no_grad():
             assert largest(call(**batch) - model(**batch)) < 1e-5, {k: tuple(v.shape) for k, v in batch.items()}
+
+
+def gradients(call: Any, owner: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the parameters of `owner`, by name, as copies: a program and the model that it was made of share them."""
+    owner.zero_grad()
+    call(**batch).sin().sum().backward()
+    return {name: p.grad.clone() for name, p in owner.named_parameters() if p.grad is not None}
+
+
+def check_gradients(call: Any, model: Road, batch: dict[str, Tensor]) -> None:
+    """The parameters of a recorded program get the gradients of the model's."""
+    found, expected = gradients(call, call, batch), gradients(model, model, batch)
+    assert found.keys() == expected.keys()
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    assert scale > 0
+    for name, grad in expected.items():
+        assert largest(found[name] - grad) < 1e-5 * scale, name

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GPT2, VIT, ModelCase, converted, largest, native
-from roads import CLASSIFIER, Road, check, padded, road, roads
+from cases import GPT2, VIT, ModelCase, converted, native
+from roads import CLASSIFIER, Road, check, check_gradients, padded, road, roads
 
 
 def exported(model: Road, batch: dict[str, torch.Tensor], *, strict: bool = False) -> Any:
@@ -57,15 +57,7 @@ def test_saved_loaded_decomposed_and_compiled(case: ModelCase, kind: str, mode: 
 
 def test_gradients_at_another_length() -> None:
     model = road(CLASSIFIER, "eva", converted)
-    call = exported(model, padded()).module()
-    for some in (call, model):
-        some(**padded(2, 23)).sin().sum().backward()
-    found = {name: p.grad for name, p in call.named_parameters() if p.grad is not None}
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    scale = max(float(grad.abs().max()) for grad in expected.values())
-    for name, grad in expected.items():
-        assert largest(found[name] - grad) < 1e-5 * scale, name
+    check_gradients(exported(model, padded()).module(), model, padded(2, 23))
 
 
 def test_layers_left_on_softmax() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GPT2, VIT, ModelCase, converted, largest, native
-from roads import CLASSIFIER, Road, check, padded, road, roads
+from cases import GPT2, VIT, ModelCase, converted, native
+from roads import CLASSIFIER, Road, check, check_gradients, padded, road, roads
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -69,18 +69,7 @@ def test_saved_frozen_and_loaded(case: ModelCase, kind: str, mode: Any) -> None:
 @pytest.mark.parametrize(("case", "kind", "mode"), [(CLASSIFIER, "lara", native), (GPT2, "eva", converted)])
 def test_gradients(case: ModelCase, kind: str, mode: Any) -> None:
     model = road(case, kind, mode)
-    call = torch.jit.trace(model, example_kwarg_inputs=padded())
-    model.zero_grad()
-    call(**padded(2, 23)).sin().sum().backward()
-    found = {name: p.grad for name, p in call.named_parameters() if p.grad is not None}
-    found = {name: grad.clone() for name, grad in found.items()}
-    model.zero_grad()
-    model(**padded(2, 23)).sin().sum().backward()
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    scale = max(float(grad.abs().max()) for grad in expected.values())
-    for name, grad in expected.items():
-        assert largest(found[name] - grad) < 1e-5 * scale, name
+    check_gradients(torch.jit.trace(model, example_kwarg_inputs=padded()), model, padded(2, 23))
 
 
 def test_second_derivatives_raise() -> None:
