@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from cases import BERT, BY_NAME, GPT2, VIT, ModelCase, largest, logits, matrix, ready
+from checkpoints import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     BertForMaskedLM,
-    BertTokenizer,
     EncoderDecoderModel,
-    pipeline,
 )
 
 import hf_linattn
@@ -48,18 +46,6 @@ def stock(tmp_path: Path) -> Path:
 def converted(tmp_path: Path) -> Path:
     hf_linattn.convert(BERT.build(), BERT.settings("favor_plus")).save_pretrained(tmp_path / "converted")
     return tmp_path / "converted"
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Change fields of config.json; `None` removes one."""
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    for name, value in changes.items():
-        if value is None:
-            values.pop(name, None)
-        else:
-            values[name] = value
-    path.write_text(json.dumps(values))
 
 
 # -- stock checkpoints ----------------------------------------------------------------------------------------------
@@ -302,90 +288,6 @@ def test_mismatched_sizes_elsewhere_keep_their_meaning(converted: Path) -> None:
     assert info["mismatched_keys"]
 
 
-# -- what a checkpoint says it computes -----------------------------------------------------------------------------
-OTHERS = ["sdpa", "eager", "flex_attention", "eva", {"": "sdpa"}]
-BY_ARGUMENT = {
-    "Auto class": lambda folder, wanted: AutoModelForMaskedLM.from_pretrained(folder, attn_implementation=wanted),
-    "base model": lambda folder, wanted: AutoModel.from_pretrained(folder, attn_implementation=wanted),
-    "class": lambda folder, wanted: hf_linattn.LinAttnBertModel.from_pretrained(folder, attn_implementation=wanted),
-    "AutoConfig": lambda folder, wanted: AutoConfig.from_pretrained(folder, attn_implementation=wanted),
-    "config": lambda _, wanted: hf_linattn.LinAttnBertConfig(attn_implementation=wanted, linear_attention="lara"),
-    "stock": lambda folder, wanted: hf_linattn.LinAttnBertModel.from_pretrained(
-        folder.parent / "stock", linear_attention="favor_plus", attn_implementation=wanted
-    ),
-    "from_config": lambda folder, wanted: AutoModelForMaskedLM.from_config(
-        AutoConfig.from_pretrained(folder), attn_implementation=wanted
-    ),
-    "pipeline": lambda folder, wanted: pipeline(
-        "feature-extraction",
-        model=str(folder),
-        tokenizer=BertTokenizer(vocab={"[UNK]": 0}),
-        model_kwargs={"attn_implementation": wanted},
-    ),
-}
-
-
-@pytest.mark.parametrize("wanted", OTHERS, ids=str)
-@pytest.mark.parametrize("road", BY_ARGUMENT)
-def test_another_attention_by_argument(road: str, wanted: Any, converted: Path, stock: Path) -> None:
-    with pytest.raises((ConfigError, ValueError), match=r"as `linear_attention` says[\s\S]*revert\(model\)"):
-        BY_ARGUMENT[road](converted, wanted)
-
-
-@pytest.mark.parametrize("wanted", OTHERS, ids=str)
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-def test_another_attention_in_the_config(key: str, wanted: Any, converted: Path) -> None:
-    edit_config(converted, **{key: wanted})
-    for load in (AutoConfig, AutoModel, AutoModelForMaskedLM, hf_linattn.LinAttnBertForMaskedLM):
-        with pytest.raises(ConfigError, match=r"got '[a-z_]+' \(an argument, or a key of config.json\)"):
-            load.from_pretrained(converted)
-
-
-@pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
-@pytest.mark.parametrize("active", ["eager", "sdpa"])
-def test_saved_while_softmax_is_looked_at(active: str, kind: str, case: ModelCase, tmp_path: Path) -> None:
-    """`set_attn_implementation` is for the moment; what is saved computes what its settings say."""
-    model = ready(hf_linattn.convert(case.build(), case.settings(kind), layers=[0]))
-    expected = logits(model, **case.inputs())
-    model.set_attn_implementation(active)
-    assert largest(logits(model, **case.inputs()) - expected) > 1e-4
-    model.save_pretrained(tmp_path)
-    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
-    loaded = case.auto.from_pretrained(tmp_path)
-    assert loaded.config._attn_implementation == kind
-    assert largest(logits(loaded, **case.inputs()) - expected) < 1e-5
-    with pytest.raises(ConfigError, match="as `linear_attention` says"):
-        type(model)(model.config)
-    model.set_attn_implementation(kind)
-    assert largest(logits(model, **case.inputs()) - expected) < 1e-5
-
-
-def test_the_own_kind_may_be_named(converted: Path) -> None:
-    model = AutoModelForMaskedLM.from_pretrained(converted, attn_implementation="favor_plus")
-    edit_config(converted, attn_implementation="favor_plus", _attn_implementation_internal="sdpa")
-    for found in (model, AutoModelForMaskedLM.from_pretrained(converted)):
-        assert found.config._attn_implementation == "favor_plus"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_hidden_layers": 1}, "layers must be integers from 0 to 0; got 1"),
-        ({"model_type": "linattn_gpt2"}, "contradict `linear_attention`"),
-        ({"linear_attention": "favor_plus"}, "contradict `linear_attention`"),
-        ({"linear_attention": {"kind": "softmax"}}, "Unknown attention kind 'softmax'"),
-        ({"linear_attention": {"kind": "favor_plus", "layers": []}}, "at least one layer"),
-        ({"linear_attention": {"kind": "favor_plus", "enabled": False}}, "has no field 'enabled'"),
-        ({"linear_attention": False}, "must be the name of a kind"),
-    ],
-    ids=str,
-)
-def test_an_edit_that_would_take_attention_away(changes: dict[str, Any], message: str, converted: Path) -> None:
-    edit_config(converted, **changes)
-    with pytest.raises((CheckpointError, ConfigError), match=message):
-        AutoModel.from_pretrained(converted)
-
-
 # -- saving ---------------------------------------------------------------------------------------------------------
 def test_safetensors_only(converted: Path, tmp_path: Path) -> None:
     model = AutoModelForMaskedLM.from_pretrained(converted)
@@ -526,19 +428,3 @@ def test_push_to_hub() -> None:
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", PUSH], cwd=root, env=env, capture_output=True, text=True)
     assert out.stdout.endswith("pushed\n"), out.stderr[-4000:]
-
-
-@pytest.mark.parametrize(("kind", "case"), matrix(BERT, GPT2, VIT))
-def test_a_class_that_would_be_softmax_is_refused(kind: str, case: ModelCase, tmp_path: Path) -> None:
-    """The stock class, its config, or its name in config.json."""
-    ready(hf_linattn.convert(case.build(), case.settings(kind))).save_pretrained(tmp_path)
-    stock = case.stock
-    with pytest.raises(CheckpointError, match=f"would compute softmax.*linattn_{stock.config_class.model_type}"):
-        stock.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="would compute softmax"):
-        case.auto.from_pretrained(tmp_path, config=stock.config_class.from_pretrained(tmp_path))
-    path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "model_type": stock.config_class.model_type}))
-    with pytest.raises(CheckpointError, match="would compute softmax"):
-        case.auto.from_pretrained(tmp_path)
