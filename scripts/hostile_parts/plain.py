@@ -45,8 +45,21 @@ def through(a: Tensor, c: Tensor) -> Tensor:
     return (a.unsqueeze(-2) + c.unsqueeze(-3)).logsumexp(-1)
 
 
+def is_alone(exact: dict[str, Any]) -> bool:
+    """Whether no query sees a key exactly. `exact`: arguments of `beside`."""
+    return not any(exact.get(name) for name in ("window", "num_global", "heavy"))
+
+
 def beside(
-    kernel: Tensor, x: Tensor, y: Tensor, *, window: int, overlap: bool, is_causal: bool, num_global: int, heavy: int
+    kernel: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    window: int = 0,
+    overlap: bool = False,
+    is_causal: bool = False,
+    num_global: int = 0,
+    heavy: int = 0,
 ) -> Tensor:
     """Exact logits where a query sees a key exactly, those of `kernel` elsewhere."""
     tokens = x.shape[-2]
@@ -70,15 +83,12 @@ def favor(
     projection: Tensor,
     statistics: Any = None,
     *,
-    window: int = 0,
-    overlap: bool = False,
     is_causal: bool = False,
-    num_global: int = 0,
-    heavy: int = 0,
+    **exact: Any,
 ) -> Tensor:
     """FAVOR+, and FAVOR# with the constants given."""
     x, y = scaled(query, key)
-    alone = not (window or num_global or heavy)
+    alone = is_alone(exact)
     w, own, p, q = projection, torch.zeros_like(projection[..., 0]), x, y
     bias_x, bias_y = 0.0, 0.0
     if statistics is not None:
@@ -97,8 +107,7 @@ def favor(
     writing = log_xi(q, w) + own.unsqueeze(-2) + bias_y
     kernel = through(reading, writing)
     if not alone:
-        options = {"window": window, "overlap": overlap, "num_global": num_global, "heavy": heavy}
-        kernel = beside(kernel, x, y, is_causal=is_causal, **options)
+        kernel = beside(kernel, x, y, is_causal=is_causal, **exact)
     return mean_of(kernel, value, is_causal)
 
 
@@ -140,14 +149,11 @@ def lara(
     noise: Tensor | None = None,
     mixing: bool = False,
     linear: tuple[Tensor, Tensor] | None = None,
-    window: int = 0,
-    overlap: bool = False,
-    num_global: int = 0,
-    heavy: int = 0,
+    **exact: Any,
 ) -> Tensor:
     """LARA with landmarks; `linear` are maps of the mean queries and keys."""
     x, y = scaled(query, key)
-    g, alone = num_global, not (window or num_global or heavy)
+    g, alone = exact.get("num_global", 0), is_alone(exact)
     rx, ry = x[..., g:, :], y[..., g:, :]
     mean, middles = segment_means(rx.shape[-2], landmarks, x)
     query_mean, key_mean = mean @ rx, mean @ ry
@@ -177,11 +183,10 @@ def lara(
     if alone:
         return mean_of(kernel, value, False)
     if noise is None:
-        exact = (rx[..., middles, :] @ ry.mT).logsumexp(-1)
-        kernel = kernel + (exact - kernel[..., middles, :].logsumexp(-1)).mean(-1).detach()[..., None, None]
+        right = (rx[..., middles, :] @ ry.mT).logsumexp(-1)
+        kernel = kernel + (right - kernel[..., middles, :].logsumexp(-1)).mean(-1).detach()[..., None, None]
     whole = torch.nn.functional.pad(kernel, (g, 0, g, 0))
-    options = {"window": window, "overlap": overlap, "num_global": num_global, "heavy": heavy}
-    return mean_of(beside(whole, x, y, is_causal=False, **options), value, False)
+    return mean_of(beside(whole, x, y, **exact), value, False)
 
 
 def lara_fixed(
@@ -191,22 +196,18 @@ def lara_fixed(
     centroids: Tensor,
     samples: Tensor,
     *,
-    window: int = 0,
-    overlap: bool = False,
     is_causal: bool = False,
-    num_global: int = 0,
-    heavy: int = 0,
+    **exact: Any,
 ) -> Tensor:
     """LARA with proposals fixed in advance."""
     x, y = scaled(query, key)
-    alone = not (window or num_global or heavy)
+    alone = is_alone(exact)
     each = samples.shape[-2] // centroids.shape[-2]
     weight = -log_xi(centroids, samples).logsumexp(-2) - math.log(each)
     reading = (x @ samples.mT if alone else log_xi(x, samples)) + weight.unsqueeze(-2)
     kernel = through(reading, log_xi(y, samples))
     if not alone:
-        options = {"window": window, "overlap": overlap, "num_global": num_global, "heavy": heavy}
-        kernel = beside(kernel, x, y, is_causal=is_causal, **options)
+        kernel = beside(kernel, x, y, is_causal=is_causal, **exact)
     return mean_of(kernel, value, is_causal)
 
 

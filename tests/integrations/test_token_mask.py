@@ -1,4 +1,4 @@
-"""The mask over tokens answers what Transformers asks of one, and raises in models that compute attention themselves."""
+"""The mask over tokens answers what Transformers asks of one, and raises where a model attends by itself."""
 
 from __future__ import annotations
 
