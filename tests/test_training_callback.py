@@ -8,11 +8,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, VOCAB, checkpoint_activations
+from cases import BERT, GPT2, VOCAB, checkpoint_activations, converted
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -308,3 +309,19 @@ def test_native_mode_cannot_redraw() -> None:
             redraw_projections(model, 2)
         model.config.linear_attention = {"kind": "favor_plus"}
         assert redraw_projections(model, 2) == 0
+
+
+@pytest.mark.parametrize("push", [True, False])
+def test_hidden_files_that_trainer_would_upload(push: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "secret.txt").write_text("KEY=1")
+    folder = tmp_path / "output"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".env").write_text("KEY=1")
+    (folder / "notes").symlink_to(tmp_path / "secret.txt")
+    (folder / "config.json").write_text("{}")
+    arguments = SimpleNamespace(push_to_hub=push, output_dir=str(folder))
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    LinAttnCallback().on_train_begin(arguments, state, None, model=converted(BERT, "favor_plus"))
+    told = [message for message in caplog.messages if "uploads all" in message]
+    assert len(told) == push
+    assert all("has .env, notes. Move" in message for message in told)

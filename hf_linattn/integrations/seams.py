@@ -253,16 +253,12 @@ def calling_cache() -> Any:
 
 
 def shorten(layer: Any, tokens: int) -> bool:
-    """Drop the last tokens of a cache layer of keys and values; False, with nothing done, if that is not possible."""
-    update = type(layer).update
-    if not layer.is_initialized:
-        return True
-    if update is DynamicLayer.update:
-        kept = layer.keys.shape[-2] - tokens
-        if kept < 0:
-            return False
-        layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
-    elif update is StaticLayer.update:  # what lies beyond its length is overwritten
+    """Drop the last tokens of a cache layer of keys and values; False, with nothing done, for any other sort."""
+    if type(layer) is DynamicLayer:
+        if layer.is_initialized:
+            kept = max(0, layer.keys.shape[-2] - tokens)
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+    elif type(layer) is StaticLayer:  # what lies beyond its length is overwritten
         layer.cumulative_length.sub_(tokens)
     else:
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,8 @@ from ..integrations.expected import changed
 from ..integrations.layers import active_layers
 from ..integrations.wrappers import module_of
 from ..modules.redraw import check_step, redraws, set_training_step
+
+logger = logging.getLogger(__name__)
 
 
 def redraw_projections(model: nn.Module, step: int) -> int:
@@ -65,11 +69,29 @@ def _check_native(model: nn.Module) -> None:
             )
 
 
+# What nobody puts into a folder to publish it; the Hub's client leaves these few out by itself.
+_LEFT_OUT = (".git", ".cache", ".gitattributes", ".gitignore")
+
+
+def _tell_what_is_published(folder: str) -> None:
+    """Warn of hidden files and links in a folder that a Trainer will upload as a whole."""
+    found = [p.name for p in Path(folder).glob("*") if p.is_symlink() or p.name.startswith(".")]
+    found = sorted(name for name in found if name not in _LEFT_OUT)
+    if found:
+        logger.warning(
+            "Trainer uploads all of output_dir, whatever it is: %s has %s. Move what is not to be published, or push"
+            " the model by itself: model.push_to_hub(name).",
+            folder,
+            ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
+        )
+
+
 class LinAttnCallback(TrainerCallback):
     """Tells a model's layers the training step of a `Trainer`: `Trainer(..., callbacks=[LinAttnCallback()])`.
 
     New directions come after every `redraw_interval` optimizer steps, never with a forward pass. Nothing is stored in
-    the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at.
+    the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
+    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole.
     """
 
     def __init__(self) -> None:
@@ -77,6 +99,8 @@ class LinAttnCallback(TrainerCallback):
         self._begun: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if getattr(args, "push_to_hub", False) and state.is_world_process_zero:
+            _tell_what_is_published(args.output_dir)
         redraw_projections(model, state.global_step)
         self._begun = state.global_step
 
