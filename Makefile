@@ -59,7 +59,7 @@ compat: $(VENV)/.stamp-dev  ## the tests marked compat on every supported releas
 BEFORE ?= HEAD
 
 speed: $(VENV)/.stamp-dev  ## compare the speed of this checkout with that of the revision BEFORE (at most 15 minutes)
-	$(PY) benchmarks/quick.py --before $(BEFORE)
+	$(PY) experiments/quick.py --before $(BEFORE)
 
 constraints: $(VENV)/.stamp-dev  ## write constraints.txt anew: the newest releases of everything but torch
 	@$(PIP) install --quiet uv

@@ -21,7 +21,7 @@ import nox.command
 # The oldest supported release, those in which something changed that we rely on, and the latest three.
 # "5.14" is the newest release 5.14.x; "newest" is what pip finds, of the other packages too.
 RELEASES = ["5.10.4", "5.14", "5.17", "5.18", "5.22", "5.23", "5.24", "newest"]
-RESULTS = Path("benchmarks/results/compatibility")
+RESULTS = Path("experiments/results/compatibility")
 SELECTION = "compat and not slow and not gpu"
 # What a release of Transformers chooses for itself, and what is installed before.
 FREE = {"transformers", "huggingface-hub", "tokenizers", "hf-xet", "torch", "triton"}

@@ -31,10 +31,10 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .errors import UnknownFieldError as UnknownFieldError
     from .errors import UnsupportedError as UnsupportedError
     from .errors import UnsupportedTransformersError as UnsupportedTransformersError
-    from .modules.eva import EvaConfig as EvaConfig
-    from .modules.favor_plus import FavorPlusConfig as FavorPlusConfig
-    from .modules.favor_sharp import FavorSharpConfig as FavorSharpConfig
-    from .modules.lara import LaraConfig as LaraConfig
+    from .modules.kinds.eva import EvaConfig as EvaConfig
+    from .modules.kinds.favor_plus import FavorPlusConfig as FavorPlusConfig
+    from .modules.kinds.favor_sharp import FavorSharpConfig as FavorSharpConfig
+    from .modules.kinds.lara import LaraConfig as LaraConfig
     from .modules.registry import list_kinds as list_kinds
 
 register_kinds()
@@ -43,10 +43,10 @@ register_auto_classes()
 
 # Public name -> module that defines it.
 _LAZY: dict[str, str] = {
-    "EvaConfig": "hf_linattn.modules.eva",
-    "FavorPlusConfig": "hf_linattn.modules.favor_plus",
-    "FavorSharpConfig": "hf_linattn.modules.favor_sharp",
-    "LaraConfig": "hf_linattn.modules.lara",
+    "EvaConfig": "hf_linattn.modules.kinds.eva",
+    "FavorPlusConfig": "hf_linattn.modules.kinds.favor_plus",
+    "FavorSharpConfig": "hf_linattn.modules.kinds.favor_sharp",
+    "LaraConfig": "hf_linattn.modules.kinds.lara",
     "list_kinds": "hf_linattn.modules.registry",
     "convert": "hf_linattn.conversion.convert",
     "revert": "hf_linattn.conversion.convert",

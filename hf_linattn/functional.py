@@ -10,10 +10,12 @@ Queries and keys of equal number count as the same tokens: the kinds then give 0
 
 from __future__ import annotations
 
+from .kernels.backend import current_backend, set_backend, use_backend
 from .ops.eva.attention import eva_attention
 from .ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 from .ops.exact import softmax_attention
-from .ops.favor.attention import favor_attention, favor_log_features
+from .ops.favor.attention import favor_attention
+from .ops.favor.features import favor_log_features
 from .ops.favor.generalized import generalized_attention
 from .ops.favor.random_features import derive_seed, draw_projection
 from .ops.favor.statistics import (
@@ -29,7 +31,6 @@ from .ops.favor.variance import (
     mean_log_second_moment,
     predicted_output_error,
 )
-from .ops.kernels.backend import current_backend, set_backend, use_backend
 from .ops.lara.attention import lara_attention
 from .ops.lara.calibrated_proposals import CalibratedProposals, sample_proposals
 from .ops.lara.kmeans import kmeans

@@ -35,7 +35,7 @@ from rich.console import Console
 from isolated import write_atomically
 from sweep_parts import check, configs, table
 
-RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+RESULTS = ROOT / "experiments" / "results" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 SECONDS, BYTES = 60, 12 << 30
 

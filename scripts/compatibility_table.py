@@ -2,7 +2,7 @@
 
     python scripts/compatibility_table.py            # --check: change nothing, fail if the page is not up to date
 
-Any run of `pytest -m compat --compat-json PATH` may add a file to benchmarks/results/compatibility, from any machine.
+Any run of `pytest -m compat --compat-json PATH` may add a file to experiments/results/compatibility, from any machine.
 Exits with 1 if a run in the table has failed.
 """
 
@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "compatibility"
+RESULTS = ROOT / "experiments" / "results" / "compatibility"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
 Run = dict[str, Any]
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from isolated import Finding, Outcome, Part, run_child, run_parts, write_atomically
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+RESULTS = ROOT / "experiments" / "results" / "gpu"
 
 
 def _lazily(module: str, function: str) -> Any:
@@ -111,7 +111,7 @@ class _Run:
     """One run: what it writes, and what it says on the way."""
 
     def __init__(self, out: Path, command: str, is_rehearsal: bool) -> None:
-        from hf_linattn.benchmark.environment import describe
+        from hf_linattn.bench.environment import describe
 
         self.out, self.console = out, Console()
         self.head: dict[str, Any] = {

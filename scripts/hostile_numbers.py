@@ -29,7 +29,7 @@ from hostile_parts.measure import DTYPES, cases
 from hostile_parts.page import render, summarised, unexplained
 from hostile_parts.settings import SETTINGS, Setting
 
-RESULTS = ROOT / "benchmarks" / "results" / "hostile_numbers.json"
+RESULTS = ROOT / "experiments" / "results" / "hostile_numbers.json"
 PAGE = ROOT / "docs" / "hostile_numbers.md"
 BEGIN, END = "<!-- hostile:begin -->", "<!-- hostile:end -->"
 

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from hf_linattn.benchmark.environment import describe
+from hf_linattn.bench.environment import describe
 from isolated import write_atomically
 from kill_parts.inputs import ARGUMENTS, SETTINGS, STEPS_PER_EPOCH, build, command_line
 from kill_parts.runs import Ended, Moment, run
 
-RESULTS = ROOT / "benchmarks" / "results" / "kill_check.json"
+RESULTS = ROOT / "experiments" / "results" / "kill_check.json"
 
 
 def moments(whole: Ended, kills: int, draw: random.Random) -> list[Moment]:

@@ -1,4 +1,4 @@
-"""Measure block sizes of the Triton kernels on the GPU at hand: where the tables in `ops/kernels/triton` come from.
+"""Measure block sizes of the Triton kernels on the GPU at hand: where the tables in `kernels/` come from.
 
     python scripts/tune_kernels.py --out tuning.json --seconds 120
 
@@ -24,7 +24,10 @@ import typer
 from torch import Tensor
 
 from gpu_parts.pool import fork_server
-from hf_linattn.ops.kernels.triton import _common, attend, near, windows_chunks
+from hf_linattn.kernels import triton_common as _common
+from hf_linattn.kernels.attend import triton_launch as attend
+from hf_linattn.kernels.causal_slots import triton_intra_chunk as near
+from hf_linattn.kernels.window_chunks import triton_launch as window_chunk_attention
 
 GROUPS, LONG, SLOTS, WINDOW = (8, 12), 8192, 256, 64
 WORKERS = 16
@@ -83,9 +86,9 @@ def call_of(trial: Trial) -> Callable[[], object]:
         hidden = torch.zeros(windows, dtype=torch.int32, device="cuda")
         inputs = (tokens, tokens, tokens, None, chunk, chunk_bias, chunk, hidden, hidden)
         if trial.case == "windows":
-            return lambda: windows_chunks.windows_chunks_forward(*inputs, False)
-        results = windows_chunks.windows_chunks_forward(*inputs, False)
-        return lambda: windows_chunks.windows_chunks_backward(*results, *inputs, *results, [True] * 6, False)
+            return lambda: window_chunk_attention.window_chunks_forward(*inputs, False)
+        results = window_chunk_attention.window_chunks_forward(*inputs, False)
+        return lambda: window_chunk_attention.window_chunks_backward(*results, *inputs, *results, [True] * 6, False)
     many, few = (_random(*GROUPS, n, trial.dim, dtype=dtype) for n in (LONG, SLOTS))
     if trial.case in ("few keys", "gradient of queries", "gradient of slots"):
         inputs = (many, few, few, torch.zeros(*GROUPS, SLOTS, device="cuda"), None)
@@ -108,7 +111,7 @@ class _Chosen:
         row: Any = attend._Blocks(q, k, trial.num_warps, trial.num_stages)
         tables: list[Any] = []
         if trial.case.startswith("windows"):
-            tables, row = [windows_chunks._FORWARD, windows_chunks._BACKWARD], (q, k)
+            tables, row = [window_chunk_attention._FORWARD, window_chunk_attention._BACKWARD], (q, k)
         elif not trial.case.startswith("near"):
             named = {"gradient of queries": attend._OF_QUERIES}
             default = attend._FORWARD if trial.case.startswith("few") else attend._OF_KEYS
@@ -127,12 +130,12 @@ class _Chosen:
             _common.launch(kernel, programs, *arguments, **options)
 
         if trial.case.startswith(("near", "windows")):
-            near.launch = windows_chunks.launch = launched  # type: ignore[assignment]
+            near.launch = window_chunk_attention.launch = launched  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         for table, key, before, _ in self.saved:
             table[key] = before
-        near.launch = windows_chunks.launch = _common.launch  # type: ignore[assignment]
+        near.launch = window_chunk_attention.launch = _common.launch  # type: ignore[assignment]
 
 
 def compile_trial(trial: Trial) -> str:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_linattn"
 ORDER = [
     "errors",
     "_version",
+    "kernels",
     "ops",
     "functional",
     "modules",
@@ -19,11 +20,11 @@ ORDER = [
     "models",
     "training",
     "conversion",
-    "benchmark",
+    "bench",
     "cli",
 ]
 # Parts that must work without Transformers.
-NO_TRANSFORMERS = {"errors", "_version", "ops", "functional", "modules", "hub"}
+NO_TRANSFORMERS = {"errors", "_version", "kernels", "ops", "functional", "modules", "hub"}
 
 
 def part(path: Path) -> str:
@@ -59,6 +60,6 @@ def test_imports_go_one_way() -> None:
                 wrong.append(where)
             if parts[0] == "transformers" and own in NO_TRANSFORMERS:
                 wrong.append(where)
-            if parts[0] in ("recipes", "tests", "benchmarks"):
+            if parts[0] in ("recipes", "tests", "experiments"):
                 wrong.append(where)
     assert not wrong, "\n".join(wrong)

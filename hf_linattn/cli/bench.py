@@ -16,17 +16,17 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..benchmark import report
-from ..benchmark.attention import Plan, run_attention, run_memory
-from ..benchmark.cases import MODES
-from ..benchmark.environment import describe
-from ..benchmark.generation import LENGTHS as CONTEXTS
-from ..benchmark.generation import Decoder, run_generation
-from ..benchmark.models import MODELS, run_models
-from ..benchmark.ours import KindOptions
-from ..benchmark.peers import PEERS
-from ..benchmark.plot import write_plots
-from ..benchmark.results import BENCHMARKS, Results, Row
+from ..bench import report
+from ..bench.attention import Plan, run_attention, run_memory
+from ..bench.cases import MODES
+from ..bench.environment import describe
+from ..bench.generation import LENGTHS as CONTEXTS
+from ..bench.generation import Decoder, run_generation
+from ..bench.models import MODELS, run_models
+from ..bench.ours import KindOptions
+from ..bench.peers import PEERS
+from ..bench.plot import write_plots
+from ..bench.results import BENCHMARKS, Results, Row
 from ..errors import ConfigError, LinAttnError
 
 LENGTHS = ",".join(str(2**power) for power in range(8, 17))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UnsupportedTransformersError
 from ..modules.base import LinearAttention
-from ..modules.recurrent import RecurrentMemory
+from ..modules.memory import RecurrentMemory
 from ..modules.registry import get_kind
 from ..modules.whole import is_recorded
 from .canary import check_seams

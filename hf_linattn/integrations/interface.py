@@ -13,7 +13,7 @@ from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
 from ..modules.whole import attend as attend_whole
-from ..ops.constants import known
+from ..ops.tracing import known
 from .advice import converting, cross_settings, instead, softmax_name
 from .attach import convert_otherwise
 from .cache import RecurrentLayer

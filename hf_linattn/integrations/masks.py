@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..ops.constants import known
-from ..ops.recurrent.held import fingerprint
+from ..ops.recurrent.pending import fingerprint
+from ..ops.tracing import known
 from .canary import check_seams
 from .expected import changed
 from .graph_checks import require, require_plain

@@ -14,7 +14,7 @@ from ..modules.base import LayerShape
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
 from ..modules.registry import get_kind
-from ..ops.constants import ordinary_tensors
+from ..ops.tracing import outside_tracing
 from .canary import ask_seams
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .settings import parse_settings
@@ -129,7 +129,7 @@ def _layer(
 def _state(config: AttentionConfig, shape: LayerShape, device: str) -> dict[str, Tensor]:
     """Non-learned tensors of a layer, float32. Usable in training even if first drawn under inference_mode."""
     module_cls = get_kind(config.kind).module_cls
-    with ordinary_tensors():
+    with outside_tracing():
         return {
             name: spec.draw().to(device)
             for name, spec in module_cls.state_spec(config, shape).items()

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedError
-from ..modules.recurrent import RecurrentMemory
-from ..ops.recurrent.held import fingerprint
+from ..modules.memory import RecurrentMemory
+from ..ops.recurrent.pending import fingerprint
 from .seams import is_tracing
 
 

@@ -13,7 +13,7 @@ from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
 from .defaults import resolve
-from .recurrent import RecurrentMemory
+from .memory import RecurrentMemory
 from .whole import attend as attend_whole
 
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .base import LinearAttention
 
 BUILTIN_KINDS = {
-    "favor_plus": "hf_linattn.modules.favor_plus",
-    "favor_sharp": "hf_linattn.modules.favor_sharp",
-    "lara": "hf_linattn.modules.lara",
-    "eva": "hf_linattn.modules.eva",
+    "favor_plus": "hf_linattn.modules.kinds.favor_plus",
+    "favor_sharp": "hf_linattn.modules.kinds.favor_sharp",
+    "lara": "hf_linattn.modules.kinds.lara",
+    "eva": "hf_linattn.modules.kinds.eva",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops.exact import compute_dtype
-from ..ops.recurrent.near import Window
 from ..ops.recurrent.slots import Basis, SlotRecurrence
+from ..ops.recurrent.window_tokens import Window
 from .base import LinearAttention
 from .config import AttentionConfig
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..ops.kernels.registration import backward_of
+from ..kernels.operators import backward_of
 from .config import AttentionConfig
 
 if TYPE_CHECKING:

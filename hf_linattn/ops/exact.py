@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .kernels.attend import attend
-from .kernels.backend import use_backend
+from ..kernels.attend.operator import attend
+from ..kernels.attention_state import AttentionState
+from ..kernels.backend import use_backend
 from .limits import LARGEST_SCALING, check_counts
-from .partial import Partial
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
 
-def attention_function(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
+def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
 
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
@@ -28,7 +28,7 @@ def attention_function(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -
             masses in float32 itself), if the hardware multiplies halves faster (`stays_half`).
     """
     if fn is None:
-        return functools.partial(attention_function, in_half=in_half)
+        return functools.partial(checked_attention, in_half=in_half)
     function = fn
 
     @functools.wraps(function)
@@ -137,12 +137,12 @@ def without_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tupl
     return key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
 
 
-def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> Partial:
+def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> AttentionState:
     """Softmax attention on scaled inputs, with its mass. `visible` broadcasts to `[..., queries, keys]`."""
     return attend(x, y, value, visible=visible)
 
 
-@attention_function
+@checked_attention
 def softmax_attention(
     query: Tensor,
     key: Tensor,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.attention_state import AttentionState
 from .exact import exact_partial
-from .partial import Partial
 from .tokens import Tokens
 
 
@@ -16,7 +16,7 @@ class HeavyKeys(NamedTuple):
     """`partial`: every query's exact attention to the heavy keys; `rest`: `[batch, heads, tokens, 1]`, True for the
     real keys that are not heavy."""
 
-    partial: Partial
+    partial: AttentionState
     rest: Tensor
 
 

@@ -7,8 +7,8 @@ Every kind is a self-normalised estimator of softmax attention and can be writte
     output       o_t = sum_j softmax_j(a[t, j] + b_j) u_j   what query t reads from the slots
 
 `c` are the log-weights of the keys for a slot and `a` those of a query for the slots; a kind is a choice of `a` and
-`c`. Both lines are the same operation (`weigh`), and so is putting several groups of slots or keys under one softmax
-(`merge`), because a group is fully described by its output and the log of its mass.
+`c`. Both lines are the same operation (`softmax_with_lse`), and so is putting several groups of slots or keys under
+one softmax (`merge_states`), because a group is fully described by its output and its log-sum-exp.
 
 Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visible member has mass `-inf` and output
 0, and gradients through such a group are 0. Logits are expected in float32 or float64.
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .partial import Partial, log_or_minus_inf, merge, shifted_exp
+from ..kernels.attention_state import AttentionState, log_or_minus_inf, merge_states, shifted_exp
 
 # Up to this many blocks their states are combined with one weight per pair of blocks; beyond it by a logarithmic scan.
 _DENSE_BLOCKS = 32
 
 
-def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
+def softmax_with_lse(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> AttentionState:
     """Softmax over the last dimension of `logits`, applied to `values`; keeps the log-sum-exp.
 
     Args:
@@ -40,8 +40,8 @@ def weigh(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> Partial:
     if dropout:
         weights = F.dropout(weights, dropout)
     if values.shape[-2] < values.shape[-1]:  # fewer weights than results: cheaper to normalise the weights
-        return Partial((weights / total.unsqueeze(-1)) @ values, log_total + top)
-    return Partial(weights @ values / total.unsqueeze(-1), log_total + top)
+        return AttentionState((weights / total.unsqueeze(-1)) @ values, log_total + top)
+    return AttentionState(weights @ values / total.unsqueeze(-1), log_total + top)
 
 
 def mask_logits(logits: Tensor, visible: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ def mask_logits(logits: Tensor, visible: Tensor | None) -> Tensor:
     return logits if visible is None else logits.masked_fill(~visible, float("-inf"))
 
 
-def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> Partial:
+def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
     """Every query reads every slot, every slot reads every key.
 
     Args:
@@ -58,56 +58,56 @@ def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dr
         value: `[..., keys, head_dim]`.
     Cost: O((queries + keys) * slots * head_dim).
     """
-    slots = weigh(key_logits.transpose(-1, -2), value)
-    return weigh(query_logits + slots.log_mass.unsqueeze(-2), slots.output, dropout=dropout)
+    slots = softmax_with_lse(key_logits.transpose(-1, -2), value)
+    return softmax_with_lse(query_logits + slots.lse.unsqueeze(-2), slots.output, dropout=dropout)
 
 
 # -- states of blocks -----------------------------------------------------------------------------------------------
 
 
-def states_around(states: Partial, before: Tensor, after: Tensor | None) -> Partial:
+def states_around(states: AttentionState, before: Tensor, after: Tensor | None) -> AttentionState:
     """For reader t the merged state of the blocks `k < before[t]` and, unless it is `None`, `k >= after[t]`.
 
     Args:
         before: `[readers]`, less than the number of blocks (negative for none). after: `[readers]`, positive.
     """
-    num_blocks = states.log_mass.shape[-2]
+    num_blocks = states.lse.shape[-2]
     if num_blocks <= _DENSE_BLOCKS:
-        index = torch.arange(num_blocks, device=states.log_mass.device)
+        index = torch.arange(num_blocks, device=states.lse.device)
         visible = index < before[:, None]
         return _combine(states, visible if after is None else visible | (index >= after[:, None]))
 
-    def take(prefix: Partial, length: Tensor) -> Partial:
+    def take(prefix: AttentionState, length: Tensor) -> AttentionState:
         length = length.clamp(0, num_blocks - 1)
-        return Partial(prefix.output.index_select(-3, length), prefix.log_mass.index_select(-2, length))
+        return AttentionState(prefix.output.index_select(-3, length), prefix.lse.index_select(-2, length))
 
     left = take(_scan(states), before)
     if after is None:
         return left
-    reverse = _scan(Partial(states.output.flip(-3), states.log_mass.flip(-2)))
-    return merge([left, take(reverse, num_blocks - after)])
+    reverse = _scan(AttentionState(states.output.flip(-3), states.lse.flip(-2)))
+    return merge_states([left, take(reverse, num_blocks - after)])
 
 
-def _combine(states: Partial, visible: Tensor) -> Partial:
+def _combine(states: AttentionState, visible: Tensor) -> AttentionState:
     """Block i gets the merge of the blocks k with `visible[i, k]`: a softmax over blocks, slot by slot."""
-    mass = states.log_mass.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]
-    merged = weigh(mask_logits(mass, visible), states.output.transpose(-2, -3))
-    return Partial(merged.output.transpose(-2, -3), merged.log_mass.transpose(-1, -2))
+    mass = states.lse.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]
+    merged = softmax_with_lse(mask_logits(mass, visible), states.output.transpose(-2, -3))
+    return AttentionState(merged.output.transpose(-2, -3), merged.lse.transpose(-1, -2))
 
 
-def _shift(states: Partial, steps: int) -> Partial:
+def _shift(states: AttentionState, steps: int) -> AttentionState:
     """Move states `steps` blocks later, filling with the empty state."""
-    return Partial(
+    return AttentionState(
         F.pad(states.output, (0, 0, 0, 0, steps, 0))[..., : states.output.shape[-3], :, :],
-        F.pad(states.log_mass, (0, 0, steps, 0), value=float("-inf"))[..., : states.log_mass.shape[-2], :],
+        F.pad(states.lse, (0, 0, steps, 0), value=float("-inf"))[..., : states.lse.shape[-2], :],
     )
 
 
-def _scan(states: Partial) -> Partial:
+def _scan(states: AttentionState) -> AttentionState:
     """Exclusive prefix merge by doubling: log2(blocks) steps over all blocks at once."""
     merged, step = _shift(states, 1), 1
-    while step < states.log_mass.shape[-2]:
-        merged = merge([merged, _shift(merged, step)])
+    while step < states.lse.shape[-2]:
+        merged = merge_states([merged, _shift(merged, step)])
         step *= 2
     return merged
 
@@ -117,7 +117,7 @@ def _scan(states: Partial) -> Partial:
 
 def between_halves(
     query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool, dropout: float = 0.0
-) -> Partial:
+) -> AttentionState:
     r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
     Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser
@@ -129,7 +129,7 @@ def between_halves(
         query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens,
             head_dim]`.
         is_causal: Only right halves read, the left ones.
-        dropout: Probability of dropping a slot from a query's weights, as in `weigh`.
+        dropout: Probability of dropping a slot from a query's weights, as in `softmax_with_lse`.
     Cost: O(tokens * slots) exponentials, O(tokens * half * slots) multiplications.
     """
 
@@ -154,13 +154,13 @@ def between_halves(
             weights = F.dropout(query_features, dropout) @ key_features
         outputs.append(weights @ side(value, 1 - readers) / total.unsqueeze(-1))
         masses.append(log_total + top)
-    return Partial(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
+    return AttentionState(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
 
 
-def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> Partial:
+def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
     """What every query reads through the slots from the key at its own position alone."""
     weights, top = shifted_exp(query_logits + key_logits)
     total, log_total = log_or_minus_inf(weights.sum(-1))
     if dropout:
         value = value * (F.dropout(weights, dropout).sum(-1) / total).unsqueeze(-1)
-    return Partial(value.masked_fill((log_total == float("-inf")).unsqueeze(-1), 0.0), log_total + top)
+    return AttentionState(value.masked_fill((log_total == float("-inf")).unsqueeze(-1), 0.0), log_total + top)

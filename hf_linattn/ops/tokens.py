@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
+from ..kernels.attention_state import AttentionState, merge_states
 from .exact import exact_partial
 from .layout import Compaction, check_grid, compact, pad_tokens
-from .partial import Partial, merge
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tokens:
         """`valid` with room for heads and a feature dimension: `[batch, 1, tokens, 1]`."""
         return None if self.valid is None else self.valid[:, None, :, None]
 
-    def finish(self, estimate: Partial | None) -> Tensor:
+    def finish(self, estimate: AttentionState | None) -> Tensor:
         """Put global tokens and padding back: the attention output for all queries that were asked for."""
         x, y, value, valid = self._all
         count = self._num_global
@@ -47,7 +47,7 @@ class Tokens:
             if estimate is not None:
                 near = None if visible is None else visible[..., :count]
                 seen = exact_partial(x[:, :, count:], y[:, :, :count], value[:, :, :count], near)
-                ours = torch.cat([ours, merge([estimate, seen]).output], dim=2)
+                ours = torch.cat([ours, merge_states([estimate, seen]).output], dim=2)
             output = ours
         else:
             assert estimate is not None

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_linattn.benchmark.cases import DTYPES, Workload, make_inputs
-from hf_linattn.benchmark.measure import explain
-from hf_linattn.benchmark.ours import KindOptions, kind_implementation
+from hf_linattn.bench.cases import DTYPES, Workload, make_inputs
+from hf_linattn.bench.measure import explain
+from hf_linattn.bench.ours import KindOptions, kind_implementation
 from hf_linattn.functional import use_backend
+from hf_linattn.kernels.attend.operator import attend
+from hf_linattn.kernels.block_slots.operator import inter_block_attention
+from hf_linattn.kernels.block_slots.reach import BlockReach
+from hf_linattn.kernels.causal_slots.operator import causal
+from hf_linattn.kernels.decode.operator import decode_step
+from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
 from hf_linattn.modules.registry import list_kinds
-from hf_linattn.ops.kernels.attend import attend
-from hf_linattn.ops.kernels.blocks import through_blocks
-from hf_linattn.ops.kernels.causal import causal
-from hf_linattn.ops.kernels.decode import decode_step
-from hf_linattn.ops.kernels.reach import Reach
-from hf_linattn.ops.kernels.windows_chunks import windows_chunks
 from isolated import Finding
 
 from .context import Context
@@ -31,8 +31,8 @@ KERNELS = (
     "causal",
     "blocks",
     "blocks, causal",
-    "windows_chunks",
-    "windows_chunks, causal",
+    "window_chunks",
+    "window_chunks, causal",
     "decode_step",
 )
 
@@ -102,9 +102,11 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
     if name.startswith("blocks"):
         order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, units, length) | maps
-        reach = Reach(1, 0, is_causal)
-        return Case(name, lambda *z: through_blocks(*z, reach), {name: inputs[name] for name in order.split(", ")})
-    if name.startswith("windows_chunks"):
+        reach = BlockReach(1, 0, is_causal)
+        return Case(
+            name, lambda *z: inter_block_attention(*z, reach), {name: inputs[name] for name in order.split(", ")}
+        )
+    if name.startswith("window_chunks"):
         start = torch.arange(units, device=device)
         end = torch.full_like(start, units) if is_causal else start + 1
         inputs = tokens_and_value(groups, units, length, bias=False) | {
@@ -112,7 +114,7 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
             "chunk bias": make(groups, units),
             "chunk value": make(groups, units, dim),
         }
-        return Case(name, lambda *z: windows_chunks(*z[:3], None, is_causal, *z[3:], start, end), inputs)
+        return Case(name, lambda *z: window_chunk_attention(*z[:3], None, is_causal, *z[3:], start, end), inputs)
     state = {"state mean": make(*lead, slots, dim), "state mass": make(*lead, slots)}
     order = "query, query bias, key, key bias, value"
     inputs = tokens_and_value(*lead)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
-from hf_linattn.benchmark.cases import MODES, Workload, make_inputs, make_step
-from hf_linattn.benchmark.measure import explain
-from hf_linattn.benchmark.ours import KindOptions, kind_implementation
+from hf_linattn.bench.cases import MODES, Workload, make_inputs, make_step
+from hf_linattn.bench.measure import explain
+from hf_linattn.bench.ours import KindOptions, kind_implementation
 from isolated import Finding
 
 from .context import Context

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from hf_linattn.benchmark.attention import Plan, run_attention
-from hf_linattn.benchmark.cases import MODES, make_inputs, make_step
-from hf_linattn.benchmark.generation import Decoder, run_generation
-from hf_linattn.benchmark.measure import explain
-from hf_linattn.benchmark.memory import peak_bytes
-from hf_linattn.benchmark.models import run_models
-from hf_linattn.benchmark.ours import KindOptions
-from hf_linattn.benchmark.results import Row
+from hf_linattn.bench.attention import Plan, run_attention
+from hf_linattn.bench.cases import MODES, make_inputs, make_step
+from hf_linattn.bench.generation import Decoder, run_generation
+from hf_linattn.bench.measure import explain
+from hf_linattn.bench.memory import peak_bytes
+from hf_linattn.bench.models import run_models
+from hf_linattn.bench.ours import KindOptions
+from hf_linattn.bench.results import Row
 from hf_linattn.modules.registry import list_kinds
 from isolated import Finding
 

@@ -14,7 +14,7 @@ from .context import Context
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "pytest.mark.gpu"
-REHEARSED = "tests/ops/kernels/test_triton_causal.py"
+REHEARSED = "tests/kernels/test_triton_causal.py"
 WORKERS = 4  # processes that share the GPU: most of the time goes into compiling kernels
 
 

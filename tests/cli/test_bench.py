@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import hf_linattn
-from hf_linattn.benchmark import attention
-from hf_linattn.benchmark.report import BEGIN, END
-from hf_linattn.benchmark.results import Results
+from hf_linattn.bench import attention
+from hf_linattn.bench.report import BEGIN, END
+from hf_linattn.bench.results import Results
 from hf_linattn.cli import bench, main
 from hf_linattn.cli.app import app
 

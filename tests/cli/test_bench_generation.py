@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_linattn.benchmark.generation import LENGTHS
-from hf_linattn.benchmark.report import BEGIN, END
-from hf_linattn.benchmark.results import Results
+from hf_linattn.bench.generation import LENGTHS
+from hf_linattn.bench.report import BEGIN, END
+from hf_linattn.bench.results import Results
 from hf_linattn.cli import bench
 from hf_linattn.cli.app import app
 

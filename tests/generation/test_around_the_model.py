@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import hf_linattn
 from hf_linattn.errors import InputError, UnsupportedError
-from hf_linattn.modules.recurrent import TAKEN_BACK
+from hf_linattn.modules.memory import TAKEN_BACK
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
 

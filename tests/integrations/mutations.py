@@ -37,7 +37,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.utils import output_capturing
 
 import hf_linattn
-from hf_linattn.benchmark.generation import fill
+from hf_linattn.bench.generation import fill
 from hf_linattn.errors import UnsupportedTransformersError
 from hf_linattn.integrations import canary, seams
 from hf_linattn.integrations.masks import linattn_mask

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
+from hf_linattn.kernels.backend import use_backend
 from hf_linattn.modules.base import AttentionInputs, LayerShape, LinearAttention
-from hf_linattn.modules.recurrent import RecurrentMemory
+from hf_linattn.modules.memory import RecurrentMemory
 from hf_linattn.modules.registry import get_kind, list_kinds
-from hf_linattn.ops.kernels.backend import use_backend
-from hf_linattn.ops.recurrent.held import fingerprint
+from hf_linattn.ops.recurrent.pending import fingerprint
 
 BATCH, HEADS, DIM, TOKENS = 3, 2, 8, 45
 SCALING = DIM**-0.5

@@ -80,4 +80,4 @@ def test_kinds_are_imported_on_first_use(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(list_kinds()) == 4
     assert imported == []
     assert get_kind("eva") is get_kind("eva") is present["eva"]
-    assert imported == ["hf_linattn.modules.eva"]
+    assert imported == ["hf_linattn.modules.kinds.eva"]

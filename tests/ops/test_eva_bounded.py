@@ -16,7 +16,7 @@ from hf_linattn.errors import ConfigError, InputError, UnsupportedError
 from hf_linattn.functional import eva_attention
 from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.defaults import resolve
-from hf_linattn.modules.eva import EvaAttention, EvaConfig
+from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.bounded import latest_chunks
 from hf_linattn.ops.eva.chunks import Summaries
 

@@ -12,7 +12,7 @@ from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.functional import eva_attention, softmax_attention
 from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.defaults import resolve
-from hf_linattn.modules.eva import EvaAttention, EvaConfig
+from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.relative_position import t5_index, t5_sizes, table_index
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_linattn.modules.base import LayerShape
-from hf_linattn.modules.eva import EvaAttention, EvaConfig
-from hf_linattn.modules.lara import LaraAttention, LaraConfig
+from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
+from hf_linattn.modules.kinds.lara import LaraAttention, LaraConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())

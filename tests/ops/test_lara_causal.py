@@ -13,7 +13,11 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection, lara_attention, softmax_attention
-from hf_linattn.ops.lara.calibrated_proposals import CalibratedProposals, proposal_log_weights, sample_proposals
+from hf_linattn.ops.lara.calibrated_proposals import (
+    CalibratedProposals,
+    proposal_log_weights,
+    sample_proposals,
+)
 
 MASKS = {
     "none": None,

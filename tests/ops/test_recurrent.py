@@ -18,10 +18,10 @@ from hf_linattn.functional import (
     sample_proposals,
 )
 from hf_linattn.ops.exact import exact_partial, scale_inputs
-from hf_linattn.ops.factored import LogWeights
-from hf_linattn.ops.favor.attention import favor_log_weights
+from hf_linattn.ops.favor.features import favor_log_weights
 from hf_linattn.ops.lara.calibrated_proposals import proposal_log_weights
-from hf_linattn.ops.slots import Partial, merge
+from hf_linattn.ops.slot_weights import LinearSlotWeights
+from hf_linattn.ops.slots import AttentionState, merge_states
 
 HEADS, DIM = 2, 3
 PROJECTION = draw_projection(HEADS, 5, DIM, seed=0).double()
@@ -33,7 +33,7 @@ def proposals() -> CalibratedProposals:
     return sample_proposals(centroids, noise)
 
 
-def log_weights(kind: str, x: Tensor, y: Tensor) -> tuple[LogWeights, LogWeights]:
+def log_weights(kind: str, x: Tensor, y: Tensor) -> tuple[LinearSlotWeights, LinearSlotWeights]:
     if kind == "lara":
         return proposal_log_weights(x, y, proposals())
     return favor_log_weights(x, y, PROJECTION, statistics(kind))
@@ -46,14 +46,14 @@ def statistics(kind: str) -> FavorStatistics | None:
 def recurrent(kind: str, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Keeps the slots of complete blocks and the keys of the current one: nothing else of the past."""
     x, y = scale_inputs(query, key, None)
-    state: Partial | None = None
+    state: AttentionState | None = None
     current: list[int] = []
     outputs = []
     for t in range(x.shape[2]):
         if len(current) == max(window, 1):
             _, old = log_weights(kind, x[:, :, current], y[:, :, current])
             block = old.summarise(value[:, :, current])
-            state = block if state is None else merge([state, block])
+            state = block if state is None else merge_states([state, block])
             current = []
         current.append(t)
         reader, own = log_weights(kind, x[:, :, t : t + 1], y[:, :, t : t + 1])
@@ -63,7 +63,7 @@ def recurrent(kind: str, query: Tensor, key: Tensor, value: Tensor, window: int)
             parts = [reader.read(own.summarise(value[:, :, t : t + 1]))]
         if state is not None:
             parts.append(reader.read(state))
-        outputs.append(merge(parts).output)
+        outputs.append(merge_states(parts).output)
     return torch.cat(outputs, dim=2)
 
 

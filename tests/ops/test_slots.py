@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.ops import slots
-from hf_linattn.ops.slots import Partial, between_halves, merge, own_key, through_slots, weigh
+from hf_linattn.ops.slots import AttentionState, between_halves, merge_states, own_key, softmax_with_lse, through_slots
 
 INF = float("inf")
 
@@ -16,8 +16,8 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def assert_partial(ours: Partial, output: Tensor, log_mass: Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(ours.log_mass, log_mass, rtol=0, atol=atol)
+def assert_partial(ours: AttentionState, output: Tensor, lse: Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(ours.lse, lse, rtol=0, atol=atol)
     torch.testing.assert_close(ours.output, output, rtol=0, atol=atol)
 
 
@@ -26,7 +26,7 @@ def assert_partial(ours: Partial, output: Tensor, log_mass: Tensor, atol: float 
 def test_weigh_is_softmax_with_its_logsumexp(width: int, scale: float) -> None:
     logits, values = random(2, 4, 5, scale=scale), random(2, 5, width, seed=1)
     logits[0, 1, 2:] = -INF
-    assert_partial(weigh(logits, values), logits.softmax(-1) @ values, logits.logsumexp(-1))
+    assert_partial(softmax_with_lse(logits, values), logits.softmax(-1) @ values, logits.logsumexp(-1))
 
 
 @pytest.mark.parametrize("width", [2, 9])
@@ -34,15 +34,19 @@ def test_empty_groups_weigh_nothing_and_pass_no_gradient(width: int) -> None:
     base, values = random(3, 4).requires_grad_(), random(4, width, seed=1).requires_grad_()
     empty = torch.tensor([False, True, False])
     logits = base.masked_fill(empty[:, None], -INF)
-    part = weigh(logits, values)
+    part = softmax_with_lse(logits, values)
     assert (part.output[1] == 0).all()
-    assert part.log_mass[1] == -INF
-    merged = merge(
-        [part, weigh(logits - 1, values), Partial(torch.zeros(3, width).double(), torch.full((3,), -INF).double())]
+    assert part.lse[1] == -INF
+    merged = merge_states(
+        [
+            part,
+            softmax_with_lse(logits - 1, values),
+            AttentionState(torch.zeros(3, width).double(), torch.full((3,), -INF).double()),
+        ]
     )
     assert (merged.output[1] == 0).all()
-    assert merged.log_mass[1] == -INF
-    (merged.output.square().sum() + merged.log_mass[~empty].sum()).backward()
+    assert merged.lse[1] == -INF
+    (merged.output.square().sum() + merged.lse[~empty].sum()).backward()
     assert (base.grad[1] == 0).all()
     assert base.grad[[0, 2]].isfinite().all()
     assert base.grad[[0, 2]].abs().sum() > 0
@@ -53,7 +57,9 @@ def test_gradients_of_weigh_and_merge() -> None:
     logits, values = random(3, 6).requires_grad_(), random(6, 2, seed=1).requires_grad_()
 
     def split(logits: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(merge([weigh(logits[:, :2], values[:2]), weigh(logits[:, 2:], values[2:])]))
+        return tuple(
+            merge_states([softmax_with_lse(logits[:, :2], values[:2]), softmax_with_lse(logits[:, 2:], values[2:])])
+        )
 
     torch.autograd.gradcheck(split, (logits, values))
 
@@ -61,16 +67,16 @@ def test_gradients_of_weigh_and_merge() -> None:
 def test_merge_is_the_softmax_of_the_union_in_any_order() -> None:
     logits, values = random(2, 3, 9, scale=50), random(2, 9, 4, seed=1)
     logits[0, 0, 3:] = -INF
-    whole = weigh(logits, values)
-    a, b, c = (weigh(logits[..., i], values[:, i]) for i in (slice(0, 2), slice(2, 3), slice(3, 9)))
-    for parts in ([a, b, c], [c, a, b], [merge([a, b]), c], [a, merge([b, c])]):
-        assert_partial(merge(parts), whole.output, whole.log_mass, atol=1e-11)
+    whole = softmax_with_lse(logits, values)
+    a, b, c = (softmax_with_lse(logits[..., i], values[:, i]) for i in (slice(0, 2), slice(2, 3), slice(3, 9)))
+    for parts in ([a, b, c], [c, a, b], [merge_states([a, b]), c], [a, merge_states([b, c])]):
+        assert_partial(merge_states(parts), whole.output, whole.lse, atol=1e-11)
 
 
 def test_dropout_of_slots_keeps_the_expectation_and_the_mass() -> None:
     logits, values = random(1, 6).expand(20000, 6), random(6, 2, seed=1)
-    plain, dropped = weigh(logits, values), weigh(logits, values, dropout=0.4)
-    assert torch.equal(plain.log_mass, dropped.log_mass)
+    plain, dropped = softmax_with_lse(logits, values), softmax_with_lse(logits, values, dropout=0.4)
+    assert torch.equal(plain.lse, dropped.lse)
     error = (dropped.output.mean(0) - plain.output[0]) / (dropped.output.std(0) / 20000**0.5)
     assert dropped.output.std(0).min() > 0.1
     assert error.abs().max() < 5
@@ -95,15 +101,15 @@ def test_own_key_reads_only_its_position() -> None:
 # -- states of blocks -----------------------------------------------------------------------------------------------
 
 
-def states(blocks: int, seed: int = 0) -> tuple[Partial, Tensor, Tensor]:
+def states(blocks: int, seed: int = 0) -> tuple[AttentionState, Tensor, Tensor]:
     c, v = random(2, blocks, 3, 5, seed=seed, scale=40), random(2, blocks, 3, 4, seed=seed + 1)
     if blocks > 1:
         c[0, 0] = -INF  # an empty first block, as left padding would leave it
-    return weigh(c.mT, v), c, v
+    return softmax_with_lse(c.mT, v), c, v
 
 
-def others_of(own: Partial, is_causal: bool) -> Partial:
-    number = torch.arange(own.log_mass.shape[-2])
+def others_of(own: AttentionState, is_causal: bool) -> AttentionState:
+    number = torch.arange(own.lse.shape[-2])
     return slots.states_around(own, number, None if is_causal else number + 1)
 
 
@@ -120,11 +126,11 @@ def test_states_of_other_blocks(
         others = [k for k in range(blocks) if (k < i if is_causal else k != i)]
         if not others:
             assert (ours.output[:, i] == 0).all()
-            assert (ours.log_mass[:, i] == -INF).all()
+            assert (ours.lse[:, i] == -INF).all()
             continue
         logits = c[:, others].flatten(1, 2).transpose(-1, -2)  # [2, slots, keys]
         expected = logits.softmax(-1).nan_to_num() @ v[:, others].flatten(1, 2)
-        torch.testing.assert_close(ours.log_mass[:, i], logits.logsumexp(-1), rtol=0, atol=1e-11)
+        torch.testing.assert_close(ours.lse[:, i], logits.logsumexp(-1), rtol=0, atol=1e-11)
         torch.testing.assert_close(ours.output[:, i], expected, rtol=0, atol=1e-11)
 
 
@@ -135,9 +141,9 @@ def test_gradients_of_both_paths_agree(is_causal: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(slots, "_DENSE_BLOCKS", dense_blocks)
         _, c, v = states(6)
         c, v = (c / 40).requires_grad_(), v.requires_grad_()
-        far = others_of(weigh(c.mT, v), is_causal)
+        far = others_of(softmax_with_lse(c.mT, v), is_causal)
         loss = (far.output * random(*far.output.shape, seed=3)).sum()
-        loss = loss + far.log_mass.masked_fill(far.log_mass == -INF, 0.0).sin().sum()
+        loss = loss + far.lse.masked_fill(far.lse == -INF, 0.0).sin().sum()
         grads.append(torch.autograd.grad(loss, (c, v)))
         assert all(g.isfinite().all() for g in grads[-1])
     for scan, dense in zip(*grads, strict=True):
@@ -147,7 +153,7 @@ def test_gradients_of_both_paths_agree(is_causal: bool, monkeypatch: pytest.Monk
 # -- neighbours -----------------------------------------------------------------------------------------------------
 
 
-def halves_reference(a: Tensor, c: Tensor, v: Tensor, half: int, is_causal: bool) -> Partial:
+def halves_reference(a: Tensor, c: Tensor, v: Tensor, half: int, is_causal: bool) -> AttentionState:
     n = a.shape[-2]
     token = torch.arange(n)
     pair, side = token // (2 * half), token // half % 2
@@ -156,7 +162,7 @@ def halves_reference(a: Tensor, c: Tensor, v: Tensor, half: int, is_causal: bool
         visible &= side[:, None] == 1
     dense = (a[..., :, None, :] + c[..., None, :, :]).logsumexp(-1).masked_fill(~visible, -INF)
     mass = dense.logsumexp(-1)
-    return Partial(dense.softmax(-1).nan_to_num() @ v, mass)
+    return AttentionState(dense.softmax(-1).nan_to_num() @ v, mass)
 
 
 @pytest.mark.parametrize(("tokens", "half"), [(2, 1), (8, 1), (8, 2), (8, 4), (12, 3)])
@@ -186,7 +192,7 @@ def test_one_key_far_above_the_rest_starves_nobody(where: int, dtype: torch.dtyp
         torch.testing.assert_close(
             ours.output, expected.output.to(dtype), rtol=0, atol=1e-4 if dtype is torch.float32 else 1e-12
         )
-        torch.testing.assert_close(ours.log_mass, expected.log_mass.to(dtype), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(ours.lse, expected.lse.to(dtype), rtol=1e-6, atol=1e-5)
 
 
 def test_slots_far_apart_do_not_underflow() -> None:
@@ -196,5 +202,5 @@ def test_slots_far_apart_do_not_underflow() -> None:
     v = torch.eye(4)[None]
     expected = halves_reference(a.double(), c.double(), v.double(), 2, False)
     assert_partial(
-        between_halves(a, c, v, 2, is_causal=False), expected.output.float(), expected.log_mass.float(), atol=1e-6
+        between_halves(a, c, v, 2, is_causal=False), expected.output.float(), expected.lse.float(), atol=1e-6
     )

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection, favor_attention, favor_log_features, softmax_attention
-from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, FavorStatistics, favor_statistics, neutral_statistics
+from hf_linattn.ops.favor.statistics import (
+    FAVOR_VARIANTS,
+    FavorStatistics,
+    favor_statistics,
+    neutral_statistics,
+)
 from hf_linattn.ops.favor.variance import (
     kernel_relative_variance,
     log_relative_moment,

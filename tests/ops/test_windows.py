@@ -19,7 +19,7 @@ from hf_linattn.functional import (
     softmax_attention,
 )
 from hf_linattn.ops.heavy import key_importance
-from hf_linattn.ops.slots import Partial, merge, states_around
+from hf_linattn.ops.slots import AttentionState, merge_states, states_around
 from hf_linattn.ops.tokens import prepare
 
 DIM = 4
@@ -96,7 +96,7 @@ def test_many_blocks_use_the_scan(is_causal: bool) -> None:
 @given(blocks=st.integers(1, 70), readers=st.integers(1, 6), seed=st.integers(0, 2**31))
 def test_states_around_is_a_merge(blocks: int, readers: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    states = Partial(
+    states = AttentionState(
         torch.randn(blocks, 3, 2, generator=generator, dtype=torch.float64),
         torch.randn(blocks, 3, generator=generator, dtype=torch.float64),
     )
@@ -106,11 +106,11 @@ def test_states_around_is_a_merge(blocks: int, readers: int, seed: int) -> None:
     for reader in range(readers):
         seen = [k for k in range(blocks) if k < before[reader] or k >= after[reader]]
         if not seen:
-            assert bool((ours.log_mass[reader] == float("-inf")).all())
+            assert bool((ours.lse[reader] == float("-inf")).all())
             continue
-        expected = merge([Partial(states.output[k], states.log_mass[k]) for k in seen])
+        expected = merge_states([AttentionState(states.output[k], states.lse[k]) for k in seen])
         torch.testing.assert_close(ours.output[reader], expected.output, rtol=0, atol=1e-12)
-        torch.testing.assert_close(ours.log_mass[reader], expected.log_mass, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.lse[reader], expected.lse, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["favor", "lara"])

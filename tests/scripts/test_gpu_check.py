@@ -19,7 +19,7 @@ from gpu_parts.kernels import Case, _compare  # noqa: E402
 from hf_linattn.functional import current_backend  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
-RESULTS = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("*.json"))
+RESULTS = sorted((ROOT / "experiments" / "results" / "gpu").glob("*.json"))
 RESULTS = [path for path in RESULTS if path.stem != "tuning"]
 
 

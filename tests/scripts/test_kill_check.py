@@ -1,4 +1,4 @@
-"""Killing recipe runs and starting them again, a few times: the whole of it is in benchmarks/results."""
+"""Killing recipe runs and starting them again, a few times: the whole of it is in experiments/results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hub_server import ROOT
 
 SCRIPT = ROOT / "scripts" / "kill_check.py"
-RESULTS = ROOT / "benchmarks" / "results" / "kill_check.json"
+RESULTS = ROOT / "experiments" / "results" / "kill_check.json"
 
 
 @pytest.mark.slow

@@ -15,14 +15,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import attention_function, scale_inputs
+from ..exact import checked_attention, scale_inputs
 from ..tokens import prepare
 from .chunks import MeanMap, Summariser
 from .estimate import eva_estimate
-from .layout import Cutting, default_chunk
+from .layout import ChunkOptions, default_chunk
 
 
-@attention_function(in_half=("cuda",))
+@checked_attention(in_half=("cuda",))
 def eva_attention(
     query: Tensor,
     key: Tensor,
@@ -109,7 +109,7 @@ def eva_attention(
     if overlap_side is not None and not overlap_window:
         raise InputError(f"overlap_side={overlap_side!r} needs overlap_window=True.")
     side = (overlap_side or ("left" if is_causal else "both")) if overlap_window else None
-    cutting = Cutting(window_size, num_chunks, chunk_size, chunking, side, is_causal, max_chunks)
+    cutting = ChunkOptions(window_size, num_chunks, chunk_size, chunking, side, is_causal, max_chunks)
     cutting.check(grid)
     if is_causal and proposals in ("sum", "mean") and query.shape[2] != key.shape[2]:
         raise InputError(

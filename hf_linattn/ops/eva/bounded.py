@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.attention_state import log_or_minus_inf
 from ..layout import pad_tokens
-from ..partial import log_or_minus_inf
 from .chunks import Summaries
 
 
 @dataclass(frozen=True)
-class Past:
+class EarlierChunks:
     """What is left of earlier tokens, in float32 or wider.
 
     latest: `[batch, heads, chunks(, head_dim)]`, `-inf` in `log_weight` where there is none; with `max_chunks` so many
@@ -38,7 +38,12 @@ class Past:
 
 
 def latest_chunks(
-    summaries: Summaries, max_chunks: int, num_windows: int, per_window: int, skipped: int, past: Past | None = None
+    summaries: Summaries,
+    max_chunks: int,
+    num_windows: int,
+    per_window: int,
+    skipped: int,
+    past: EarlierChunks | None = None,
 ) -> Summaries | None:
     """What every window reads: `max_chunks` of the chunks before it, and as the first member all that came earlier.
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..kernels.attend import attend
-from ..kernels.half_norm import half_norm
+from ...kernels.attend.operator import attend
+from ...kernels.attention_state import AttentionState, merge_logits, merge_states
+from ...kernels.half_norm.operator import half_norm
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
-from ..partial import Partial, merge, merge_few
-from ..slots import mask_logits, weigh
+from ..slots import mask_logits, softmax_with_lse
 from .layout import Chunks
 
 MeanMap = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ class Summaries:
             keys, value, bias = keys.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
         return queries, keys, bias, value
 
-    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> Partial:
+    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> AttentionState:
         """Queries read the chunks.
 
         Args:
@@ -96,7 +96,7 @@ class Summaries:
         seen = None if visible is None else visible[:, None]
         if dropout:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
-            return weigh(mask_logits(logits, seen), value, dropout=dropout)
+            return softmax_with_lse(mask_logits(logits, seen), value, dropout=dropout)
         if self.key_mean.ndim > 4:
             return attend(queries, keys, value, bias=bias)
         # Windows as one row of queries: keys, and their gradients, are then not repeated for every window.
@@ -104,14 +104,14 @@ class Summaries:
         if seen is not None:
             seen = seen.expand(-1, -1, *shape, -1).flatten(2, 3)
         read = attend(queries.flatten(2, 3), keys[:, :, 0], value[:, :, 0], bias=bias[:, :, 0], visible=seen)
-        return Partial(read.output.unflatten(2, shape), read.log_mass.unflatten(2, shape))
+        return AttentionState(read.output.unflatten(2, shape), read.lse.unflatten(2, shape))
 
-    def join(self, partial: Partial, block_x: Tensor, *, dropout: float = 0.0) -> Partial:
+    def join(self, partial: AttentionState, block_x: Tensor, *, dropout: float = 0.0) -> AttentionState:
         """What queries have read already, and the few chunks of every window, under one softmax."""
         queries, keys, bias, value = self.factors(block_x)
         if dropout or keys.shape[-2] > value.shape[-1]:
-            return merge([partial, self.read(block_x, None, dropout=dropout)])
-        return merge_few(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
+            return merge_states([partial, self.read(block_x, None, dropout=dropout)])
+        return merge_logits(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
 
 
 @dataclass(frozen=True)

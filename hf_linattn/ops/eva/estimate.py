@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...kernels.attention_state import AttentionState, merge_states
+from ...kernels.window_chunks.operator import window_chunk_attention
 from ..exact import causal_visibility, exact_partial
-from ..kernels.windows_chunks import windows_chunks
-from ..partial import Partial, merge
-from ..slots import mask_logits, weigh
+from ..slots import mask_logits, softmax_with_lse
 from ..tokens import Tokens
-from .bounded import Past, latest_chunks
+from .bounded import EarlierChunks, latest_chunks
 from .chunks import Summaries, Summariser
 from .exclusive import exclusive_layout
-from .layout import Chunks, Cutting, Layout, integer_root
+from .layout import ChunkOptions, Chunks, Layout, integer_root
 from .published import published_layout
 
 
 def eva_estimate(
     tokens: Tokens,
-    cutting: Cutting,
+    cutting: ChunkOptions,
     summarise: Summariser,
     *,
     noise: Tensor | bool = False,
     window_bias: Tensor | None = None,
     dropout: float = 0.0,
-    past: Past | None = None,
-) -> Partial:
+    past: EarlierChunks | None = None,
+) -> AttentionState:
     """What all queries read of all tokens.
 
     Args:
@@ -49,28 +49,32 @@ def eva_estimate(
         partial = _windows(tokens, block_x, layout, is_causal, bias)
     else:
         summaries = summarise(tokens.x, tokens.y, tokens.value, chunks, noise)
-        if chunks.siblings is not None:
+        if chunks.partly_seen_windows is not None:
             # Summarised first, so that the backward pass starts with what needs most memory.
             member = blocks.real(tokens.valid, tokens.y.device)
             windows = Chunks(blocks.split, member, None, blocks.num_blocks)
-            pieces = summarise(tokens.x, tokens.y, tokens.value, windows, noise is True).select(chunks.siblings)
+            pieces = summarise(tokens.x, tokens.y, tokens.value, windows, noise is True).select(
+                chunks.partly_seen_windows
+            )
         few = None if cutting.max_chunks is None else _latest(cutting, layout, summaries, past)
         if few is not None:
             partial = few.join(_windows(tokens, block_x, layout, is_causal, bias), block_x, dropout=dropout)
             past = None  # among the few
         elif chunks.hidden is not None and bias is None and not dropout and summaries.spread is None:
-            partial = _windows_and_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)
+            partial = _window_chunks(tokens, block_x, layout, is_causal, summaries, *chunks.hidden)
         else:
             far = summaries.read(block_x, chunks.seen(), dropout=dropout)
-            partial = merge([far, _windows(tokens, block_x, layout, is_causal, bias)])
+            partial = merge_states([far, _windows(tokens, block_x, layout, is_causal, bias)])
     if pieces is not None:
         partial = pieces.join(partial, block_x, dropout=dropout)
     if past is not None and past.latest.value.shape[2]:
         partial = past.together().join(partial, block_x, dropout=dropout)
-    return Partial(blocks.join(partial.output), blocks.join(partial.log_mass.unsqueeze(-1)).squeeze(-1))
+    return AttentionState(blocks.join(partial.output), blocks.join(partial.lse.unsqueeze(-1)).squeeze(-1))
 
 
-def _latest(cutting: Cutting, layout: Layout, summaries: Summaries, past: Past | None) -> Summaries | None:
+def _latest(
+    cutting: ChunkOptions, layout: Layout, summaries: Summaries, past: EarlierChunks | None
+) -> Summaries | None:
     """The few chunks that every window reads, with `max_chunks`; `None` if it reads all of them singly."""
     around, window = layout.windows, cutting.window_size
     assert cutting.max_chunks is not None
@@ -94,7 +98,7 @@ def _seen(tokens: Tokens, layout: Layout) -> Tensor | None:
     return seen
 
 
-def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, bias: Tensor | None) -> Partial:
+def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, bias: Tensor | None) -> AttentionState:
     """Exact attention of every window's queries to the keys it sees."""
     around, seen = layout.windows, _seen(tokens, layout)
     if is_causal:
@@ -104,10 +108,10 @@ def _windows(tokens: Tokens, block_x: Tensor, layout: Layout, is_causal: bool, b
     if bias is None:
         return exact_partial(block_x, keys, values, seen)
     logits = block_x.to(bias.dtype) @ keys.to(bias.dtype).transpose(-1, -2) + bias
-    return weigh(mask_logits(logits, seen), values)
+    return softmax_with_lse(mask_logits(logits, seen), values)
 
 
-def _windows_and_chunks(
+def _window_chunks(
     tokens: Tokens,
     block_x: Tensor,
     layout: Layout,
@@ -115,7 +119,7 @@ def _windows_and_chunks(
     summaries: Summaries,
     hidden_from: Tensor,
     hidden_to: Tensor,
-) -> Partial:
+) -> AttentionState:
     """The windows and all chunks under one softmax, if every window reads all chunks but a range."""
     lead = block_x.shape[:2]
 
@@ -123,7 +127,7 @@ def _windows_and_chunks(
         return x.expand(*lead, *x.shape[2:]).flatten(0, 1)
 
     seen = _seen(tokens, layout)
-    both = windows_chunks(
+    both = window_chunk_attention(
         grouped(block_x),
         grouped(layout.windows.split(tokens.y)),
         grouped(layout.windows.split(tokens.value)),
@@ -135,10 +139,10 @@ def _windows_and_chunks(
         grouped(hidden_from[:, None]),
         grouped(hidden_to[:, None]),
     )
-    return Partial(both.output.unflatten(0, lead), both.log_mass.unflatten(0, lead))
+    return AttentionState(both.output.unflatten(0, lead), both.lse.unflatten(0, lead))
 
 
-def _fit_bias(bias: Tensor, cutting: Cutting, layout: Layout, heads: int) -> Tensor:
+def _fit_bias(bias: Tensor, cutting: ChunkOptions, layout: Layout, heads: int) -> Tensor:
     """The part of `window_bias` that this layout's windows need, with room for batch and windows."""
     around, full = layout.windows, cutting.window_size
     size, left, right = around.blocks.size, around.left, around.right

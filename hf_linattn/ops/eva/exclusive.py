@@ -1,6 +1,7 @@
 """EVA with every key counted exactly once: chunks fit the windows, and a query reads those its window does not touch.
 
-Of a chunk that is longer than a window and only partly seen, the other windows are read one by one (`siblings`).
+Of a chunk that is longer than a window and only partly seen, the other windows are read one by one
+(`partly_seen_windows`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from ..constants import ordinary_tensors
 from ..layout import Blocks, fit_window, gather_tokens
 from ..tokens import Tokens
-from .layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root
+from ..tracing import outside_tracing
+from .layout import ChunkOptions, Chunks, Layout, WindowedBlocks, even_chunks, integer_root
 
 
 def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
@@ -44,19 +45,19 @@ def window_reach(window_size: int, chunk: int) -> int:
     return window_size if chunk > window_size else -(-max(1, window_size // 2) // chunk) * chunk
 
 
-def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
+def exclusive_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks that share no key, row by row."""
     num_tokens, grid, device = tokens.y.shape[2], tokens.grid, tokens.y.device
     window = fit_window(cut.window_size, num_tokens, grid)
     windows = Blocks(num_tokens, window, grid)
     if windows.num_blocks == 1:
-        return Layout(Surroundings(windows), None)
+        return Layout(WindowedBlocks(windows), None)
     if grid is not None:
         chunk = cut.chunk_size or longest_chunk(window, max(1, integer_root(cut.num_chunks)), max(grid))
         reach = window_reach(window, chunk) if cut.overlap_side else 0
-        visible, siblings = grid_table(*grid, window, chunk, reach, str(device))
-        chunks = even_chunks(Surroundings(Blocks(num_tokens, chunk, grid)), tokens, visible, siblings)
-        return Layout(Surroundings(windows, reach, reach), chunks)
+        visible, partly_seen_windows = grid_table(*grid, window, chunk, reach, str(device))
+        chunks = even_chunks(WindowedBlocks(Blocks(num_tokens, chunk, grid)), tokens, visible, partly_seen_windows)
+        return Layout(WindowedBlocks(windows, reach, reach), chunks)
 
     chunk = cut.chunk_size or longest_chunk(window, cut.num_chunks, num_tokens)
     left = right = 0
@@ -67,17 +68,19 @@ def exclusive_layout(cut: Cutting, tokens: Tokens) -> Layout:
     if cut.chunk_size or tokens.valid is None:
         blocks = Blocks(num_tokens, chunk)
         hidden = _touched(cut, windows, torch.full((1, 1), chunk, device=device), blocks.num_blocks, left, right)
-        siblings = None
+        partly_seen_windows = None
         if chunk > window:
-            siblings = _siblings(windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut)
+            partly_seen_windows = _partly_seen_windows(
+                windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut
+            )
         # No query ever reads the chunks of the last window, if causal.
         count = (windows.num_blocks - 1) * (window // chunk) if cut.is_causal else None
-        chunks = even_chunks(Surroundings(blocks), tokens, None, siblings, hidden=hidden, count=count)
-        return Layout(Surroundings(windows, left, right), chunks)
+        chunks = even_chunks(WindowedBlocks(blocks), tokens, None, partly_seen_windows, hidden=hidden, count=count)
+        return Layout(WindowedBlocks(windows, left, right), chunks)
     return _exclusive_rows(cut, tokens, windows, chunk)
 
 
-def _exclusive_rows(cut: Cutting, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
+def _exclusive_rows(cut: ChunkOptions, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
     """Rows of different length have chunks of different length, `longest` at most."""
     num_tokens, device, window = tokens.y.shape[2], tokens.y.device, windows.size
     length = chunk_length(window, cut.num_chunks, tokens.lengths)[:, None]  # [batch, 1]
@@ -94,13 +97,15 @@ def _exclusive_rows(cut: Cutting, tokens: Tokens, windows: Blocks, longest: int)
         reach = torch.where(length > window, window, (half + length - 1) // length * length)
     near = (left, right) if reach is None else (reach, reach)
     hidden = _touched(cut, windows, length, start.shape[1], *near)
-    siblings = None
+    partly_seen_windows = None
     if longest > window:
-        siblings = _siblings(windows, (length // window).clamp_min(1), longest // window, cut)
+        partly_seen_windows = _partly_seen_windows(windows, (length // window).clamp_min(1), longest // window, cut)
     index = torch.where(inside, position, -1)
     count = -(-num_tokens // longest)
-    chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, siblings=siblings, hidden=hidden)
-    return Layout(Surroundings(windows, left, right), chunks, reach)
+    chunks = Chunks(
+        lambda z: gather_tokens(z, index), inside, None, count, partly_seen_windows=partly_seen_windows, hidden=hidden
+    )
+    return Layout(WindowedBlocks(windows, left, right), chunks, reach)
 
 
 def _divisors(window: int, longest: int) -> list[int]:
@@ -108,7 +113,7 @@ def _divisors(window: int, longest: int) -> list[int]:
 
 
 def _touched(
-    cut: Cutting, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
+    cut: ChunkOptions, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first chunk that a window does not read, because it sees some of it, and the first after those it sees.
 
@@ -122,7 +127,7 @@ def _touched(
     return start, (first + windows.size + right + length - 1) // length
 
 
-def _siblings(windows: Blocks, per_chunk: Tensor, most: int, cut: Cutting) -> Tensor:
+def _partly_seen_windows(windows: Blocks, per_chunk: Tensor, most: int, cut: ChunkOptions) -> Tensor:
     """Windows in the chunks that a window's reach cuts, without those it sees; `per_chunk` `[batch or 1, 1]`."""
     own = torch.arange(windows.num_blocks, device=per_chunk.device)
     left, right = int(cut.overlap_side is not None), int(cut.overlap_side == "both")
@@ -137,27 +142,29 @@ def _siblings(windows: Blocks, per_chunk: Tensor, most: int, cut: Cutting) -> Te
 def grid_table(
     height: int, width: int, window: int, chunk: int, reach: int, device: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(`visible`, `siblings`) of the exclusive chunks of an image, as in `Chunks`.
+    """(`visible`, `partly_seen_windows`) of the exclusive chunks of an image, as in `Chunks`.
 
     A function of plain values, so `torch.compile` takes it as a constant.
     """
-    visible, siblings = _grid_table((height, width), window, chunk, reach)
-    with ordinary_tensors():
-        return visible.to(device), siblings if siblings is None else siblings.to(device)
+    visible, partly_seen_windows = _grid_table((height, width), window, chunk, reach)
+    with outside_tracing():
+        return visible.to(device), partly_seen_windows if partly_seen_windows is None else partly_seen_windows.to(
+            device
+        )
 
 
 @functools.lru_cache(maxsize=64)
 def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> tuple[Tensor, Tensor | None]:
     tokens = grid[0] * grid[1]
 
-    def membership(around: Surroundings) -> Tensor:  # [blocks, tokens]
+    def membership(around: WindowedBlocks) -> Tensor:  # [blocks, tokens]
         index = around.split(torch.arange(1, tokens + 1).unsqueeze(-1)).squeeze(-1)
         return torch.zeros(len(index), tokens + 1).scatter_(1, index, 1.0)[:, 1:]
 
-    with ordinary_tensors():
+    with outside_tracing():
         windows = Blocks(tokens, window, grid)
-        alone, seen = membership(Surroundings(windows)), membership(Surroundings(windows, reach, reach))
-        chunks = membership(Surroundings(Blocks(tokens, chunk, grid)))
+        alone, seen = membership(WindowedBlocks(windows)), membership(WindowedBlocks(windows, reach, reach))
+        chunks = membership(WindowedBlocks(Blocks(tokens, chunk, grid)))
         touched = seen @ chunks.T > 0  # [windows, chunks]
         visible = ~touched[None, :, None]
         if chunk <= window:
@@ -165,8 +172,8 @@ def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> t
         around = (touched.float() @ chunks @ alone.T > 0) & ~(seen @ alone.T > 0)
         if not around.any():
             return visible, None
-        siblings = torch.full((windows.num_blocks, int(around.sum(-1).max())), -1)
+        partly_seen_windows = torch.full((windows.num_blocks, int(around.sum(-1).max())), -1)
         for number, row in enumerate(around):
             members = row.nonzero().squeeze(-1)
-            siblings[number, : len(members)] = members
-        return visible, siblings[None]
+            partly_seen_windows[number, : len(members)] = members
+        return visible, partly_seen_windows[None]

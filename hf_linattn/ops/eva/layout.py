@@ -32,7 +32,7 @@ def integer_root(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class WindowedBlocks:
     """Blocks together with the tokens next to them: `left` before and `right` after, in every dimension."""
 
     blocks: Blocks
@@ -80,7 +80,7 @@ class Chunks:
     visible: Tensor | None
     count: int
     slots: Tensor | None = None
-    siblings: Tensor | None = None
+    partly_seen_windows: Tensor | None = None
     hidden: tuple[Tensor, Tensor] | None = None
 
     def seen(self) -> Tensor | None:
@@ -96,13 +96,13 @@ class Chunks:
 class Layout:
     """`reach` `[batch, 1]`: how far the windows of each row reach, where that is less than `windows` says."""
 
-    windows: Surroundings
+    windows: WindowedBlocks
     chunks: Chunks | None
     reach: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Cutting:
+class ChunkOptions:
     """The options of `eva_attention` that decide about the layout."""
 
     window_size: int
@@ -162,10 +162,10 @@ def nominal_reach(window_size: int, chunking: str, to_the_left: bool) -> int:
 
 
 def even_chunks(
-    around: Surroundings,
+    around: WindowedBlocks,
     tokens: Tokens,
     visible: Tensor | None,
-    siblings: Tensor | None,
+    partly_seen_windows: Tensor | None,
     slots: Tensor | None = None,
     hidden: tuple[Tensor, Tensor] | None = None,
     count: int | None = None,
@@ -178,4 +178,4 @@ def even_chunks(
 
     real = tokens.y.new_ones(1, tokens.y.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
-    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, siblings, hidden)
+    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, partly_seen_windows, hidden)

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from ..layout import Blocks, gather_tokens
 from ..tokens import Tokens
-from .layout import Chunks, Cutting, Layout, Surroundings, even_chunks, integer_root, nominal_reach
+from .layout import ChunkOptions, Chunks, Layout, WindowedBlocks, even_chunks, integer_root, nominal_reach
 
 
-def published_layout(cut: Cutting, tokens: Tokens) -> Layout:
+def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks as in the official code, row by row, without losing tokens where it does."""
     window, num_tokens, grid = cut.window_size, tokens.y.shape[2], tokens.grid
     left = nominal_reach(window, cut.chunking, cut.overlap_side == "left") if cut.overlap_side else 0
     right = left if cut.overlap_side == "both" else 0
-    windows = Surroundings(Blocks(num_tokens, window, grid), left, right)
+    windows = WindowedBlocks(Blocks(num_tokens, window, grid), left, right)
     wider = right  # chunks grow with windows that reach to both sides
     if grid is not None:
         chunk = cut.chunk_size or max(1, integer_root(num_tokens // cut.num_chunks))
-        around = Surroundings(Blocks(num_tokens, chunk, grid), wider, wider)
+        around = WindowedBlocks(Blocks(num_tokens, chunk, grid), wider, wider)
         slots = torch.full((1, 1), (chunk + 2 * wider) ** 2, device=tokens.y.device)
         return Layout(windows, even_chunks(around, tokens, None, None, slots))
 
@@ -31,7 +31,7 @@ def published_layout(cut: Cutting, tokens: Tokens) -> Layout:
     longest = cut.chunk_size or max(1, padded // cut.num_chunks)
     count = -(-padded // longest)
     if tokens.valid is None:
-        around = Surroundings(Blocks(padded, longest), wider, wider)
+        around = WindowedBlocks(Blocks(padded, longest), wider, wider)
         length = torch.full((1, 1), longest, device=tokens.y.device)
         visible = _earlier(cut, windows.blocks, length, count) if cut.is_causal else None
         return Layout(windows, even_chunks(around, tokens, visible, None, length + 2 * wider))
@@ -52,7 +52,7 @@ def published_layout(cut: Cutting, tokens: Tokens) -> Layout:
     return Layout(windows, chunks)
 
 
-def _earlier(cut: Cutting, windows: Blocks, length: Tensor, count: int) -> Tensor:
+def _earlier(cut: ChunkOptions, windows: Blocks, length: Tensor, count: int) -> Tensor:
     """`[batch or 1, windows, queries, chunks]`: chunks before the query's own; `length` `[batch or 1, 1]`."""
     device = length.device
     own = torch.arange(windows.num_blocks * windows.size, device=device) // length

@@ -15,12 +15,12 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedError
 from ..exact import compute_dtype, scale_inputs
 from ..layout import Blocks
-from ..recurrent.near import Near, Window
+from ..recurrent.window_tokens import Window, WindowTokens
 from ..slots import mask_logits
 from ..tokens import prepare
 from .chunks import MeanMap, Summaries, Summariser
 from .estimate import eva_estimate
-from .layout import Chunks, Cutting
+from .layout import ChunkOptions, Chunks
 from .state import EvaState, may_look
 
 
@@ -54,7 +54,7 @@ def eva_recurrence(
     if window_bias is not None and window_bias.ndim != 3:
         raise InputError(f"window_bias must be [heads or 1, window_size, slots] here; got {tuple(window_bias.shape)}.")
     side = "left" if overlap_window else None
-    cutting = Cutting(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
+    cutting = ChunkOptions(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
     cutting.check(None)
     summarise = Summariser(proposals, weighting, query_map, key_map, "corrected", scaling**0.5)
     summarise.check()
@@ -65,7 +65,7 @@ def eva_recurrence(
 class EvaRecurrence:
     """Causal EVA a piece at a time. No method changes the state it is given. Made by `eva_recurrence`."""
 
-    cutting: Cutting
+    cutting: ChunkOptions
     summarise: Summariser
     scaling: float
     window_bias: Tensor | None = None
@@ -91,7 +91,7 @@ class EvaRecurrence:
             static_tokens: Shapes stay the same from here on, with room for the chunks of so many tokens.
         """
         is_static, bound = static_tokens is not None, self.cutting.max_chunks
-        near = Near.empty(
+        near = WindowTokens.empty(
             key,
             value,
             with_queries=self.keeps_queries,
@@ -161,7 +161,7 @@ class EvaRecurrence:
         return output.to(query.dtype), state
 
     # -- one token --------------------------------------------------------------------------------------------------
-    def _bias(self, near: Near) -> Tensor:
+    def _bias(self, near: WindowTokens) -> Tensor:
         """`[batch or 1, heads or 1, 1, places]`: the bias of the last token's window at the places of near tokens."""
         assert self.window_bias is not None
         size, bias, places = self.cutting.window_size, self.window_bias, near.key.shape[2]
@@ -174,7 +174,7 @@ class EvaRecurrence:
         slot = (first[:, None] + torch.arange(places, device=first.device)).clamp_max(bias.shape[-1] - 1)
         return bias[:, (last % size)[:, None], slot].transpose(0, 1).unsqueeze(2)
 
-    def _inside(self, near: Near) -> list[Summaries]:
+    def _inside(self, near: WindowTokens) -> list[Summaries]:
         """Published: the chunks of near tokens before the last one's own, which it reads as well."""
         most = (near.key.shape[2] - 1) // self._chunk
         if self.cutting.chunking != "published" or not most:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..constants import ordinary_tensors
+from ..tracing import outside_tracing
 
 CONVENTIONS = ("corrected", "published")
 
@@ -168,5 +168,5 @@ def constant_index(kind: str, window_size: int, left: int, right: int, device: s
 @functools.lru_cache(maxsize=64)
 def _constant_index(kind: str, window_size: int, left: int, right: int, device: str, **options: Any) -> Tensor:
     make = table_index if kind == "table" else t5_index
-    with ordinary_tensors():
+    with outside_tracing():
         return make(window_size, left, right, **options).to(device)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ...errors import InputError
 from ..exact import compute_dtype
-from ..recurrent.near import Counts, Near
-from .bounded import Past, merge_all, merge_summaries
+from ..recurrent.window_tokens import Counts, WindowTokens
+from .bounded import EarlierChunks, merge_all, merge_summaries
 from .chunks import Summaries
 
 
@@ -27,13 +27,13 @@ class EvaState:
         older: With `max_chunks` what is older than `chunks`, as one, in at least float32; else `None`.
     """
 
-    near: Near
+    near: WindowTokens
     chunks: Summaries
     counts: Counts
     older: Summaries | None
 
     @staticmethod
-    def empty(near: Near, places: int, max_chunks: int | None, *, has_spread: bool) -> EvaState:
+    def empty(near: WindowTokens, places: int, max_chunks: int | None, *, has_spread: bool) -> EvaState:
         """No chunks, and room for some, next to tokens like those of `near`."""
         wide = compute_dtype(near.key, near.key, near.value)
 
@@ -51,9 +51,9 @@ class EvaState:
         counts = near.counts.clone() if isinstance(near.counts, Tensor) else near.counts
         return EvaState(near, _narrowed(room(places, near.key, near.value), near), counts, None)
 
-    def past(self, dtype: torch.dtype) -> Past:
+    def past(self, dtype: torch.dtype) -> EarlierChunks:
         """The chunks, in the dtype in which they are read."""
-        return Past(self.chunks.map(lambda z: z.to(dtype)), self.older)
+        return EarlierChunks(self.chunks.map(lambda z: z.to(dtype)), self.older)
 
     def rows(self, index: Tensor) -> EvaState:
         """Pick rows, as beam search does."""
@@ -70,7 +70,7 @@ class EvaState:
         older = None if self.older is None else self.older.map(pick)
         return EvaState(self.near.rows(index), self.chunks.map(pick), counts, older)
 
-    def grown(self, near: Near, fresh: Summaries, number: Tensor | None, chunk_size: int) -> EvaState:
+    def grown(self, near: WindowTokens, fresh: Summaries, number: Tensor | None, chunk_size: int) -> EvaState:
         """With new chunks, of every row the first `number` `[batch]` (`None`: all), and what is near now.
 
         Raises: InputError for more than there is room for, with static shapes.
@@ -101,7 +101,7 @@ class EvaState:
         chunks = _write(self.chunks, fresh, index, places)
         return EvaState(near, chunks, counts_now, None)
 
-    def _rolled(self, near: Near, fresh: Summaries, number: Tensor | None) -> EvaState:
+    def _rolled(self, near: WindowTokens, fresh: Summaries, number: Tensor | None) -> EvaState:
         """`grown` with a bounded number: as many of the earliest as are new move into the oldest summary."""
         wide, bound, new = fresh.value.dtype, self.chunks.value.shape[2], fresh.value.shape[2]
         assert self.older is not None
@@ -125,7 +125,7 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _narrowed(chunks: Summaries, near: Near) -> Summaries:
+def _narrowed(chunks: Summaries, near: WindowTokens) -> Summaries:
     """In the dtypes of keys and values. Variances of keys that fit into float16 need not: they take bfloat16."""
     spread = chunks.spread
     if spread is not None:

@@ -16,27 +16,15 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import attention_function, root_of, scale_inputs
+from ..exact import checked_attention, root_of, scale_inputs
 from ..layout import check_grid
+from ..slot_attention import check_chunk_size, slot_attention
 from ..tokens import prepare
-from ..windowed import check_chunk_size, slot_attention
-from .basis import FavorBasis, favor_basis, favor_log_features, favor_log_weights
-from .statistics import FavorStatistics, RowStatistics, favor_statistics, neutral_statistics, optimal_shape
-
-__all__ = [
-    "FavorBasis",
-    "FavorStatistics",
-    "favor_attention",
-    "favor_basis",
-    "favor_log_features",
-    "favor_log_weights",
-    "favor_statistics",
-    "neutral_statistics",
-    "optimal_shape",
-]
+from .features import favor_log_weights
+from .statistics import FavorStatistics, RowStatistics
 
 
-@attention_function(in_half=("cpu", "cuda"))
+@checked_attention(in_half=("cpu", "cuda"))
 def favor_attention(
     query: Tensor,
     key: Tensor,

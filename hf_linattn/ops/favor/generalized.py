@@ -20,22 +20,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
-from ..exact import attention_function, scale_inputs
-from ..factored import across_dense, causal_dense
-from ..kernels.reach import Reach
+from ...kernels.attention_state import AttentionState
+from ...kernels.block_slots.reach import BlockReach
+from ..exact import checked_attention, scale_inputs
 from ..limits import LARGEST_FACTOR
-from ..partial import Partial
-from ..slots import mask_logits, weigh
+from ..slot_attention import check_chunk_size, slot_attention
+from ..slot_weights import causal_slots_dense, inter_block_dense
+from ..slots import mask_logits, softmax_with_lse
 from ..tokens import prepare
-from ..windowed import check_chunk_size, slot_attention
 
 # Below it `log(softplus(z))` is `z` to the last digit of a float64, and above it no logarithm is of a tiny number.
 _SOFTPLUS_TAIL = -40.0
 
 
 @dataclass(frozen=True)
-class FeatureWeights:
-    """Log-weights that are no dot products: what `factored.LogWeights` is for linear ones, with the same methods.
+class DenseSlotWeights:
+    """Log-weights that are no dot products: what `LinearSlotWeights` is for linear ones, with the same methods.
 
     log_features: `[batch, heads, ..., tokens, slots]`; `-inf` where a feature is 0.
     """
@@ -46,42 +46,48 @@ class FeatureWeights:
         """`[batch, heads, ..., tokens, slots]`."""
         return self.log_features
 
-    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> FeatureWeights:
+    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> DenseSlotWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, slots]`."""
-        return FeatureWeights(fn(self.log_features))
+        return DenseSlotWeights(fn(self.log_features))
 
-    def masked(self, visible: Tensor | None) -> FeatureWeights:
+    def masked(self, visible: Tensor | None) -> DenseSlotWeights:
         """Weight 0 for tokens where `visible` (`[batch, 1, ..., tokens, 1]`) is False."""
-        return FeatureWeights(mask_logits(self.log_features, visible))
+        return DenseSlotWeights(mask_logits(self.log_features, visible))
 
-    def unbiased(self) -> FeatureWeights:
+    def unbiased(self) -> DenseSlotWeights:
         """Themselves: no factor is known to belong to a token alone."""
         return self
 
-    def biased(self, read: Partial) -> Partial:
+    def biased(self, read: AttentionState) -> AttentionState:
         """`read` as it is."""
         return read
 
-    def summarise(self, values: Tensor) -> Partial:
+    def summarise(self, values: Tensor) -> AttentionState:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
-        return weigh(self.log_features.transpose(-1, -2), values)
+        return softmax_with_lse(self.log_features.transpose(-1, -2), values)
 
-    def read(self, slots: Partial, *, extra: Tensor | None = None, dropout: float = 0.0) -> Partial:
+    def read(self, slots: AttentionState, *, extra: Tensor | None = None, dropout: float = 0.0) -> AttentionState:
         """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
-        logits = self.log_features + slots.log_mass.unsqueeze(-2)
-        return weigh(logits if extra is None else logits + extra, slots.output, dropout=dropout)
+        logits = self.log_features + slots.lse.unsqueeze(-2)
+        return softmax_with_lse(logits if extra is None else logits + extra, slots.output, dropout=dropout)
 
-    def across(
-        self, key: FeatureWeights, value: Tensor, reach: Reach, *, extra: Tensor | None = None, dropout: float = 0.0
-    ) -> Partial:
+    def inter_block(
+        self,
+        key: DenseSlotWeights,
+        value: Tensor,
+        reach: BlockReach,
+        *,
+        extra: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> AttentionState:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
-        return across_dense(self, key, value, reach, extra=extra, dropout=dropout)
+        return inter_block_dense(self, key, value, reach, extra=extra, dropout=dropout)
 
     def causal(
-        self, key: FeatureWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
-    ) -> Partial:
+        self, key: DenseSlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
+    ) -> AttentionState:
         """Queries (`self`) read all keys up to themselves."""
-        return causal_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
+        return causal_slots_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------
@@ -134,16 +140,16 @@ def generalized_log_features(z: Tensor, projection: Tensor, kernel: str, kernel_
 
 
 @dataclass(frozen=True)
-class GeneralizedBasis:
+class GeneralizedFeatureMap:
     """The features of a generalised kernel, for any number of queries and keys. `projection` as in the function."""
 
     projection: Tensor
     kernel: str
     kernel_epsilon: float
 
-    def query(self, x: Tensor) -> FeatureWeights:
+    def query(self, x: Tensor) -> DenseSlotWeights:
         """Log-features of scaled queries, or keys, `[batch, heads, tokens, head_dim]`."""
-        return FeatureWeights(generalized_log_features(x, self.projection.to(x), self.kernel, self.kernel_epsilon))
+        return DenseSlotWeights(generalized_log_features(x, self.projection.to(x), self.kernel, self.kernel_epsilon))
 
     key = query
 
@@ -151,7 +157,7 @@ class GeneralizedBasis:
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-@attention_function
+@checked_attention
 def generalized_attention(
     query: Tensor,
     key: Tensor,
@@ -213,7 +219,7 @@ def generalized_attention(
         if given:
             raise UnsupportedError(f"{NO_SOFTMAX} Got {name}={given!r}; set it to {type(given)()!r}.")
     x, y = scale_inputs(query, key, scaling)
-    weights = GeneralizedBasis(projection, kernel, kernel_epsilon).query
+    weights = GeneralizedFeatureMap(projection, kernel, kernel_epsilon).query
     if not is_causal:
         visible = None if key_mask is None else key_mask[:, None, :, None]
         is_self = x.shape[2] == y.shape[2] and not is_cross
@@ -238,8 +244,8 @@ def generalized_attention(
         dropout=slot_dropout,
     )
     # A first token whose features do not even overlap with its own has no weight to be a mean with.
-    nothing = (estimate.log_mass == float("-inf")).unsqueeze(-1)
-    return tokens.finish(Partial(estimate.output.masked_fill(nothing, 0.0), estimate.log_mass))
+    nothing = (estimate.lse == float("-inf")).unsqueeze(-1)
+    return tokens.finish(AttentionState(estimate.output.masked_fill(nothing, 0.0), estimate.lse))
 
 
 def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float, chunk_size: int | None) -> None:

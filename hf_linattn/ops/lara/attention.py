@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..exact import attention_function, exact_partial, scale_inputs
-from ..factored import LogWeights
+from ..exact import checked_attention, exact_partial, scale_inputs
 from ..layout import gather_tokens
 from ..limits import LARGEST_FACTOR, check_counts
 from ..noise import noise_factor
+from ..slot_attention import check_chunk_size, slot_attention
+from ..slot_weights import LinearSlotWeights
 from ..tokens import Tokens, prepare
-from ..windowed import check_chunk_size, slot_attention
 from .calibrated_proposals import CalibratedProposals, proposal_log_weights
 from .importance import WEIGHTINGS, draw_samples, importance_weights
 from .landmarks import LandmarkMap, find_landmarks, real_members
 
 
-@attention_function
+@checked_attention
 def lara_attention(
     query: Tensor,
     key: Tensor,
@@ -203,7 +203,7 @@ def _check_calibrated(**options: tuple[object, object]) -> None:
 
 @torch.no_grad()
 def _mass_correction(
-    tokens: Tokens, index: Tensor, query: LogWeights, key: LogWeights, extra: Tensor | None
+    tokens: Tokens, index: Tensor, query: LinearSlotWeights, key: LinearSlotWeights, extra: Tensor | None
 ) -> Tensor:
     """Mean over probe queries of (exact log mass - log mass through the slots), `[batch, heads, 1, 1]`."""
     # The middle member, counted per row so that padding in other rows has no influence.
@@ -216,10 +216,10 @@ def _mass_correction(
         return gather_tokens(z, probe).squeeze(-2)
 
     visible = None if key_visible is None else key_visible.transpose(-1, -2)
-    exact = exact_partial(at_probes(tokens.x), tokens.y, tokens.value, visible).log_mass
+    exact = exact_partial(at_probes(tokens.x), tokens.y, tokens.value, visible).lse
     readers = replace(query, tokens=at_probes(query.tokens), token_bias=at_probes(query.token_bias))
     slots = key.masked(key_visible).summarise(tokens.value)
-    ours = readers.read(slots, extra=None if extra is None else at_probes(extra)).log_mass
+    ours = readers.read(slots, extra=None if extra is None else at_probes(extra)).lse
     real = real.squeeze(-1)[:, None]
     difference = torch.where(real, exact - ours, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
     return difference[..., None, None].detach()  # an exported program forgets about `no_grad`

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..factored import LogWeights
-from ..kernels.half_norm import half_norm
+from ...kernels.half_norm.operator import half_norm
+from ..slot_weights import LinearSlotWeights
 from .importance import draw_samples, mixture_log_ratio
 
 
@@ -57,8 +57,8 @@ def sample_proposals(centroids: Tensor, noise: Tensor, *, antithetic: bool = Fal
 
 
 @dataclass(frozen=True)
-class ProposalBasis:
-    """Samples of calibrated proposals, ready for any number of queries and keys (`proposal_basis`).
+class ProposalFeatureMap:
+    """Samples of calibrated proposals, ready for any number of queries and keys (`proposal_feature_map`).
 
     Args:
         samples: `[heads, samples, head_dim]`.
@@ -70,17 +70,21 @@ class ProposalBasis:
     log_weight: Tensor
     offset: Tensor | None = None
 
-    def query(self, x: Tensor) -> LogWeights:
+    def query(self, x: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
         bias = -half_norm(x).unsqueeze(-1)
-        return LogWeights(x, bias if self.offset is None else bias + self.offset.to(x), self.samples, self.log_weight)
+        return LinearSlotWeights(
+            x, bias if self.offset is None else bias + self.offset.to(x), self.samples, self.log_weight
+        )
 
-    def key(self, y: Tensor) -> LogWeights:
+    def key(self, y: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
-        return LogWeights(y, -half_norm(y).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
+        return LinearSlotWeights(y, -half_norm(y).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
 
 
-def proposal_basis(x: Tensor, proposals: CalibratedProposals, offset: Tensor | None = None) -> ProposalBasis:
+def proposal_feature_map(
+    x: Tensor, proposals: CalibratedProposals, offset: Tensor | None = None
+) -> ProposalFeatureMap:
     """The basis for scaled queries and keys like `x` `[batch, heads, tokens, head_dim]`.
 
     Raises: InputError if the shapes do not fit.
@@ -100,15 +104,17 @@ def proposal_basis(x: Tensor, proposals: CalibratedProposals, offset: Tensor | N
         )
     _, mixture = mixture_log_ratio(centroids, samples)
     per_proposal = torch.tensor(float(samples.shape[1] // count), dtype=x.dtype, device=x.device)
-    return ProposalBasis(samples, -mixture - per_proposal.log(), offset)
+    return ProposalFeatureMap(samples, -mixture - per_proposal.log(), offset)
 
 
-def proposal_log_weights(x: Tensor, y: Tensor, proposals: CalibratedProposals) -> tuple[LogWeights, LogWeights]:
+def proposal_log_weights(
+    x: Tensor, y: Tensor, proposals: CalibratedProposals
+) -> tuple[LinearSlotWeights, LinearSlotWeights]:
     """Log-weights of queries and keys, on the scale of `exp(x . y)`.
 
     Args:
         x, y: Scaled queries and keys `[batch, heads, tokens, head_dim]`.
     Raises: InputError if the shapes do not fit.
     """
-    basis = proposal_basis(x, proposals)
+    basis = proposal_feature_map(x, proposals)
     return basis.query(x), basis.key(y)

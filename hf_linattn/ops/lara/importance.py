@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..factored import LogWeights
-from ..kernels.half_norm import half_norm
+from ...kernels.half_norm.operator import half_norm
 from ..noise import add_noise
+from ..slot_weights import LinearSlotWeights
 from ..slots import mask_logits
 
 WEIGHTINGS = ("balance", "biased", "optimal")
@@ -69,7 +69,7 @@ def importance_weights(
     alpha_coeff: float,
     visible: Tensor | None,
     beside_exact: bool,
-) -> tuple[LogWeights, LogWeights, Tensor | None]:
+) -> tuple[LinearSlotWeights, LinearSlotWeights, Tensor | None]:
     """Log-weights of queries and keys for every sample, on the scale of `exp(x . y)`.
 
     Args:
@@ -94,7 +94,7 @@ def importance_weights(
 
     # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
     used_slots = repeated(used.squeeze(-2))
-    directions, extra, log_mass = samples, None, mixture
+    directions, extra, lse = samples, None, mixture
     token_bias = -half_norm(x).unsqueeze(-1)
     if weighting == "biased":
         directions = samples + torch.cat([mu] * per_landmark, dim=-2)
@@ -115,11 +115,11 @@ def importance_weights(
         centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
         balance = (own.masked_fill(~used_slots, 0.0) - mixture.masked_fill(~used_slots, 0.0)).exp().unsqueeze(-2)
         extra = (balance + alpha_coeff * repeated(centred)).clamp_min(_SMALLEST_ALPHA).log()
-        log_mass = own
-    slot_bias = torch.where(used_slots, -log_mass, float("-inf"))
+        lse = own
+    slot_bias = torch.where(used_slots, -lse, float("-inf"))
     key_bias = -half_norm(y).unsqueeze(-1)
     return (
-        LogWeights(x, token_bias, directions, slot_bias),
-        LogWeights(y, key_bias, samples, torch.zeros_like(slot_bias)),
+        LinearSlotWeights(x, token_bias, directions, slot_bias),
+        LinearSlotWeights(y, key_bias, samples, torch.zeros_like(slot_bias)),
         extra,
     )

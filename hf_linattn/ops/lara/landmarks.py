@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..layout import gather_tokens, grid_bins, masked_mean, segment_index
-from ..slots import mask_logits, weigh
+from ..slots import mask_logits, softmax_with_lse
 from ..tokens import Tokens
 
 MIXINGS = ("none", "key", "key_value")
@@ -90,4 +90,4 @@ def mix_landmarks(key_mean: Tensor, value_mean: Tensor | None, used: Tensor) -> 
     logits = key_mean @ key_mean.transpose(-1, -2)
     if value_mean is not None:
         logits = logits + (torch.linalg.vector_norm(value_mean, dim=-1) + _NORM_EPSILON).log().unsqueeze(-2)
-    return weigh(mask_logits(logits, used), key_mean).output
+    return softmax_with_lse(mask_logits(logits, used), key_mean).output

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import attention_function, causal_visibility, scale_inputs, without_padding
+from ..exact import causal_visibility, checked_attention, scale_inputs, without_padding
 from ..noise import add_noise, noise_factor
-from ..slots import mask_logits, weigh
+from ..slots import mask_logits, softmax_with_lse
 from .importance import log_feature
 
 PROPOSALS = ("softmax_mean", "mean", "sampled")
 
 
-@attention_function
+@checked_attention
 def randomized_attention(
     query: Tensor,
     key: Tensor,
@@ -66,7 +66,7 @@ def randomized_attention(
     else:
         key_part = proposal_key_mean(x, y, visible, uniform=proposal == "mean")
     samples = add_noise(x + key_part, noise, factor)
-    return weigh(mask_logits(log_feature(y, samples).transpose(-1, -2), visible), value).output
+    return softmax_with_lse(mask_logits(log_feature(y, samples).transpose(-1, -2), visible), value).output
 
 
 def proposal_key_mean(x: Tensor, y: Tensor, visible: Tensor | None, *, uniform: bool = False) -> Tensor:
@@ -75,7 +75,7 @@ def proposal_key_mean(x: Tensor, y: Tensor, visible: Tensor | None, *, uniform: 
         logits = torch.zeros_like(x[..., :1] @ y[..., :1].transpose(-1, -2))
     else:
         logits = x @ y.transpose(-1, -2)
-    return weigh(mask_logits(logits, visible), y).output
+    return softmax_with_lse(mask_logits(logits, visible), y).output
 
 
 def _pick(y: Tensor, index: Tensor) -> Tensor:

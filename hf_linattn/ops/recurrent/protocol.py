@@ -8,14 +8,14 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from .near import Near
+from .window_tokens import WindowTokens
 
 
 class State(Protocol):
     """What is kept of the tokens seen so far: a frozen dataclass of tensors, rows first."""
 
     @property
-    def near(self) -> Near: ...
+    def near(self) -> WindowTokens: ...
 
     def rows(self, index: Tensor) -> State:
         """Pick rows `[rows]`, as beam search does."""

@@ -13,15 +13,15 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.attention_state import AttentionState, merge_states
+from ...kernels.backend import current_backend
+from ...kernels.decode.operator import decode_step
 from ..exact import compute_dtype, scale_inputs
-from ..factored import LogWeights, SlotWeights
-from ..kernels.backend import current_backend
-from ..kernels.decode import decode_step
-from ..partial import Partial, merge
-from ..slots import mask_logits, weigh
+from ..slot_attention import slot_attention
+from ..slot_weights import LinearSlotWeights, SlotWeights
+from ..slots import mask_logits, softmax_with_lse
 from ..tokens import prepare
-from ..windowed import slot_attention
-from .near import Near, Window
+from .window_tokens import Window, WindowTokens
 
 
 class Basis(Protocol):
@@ -43,12 +43,12 @@ class SlotState:
         far: The slots of all others, `[batch, heads, slots(, head_dim)]`, in at least float32.
     """
 
-    near: Near
-    far: Partial
+    near: WindowTokens
+    far: AttentionState
 
     def rows(self, index: Tensor) -> SlotState:
         """Pick rows, as beam search does."""
-        return SlotState(self.near.rows(index), Partial(*(z.index_select(0, index) for z in self.far)))
+        return SlotState(self.near.rows(index), AttentionState(*(z.index_select(0, index) for z in self.far)))
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class SlotRecurrence:
         """The state before the first token, for keys and values like these; `static_tokens` for static shapes."""
         wide = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
         shape = (*key.shape[:2], self.num_slots)
-        far = Partial(
+        far = AttentionState(
             value.new_zeros(*shape, value.shape[-1], dtype=wide), value.new_full(shape, float("-inf"), dtype=wide)
         )
         places = None if static_tokens is None else self.window.places
-        return SlotState(Near.empty(key, value, static_places=places), far)
+        return SlotState(WindowTokens.empty(key, value, static_places=places), far)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState) -> Tensor:
         """What the last tokens read, in the parallel form.
@@ -107,10 +107,10 @@ class SlotRecurrence:
             chunk_size=self.chunk_size,
             dropout=self.dropout,
         )
-        far = Partial(state.far.output.to(dtype), state.far.log_mass)
-        partial = merge([partial, reader.read(far, dropout=self.dropout)])
-        nothing = (partial.log_mass == float("-inf")).unsqueeze(-1)
-        return tokens.finish(Partial(partial.output.masked_fill(nothing, 0.0), partial.log_mass)).to(query.dtype)
+        far = AttentionState(state.far.output.to(dtype), state.far.lse)
+        partial = merge_states([partial, reader.read(far, dropout=self.dropout)])
+        nothing = (partial.lse == float("-inf")).unsqueeze(-1)
+        return tokens.finish(AttentionState(partial.output.masked_fill(nothing, 0.0), partial.lse)).to(query.dtype)
 
     def absorb(
         self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState
@@ -153,12 +153,12 @@ class SlotRecurrence:
         reader = self.basis.query(x)
         return reader if self.window.size else reader.unbiased()
 
-    def _take_in(self, far: Partial, key: Tensor, value: Tensor, mask: Tensor | None) -> Partial:
+    def _take_in(self, far: AttentionState, key: Tensor, value: Tensor, mask: Tensor | None) -> AttentionState:
         """Slots with more keys in them."""
         dtype = compute_dtype(key, key, value, self.in_half)
         weights = self.basis.key(key.to(dtype) * self.scaling**0.5)
         weights = weights.masked(None if mask is None else mask[:, None, :, None])
-        return merge([far, weights.summarise(value.to(dtype))])
+        return merge_states([far, weights.summarise(value.to(dtype))])
 
     def _pass_block(self, state: SlotState) -> SlotState:
         """Move the first block of those rows where it has left the window from the near tokens to the slots."""
@@ -174,18 +174,18 @@ class SlotRecurrence:
             far = self._take_in(far, key, value, None)
         else:
             index = torch.tensor(rows, device=key.device)
-            some = self._take_in(Partial(*(z[index] for z in far)), key[index], value[index], None)
-            far = Partial(*(z.index_copy(0, index, new) for z, new in zip(far, some, strict=True)))
+            some = self._take_in(AttentionState(*(z[index] for z in far)), key[index], value[index], None)
+            far = AttentionState(*(z.index_copy(0, index, new) for z, new in zip(far, some, strict=True)))
         return SlotState(near.drop(self.window, rows), far)
 
     def _through_slots(
-        self, reader: SlotWeights, key: Tensor, value: Tensor, far: Partial, valid: Tensor | None
-    ) -> tuple[Tensor, Partial]:
+        self, reader: SlotWeights, key: Tensor, value: Tensor, far: AttentionState, valid: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
         """Without a window: the token joins the slots, then reads them."""
         writer = self.basis.key(key * self.scaling**0.5)
         writer = writer.masked(None if valid is None else valid[:, None, None, None])
         on_triton = value.is_cuda or current_backend() == "triton"
-        if on_triton and isinstance(reader, LogWeights) and isinstance(writer, LogWeights):
+        if on_triton and isinstance(reader, LinearSlotWeights) and isinstance(writer, LinearSlotWeights):
             done = decode_step(
                 reader.tokens.squeeze(-2),
                 reader.token_bias[..., 0, 0],
@@ -197,18 +197,18 @@ class SlotRecurrence:
                 writer.slots,
                 writer.slot_bias,
                 far.output,
-                far.log_mass,
+                far.lse,
             )
-            return done.output.unsqueeze(-2), Partial(done.state_output, done.state_mass)
-        own = Partial(value.to(far.output.dtype).expand_as(far.output), _dense(writer).squeeze(-2))
-        far = merge([far, own])
-        read = weigh(_dense(reader) + far.log_mass.unsqueeze(-2), far.output)
+            return done.output.unsqueeze(-2), AttentionState(done.state_output, done.state_mass)
+        own = AttentionState(value.to(far.output.dtype).expand_as(far.output), _dense(writer).squeeze(-2))
+        far = merge_states([far, own])
+        read = softmax_with_lse(_dense(reader) + far.lse.unsqueeze(-2), far.output)
         return read.output, far
 
 
-def _read(near_logits: Tensor, near_value: Tensor, slot_logits: Tensor, far: Partial) -> Tensor:
+def _read(near_logits: Tensor, near_value: Tensor, slot_logits: Tensor, far: AttentionState) -> Tensor:
     """Near keys and slots under one softmax: `[batch, heads, 1, head_dim]`."""
-    slot_logits = slot_logits + far.log_mass.unsqueeze(-2)
+    slot_logits = slot_logits + far.lse.unsqueeze(-2)
     top = torch.maximum(near_logits.amax(-1, keepdim=True), slot_logits.amax(-1, keepdim=True))
     top = top.clamp_min(torch.finfo(top.dtype).min)
     near, slots = (near_logits - top).exp(), (slot_logits - top).exp()
@@ -218,7 +218,7 @@ def _read(near_logits: Tensor, near_value: Tensor, slot_logits: Tensor, far: Par
 
 def _dense(weights: SlotWeights) -> Tensor:
     """`weights.dense()` of a few tokens, without a copy of the slots for every row of the batch."""
-    if isinstance(weights, LogWeights) and weights.tokens.shape[0] > 1 and weights.slots.ndim > 2:
+    if isinstance(weights, LinearSlotWeights) and weights.tokens.shape[0] > 1 and weights.slots.ndim > 2:
         lead = weights.slots.shape[:-3]
         if not lead or lead[0] == 1:
             slots = weights.slots.reshape(weights.slots.shape[-3:]).to(weights.tokens.dtype)

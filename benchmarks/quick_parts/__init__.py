@@ -1,1 +1,0 @@
-"""What `benchmarks/quick.py` is made of: the figures, the process that measures them, turns, arithmetic, checkouts."""

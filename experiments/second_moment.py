@@ -1,0 +1,82 @@
+"""How much variance FAVOR#'s variants take out of the random features, on a real model and a real text.
+
+    python experiments/second_moment.py TEXT_FILE --model MODEL
+
+Prints, per layer, the mean over heads and pairs of tokens of `log( E[F^2] / exp(2 x.y) )` in nats, where `F` is one
+feature's estimate of the softmax kernel `exp(x.y)`: the log of how many features a typical kernel value needs.
+Closed form (`hf_linattn.ops.favor.variance`), so nothing is random. The statistics are those of the text itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import minilm
+import torch
+import typer
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, favor_statistics
+from hf_linattn.ops.favor.variance import mean_log_second_moment
+
+PROBE = "linattn_second_moment_probe"
+
+
+@torch.no_grad()
+def queries_and_keys(model_name: str, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
+    """Query, key and scaling of every attention layer, for the first `tokens` tokens of the text."""
+    found: list[tuple[Tensor, Tensor, float]] = []
+
+    def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        scaling = options.get("scaling")
+        found.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(PROBE, probe)
+    AttentionMaskInterface.register(PROBE, sdpa_mask)
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModel.from_pretrained(model_name, dtype=torch.float32, attn_implementation=PROBE).eval()
+    inputs = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt")
+    model(**inputs)
+    return found
+
+
+def measure(layers: list[tuple[Tensor, Tensor, float]]) -> dict[str, list[float]]:
+    """Rows of the table: the mean log second moment per layer."""
+    choices: list[tuple[str, str | None, bool]] = [("favor+", None, False)]
+    choices += [
+        (name + (" + centring" if centring else ""), name, centring)
+        for name in FAVOR_VARIANTS
+        for centring in (False, True)
+    ]
+    rows: dict[str, list[float]] = {}
+    for name, variant, centring in choices:
+        for query, key, scaling in layers:
+            chosen = variant and favor_statistics(query, key, scaling=scaling, variant=variant, centring=centring)
+            moment = mean_log_second_moment(query, key, chosen or None, scaling=scaling)
+            rows.setdefault(name, []).append(float(moment.mean()))
+    return rows
+
+
+def main(
+    text_file: Annotated[Path, typer.Argument(help="Any plain text, long enough for --tokens", exists=True)],
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model (default: MiniLM-L6)")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use")] = 512,
+) -> None:
+    """Mean log relative second moment of the kernel estimate, per layer and variant, as a Markdown table."""
+    layers = queries_and_keys(model or str(minilm.weights()), text_file.read_text(encoding="utf-8"), tokens)
+    typer.echo(f"{layers[0][0].shape[2]} tokens of {text_file.name}; nats, per layer; last column: least gain\n")
+    typer.echo("| kind | " + " | ".join(f"layer {i}" for i in range(len(layers))) + " | over favor+ |")
+    typer.echo("|---|" + "---:|" * (len(layers) + 1))
+    rows = measure(layers)
+    for name, values in rows.items():
+        gain = min(base - value for base, value in zip(rows["favor+"], values, strict=True))
+        typer.echo(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {gain:.1f} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""How close each kind is to softmax attention on pretrained weights, without any training.
+
+    python experiments/zero_shot.py --seeds 3             # the table of docs/fidelity.md
+    python experiments/zero_shot.py --text book.txt --length 512 --only heavy
+
+Per layer the relative error of the attention output on the inputs that the layer has under softmax, and end to end the
+cosine between the mean-pooled embeddings of both models. Calibrated rows take their statistics from other text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import minilm
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import track
+
+import hf_linattn
+from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig, LaraConfig
+
+
+def settings() -> dict[str, Any]:
+    """Name -> settings: windows of 64 tokens, at most 256 slots (features, landmarks or chunks, and heavy keys)."""
+    window, sliding = {"window_size": 64}, {"window_size": 64, "overlap_window": True}
+    heavy = {"num_heavy_keys": 32}
+    plus = FavorPlusConfig(num_features=256, window_size=0)
+    sharp = FavorSharpConfig(num_features=256, window_size=0)
+    dense = sharp.replace(variant="dense")
+    few = {"num_features": 224, **heavy}
+    lara = LaraConfig(num_landmarks=64, window_size=0)
+    fixed = lara.replace(proposal_source="calibrated")
+    eva = EvaConfig(num_chunks=64, **window)
+    return {
+        "FAVOR+": plus,
+        "FAVOR# SADERF": sharp,
+        "FAVOR# dense": dense,
+        "FAVOR# dense, calibrated": dense.replace(statistics="calibrated"),
+        "LARA": lara,
+        "LARA, calibrated proposals": fixed,
+        "LARA as published, without maps": LaraConfig(conventions="published", proposal_map="none"),
+        "EVA as published, without maps": EvaConfig(
+            conventions="published", proposal_map="none", num_chunks=64, **window
+        ),
+        "FAVOR+, window": plus.replace(**window),
+        "FAVOR# SADERF, window": sharp.replace(**window),
+        "FAVOR# dense, window": dense.replace(**window),
+        "LARA, window": lara.replace(**window),
+        "LARA, calibrated proposals, window": fixed.replace(**window),
+        "EVA, 64 chunks": eva,
+        "EVA, 128 chunks": eva.replace(num_chunks=128),
+        "EVA, 128 chunks, overlap": eva.replace(num_chunks=128, **sliding),
+        "FAVOR# dense, overlap": dense.replace(**sliding),
+        "FAVOR+, window, heavy keys": plus.replace(**few, **window),
+        "FAVOR# SADERF, window, heavy keys": sharp.replace(**few, **window),
+        "FAVOR# dense, window, heavy keys": dense.replace(**few, **window),
+        "FAVOR# dense, calibrated, window, heavy keys": dense.replace(statistics="calibrated", **few, **window),
+        "LARA, window, heavy keys": lara.replace(**heavy, **window),
+        "LARA, overlap, heavy keys": lara.replace(**heavy, **sliding),
+        "FAVOR# SADERF, overlap, heavy keys": sharp.replace(**few, **sliding),
+        "FAVOR# dense, overlap, heavy keys": dense.replace(**few, **sliding),
+        "FAVOR# dense, calibrated, overlap, heavy keys": dense.replace(statistics="calibrated", **few, **sliding),
+        "FAVOR# dense, 64 features, overlap, heavy keys": dense.replace(num_features=64, **heavy, **sliding),
+    }
+
+
+def main(
+    text: Annotated[list[Path] | None, typer.Option(help="Files to measure on; the licence by default.")] = None,
+    calibration_text: Annotated[
+        list[Path] | None, typer.Option(help="Other files to calibrate on; film reviews by default.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A BERT checkpoint; MiniLM-L6 by default.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    only: Annotated[str, typer.Option(help="Only rows of the table whose name contains this.")] = "",
+    seeds: Annotated[int, typer.Option(help="Average over so many seeds of the random directions.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    bert, tokenizer = minilm.load(model)
+    batches = minilm.rows(tokenizer, text or [minilm.LICENCE], length)
+    other = minilm.rows(tokenizer, calibration_text, length) if calibration_text else minilm.reviews(tokenizer, length)
+    results = {}
+    chosen = {name: config for name, config in settings().items() if only.lower() in name.lower()}
+    if not chosen or seeds < 1:
+        raise typer.BadParameter(f"Nothing to measure: no row contains {only!r}, or --seeds is {seeds}.")
+    for name, config in track(chosen.items(), description="Comparing with softmax"):
+        errors: list[list[float]] = []
+        cosines: list[float] = []
+        for seed in range(seeds):
+            converted = hf_linattn.convert(bert, config.replace(seed=seed), copy=True)
+            if hf_linattn.needs_calibration(converted):
+                hf_linattn.calibrate(converted, other)
+            report = hf_linattn.compare(converted, batches)
+            errors.append([layer.error for layer in report.layers])
+            cosines.append(report.hidden_cosine)
+        uniform = [layer.uniform_error for layer in report.layers]
+        mean = [sum(column) / seeds for column in zip(*errors, strict=True)]
+        results[name] = {"layer_errors": mean, "cosine": sum(cosines) / seeds, "settings": config.to_dict()}
+    table = ["| attention | error of layers 0 .. | cosine |", "|---|---|---|"]
+    table.append(f"| uniform attention | {' '.join(f'{e:.2f}' for e in uniform)} | |")
+    for name, found in results.items():
+        table.append(f"| {name} | {' '.join(f'{e:.2f}' for e in found['layer_errors'])} | {found['cosine']:.3f} |")
+    console = Console()
+    console.print(Markdown("\n".join(table)))
+    console.print(f"{len(batches)} rows of {length} tokens, {seeds} seed(s)")
+    if out:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        content = {"versions": versions, "rows": len(batches), "length": length, "seeds": seeds, "results": results}
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

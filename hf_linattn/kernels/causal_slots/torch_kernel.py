@@ -1,0 +1,303 @@
+r"""`causal` in plain torch: one chunk after the other, with the sums over earlier keys as a running state.
+
+Query t reads key n <= t with weight `sum_j exp(a[t, j] + c[j, n])`. With a reference `m_j` for every slot this is a
+product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the state
+
+    sums S_j = sum_n exp(c[j, n] - m_j) v_n        mass z_j = sum_n exp(c[j, n] - m_j)
+
+of the keys before it and the products inside it. `m_j` is the running maximum of `c`: nothing overflows. It may be
+that of a key which some queries of the chunk do not see yet. Where this could make what they do see underflow
+(`_is_safe`), the chunk is cut in two; a chunk of one token is always safe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of the logits of a chunk, of some rows and heads, per thread.
+_TILE = {"cpu": 1 << 16}
+_LARGE_TILE = 1 << 25
+# A state is kept for the backward pass every so many chunks; those in between are computed again.
+_SEGMENT = 16
+
+
+class _State(NamedTuple):
+    """`[groups, slots, head_dim]` and twice `[groups, slots, 1]`; `top` is the lowest number before the first key."""
+
+    sums: Tensor
+    mass: Tensor
+    top: Tensor
+
+
+class _Inputs(NamedTuple):
+    """Tokens `[groups, tokens, dim]`, slots `[groups, slots, dim]`, biases without `dim`."""
+
+    query: Tensor
+    query_slots: Tensor
+    query_slot_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+    key_slots: Tensor
+    key_slot_bias: Tensor
+    value: Tensor
+
+    def some(self, chunk: int) -> Iterator[tuple[slice, _Inputs]]:
+        """A few groups at a time."""
+        budget = _TILE["cpu"] * torch.get_num_threads() if self.query.device.type == "cpu" else _LARGE_TILE
+        step = max(1, budget // (chunk * self.key_slots.shape[1]))
+        for start in range(0, self.query.shape[0], step):
+            group = slice(start, start + step)
+            yield group, _Inputs(*(z[group] for z in self))
+
+    def first_state(self) -> _State:
+        groups, slots, _ = self.key_slots.shape
+        sums = self.key_bias.new_zeros(groups, slots, self.value.shape[-1])
+        mass = sums.new_zeros(groups, slots, 1)
+        return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
+
+    def query_logits(self, part: slice) -> Tensor:
+        """`[groups, tokens, slots]`, without the bias."""
+        wide = self.key_bias.dtype
+        return self.query[:, part].to(wide) @ self.query_slots.to(wide).mT
+
+    def key_logits(self, part: slice) -> Tensor:
+        """`[groups, slots, tokens]`, without the bias of the slots, which may as well go to the query's side."""
+        bias = self.key_bias[:, part].unsqueeze(1)
+        return (self.key_slots.to(bias.dtype) @ self.key[:, part].to(bias.dtype).mT).add_(bias)
+
+    def slot_bias(self) -> Tensor:
+        """`[groups, 1, slots]`: what both sides have."""
+        return (self.query_slot_bias + self.key_slot_bias).unsqueeze(1)
+
+    def values(self, part: slice) -> Tensor:
+        return self.value[:, part].to(self.key_bias.dtype)
+
+
+class _Keys(NamedTuple):
+    """The keys of a chunk (or of a part of one), relative to the references of `before`."""
+
+    part: slice
+    features: Tensor  # `[groups, slots, tokens]`, at most 1
+    before: _State  # the keys before the chunk
+    decay: Tensor  # what their state was multiplied with, to be relative to the same references
+
+
+class _Queries(NamedTuple):
+    """The queries of a chunk: their weights are `exp(top)` times these."""
+
+    features: Tensor  # `[groups, tokens, slots]`, at most 1
+    product: Tensor  # with the keys of the chunk, `[groups, tokens, tokens]`, 0 for later ones
+    top: Tensor  # `[groups, tokens, 1]`
+
+    def total(self, before: _State) -> Tensor:
+        """The sum of a query's weights, of the keys before the chunk and in it, `[groups, tokens, 1]`."""
+        return (self.features @ before.mass).add_(self.product.sum(-1, keepdim=True))
+
+
+def causal_forward(
+    query: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and log mass of every query, and states at some chunks for the backward pass.
+
+    Args: as `kernels.causal.causal`, with rows and heads as one dimension of groups.
+    Returns: `[groups, tokens, head_dim]`, `[groups, tokens]`, `[groups, kept, slots, head_dim]` and `[groups, kept,
+        slots, 2]`.
+    """
+    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    groups, tokens, _ = query.shape
+    kept, slots = kept_states(tokens, chunk), key_slots.shape[1]
+    output, lse = value.new_empty(groups, tokens, value.shape[-1]), key_bias.new_empty(groups, tokens)
+    sums = key_bias.new_empty(groups, kept, slots, value.shape[-1])
+    masses = key_bias.new_empty(groups, kept, slots, 2)
+    for group, few in inputs.some(chunk):
+        state = few.first_state()
+        for number, start in enumerate(range(0, tokens, chunk)):
+            if number % _SEGMENT == 0:
+                sums[group, number // _SEGMENT] = state.sums
+                masses[group, number // _SEGMENT] = torch.cat(state[1:], -1)
+            stop = min(start + chunk, tokens)
+            for keys, after in _cut(few, slice(start, stop), state):
+                _read(few, keys, output[group], lse[group])
+                state = after
+    return output, lse, sums, masses
+
+
+def causal_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    query: Tensor,
+    query_slots: Tensor,
+    query_slot_bias: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    key_slots: Tensor,
+    key_slot_bias: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    sums: Tensor,
+    masses: Tensor,
+    needs: list[bool],
+    chunk: int,
+) -> list[Tensor | None]:
+    """Gradients of the eight tensors of `causal_forward`, where `needs` says so: the chunks in reverse order.
+
+    `lse` only says which queries see nothing: weights are normalised by the sums that are recomputed with them.
+    """
+    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    wide = lse.dtype
+    found = [
+        _like(z, wide, sums_up=i in (1, 2, 5, 6)) if n else None
+        for i, (z, n) in enumerate(zip(inputs, needs, strict=True))
+    ]
+    tokens, length = query.shape[1], chunk * _SEGMENT
+    for group, few in inputs.some(chunk):
+        pass_back = _Backward(few, grad_output[group], grad_mass[group], output[group], lse[group])
+        pass_back.found = [None if total is None else total[group] for total in found]
+        for segment in reversed(range(sums.shape[1])):
+            mass, top = masses[group, segment].split(1, -1)
+            start = segment * length
+            parts = [slice(s, min(s + chunk, tokens)) for s in range(start, min(start + length, tokens), chunk)]
+            state, chunks = _State(sums[group, segment], mass, top), []
+            for part in parts:
+                for keys, after in _cut(few, part, state):
+                    chunks.append(keys)
+                    state = after
+            while chunks:
+                pass_back.chunk(chunks.pop())
+    return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, inputs, strict=True)]
+
+
+def kept_states(tokens: int, chunk: int) -> int:
+    """How many states are kept for the backward pass."""
+    return -(-tokens // (chunk * _SEGMENT))
+
+
+def _like(z: Tensor, dtype: torch.dtype, *, sums_up: bool) -> Tensor:
+    return (torch.zeros if sums_up else torch.empty)(z.shape, dtype=dtype, device=z.device)
+
+
+# -- one chunk -------------------------------------------------------------------------------------------------------
+
+
+def _safe_top(c: Tensor, state: _State) -> Tensor | None:
+    """The new reference of every slot, `[groups, slots, 1]`; `None` if the chunk has to be cut.
+
+    It is safe if nothing that a query sees can underflow because of the reference of a key that it does not see. A
+    query sees the keys before the chunk and its own: the reference may not be far above both. e^-28 of the largest
+    weight is below the rounding of float32; float64 has room to spare.
+    """
+    top = torch.maximum(c.amax(-1, keepdim=True), state.top)
+    room = -math.log(torch.finfo(c.dtype).tiny) - 28
+    if c.shape[-1] == 1 or bool((top - state.top).amax() <= room):
+        return top
+    # Padding does not count.
+    lowest = c.masked_fill(c == float("-inf"), float("inf")).amin(-1, keepdim=True)
+    return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
+
+
+def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
+    """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
+    c = inputs.key_logits(part)
+    top = _safe_top(c, state)
+    if top is None:
+        middle = (part.start + part.stop + 1) // 2
+        for half in (slice(part.start, middle), slice(middle, part.stop)):
+            for keys, after in _cut(inputs, half, state):
+                yield keys, after
+                state = after
+        return
+    decay = (state.top - top).exp_()
+    before = _State(state.sums * decay, state.mass * decay, top)
+    features = c.sub_(top).exp_()
+    sums = torch.baddbmm(before.sums, features, inputs.values(part))
+    yield _Keys(part, features, before, decay), _State(sums, before.mass + features.sum(-1, keepdim=True), top)
+
+
+def _ask(inputs: _Inputs, keys: _Keys) -> _Queries:
+    # References are large where keys are long, and similar: what they have in common is put on last, to the log mass.
+    common = keys.before.top.amax(1, keepdim=True)
+    features = inputs.query_logits(keys.part).add_((keys.before.top - common).mT + inputs.slot_bias())
+    top = features.amax(-1, keepdim=True)
+    features.sub_(top).exp_()
+    return _Queries(features, (features @ keys.features).tril_(), top + common)
+
+
+def _read(inputs: _Inputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
+    """Write the results of a chunk."""
+    part, before, queries = keys.part, keys.before, _ask(inputs, keys)
+    total = queries.total(before)
+    result = torch.baddbmm(queries.features @ before.sums, queries.product, inputs.values(part))
+    empty = total == 0
+    total.masked_fill_(empty, 1.0)
+    output[:, part] = result.div_(total)
+    lse[:, part] = total.log_().add_(queries.top).masked_fill_(empty, float("-inf")).squeeze(-1)
+
+
+class _Backward:
+    """Carries the gradient of the state from later chunks to earlier ones."""
+
+    def __init__(self, inputs: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, lse: Tensor) -> None:
+        self.inputs = inputs
+        # Of a query that sees nothing all weights are 0 anyway, and the gradient of its mass may be NaN.
+        empty = lse == float("-inf")
+        self.grad_output, self.grad_mass, self.output = grad_output, grad_mass.masked_fill(empty, 0.0), output
+        first = inputs.first_state()
+        self.sums, self.mass = first.sums, first.mass
+        self.found: list[Tensor | None] = []
+
+    def chunk(self, keys: _Keys) -> None:
+        """Gradients of a chunk."""
+        part, before, queries = keys.part, keys.before, _ask(self.inputs, keys)
+        values = self.inputs.values(part)
+        grads = self.grad_output[:, part].to(values.dtype)
+        shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
+        shift -= self.grad_mass[:, part].unsqueeze(-1)
+        # Everything is linear in features divided by the total of a query.
+        total = queries.total(before)
+        total.masked_fill_(total == 0, 1.0)
+        grads, shift = grads / total, shift / total
+        pairs = torch.baddbmm(-shift, grads, values.mT).tril_()
+
+        grad_query = torch.baddbmm(grads @ before.sums.mT, pairs, keys.features.mT)
+        grad_query.addcmul_(shift, before.mass.mT, value=-1).mul_(queries.features)
+        grad_key = torch.baddbmm(self.sums @ values.mT, queries.features.mT, pairs).add_(self.mass).mul_(keys.features)
+        if self.found[7] is not None:
+            _write(self.found[7][:, part], keys.features.mT, self.sums).baddbmm_(queries.product.mT, grads)
+        self._add((0, None, 1, 2), grad_query, part, of_keys=False)
+        self._add((3, 4, 5, 6), grad_key, part, of_keys=True)
+
+        self.sums = torch.baddbmm(self.sums, queries.features.mT, grads).mul_(keys.decay)
+        self.mass = self.mass.sub((queries.features * shift).sum(1).unsqueeze(-1)).mul_(keys.decay)
+
+    def _add(self, which: tuple[int, int | None, int, int], grad: Tensor, part: slice, *, of_keys: bool) -> None:
+        """Add what follows from the gradients of logits to those of tokens, their bias, slots and their bias."""
+        tokens, bias, slots, slot_bias = (None if i is None else self.found[i] for i in which)
+        given_tokens, given_slots = self.inputs[which[0]], self.inputs[which[2]]
+        by_token = grad.mT if of_keys else grad
+        if tokens is not None:
+            _write(tokens[:, part], by_token, given_slots.to(grad.dtype))
+        if bias is not None:
+            torch.sum(by_token, -1, out=bias[:, part])
+        if slots is not None:
+            slots += by_token.mT @ given_tokens[:, part].to(grad.dtype)
+        if slot_bias is not None:
+            slot_bias += by_token.sum(1)
+
+
+def _write(place: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` into a part of a tensor that may not be initialised."""
+    return torch.baddbmm(place, left, right, beta=0, out=place)

@@ -1,0 +1,180 @@
+"""`window_chunk_attention` in plain torch: some windows at a time, so that their logits stay in a core's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cpu_matmul import product
+
+# Logits of a tile, per thread.
+_TILE = {"cpu": 1 << 19}
+_LARGE_TILE = 1 << 26
+
+
+class _Inputs(NamedTuple):
+    """The tensors of `window_chunks_forward`, or those of a tile."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+    chunk_key: Tensor
+    chunk_bias: Tensor
+    chunk_value: Tensor
+    hidden_from: Tensor
+    hidden_to: Tensor
+
+
+class _Tile(NamedTuple):
+    """Where a tile is, and its inputs: some groups, some windows and the chunks that they may read."""
+
+    windows: tuple[slice, slice]
+    chunks: tuple[slice, slice]
+    inputs: _Inputs
+
+    def logits(self, is_causal: bool) -> tuple[Tensor, Tensor]:
+        """`[groups, windows, queries, keys]` and `[groups, windows, queries, chunks]`, `-inf` where hidden."""
+        query, key, _, visible, chunk_key, chunk_bias, _, hidden_from, hidden_to = self.inputs
+        wide = chunk_bias.dtype
+        query = query.to(wide)
+        near = query @ key.to(wide).mT
+        if visible is not None:
+            near.masked_fill_(~visible, float("-inf"))
+        if is_causal:
+            length, keys = near.shape[-2:]
+            past = torch.ones(length, keys, dtype=torch.bool, device=near.device).tril_(keys - length)
+            near.masked_fill_(~past, float("-inf"))
+        far = product(query.flatten(1, 2), chunk_key.to(wide).mT)
+        number = torch.arange(chunk_key.shape[1], device=near.device)
+        hidden = (number >= hidden_from[..., None]) & (number < hidden_to[..., None])
+        bias = chunk_bias.unsqueeze(1).masked_fill(hidden, float("-inf"))
+        return near, far.unflatten(1, query.shape[1:3]).add_(bias.unsqueeze(2))
+
+
+def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
+    query, chunks = inputs.query, inputs.chunk_key.shape[1]
+    groups, windows, length, _ = query.shape
+    budget = _TILE["cpu"] * torch.get_num_threads() if query.device.type == "cpu" else _LARGE_TILE
+    per_window = length * (inputs.key.shape[2] + chunks)
+    width = max(1, min(windows, budget // per_window))
+    depth = max(1, budget // (per_window * width)) if width == windows else 1
+    last, first = inputs.hidden_from.amax(0).tolist(), inputs.hidden_to.amin(0).tolist()
+    for start in range(0, groups, depth):
+        group = slice(start, start + depth)
+        for window in range(0, windows, width):
+            some = slice(window, window + width)
+            # Causal windows read nothing behind the hidden chunks, and only some of those before.
+            count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
+            place, read = (group, some), (group, slice(0, count))
+            few = _Inputs(
+                inputs.query[place],
+                inputs.key[place],
+                inputs.value[place],
+                None if inputs.visible is None else inputs.visible[place],
+                inputs.chunk_key[read],
+                inputs.chunk_bias[read],
+                inputs.chunk_value[read],
+                inputs.hidden_from[place],
+                inputs.hidden_to[place],
+            )
+            yield _Tile(place, read, few)
+
+
+def window_chunks_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    chunk_key: Tensor,
+    chunk_bias: Tensor,
+    chunk_value: Tensor,
+    hidden_from: Tensor,
+    hidden_to: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output `[groups, windows, queries, head_dim]` and log mass. Arguments as in `window_chunk_attention`."""
+    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+    output = value.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = chunk_bias.new_empty(query.shape[:-1])
+    for tile in _tiles(inputs):
+        near, far = tile.logits(is_causal)
+        top = near.amax(-1, keepdim=True)
+        if far.shape[-1]:
+            top = torch.maximum(top, far.amax(-1, keepdim=True))
+        top.clamp_min_(torch.finfo(top.dtype).min)
+        near.sub_(top).exp_()
+        far.sub_(top).exp_()
+        total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+        empty = total == 0
+        total.masked_fill_(empty, 1.0)
+        values, chunk_values = tile.inputs.value.to(top.dtype), tile.inputs.chunk_value.to(top.dtype)
+        result = near @ values
+        result += product(far.flatten(1, 2), chunk_values).view_as(result)
+        output[tile.windows] = result.div_(total)
+        mass = total.log_().add_(top).masked_fill_(empty, float("-inf"))
+        lse[tile.windows] = mass.squeeze(-1)
+    return output, lse
+
+
+def window_chunks_backward(
+    grad_output: Tensor,
+    grad_mass: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    chunk_key: Tensor,
+    chunk_bias: Tensor,
+    chunk_value: Tensor,
+    hidden_from: Tensor,
+    hidden_to: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    is_causal: bool,
+) -> list[Tensor | None]:
+    """Gradients of query, key, value, chunk_key, chunk_bias and chunk_value, where `needs` says so.
+
+    Weights are relative to the joint mass, so each part's gradients are those of an attention with these results.
+    """
+    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+    wide = lse.dtype
+    like = (query, key, value, chunk_key, chunk_bias, chunk_value)
+    found = [
+        (torch.empty if i < 3 else torch.zeros)(z.shape, dtype=wide, device=z.device) if needed else None
+        for i, (z, needed) in enumerate(zip(like, needs, strict=True))
+    ]
+    for tile in _tiles(inputs):
+        few, (near, far) = tile.inputs, tile.logits(is_causal)
+        mass = lse[tile.windows].unsqueeze(-1)
+        # Where nothing is visible all weights are 0, and the gradient of the mass, which may be NaN, does not count.
+        empty = mass == float("-inf")
+        mass = mass.masked_fill(empty, 0.0)
+        near.sub_(mass).exp_()
+        far = far.sub_(mass).exp_().flatten(1, 2)
+        queries, grads = few.query.to(wide), grad_output[tile.windows].to(wide)
+        flat_queries, flat_grads = queries.flatten(1, 2), grads.flatten(1, 2)
+        if found[2] is not None:
+            found[2][tile.windows] = near.mT @ grads
+        if found[5] is not None:
+            found[5][tile.chunks].baddbmm_(far.mT, flat_grads)
+        if not (needs[0] or needs[1] or needs[3] or needs[4]):
+            continue
+        shift = (grads * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grad_mass[tile.windows].unsqueeze(-1)
+        shift.masked_fill_(empty, 0.0)
+        near.mul_((grads @ few.value.to(wide).mT).sub_(shift))
+        far.mul_(product(flat_grads, few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
+        if found[0] is not None:
+            grad = near @ few.key.to(wide)
+            found[0][tile.windows] = grad.add_(product(far, few.chunk_key.to(wide)).view_as(grad))
+        if found[1] is not None:
+            found[1][tile.windows] = near.mT @ queries
+        if found[3] is not None:
+            found[3][tile.chunks].baddbmm_(far.mT, flat_queries)
+        if found[4] is not None:
+            found[4][tile.chunks] += far.sum(1)
+    return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, like, strict=True)]

@@ -1,0 +1,270 @@
+"""EVA: efficient attention via control variates (Zheng et al. 2023, arXiv:2302.04542)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, InputError
+from ...ops.eva.attention import eva_attention
+from ...ops.eva.chunks import PROPOSALS, WEIGHTINGS
+from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
+from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
+from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
+from ...ops.limits import LARGEST_COUNT
+from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..config import AttentionConfig
+from ..defaults import CONVENTIONS
+from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..registry import AttentionKind, register_kind
+
+AUTO = "auto"
+RELATIVE_POSITIONS = ("none", "table", "t5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaConfig(AttentionConfig):
+    """Settings of EVA. See `AttentionConfig` for the shared ones; `window_size` must be at least 1.
+
+    Args:
+        num_chunks: Upper bound of the number of chunks in a bidirectional layer. "published" chunking: chunks have
+            `tokens // num_chunks` tokens, also in a causal layer without `chunk_size`.
+        chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`; "auto" is the largest up to 16.
+            `None` only with "published" chunking: a prefix then does not give what it gives inside a longer sequence,
+            and there is no cache of constant cost.
+        max_chunks: In a causal layer with "exclusive" chunking, how many chunks a query reads singly, the latest ones;
+            what came before is one summary. The cost per token, and the cache, then do not grow with the context.
+            `None`: all of them singly.
+        proposals: Where a chunk's proposal stands: "sum" (mean query + mean key), "mean" (half of that), "key" (mean
+            key) or "none" (0). `None` takes the default of the model family: "sum" for encoders, "key" for decoders:
+            a stock cache, as native mode has, keeps keys only. (The state of a converted layer keeps the queries of
+            its window where they are needed.)
+        weighting: "size" weighs a chunk by its number of keys; "spread" also by their variance along the query; "none"
+            not at all.
+        chunking: "exclusive" (every key counts once) or "published" (all chunks are visible, also those that the
+            window covers).
+        proposal_map: Learned map of the mean query and key of each chunk (`modules/proposals.py`). Converted models
+            only; native mode has no parameters.
+        relative_position: Learned bias of the window's logits, zero at first: "none", "table" (one per relative
+            position and head) or "t5" (one per bucket of distances and head). Converted models only.
+        relative_index: "corrected", or "published" for tables trained with the official code
+            (`ops/eva/relative_position.py`; its T5 biases are also scaled like the dot product). `None`: that of
+            `conventions`.
+        relative_dims: 1 if tokens are a sequence, 2 if they are the patches of an image. `None`: that of the family.
+        sample_noise: Add standard normal noise to the proposals in training.
+        noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
+        conventions: "corrected" or "published": the defaults of the fields that are `None`
+            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: in native mode generate
+            with `use_cache=False`, or set proposals="key".
+    """
+
+    kind = "eva"
+
+    num_chunks: int = 128
+    chunk_size: int | str | None = AUTO
+    max_chunks: int | None = None
+    proposals: str | None = None
+    weighting: str | None = None
+    chunking: str | None = None
+    proposal_map: str | None = None
+    relative_position: str = "none"
+    relative_index: str | None = None
+    relative_dims: int | None = None
+    sample_noise: bool | None = None
+    noise_scale: str | None = None
+    conventions: str = "corrected"
+
+    def filled(self, defaults: Mapping[str, Any]) -> EvaConfig:
+        config = super().filled(defaults)
+        if config.chunk_size == AUTO and config.window_size:
+            config = config.replace(chunk_size=default_chunk(config.window_size))
+        return config
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_int("window_size", minimum=1, optional=True)
+        self._check_int("num_chunks", minimum=1)
+        if self.chunk_size != AUTO:
+            if isinstance(self.chunk_size, str):
+                self._fail("chunk_size", f"an integer >= 1, {AUTO!r} or None")
+            self._check_int("chunk_size", minimum=1, optional=True)
+        self._check_int("max_chunks", minimum=1, optional=True)
+        self._check_choice("proposals", PROPOSALS, optional=True)
+        self._check_choice("weighting", WEIGHTINGS, optional=True)
+        self._check_choice("chunking", CHUNKINGS, optional=True)
+        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_choice("relative_position", RELATIVE_POSITIONS)
+        self._check_choice("relative_index", CONVENTIONS, optional=True)
+        self._check_int("relative_dims", minimum=1, maximum=2, optional=True)
+        self._check_bool("sample_noise", optional=True)
+        self._check_choice("noise_scale", CONVENTIONS, optional=True)
+        self._check_choice("conventions", CONVENTIONS)
+
+
+class EvaAttention(LinearAttention):
+    """EVA with learned maps of the chunk means."""
+
+    kind = "eva"
+    config: EvaConfig
+
+    @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        super().check(config, shape)
+        assert isinstance(config, EvaConfig)
+        window = config.window_size
+        if shape.is_causal and config.relative_dims == 2:
+            raise ConfigError("EvaConfig.relative_dims must be 1 in a causal layer, which reads a sequence; got 2.")
+        if not window:
+            raise ConfigError(
+                f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
+            )
+        if shape.is_causal and config.chunk_size is None and config.chunking != "published":
+            raise ConfigError(
+                "EvaConfig.chunk_size must be an integer in a causal layer with chunking='exclusive'; got None."
+            )
+        if config.max_chunks is not None and not shape.is_causal:
+            raise ConfigError(
+                "EvaConfig.max_chunks must be None in a bidirectional layer, where no chunk is older than another; got"
+                f" {config.max_chunks!r}. Use num_chunks to bound their number."
+            )
+        if config.max_chunks is not None and config.chunking == "published":
+            raise ConfigError(
+                f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
+                " Set chunking='exclusive'."
+            )
+        if config.relative_position != "none" and _table_entries(config, shape.is_causal) > LARGEST_COUNT:
+            raise ConfigError(
+                f"EvaConfig.relative_position must be 'none' with so large a window: its table would have more than"
+                f" {LARGEST_COUNT} entries per head; got window_size={window!r}. Take a smaller window, or 't5'."
+            )
+        if isinstance(config.chunk_size, int) and shape.is_causal and window % config.chunk_size:
+            raise ConfigError(
+                f"EvaConfig.chunk_size must divide window_size in a causal layer; got"
+                f" chunk_size={config.chunk_size!r} and window_size={window!r}. Set"
+                f" chunk_size={default_chunk(window)}, or {AUTO!r}."
+            )
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        assert isinstance(config, EvaConfig)
+        assert config.proposal_map is not None
+        spec = proposal_spec(config.proposal_map, "key", shape)
+        if config.proposals in ("sum", "mean"):
+            spec |= proposal_spec(config.proposal_map, "query", shape)
+        if config.relative_position != "none":
+            size = (shape.num_heads, _table_entries(config, shape.is_causal))
+            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+        return spec
+
+    @classmethod
+    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
+        assert isinstance(config, EvaConfig)
+        # Without a length of their own, chunks change with every token.
+        return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
+
+    @staticmethod
+    def _chunk(config: EvaConfig) -> int | None:
+        """`chunk_size` as a number: of filled-in settings, which a layer has."""
+        assert not isinstance(config.chunk_size, str)
+        return config.chunk_size
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
+        config, state = self.config, self.tensors()
+        return eva_recurrence(
+            window_size=config.window_size or 1,
+            chunk_size=self._chunk(config),
+            overlap_window=config.overlap_window,
+            chunking=config.chunking or "exclusive",
+            max_chunks=config.max_chunks,
+            proposals=config.proposals or "key",
+            weighting=config.weighting or "size",
+            query_map=proposal_map(state, "query"),
+            key_map=proposal_map(state, "key"),
+            window_bias=_window_bias(config, state.get("relative_table"), None, scaling, is_causal=True),
+            scaling=scaling,
+            slot_dropout=config.slot_dropout if self.training else 0.0,
+        )
+
+    @classmethod
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        assert isinstance(config, EvaConfig)
+        choices: dict[str, Any] = {
+            name: getattr(config, name) for name in ("chunking", "proposals", "weighting", "noise_scale")
+        }
+        return eva_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            num_chunks=config.num_chunks,
+            chunk_size=cls._chunk(config) if inputs.is_causal else None,
+            max_chunks=config.max_chunks,
+            **choices,
+            query_map=proposal_map(state, "query"),
+            key_map=proposal_map(state, "key"),
+            noise=bool(inputs.training and config.sample_noise),
+            window_bias=_window_bias(
+                config, state.get("relative_table"), inputs.grid, inputs.scaling, is_causal=inputs.is_causal
+            ),
+            **inputs.options(config),
+        )
+
+
+def _sides(config: EvaConfig, is_causal: bool) -> tuple[int, int]:
+    """Slots before and after a window that a bias has to cover."""
+    window = config.window_size or 1
+    if not config.overlap_window:
+        return 0, 0
+    reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
+    return reach, 0 if is_causal else reach
+
+
+def _index_options(config: EvaConfig, is_causal: bool) -> dict[str, int | bool | str]:
+    options: dict[str, int | bool | str] = {"is_grid": config.relative_dims == 2}
+    options["convention"] = config.relative_index or config.conventions
+    if config.relative_position == "t5":
+        buckets, distance = t5_sizes(config.window_size or 1, _sides(config, is_causal)[0])
+        options |= {"num_buckets": buckets, "max_distance": distance, "is_causal": is_causal}
+    return options
+
+
+def _table_entries(config: EvaConfig, is_causal: bool) -> int:
+    options = _index_options(config, is_causal)
+    if config.relative_position == "t5":
+        buckets = int(options["num_buckets"])
+        return buckets**2 if options["is_grid"] and options["convention"] == "corrected" else buckets
+    return table_size(config.window_size or 1, *_sides(config, is_causal), **options)  # type: ignore[arg-type]
+
+
+def _window_bias(
+    config: EvaConfig, table: Tensor | None, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
+) -> Tensor | None:
+    """`[heads, queries, slots]` from the learned table; `None` without one (native mode)."""
+    if table is None:
+        return None
+    dims = 1 if grid is None else 2
+    if dims != (config.relative_dims or 1):
+        raise InputError(
+            f"This layer's relative positions are those of {config.relative_dims or 1} dimension(s); got"
+            f" grid={grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
+            f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
+        )
+    options, sides, kind = _index_options(config, is_causal), _sides(config, is_causal), config.relative_position
+    bias = table[:, constant_index(kind, config.window_size or 1, *sides, str(table.device), **options)]
+    return bias * scaling if kind == "t5" and options["convention"] == "published" else bias
+
+
+register_kind(
+    AttentionKind(
+        name="eva",
+        title="EVA",
+        config_cls=EvaConfig,
+        module_cls=EvaAttention,
+        supports_causal=True,
+        supports_cross=False,
+        paper="arXiv:2302.04542",
+    )
+)

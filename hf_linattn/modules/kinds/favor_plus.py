@@ -1,0 +1,203 @@
+"""FAVOR+: positive orthogonal random features, or those of a generalised kernel (Choromanski et al. 2021).
+
+arXiv:2009.14794.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...ops.favor.attention import favor_attention
+from ...ops.favor.features import favor_feature_map
+from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
+from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..config import AttentionConfig
+from ..redraw import RedrawnTensor, forget, set_training_step, watch
+from ..registry import AttentionKind, register_kind
+from ..slot_recurrence import like, slot_recurrence
+
+
+@dataclass(frozen=True, kw_only=True)
+class FavorConfig(AttentionConfig):
+    """Settings shared by FAVOR+ and FAVOR#.
+
+    Args:
+        num_features: Random features per head (M). Cost grows with it, error falls like its square root.
+        orthogonal: Orthogonal directions; False draws them independently.
+        shared_projection: One set of directions for all heads of a layer instead of one per head.
+        redraw_interval: New directions every so many training (optimizer) steps, `None` for never. They follow from
+            the seed, the layer and the step alone. The training loop has to tell the step:
+            `hf_linattn.training.LinAttnCallback` with a Trainer, `hf_linattn.training.redraw_projections` elsewhere.
+        num_heavy_keys: Keys of the row that every query sees exactly (bidirectional only); 0 for none.
+        chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
+            the slots (causal or with a window). Changes cost, never the result.
+    """
+
+    num_features: int = 256
+    orthogonal: bool = True
+    shared_projection: bool = False
+    redraw_interval: int | None = None
+    num_heavy_keys: int = 0
+    chunk_size: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_int("num_features", minimum=1)
+        self._check_even_overlap()
+        self._check_int("chunk_size", minimum=1, maximum=4096, optional=True)
+        if self.chunk_size is not None and self.chunk_size & (self.chunk_size - 1):
+            self._fail("chunk_size", "a power of two, or None")
+        self._check_bool("orthogonal")
+        self._check_bool("shared_projection")
+        self._check_int("num_heavy_keys", minimum=0)
+        interval = self.redraw_interval
+        is_integer = isinstance(interval, int) and not isinstance(interval, bool)
+        if interval is not None and not (is_integer and 1 <= interval < 2**63):
+            self._fail("redraw_interval", "an integer >= 1 (training steps), or None for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FavorPlusConfig(FavorConfig):
+    """Settings of FAVOR+. See `FavorConfig` and `AttentionConfig` for the shared ones.
+
+    Args:
+        regularized: Directions of fixed length `head_dim ** 0.5` instead of chi-distributed ones: a little less
+            variance, a slight bias.
+        kernel: "softmax" estimates softmax attention. "relu", "exp", "sigmoid", "softplus", "abs" and "square" make it
+            generalised kernel attention with features `kernel(W z) + kernel_epsilon` (Performer-ReLU and others): an
+            attention of its own that a pretrained model has to be trained for, without window, global tokens and heavy
+            keys, which are 0 by default then.
+        kernel_epsilon: Part of a generalised kernel's definition; not used by "softmax", which has no epsilon. With 0
+            a query whose features overlap those of no key gives 0.
+    """
+
+    kind = "favor_plus"
+
+    regularized: bool = False
+    kernel: str = "softmax"
+    kernel_epsilon: float = 1e-3
+
+    def filled(self, defaults: Mapping[str, Any]) -> FavorPlusConfig:
+        if self.kernel != "softmax":
+            defaults = {**defaults, "window_size": 0, "num_global_tokens": 0}
+        return super().filled(defaults)
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_bool("regularized")
+        self._check_choice("kernel", ("softmax", *KERNELS))
+        self._check_factor("kernel_epsilon")
+        if self.kernel != "softmax":
+            for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
+                if getattr(self, field):
+                    self._fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
+            if self.overlap_window:
+                self._fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
+        if self.regularized and not self.orthogonal:
+            self._fail(
+                "regularized",
+                "False when orthogonal=False",
+                "Fixed lengths only make sense for orthogonal directions.",
+            )
+
+
+def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:
+    """The layer's directions: `[num_heads, num_features, head_dim]`, shared ones `[num_features, head_dim]`."""
+    num_heads = None if config.shared_projection else shape.num_heads
+    size = (config.num_features, shape.head_dim)
+
+    def draw(count: int) -> Tensor:
+        # Redraw 0 has the seed of a layer that is never redrawn.
+        number = (count,) if count else ()
+        return draw_projection(
+            num_heads,
+            *size,
+            seed=derive_seed(config.seed, shape.layer_idx, "projection", *number),
+            orthogonal=config.orthogonal,
+            regularized=regularized,
+        )
+
+    return RedrawnTensor(
+        shape=size if num_heads is None else (num_heads, *size), learned=False, draw=lambda: draw(0), redraw=draw
+    )
+
+
+class FavorAttention(LinearAttention):
+    """What FAVOR+ and FAVOR# share: redrawn directions."""
+
+    def set_training_step(self, step: int) -> bool:
+        """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""
+        return set_training_step(self, step)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        forget(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        watch(self)
+        return super().forward(*args, **kwargs)
+
+
+class FavorPlusAttention(FavorAttention):
+    """FAVOR+ with the layer's own directions."""
+
+    kind = "favor_plus"
+    config: FavorPlusConfig
+    projection: Tensor
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        assert isinstance(config, FavorPlusConfig)
+        return {"projection": projection_spec(config, shape, regularized=config.regularized)}
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        config, features = self.config, self.config.num_features
+        projection = self.tensors()["projection"]
+        if config.kernel != "softmax":
+            kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
+            return slot_recurrence(self, kernel, features, scaling=scaling)
+        basis = favor_feature_map(like(query), projection)
+        return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
+
+    @classmethod
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        assert isinstance(config, FavorPlusConfig)
+        if config.kernel != "softmax":
+            return generalized_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                state["projection"],
+                kernel=config.kernel,
+                kernel_epsilon=config.kernel_epsilon,
+                chunk_size=config.chunk_size,
+                **inputs.options(config),
+            )
+        return favor_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            state["projection"],
+            num_heavy_keys=config.num_heavy_keys,
+            chunk_size=config.chunk_size,
+            **inputs.options(config),
+        )
+
+
+register_kind(
+    AttentionKind(
+        name="favor_plus",
+        title="FAVOR+",
+        config_cls=FavorPlusConfig,
+        module_cls=FavorPlusAttention,
+        supports_causal=True,
+        supports_cross=True,
+        paper="arXiv:2009.14794",
+    )
+)

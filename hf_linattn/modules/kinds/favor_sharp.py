@@ -1,0 +1,231 @@
+"""FAVOR#: data-adapted positive random features (Likhosherstov et al. 2023, arXiv:2302.00787)."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError, UnsupportedError
+from ...ops.favor.attention import favor_attention
+from ...ops.favor.features import favor_feature_map
+from ...ops.favor.moments import without_rounding
+from ...ops.favor.statistics import (
+    DENSE_VARIANTS,
+    FAVOR_VARIANTS,
+    FavorMoments,
+    FavorStatistics,
+    favor_statistics,
+    neutral_statistics,
+)
+from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs, LayerShape, StateTensor
+from ..config import AttentionConfig
+from ..registry import AttentionKind, register_kind
+from ..slot_recurrence import like, slot_recurrence
+from .favor_plus import FavorAttention, FavorConfig, projection_spec
+
+SOURCES = ("row", "calibrated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FavorSharpConfig(FavorConfig):
+    """Settings of FAVOR#. See `FavorConfig` and `AttentionConfig` for the shared ones.
+
+    Args:
+        variant: How the features are fitted to the data (see `hf_linattn.functional.favor_statistics`): "gerf"
+            stretches all directions by the optimal factor; "saderf" also balances the coordinates of queries and keys;
+            "aderf" balances them with a matrix; "sderf" rotates to principal axes and stretches each; "dense" is
+            "aderf" and "sderf" together and has the least variance. The last three cost O(head_dim ** 3) where
+            statistics are taken, and as much as two more projections when they are used.
+        centring: Take the mean query and key off first: exact, and less variance.
+        statistics: Where the statistics come from: "row", the real tokens of each row (bidirectional only: a causal
+            layer must not look at later tokens), or "calibrated", buffers that `hf_linattn.calibrate` sets. `None`
+            is "row" in a bidirectional layer and "calibrated" in a causal one.
+    """
+
+    kind = "favor_sharp"
+
+    variant: str = "saderf"
+    centring: bool = True
+    statistics: str | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_choice("variant", FAVOR_VARIANTS)
+        self._check_bool("centring")
+        self._check_choice("statistics", SOURCES, optional=True)
+
+
+class FavorSharpAttention(FavorAttention):
+    """FAVOR# with the layer's own directions and, if calibrated, stored statistics.
+
+    Buffers of a calibrated layer: `statistics_query_mean`, `statistics_key_mean`, `statistics_shape`
+    (`[1, heads, 1, head_dim]`), `statistics_query_transform`, `statistics_key_transform`
+    (`[1, heads, head_dim, head_dim]`) and `calibrated_tokens` (scalar; 0 until calibrated).
+    """
+
+    kind = "favor_sharp"
+    config: FavorSharpConfig
+
+    @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        assert isinstance(config, FavorSharpConfig)
+        super().check(config, shape)
+        if shape.is_causal and config.statistics == "row":
+            raise UnsupportedError(
+                "Statistics of the row itself would let a token of a causal layer see later ones; got"
+                " statistics='row'. Use 'calibrated' (or None) and hf_linattn.calibrate."
+            )
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        assert isinstance(config, FavorSharpConfig)
+        spec = {"projection": projection_spec(config, shape)}
+        if config.statistics == "calibrated":
+            neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
+            for name, tensor in neutral._asdict().items():
+                spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
+            spec["calibrated_tokens"] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+        return spec
+
+    @classmethod
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        assert isinstance(config, FavorSharpConfig)
+        if config.statistics == "calibrated":
+            statistics = _stored(state)
+            _warn_if_neutral(state["calibrated_tokens"])
+        else:
+            statistics = favor_statistics(
+                inputs.query,
+                inputs.key,
+                key_mask=inputs.key_mask,
+                scaling=inputs.scaling,
+                variant=config.variant,
+                centring=config.centring,
+            )
+        return favor_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            state["projection"],
+            statistics=statistics,
+            num_heavy_keys=config.num_heavy_keys,
+            chunk_size=config.chunk_size,
+            **inputs.options(config),
+        )
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        state = self.tensors()
+        basis = favor_feature_map(like(query), state["projection"], _stored(state))
+        return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
+
+    def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
+        if self.config.statistics != "calibrated":
+            return None
+        return FavorCalibration(self.config, self.shape)
+
+
+def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
+    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
+
+
+class FavorCalibration:
+    """Moments of a layer's scaled queries and keys, in float64; implements `modules.base.Calibration`."""
+
+    def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
+        self.config = config
+        self.shape = shape
+        self.moments = FavorMoments.empty(shape.num_heads, shape.head_dim)
+
+    def update(self, inputs: AttentionInputs) -> None:
+        self.moments = self.moments.update(
+            inputs.query,
+            inputs.key,
+            key_mask=inputs.key_mask,
+            scaling=inputs.scaling,
+            is_causal=inputs.is_causal,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return self.moments.tensors()
+
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        moments = [FavorMoments(**state) for state in states]
+        self.moments = sum(moments[1:], moments[0])
+
+    def result(self) -> dict[str, Tensor]:
+        check_calibration(self.moments, self.config.variant, self.shape.layer_idx)
+        statistics = self.moments.statistics(self.config.variant, self.config.centring)
+        values = {f"statistics_{name}": value.float() for name, value in statistics._asdict().items()}
+        for name in ("statistics_query_transform", "statistics_key_transform"):
+            if values[name].shape[-2] == 1:
+                values[name] = torch.diag_embed(values[name].squeeze(-2))
+        return {**values, "calibrated_tokens": self.moments.key_count.float().reshape(())}
+
+
+def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
+    """Raise `InputError` for moments that are no statistics: of too few tokens, of equal ones, not finite."""
+    seen, dim = int(min(moments.query_count, moments.key_count)), moments.query_mean.shape[-1]
+    if not seen:
+        raise InputError(
+            f"FAVOR# needs real tokens to take statistics of; got {int(moments.query_count)} queries and"
+            f" {int(moments.key_count)} keys. Calibrate with batches that are not all padding."
+        )
+    # The second moments of d dimensions about their mean have full rank from d + 1 tokens on.
+    needed = dim + 1 if variant in DENSE_VARIANTS else 2
+    if seen < needed:
+        why = f"one more than the {dim} dimensions of a head" if variant in DENSE_VARIANTS else "for a variance"
+        raise InputError(
+            f"Calibrating FAVOR# with variant={variant!r} needs at least {needed} real tokens ({why}); got {seen}."
+            " Pass more batches (some tens of thousands of tokens)."
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in moments.tensors().values()):
+        raise InputError(
+            f"The queries or keys of the calibration data are not all finite (inf or NaN) in layer {layer}."
+        )
+    sides = (moments.query_scatter, moments.query_mean), (moments.key_scatter, moments.key_mean)
+    if not any(bool(without_rounding(scatter / seen, mean).any()) for scatter, mean in sides):
+        raise InputError(
+            f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take"
+            " statistics of. Calibrate with typical inputs."
+        )
+
+
+_checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
+    """Say so if there are no statistics. Reads values: looks at each tensor once, not while compiling.
+
+    A module raises before it comes here; native mode, which keeps no state, is what this is for.
+    """
+    if torch.compiler.is_compiling() or calibrated_tokens.is_meta:
+        return
+    if _checked_statistics.get(id(calibrated_tokens)) is calibrated_tokens:
+        return
+    _checked_statistics[id(calibrated_tokens)] = calibrated_tokens
+    if not bool(calibrated_tokens):
+        warnings.warn(
+            "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
+            " itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
+            " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
+            stacklevel=2,
+        )
+
+
+register_kind(
+    AttentionKind(
+        name="favor_sharp",
+        title="FAVOR#",
+        config_cls=FavorSharpConfig,
+        module_cls=FavorSharpAttention,
+        supports_causal=True,
+        supports_cross=True,
+        paper="arXiv:2302.00787",
+    )
+)

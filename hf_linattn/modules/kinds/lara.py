@@ -1,0 +1,235 @@
+"""LARA: linear randomized attention (Zheng et al. 2022, arXiv:2204.04667)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.lara.attention import lara_attention
+from ...ops.lara.calibrated_proposals import proposal_feature_map, sample_proposals
+from ...ops.lara.importance import WEIGHTINGS
+from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ...ops.limits import LARGEST_COUNT
+from ...ops.noise import NOISE_SCALES
+from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..config import AttentionConfig
+from ..defaults import CONVENTIONS
+from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..registry import AttentionKind, register_kind
+from ..slot_recurrence import like, slot_recurrence
+from .lara_calibration import ProposalCalibration
+
+PROPOSAL_SOURCES = ("landmarks", "calibrated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaraConfig(AttentionConfig):
+    """Settings of LARA. See `AttentionConfig` for the shared ones.
+
+    Args:
+        num_landmarks: Proposals per row: segments of the sequence, or (rounded down to a square) bins of the image.
+            Of calibrated proposals the number of centroids per head.
+        proposal_source: "landmarks" of the row itself, or proposals "calibrated" on data (`hf_linattn.calibrate`) and
+            fixed. `None`: calibrated in a causal layer, where landmarks would see later tokens, landmarks otherwise.
+        weighting: How samples are weighed: "balance" (balance heuristic), "biased" (towards the query's own
+            proposals) or "optimal" (plus a per-query correction). Calibrated proposals know "balance" only.
+        alpha_coeff: Strength of the correction of "optimal".
+        mixing: "key" mixes the key landmarks with each other by a softmax, "key_value" also counts the size of their
+            values, "none" leaves them. Landmarks only.
+        proposal_map: Learned map of the queries and keys of each landmark (`modules/proposals.py`). Converted models
+            only; native mode has no parameters. Calibrated proposals have no map; there any value but "none" only
+            says that the layer learns its mass offset beside exact keys.
+        map_stage: Apply the maps to the "mean" of a landmark, or to its "tokens" before averaging.
+        sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
+            (landmarks) or where they were drawn once (calibrated).
+        noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
+        samples_per_landmark: Samples of each proposal: of landmarks with noise, of calibrated proposals always.
+            `None`: 2 of calibrated proposals, 1 of landmarks.
+        antithetic: Every sample also with the opposite noise: twice as many. `None`: if calibrated.
+        num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
+        conventions: "corrected" or "published": the defaults of the fields that are `None`
+            (`modules/defaults.py`).
+    """
+
+    kind = "lara"
+
+    num_landmarks: int = 64
+    proposal_source: str | None = None
+    weighting: str | None = None
+    alpha_coeff: float = 1.0
+    mixing: str | None = None
+    proposal_map: str | None = None
+    map_stage: str | None = None
+    sample_noise: bool | None = None
+    noise_scale: str | None = None
+    samples_per_landmark: int | None = None
+    antithetic: bool | None = None
+    num_heavy_keys: int = 0
+    conventions: str = "corrected"
+
+    def validate(self) -> None:
+        super().validate()
+        self._check_int("num_landmarks", minimum=1)
+        self._check_even_overlap()
+        self._check_choice("proposal_source", PROPOSAL_SOURCES, optional=True)
+        self._check_choice("weighting", WEIGHTINGS, optional=True)
+        self._check_factor("alpha_coeff")
+        self._check_choice("mixing", MIXINGS, optional=True)
+        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
+        self._check_choice("map_stage", MAP_STAGES, optional=True)
+        self._check_bool("sample_noise", optional=True)
+        self._check_choice("noise_scale", NOISE_SCALES, optional=True)
+        self._check_int("samples_per_landmark", minimum=1, optional=True)
+        if self.num_landmarks * (self.samples_per_landmark or 1) > LARGEST_COUNT:
+            self._fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
+        self._check_bool("antithetic", optional=True)
+        self._check_int("num_heavy_keys", minimum=0)
+        self._check_choice("conventions", CONVENTIONS)
+
+
+def is_calibrated(config: LaraConfig, shape: LayerShape) -> bool:
+    """Whether the layer's proposals come from calibration."""
+    return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
+
+
+class LaraAttention(LinearAttention):
+    """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
+
+    kind = "lara"
+    config: LaraConfig
+
+    @classmethod
+    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+        super().check(config, shape)
+        assert isinstance(config, LaraConfig)
+        if not is_calibrated(config, shape):
+            if shape.is_causal:
+                raise UnsupportedError(
+                    "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
+                    " would see later keys. Use proposal_source='calibrated' (or None) and hf_linattn.calibrate, or"
+                    " another kind: 'favor_plus', 'favor_sharp' or 'eva'."
+                )
+            return
+        if config.conventions == "published":
+            raise UnsupportedError(
+                "The published LARA knows no calibrated proposals, and so no causal form; got conventions='published'."
+                " Use conventions='corrected'"
+                + (
+                    ", or 'favor_plus', 'favor_sharp' or 'eva'."
+                    if shape.is_causal
+                    else ", or proposal_source='landmarks'."
+                )
+            )
+        for field, only in (("weighting", "balance"), ("mixing", "none"), ("noise_scale", "corrected")):
+            given = getattr(config, field)
+            if given not in (None, only):
+                raise UnsupportedError(
+                    f"Calibrated proposals fix the samples and their weights, so {field} must be {only!r}; got"
+                    f" {given!r}. Leave it None."
+                )
+
+    @classmethod
+    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        assert isinstance(config, LaraConfig)
+        assert config.proposal_map is not None
+        spec: dict[str, StateTensor] = {}
+        if is_calibrated(config, shape):
+            spec = _calibrated_spec(config, shape)
+        else:
+            for side in ("query", "key"):
+                spec |= proposal_spec(config.proposal_map, side, shape)
+        exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
+        if config.proposal_map != "none" and exact:
+            size = (shape.num_heads,)
+            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+        return spec
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        state = self.tensors()
+        proposals = sample_proposals(
+            state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
+        )
+        offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
+        basis = proposal_feature_map(like(query), proposals, offset)
+        return slot_recurrence(self, basis, basis.samples.shape[-2], scaling=scaling)
+
+    def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
+        """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
+        if not is_calibrated(self.config, self.shape):
+            return None
+        return ProposalCalibration(
+            self.shape,
+            self.config.num_landmarks,
+            num_global_tokens=self.config.num_global_tokens or 0,
+            seed=self.config.seed,
+            stream=stream,
+        )
+
+    @classmethod
+    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        assert isinstance(config, LaraConfig)
+        draw_noise = bool(inputs.training and config.sample_noise)
+        own: dict[str, Any]
+        if "centroids" in state:
+            noise = state["proposal_noise"]
+            noise = torch.randn_like(noise) if draw_noise else noise
+            own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=bool(config.antithetic))}
+        else:
+            own = {
+                "num_landmarks": config.num_landmarks,
+                "weighting": config.weighting,
+                "alpha_coeff": config.alpha_coeff,
+                "mixing": config.mixing,
+                "query_map": proposal_map(state, "query"),
+                "key_map": proposal_map(state, "key"),
+                "map_stage": config.map_stage,
+                "noise": draw_noise,
+                "noise_scale": config.noise_scale,
+                "samples_per_landmark": config.samples_per_landmark,
+                "antithetic": config.antithetic,
+            }
+        return lara_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            offset=state.get("mass_offset"),
+            num_heavy_keys=config.num_heavy_keys,
+            **own,
+            **inputs.options(config),
+        )
+
+
+def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
+    """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
+    heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
+    assert config.samples_per_landmark is not None
+    rows = count * config.samples_per_landmark
+    seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
+    return {
+        "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
+        "proposal_noise": StateTensor(
+            (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
+        ),
+        "calibrated_tokens": StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+    }
+
+
+register_kind(
+    AttentionKind(
+        name="lara",
+        title="LARA",
+        config_cls=LaraConfig,
+        module_cls=LaraAttention,
+        supports_causal=True,
+        causal_needs_data=True,
+        supports_cross=False,
+        paper="arXiv:2204.04667",
+    )
+)

@@ -1,0 +1,347 @@
+"""`RecurrentMemory`: what one causal layer has seen of a batch of sequences that are still growing.
+
+Tokens are absorbed into the state as soon as their queries have read. They are *held* instead, one by one, while
+something may still need them: under autograd until the next call (so that a training step costs what it costs without
+a cache), and while recording until `crop` (assisted decoding takes tokens back).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..ops.recurrent.pending import PendingTokens, added, fingerprint
+from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
+from .config import AttentionConfig
+
+
+class Layer(Protocol):
+    """What a memory asks of the attention layer that it belongs to (`modules.base.LinearAttention`)."""
+
+    @property
+    def config(self) -> AttentionConfig: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+    training: bool
+    revision: int  # how often directions or statistics have changed
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def read(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, scaling: float
+    ) -> Tensor: ...
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]: ...
+
+
+# Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
+TAKEN_BACK = 256
+
+
+class RecurrentMemory:
+    """The state of one layer for a batch of sequences, and the tokens that are not yet part of it.
+
+    `layer(query, key, value, memory=memory)` reads it and takes the new tokens in. Nothing in it grows with the number
+    of tokens, but for EVA's chunk summaries without `max_chunks`.
+
+    Args:
+        static_tokens: Keep all shapes, and the tensors themselves, the same from token to token (for compiled steps),
+            with room for so many tokens where room is needed.
+    """
+
+    def __init__(self, *, static_tokens: int | None = None) -> None:
+        self.static_tokens = static_tokens
+        self.is_recording = False
+        self.state: Any = None
+        self._held: PendingTokens | None = None
+        self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
+        self._seen = 0
+        self._settings: Any = None
+        self._revision: tuple[weakref.ref[Layer], int] | None = None
+        self._recurrence: Recurrence[Any] | None = None
+        self._made_from: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do without what follows from the layer."""
+        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_revision": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentMemory:
+        twin = type(self)(static_tokens=self.static_tokens)
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        twin._revision = self._revision
+        return twin
+
+    # -- reading and taking in --------------------------------------------------------------------------------------
+    def advance(
+        self,
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        *,
+        scaling: float,
+    ) -> Tensor:
+        """What the new tokens' queries read; the tokens are then part of the past.
+
+        Args:
+            query, key, value: `[batch, heads, tokens, head_dim]` of the new tokens. key_mask: `[batch, tokens]`.
+        Returns: `[batch, heads, tokens, head_dim]`.
+        Raises: InputError for another batch, layer or shape than before; UnsupportedError in training with noise.
+        """
+        self._check(layer, query, key)
+        learns = torch.is_grad_enabled() and (
+            any(z.requires_grad for z in (query, key, value)) or any(z.requires_grad for z in layer.tensors().values())
+        )
+        is_new = self._settings is None
+        if is_new:
+            self._settings = (layer.config, layer.shape)
+            self._revision = (weakref.ref(layer), layer.revision)
+        if is_new and learns and not self.is_recording and self.static_tokens is None:
+            # A training step: the state is made if there is a next call.
+            self._held = PendingTokens(query, key, value, key_mask)
+            self._note(key.shape[2], key_mask)
+            return layer.read(query, key, value, key_mask, scaling=scaling)
+        with torch.autocast(query.device.type, enabled=False):
+            recurrence = self._recurrence_of(layer, query, scaling, keep=not (learns or layer.training))
+            if self.state is None:
+                self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
+                self._make_static()
+            self._settle(recurrence)
+            self._note(key.shape[2], key_mask)
+            is_one = key.shape[2] == 1 and (key_mask is None or self.static_tokens is not None)
+            if is_one and self._held is None and not (learns or self.is_recording or layer.training):
+                valid = None if key_mask is None else key_mask[:, 0]
+                output, state = recurrence.step(query, key, value, self.state, valid)
+                self._store(state)
+                return output
+            new = PendingTokens(query if recurrence.keeps_queries else None, key, value, key_mask)
+            tokens = new if self._held is None else self._held.then(new)
+            if is_new:
+                output = layer.read(query, key, value, key_mask, scaling=scaling)
+            else:
+                output = self._attend(layer, recurrence, query, tokens)
+            self._held = tokens
+            if not (learns or self.is_recording):
+                self._absorb_held(recurrence)
+        return output
+
+    def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: PendingTokens) -> Tensor:
+        """What `query`, the last of `tokens`, reads from the state and from them."""
+        if layer.training and getattr(layer.config, "sample_noise", False):
+            raise UnsupportedError(
+                "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."
+                " Call model.eval(), or train on whole sequences (use_cache=False)."
+            )
+        queries = query if tokens.query is None else tokens.query
+        output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
+        return output[:, :, output.shape[2] - query.shape[2] :]
+
+    def _settle(self, recurrence: Recurrence[Any]) -> None:
+        """Absorb what need not be held any longer; while recording, all but the last tokens."""
+        held = self._held
+        if held is None or not self.is_recording:
+            self._absorb_held(recurrence)
+        elif held.tokens > 2 * TAKEN_BACK:
+            self._held = held.cut(0, held.tokens - TAKEN_BACK)
+            self._absorb_held(recurrence)
+            self._held = held.cut(held.tokens - TAKEN_BACK, held.tokens)
+
+    def _absorb_held(self, recurrence: Recurrence[Any]) -> None:
+        held = self._held
+        if held is not None:
+            self._held = None
+            self._store(recurrence.absorb(held.query, held.key, held.value, held.mask, self.state))
+
+    def _recurrence_of(self, layer: Layer, query: Tensor, scaling: float, *, keep: bool) -> Recurrence[Any]:
+        """The layer's recurrent form, made again only when something it is made of has changed."""
+        if torch.compiler.is_compiling():
+            return self._recurrence or layer.recurrence(query, scaling=scaling)
+        tensors = tuple(layer.tensors().values())
+        # The tensors are kept: another one may get the id of one that is gone.
+        made_from = (
+            tuple((id(t), None if t.is_inference() else t._version) for t in tensors),
+            (scaling, query.dtype, query.device),
+            tensors,
+        )
+        if self._recurrence is None or not keep or self._made_from is None or self._made_from[:2] != made_from[:2]:
+            self._recurrence = layer.recurrence(query, scaling=scaling)
+            self._made_from = made_from if keep else None
+        return self._recurrence
+
+    def _check(self, layer: Layer, query: Tensor, key: Tensor) -> None:
+        if not layer.shape.is_causal:
+            raise UnsupportedError(
+                "Only a causal layer can read a sequence piece by piece; this one sees later tokens."
+            )
+        if query.shape[:3] != key.shape[:3]:
+            raise InputError(
+                "A layer with a memory takes queries and keys of the same, new tokens; got"
+                f" {tuple(query.shape)} and {tuple(key.shape)}."
+            )
+        if self._settings is None:
+            return
+        if self._settings != (layer.config, layer.shape):
+            found = _difference(self._settings, (layer.config, layer.shape))
+            raise InputError(f"This memory belongs to another layer: {found}. Start with a new cache.")
+        known = self._revision
+        if known is not None and known[0]() is layer and known[1] != layer.revision:
+            raise InputError(
+                f"The directions or statistics of layer {layer.shape.layer_idx} have changed (a redraw, a calibration,"
+                " other weights) since it read the first tokens, and what it remembers of them was made with the old"
+                " ones. Start with a new cache."
+            )
+        if key.shape[0] != self.batch:
+            raise InputError(
+                f"This memory holds {self.batch} sequences; got a batch of {key.shape[0]}. Start with a new cache, or"
+                " use its batch_repeat_interleave or batch_select_indices."
+            )
+
+    # -- bookkeeping of padding -------------------------------------------------------------------------------------
+    def _note(self, tokens: int, key_mask: Tensor | None) -> None:
+        """Remember what was real, for `check_past`. Reads values; not with static shapes, which may compile."""
+        if self.static_tokens is not None:
+            return
+        if key_mask is not None or self._real is not None:
+            self._real = added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
+        self._seen += tokens
+
+    def _fingerprint(self) -> tuple[int, ...]:
+        return self._fingerprint_of(None, self._seen, 0) if self._real is None else self._real
+
+    def _fingerprint_of(self, key_mask: Tensor | None, tokens: int, start: int) -> tuple[int, ...]:
+        if key_mask is not None:
+            return fingerprint(key_mask, start)
+        return fingerprint(torch.ones(1, tokens, dtype=torch.bool), start) * self.batch
+
+    def check_past(self, real: tuple[int, ...] | None) -> None:
+        """Raise `InputError` if a mask calls other earlier tokens real than were read; `None` stands for all."""
+        if self.static_tokens is not None or not self._seen or (real is None and self._real is None):
+            return
+        told = self._fingerprint_of(None, self._seen, 0) if real is None else real
+        rows = [row for row, pair in enumerate(zip(told, self._fingerprint(), strict=True)) if pair[0] != pair[1]]
+        if rows:
+            raise InputError(
+                f"attention_mask calls other tokens real among the {self._seen} earlier ones than when they were read,"
+                f" in rows {rows}. What a layer with a state of constant size has read cannot be masked, or unmasked,"
+                " later: pass the attention_mask over all tokens that was used before, followed by that of the new"
+                " ones. (Given none, `generate` makes one from pad_token_id.)"
+            )
+
+    # -- rows and time ----------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        """Sequences in the batch; -1 before the first token."""
+        tensor = next(self._tensors(), None)
+        return -1 if tensor is None else int(tensor.shape[0])
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from state_tensors(self.state)
+        yield from state_tensors(self._held)
+
+    def rows(self, index: Tensor) -> None:
+        """Keep the rows `index` `[rows]`, in that order, some perhaps several times."""
+        tensor = next(self._tensors(), None)
+        if tensor is None:
+            return
+        index, held = index.to(tensor.device), self._held
+        if self.state is not None:
+            self._store(self.state.rows(index))
+        if held is not None:
+            parts = (held.query, held.key, held.value, held.mask)
+            self._held = PendingTokens(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
+        if self._real is not None:
+            self._real = tuple(self._real[row] for row in index.tolist())
+
+    def crop(self, count: int) -> None:
+        """Take the last `count` tokens back. Those before them become final.
+
+        At least the last `TAKEN_BACK` tokens read in earlier calls, and all of the last call, can be taken back.
+
+        Raises: UnsupportedError for tokens that were not recorded (`is_recording`).
+        """
+        held = self._held
+        available = 0 if held is None else held.tokens
+        if count > available:
+            raise UnsupportedError(
+                f"Cannot take {count} tokens back, only {available} here: those read while recording"
+                " (`cache.activate_past_recording()`, which assisted generation does) and since the last crop, after"
+                " which what is left is final. Keep a copy of the cache from before, or read the text again."
+            )
+        if held is None:
+            return
+        kept = held.cut(0, held.tokens - count)
+        if self._recurrence is None:
+            raise UnsupportedError(
+                "A copied cache, or one filled under autograd without recording, cannot be cropped before it has read"
+                " its next tokens. Crop before copying."
+            )
+        self._seen -= count
+        if self._real is not None:
+            mask = None if held.mask is None else held.mask[:, held.tokens - count :]
+            gone = self._fingerprint_of(mask, count, self._seen)
+            self._real = added(self._real, tuple(-z for z in gone))
+        self._held = kept if kept.tokens else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and held.requires_grad()):
+            self._absorb_held(self._recurrence)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.static_tokens is None or self.state is None or self._recurrence is None:
+            is_recording = self.is_recording
+            self.__init__(static_tokens=self.static_tokens)  # type: ignore[misc]
+            self.is_recording = is_recording
+            return
+        # The tensors stay where they are: a captured graph may know them.
+        near = self.state.near
+        self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
+        self._held = None
+
+    # -- storage ----------------------------------------------------------------------------------------------------
+    def _make_static(self) -> None:
+        if self.static_tokens is not None and not torch.compiler.is_compiling():
+            for tensor in state_tensors(self.state):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _store(self, state: Any) -> None:
+        if self.static_tokens is None:
+            self.state = state
+            return
+        pairs = list(zip(state_tensors(self.state), state_tensors(state), strict=True))
+        if any(old.shape != new.shape for old, new in pairs):  # another batch
+            self.state = state
+            self._make_static()
+            return
+        for old, new in pairs:
+            old.copy_(new)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> RecurrentMemory:
+        """Move everything to a device; returns itself, as accelerate's hooks expect of an argument that has `to`."""
+        if self.state is not None:
+            self.state = map_state(self.state, lambda z: z.to(device, non_blocking=non_blocking))
+        if self._held is not None:
+            self._held = map_state(self._held, lambda z: z.to(device, non_blocking=non_blocking))
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and of held tokens."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
+        return sum(storages.values())
+
+
+def _difference(own: tuple[AttentionConfig, Any], other: tuple[AttentionConfig, Any]) -> str:
+    """What tells the layer that filled a memory from the one that it is given to: (settings, shape) of each."""
+    if own[0].kind != other[0].kind:
+        return f"filled by {own[0].kind!r}, given to {other[0].kind!r}"
+    pairs = [(vars(a), vars(b)) for a, b in zip(own, other, strict=True)]
+    names = [f"{name}={a[name]!r} and {name}={b[name]!r}" for a, b in pairs for name in a if a[name] != b[name]]
+    return "filled with and given to " + ", ".join(names)

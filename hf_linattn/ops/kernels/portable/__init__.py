@@ -1,1 +1,0 @@
-"""The kernels in plain torch: what runs on a CPU, and what the Triton kernels are compared with."""

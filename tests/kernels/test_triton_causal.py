@@ -1,0 +1,68 @@
+"""Causal attention through slots in Triton against the portable form in float64, with all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hf_linattn.kernels.causal_slots import torch_kernel as portable
+from hf_linattn.kernels.causal_slots.triton_launch import causal_backward, causal_forward
+
+INF = float("inf")
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def case(groups: int, tokens: int, slots: int, dim: int, width: int) -> list[Tensor]:
+    shapes = [(groups, tokens, dim), (groups, tokens), (groups, slots, dim), (groups, slots)] * 2
+    query, _, *others = (random(*shape, seed=i) for i, shape in enumerate(shapes))
+    return [query, *others, random(groups, tokens, width, seed=9)]
+
+
+def check(inputs: list[Tensor], limit: float, device: str = "cpu") -> None:
+    inputs = [z.to(device) for z in inputs]
+    grads = random(*inputs[-1].shape, seed=10).to(device), random(*inputs[-1].shape[:2], seed=11).to(device)
+    results, wide = causal_forward(*inputs, 32), [z.double() for z in inputs]
+    expected = portable.causal_forward(*wide, 32)
+    assert [z.shape for z in results] == [z.shape for z in expected]
+    empty = expected[1] == -INF
+    clean = grads[0].double(), grads[1].double().masked_fill(empty, 0.0)
+    found = [*results[:2], *causal_backward(*grads, *inputs, *results, [True] * 8, 32)]
+    exact = [*expected[:2], *portable.causal_backward(*clean, *wide, *expected, [True] * 8, 32)]
+    for number, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert not a.isnan().any(), number
+        torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit, msg=lambda m, n=number: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tokens", [1, 65, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 64, 200))])
+def test_matches_the_portable_form(tokens: int) -> None:
+    check(case(2, tokens, 5, 4, 3), 5e-5)
+
+
+def test_masked_keys() -> None:
+    inputs = case(2, 100, 5, 4, 3)
+    inputs[4][0, :70] = inputs[4][1, 60:] = -INF
+    check(inputs, 5e-5)
+
+
+def test_only_what_is_needed() -> None:
+    inputs = case(1, 40, 3, 4, 2)
+    grads, results = (random(1, 40, 2, seed=10), random(1, 40, seed=11)), causal_forward(*inputs, 32)
+    whole = causal_backward(*grads, *inputs, *results, [True] * 8, 32)
+    for index in range(8):
+        needs = [i == index for i in range(8)]
+        found = causal_backward(*grads, *inputs, *results, needs, 32)
+        assert [g is not None for g in found] == needs
+        torch.testing.assert_close(found[index], whole[index], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 80])
+def test_on_a_gpu(dim: int) -> None:
+    inputs = case(8, 1000, 256, dim, dim)
+    check([z * dim**-0.25 if z.ndim == 3 else z for z in inputs], 5e-4, "cuda")
