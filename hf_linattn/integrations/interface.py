@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from ..modules.base import AttentionInputs
-from ..modules.config import AttentionConfig
-from ..modules.registry import get_kind, list_kinds
-from ..modules.whole import attend as attend_whole
+from ..modules.registry import list_kinds
 from ..ops.tracing import known
-from .advice import converting, cross_settings, instead, softmax_name
+from .advice import softmax_name
 from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .canary import check_model
@@ -25,9 +22,9 @@ from .graph_checks import require_order, require_pattern
 from .keywords import check_keywords
 from .layers import linear_layer
 from .masks import linattn_mask
-from .native import image_grid, native_layer
+from .native import image_grid, native_attention
 from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
-from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens, pad_one_key, token_mask
+from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens, token_mask
 from .undo import give_back
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -138,10 +135,9 @@ def attend(
             return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
         output = held(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
     else:
-        output = _native(
+        output = native_attention(
             kind,
             module,
-            config,
             query,
             key,
             value,
@@ -149,7 +145,7 @@ def attend(
             scaling=scaling,
             is_causal=is_causal,
             cross=cross,
-            kwargs=kwargs,
+            grid=kwargs.get("grid"),
         )
     return output.transpose(1, 2).contiguous(), None  # models take views of it
 
@@ -244,72 +240,3 @@ def _converted_grid(module: nn.Module, layer: Any, key: Tensor, kwargs: dict[str
         return None
     found = image_grid(module.config, key.shape[2], kwargs.get("grid"))
     return found[0] if found is not None and found[1] == layer.config.num_global_tokens else None
-
-
-def _native(
-    kind: str,
-    module: nn.Module,
-    config: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    is_causal: bool,
-    cross: bool,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    declared = get_kind(kind)
-    if is_causal and not declared.supports_causal:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
-            f"{instead(config, is_causal=True)}"
-        )
-    if is_causal and declared.causal_needs_data:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) in a causal model works with statistics of other data, which only a"
-            f" converted model can keep. {converting(config, kind)}{instead(config, is_causal=True)}"
-        )
-    if cross and not declared.supports_cross:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
-            f"{instead(config, is_causal=False, cross=True)}"
-        )
-    family = family_of(config, is_causal=is_causal)
-    image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
-    given = getattr(config, "linear_attention", None)
-    if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
-        config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
-    settings, state = native_layer(
-        kind,
-        family,
-        given,
-        known(query.shape[1]),
-        known(query.shape[3]),
-        getattr(module, "layer_idx", None) or 0,
-        is_causal,
-        None if image is None else known(image[1]),
-        str(query.device),
-        module.training,
-    )
-    if cross:
-        _check_cross(kind, config, settings)
-        if query.shape[2] == key.shape[2]:
-            key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
-    grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
-    inputs = AttentionInputs(
-        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
-    )
-    return attend_whole(declared.module_cls, settings, dict(state), inputs)
-
-
-def _check_cross(kind: str, config: Any, settings: AttentionConfig) -> None:
-    heavy = settings.num_heavy_keys  # type: ignore[attr-defined]  # kinds with a cross form have it
-    if settings.window_size or settings.num_global_tokens or heavy:
-        raise UnsupportedError(
-            f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
-            f"and keys are different sequences); got window_size={settings.window_size}, "
-            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. "
-            f"{cross_settings(config, kind)}"
-        )
