@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dump_outputs
 import pytest
 import torch
+
+import dump_outputs
 from dump_parts.compare import compare
 from dump_parts.record import Record, read_record
 
