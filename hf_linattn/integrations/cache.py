@@ -33,7 +33,6 @@ from .seams import (
     attention_of,
     calling_layer,
     find_cache,
-    is_compiling,
     register_cache_layers,
 )
 from .settings import parse_settings
@@ -295,7 +294,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             f" needs the keys and values of all tokens. Call set_attn_implementation({own!r}), or start with a new"
             " cache."
         )
-    if layer.is_sliding and not is_compiling():
+    if layer.is_sliding and not torch.compiler.is_compiling():
         _tell_what_to_offload(layers)
     layer.expect()
     return args, {**kwargs, ARGUMENT: layer}
@@ -329,7 +328,7 @@ def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:
 
 def _check_hand_over() -> None:
     """Raise if the layer that is updating its cache is one of ours: then it was `hand_over` that did not find it."""
-    layer = None if is_compiling() else calling_layer("linattn")
+    layer = None if torch.compiler.is_compiling() else calling_layer("linattn")
     if layer is not None and attention_of(layer.config) == linear_layer(layer).kind:  # type: ignore[union-attr]
         raise changed("cache in use", f"an update by {type(layer).__name__}, whose forward was given no Cache")
 

@@ -12,8 +12,8 @@ from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import fingerprint
 from ..ops.tracing import known
 from .canary import check_seams
+from .checks import require, require_plain
 from .expected import changed
-from .graph_checks import require, require_plain
 from .patterns import is_unused, refusal
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 from .token_mask import TokenMask

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
@@ -185,11 +184,9 @@ def softmax_attention(
     return output
 
 
-def check_scaling(module: nn.Module, scaling: float | None, head_dim: int) -> float:
-    """The factor of a layer's dot product. Raises where the layer has one of its own and did not pass it on."""
+def default_scaling(module: nn.Module, head_dim: int) -> float:
+    """Factor of the dot product of a layer that passes none on. Raises where it has another one of its own."""
     default = head_dim**-0.5
-    if scaling is not None:
-        return scaling
     own = getattr(module, "scaling", None)
     if isinstance(own, (int, float)) and own != default:
         raise changed("scaling", f"no scaling from {type(module).__name__}, whose own is {own:.4g}")
@@ -344,8 +341,3 @@ def share_preprocessing(config_class: type, stock_model_type: str) -> None:
     for mapping in preprocessing_tables():
         # Not `register`: it needs the processor's class, whose import may bring torchvision along.
         mapping._reverse_config_mapping[config_class.__name__] = stock_model_type
-
-
-def is_compiling() -> bool:
-    """Whether torch traces: nothing is asked of Transformers then."""
-    return torch.compiler.is_compiling()

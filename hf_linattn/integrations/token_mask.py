@@ -47,7 +47,7 @@ class TokenMask:
 
     Attributes:
         in_graph: Whether it was made while tracing, for the graph that is being made.
-        pattern: A scalar bool that must be True when that graph runs (`graph_checks.require_pattern`).
+        pattern: A scalar bool that must be True when that graph runs (`checks.require_pattern`).
     """
 
     ndim = 2
@@ -118,15 +118,6 @@ for _name in (
     "abs lt le gt ge eq ne getitem setitem len iter bool float int index array"
 ).split():
     setattr(TokenMask, f"__{_name}__", _refusing(f"__{_name}__"))
-
-
-def token_mask(mask: Any, device: torch.device) -> Any:
-    """The tensor (or `None`) that a mask given to an attention function stands for, on the queries' device."""
-    if not isinstance(mask, TokenMask):
-        return mask
-    if mask.refusal is not None:
-        raise UnsupportedError(mask.refusal)
-    return None if mask.tokens is None else mask.tokens.to(device)
 
 
 def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:
