@@ -9,21 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..modules.base import AttentionInputs, LinearAttention
-from ..modules.config import AttentionConfig
-from ..modules.registry import get_kind, list_kinds
-from ..modules.whole import attend as attend_whole
+from ..modules.base import LinearAttention
+from ..modules.registry import list_kinds
 from ..ops.tracing import known
-from .advice import converting, cross_settings, instead
 from .attach import convert_otherwise
 from .call import Call, decide
 from .canary import check_model
 from .checks import warn_attention_dropout
-from .families import family_of
 from .masks import linattn_mask
-from .native import image_grid, native_layer
+from .native import image_grid, native_attention
 from .seams import attempt, register_attention, softmax_attention
-from .token_mask import causal_key_mask, pad_one_key
+from .token_mask import causal_key_mask
 from .undo import give_back
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
@@ -122,10 +118,9 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
     if repeats > 1:  # grouped-query attention: every query head has its own copy of its group's keys and values
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if layer is None:
-        output = _native(
+        output = native_attention(
             call.kind,
             module,
-            getattr(module, "config", None),
             query,
             key,
             value,
@@ -133,7 +128,7 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
             scaling=call.scaling,
             is_causal=call.is_causal,
             cross=call.is_cross,
-            kwargs={"grid": call.grid},
+            grid=call.grid,
         )
     else:
         if layer.kind != call.kind or layer.shape.is_causal != call.is_causal:
@@ -165,72 +160,3 @@ def _converted_grid(module: nn.Module, layer: LinearAttention, key: Tensor, call
     """Rows and columns of patches, when the tokens after the global ones are an image."""
     found = image_grid(module.config, key.shape[2], call.grid)
     return found[0] if found is not None and found[1] == layer.config.num_global_tokens else None
-
-
-def _native(
-    kind: str,
-    module: nn.Module,
-    config: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    is_causal: bool,
-    cross: bool,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    declared = get_kind(kind)
-    if is_causal and not declared.supports_causal:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
-            f"{instead(config, is_causal=True)}"
-        )
-    if is_causal and declared.causal_needs_data:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) in a causal model works with statistics of other data, which only a"
-            f" converted model can keep. {converting(config, kind)}{instead(config, is_causal=True)}"
-        )
-    if cross and not declared.supports_cross:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
-            f"{instead(config, is_causal=False, cross=True)}"
-        )
-    family = family_of(config, is_causal=is_causal)
-    image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
-    given = getattr(config, "linear_attention", None)
-    if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
-        config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
-    settings, state = native_layer(
-        kind,
-        family,
-        given,
-        known(query.shape[1]),
-        known(query.shape[3]),
-        getattr(module, "layer_idx", None) or 0,
-        is_causal,
-        None if image is None else known(image[1]),
-        str(query.device),
-        module.training,
-    )
-    if cross:
-        _check_cross(kind, config, settings)
-        if query.shape[2] == key.shape[2]:
-            key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
-    grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
-    inputs = AttentionInputs(
-        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
-    )
-    return attend_whole(declared.module_cls, settings, dict(state), inputs)
-
-
-def _check_cross(kind: str, config: Any, settings: AttentionConfig) -> None:
-    heavy = settings.num_heavy_keys  # type: ignore[attr-defined]  # kinds with a cross form have it
-    if settings.window_size or settings.num_global_tokens or heavy:
-        raise UnsupportedError(
-            f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
-            f"and keys are different sequences); got window_size={settings.window_size}, "
-            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. "
-            f"{cross_settings(config, kind)}"
-        )

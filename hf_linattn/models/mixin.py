@@ -36,7 +36,7 @@ from ..integrations.seams import (
 )
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
-from ..modules.registry import list_kinds
+from ..modules.registry import get_kind, list_kinds
 from .config import check_attention
 from .loading import load_consistently
 from .publishing import push_folder
@@ -46,8 +46,6 @@ from .signatures import forward_of, init_of, signed_like
 _KEY = f".{ATTRIBUTE}."
 # Mark of attention modules that Transformers has told to initialise themselves.
 _INITIALIZED = "_was_initialized"
-# Fields that say what a layer's tensors mean, beyond kind, layers and seed.
-_MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
 
 
 class LinAttnMixin:
@@ -241,13 +239,9 @@ def _check_loaded(
     ]
     if saved is not None:
         # Tensors of the same names and shapes may mean something else.
-        pairs = (
-            ("kind", saved.config.kind, asked.config.kind),
-            ("layers", list(saved.layers or ()), list(asked.layers or ())),
-            ("seed", saved.config.seed, asked.config.seed),
-            *((name, getattr(saved.config, name, None), getattr(asked.config, name, None)) for name in _MEANING),
-        )
-        found = [f"{name} {old!r} in config.json" for name, old, new in pairs if old != new] + found
+        fields = ("kind", "layers", "seed", *get_kind(saved.config.kind).checkpoint_fields)
+        old, new = saved.to_dict(), asked.to_dict()
+        found = [f"{name} {old[name]!r} in config.json" for name in fields if old.get(name) != new.get(name)] + found
     if found:
         raise CheckpointError(
             f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: "

@@ -16,6 +16,9 @@ from .defaults import resolve
 from .memory import RecurrentMemory
 from .whole import attend as attend_whole
 
+# The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
+CALIBRATED_TOKENS = "calibrated_tokens"
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -56,11 +59,21 @@ class AttentionInputs:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One tensor of a layer's state. `learned` ones become parameters, the others float32 buffers."""
+    """One tensor of a layer's state.
+
+    Args:
+        learned: Whether it is a parameter; the others are float32 buffers.
+        draw: First value: float32, on the CPU, the same on every machine and rank.
+        optional: Whether `attend` does without a learned tensor: native mode has none.
+        redraw: Value number n of a buffer that gets a new one every `redraw_interval` training steps; number 0 is the
+            first.
+    """
 
     shape: tuple[int, ...]
     learned: bool
-    draw: Callable[[], Tensor]  # float32, on the CPU, the same on every machine and rank
+    draw: Callable[[], Tensor]
+    optional: bool = False
+    redraw: Callable[[int], Tensor] | None = None
 
 
 class Calibration(Protocol):
@@ -116,17 +129,39 @@ class LinearAttention(nn.Module):
     @classmethod
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
-        heavy = getattr(config, "num_heavy_keys", 0)
-        if shape.is_causal and heavy:
+        if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(
                 "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
-                f" later tokens; got num_heavy_keys={heavy}. Set it to 0."
+                f" later tokens; got num_heavy_keys={config.num_heavy_keys}. Set it to 0."
             )
         if shape.is_causal and config.num_global_tokens:
             raise UnsupportedError(
                 "Global tokens see every token, which a causal layer forbids; got num_global_tokens="
                 f"{config.num_global_tokens}. Set it to 0."
             )
+
+    @classmethod
+    def check_grid(cls, config: AttentionConfig, *, is_image: bool) -> None:
+        """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence."""
+
+    @classmethod
+    def native_refusal(cls, config: AttentionConfig, shape: LayerShape, *, training: bool) -> str | None:
+        """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
+        spec = cls.state_spec(config, shape)
+        needed = [name for name, tensor in spec.items() if tensor.learned and not tensor.optional]
+        if needed:
+            return f"{cls.kind!r} learns {', '.join(needed)}, and native mode has no parameters. Take another kind"
+        if CALIBRATED_TOKENS in spec and not shape.is_causal:  # of causal ones the kind's record says it
+            return (
+                f"config.linear_attention asks for calibrated {cls.kind!r}, but native mode keeps no statistics."
+                " Leave out the field: bidirectional models take their statistics from each row"
+            )
+        if training and config.redraw_interval is not None:
+            return (
+                f"config.linear_attention asks for redraw_interval={config.redraw_interval}, but native mode has no"
+                " layers that could keep new directions. Set redraw_interval to None"
+            )
+        return None
 
     @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
@@ -273,7 +308,7 @@ class LinearAttention(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether the layer has the statistics it needs (True if it needs none). May read a value."""
-        count = self._buffers.get("calibrated_tokens")
+        count = self._buffers.get(CALIBRATED_TOKENS)
         return count is None or (not count.is_meta and bool(count))
 
     def note_new_buffers(self) -> None:
@@ -287,7 +322,7 @@ class LinearAttention(nn.Module):
 
     def _check_calibrated(self) -> None:
         """Raises `UncalibratedError`. Reads a value only until the layer is known to be calibrated."""
-        count = self._buffers.get("calibrated_tokens")
+        count = self._buffers.get(CALIBRATED_TOKENS)
         if count is None or self._is_calibrated or count.is_meta:
             return
         compiling = torch.compiler.is_compiling()

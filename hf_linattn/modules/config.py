@@ -44,6 +44,27 @@ class AttentionConfig:
     slot_dropout: float = 0.0
     seed: int = 0
 
+    # -- settings that only some kinds have: what it means not to have them -------------------------------------------
+    @property
+    def num_heavy_keys(self) -> int:
+        """Keys of the row that every query sees exactly."""
+        return 0
+
+    @property
+    def redraw_interval(self) -> int | None:
+        """Training steps after which random directions are drawn anew; `None` for never."""
+        return None
+
+    @property
+    def sample_noise(self) -> bool | None:
+        """Whether training draws new samples in every forward pass."""
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two forward passes in training give different outputs."""
+        return self.slot_dropout > 0 or bool(self.sample_noise)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
         super().__init_subclass__(**kwargs)
@@ -133,6 +154,13 @@ class AttentionConfig:
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed (and validated again)."""
         return dataclasses.replace(self, **changes)
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        """The kind's own values of fields that are `None`, in models of a group: "encoder", "decoder" or "vision".
+
+        `modules/defaults.py` has those of the fields that every kind has.
+        """
+        return {}
 
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""

@@ -136,7 +136,7 @@ class RecurrentMemory:
 
     def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: PendingTokens) -> Tensor:
         """What `query`, the last of `tokens`, reads from the state and from them."""
-        if layer.training and getattr(layer.config, "sample_noise", False):
+        if layer.training and layer.config.sample_noise:
             raise UnsupportedError(
                 "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."
                 " Call model.eval(), or train on whole sequences (use_cache=False)."

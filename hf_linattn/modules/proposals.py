@@ -33,16 +33,33 @@ def proposal_spec(proposal_map: str, side: str, shape: LayerShape) -> dict[str, 
         return {}
     if proposal_map == "residual":
         size = (heads, dim, dim)
-        return {f"{side}_adapter": StateTensor(size, learned=True, draw=lambda: torch.zeros(size))}
+        return {f"{side}_adapter": _learned(size, torch.zeros, optional=True)}
     width = heads * dim if proposal_map == "dense_norm" else dim
+    optional = not proposal_map.endswith("_norm")  # without a norm the first map is the identity
     spec = {
-        f"{side}_map_weight": StateTensor((width, width), learned=True, draw=lambda: torch.eye(width)),
-        f"{side}_map_bias": StateTensor((width,), learned=True, draw=lambda: torch.zeros(width)),
+        f"{side}_map_weight": StateTensor(
+            (width, width), learned=True, draw=lambda: torch.eye(width), optional=optional
+        ),
+        f"{side}_map_bias": _learned((width,), torch.zeros, optional=optional),
     }
-    if proposal_map != "linear":
-        spec[f"{side}_norm_weight"] = StateTensor((width,), learned=True, draw=lambda: torch.ones(width))
-        spec[f"{side}_norm_bias"] = StateTensor((width,), learned=True, draw=lambda: torch.zeros(width))
+    if not optional:
+        spec[f"{side}_norm_weight"] = _learned((width,), torch.ones)
+        spec[f"{side}_norm_bias"] = _learned((width,), torch.zeros)
     return spec
+
+
+def _learned(size: tuple[int, ...], draw: Callable[..., Tensor], *, optional: bool = False) -> StateTensor:
+    return StateTensor(size, learned=True, draw=lambda: draw(size), optional=optional)
+
+
+def native_map_refusal(proposal_map: str | None) -> str | None:
+    """Why native mode cannot apply such a map: it has no parameters, and a layer norm is never the identity."""
+    if proposal_map is None or not proposal_map.endswith("_norm"):
+        return None
+    return (
+        f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode has"
+        " none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
+    )
 
 
 def proposal_map(state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor] | None:

@@ -7,25 +7,16 @@ storing a counter. The directions themselves are saved with the model: a checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError
-from .base import LinearAttention, StateTensor
+from .base import LinearAttention
 
 # Stands for directions that came from elsewhere (a checkpoint) after the layer had been told a step.
 _UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class RedrawnTensor(StateTensor):
-    """A buffer with a new value every `redraw_interval` training steps; `redraw(0)` is its first value."""
-
-    redraw: Callable[[int], Tensor]
 
 
 def check_step(step: Any) -> int:
@@ -37,7 +28,7 @@ def check_step(step: Any) -> int:
 
 def redraws(layer: nn.Module) -> bool:
     """Whether a module is an attention layer whose directions are to be redrawn."""
-    return isinstance(layer, LinearAttention) and getattr(layer.config, "redraw_interval", None) is not None
+    return isinstance(layer, LinearAttention) and layer.config.redraw_interval is not None
 
 
 @torch.no_grad()
@@ -62,11 +53,11 @@ def set_training_step(layer: LinearAttention, step: int) -> bool:
         return False
     buffers = layer.tensors()
     specs = layer.state_spec(layer.config, layer.shape)
-    redrawn = {name: spec for name, spec in specs.items() if isinstance(spec, RedrawnTensor)}
+    redrawn = {name: spec.redraw for name, spec in specs.items() if spec.redraw is not None}
     if any(buffers[name].is_meta for name in redrawn):
         return False
-    for name, spec in redrawn.items():
-        buffers[name].copy_(spec.redraw(count))
+    for name, redraw in redrawn.items():
+        buffers[name].copy_(redraw(count))
     layer.note_new_buffers()
     if known is None:
         layer.register_load_state_dict_post_hook(forget)
@@ -88,7 +79,7 @@ def watch(layer: LinearAttention) -> None:
         return
     forwards = getattr(layer, "_untold_forwards", 0) + 1
     layer._untold_forwards = forwards  # type: ignore[assignment]
-    interval = layer.config.redraw_interval  # type: ignore[attr-defined]
+    interval = layer.config.redraw_interval
     if forwards == interval + 1:
         warnings.warn(
             f"redraw_interval={interval}, but after {interval} training forward passes no layer has been told a step,"

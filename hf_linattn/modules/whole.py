@@ -49,8 +49,7 @@ def attend(
             " operator for it. Use torch.export or torch.jit.trace, or export the model with softmax attention"
             " (model.set_attn_implementation('eager'))."
         )
-    is_random = inputs.training and (config.slot_dropout > 0 or getattr(config, "sample_noise", False))
-    if is_random:
+    if inputs.training and config.is_random:
         raise UnsupportedError(
             f"{config.kind!r} draws random numbers in training (slot_dropout, sample_noise), which a recorded graph"
             " (torch.jit.trace, torch.export) cannot draw again for its gradients. Call model.eval() first, or set"

@@ -19,11 +19,32 @@ from ...ops.limits import LARGEST_COUNT
 from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from ..config import AttentionConfig
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_map, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
 RELATIVE_POSITIONS = ("none", "table", "t5")
+
+_CONVENTIONS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "proposal_map": "residual",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "chunking": "exclusive",
+        "weighting": "size",
+        "proposals": "sum",
+        "relative_index": "corrected",
+    },
+    "published": {
+        "proposal_map": "linear_norm",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "chunking": "published",
+        "weighting": "none",
+        "proposals": "mean",
+        "relative_index": "published",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +78,8 @@ class EvaConfig(AttentionConfig):
         relative_dims: 1 if tokens are a sequence, 2 if they are the patches of an image. `None`: that of the family.
         sample_noise: Add standard normal noise to the proposals in training.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
-        conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: in native mode generate
-            with `use_cache=False`, or set proposals="key".
+        conventions: "corrected" or "published": the defaults of the fields that are `None`. Published causal proposals
+            need the queries of all tokens: in native mode generate with `use_cache=False`, or set proposals="key".
     """
 
     kind = "eva"
@@ -77,6 +97,13 @@ class EvaConfig(AttentionConfig):
     sample_noise: bool | None = None
     noise_scale: str | None = None
     conventions: str = "corrected"
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        values = {**_CONVENTIONS[self.conventions], "relative_dims": 2 if group == "vision" else 1}
+        if group == "decoder":
+            # A decoder's cache holds no queries, so its proposals come from the keys alone.
+            values["proposals"] = "key" if self.conventions == "corrected" else "sum"
+        return values
 
     def filled(self, defaults: Mapping[str, Any]) -> EvaConfig:
         config = super().filled(defaults)
@@ -149,6 +176,18 @@ class EvaAttention(LinearAttention):
             )
 
     @classmethod
+    def check_grid(cls, config: AttentionConfig, *, is_image: bool) -> None:
+        assert isinstance(config, EvaConfig)
+        if config.relative_position != "none" and config.relative_dims == 2 and not is_image:
+            raise ConfigError("EvaConfig.relative_dims must be 1 in a model of sequences; got 2.")
+
+    @classmethod
+    def native_refusal(cls, config: AttentionConfig, shape: LayerShape, *, training: bool) -> str | None:
+        assert isinstance(config, EvaConfig)
+        refusal = native_map_refusal(config.proposal_map)
+        return refusal or super().native_refusal(config, shape, training=training)
+
+    @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, EvaConfig)
         assert config.proposal_map is not None
@@ -157,7 +196,7 @@ class EvaAttention(LinearAttention):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
             size = (shape.num_heads, _table_entries(config, shape.is_causal))
-            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
         return spec
 
     @classmethod
@@ -261,10 +300,16 @@ register_kind(
     AttentionKind(
         name="eva",
         title="EVA",
+        paper="arXiv:2302.04542",
         config_cls=EvaConfig,
         module_cls=EvaAttention,
-        supports_causal=True,
-        supports_cross=False,
-        paper="arXiv:2302.04542",
+        size_field="num_chunks",
+        causal="yes",
+        overlap_on_grids=True,
+        needs_window=True,
+        checkpoint_fields=("relative_index", "relative_dims"),
+        bound_field="max_chunks",
+        cost="linearly with the number of tokens for a given window and number of chunks",
+        example={"num_chunks": 8, "chunk_size": 4},
     )
 )

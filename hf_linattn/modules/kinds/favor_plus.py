@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
+from ...ops.favor.features import FavorFeatureMap, favor_feature_map
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from ..config import AttentionConfig
-from ..redraw import RedrawnTensor, forget, set_training_step, watch
+from ..redraw import forget, set_training_step, watch
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 
@@ -83,10 +83,9 @@ class FavorPlusConfig(FavorConfig):
     kernel: str = "softmax"
     kernel_epsilon: float = 1e-3
 
-    def filled(self, defaults: Mapping[str, Any]) -> FavorPlusConfig:
-        if self.kernel != "softmax":
-            defaults = {**defaults, "window_size": 0, "num_global_tokens": 0}
-        return super().filled(defaults)
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        # Nothing exact can stand beside attention that does not estimate softmax attention.
+        return {} if self.kernel == "softmax" else {"window_size": 0, "num_global_tokens": 0}
 
     def validate(self) -> None:
         super().validate()
@@ -123,13 +122,26 @@ def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool
             regularized=regularized,
         )
 
-    return RedrawnTensor(
+    return StateTensor(
         shape=size if num_heads is None else (num_heads, *size), learned=False, draw=lambda: draw(0), redraw=draw
     )
 
 
 class FavorAttention(LinearAttention):
     """What FAVOR+ and FAVOR# share: redrawn directions."""
+
+    config: FavorConfig
+
+    def feature_recurrence(self, basis: FavorFeatureMap, scaling: float) -> SlotRecurrence:
+        """The recurrent form of attention with a feature map of the softmax kernel."""
+        return slot_recurrence(
+            self,
+            basis,
+            self.config.num_features,
+            scaling=scaling,
+            chunk_size=self.config.chunk_size,
+            in_half=("cpu", "cuda"),
+        )
 
     def set_training_step(self, step: int) -> bool:
         """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""
@@ -157,13 +169,11 @@ class FavorPlusAttention(FavorAttention):
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, features = self.config, self.config.num_features
-        projection = self.tensors()["projection"]
-        if config.kernel != "softmax":
-            kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-            return slot_recurrence(self, kernel, features, scaling=scaling)
-        basis = favor_feature_map(like(query), projection)
-        return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
+        config, projection = self.config, self.tensors()["projection"]
+        if config.kernel == "softmax":
+            return self.feature_recurrence(favor_feature_map(like(query), projection), scaling)
+        kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
+        return slot_recurrence(self, kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
 
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
@@ -194,10 +204,13 @@ register_kind(
     AttentionKind(
         name="favor_plus",
         title="FAVOR+",
+        paper="arXiv:2009.14794",
         config_cls=FavorPlusConfig,
         module_cls=FavorPlusAttention,
-        supports_causal=True,
+        size_field="num_features",
+        causal="yes",
         supports_cross=True,
-        paper="arXiv:2009.14794",
+        checkpoint_fields=("kernel",),
+        example={"num_features": 32},
     )
 )

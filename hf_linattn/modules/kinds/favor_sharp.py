@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from ...ops.favor.statistics import (
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, StateTensor
+from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..config import AttentionConfig
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
+from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
 SOURCES = ("row", "calibrated")
@@ -53,6 +54,9 @@ class FavorSharpConfig(FavorConfig):
     variant: str = "saderf"
     centring: bool = True
     statistics: str | None = None
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        return {"statistics": "calibrated" if group == "decoder" else "row"}
 
     def validate(self) -> None:
         super().validate()
@@ -90,7 +94,7 @@ class FavorSharpAttention(FavorAttention):
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
-            spec["calibrated_tokens"] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+            spec[CALIBRATED_TOKENS] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
         return spec
 
     @classmethod
@@ -98,7 +102,7 @@ class FavorSharpAttention(FavorAttention):
         assert isinstance(config, FavorSharpConfig)
         if config.statistics == "calibrated":
             statistics = _stored(state)
-            _warn_if_neutral(state["calibrated_tokens"])
+            _warn_if_neutral(state[CALIBRATED_TOKENS])
         else:
             statistics = favor_statistics(
                 inputs.query,
@@ -122,7 +126,7 @@ class FavorSharpAttention(FavorAttention):
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
         basis = favor_feature_map(like(query), state["projection"], _stored(state))
-        return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
+        return self.feature_recurrence(basis, scaling)
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":
@@ -165,7 +169,7 @@ class FavorCalibration:
         for name in ("statistics_query_transform", "statistics_key_transform"):
             if values[name].shape[-2] == 1:
                 values[name] = torch.diag_embed(values[name].squeeze(-2))
-        return {**values, "calibrated_tokens": self.moments.key_count.float().reshape(())}
+        return {**values, CALIBRATED_TOKENS: self.moments.key_count.float().reshape(())}
 
 
 def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
@@ -222,10 +226,15 @@ register_kind(
     AttentionKind(
         name="favor_sharp",
         title="FAVOR#",
+        paper="arXiv:2302.00787",
         config_cls=FavorSharpConfig,
         module_cls=FavorSharpAttention,
-        supports_causal=True,
+        size_field="num_features",
+        causal="calibrated",
+        causal_uncalibrated=True,
         supports_cross=True,
-        paper="arXiv:2302.00787",
+        calibrated_field="statistics",
+        checkpoint_fields=("statistics", "variant", "centring"),
+        example={"num_features": 32},
     )
 )

@@ -18,15 +18,35 @@ from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape, LinearAttention, StateTensor
 from ..config import AttentionConfig
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_map, proposal_spec
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 from .lara_calibration import ProposalCalibration
 
 PROPOSAL_SOURCES = ("landmarks", "calibrated")
+
+_CONVENTIONS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "proposal_map": "residual",
+        "map_stage": "mean",
+        "mixing": "none",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "weighting": "balance",
+    },
+    "published": {
+        "proposal_map": "linear_norm",
+        "map_stage": "tokens",
+        "mixing": "none",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "weighting": "optimal",
+        "window_size": 0,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +74,7 @@ class LaraConfig(AttentionConfig):
             `None`: 2 of calibrated proposals, 1 of landmarks.
         antithetic: Every sample also with the opposite noise: twice as many. `None`: if calibrated.
         num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
-        conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`).
+        conventions: "corrected" or "published": the defaults of the fields that are `None`.
     """
 
     kind = "lara"
@@ -73,6 +92,15 @@ class LaraConfig(AttentionConfig):
     antithetic: bool | None = None
     num_heavy_keys: int = 0
     conventions: str = "corrected"
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        source = self.proposal_source or ("calibrated" if group == "decoder" else "landmarks")
+        values = {**_CONVENTIONS[self.conventions], "proposal_source": source}
+        if self.conventions == "published" and group == "vision":
+            values["map_stage"] = "mean"
+        # Samples of fixed proposals are drawn once, and several are needed; those of landmarks only with noise.
+        is_fixed = source == "calibrated"
+        return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
 
     def validate(self) -> None:
         super().validate()
@@ -136,6 +164,12 @@ class LaraAttention(LinearAttention):
                 )
 
     @classmethod
+    def native_refusal(cls, config: AttentionConfig, shape: LayerShape, *, training: bool) -> str | None:
+        assert isinstance(config, LaraConfig)
+        refusal = native_map_refusal(config.proposal_map)
+        return refusal or super().native_refusal(config, shape, training=training)
+
+    @classmethod
     def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
         assert isinstance(config, LaraConfig)
         assert config.proposal_map is not None
@@ -148,7 +182,7 @@ class LaraAttention(LinearAttention):
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
             size = (shape.num_heads,)
-            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
         return spec
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
@@ -217,7 +251,7 @@ def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTe
         "proposal_noise": StateTensor(
             (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
         ),
-        "calibrated_tokens": StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+        CALIBRATED_TOKENS: StateTensor((), learned=False, draw=lambda: torch.zeros(())),
     }
 
 
@@ -225,11 +259,13 @@ register_kind(
     AttentionKind(
         name="lara",
         title="LARA",
+        paper="arXiv:2204.04667",
         config_cls=LaraConfig,
         module_cls=LaraAttention,
-        supports_causal=True,
-        causal_needs_data=True,
-        supports_cross=False,
-        paper="arXiv:2204.04667",
+        size_field="num_landmarks",
+        causal="calibrated",
+        calibrated_field="proposal_source",
+        checkpoint_fields=("proposal_source",),
+        example={"num_landmarks": 8},
     )
 )
