@@ -16,11 +16,11 @@ from .attach import convert_otherwise
 from .call import Call, decide
 from .canary import check_model
 from .checks import warn_attention_dropout
+from .hand_over import give_back
 from .masks import linattn_mask
 from .native import image_grid, native_attention
 from .seams import attempt, register_attention, softmax_attention
 from .token_mask import causal_key_mask
-from .undo import give_back
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -72,7 +72,7 @@ def attend(
         attention_mask: What `linattn_mask` returned, or a tensor `[batch, tokens]`, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         dropout: Attention dropout; honoured by layers left on softmax, otherwise one warning.
-        kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`cache.hand_over`);
+        kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`hand_over.hand_over`);
             key and value are then those of the new tokens.
     Returns: `([batch, queries, heads, head_dim], None)`.
     Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where the result would be wrong; the

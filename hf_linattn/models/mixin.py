@@ -25,15 +25,8 @@ from ..integrations.attach import (
 from ..integrations.canary import check_seams
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
-from ..integrations.seams import (
-    attention_of,
-    causal_mask,
-    find_cache,
-    initialize,
-    loading_info,
-    set_model_class,
-    writes_files,
-)
+from ..integrations.model_seams import initialize, loading_info, set_model_class, writes_files
+from ..integrations.seams import attention_of, causal_mask, find_cache
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
