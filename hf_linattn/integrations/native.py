@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..modules.base import AttentionInputs, LayerShape
 from ..modules.config import AttentionConfig
+from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing

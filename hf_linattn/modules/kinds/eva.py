@@ -16,10 +16,11 @@ from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..base import LinearAttention
 from ..config import AttentionConfig
+from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
@@ -205,49 +206,50 @@ class EvaAttention(LinearAttention):
         # Without a length of their own, chunks change with every token.
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
-    @staticmethod
-    def _chunk(config: EvaConfig) -> int | None:
-        """`chunk_size` as a number: of filled-in settings, which a layer has."""
-        assert not isinstance(config.chunk_size, str)
-        return config.chunk_size
-
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
         config, state = self.config, self.tensors()
+        query_map, key_map = proposal_maps(state)
+        table = state.get("relative_table")
         return eva_recurrence(
             window_size=config.window_size or 1,
-            chunk_size=self._chunk(config),
+            chunk_size=config.chunk_size,  # type: ignore[arg-type]  # a number in filled-in settings
             overlap_window=config.overlap_window,
             chunking=config.chunking or "exclusive",
             max_chunks=config.max_chunks,
             proposals=config.proposals or "key",
             weighting=config.weighting or "size",
-            query_map=proposal_map(state, "query"),
-            key_map=proposal_map(state, "key"),
-            window_bias=_window_bias(config, state.get("relative_table"), None, scaling, is_causal=True),
+            query_map=query_map,
+            key_map=key_map,
+            window_bias=None if table is None else _window_bias(config, table, None, scaling, is_causal=True),
             scaling=scaling,
             slot_dropout=config.slot_dropout if self.training else 0.0,
         )
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, EvaConfig)
-        choices: dict[str, Any] = {
-            name: getattr(config, name) for name in ("chunking", "proposals", "weighting", "noise_scale")
+        query_map, key_map = proposal_maps(state)
+        bias = state.get("relative_table")
+        if bias is not None:
+            bias = _window_bias(config, bias, inputs.grid, inputs.scaling, is_causal=inputs.is_causal)
+        choices: dict[str, Any] = {  # all of them filled in
+            "chunk_size": config.chunk_size if inputs.is_causal else None,
+            "chunking": config.chunking,
+            "proposals": config.proposals,
+            "weighting": config.weighting,
+            "noise_scale": config.noise_scale,
         }
         return eva_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            chunk_size=cls._chunk(config) if inputs.is_causal else None,
             max_chunks=config.max_chunks,
-            **choices,
-            query_map=proposal_map(state, "query"),
-            key_map=proposal_map(state, "key"),
+            query_map=query_map,
+            key_map=key_map,
             noise=bool(inputs.training and config.sample_noise),
-            window_bias=_window_bias(
-                config, state.get("relative_table"), inputs.grid, inputs.scaling, is_causal=inputs.is_causal
-            ),
+            window_bias=bias,
+            **choices,
             **inputs.options(config),
         )
 
@@ -279,11 +281,9 @@ def _table_entries(config: EvaConfig, is_causal: bool) -> int:
 
 
 def _window_bias(
-    config: EvaConfig, table: Tensor | None, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
-) -> Tensor | None:
-    """`[heads, queries, slots]` from the learned table; `None` without one (native mode)."""
-    if table is None:
-        return None
+    config: EvaConfig, table: Tensor, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
+) -> Tensor:
+    """`[heads, queries, slots]` from the learned table."""
     dims = 1 if grid is None else 2
     if dims != (config.relative_dims or 1):
         raise InputError(

@@ -16,9 +16,9 @@ from ...ops.favor.features import FavorFeatureMap, favor_feature_map
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from ..config import AttentionConfig
-from ..redraw import forget, set_training_step, watch
+from ..contract import AttentionInputs, LayerShape, StateTensor
+from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 
@@ -127,8 +127,8 @@ def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool
     )
 
 
-class FavorAttention(LinearAttention):
-    """What FAVOR+ and FAVOR# share: redrawn directions."""
+class FavorAttention(RedrawnAttention):
+    """What FAVOR+ and FAVOR# share: redrawn directions and the recurrent form of a feature map."""
 
     config: FavorConfig
 
@@ -142,18 +142,6 @@ class FavorAttention(LinearAttention):
             chunk_size=self.config.chunk_size,
             in_half=("cpu", "cuda"),
         )
-
-    def set_training_step(self, step: int) -> bool:
-        """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""
-        return set_training_step(self, step)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        forget(self)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        watch(self)
-        return super().forward(*args, **kwargs)
 
 
 class FavorPlusAttention(FavorAttention):
@@ -176,7 +164,7 @@ class FavorPlusAttention(FavorAttention):
         return slot_recurrence(self, kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorPlusConfig)
         if config.kernel != "softmax":
             return generalized_attention(

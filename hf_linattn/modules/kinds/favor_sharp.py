@@ -24,8 +24,8 @@ from ...ops.favor.statistics import (
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..config import AttentionConfig
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
@@ -98,7 +98,7 @@ class FavorSharpAttention(FavorAttention):
         return spec
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, FavorSharpConfig)
         if config.statistics == "calibrated":
             statistics = _stored(state)
@@ -139,7 +139,7 @@ def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
 
 
 class FavorCalibration:
-    """Moments of a layer's scaled queries and keys, in float64; implements `modules.base.Calibration`."""
+    """Moments of a layer's scaled queries and keys, in float64; implements `modules.contract.Calibration`."""
 
     def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
         self.config = config

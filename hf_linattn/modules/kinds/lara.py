@@ -18,10 +18,11 @@ from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape, LinearAttention, StateTensor
+from ..base import LinearAttention
 from ..config import AttentionConfig
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 from .lara_calibration import ProposalCalibration
@@ -122,7 +123,7 @@ class LaraConfig(AttentionConfig):
         self._check_choice("conventions", CONVENTIONS)
 
 
-def is_calibrated(config: LaraConfig, shape: LayerShape) -> bool:
+def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
     """Whether the layer's proposals come from calibration."""
     return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
 
@@ -137,7 +138,7 @@ class LaraAttention(LinearAttention):
     def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
         super().check(config, shape)
         assert isinstance(config, LaraConfig)
-        if not is_calibrated(config, shape):
+        if not has_calibrated_proposals(config, shape):
             if shape.is_causal:
                 raise UnsupportedError(
                     "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
@@ -174,7 +175,7 @@ class LaraAttention(LinearAttention):
         assert isinstance(config, LaraConfig)
         assert config.proposal_map is not None
         spec: dict[str, StateTensor] = {}
-        if is_calibrated(config, shape):
+        if has_calibrated_proposals(config, shape):
             spec = _calibrated_spec(config, shape)
         else:
             for side in ("query", "key"):
@@ -196,7 +197,7 @@ class LaraAttention(LinearAttention):
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
-        if not is_calibrated(self.config, self.shape):
+        if not has_calibrated_proposals(self.config, self.shape):
             return None
         return ProposalCalibration(
             self.shape,
@@ -207,7 +208,7 @@ class LaraAttention(LinearAttention):
         )
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         assert isinstance(config, LaraConfig)
         draw_noise = bool(inputs.training and config.sample_noise)
         own: dict[str, Any]
@@ -216,13 +217,14 @@ class LaraAttention(LinearAttention):
             noise = torch.randn_like(noise) if draw_noise else noise
             own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=bool(config.antithetic))}
         else:
+            query_map, key_map = proposal_maps(state)
             own = {
                 "num_landmarks": config.num_landmarks,
                 "weighting": config.weighting,
                 "alpha_coeff": config.alpha_coeff,
                 "mixing": config.mixing,
-                "query_map": proposal_map(state, "query"),
-                "key_map": proposal_map(state, "key"),
+                "query_map": query_map,
+                "key_map": key_map,
                 "map_stage": config.map_stage,
                 "noise": draw_noise,
                 "noise_scale": config.noise_scale,
