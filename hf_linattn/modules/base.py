@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShap
 from .defaults import resolve
 from .whole import attend
 
+C = TypeVar("C", bound=AttentionConfig)
 
-class LinearAttention(nn.Module):
+
+class LinearAttention(nn.Module, Generic[C]):
     """Attention of one layer, `[batch, heads, tokens, head_dim]` in and out.
 
     Subclasses define `state_spec` (which tensors the layer has) and `compute` (the pure function that uses them).
@@ -31,11 +33,11 @@ class LinearAttention(nn.Module):
     # Whether the layer needs statistics of data and is not known to have them: known also while compiling.
     _lacks_statistics = False
 
-    def __init__(self, config: AttentionConfig, shape: LayerShape) -> None:
+    def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
         config = resolve(config, "decoder" if shape.is_causal else "encoder")
         self.check(config, shape)
-        self.config = config
+        self.config: C = config
         self.shape = shape
         spec = self.state_spec(config, shape)
         self._state_shapes = {name: torch.Size(tensor.shape) for name, tensor in spec.items()}
@@ -49,7 +51,7 @@ class LinearAttention(nn.Module):
 
     # -- to be defined by a kind ------------------------------------------------------------------------------------
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+    def check(cls, config: C, shape: LayerShape) -> None:
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
         if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(
@@ -63,11 +65,11 @@ class LinearAttention(nn.Module):
             )
 
     @classmethod
-    def check_grid(cls, config: AttentionConfig, *, is_image: bool) -> None:
+    def check_grid(cls, config: C, *, is_image: bool) -> None:
         """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence."""
 
     @classmethod
-    def native_refusal(cls, config: AttentionConfig, shape: LayerShape, *, training: bool) -> str | None:
+    def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
         """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
         spec = cls.state_spec(config, shape)
         needed = [name for name, tensor in spec.items() if tensor.learned and not tensor.optional]
@@ -86,17 +88,17 @@ class LinearAttention(nn.Module):
         return None
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+    def state_spec(cls, config: C, shape: LayerShape) -> dict[str, StateTensor]:
         """Names and shapes of the layer's tensors, and how each gets its first value."""
         raise NotImplementedError
 
     @classmethod
-    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
 
     @classmethod
-    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
+    def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
         """Whether such a layer can read a sequence piece by piece with a state (`recurrence`)."""
         return is_causal and cls.recurrence is not LinearAttention.recurrence
 

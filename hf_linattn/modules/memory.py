@@ -8,7 +8,6 @@ a cache), and while recording until `crop` (assisted decoding takes tokens back)
 from __future__ import annotations
 
 import copy
-import dataclasses
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -328,6 +327,6 @@ def _difference(own: tuple[AttentionConfig, LayerShape], other: tuple[AttentionC
     """What tells the layer that filled a memory from the one that it is given to: (settings, shape) of each."""
     if own[0].kind != other[0].kind:
         return f"filled by {own[0].kind!r}, given to {other[0].kind!r}"
-    pairs = [(dataclasses.asdict(a), dataclasses.asdict(b)) for a, b in zip(own, other, strict=True)]
-    names = [f"{name}={a[name]!r} and {name}={b[name]!r}" for a, b in pairs for name in a if a[name] != b[name]]
+    filled, given = ({**settings.to_dict(), **vars(shape)} for settings, shape in (own, other))
+    names = [f"{name}={filled[name]!r} and {name}={given[name]!r}" for name in filled if filled[name] != given[name]]
     return "filled with and given to " + ", ".join(names)

@@ -15,7 +15,8 @@ can; the published models start from random maps, because they are trained from 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
 _EPSILON = 1e-5  # of layer norm, as in torch
 
 
-def proposal_spec(proposal_map: str, side: str, shape: LayerShape) -> dict[str, StateTensor]:
+def proposal_spec(proposal_map: str | None, side: str, shape: LayerShape) -> dict[str, StateTensor]:
     """The tensors of one map; `side` is "query" or "key"."""
     heads, dim = shape.num_heads, shape.head_dim
-    if proposal_map == "none":
+    if proposal_map in ("none", None):
         return {}
     if proposal_map == "residual":
         size = (heads, dim, dim)
@@ -72,7 +73,7 @@ def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, Prop
             maps.append(functools.partial(_residual, state[f"{side}_adapter"]))
         elif f"{side}_map_weight" in state:
             names = ("map_weight", "map_bias", "norm_weight", "norm_bias")
-            maps.append(functools.partial(_linear, *[state.get(f"{side}_{name}") for name in names]))
+            maps.append(functools.partial(_linear, [state.get(f"{side}_{name}") for name in names]))
         else:
             maps.append(None)
     return maps[0], maps[1]
@@ -82,12 +83,13 @@ def _residual(adapter: Tensor, z: Tensor) -> Tensor:
     return z + z @ adapter.to(z.dtype)
 
 
-def _linear(weight: Tensor, bias: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, z: Tensor) -> Tensor:
+def _linear(tensors: Sequence[Any], z: Tensor) -> Tensor:
+    weight, bias, norm_weight, norm_bias = tensors
     heads, dim = z.shape[1], z.shape[-1]
     concatenated = weight.shape[0] != dim
     if concatenated:
         z = z.transpose(1, 2).flatten(-2)
     z = F.linear(z, weight.to(z.dtype), bias.to(z.dtype))
-    if norm_weight is not None and norm_bias is not None:
+    if norm_weight is not None:
         z = F.layer_norm(z, z.shape[-1:], norm_weight.to(z.dtype), norm_bias.to(z.dtype), _EPSILON)
     return z.unflatten(-1, (heads, dim)).transpose(1, 2) if concatenated else z

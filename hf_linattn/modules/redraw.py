@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import LinearAttention
+from .base import C, LinearAttention
 
 
 def check_step(step: Any) -> int:
@@ -23,12 +23,12 @@ def check_step(step: Any) -> int:
     return step
 
 
-def redraws(layer: nn.Module) -> TypeGuard[RedrawnAttention]:
+def redraws(layer: nn.Module) -> TypeGuard[RedrawnAttention[Any]]:
     """Whether a module is an attention layer whose directions are to be redrawn."""
     return isinstance(layer, RedrawnAttention) and layer.config.redraw_interval is not None
 
 
-class RedrawnAttention(LinearAttention):
+class RedrawnAttention(LinearAttention[C]):
     """A layer with buffers that get new values every `redraw_interval` training steps (`StateTensor.redraw`)."""
 
     # Number of the last redraw and the layer's revision after it: at another revision the buffers come from elsewhere

@@ -17,14 +17,13 @@ from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
 from ..base import LinearAttention
-from ..config import AttentionConfig
+from ..config import AttentionConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..defaults import CONVENTIONS
 from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
-RELATIVE_POSITIONS = ("none", "table", "t5")
 
 _CONVENTIONS: dict[str, dict[str, Any]] = {
     "corrected": {
@@ -85,19 +84,20 @@ class EvaConfig(AttentionConfig):
 
     kind = "eva"
 
-    num_chunks: int = 128
-    chunk_size: int | str | None = AUTO
-    max_chunks: int | None = None
-    proposals: str | None = None
-    weighting: str | None = None
-    chunking: str | None = None
-    proposal_map: str | None = None
-    relative_position: str = "none"
-    relative_index: str | None = None
-    relative_dims: int | None = None
-    sample_noise: bool | None = None
-    noise_scale: str | None = None
-    conventions: str = "corrected"
+    window_size: int | None = count(None)
+    num_chunks: int = count(128)
+    chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
+    max_chunks: int | None = count(None)
+    proposals: str | None = choice(None, PROPOSALS)
+    weighting: str | None = choice(None, WEIGHTINGS)
+    chunking: str | None = choice(None, CHUNKINGS)
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
+    relative_position: str = choice("none", ("none", "table", "t5"))
+    relative_index: str | None = choice(None, CONVENTIONS)
+    relative_dims: int | None = count(None, maximum=2)
+    sample_noise: bool | None = flag(None)
+    noise_scale: str | None = choice(None, CONVENTIONS)
+    conventions: str = choice("corrected", CONVENTIONS)
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         values = {**_CONVENTIONS[self.conventions], "relative_dims": 2 if group == "vision" else 1}
@@ -112,58 +112,27 @@ class EvaConfig(AttentionConfig):
             config = config.replace(chunk_size=default_chunk(config.window_size))
         return config
 
-    def validate(self) -> None:
-        super().validate()
-        self._check_int("window_size", minimum=1, optional=True)
-        self._check_int("num_chunks", minimum=1)
-        if self.chunk_size != AUTO:
-            if isinstance(self.chunk_size, str):
-                self._fail("chunk_size", f"an integer >= 1, {AUTO!r} or None")
-            self._check_int("chunk_size", minimum=1, optional=True)
-        self._check_int("max_chunks", minimum=1, optional=True)
-        self._check_choice("proposals", PROPOSALS, optional=True)
-        self._check_choice("weighting", WEIGHTINGS, optional=True)
-        self._check_choice("chunking", CHUNKINGS, optional=True)
-        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
-        self._check_choice("relative_position", RELATIVE_POSITIONS)
-        self._check_choice("relative_index", CONVENTIONS, optional=True)
-        self._check_int("relative_dims", minimum=1, maximum=2, optional=True)
-        self._check_bool("sample_noise", optional=True)
-        self._check_choice("noise_scale", CONVENTIONS, optional=True)
-        self._check_choice("conventions", CONVENTIONS)
 
-
-class EvaAttention(LinearAttention):
+class EvaAttention(LinearAttention[EvaConfig]):
     """EVA with learned maps of the chunk means."""
 
     kind = "eva"
-    config: EvaConfig
 
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+    def check(cls, config: EvaConfig, shape: LayerShape) -> None:
         super().check(config, shape)
-        assert isinstance(config, EvaConfig)
-        window = config.window_size
+        window, published = config.window_size, config.chunking == "published"
         if shape.is_causal and config.relative_dims == 2:
-            raise ConfigError("EvaConfig.relative_dims must be 1 in a causal layer, which reads a sequence; got 2.")
+            config.fail("relative_dims", "1 in a causal layer, which reads a sequence")
         if not window:
-            raise ConfigError(
-                f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
-            )
-        if shape.is_causal and config.chunk_size is None and config.chunking != "published":
-            raise ConfigError(
-                "EvaConfig.chunk_size must be an integer in a causal layer with chunking='exclusive'; got None."
-            )
+            config.fail("window_size", "an integer >= 1", "EVA is a window plus chunks.")
+        if shape.is_causal and config.chunk_size is None and not published:
+            config.fail("chunk_size", "an integer in a causal layer with chunking='exclusive'")
         if config.max_chunks is not None and not shape.is_causal:
-            raise ConfigError(
-                "EvaConfig.max_chunks must be None in a bidirectional layer, where no chunk is older than another; got"
-                f" {config.max_chunks!r}. Use num_chunks to bound their number."
-            )
-        if config.max_chunks is not None and config.chunking == "published":
-            raise ConfigError(
-                f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
-                " Set chunking='exclusive'."
-            )
+            where = "None in a bidirectional layer, where no chunk is older than another"
+            config.fail("max_chunks", where, "Use num_chunks to bound their number.")
+        if config.max_chunks is not None and published:
+            config.fail("max_chunks", "None with chunking='published'", "Set chunking='exclusive'.")
         if config.relative_position != "none" and _table_entries(config, shape.is_causal) > LARGEST_COUNT:
             raise ConfigError(
                 f"EvaConfig.relative_position must be 'none' with so large a window: its table would have more than"
@@ -177,21 +146,17 @@ class EvaAttention(LinearAttention):
             )
 
     @classmethod
-    def check_grid(cls, config: AttentionConfig, *, is_image: bool) -> None:
-        assert isinstance(config, EvaConfig)
+    def check_grid(cls, config: EvaConfig, *, is_image: bool) -> None:
         if config.relative_position != "none" and config.relative_dims == 2 and not is_image:
-            raise ConfigError("EvaConfig.relative_dims must be 1 in a model of sequences; got 2.")
+            config.fail("relative_dims", "1 in a model of sequences")
 
     @classmethod
-    def native_refusal(cls, config: AttentionConfig, shape: LayerShape, *, training: bool) -> str | None:
-        assert isinstance(config, EvaConfig)
+    def native_refusal(cls, config: EvaConfig, shape: LayerShape, *, training: bool) -> str | None:
         refusal = native_map_refusal(config.proposal_map)
         return refusal or super().native_refusal(config, shape, training=training)
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, EvaConfig)
-        assert config.proposal_map is not None
+    def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
@@ -201,8 +166,7 @@ class EvaAttention(LinearAttention):
         return spec
 
     @classmethod
-    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
-        assert isinstance(config, EvaConfig)
+    def supports_recurrence(cls, config: EvaConfig, *, is_causal: bool) -> bool:
         # Without a length of their own, chunks change with every token.
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
@@ -226,8 +190,7 @@ class EvaAttention(LinearAttention):
         )
 
     @classmethod
-    def compute(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, EvaConfig)
+    def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         query_map, key_map = proposal_maps(state)
         bias = state.get("relative_table")
         if bias is not None:
