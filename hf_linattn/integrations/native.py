@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..modules.base import AttentionInputs, LayerShape
 from ..modules.config import AttentionConfig
+from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
@@ -52,7 +52,8 @@ def native_attention(
     Raises: `UnsupportedError` for what the kind, its settings or native mode cannot do; `ConfigError` for settings
         that are those of another kind or impossible.
     """
-    config, declared = getattr(module, "config", None), get_kind(kind)
+    config: Any = getattr(module, "config", None)
+    declared = get_kind(kind)
     _check_supported(declared, config, is_causal=is_causal, cross=cross)
     family = family_of(config, is_causal=is_causal)
     image = image_grid(config, key.shape[2], grid) if family in ("vit", "vision") and not cross else None

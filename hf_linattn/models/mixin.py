@@ -123,7 +123,7 @@ class LinAttnMixin:
         model, info = load_consistently(load, pretrained_model_name_or_path, *args, **options)
         for layer in model.modules():
             if isinstance(layer, LinearAttention):
-                layer.note_calibration()  # Transformers fills tensors without load_state_dict
+                layer.invalidate()  # Transformers fills tensors without load_state_dict
         _check_loaded(model, info, pretrained_model_name_or_path, allow_mismatch=allow_mismatch, kwargs=kwargs)
         return (model, info) if with_info else model
 

@@ -59,7 +59,7 @@ class AttentionKind:
     title: str
     paper: str
     config_cls: type[AttentionConfig]
-    module_cls: type[LinearAttention]
+    module_cls: type[LinearAttention[Any]]
     size_field: str
     causal: Literal["yes", "calibrated", "no"]
     causal_uncalibrated: bool = False

@@ -24,13 +24,11 @@ from ...ops.favor.statistics import (
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
-from ..config import AttentionConfig
+from ..config import choice, flag
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
-
-SOURCES = ("row", "calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +49,15 @@ class FavorSharpConfig(FavorConfig):
 
     kind = "favor_sharp"
 
-    variant: str = "saderf"
-    centring: bool = True
-    statistics: str | None = None
+    variant: str = choice("saderf", FAVOR_VARIANTS)
+    centring: bool = flag(True)
+    statistics: str | None = choice(None, ("row", "calibrated"))
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         return {"statistics": "calibrated" if group == "decoder" else "row"}
 
-    def validate(self) -> None:
-        super().validate()
-        self._check_choice("variant", FAVOR_VARIANTS)
-        self._check_bool("centring")
-        self._check_choice("statistics", SOURCES, optional=True)
 
-
-class FavorSharpAttention(FavorAttention):
+class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
     """FAVOR# with the layer's own directions and, if calibrated, stored statistics.
 
     Buffers of a calibrated layer: `statistics_query_mean`, `statistics_key_mean`, `statistics_shape`
@@ -74,11 +66,9 @@ class FavorSharpAttention(FavorAttention):
     """
 
     kind = "favor_sharp"
-    config: FavorSharpConfig
 
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
-        assert isinstance(config, FavorSharpConfig)
+    def check(cls, config: FavorSharpConfig, shape: LayerShape) -> None:
         super().check(config, shape)
         if shape.is_causal and config.statistics == "row":
             raise UnsupportedError(
@@ -87,8 +77,7 @@ class FavorSharpAttention(FavorAttention):
             )
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, FavorSharpConfig)
+    def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = {"projection": projection_spec(config, shape)}
         if config.statistics == "calibrated":
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
@@ -98,8 +87,7 @@ class FavorSharpAttention(FavorAttention):
         return spec
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, FavorSharpConfig)
+    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.statistics == "calibrated":
             statistics = _stored(state)
             _warn_if_neutral(state[CALIBRATED_TOKENS])
@@ -139,7 +127,7 @@ def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
 
 
 class FavorCalibration:
-    """Moments of a layer's scaled queries and keys, in float64; implements `modules.base.Calibration`."""
+    """Moments of a layer's scaled queries and keys, in float64; implements `modules.contract.Calibration`."""
 
     def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
         self.config = config

@@ -12,7 +12,7 @@ from ...ops.exact import scale_inputs
 from ...ops.favor.random_features import derive_seed
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
-from ..base import CALIBRATED_TOKENS, AttentionInputs, LayerShape
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
 
 SAMPLE_SIZE = 4096
 # Queries whose weights over the keys exist at the same time.
