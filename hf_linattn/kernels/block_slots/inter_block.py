@@ -37,7 +37,8 @@ class InterBlock(NamedTuple):
         """Output `[groups, blocks, queries, head_dim]` and its log-sum-exp."""
         output = inputs.value.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1])
         lse = inputs.key_bias.new_empty(inputs.query.shape[:-1])
-        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+        size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]  # of a group's states
+        for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
             blocks = group.query.shape[1]
             merged, merged_lse = self.scan_forward(states, state_lse, blocks, BlockReach(*reach))
@@ -56,7 +57,8 @@ class InterBlock(NamedTuple):
     ) -> list[Tensor | None]:
         """Gradients of the eight tensors, where `needs` says so."""
         found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
-        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+        size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
+        for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             some = [z[part] for z in (*grads, *results)]
             of_group = self._backward_of(group, *some, needs, BlockReach(*reach))
             for total, grad in zip(found, of_group, strict=True):
@@ -102,8 +104,3 @@ class InterBlock(NamedTuple):
         key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
         slot_bias = grad_state_lse.sum(1) if needs[6] else None
         return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
-
-
-def _groups_at_a_time(inputs: SlotInputs) -> int:
-    per_group = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
-    return max(1, _STATES.get(inputs.key.device.type, _MORE_STATES) // per_group)
