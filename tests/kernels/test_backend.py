@@ -35,7 +35,7 @@ from hf_linattn.kernels.block_slots.operator import inter_block_attention
 from hf_linattn.kernels.block_slots.reach import BlockReach
 from hf_linattn.kernels.causal_slots.operator import causal
 from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
-from hf_linattn.ops.lara.calibrated_proposals import CalibratedProposals
+from hf_linattn.ops.lara.proposals import CalibratedProposals
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(

@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
-from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
+from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
 from ..config import AttentionConfig
 from ..redraw import RedrawnTensor, forget, set_training_step, watch
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
+from ..slot_recurrence import recurrence_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +157,15 @@ class FavorPlusAttention(FavorAttention):
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, features = self.config, self.config.num_features
-        projection = self.tensors()["projection"]
-        if config.kernel != "softmax":
-            kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-            return slot_recurrence(self, kernel, features, scaling=scaling)
-        basis = favor_feature_map(like(query), projection)
-        return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
+        config = self.config
+        return favor_recurrence(
+            query,
+            self.tensors()["projection"],
+            scaling=scaling,
+            kernel=config.kernel,
+            kernel_epsilon=config.kernel_epsilon,
+            **recurrence_options(self),
+        )
 
     @classmethod
     def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
 from ...ops.favor.moments import without_rounding
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -26,7 +26,7 @@ from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs, LayerShape, StateTensor
 from ..config import AttentionConfig
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
+from ..slot_recurrence import recurrence_options
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
 SOURCES = ("row", "calibrated")
@@ -121,8 +121,9 @@ class FavorSharpAttention(FavorAttention):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        basis = favor_feature_map(like(query), state["projection"], _stored(state))
-        return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
+        return favor_recurrence(
+            query, state["projection"], scaling=scaling, statistics=_stored(state), **recurrence_options(self)
+        )
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":
