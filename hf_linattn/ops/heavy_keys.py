@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState
 from .padding import Tokens
 

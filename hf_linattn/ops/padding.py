@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
 
 

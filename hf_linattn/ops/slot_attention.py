@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
-from ..kernels.block_slots.reach import BlockReach
+from ..kernels.block_slots import BlockReach
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .layout import Blocks, WindowedBlocks, fit_window

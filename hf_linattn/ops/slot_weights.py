@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
-from ..kernels.block_slots.operator import inter_block_attention
-from ..kernels.block_slots.reach import BlockReach
-from ..kernels.causal_slots.operator import causal
+from ..kernels.block_slots import BlockReach, inter_block_attention
+from ..kernels.causal_slots import causal_slot_attention
+from ..kernels.slot_inputs import SlotInputs
 from .dense_slots import between_halves, own_token, states_around
 from .layout import Blocks
 from .softmax import mask_logits, softmax_with_lse
@@ -186,6 +186,13 @@ class LinearSlotWeights(SlotWeights):
             return super().read(slots, query_log_bias=query_log_bias, dropout=dropout)
         return attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias)
 
+    def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
+        """Queries (`self`), keys and values, for the kernels of attention through slots."""
+        maps = (self.slots, self.slot_bias, key.slots, key.slot_bias)
+        if self.tokens.ndim > 4:  # blocks of tokens, which share their slots
+            maps = (maps[0].squeeze(-3), maps[1].squeeze(-2), maps[2].squeeze(-3), maps[3].squeeze(-2))
+        return SlotInputs(self.tokens, *maps[:2], key.tokens, key.token_bias.squeeze(-1), *maps[2:], value)
+
     def inter_block(
         self,
         key: SlotWeights,
@@ -198,17 +205,7 @@ class LinearSlotWeights(SlotWeights):
         assert isinstance(key, LinearSlotWeights)
         if query_log_bias is not None or dropout:
             return super().inter_block(key, value, reach, query_log_bias=query_log_bias, dropout=dropout)
-        return inter_block_attention(
-            self.tokens,
-            self.slots.squeeze(-3),
-            self.slot_bias.squeeze(-2),
-            key.tokens,
-            key.token_bias.squeeze(-1),
-            key.slots.squeeze(-3),
-            key.slot_bias.squeeze(-2),
-            value,
-            reach,
-        )
+        return inter_block_attention(self.slot_inputs(key, value), reach)
 
     def causal(
         self,
@@ -222,14 +219,4 @@ class LinearSlotWeights(SlotWeights):
         assert isinstance(key, LinearSlotWeights)
         if query_log_bias is not None or dropout:
             return super().causal(key, value, chunk=chunk, query_log_bias=query_log_bias, dropout=dropout)
-        return causal(
-            self.tokens,
-            self.slots,
-            self.slot_bias,
-            key.tokens,
-            key.token_bias.squeeze(-1),
-            key.slots,
-            key.slot_bias,
-            value,
-            chunk,
-        )
+        return causal_slot_attention(self.slot_inputs(key, value), chunk)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, log_or_minus_inf, shifted_exp
 from .inputs import checked_attention, scale_inputs
 from .padding import without_padding

@@ -17,7 +17,7 @@ from hf_linattn.functional import (
     lara_attention,
     sample_proposals,
 )
-from hf_linattn.kernels.attend.operator import attend
+from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.attention_state import AttentionState, merge_states
 from hf_linattn.ops.favor.features import favor_feature_map
 from hf_linattn.ops.inputs import scale_inputs

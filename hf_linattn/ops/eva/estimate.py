@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.attend.operator import attend
+from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_states
-from ...kernels.window_chunks.operator import window_chunk_attention
+from ...kernels.window_chunks import window_chunk_attention
 from ..layout import WindowedBlocks
 from ..padding import Tokens
 from ..softmax import causal_visibility, mask_logits, softmax_with_lse

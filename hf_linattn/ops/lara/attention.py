@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ...kernels.attend.operator import attend
+from ...kernels.attend import attend
 from ..inputs import checked_attention, factor_of
 from ..layout import gather_tokens
 from ..limits import LARGEST_FACTOR, check_counts

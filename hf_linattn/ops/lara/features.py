@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm.operator import half_norm
+from ...kernels.half_norm import half_norm
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
 from ..softmax import mask_logits
