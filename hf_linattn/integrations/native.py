@@ -138,34 +138,34 @@ def native_layer(
     ask_seams(family)  # here also while torch compiles: this function is called, not traced
     frozen = "{}" if settings is None else json.dumps(settings_dict(settings), sort_keys=True)
     shape = LayerShape(num_heads, head_dim, layer_idx, is_causal)
-    config, state = _layer(kind, family, frozen, shape, num_leading, device)
-    refusal = get_kind(kind).module_cls.native_refusal(config, shape, training=training)
-    if refusal is not None:
-        raise UnsupportedError(
-            refusal + (", or convert the model (hf_linattn.convert)." if family in FAMILIES else ".")
-        )
-    return config, tuple(state.items())
+    config = _settings(kind, family, frozen, shape, num_leading, training)
+    return config, tuple(_state(config, shape, device).items())
 
 
 @functools.lru_cache(maxsize=512)
-def _layer(
-    kind: str, family: str, settings: str, shape: LayerShape, num_leading: int | None, device: str
-) -> tuple[AttentionConfig, dict[str, Tensor]]:
+def _settings(
+    kind: str, family: str, settings: str, shape: LayerShape, num_leading: int | None, training: bool
+) -> AttentionConfig:
+    """Settings of one layer, filled in and checked."""
+    convert = ", or convert the model (hf_linattn.convert)." if family in FAMILIES else "."
     parsed = parse_settings({"kind": kind, **json.loads(settings)}, family=family, num_global_tokens=num_leading)
     config = parsed.config
     if parsed.layers is not None:
         raise ConfigError(
             f"config.linear_attention['layers'] = {list(parsed.layers)} selects layers of a converted model; "
-            "native mode uses the kind in every layer. Drop 'layers'"
-            + (", or convert the model (`hf_linattn.convert`)." if family in FAMILIES else ".")
+            f"native mode uses the kind in every layer. Drop 'layers'{convert}"
         )
     if config.kind != kind:
         raise ConfigError(
             f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is "
             f"{kind!r}. Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
         )
-    get_kind(kind).module_cls.check(config, shape)
-    return config, _state(config, shape, device)
+    module_cls = get_kind(kind).module_cls
+    module_cls.check(config, shape)
+    refusal = module_cls.native_refusal(config, shape, training=training)
+    if refusal is not None:
+        raise UnsupportedError(refusal + convert)
+    return config
 
 
 @functools.lru_cache(maxsize=512)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import ConfigError, InputError
@@ -16,11 +15,10 @@ from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
-from ..base import LinearAttention
 from ..config import AttentionConfig, choice, count, flag
-from ..contract import AttentionInputs, LayerShape, StateTensor
+from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
+from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
@@ -113,7 +111,7 @@ class EvaConfig(AttentionConfig):
         return config
 
 
-class EvaAttention(LinearAttention[EvaConfig]):
+class EvaAttention(ProposalAttention[EvaConfig]):
     """EVA with learned maps of the chunk means."""
 
     kind = "eva"
@@ -151,18 +149,12 @@ class EvaAttention(LinearAttention[EvaConfig]):
             config.fail("relative_dims", "1 in a model of sequences")
 
     @classmethod
-    def native_refusal(cls, config: EvaConfig, shape: LayerShape, *, training: bool) -> str | None:
-        refusal = native_map_refusal(config.proposal_map)
-        return refusal or super().native_refusal(config, shape, training=training)
-
-    @classmethod
     def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
-            size = (shape.num_heads, _table_entries(config, shape.is_causal))
-            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
+            spec["relative_table"] = zeros(shape.num_heads, _table_entries(config, shape.is_causal), learned=True)
         return spec
 
     @classmethod

@@ -20,7 +20,6 @@ from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +126,8 @@ class FavorAttention(RedrawnAttention[F]):
 
     def feature_recurrence(self, basis: FavorFeatureMap, scaling: float) -> SlotRecurrence:
         """The recurrent form of attention with a feature map of the softmax kernel."""
-        return slot_recurrence(
-            self,
-            basis,
-            self.config.num_features,
-            scaling=scaling,
-            chunk_size=self.config.chunk_size,
-            in_half=("cpu", "cuda"),
-        )
+        size, chunk = self.config.num_features, self.config.chunk_size
+        return self.slot_recurrence(basis, size, scaling=scaling, chunk_size=chunk, in_half=("cpu", "cuda"))
 
 
 class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
@@ -150,9 +143,9 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         config, projection = self.config, self.tensors()["projection"]
         if config.kernel == "softmax":
-            return self.feature_recurrence(favor_feature_map(like(query), projection), scaling)
+            return self.feature_recurrence(favor_feature_map(query, projection), scaling)
         kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-        return slot_recurrence(self, kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
+        return self.slot_recurrence(kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
 
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

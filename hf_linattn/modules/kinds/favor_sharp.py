@@ -25,9 +25,8 @@ from ...ops.favor.statistics import (
 )
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
 
@@ -83,7 +82,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
-            spec[CALIBRATED_TOKENS] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+            spec[CALIBRATED_TOKENS] = zeros()
         return spec
 
     @classmethod
@@ -113,7 +112,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        basis = favor_feature_map(like(query), state["projection"], _stored(state))
+        basis = favor_feature_map(query, state["projection"], _stored(state))
         return self.feature_recurrence(basis, scaling)
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:

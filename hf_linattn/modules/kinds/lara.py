@@ -18,13 +18,11 @@ from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import LinearAttention
 from ..config import AttentionConfig, choice, count, factor, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
+from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
 from .lara_calibration import ProposalCalibration
 
 _CONVENTIONS: dict[str, dict[str, Any]] = {
@@ -113,7 +111,7 @@ def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
     return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
 
 
-class LaraAttention(LinearAttention[LaraConfig]):
+class LaraAttention(ProposalAttention[LaraConfig]):
     """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
     kind = "lara"
@@ -148,11 +146,6 @@ class LaraAttention(LinearAttention[LaraConfig]):
                 )
 
     @classmethod
-    def native_refusal(cls, config: LaraConfig, shape: LayerShape, *, training: bool) -> str | None:
-        refusal = native_map_refusal(config.proposal_map)
-        return refusal or super().native_refusal(config, shape, training=training)
-
-    @classmethod
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
         if has_calibrated_proposals(config, shape):
@@ -162,8 +155,7 @@ class LaraAttention(LinearAttention[LaraConfig]):
                 spec |= proposal_spec(config.proposal_map, side, shape)
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
-            size = (shape.num_heads,)
-            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
+            spec["mass_offset"] = zeros(shape.num_heads, learned=True)
         return spec
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
@@ -172,8 +164,9 @@ class LaraAttention(LinearAttention[LaraConfig]):
             state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
         )
         offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
-        basis = proposal_feature_map(like(query), proposals, offset)
-        return slot_recurrence(self, basis, basis.samples.shape[-2], scaling=scaling)
+        like = query[:, :, :0].to(torch.promote_types(query.dtype, torch.float32))
+        basis = proposal_feature_map(like, proposals, offset)
+        return self.slot_recurrence(basis, basis.samples.shape[-2], scaling=scaling)
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
@@ -227,11 +220,11 @@ def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTe
     rows = count * (config.samples_per_landmark or 1)
     seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
     return {
-        "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
+        "centroids": zeros(heads, count, dim),
         "proposal_noise": StateTensor(
             (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
         ),
-        CALIBRATED_TOKENS: StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+        CALIBRATED_TOKENS: zeros(),
     }
 
 
