@@ -53,10 +53,9 @@ class ProposalAttention(LinearAttention[C]):
 
     @classmethod
     def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
-        proposal_map = str(getattr(config, "proposal_map", None))
-        if proposal_map.endswith("_norm"):
+        if str(config.proposal_map).endswith("_norm"):
             return (
-                f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native"
+                f"proposal_map={config.proposal_map!r} (the default of conventions='published') has parameters, and native"
                 " mode has none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
             )
         return super().native_refusal(config, shape, training=training)

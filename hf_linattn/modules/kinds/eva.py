@@ -15,34 +15,13 @@ from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
-from ..config import AttentionConfig, choice, count, flag
+from ...ops.noise import NOISE_SCALES
+from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
-from ..defaults import CONVENTIONS
 from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
-
-_CONVENTIONS: dict[str, dict[str, Any]] = {
-    "corrected": {
-        "proposal_map": "residual",
-        "sample_noise": False,
-        "noise_scale": "corrected",
-        "chunking": "exclusive",
-        "weighting": "size",
-        "proposals": "sum",
-        "relative_index": "corrected",
-    },
-    "published": {
-        "proposal_map": "linear_norm",
-        "sample_noise": True,
-        "noise_scale": "published",
-        "chunking": "published",
-        "weighting": "none",
-        "proposals": "mean",
-        "relative_index": "published",
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +65,19 @@ class EvaConfig(AttentionConfig):
     num_chunks: int = count(128)
     chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
     max_chunks: int | None = count(None)
-    proposals: str | None = choice(None, PROPOSALS)
-    weighting: str | None = choice(None, WEIGHTINGS)
-    chunking: str | None = choice(None, CHUNKINGS)
-    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
+    proposals: str | None = choice(None, PROPOSALS, ("sum", "mean"))
+    weighting: str | None = choice(None, WEIGHTINGS, ("size", "none"))
+    chunking: str | None = choice(None, CHUNKINGS, ("exclusive", "published"))
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))
     relative_position: str = choice("none", ("none", "table", "t5"))
-    relative_index: str | None = choice(None, CONVENTIONS)
+    relative_index: str | None = choice(None, CONVENTIONS, CONVENTIONS)
     relative_dims: int | None = count(None, maximum=2)
-    sample_noise: bool | None = flag(None)
-    noise_scale: str | None = choice(None, CONVENTIONS)
+    sample_noise: bool | None = flag(None, (False, True))
+    noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     conventions: str = choice("corrected", CONVENTIONS)
 
     def own_defaults(self, group: str) -> dict[str, Any]:
-        values = {**_CONVENTIONS[self.conventions], "relative_dims": 2 if group == "vision" else 1}
+        values = {**super().own_defaults(group), "relative_dims": 2 if group == "vision" else 1}
         if group == "decoder":
             # A decoder's cache holds no queries, so its proposals come from the keys alone.
             values["proposals"] = "key" if self.conventions == "corrected" else "sum"

@@ -18,32 +18,11 @@ from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..config import AttentionConfig, choice, count, factor, flag
+from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
-from ..defaults import CONVENTIONS
 from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration
-
-_CONVENTIONS: dict[str, dict[str, Any]] = {
-    "corrected": {
-        "proposal_map": "residual",
-        "map_stage": "mean",
-        "mixing": "none",
-        "sample_noise": False,
-        "noise_scale": "corrected",
-        "weighting": "balance",
-    },
-    "published": {
-        "proposal_map": "linear_norm",
-        "map_stage": "tokens",
-        "mixing": "none",
-        "sample_noise": True,
-        "noise_scale": "published",
-        "weighting": "optimal",
-        "window_size": 0,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +57,13 @@ class LaraConfig(AttentionConfig):
 
     num_landmarks: int = count(64)
     proposal_source: str | None = choice(None, ("landmarks", "calibrated"))
-    weighting: str | None = choice(None, WEIGHTINGS)
+    weighting: str | None = choice(None, WEIGHTINGS, ("balance", "optimal"))
     alpha_coeff: float = factor(1.0)
-    mixing: str | None = choice(None, MIXINGS)
-    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
-    map_stage: str | None = choice(None, MAP_STAGES)
-    sample_noise: bool | None = flag(None)
-    noise_scale: str | None = choice(None, NOISE_SCALES)
+    mixing: str | None = choice(None, MIXINGS, ("none", "none"))
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))
+    map_stage: str | None = choice(None, MAP_STAGES, ("mean", "tokens"))
+    sample_noise: bool | None = flag(None, (False, True))
+    noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     samples_per_landmark: int | None = count(None)
     antithetic: bool | None = flag(None)
     num_heavy_keys: int = count(0, minimum=0)
@@ -92,9 +71,9 @@ class LaraConfig(AttentionConfig):
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         source = self.proposal_source or ("calibrated" if group == "decoder" else "landmarks")
-        values = {**_CONVENTIONS[self.conventions], "proposal_source": source}
-        if self.conventions == "published" and group == "vision":
-            values["map_stage"] = "mean"
+        values = {**super().own_defaults(group), "proposal_source": source}
+        if self.conventions == "published":
+            values |= {"window_size": 0, **({"map_stage": "mean"} if group == "vision" else {})}
         # Samples of fixed proposals are drawn once, and several are needed; those of landmarks only with noise.
         is_fixed = source == "calibrated"
         return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
