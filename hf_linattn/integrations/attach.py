@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, LinAttnError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
-from .cache import add_hook, remove_hook
 from .expected import changed, describe
 from .families import Family, defaults_family, get_family, is_causal_model, layer_shape, set_attention_dropout
+from .hand_over import add_hook, remove_hook
 from .layers import ATTRIBUTE, linear_layer
-from .seams import mark_initialized
+from .model_seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
 
 # What the layers of a model were made from, kept beside its config, which can be edited.

@@ -25,16 +25,8 @@ from ..integrations.attach import (
 from ..integrations.canary import check_seams
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
-from ..integrations.seams import (
-    attention_of,
-    causal_mask,
-    find_cache,
-    initialize,
-    is_compiling,
-    loading_info,
-    set_model_class,
-    writes_files,
-)
+from ..integrations.model_seams import initialize, loading_info, set_model_class, writes_files
+from ..integrations.seams import attention_of, causal_mask, find_cache
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
@@ -199,7 +191,7 @@ def _check_positions(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     most = getattr(config, "max_position_embeddings", None)
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if ids is None else ids
-    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or is_compiling():
+    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or torch.compiler.is_compiling():
         return
     cache = find_cache(args, kwargs)
     seen = 0 if cache is None else cache.get_seq_length()
