@@ -8,7 +8,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..integrations.families import get_family
 from ..integrations.seams import cache_argument
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
+from ..modules.registry import get_kind
 from .models import converted, quiet
 from .plan import Plan, Report
 from .results import Row, with_ratios
@@ -111,8 +112,10 @@ def _configs(plan: Plan) -> dict[str, AttentionConfig]:
         config = contender.config
         assert config is not None
         found[contender.name] = config
-        if plan.max_chunks and "max_chunks" in {entry.name for entry in fields(config)}:
-            found[f"{contender.name}, at most {plan.max_chunks} chunks"] = config.replace(max_chunks=plan.max_chunks)
+        kind = get_kind(config.kind)
+        if plan.max_chunks and kind.bound_field:
+            name = f"{contender.name}, at most {plan.max_chunks} {kind.size_word}"
+            found[name] = config.replace(**{kind.bound_field: plan.max_chunks})
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config
 
-from ..errors import ConfigError
 from ..integrations.seams import attention_named
 from ..modules.base import AttentionInputs, LayerShape
 from ..modules.config import AttentionConfig
@@ -27,7 +26,7 @@ class KindOptions:
     Args:
         window_size: Tokens of the exact window, `None` for the default of the model family. A kind that cannot be
             without a window (EVA) takes `eva_window` instead of 0.
-        eva_chunk_size: Tokens per chunk in a causal layer of a kind with chunks; a divisor of the window.
+        eva_chunk_size: Tokens per chunk in a causal layer that keeps a summary per chunk; a divisor of the window.
     """
 
     num_features: int = 256
@@ -39,16 +38,15 @@ class KindOptions:
 
     def config(self, kind: str) -> AttentionConfig:
         """The settings object of a kind. Raises `ConfigError` for an unknown kind or an impossible value."""
-        known = {field.name for field in fields(get_kind(kind).config_cls)}
-        values = {name: value for name, value in asdict(self).items() if name in known} | {"kind": kind}
-        if "num_chunks" in known:
+        declared = get_kind(kind)
+        values: dict[str, Any] = {"kind": kind, "window_size": self.window_size}
+        if hasattr(self, declared.size_field):
+            values[declared.size_field] = getattr(self, declared.size_field)
+        if declared.bound_field is not None:
             values["chunk_size"] = self.eva_chunk_size
-        try:
-            return config_from_dict(values)
-        except ConfigError:
-            if self.window_size != 0:
-                raise
-            return config_from_dict(values | {"window_size": self.eva_window})
+        if declared.needs_window and self.window_size == 0:
+            values["window_size"] = self.eva_window
+        return config_from_dict(values)
 
 
 class AttentionLayer(nn.Module):

@@ -87,7 +87,7 @@ def _kind_step(
     if form == "converted":
         ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
         return _step(converted(model, config, ids), batch, work)
-    if work.is_causal and get_kind(config.kind).causal_needs_data:
+    if work.is_causal and not get_kind(config.kind).native_causal:
         raise Unavailable("a causal layer has to be converted and calibrated")
     native = _sharing_copy(model)
     native.config.linear_attention = config.to_dict()
