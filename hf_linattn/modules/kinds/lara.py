@@ -12,9 +12,10 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.lara.attention import lara_attention
-from ...ops.lara.calibrated_proposals import proposal_feature_map, sample_proposals
-from ...ops.lara.importance import WEIGHTINGS
+from ...ops.lara.features import WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ...ops.lara.proposals import sample_proposals
+from ...ops.lara.recurrent import lara_recurrence
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
@@ -24,7 +25,7 @@ from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTens
 from ..defaults import CONVENTIONS
 from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
+from ..slot_recurrence import recurrence_options
 from .lara_calibration import ProposalCalibration
 
 _CONVENTIONS: dict[str, dict[str, Any]] = {
@@ -171,9 +172,9 @@ class LaraAttention(LinearAttention[LaraConfig]):
         proposals = sample_proposals(
             state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
         )
-        offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
-        basis = proposal_feature_map(like(query), proposals, offset)
-        return slot_recurrence(self, basis, basis.samples.shape[-2], scaling=scaling)
+        return lara_recurrence(
+            query, proposals, scaling=scaling, offset=state.get("mass_offset"), **recurrence_options(self)
+        )
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
