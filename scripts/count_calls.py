@@ -4,8 +4,8 @@
     python scripts/count_calls.py favor_plus --top 20    # the functions called most
     python scripts/count_calls.py favor_plus --path      # file by file, in the order of the calls
 
-The call is the second one of the attention module of a converted BERT: eval mode, default settings, no mask, 48 tokens.
-Generator expressions and lambdas count as calls. "To the product" is the way of a query from the function that
+The call is the second one of the attention module of a converted BERT: eval mode, default settings, no mask and 48
+tokens. Generator expressions and lambdas count as calls. "To the product" is the way of a query from the function that
 Transformers calls to the first product of matrices. A move is a call into another file than the call before.
 """
 

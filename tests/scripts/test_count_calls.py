@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from count_calls import count_calls, main
 
 # Calls of functions of the package in one attention call.
