@@ -29,7 +29,7 @@ from hf_linattn.modules.registry import get_kind, list_kinds
 
 KINDS = list_kinds()
 CAUSAL_KINDS = [kind for kind in KINDS if get_kind(kind).supports_causal]
-NATIVE_CAUSAL_KINDS = [kind for kind in CAUSAL_KINDS if not get_kind(kind).causal_needs_data]
+NATIVE_CAUSAL_KINDS = [kind for kind in CAUSAL_KINDS if get_kind(kind).native_causal]
 VOCAB = 60
 TOKENS = 40  # five windows of 8, so that most of a query's keys are reached through the slots
 WINDOW = 8
@@ -94,13 +94,7 @@ class ModelCase:
 
     def settings(self, kind: str, **changes: Any) -> Any:
         """Small settings of a kind in which the slots do the work."""
-        small = {
-            "favor_plus": {"num_features": 32},
-            "favor_sharp": {"num_features": 32},
-            "lara": {"num_landmarks": 8},
-            "eva": {"num_chunks": 8, "chunk_size": 4 if self.name != "vit" else 2},
-        }
-        fields = {"window_size": self.window, **small.get(kind, {}), **changes}
+        fields = {"window_size": self.window, **get_kind(kind).example, **changes}
         return get_kind(kind).config_cls(**fields)
 
 

@@ -179,7 +179,7 @@ def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _native(model: PreTrainedModel, kind: str, options: KindOptions, work: Workload) -> PreTrainedModel:
-    if work.is_causal and get_kind(kind).causal_needs_data:
+    if work.is_causal and not get_kind(kind).native_causal:
         raise Unavailable("a causal layer has to be converted and calibrated")
     made = _sharing_copy(model)
     made.config.linear_attention = options.config(kind).to_dict()

@@ -102,7 +102,7 @@ def _build(declared: AttentionKind, config: AttentionConfig, work: Workload) -> 
 
 def needs_statistics(declared: AttentionKind) -> bool:
     """Whether a causal layer of this kind takes statistics from a calibration."""
-    return declared.causal_needs_data or declared.name == "favor_sharp"
+    return declared.causal == "calibrated"
 
 
 def calibrated_layer(declared: AttentionKind, config: AttentionConfig, work: Workload) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,23 +14,17 @@ from ..errors import ConfigError, InputError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
 from ..integrations.attach import family_layers
+from ..integrations.call import Call
 from ..integrations.canary import check_model
-from ..integrations.checks import check_mask
 from ..integrations.families import is_converted
-from ..integrations.interface import attend, causality
+from ..integrations.interface import linear_output, softmax_output
 from ..integrations.layers import active_layers, linear_layer
-from ..integrations.masks import linattn_mask
-from ..integrations.seams import check_scaling, register_attention
-from ..integrations.token_mask import token_mask
+from ..integrations.observe import observed_attention
 from ..integrations.wrappers import converted_parts, inside, module_of
-from ..modules.base import AttentionInputs, Calibration, LinearAttention
-from .batches import exact_attention, prepare_inputs, read_batches, restored
+from ..modules.base import AttentionInputs, LinearAttention
+from .batches import prepare_inputs, read_batches
 
-# Attention that shows its queries and keys to a layer's calibration.
-OBSERVER = "linattn_observer"
 ATTENTIONS = ("softmax", "linear")
-
-_OBSERVED: ContextVar[tuple[str, dict[nn.Module, Calibration]]] = ContextVar("observed")
 
 
 def calibrate(
@@ -69,19 +62,24 @@ def calibrate(
     check_model(model)
     layers = _calibratable(model)
     observed: dict[nn.Module, Any] = {m: layer.new_calibration(stream=_rank()) for m, layer in layers.items()}
-    register_attention(OBSERVER, _observe, linattn_mask)
+
+    def show(module: nn.Module, call: Call) -> Tensor:
+        if module in observed:
+            observed[module].update(
+                AttentionInputs(
+                    call.query, call.key, call.value, call.key_mask, scaling=call.scaling, is_causal=call.is_causal
+                )
+            )
+        goes_linear = attention == "linear" and not call.on_softmax
+        return linear_output(module, call) if goes_linear else softmax_output(module, call)
+
     seen = 0
-    with restored(model), torch.no_grad():
+    with torch.no_grad(), observed_attention(model, show):
         model.eval()
-        model.set_attn_implementation(OBSERVER)
-        token = _OBSERVED.set((attention, observed))
-        try:
-            for batch in read_batches(batches, max_batches, progress, "Calibrating"):
-                inputs, _ = prepare_inputs(model, batch)
-                model(**inputs)
-                seen += 1
-        finally:
-            _OBSERVED.reset(token)
+        for batch in read_batches(batches, max_batches, progress, "Calibrating"):
+            inputs, _ = prepare_inputs(model, batch)
+            model(**inputs)
+            seen += 1
     if not seen and _world_size() == 1:
         raise InputError("`batches` is empty: calibrate needs at least one batch of inputs.")
     results = []
@@ -118,32 +116,6 @@ def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
             " LaraConfig(proposal_source='calibrated')."
         )
     return layers
-
-
-def _observe(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Show a layer's inputs to its calibration, and go on with the attention that was asked for."""
-    attention, observed = _OBSERVED.get()
-    linear = linear_layer(module)
-    mask = token_mask(attention_mask, query.device)
-    check_mask(mask)
-    if mask is not None and mask.shape[1] != key.shape[2]:
-        raise InputError(f"attention_mask must cover the {key.shape[2]} tokens; got {tuple(mask.shape)}.")
-    is_causal = causality(module, kwargs)
-    if module in observed:
-        scale = check_scaling(module, scaling, query.shape[-1])
-        observed[module].update(AttentionInputs(query, key, value, mask, scaling=scale, is_causal=is_causal))
-    if attention == "linear" and linear is not None:
-        return attend(linear.kind, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return exact_attention(module, query, key, value, mask, scaling=scaling, is_causal=is_causal), None
 
 
 # -- several processes ----------------------------------------------------------------------------------------------

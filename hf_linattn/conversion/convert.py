@@ -15,8 +15,9 @@ from ..integrations.advice import can_convert, convert_first
 from ..integrations.attach import attach, build_layers, detach, family_layers, made_from, settings_of
 from ..integrations.canary import check_model
 from ..integrations.families import FAMILIES, defaults_family, get_family, is_converted
+from ..integrations.model_seams import set_model_class
 from ..integrations.names import natively
-from ..integrations.seams import attention_of, select_attention, set_model_class
+from ..integrations.seams import attention_of, select_attention
 from ..integrations.settings import LinearAttentionSettings, check_layers, parse_settings
 from ..integrations.wrappers import converted_parts, itself, refuse_adapter
 from ..models import CONFIGS, COUNTERPARTS

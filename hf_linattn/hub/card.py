@@ -154,6 +154,7 @@ def render_card(
         auto_class=auto_class or class_name,
         kind=kind.name,
         kind_title=kind.title,
+        cost=kind.cost,
         paper=kind.paper,
         paper_url="https://arxiv.org/abs/" + kind.paper.removeprefix("arXiv:"),
         layers=layers,

@@ -43,8 +43,7 @@ def kinds_for(*, is_causal: bool = False, cross: bool = False) -> list[str]:
     return [
         kind.name
         for kind in map(get_kind, list_kinds())
-        if (not is_causal or (kind.supports_causal and not kind.causal_needs_data))
-        and (not cross or kind.supports_cross)
+        if (not is_causal or kind.native_causal) and (not cross or kind.supports_cross)
     ]
 
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, LinAttnError, UnsupportedError
 from ..modules.base import LinearAttention
-from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind, list_kinds
-from .cache import add_hook, remove_hook
 from .expected import changed, describe
 from .families import Family, defaults_family, get_family, is_causal_model, layer_shape, set_attention_dropout
+from .hand_over import add_hook, remove_hook
 from .layers import ATTRIBUTE, linear_layer
-from .seams import mark_initialized
+from .model_seams import mark_initialized
 from .settings import LinearAttentionSettings, parse_settings
 
 # What the layers of a model were made from, kept beside its config, which can be edited.
@@ -57,23 +56,18 @@ def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> 
                 f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see "
                 f"later ones. Use one of {able}."
             )
-        _check_family(layer, settings.config, kind.title)
+        is_image = defaults_family(layer.config) == "vit"
+        if is_image and settings.config.overlap_window and not kind.overlap_on_grids:
+            able = [get_kind(name).title for name in list_kinds() if get_kind(name).overlap_on_grids]
+            raise UnsupportedError(
+                f"overlap_window=True of {kind.title} works on sequences, not on images. Use overlap_window=False with"
+                f" a larger window_size, or {' or '.join(able)}, whose windows overlap on images too."
+            )
+        kind.module_cls.check_grid(settings.config, is_image=is_image)
         weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
         module = kind.module_cls(settings.config, shape)
         built[index] = module.to(device=weight.device, dtype=weight.dtype).train(layer.training)
     return built
-
-
-def _check_family(layer: nn.Module, config: AttentionConfig, title: str) -> None:
-    """Raise for settings that cannot work with images, or only with them."""
-    is_image = defaults_family(layer.config) == "vit"
-    if is_image and config.overlap_window and config.kind != "eva":
-        raise UnsupportedError(
-            f"overlap_window=True of {title} works on sequences, not on images. Use overlap_window=False with a larger"
-            " window_size, or EVA, whose windows overlap on images too."
-        )
-    if getattr(config, "relative_position", "none") != "none" and not is_image and config.relative_dims == 2:  # type: ignore[attr-defined]
-        raise ConfigError("EvaConfig.relative_dims must be 1 in a model of sequences; got 2.")
 
 
 def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, LinearAttention]) -> None:

@@ -2,8 +2,7 @@
 
 `DynamicCache(config=...)` and `StaticCache(config=...)`, which `generate` and every forward with `use_cache=True`
 make, read `config.layer_types`; the config of a converted model names `LAYER_TYPE` there for its linear layers, so
-they get a `RecurrentLayer`. A model hands keys and values to its cache before it calls the attention function, and
-does not give the cache to the latter; `hand_over`, a hook of the attention module, does.
+they get a `RecurrentLayer`. How a cache layer gets to the attention function is in `hand_over.py`.
 """
 
 from __future__ import annotations
@@ -11,32 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UnsupportedError, UnsupportedTransformersError
 from ..modules.base import LinearAttention
 from ..modules.memory import RecurrentMemory
-from ..modules.registry import get_kind
-from ..modules.whole import is_recorded
 from .canary import check_seams
 from .expected import changed
-from .families import defaults_family, is_causal_model
 from .layers import linear_layer
-from .seams import (
-    ARGUMENT,
-    LAYER_TYPE,
-    CacheLayerMixin,
-    DynamicLayer,
-    EncoderDecoderCache,
-    StaticLayer,
-    attempt,
-    attention_of,
-    calling_layer,
-    find_cache,
-    is_compiling,
-    register_cache_layers,
-)
-from .settings import parse_settings
+from .seams import CacheLayerMixin, attempt, attention_of, calling_layer, register_cache_layers
 
 
 class _NoKeysError(UnsupportedTransformersError, AttributeError):
@@ -47,7 +29,7 @@ class RecurrentLayer(CacheLayerMixin):
     """The cache of one layer: a state instead of all keys and values. `memory` holds it.
 
     `update` returns the new keys and values alone, for the layer's attention function, which reads the state and adds
-    them to it. Nothing else can use such a cache: without the announcement (`expect`) of a layer that can, it raises.
+    them to it. Nothing else can use such a cache: unless a layer that can is expected (`is_expected`), it raises.
     """
 
     is_compileable = False
@@ -56,12 +38,13 @@ class RecurrentLayer(CacheLayerMixin):
     # softmax, if there is one, which needs a mask over all tokens; ours need that of the new ones.
     is_sliding = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, memory: RecurrentMemory | None = None, **kwargs: Any) -> None:
         check_seams()
         super().__init__()
-        self.memory = self._new_memory()
+        self.memory = memory or RecurrentMemory()
         self.seen = 0
-        self._is_expected = self._is_pending = False
+        self.is_expected = False  # whether the next `update` comes from a layer that will call `attend`
+        self.is_pending = False  # whether there was an `update` whose tokens have not been read
         self._is_offloaded = False
 
     @property
@@ -77,44 +60,28 @@ class RecurrentLayer(CacheLayerMixin):
 
     values = keys
 
-    def _new_memory(self) -> RecurrentMemory:
-        return RecurrentMemory()
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take notice of new keys and values, `[batch, heads, tokens, head_dim]`, and return them."""
-        if not self._is_expected:
+        if not self.is_expected:
             _check_hand_over()
             raise UnsupportedError(
                 "A cache made for linear attention was given to a layer without it (a model that is not converted, or"
                 " another attn_implementation): it holds no keys and values, so the tokens before would be lost. Start"
                 " with a new cache, made from this model's config."
             )
-        if self._is_pending:
+        if self.is_pending:
             raise UnsupportedError(
                 "A forward pass with this cache was interrupted, so that it no longer fits the sequence. Start with a"
                 " new cache."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._is_expected, self._is_pending = False, True
+        self.is_expected, self.is_pending = False, True
         return key_states, value_states
-
-    def expect(self) -> None:
-        """Announce that the next `update` comes from a layer that will call `attend`."""
-        self._is_expected = True
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether there was an `update` whose tokens have not been read."""
-        return self._is_pending
-
-    def retract(self) -> None:
-        """Undo `update`: the call was refused before anything was read."""
-        self._is_pending = False
 
     def attend(
         self,
@@ -126,9 +93,9 @@ class RecurrentLayer(CacheLayerMixin):
         scaling: float,
     ) -> Tensor:
         """What the new tokens read; they are part of the state afterwards. Arguments as in `LinearAttention`."""
-        if not self._is_pending:
+        if not self.is_pending:
             raise changed("cache in use", "an attention function called without an update of the cache before")
-        self._is_pending = False
+        self.is_pending = False
         if self._is_offloaded:
             self.memory.to(query.device)
         output = layer(query, key, value, key_mask, scaling=scaling, memory=self.memory)
@@ -168,7 +135,7 @@ class RecurrentLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.memory.reset()
         self.seen = 0
-        self._is_expected = self._is_pending = False
+        self.is_expected = self.is_pending = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.memory.rows(beam_idx)
@@ -190,10 +157,7 @@ class RecurrentLayer(CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         self.memory.is_recording = value
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` can take tokens back; Transformers asks after it has had recording begin."""
-        return self.record_past
+    is_croppable = record_past  # Transformers asks after it has had recording begin
 
     def activate_past_recording(self) -> None:
         self.memory.is_recording = True
@@ -224,12 +188,9 @@ class StaticRecurrentLayer(RecurrentLayer):
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         self.max_cache_len = max_cache_len
-        super().__init__()
+        super().__init__(memory=RecurrentMemory(static_tokens=max_cache_len))
         # A number in Python would be a constant of the compiled step.
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
-
-    def _new_memory(self) -> RecurrentMemory:
-        return RecurrentMemory(static_tokens=self.max_cache_len)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -255,94 +216,11 @@ class StaticRecurrentLayer(RecurrentLayer):
         self.cumulative_length.zero_()
 
 
-attempt(register_cache_layers, RecurrentLayer, StaticRecurrentLayer)
-
-
-def cache_layer_types(config: Any) -> list[str] | None:
-    """Type of each layer's cache for a converted model's config; `None` if no layer keeps a state."""
-    value = getattr(config, "linear_attention", None)
-    # In a graph that is run for other inputs later, no state of this call is of use: all keys and values are kept.
-    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"] or is_recorded():
-        return None
-    settings = parse_settings(value, family=defaults_family(config))
-    if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):
-        return None
-    layers, ours = range(config.num_hidden_layers), settings.layers
-    if ours is not None and ours[-1] not in layers:
-        return None  # a model that drafts for itself (early exit): fewer layers in its config than it has
-    return [LAYER_TYPE if ours is None or index in ours else "full_attention" for index in layers]
-
-
-def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a converted attention module: give its cache layer, if it is ours, to the attention."""
-    cache = find_cache(args, kwargs)
-    index = getattr(module, "layer_idx", None)
-    if cache is None or index is None:
-        return None
-    if isinstance(cache, EncoderDecoderCache):
-        _keep_encoder(cache, index)
-        cache = cache.self_attention_cache
-    layers = getattr(cache, "layers", ())
-    layer = layers[index] if index < len(layers) else None
-    if not isinstance(layer, RecurrentLayer):
-        return None
-    if not torch.compiler.is_compiling() and not any(isinstance(other, RecurrentLayer) for other in layers[:index]):
-        _check_in_step(layers[index:])
-    active, own = attention_of(module.config), linear_layer(module).kind  # type: ignore[union-attr]
-    if active != own:
-        raise UnsupportedError(
-            f"This cache holds the state of {own!r} attention, and the active attn_implementation is {active!r}, which"
-            f" needs the keys and values of all tokens. Call set_attn_implementation({own!r}), or start with a new"
-            " cache."
-        )
-    if layer.is_sliding and not is_compiling():
-        _tell_what_to_offload(layers)
-    layer.expect()
-    return args, {**kwargs, ARGUMENT: layer}
-
-
-def _tell_what_to_offload(layers: Any) -> None:
-    """A cache that offloads all layers but sliding ones looks for one to offload, and fails if all say they slide."""
-    if all(isinstance(layer, RecurrentLayer) for layer in layers):
-        for layer in layers:
-            layer.is_sliding = False
-
-
-def _check_in_step(rest: Any) -> None:
-    """Raise if layers that a forward pass has yet to come to have seen other tokens than the one it has come to."""
-    lengths = [layer.get_seq_length() for layer in rest]
-    if isinstance(lengths[0], int) and len(set(lengths)) > 1:
-        raise UnsupportedError(
-            f"The layers of this cache have seen {lengths} tokens: a forward pass was interrupted, and what some"
-            " layers have absorbed cannot be taken back. Start with a new cache."
-        )
-
-
-def _keep_encoder(cache: EncoderDecoderCache, index: int) -> None:
-    """Cross-attention stays on softmax, with a cache of keys and values; Transformers makes both alike."""
-    layers = cache.cross_attention_cache.layers
-    if index < len(layers) and isinstance(layers[index], RecurrentLayer):
-        layer = layers[index]
-        is_static = isinstance(layer, StaticRecurrentLayer)
-        layers[index] = StaticLayer(max_cache_len=layer.max_cache_len) if is_static else DynamicLayer()
-
-
 def _check_hand_over() -> None:
     """Raise if the layer that is updating its cache is one of ours: then it was `hand_over` that did not find it."""
-    layer = None if is_compiling() else calling_layer("linattn")
+    layer = None if torch.compiler.is_compiling() else calling_layer("linattn")
     if layer is not None and attention_of(layer.config) == linear_layer(layer).kind:  # type: ignore[union-attr]
         raise changed("cache in use", f"an update by {type(layer).__name__}, whose forward was given no Cache")
 
 
-def add_hook(module: nn.Module) -> None:
-    """Let a converted attention module find its cache layer."""
-    remove_hook(module)
-    module.register_forward_pre_hook(hand_over, with_kwargs=True)
-
-
-def remove_hook(module: nn.Module) -> None:
-    """Undo `add_hook`. By the function, not by a handle, which would not survive a copy of the model."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is hand_over:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+attempt(register_cache_layers, RecurrentLayer, StaticRecurrentLayer)

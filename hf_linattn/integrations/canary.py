@@ -12,14 +12,13 @@ import torch
 
 from ..errors import UnsupportedTransformersError
 from ..ops.tracing import outside_of_modes
-from . import family_probes, model_probes  # noqa: F401  # add their probes to the others
+from . import cache_probes, family_probes, model_probes  # noqa: F401  # add their probes to the others
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES
-from .seams import is_compiling
 
 _lock = threading.RLock()
-_passed: set[str] = set()
+_passed: set[str] = set()  # groups of seams, and model types for which all has been asked
 _asking: set[str] = set()
 
 
@@ -30,7 +29,7 @@ def check_seams(model_type: str | None = None) -> None:
         model_type: Of a config; for BERT, GPT-2 and ViT, converted or not, their modules are asked too.
     Raises: `UnsupportedTransformersError` for a seam that has changed.
     """
-    if not is_compiling():
+    if not torch.compiler.is_compiling():
         ask_seams(model_type)
 
 
@@ -42,12 +41,17 @@ def ask_seams(model_type: str | None = None) -> None:
         family = model_type.removeprefix(MODEL_TYPE_PREFIX)
         if family in FAMILIES and family not in _passed:
             _ask(family)
+        if not _asking:
+            _passed.add(model_type)
 
 
 def check_model(model: Any) -> None:
     """`check_seams` for what a function of this library was given as a model, whatever that is."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    check_seams(model_type if isinstance(model_type, str) else None)
+    if not isinstance(model_type, str):
+        check_seams()
+    elif model_type not in _passed:  # every call of an attention function asks
+        check_seams(model_type)
 
 
 def check_trainer() -> None:

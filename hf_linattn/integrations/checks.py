@@ -1,33 +1,139 @@
-"""What an attention function may be given, and what it must refuse because the result would be wrong."""
+"""Checks of tensors' values, now or when a graph runs, and a warning.
+
+While tracing (`torch.compile`, `torch.export`, a captured CUDA graph, `torch.jit.trace`) values are not there: the
+graph gets an assertion of torch, which does not wait for the GPU; its message names this library. `torch.jit.trace`
+drops operators without a result, so there a tensor passes through one.
+"""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
-from .graph_checks import PACKED, out_of_order
+from ..errors import InputError
 from .seams import is_tracing
 
+PACKED = (
+    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
+    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
+)
+_UNORDERED = f"hf_linattn: position_ids must increase along the real tokens of a row. {PACKED}"
+_PATTERN = (
+    "hf_linattn: position_ids must go up by one from token to token, or another mask over query-key pairs was asked"
+    f" for. {PACKED}"
+)
 
-def check_mask(mask: Any) -> None:
-    """Raise `InputError` for a mask over query-key pairs, which bypasses the mask function."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        shape = f"{mask.ndim}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(
-            f"attention_mask must be 2-D, [batch, tokens] with 1 where a token is real; got {shape}. A linear "
-            "attention kind cannot hide single query-key pairs: pass the padding mask, or use "
-            "attn_implementation='sdpa'."
-        )
+_LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
+_LIBRARY.define("require(Tensor passed, Tensor condition, str message) -> Tensor")
 
 
+def require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
+    """Let the graph that is being made fail unless a scalar bool `condition` is True.
+
+    Returns: `passed`, to be used instead of it.
+    Raises: when the graph runs, `InputError` or a RuntimeError of torch with the message.
+    """
+    if torch.jit.is_tracing():
+        return torch.ops.hf_linattn.require(passed, condition, message)
+    if condition.device.type not in ("cpu", "cuda"):
+        condition = condition.cpu()
+    torch._assert_async(condition, message)
+    return passed
+
+
+def _require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
+    if not bool(condition):
+        raise InputError(message)
+    return passed.clone()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is needed for the derivative."""
+
+
+_LIBRARY.impl("require", _require, "CompositeExplicitAutograd")
+_LIBRARY.impl("require", lambda passed, *_: torch.empty_like(passed), "Meta")
+torch.library.register_autograd(
+    "hf_linattn::require", lambda ctx, grad: (grad, None, None), setup_context=_keep, lib=_LIBRARY
+)
+
+
+def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Let the graph fail where positions do not increase along a row's real tokens, as in packed sequences.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`. mask: What the attention function was given, as a rule a
+            `TokenMask`.
+        position_ids: `[batch or 1, queries]`. key_mask: `[batch, keys]` bool.
+    Returns: `query`, to be used instead of it.
+    """
+    # Once per forward, not in every layer: the mask is made once. Where gradients are recorded a layer may run within
+    # a checkpoint, from which torch.compile lets nothing be remembered.
+    may_remember = torch.jit.is_tracing() or not torch.is_grad_enabled()
+    remembers = may_remember and getattr(mask, "in_graph", False)
+    if remembers and mask.ordered is position_ids:
+        return query
+    query = require(query, ~out_of_order(position_ids, key_mask, query.shape[2]).any(), _UNORDERED)
+    if remembers:
+        mask.ordered = position_ids
+    return query
+
+
+def require_plain(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor | None:
+    """Let the graph fail unless a mask over query-key pairs hides none of a row's tokens from later ones.
+
+    Returns: the condition where it still has to be required (`require_pattern`).
+    """
+    pattern = _sees_whole_past(mask_function, batch_size, tokens, device)
+    if torch.jit.is_tracing():
+        return pattern
+    require(pattern, pattern, _PATTERN)
+    return None
+
+
+def require_pattern(query: Tensor, mask: Any) -> Tensor:
+    """`require_plain` where there was no tensor to hang it on. Returns: `query`, to be used instead of it."""
+    pattern = getattr(mask, "pattern", None)
+    return query if pattern is None else require(query, pattern, _PATTERN)
+
+
+def out_of_order(position_ids: Tensor, key_mask: Tensor | None, query_tokens: int) -> Tensor:
+    """`[batch, tokens]`, True where a real token's position is not above those of the row's real tokens before.
+
+    Args:
+        position_ids: `[batch or 1, tokens]`. key_mask: `[batch, keys]` bool, the last `tokens` of which are meant.
+    """
+    # Without slices of one token less, whose length a graph with symbols for sizes wants to tell from 1.
+    has_earlier = torch.arange(query_tokens, device=position_ids.device) > 0
+    if key_mask is None:
+        return has_earlier & (position_ids <= position_ids.roll(1, -1))
+    real = key_mask[:, -query_tokens:].to(position_ids.device)
+    positions = position_ids.expand(real.shape[0], -1)
+    # For each token, the highest position among the real tokens before it.
+    lowest = torch.iinfo(torch.long).min
+    highest = positions.long().masked_fill(~real, lowest).cummax(-1).values
+    return has_earlier & real & (positions <= highest.roll(1, -1))
+
+
+def _sees_whole_past(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor:
+    """Whether a mask over query-key pairs lets every token see its row's first token and the one before, a scalar.
+
+    While it traces, Transformers adds the pattern of packed sequences to every mask whose positions it is told, since
+    their values are not there.
+    """
+    rows = torch.arange(batch_size, device=device)[:, None]
+    queries = torch.arange(tokens, device=device)[None]
+    head = queries.new_zeros(())
+    first = mask_function(rows, head, queries, torch.zeros_like(queries))
+    before = mask_function(rows, head, queries, (queries - 1).clamp_min(0))
+    return (first & before).all()
+
+
+# -- values that are there -------------------------------------------------------------------------------------------
 # The position_ids found in order last and the mask they were checked with, each with its version: every layer of a
 # forward gets the same tensors. Replaced as a whole, so that threads may share it.
 _Seen = tuple[weakref.ref[Tensor], int]
@@ -43,7 +149,7 @@ def _is_seen(tensor: Tensor | None, seen: _Seen | None) -> bool:
 def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> bool:
     """Raise `InputError` if the positions of a row's real tokens do not increase, as in packed sequences.
 
-    Returns: whether that is left to the graph that is being made (`graph_checks.require_order`): while tracing
+    Returns: whether that is left to the graph that is being made (`require_order`): while tracing
         (`torch.compile`, export, `torch.jit.trace`) the values are not there.
     """
     global _last_checked
@@ -72,47 +178,6 @@ def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: in
         seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)
         _last_checked = ((weakref.ref(position_ids), position_ids._version), seen_mask)
     return False
-
-
-def is_cross_attention(
-    module: nn.Module, config: Any, kwargs: Mapping[str, Any], *, is_causal: bool, same_length: bool
-) -> bool:
-    """Whether queries and keys come from different sequences.
-
-    Raises `UnsupportedError` where a module of an encoder-decoder model does not let one tell.
-    """
-    declared = getattr(module, "is_cross_attention", None)
-    if declared is not None:
-        return bool(declared)
-    if is_causal or getattr(module, "is_causal", False):  # or asked to be bidirectional, by the config or the call
-        return False
-    if kwargs.get("encoder_hidden_states") is not None or not same_length:
-        return True
-    if getattr(config, "add_cross_attention", False):
-        return True  # a decoder's self-attention is causal, so this is its other attention
-    is_decoder = getattr(module, "is_decoder", None)
-    if getattr(config, "is_encoder_decoder", False) and is_decoder is None:
-        raise UnsupportedError(
-            f"{type(module).__name__} of an encoder-decoder model does not say whether it attends to its own sequence "
-            "or to the encoder's. Use attn_implementation='sdpa' for this model."
-        )
-    return bool(is_decoder)
-
-
-def check_prefix(module: nn.Module, config: Any, *, queries: int, keys: int, own_tokens: bool) -> None:
-    """Raise `UnsupportedError` for keys from before the tokens of a bidirectional layer: a cache, or prefix tuning.
-
-    Args:
-        own_tokens: Whether the layer is known to attend to its own tokens. A converted one always does.
-    """
-    encoder = getattr(module, "is_decoder", None) is False and not getattr(config, "add_cross_attention", False)
-    if queries != keys and (own_tokens or encoder):
-        raise UnsupportedError(
-            "A bidirectional layer with linear attention has no keys but those of its own tokens, which past keys and "
-            f"values add to: got {keys} keys for {queries} queries. Pass all tokens at once, without a cache "
-            "(use_cache=False). In place of prefix tuning use virtual tokens in the input (PEFT: PromptTuningConfig, "
-            "PromptEncoderConfig) or an adapter of the weights (LoraConfig), or keep attn_implementation='sdpa'."
-        )
 
 
 _dropout_warned = False

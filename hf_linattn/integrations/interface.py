@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, UnsupportedError
-from ..modules.base import AttentionInputs
-from ..modules.config import AttentionConfig
-from ..modules.registry import get_kind, list_kinds
-from ..modules.whole import attend as attend_whole
+from ..errors import UnsupportedError
+from ..modules.base import LinearAttention
+from ..modules.registry import list_kinds
 from ..ops.tracing import known
-from .advice import converting, cross_settings, instead, softmax_name
 from .attach import convert_otherwise
-from .cache import RecurrentLayer
+from .call import Call, decide
 from .canary import check_model
-from .checks import check_mask, check_positions, check_prefix, is_cross_attention, warn_attention_dropout
-from .expected import changed
-from .families import family_of, is_converted
-from .graph_checks import require_order, require_pattern
-from .keywords import check_keywords
-from .layers import linear_layer
+from .checks import warn_attention_dropout
+from .hand_over import give_back
 from .masks import linattn_mask
-from .native import image_grid, native_layer
-from .seams import ARGUMENT, attempt, check_scaling, register_attention, softmax_attention
-from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens, pad_one_key, token_mask
-from .undo import give_back
+from .native import image_grid, native_attention
+from .seams import attempt, register_attention, softmax_attention
+from .token_mask import causal_key_mask
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -43,9 +35,9 @@ def attention_function(kind: str) -> AttentionFunction:
     """The function to register under a kind's name with `AttentionInterface`."""
 
     def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        check_model(module)  # before the arguments are looked at
         if torch.compiler.is_compiling():
             return attend(kind, module, *inputs, **kwargs)
+        check_model(module)  # before the arguments are looked at
         try:
             return attend(kind, module, *inputs, **kwargs)
         except Exception:
@@ -80,236 +72,91 @@ def attend(
         attention_mask: What `linattn_mask` returned, or a tensor `[batch, tokens]`, True where a token is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         dropout: Attention dropout; honoured by layers left on softmax, otherwise one warning.
-        kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`cache.hand_over`);
+        kwargs: What the model passes on. `linattn_cache` is the cache of a layer with a state (`hand_over.hand_over`);
             key and value are then those of the new tokens.
     Returns: `([batch, queries, heads, head_dim], None)`.
     Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where the result would be wrong; the
         message says what to do.
     """
-    recurrent: RecurrentLayer | None = kwargs.pop(ARGUMENT, None)
-    if recurrent is not None and not isinstance(recurrent, RecurrentLayer):
-        raise InputError(
-            f"{ARGUMENT!r} is a name of this library's own; got {type(recurrent).__name__}. Rename the key."
-        )
-    if recurrent is not None:
-        attention_mask = new_tokens(attention_mask, query.shape[2], recurrent.memory)
-    check_keywords(kind, module, kwargs)
-    config = getattr(module, "config", None)
-    is_causal = causality(module, kwargs)
-    _check_agreement(module, attention_mask, is_causal, asked=kwargs.get("is_causal") is not None)
-    if is_causal and recurrent is None:
-        check_past_is_here(attention_mask, key.shape[2])
-    is_unpadded = isinstance(attention_mask, TokenMask) and attention_mask.tokens is None  # others are checked below
-    if not is_causal and is_unpadded and attention_mask.shape[1] != key.shape[2]:
-        found = f"{key.shape[2]} keys for a mask of {attention_mask.shape[1]} tokens from {type(module).__name__}"
-        raise changed("attention modules", found)
-    query = require_pattern(query, attention_mask)
-    given, attention_mask = attention_mask, token_mask(attention_mask, query.device)
-    check_mask(attention_mask)
-    cross = is_cross_attention(module, config, kwargs, is_causal=is_causal, same_length=query.shape[2] == key.shape[2])
-    key, value, mask = _match_keys(key, value, attention_mask, query.shape[2], is_causal=is_causal)
-    position_ids: Any = kwargs.get("position_ids")
-    if not cross and check_positions(position_ids, mask, query.shape[2]):
-        query = require_order(query, given, position_ids, mask)
-    scaling = check_scaling(module, scaling, query.shape[-1])
+    call = decide(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if call.on_softmax:
+        return softmax_output(module, call), None
+    if dropout:
+        warn_attention_dropout(dropout)
+    return linear_output(module, call), None
 
-    layer = linear_layer(module)
-    if layer is None and is_converted(config):
-        return _softmax(module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal)
-    if not is_causal:
-        own_tokens = layer is not None or not cross
-        check_prefix(module, config, queries=query.shape[2], keys=key.shape[2], own_tokens=own_tokens)
-    warn_attention_dropout(dropout)
-    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
-    if layer is not None:
-        if layer.kind != kind:
-            raise UnsupportedError(
-                f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {kind!r}. Call "
-                f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
-                f"to {kind!r}."
-            )
-        if layer.shape.is_causal != is_causal:
-            raise UnsupportedError(
-                f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={is_causal}. "
-                f"{convert_otherwise(config, is_causal)}"
-            )
-        held: Any = module.linattn  # the layer, or what PEFT has put round it
-        if recurrent is not None:
-            return recurrent.attend(held, query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
-        output = held(query, key, value, mask, scaling=scaling, grid=_converted_grid(module, layer, key, kwargs))
-    else:
-        output = _native(
-            kind,
+
+def softmax_output(module: nn.Module, call: Call) -> Tensor:
+    """Exact attention, what `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`."""
+    query, key_mask = call.query, call.key_mask
+    queries, keys = query.shape[2], call.key.shape[2]
+    mask = None
+    if call.is_causal and (key_mask is not None or 1 < queries < keys):
+        mask = causal_key_mask(queries, keys, key_mask, query.device)
+    elif key_mask is not None:
+        mask = key_mask[:, None, None, :].expand(-1, -1, queries, -1)
+    return softmax_attention(
+        module,
+        query,
+        call.key,
+        call.value,
+        mask,
+        dropout=call.dropout,
+        scaling=call.scaling,
+        is_causal=call.is_causal,
+    )
+
+
+def linear_output(module: nn.Module, call: Call) -> Tensor:
+    """Linear attention, of a converted layer or native: `[batch, queries, heads, head_dim]`.
+
+    Raises: `UnsupportedError` where the converted layer is of another kind or direction, or where native mode needs
+        what only a converted model can keep.
+    """
+    layer, query, key, value, mask = call.layer, call.query, call.key, call.value, call.key_mask
+    repeats = known(query.shape[1]) // known(key.shape[1])
+    if repeats > 1:  # grouped-query attention: every query head has its own copy of its group's keys and values
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if layer is None:
+        output = native_attention(
+            call.kind,
             module,
-            config,
             query,
             key,
             value,
             mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            cross=cross,
-            kwargs=kwargs,
+            scaling=call.scaling,
+            is_causal=call.is_causal,
+            cross=call.is_cross,
+            grid=call.grid,
         )
-    return output.transpose(1, 2).contiguous(), None  # models take views of it
+    else:
+        if layer.kind != call.kind or layer.shape.is_causal != call.is_causal:
+            raise _other_layer(module, layer, call)
+        held: Any = module.linattn  # the layer, or what PEFT has put round it
+        if call.cache is not None:
+            output = call.cache.attend(held, query, key, value, mask, call.scaling)
+        else:
+            grid = _converted_grid(module, layer, key, call) if module.config.model_type == "linattn_vit" else None
+            output = held(query, key, value, mask, scaling=call.scaling, grid=grid)
+    return output.transpose(1, 2).contiguous()  # models take views of it
 
 
-def causality(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of an attention function is causal: what the call says, else what the module does.
-
-    Raises: `UnsupportedError` if neither says, or if the config contradicts the module.
-    """
-    config = getattr(module, "config", None)
-    is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", None)
-        if is_causal is None:
-            raise UnsupportedError(
-                f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing "
-                "could let a token see later ones. Set `is_causal` on the attention modules, or use "
-                f"attn_implementation={softmax_name(config)!r}."
-            )
-        if is_causal and getattr(config, "is_causal", True) is False:
-            raise UnsupportedError(
-                f"config.is_causal is False, but {type(module).__name__} is causal. Pass is_causal=False to the "
-                "model, or set it on its attention modules."
-            )
-    return bool(is_causal)
-
-
-def _check_agreement(module: nn.Module, mask: Any, is_causal: bool, *, asked: bool) -> None:
-    """Raise if the mask that the model made and its attention module do not mean the same direction.
-
-    Args:
-        asked: Whether `is_causal` is an argument of the call: an encoder may be asked to be causal.
-    """
-    told = mask.is_causal if isinstance(mask, TokenMask) else None
-    if told is None or told == is_causal or (asked and is_causal):
-        return
-    words = {True: "causal", False: "bidirectional"}
-    raise UnsupportedError(
-        f"The model made a {words[told]} attention mask, but {type(module).__name__} computes {words[is_causal]} "
-        "attention: a token would see too much or too little. Set is_causal (of a BERT: is_decoder) in the config "
-        f"before the model is made, or use attn_implementation={softmax_name(getattr(module, 'config', None))!r}, "
-        "where the mask decides."
+def _other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> UnsupportedError:
+    """A converted layer is of another kind, or of the other direction, than the call asks for."""
+    if layer.kind != call.kind:
+        return UnsupportedError(
+            f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {call.kind!r}. Call "
+            f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
+            f"to {call.kind!r}."
+        )
+    return UnsupportedError(
+        f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={call.is_causal}. "
+        f"{convert_otherwise(module.config, call.is_causal)}"
     )
 
 
-def _match_keys(
-    key: Tensor, value: Tensor, mask: Tensor | None, query_tokens: int, *, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Drop keys that a static cache has room for but has not seen, recognised by a mask shorter than the keys."""
-    keys = key.shape[2]
-    if mask is None or mask.shape[1] == keys:
-        return key, value, mask
-    if not is_causal or not query_tokens <= mask.shape[1] < keys:
-        raise InputError(
-            f"attention_mask must cover the {keys} keys; got {tuple(mask.shape)}. With past keys and values it covers "
-            "past and new tokens, without them the new ones alone."
-        )
-    return key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]], mask
-
-
-def _repeat_heads(query: Tensor, states: Tensor) -> Tensor:
-    """Grouped-query attention: give every query head its own copy of its group's keys or values."""
-    repeats = known(query.shape[1]) // known(states.shape[1])
-    return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
-
-
-def _softmax(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float,
-    is_causal: bool,
-) -> tuple[Tensor, None]:
-    """Exact attention of a layer that was not converted: what `attn_implementation="sdpa"` computes."""
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None
-    if is_causal and (key_mask is not None or 1 < queries < keys):
-        mask = causal_key_mask(queries, keys, key_mask, query.device)
-    elif key_mask is not None:
-        mask = key_mask[:, None, None, :].expand(-1, -1, queries, -1)
-    output = softmax_attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
-    return output, None
-
-
-def _converted_grid(module: nn.Module, layer: Any, key: Tensor, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def _converted_grid(module: nn.Module, layer: LinearAttention, key: Tensor, call: Call) -> tuple[int, int] | None:
     """Rows and columns of patches, when the tokens after the global ones are an image."""
-    if family_of(module.config, is_causal=layer.shape.is_causal) != "vit":
-        return None
-    found = image_grid(module.config, key.shape[2], kwargs.get("grid"))
+    found = image_grid(module.config, key.shape[2], call.grid)
     return found[0] if found is not None and found[1] == layer.config.num_global_tokens else None
-
-
-def _native(
-    kind: str,
-    module: nn.Module,
-    config: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    is_causal: bool,
-    cross: bool,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    declared = get_kind(kind)
-    if is_causal and not declared.supports_causal:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) has no causal form: a token would see later ones. "
-            f"{instead(config, is_causal=True)}"
-        )
-    if is_causal and declared.causal_needs_data:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) in a causal model works with statistics of other data, which only a"
-            f" converted model can keep. {converting(config, kind)}{instead(config, is_causal=True)}"
-        )
-    if cross and not declared.supports_cross:
-        raise UnsupportedError(
-            f"{declared.title} ({kind!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
-            f"{instead(config, is_causal=False, cross=True)}"
-        )
-    family = family_of(config, is_causal=is_causal)
-    image = image_grid(config, key.shape[2], kwargs.get("grid")) if family in ("vit", "vision") and not cross else None
-    given = getattr(config, "linear_attention", None)
-    if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
-        config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
-    settings, state = native_layer(
-        kind,
-        family,
-        given,
-        known(query.shape[1]),
-        known(query.shape[3]),
-        getattr(module, "layer_idx", None) or 0,
-        is_causal,
-        None if image is None else known(image[1]),
-        str(query.device),
-        module.training,
-    )
-    if cross:
-        _check_cross(kind, config, settings)
-        if query.shape[2] == key.shape[2]:
-            key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
-    grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
-    inputs = AttentionInputs(
-        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
-    )
-    return attend_whole(declared.module_cls, settings, dict(state), inputs)
-
-
-def _check_cross(kind: str, config: Any, settings: AttentionConfig) -> None:
-    heavy = settings.num_heavy_keys  # type: ignore[attr-defined]  # kinds with a cross form have it
-    if settings.window_size or settings.num_global_tokens or heavy:
-        raise UnsupportedError(
-            f"Cross-attention under {kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0 (queries "
-            f"and keys are different sequences); got window_size={settings.window_size}, "
-            f"num_global_tokens={settings.num_global_tokens} and num_heavy_keys={heavy}. "
-            f"{cross_settings(config, kind)}"
-        )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
+from .checks import PACKED
 from .expected import installed
-from .graph_checks import PACKED
 from .seams import attention_keywords
 
 # What models pass on to the attention function and what does not change what attention computes.

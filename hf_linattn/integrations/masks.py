@@ -12,8 +12,8 @@ from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import fingerprint
 from ..ops.tracing import known
 from .canary import check_seams
+from .checks import require, require_plain
 from .expected import changed
-from .graph_checks import require, require_plain
 from .patterns import is_unused, refusal
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 from .token_mask import TokenMask
@@ -84,95 +84,59 @@ def linattn_mask(
             f"{attention_mask.ndim}-D {tuple(attention_mask.shape)}. A linear attention kind cannot hide single "
             "query-key pairs."
         )
-    sizes = batch_size, q_length, kv_length
-    made = _mask_of(*sizes, q_offset, kv_offset, mask_function, attention_mask, device, tracing)
-    made.in_graph = tracing
-    if mask_function in _PLAIN:
-        made.is_causal = mask_function is causal_mask_function
-    if not is_plain:
-        made.pattern = require_plain(mask_function, batch_size, q_length, device)
-    return made
-
-
-def _mask_of(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int | Tensor,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None,
-    device: torch.device | str,
-    tracing: bool,
-) -> TokenMask:
-    """`linattn_mask` for arguments that have been checked one by one."""
-    bidirectional = mask_function is bidirectional_mask_function
     if isinstance(q_offset, Tensor) and (torch.jit.is_tracing() or not is_tracing(q_offset)):
         q_offset = known(q_offset)
     has_state = isinstance(kv_offset, Tensor) or (kv_offset > 0 and kv_offset == q_offset)
-    if has_state and kv_length == q_length:  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
-        return _mask_of_new(batch_size, q_length, q_offset, attention_mask, device, tracing)
-    seen = _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
+    is_new = has_state and kv_length == q_length  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
+    bidirectional = mask_function is bidirectional_mask_function
+    seen = q_length if is_new else _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
+    made = TokenMask(None, (batch_size, seen), device, in_graph=tracing)
     if seen > kv_length:
         raise UnsupportedError(
             f"The cache returns {kv_length} keys where {seen} tokens have been seen: a cache that forgets tokens is "
             "not supported by a linear attention kind. Use the default (dynamic) cache."
         )
-    if attention_mask is None:
-        if seen == kv_length:
-            return TokenMask(None, (batch_size, seen), device)
-        all_seen = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-        return TokenMask(all_seen, (batch_size, seen), device)
-    whole = bidirectional or not isinstance(q_offset, Tensor)
-    attention_mask = _check_width(attention_mask, batch_size, seen if whole else q_offset + q_length)
-    mask = attention_mask.to(torch.bool)
-    if known(mask.shape[0]) != batch_size:
-        mask = mask.expand(batch_size, -1)
-    # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention function to
-    # compare with the keys it gets.
-    comparable = bidirectional and q_length != kv_length
-    if not tracing and not comparable and seen == kv_length and bool(mask.all()):
-        return TokenMask(None, (batch_size, seen), device)
-    return TokenMask(mask, (batch_size, seen), device)
+    if is_new:
+        made.follows = True if is_tracing(q_offset) else bool(q_offset)
+    if attention_mask is not None:
+        is_past_unknown = isinstance(q_offset, Tensor) and not bidirectional
+        width = q_offset + q_length if is_new or is_past_unknown else seen
+        tokens = _real_tokens(attention_mask, batch_size, width)
+        # Without a cache kv_length is the mask's own width: what differs from the queries is for the attention
+        # function to compare with the keys it gets.
+        may_drop = not tracing and (is_new or (seen == kv_length and (q_length == kv_length or not bidirectional)))
+        if not (may_drop and bool(tokens.all())):
+            made.tokens = tokens
+            if is_new:
+                made.past = None if tracing else fingerprint(tokens[:, :-q_length])
+                tokens = tokens[:, -q_length:]
+                made.tokens = None if not tracing and bool(tokens.all()) else tokens
+    elif seen != kv_length:
+        made.tokens = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+    if is_plain:
+        made.is_causal = not bidirectional
+    else:
+        made.pattern = require_plain(mask_function, batch_size, q_length, device)
+    return made
 
 
-def _mask_of_new(
-    batch_size: int,
-    q_length: int,
-    q_offset: int | Tensor,
-    attention_mask: Tensor | None,
-    device: torch.device | str,
-    tracing: bool,
-) -> TokenMask:
-    """The mask of the new tokens, and what it says of those before."""
-    shape = (batch_size, q_length)
-    follows = True if is_tracing(q_offset) else bool(q_offset)
-    if attention_mask is None:
-        return TokenMask(None, shape, device, follows=follows)
-    attention_mask = _check_width(attention_mask, batch_size, q_offset + q_length)
-    mask = attention_mask.to(torch.bool).expand(batch_size, -1)
-    if not tracing and bool(mask.all()):
-        return TokenMask(None, shape, device, follows=follows)
-    past = None if tracing else fingerprint(mask[:, :-q_length])
-    mask = mask[:, -q_length:]
-    if not tracing and bool(mask.all()):
-        return TokenMask(None, shape, device, past, follows)
-    return TokenMask(mask, shape, device, past, follows)
+def _real_tokens(attention_mask: Tensor, batch_size: int, width: int | Tensor) -> Tensor:
+    """The mask as bool, with a row for each input.
 
-
-def _check_width(attention_mask: Tensor, batch_size: int, seen: int | Tensor) -> Tensor:
-    """Raise `InputError`, when a graph runs if the number of seen tokens is not known before. Returns the mask."""
-    width = known(attention_mask.shape[1])
-    if isinstance(seen, Tensor):
-        attention_mask = require(attention_mask, seen.reshape(()) == width, f"hf_linattn: {_WIDTH} seen + new].")
-    elif width != seen:
-        raise InputError(f"{_WIDTH} {seen}]; got {tuple(attention_mask.shape)}.")
-    if known(attention_mask.shape[0]) not in (1, batch_size):
+    Raises: `InputError` for another width, when a graph runs if the width is not known before.
+    """
+    rows, found = known(attention_mask.shape[0]), known(attention_mask.shape[1])
+    if isinstance(width, Tensor):
+        attention_mask = require(attention_mask, width.reshape(()) == found, f"hf_linattn: {_WIDTH} seen + new].")
+    elif found != width:
+        raise InputError(f"{_WIDTH} {width}]; got {tuple(attention_mask.shape)}.")
+    if rows not in (1, batch_size):
         raise InputError(
             f"attention_mask must have a row for each of the {batch_size} inputs, [batch, tokens]; got "
             f"{tuple(attention_mask.shape)}."
         )
-    return attention_mask
+    mask = attention_mask.to(torch.bool)
+    return mask if rows == batch_size else mask.expand(batch_size, -1)
 
 
 _WIDTH = "attention_mask must cover all tokens, past ones included: [batch,"

@@ -1,4 +1,4 @@
-"""Settings and buffers of native mode, where nothing is attached to the model."""
+"""Native mode, where nothing is attached to the model: its attention, settings and buffers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..modules.base import LayerShape
 from ..modules.config import AttentionConfig
-from ..modules.defaults import resolve
-from ..modules.registry import get_kind
-from ..ops.tracing import outside_tracing
+from ..modules.contract import AttentionInputs, LayerShape
+from ..modules.registry import AttentionKind, get_kind
+from ..modules.whole import attend as attend_whole
+from ..ops.tracing import known, outside_tracing
+from .advice import converting, cross_settings, instead
 from .canary import ask_seams
-from .families import FAMILIES, MODEL_TYPE_PREFIX
-from .settings import parse_settings
+from .families import FAMILIES, MODEL_TYPE_PREFIX, family_of
+from .settings import parse_settings, settings_dict
+from .token_mask import pad_one_key
 
 # Tokens before the patches, without register tokens. Of other models it is unknown whether they have a distillation
 # token beside [CLS].
@@ -26,6 +28,90 @@ LEADING_TOKENS = {
     "deit": 2,
     "siglip_vision_model": 0,
 }
+
+
+def native_attention(
+    kind: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    is_causal: bool,
+    cross: bool,
+    grid: tuple[int, int] | None,
+) -> Tensor:
+    """Attention of a layer of a stock model, which has no tensors of its own.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`. mask: `[batch, keys]`, True where a token is real.
+        cross: Whether queries and keys are different sequences.
+        grid: Rows and columns of patches, if the call says so.
+    Raises: `UnsupportedError` for what the kind, its settings or native mode cannot do; `ConfigError` for settings
+        that are those of another kind or impossible.
+    """
+    config: Any = getattr(module, "config", None)
+    declared = get_kind(kind)
+    _check_supported(declared, config, is_causal=is_causal, cross=cross)
+    family = family_of(config, is_causal=is_causal)
+    image = image_grid(config, key.shape[2], grid) if family in ("vit", "vision") and not cross else None
+    given = getattr(config, "linear_attention", None)
+    if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
+        config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
+    settings, state = native_layer(
+        kind,
+        family,
+        given,
+        known(query.shape[1]),
+        known(query.shape[3]),
+        getattr(module, "layer_idx", None) or 0,
+        is_causal,
+        None if image is None else known(image[1]),
+        str(query.device),
+        module.training,
+    )
+    if cross:
+        _check_cross(settings, config)
+        if query.shape[2] == key.shape[2]:
+            key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
+    grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
+    inputs = AttentionInputs(
+        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
+    )
+    return attend_whole(declared.module_cls, settings, dict(state), inputs)
+
+
+def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross: bool) -> None:
+    """Raise for a sort of layer that the kind cannot serve, whatever its settings."""
+    if is_causal and not kind.supports_causal:
+        raise UnsupportedError(
+            f"{kind.title} ({kind.name!r}) has no causal form: a token would see later ones. "
+            f"{instead(config, is_causal=True)}"
+        )
+    if is_causal and not kind.native_causal:
+        raise UnsupportedError(
+            f"{kind.title} ({kind.name!r}) in a causal model works with statistics of other data, which only a"
+            f" converted model can keep. {converting(config, kind.name)}{instead(config, is_causal=True)}"
+        )
+    if cross and not kind.supports_cross:
+        raise UnsupportedError(
+            f"{kind.title} ({kind.name!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
+            f"{instead(config, is_causal=False, cross=True)}"
+        )
+
+
+def _check_cross(settings: AttentionConfig, config: Any) -> None:
+    """Raise for settings that have no meaning between two sequences."""
+    exact = {name: getattr(settings, name) for name in ("window_size", "num_global_tokens", "num_heavy_keys")}
+    if any(exact.values()):
+        window, tokens, heavy = (f"{name}={value}" for name, value in exact.items())
+        raise UnsupportedError(
+            f"Cross-attention under {settings.kind!r} needs window_size=0, num_global_tokens=0 and num_heavy_keys=0"
+            f" (queries and keys are different sequences); got {window}, {tokens} and {heavy}. "
+            f"{cross_settings(config, settings.kind)}"
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -50,78 +136,35 @@ def native_layer(
         the kind's `check` raises.
     """
     ask_seams(family)  # here also while torch compiles: this function is called, not traced
-    if isinstance(settings, str):
-        settings = {"kind": settings}
-    elif isinstance(settings, AttentionConfig):
-        settings = settings.to_dict()
-    elif settings is not None and not isinstance(settings, dict):
-        parse_settings(settings, family=family)  # raises
-    frozen = None if settings is None else json.dumps(settings, sort_keys=True)
-    config, state = _layer(
-        kind, family, frozen, LayerShape(num_heads, head_dim, layer_idx, is_causal), num_leading, device
-    )
-    _check_stateless(config, is_causal, training, convertible=family in FAMILIES)
+    frozen = "{}" if settings is None else json.dumps(settings_dict(settings), sort_keys=True)
+    shape = LayerShape(num_heads, head_dim, layer_idx, is_causal)
+    config, state = _layer(kind, family, frozen, shape, num_leading, device)
+    refusal = get_kind(kind).module_cls.native_refusal(config, shape, training=training)
+    if refusal is not None:
+        raise UnsupportedError(
+            refusal + (", or convert the model (hf_linattn.convert)." if family in FAMILIES else ".")
+        )
     return config, tuple(state.items())
-
-
-def _check_stateless(config: AttentionConfig, is_causal: bool, training: bool, *, convertible: bool) -> None:
-    """Raise for settings that need something kept in the layer."""
-    proposal_map = getattr(config, "proposal_map", None) or "none"
-    if proposal_map.endswith("_norm"):
-        raise UnsupportedError(
-            f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode"
-            " has none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
-            + (", or convert the model (hf_linattn.convert)." if convertible else ".")
-        )
-    sources = (getattr(config, "statistics", None), getattr(config, "proposal_source", None))
-    if not is_causal and "calibrated" in sources:
-        raise UnsupportedError(
-            f"config.linear_attention asks for calibrated {config.kind!r}, but native mode keeps no statistics."
-            " Leave out the field: bidirectional models take their statistics from each row"
-            + (
-                "; or convert the model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate)."
-                if convertible
-                else "."
-            )
-        )
-    interval = getattr(config, "redraw_interval", None)
-    if training and interval is not None:
-        raise UnsupportedError(
-            f"config.linear_attention asks for redraw_interval={interval}, but native mode has no layers that could"
-            " keep new directions. Set redraw_interval to None"
-            + (", or convert the model (hf_linattn.convert)." if convertible else ".")
-        )
 
 
 @functools.lru_cache(maxsize=512)
 def _layer(
-    kind: str, family: str, settings: str | None, shape: LayerShape, num_leading: int | None, device: str
+    kind: str, family: str, settings: str, shape: LayerShape, num_leading: int | None, device: str
 ) -> tuple[AttentionConfig, dict[str, Tensor]]:
-    declared = get_kind(kind)
-    if settings is None:
-        config = declared.config_cls()
-        if num_leading is not None:
-            config = config.replace(num_global_tokens=num_leading)
-        config = resolve(config, family)
-    else:
-        values = {"kind": kind, **json.loads(settings)}
-        estimates_softmax = values.get("kernel", "softmax") == "softmax"  # otherwise nothing exact can stand beside it
-        if num_leading is not None and estimates_softmax and values.get("num_global_tokens") is None:
-            values["num_global_tokens"] = num_leading
-        parsed = parse_settings(values, family=family)
-        config = parsed.config
-        if parsed.layers is not None:
-            raise ConfigError(
-                f"config.linear_attention['layers'] = {list(parsed.layers)} selects layers of a converted model; "
-                "native mode uses the kind in every layer. Drop 'layers'"
-                + (", or convert the model (`hf_linattn.convert`)." if family in FAMILIES else ".")
-            )
-        if config.kind != kind:
-            raise ConfigError(
-                f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is "
-                f"{kind!r}. Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
-            )
-    declared.module_cls.check(config, shape)
+    parsed = parse_settings({"kind": kind, **json.loads(settings)}, family=family, num_global_tokens=num_leading)
+    config = parsed.config
+    if parsed.layers is not None:
+        raise ConfigError(
+            f"config.linear_attention['layers'] = {list(parsed.layers)} selects layers of a converted model; "
+            "native mode uses the kind in every layer. Drop 'layers'"
+            + (", or convert the model (`hf_linattn.convert`)." if family in FAMILIES else ".")
+        )
+    if config.kind != kind:
+        raise ConfigError(
+            f"config.linear_attention holds settings of {config.kind!r}, but the active attn_implementation is "
+            f"{kind!r}. Call set_attn_implementation({config.kind!r}), or replace config.linear_attention."
+        )
+    get_kind(kind).module_cls.check(config, shape)
     return config, _state(config, shape, device)
 
 

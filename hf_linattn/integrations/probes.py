@@ -18,7 +18,7 @@ from transformers import GPT2Config
 
 from ..errors import UnsupportedError
 from ..modules.registry import list_kinds
-from . import seams
+from . import model_seams, seams
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .users import asks_interface
 
@@ -44,7 +44,7 @@ def lacks(function: Any, *names: str) -> str | None:
     return f"{getattr(function, '__qualname__', function)}({', '.join(parameters)})"
 
 
-def _config(layers: list[str] | None = None, **fields: Any) -> Any:
+def tiny_config(layers: list[str] | None = None, **fields: Any) -> Any:
     """A decoder of two channels under a kind."""
     config = GPT2Config(n_embd=2, n_head=1, n_layer=2, vocab_size=4, bos_token_id=0, eos_token_id=0, **fields)
     seams.select_attention(config, list_kinds()[0])
@@ -56,7 +56,7 @@ def _config(layers: list[str] | None = None, **fields: Any) -> Any:
 def _empty_model() -> Any:
     """A stock model of two channels, without values."""
     with torch.device("meta"):
-        return transformers.GPT2Model(_config(n_positions=2))
+        return transformers.GPT2Model(tiny_config(n_positions=2))
 
 
 # -- attention and masks --------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _attention_functions() -> str | None:
 def _mask_functions() -> str | None:
     from transformers.masking_utils import create_bidirectional_mask
 
-    config, embeds = _config(), torch.zeros(1, 3, 2)
+    config, embeds = tiny_config(), torch.zeros(1, 3, 2)
     padding, positions = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]])
     cases = {
         "create_causal_mask": seams.causal_mask(config, embeds, padding, None),
@@ -114,104 +114,6 @@ def _softmax_attention() -> str | None:
     return None if got == ([1.0, 1.0], [1.0, 2.0]) else f"{got} of the values 1 and 3"
 
 
-# -- caches ---------------------------------------------------------------------------------------------------------
-def _is_ours(layer: Any) -> bool:
-    return getattr(layer, "memory", None) is not None
-
-
-def _layers(cache: Any) -> str | None:
-    found = [type(layer).__name__ for layer in cache.layers]
-    return None if [_is_ours(layer) for layer in cache.layers] == [True, False] else f"layers {found}"
-
-
-_MIXED = [seams.LAYER_TYPE, "full_attention"]
-
-
-@probes("dynamic cache")
-def _dynamic_cache() -> str | None:
-    return _layers(seams.DynamicCache(config=_config(_MIXED)))
-
-
-@probes("static cache")
-def _static_cache() -> str | None:
-    if not seams.has_static_layer_types():
-        return None
-    return _layers(seams.StaticCache(config=_config(_MIXED), max_cache_len=4))
-
-
-@probes("cache layers")
-def _cache_layers() -> str | None:
-    cache = seams.DynamicCache(config=_config(_MIXED))
-    layer, keys = cache.layers[0], torch.zeros(1, 1, 3, 2)
-    if cache.is_compileable or not cache.is_sliding[0]:
-        return f"is_compileable {cache.is_compileable} and is_sliding {cache.is_sliding}"
-    layer.expect()
-    if cache.update(keys, keys, 0)[0] is not keys:
-        return "other keys from update than those of the layer"
-    layer.seen = 5
-    sizes = int(cache.get_seq_length()), cache.get_mask_sizes(3, 0)
-    if sizes != (5, (3, 5)):
-        return f"get_seq_length and get_mask_sizes {sizes}"
-    mask = seams.causal_mask(_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, _only(cache))
-    if getattr(mask, "shape", None) != (1, 3) or not mask.follows:
-        return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5"
-    mixed = seams.DynamicCache(config=_config(_MIXED))
-    mixed.layers[0].seen = 5
-    mixed.layers[1].update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
-    padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]])
-    mask = seams.causal_mask(_config(_MIXED), torch.zeros(1, 3, 2), padding, mixed)
-    if getattr(mask, "shape", None) != (1, 8) or mask.tokens.tolist() != padding.bool().tolist():
-        return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5 where a layer keeps keys"
-    return _passed_on(cache)
-
-
-def _only(cache: Any) -> Any:
-    del cache.layers[1:]
-    return cache
-
-
-def _passed_on(cache: Any) -> str | None:
-    """What the container does with the calls of `generate`."""
-    calls: list[str] = []
-    names = ["reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"]
-    optional = ["activate_past_recording"]  # unknown to older releases
-
-    class Spy(type(cache.layers[0])):  # type: ignore[misc]
-        def get_max_length(self) -> int:
-            return -1
-
-    for name in names + optional:
-        setattr(Spy, name, lambda self, *args, name=name, **kwargs: calls.append(name))
-    stock = seams.DynamicLayer()
-    stock.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
-    stock.crop(-1)
-    if int(stock.get_seq_length()) != 2:
-        return f"{stock.get_seq_length()} of 3 tokens after crop(-1)"
-    cache.layers = [Spy()]
-    index = torch.zeros(1, dtype=torch.long)
-    cache.reorder_cache(index)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(index)
-    cache.crop(-1)
-    cache.reset()
-    if hasattr(cache, "activate_past_recording"):
-        cache.activate_past_recording()
-        names += optional
-    return None if calls == names else f"the layer told to {calls}"
-
-
-@probes("encoder-decoder cache")
-def _encoder_decoder_cache() -> str | None:
-    own, other = (seams.DynamicCache(config=_config()) for _ in range(2))
-    cache = seams.EncoderDecoderCache(own, other)
-    if not isinstance(cache, seams.Cache):
-        return "it is no Cache"
-    if cache.self_attention_cache is not own or cache.cross_attention_cache is not other:
-        return "other caches in it than those given"
-    seams.DynamicLayer(), seams.StaticLayer(max_cache_len=2)
-    return None
-
-
 @probes("masks of generate")
 def _masks_of_generate() -> str | None:
     from transformers.masking_utils import create_masks_for_generate
@@ -227,8 +129,8 @@ def _recorded_outputs() -> str | None:
 
     model, recorded = Recording(), {"hidden_states": Recording}
     model._can_record_outputs = recorded
-    seams.set_model_class(model, Recording)
-    registry = seams.output_capturing._CAN_RECORD_REGISTRY
+    model_seams.set_model_class(model, Recording)
+    registry = model_seams.output_capturing._CAN_RECORD_REGISTRY
     found = registry.pop(str(Recording), None)
     return None if found is recorded else f"{found!r}"
 
@@ -247,15 +149,15 @@ def _initialisation() -> str | None:
 
     loaded, fresh = Target(True), Target(False)
     for target in (loaded, fresh):
-        seams.initialize(target, torch.zeros(1))  # type: ignore[arg-type]
+        model_seams.initialize(target, torch.zeros(1))  # type: ignore[arg-type]
     if (loaded.writes, fresh.writes) != (0, 1):
         return f"{loaded.writes} writes to a loaded tensor, {fresh.writes} to a fresh one"
     model = _empty_model()
     with torch.device("meta"):
         model.ln_f.ours, model.ln_f.new = nn.Linear(1, 1), nn.Linear(1, 1)
     for module in (model, model.ln_f, model.ln_f.new):
-        seams.mark_initialized(module, False)
-    seams.mark_initialized(model.ln_f.ours, True)
+        model_seams.mark_initialized(module, False)
+    model_seams.mark_initialized(model.ln_f.ours, True)
     told: list[Any] = []
     model._init_weights = told.append
     model.initialize_weights()
@@ -266,10 +168,10 @@ def _initialisation() -> str | None:
 
 @probes("config")
 def _config_fields() -> str | None:
-    config = _config()
+    config = tiny_config()
     if config.__dict__.get(seams.STORED_ATTENTION) != list_kinds()[0]:
         return f"no {seams.STORED_ATTENTION} in {sorted(name for name in config.__dict__ if 'attn' in name)}"
-    given = _config(attn_implementation="eager").to_dict()
+    given = tiny_config(attn_implementation="eager").to_dict()
     if "attn_implementation" in given:
         return "attn_implementation in a saved config"
     wanted = ("get_text_config", "output_attentions", "num_hidden_layers", "validate_layer_type", "get_config_dict")
@@ -301,9 +203,9 @@ def _names_given() -> str | None:
             self.post_init()
 
     kind = list_kinds()[0]
-    stock = _config()
+    stock = tiny_config()
     seams.select_attention(stock, "eager")
-    for give in (lambda: Deaf(_config()), lambda: Deaf(stock).set_attn_implementation(kind)):
+    for give in (lambda: Deaf(tiny_config()), lambda: Deaf(stock).set_attn_implementation(kind)):
         try:
             give()
         except UnsupportedError:
@@ -337,7 +239,7 @@ def _auto_classes() -> str | None:
 
 @probes("preprocessing")
 def _preprocessing() -> str | None:
-    for mapping in seams.preprocessing_tables():
+    for mapping in model_seams.preprocessing_tables():
         found = mapping._reverse_config_mapping
         if found["BertConfig"] != "bert" or found["LinAttnBertConfig"] != "bert":
             return f"{found.get('BertConfig')!r} for BertConfig, {found.get('LinAttnBertConfig')!r} for ours"

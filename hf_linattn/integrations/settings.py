@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
-from ..modules.registry import config_from_dict, default_config, list_kinds
+from ..modules.registry import config_from_dict, list_kinds
 
 VERSION = 1
 OWN_KEYS = ("version", "layers", "attention_dropout")
@@ -39,22 +39,32 @@ class LinearAttentionSettings:
         return values
 
 
-def parse_settings(value: Any, *, family: str, num_layers: int | None = None) -> LinearAttentionSettings:
+def settings_dict(value: Any) -> dict[str, Any]:
+    """A kind's name, its settings object or a dictionary, as a dictionary. Raises `ConfigError` for anything else."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, AttentionConfig):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise ConfigError(
+        f"linear_attention must be the name of a kind ({list_kinds()}), a kind's settings such as "
+        f"FavorPlusConfig(), or a dictionary of them; got {value!r}."
+    )
+
+
+def parse_settings(
+    value: Any, *, family: str, num_layers: int | None = None, num_global_tokens: int | None = None
+) -> LinearAttentionSettings:
     """Read a kind's name, a kind's settings object, or a dictionary such as config.json holds.
 
+    Args:
+        num_global_tokens: Their default, where it is not that of the family.
     Raises:
         ConfigError: Unknown kind, unknown or impossible field, layers that do not exist.
         CheckpointError: The dictionary was written by a newer version of this library.
     """
-    if isinstance(value, str):
-        return LinearAttentionSettings(default_config(value, family), check_layers(None, num_layers))
-    if isinstance(value, AttentionConfig):
-        return LinearAttentionSettings(resolve(value, family), check_layers(None, num_layers))
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"linear_attention must be the name of a kind ({list_kinds()}), a kind's settings such as "
-            f"FavorPlusConfig(), or a dictionary of them; got {value!r}."
-        )
+    value = settings_dict(value)
     version = value.get("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(f"linear_attention['version'] must be a positive integer; got {version!r}.")
@@ -69,7 +79,8 @@ def parse_settings(value: Any, *, family: str, num_layers: int | None = None) ->
         isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1
     ):
         raise ConfigError(f"linear_attention['attention_dropout'] must be a number from 0 to 1; got {dropout!r}.")
-    return LinearAttentionSettings(resolve(config, family), check_layers(value.get("layers"), num_layers), dropout)
+    config = resolve(config, family, num_global_tokens=num_global_tokens)
+    return LinearAttentionSettings(config, check_layers(value.get("layers"), num_layers), dropout)
 
 
 def check_layers(layers: Iterable[int] | None, num_layers: int | None) -> tuple[int, ...] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def _refuse(what: str) -> UnsupportedError:
     )
 
 
+@dataclass(eq=False)
 class TokenMask:
     """What `linattn_mask` returns: for the attention function of a kind only.
 
@@ -44,45 +46,31 @@ class TokenMask:
         follows: Whether there are such tokens.
         refusal: Why no layer may use it.
         is_causal: Which of the two patterns the model asked for, if that is known.
-
-    Attributes:
         in_graph: Whether it was made while tracing, for the graph that is being made.
-        pattern: A scalar bool that must be True when that graph runs (`graph_checks.require_pattern`).
+        pattern: A scalar bool that must be True when that graph runs (`checks.require_pattern`).
+        ordered: Positions that the graph checks already.
     """
 
-    ndim = 2
-    dtype = torch.bool
+    tokens: Tensor | None
+    shape: tuple[int, int]
+    device: torch.device | str
+    past: tuple[int, ...] | None = None
+    follows: bool = False
+    refusal: str | None = None
+    is_causal: bool | None = None
+    in_graph: bool = False
+    pattern: Tensor | None = None
+    ordered: Tensor | None = None
 
-    def __init__(
-        self,
-        tokens: Tensor | None,
-        shape: tuple[int, int],
-        device: torch.device | str,
-        past: tuple[int, ...] | None = None,
-        follows: bool = False,
-        refusal: str | None = None,
-        is_causal: bool | None = None,
-    ) -> None:
-        self.tokens = tokens
-        self.shape = shape
-        self.device = device
-        self.past = past
-        self.follows = follows
-        self.refusal = refusal
-        self.is_causal = is_causal
-        self.in_graph = False
-        self.pattern: Tensor | None = None
-        self.ordered: Tensor | None = None  # positions that the graph checks already
+    ndim: ClassVar[int] = 2
+    dtype: ClassVar[torch.dtype] = torch.bool
 
     def to(self, *args: Any, **kwargs: Any) -> TokenMask:
         """The mask on another device; it is bool whatever type is asked for."""
         device = kwargs.get("device", args[0] if args and isinstance(args[0], (str, int, torch.device)) else None)
         if device is None:
             return self
-        tokens = None if self.tokens is None else self.tokens.to(device)
-        moved = TokenMask(tokens, self.shape, device, self.past, self.follows, self.refusal, self.is_causal)
-        moved.in_graph, moved.pattern = self.in_graph, self.pattern
-        return moved
+        return replace(self, tokens=None if self.tokens is None else self.tokens.to(device), device=device)
 
     def view(self, *shape: int) -> TokenMask:
         """GPT-2 brings its mask to `[batch, tokens]` this way, which it has already."""
@@ -118,15 +106,6 @@ for _name in (
     "abs lt le gt ge eq ne getitem setitem len iter bool float int index array"
 ).split():
     setattr(TokenMask, f"__{_name}__", _refusing(f"__{_name}__"))
-
-
-def token_mask(mask: Any, device: torch.device) -> Any:
-    """The tensor (or `None`) that a mask given to an attention function stands for, on the queries' device."""
-    if not isinstance(mask, TokenMask):
-        return mask
-    if mask.refusal is not None:
-        raise UnsupportedError(mask.refusal)
-    return None if mask.tokens is None else mask.tokens.to(device)
 
 
 def new_tokens(mask: Any, count: int, memory: RecurrentMemory) -> Any:

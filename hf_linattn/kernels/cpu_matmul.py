@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Multiplications from which on the call is worth its overhead.
-_LARGE = 1 << 22
+LARGE = 1 << 22
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def onednn_is_faster() -> bool:
 def suits_onednn(like: Tensor, multiplications: int) -> bool:
     """Whether a single product of so many multiplications should go to oneDNN."""
     return (
-        like.dtype == torch.float32 and like.device.type == "cpu" and multiplications >= _LARGE and onednn_is_faster()
+        like.dtype == torch.float32 and like.device.type == "cpu" and multiplications >= LARGE and onednn_is_faster()
     )
 
 

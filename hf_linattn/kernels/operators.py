@@ -8,15 +8,128 @@ constant, and would answer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .attention_state import AttentionState
+from .backend import runs_on_triton
 
 _LIBRARY = torch.library.Library("hf_linattn", "DEF")
+
+
+def register_pair(
+    schema: str,
+    kernels: ModuleType,
+    *,
+    record: type | None = None,
+    kept: Callable[..., tuple[Tensor, ...]] | None = None,
+    differentiable: Sequence[int] | None = None,
+) -> type[torch.autograd.Function]:
+    """Define the operators `hf_linattn::<name>` and `hf_linattn::<name>_backward` of a softmax and its derivative.
+
+    Args:
+        schema: `name(tensors, options) -> results`. The first two results are an output and its log-sum-exp; others
+            are kept for the backward pass. Queries come first, one tensor is the `value`, and all start with a batch
+            dimension.
+        kernels: The module `torch_kernel` of the operation; `triton_launch` beside it is imported when it is needed.
+            Each has `<name>_forward(*tensors, *options)`, and `<name>_backward(grad_output, grad_lse, *tensors,
+            *results, needs, *options)`, which returns the gradients that `needs` asks for, and None for the others.
+        record: A NamedTuple of the tensors. With one the functions are `<name>_forward(inputs, *options)` and
+            `<name>_backward(grads, inputs, results, needs, *options)`.
+        kept: Empty tensors like the results after the log-sum-exp, from the arguments of the operator.
+        differentiable: Which tensors have gradients, if not all.
+    Returns: the function to `apply` to tensors, options and the name of a backend.
+    """
+    name, rest = schema.split("(", 1)
+    arguments, results = (part.strip("()").split(", ") for part in rest.split(" -> "))
+    tensors = [argument for argument in arguments if argument.startswith("Tensor")]
+    options = [argument for argument in arguments if not argument.startswith("Tensor")]
+    count, places = len(tensors), tuple(range(len(tensors)) if differentiable is None else differentiable)
+    inputs = [] if record is None else [(record._make, count)]  # type: ignore[attr-defined]
+    backward_inputs = [(AttentionState._make, 2), *inputs, (tuple, len(results))] if inputs else []
+    compute = dispatch(kernels, f"{name}_backward", records=backward_inputs, like=2)
+
+    value_place = tensors.index("Tensor value")
+
+    def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+        query, value = arguments[0], arguments[value_place]
+        output = value.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        return output, lse, *(() if kept is None else kept(*arguments))
+
+    def backward_kernel(*arguments: Any) -> list[Tensor]:
+        return [grad for grad in compute(*arguments) if grad is not None]
+
+    def backward_fake(*arguments: Any) -> list[Tensor]:
+        given, needs = arguments[2 : 2 + count], arguments[2 + count + len(results)]
+        wanted = [given[place] for place, needed in zip(places, needs, strict=True) if needed]
+        return [z.new_empty(z.shape) for z in wanted]
+
+    class Pair(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> tuple[Tensor, ...]:
+            return forward_operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.save_for_backward(*inputs[:count], *output)
+            ctx.mark_non_differentiable(*output[2:])
+            ctx.options = inputs[count:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            needs = [ctx.needs_input_grad[place] for place in places]
+            found = backward_of(backward_operator, *grads[:2], *ctx.saved_tensors, needs, *ctx.options)
+            result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            for place, needed in zip(places, needs, strict=True):
+                if needed:
+                    result[place] = found.pop(0)
+            return tuple(result)
+
+    forward_operator = register(
+        f"{name}({', '.join([*tensors, *options, 'str backend'])}) -> ({', '.join(['Tensor'] * len(results))})",
+        dispatch(kernels, f"{name}_forward", records=inputs),
+        forward_fake,
+        Pair,
+    )
+    given = ["Tensor grad_output", "Tensor grad_lse", *tensors, *results, "bool[] needs", *options, "str backend"]
+    backward_operator = register(f"{name}_backward({', '.join(given)}) -> Tensor[]", backward_kernel, backward_fake)
+    return Pair
+
+
+def dispatch(
+    kernels: ModuleType, name: str, *, records: Sequence[tuple[Callable[[Any], Any], int]] = (), like: int = 0
+) -> Callable[..., Any]:
+    """The kernel `name` of the module `kernels`, or that of `triton_launch` beside it: the last argument says which.
+
+    Args:
+        records: What the first arguments are packed into, and how many go into each.
+        like: Which argument decides, by its device and dtype, whether Triton can be used.
+    """
+
+    def run(*arguments: Any) -> Any:
+        tensor, module = arguments[like], kernels
+        device = tensor.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # also where a backward pass runs under it
+                return run(*arguments)
+        if runs_on_triton(arguments[-1], tensor):
+            module = importlib.import_module(".triton_launch", kernels.__package__)
+        packed, start = [], 0
+        for make, count in records:
+            packed.append(make(arguments[start : start + count]))
+            start += count
+        return getattr(module, name)(*packed, *arguments[start:-1])
+
+    return run
 
 
 def register(
@@ -38,7 +151,7 @@ def register(
     name = schema.split("(")[0]
     qualified = f"hf_linattn::{name}"
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _in_full_precision(kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     operator = getattr(torch.ops.hf_linattn, name).default
 
@@ -64,21 +177,8 @@ def register(
     return operator
 
 
-def _in_full_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast off also where a backward pass runs under it."""
-
-    def run(first: Tensor, *rest: Any) -> Any:
-        device_type = first.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return kernel(first, *rest)
-        with torch.autocast(device_type, enabled=False):
-            return kernel(first, *rest)
-
-    return run
-
-
 class _Once(torch.autograd.Function):
-    """Runs an operator whose results must not be differentiated, and depends on all that they depend on.
+    """An operator without a derivative: its results depend on all of its inputs, and differentiating them raises.
 
     `once_differentiable` would not do: `torch.func.grad` of a gradient is 0 under it, and `torch.autograd.grad` leaves
     out what comes from the gradients that it marks.
@@ -107,14 +207,3 @@ def backward_of(operator: Any, *arguments: Any) -> list[Tensor]:
     if torch.compiler.is_compiling():  # no functions within functions there, but the operator's own derivative raises
         return list(operator(*arguments))
     return list(_Once.apply(operator, *arguments))
-
-
-def only(gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """The gradients that were asked for: an operator cannot return `None`."""
-    return [g for g in gradients if g is not None]
-
-
-def spread(gradients: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """Inverse of `only`."""
-    left = iter(gradients)
-    return tuple(next(left) if needed else None for needed in needs)

@@ -25,7 +25,7 @@ EXACT = tl.constexpr("tf32x3")
 # reads beyond its tensors on an H100 then.
 IEEE = tl.constexpr("ieee")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TL_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_HEAD_DIM = 256
 
 # Programs below which a kernel with few independent outputs is split further. A constant, not the number of
@@ -57,12 +57,12 @@ def check(*tensors: Tensor | None, head_dims: tuple[int, ...] = ()) -> None:
 
     Raises:
         UnsupportedError: a tensor is not on a CUDA device (and Triton's interpreter is off), has a dtype other than
-            `DTYPES` or bool, or one of `head_dims` is not in 1 .. `MAX_HEAD_DIM`.
+            `TL_TYPES` or bool, or one of `head_dims` is not in 1 .. `MAX_HEAD_DIM`.
         InputError: tensors are on several devices.
     """
     present = [t for t in tensors if t is not None]
     for t in present:
-        if t.dtype not in DTYPES and t.dtype != torch.bool:
+        if t.dtype not in TL_TYPES and t.dtype != torch.bool:
             raise UnsupportedError(
                 f"Triton kernels take float32, bfloat16 and float16; got {t.dtype}. Use backend='torch' for others."
             )

@@ -1,4 +1,4 @@
-"""Pieces of kernels: tiles of matrices in and out, and what a mask or a bias makes of them."""
+"""Pieces of kernels: tiles of matrices in and out, their products, and what a mask or a bias makes of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,32 @@ def dot(left, right, start=None, PRECISION: tl.constexpr = EXACT):
     # Wide tiles of pairs of TF32 numbers do not fit into the registers.
     wide: tl.constexpr = left.shape[1] > 128 or right.shape[1] > 128
     return tl.dot(left, right, start, input_precision="ieee" if wide else PRECISION)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Rounded to the nearest of `DTYPE`. In the interpreter, whose bfloat16 truncates (triton 3.9), the result
+    is still float32.
+    """
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def product(left, right, DTYPE: tl.constexpr, PRECISION: tl.constexpr = EXACT):
+    """`left @ right` in float32, of factors that are float32 and may be as small as exp(-87) or as large as exp(40).
+
+    `DTYPE` is that of the inputs and says how many digits count: bfloat16 has the range; float16 has not, but TF32 has
+    its digits and the range; float32 is not rounded.
+    """
+    if DTYPE == tl.bfloat16:
+        return tl.dot(narrow(left, DTYPE), narrow(right, DTYPE))
+    if DTYPE == tl.float16:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32")
+    return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit

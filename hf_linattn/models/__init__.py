@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..integrations.expected import changed, describe
-from ..integrations.seams import AutoConfig, attempt, auto_class, share_preprocessing
+from ..integrations.model_seams import AutoConfig, auto_class, share_preprocessing
+from ..integrations.seams import attempt
 
 try:
     from . import bert, gpt2, vit

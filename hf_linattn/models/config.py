@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError
-from ..integrations.cache import cache_layer_types
 from ..integrations.canary import check_seams
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family, get_family
+from ..integrations.hand_over import cache_layer_types
 from ..integrations.seams import STORED_ATTENTION, attention_of
 from ..integrations.settings import parse_settings
 from ..modules.registry import list_kinds

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..integrations.seams import CONFIG_NAME, WEIGHTS_POINTER
+from ..integrations.model_seams import CONFIG_NAME, WEIGHTS_POINTER
 from .saving import is_pending, pending_save
 
 _ATTEMPTS = 5

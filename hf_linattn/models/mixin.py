@@ -25,19 +25,11 @@ from ..integrations.attach import (
 from ..integrations.canary import check_seams
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
-from ..integrations.seams import (
-    attention_of,
-    causal_mask,
-    find_cache,
-    initialize,
-    is_compiling,
-    loading_info,
-    set_model_class,
-    writes_files,
-)
+from ..integrations.model_seams import initialize, loading_info, set_model_class, writes_files
+from ..integrations.seams import attention_of, causal_mask, find_cache
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
-from ..modules.registry import list_kinds
+from ..modules.registry import get_kind, list_kinds
 from .config import check_attention
 from .loading import load_consistently
 from .publishing import push_folder
@@ -47,8 +39,6 @@ from .signatures import forward_of, init_of, signed_like
 _KEY = f".{ATTRIBUTE}."
 # Mark of attention modules that Transformers has told to initialise themselves.
 _INITIALIZED = "_was_initialized"
-# Fields that say what a layer's tensors mean, beyond kind, layers and seed.
-_MEANING = ("kernel", "relative_index", "relative_dims", "proposal_source", "statistics", "variant", "centring")
 
 
 class LinAttnMixin:
@@ -133,7 +123,7 @@ class LinAttnMixin:
         model, info = load_consistently(load, pretrained_model_name_or_path, *args, **options)
         for layer in model.modules():
             if isinstance(layer, LinearAttention):
-                layer.note_calibration()  # Transformers fills tensors without load_state_dict
+                layer.invalidate()  # Transformers fills tensors without load_state_dict
         _check_loaded(model, info, pretrained_model_name_or_path, allow_mismatch=allow_mismatch, kwargs=kwargs)
         return (model, info) if with_info else model
 
@@ -201,7 +191,7 @@ def _check_positions(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     most = getattr(config, "max_position_embeddings", None)
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if ids is None else ids
-    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or is_compiling():
+    if most is None or not isinstance(tokens, Tensor) or tokens.ndim < 2 or torch.compiler.is_compiling():
         return
     cache = find_cache(args, kwargs)
     seen = 0 if cache is None else cache.get_seq_length()
@@ -242,13 +232,9 @@ def _check_loaded(
     ]
     if saved is not None:
         # Tensors of the same names and shapes may mean something else.
-        pairs = (
-            ("kind", saved.config.kind, asked.config.kind),
-            ("layers", list(saved.layers or ()), list(asked.layers or ())),
-            ("seed", saved.config.seed, asked.config.seed),
-            *((name, getattr(saved.config, name, None), getattr(asked.config, name, None)) for name in _MEANING),
-        )
-        found = [f"{name} {old!r} in config.json" for name, old, new in pairs if old != new] + found
+        fields = ("kind", "layers", "seed", *get_kind(saved.config.kind).checkpoint_fields)
+        old, new = saved.to_dict(), asked.to_dict()
+        found = [f"{name} {old[name]!r} in config.json" for name in fields if old.get(name) != new.get(name)] + found
     if found:
         raise CheckpointError(
             f"The weights of {source!r} contradict `linear_attention` = {model.config.linear_attention!r}: "

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..integrations.seams import CONFIG_NAME, WEIGHTS_POINTER
+from ..integrations.model_seams import CONFIG_NAME, WEIGHTS_POINTER
 
 try:
     import fcntl

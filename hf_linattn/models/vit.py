@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 
+from ..integrations.model_seams import share_weight_names
 from ..integrations.native import as_pair
-from ..integrations.seams import share_weight_names
 from .config import LinAttnConfigMixin
 from .mixin import LinAttnMixin
 from .signatures import signed_like

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,96 +11,34 @@ from torch import Tensor, nn
 from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
+from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
-from .memory import RecurrentMemory
-from .whole import attend as attend_whole
+from .whole import attend
+
+C = TypeVar("C", bound=AttentionConfig)
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What a layer's state depends on besides the settings."""
-
-    num_heads: int
-    head_dim: int
-    layer_idx: int = 0
-    is_causal: bool = False
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_mask: Tensor | None
-    scaling: float
-    is_causal: bool
-    grid: tuple[int, int] | None = None
-    training: bool = False
-
-    def options(self, config: AttentionConfig) -> dict[str, Any]:
-        """The keyword arguments that the attention functions of all kinds share."""
-        return {
-            "key_mask": self.key_mask,
-            "scaling": self.scaling,
-            "is_causal": self.is_causal,
-            "window_size": config.window_size or 0,
-            "overlap_window": config.overlap_window,
-            "grid": self.grid,
-            "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": config.slot_dropout if self.training else 0.0,
-        }
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One tensor of a layer's state. `learned` ones become parameters, the others float32 buffers."""
-
-    shape: tuple[int, ...]
-    learned: bool
-    draw: Callable[[], Tensor]  # float32, on the CPU, the same on every machine and rank
-
-
-class Calibration(Protocol):
-    """Statistics of one layer's queries and keys, gathered batch by batch (`LinearAttention.new_calibration`).
-
-    Knows nothing of processes: `hf_linattn.calibrate` exchanges the states of all ranks and has them merged in rank
-    order, so that every rank ends with the same buffers.
-    """
-
-    def update(self, inputs: AttentionInputs) -> None:
-        """Take in one batch; padding does not count."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What has been gathered, as tensors whose shapes and dtypes do not depend on the data."""
-
-    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Replace what has been gathered by the union of several states (this one's among them)."""
-
-    def result(self) -> dict[str, Tensor]:
-        """New values of the layer's buffers. Raises `InputError` if too little has been seen."""
-
-
-class LinearAttention(nn.Module):
+class LinearAttention(nn.Module, Generic[C]):
     """Attention of one layer, `[batch, heads, tokens, head_dim]` in and out.
 
-    Subclasses define `state_spec` (which tensors the layer has) and `attend` (the pure function that uses them).
+    Subclasses define `state_spec` (which tensors the layer has) and `compute` (the pure function that uses them).
     Buffers are float32 whatever the model's dtype, and stay so under `.to(dtype)`, `.half()` and `.bfloat16()`:
     directions and statistics are constants of the estimator, not weights.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, config: AttentionConfig, shape: LayerShape) -> None:
+    # How often buffers have got new values (`invalidate`): what was made from the old ones is of no use then.
+    revision = 0
+    # Whether the layer needs statistics of data and is not known to have them: known also while compiling.
+    _lacks_statistics = False
+
+    def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
         config = resolve(config, "decoder" if shape.is_causal else "encoder")
         self.check(config, shape)
-        self.config = config
+        self.config: C = config
         self.shape = shape
-        self._is_calibrated = False
-        # How often directions or statistics have got new values: a state made with the old ones is of no use then.
-        self.revision = 0
         spec = self.state_spec(config, shape)
         self._state_shapes = {name: torch.Size(tensor.shape) for name, tensor in spec.items()}
         self._learned = tuple(name for name, tensor in spec.items() if tensor.learned)
@@ -114,13 +51,12 @@ class LinearAttention(nn.Module):
 
     # -- to be defined by a kind ------------------------------------------------------------------------------------
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+    def check(cls, config: C, shape: LayerShape) -> None:
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
-        heavy = getattr(config, "num_heavy_keys", 0)
-        if shape.is_causal and heavy:
+        if shape.is_causal and config.num_heavy_keys:
             raise UnsupportedError(
                 "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
-                f" later tokens; got num_heavy_keys={heavy}. Set it to 0."
+                f" later tokens; got num_heavy_keys={config.num_heavy_keys}. Set it to 0."
             )
         if shape.is_causal and config.num_global_tokens:
             raise UnsupportedError(
@@ -129,17 +65,40 @@ class LinearAttention(nn.Module):
             )
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
+    def check_grid(cls, config: C, *, is_image: bool) -> None:
+        """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence."""
+
+    @classmethod
+    def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
+        """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
+        spec = cls.state_spec(config, shape)
+        needed = [name for name, tensor in spec.items() if tensor.learned and not tensor.optional]
+        if needed:
+            return f"{cls.kind!r} learns {', '.join(needed)}, and native mode has no parameters. Take another kind"
+        if CALIBRATED_TOKENS in spec and not shape.is_causal:  # of causal ones the kind's record says it
+            return (
+                f"config.linear_attention asks for calibrated {cls.kind!r}, but native mode keeps no statistics."
+                " Leave out the field: bidirectional models take their statistics from each row"
+            )
+        if training and config.redraw_interval is not None:
+            return (
+                f"config.linear_attention asks for redraw_interval={config.redraw_interval}, but native mode has no"
+                " layers that could keep new directions. Set redraw_interval to None"
+            )
+        return None
+
+    @classmethod
+    def state_spec(cls, config: C, shape: LayerShape) -> dict[str, StateTensor]:
         """Names and shapes of the layer's tensors, and how each gets its first value."""
         raise NotImplementedError
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
 
     @classmethod
-    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
+    def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
         """Whether such a layer can read a sequence piece by piece with a state (`recurrence`)."""
         return is_causal and cls.recurrence is not LinearAttention.recurrence
 
@@ -171,7 +130,7 @@ class LinearAttention(nn.Module):
             return
         for name, tensor in self.initial_state().items():
             own[name].copy_(tensor)
-        self.note_new_buffers()
+        self.invalidate()
 
     def forward(
         self,
@@ -182,7 +141,7 @@ class LinearAttention(nn.Module):
         *,
         scaling: float | None = None,
         grid: tuple[int, int] | None = None,
-        memory: RecurrentMemory | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -196,41 +155,32 @@ class LinearAttention(nn.Module):
                 which become part of it.
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
-        self._check_calibrated()
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if memory is None:
-            output = self.read(query, key, value, key_mask, scaling=scaling, grid=grid)
-        else:
-            output = memory.advance(self, query, key, value, key_mask, scaling=scaling)
-        if self.training and torch.is_grad_enabled():
-            # Rows that fit into one window use no learned proposals; distributed training needs every parameter in the
-            # graph.
-            for name in self._learned:
-                output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
-        return output
-
-    def read(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """`forward` without a memory: `attend` with the layer's own tensors."""
+        if self._lacks_statistics:
+            self._check_calibrated()
         inputs = AttentionInputs(
             query,
             key,
             value,
             key_mask,
-            scaling=scaling,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             is_causal=self.shape.is_causal,
             grid=grid,
             training=self.training,
         )
-        return attend_whole(type(self), self.config, self.tensors(), inputs)
+        if memory is None:
+            output = attend(type(self), self.config, self.tensors(), inputs)
+        else:
+            output = memory.attend(self, inputs)
+        return self.in_training(output) if self.training and torch.is_grad_enabled() else output
+
+    def in_training(self, output: Tensor) -> Tensor:
+        """The output of a training pass, with every learned tensor in its graph, as distributed training needs it.
+
+        Rows that fit into one window use no learned proposals.
+        """
+        for name in self._learned:
+            output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
+        return output
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
@@ -268,41 +218,36 @@ class LinearAttention(nn.Module):
                     f" { {k: tuple(v.shape) for k, v in self._buffers.items() if v is not None} }."
                 )
             buffer.copy_(value)
-        self.note_new_buffers()
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """To be called when buffers have got other values: what was made from the old ones is not used any more."""
+        self.revision += 1
+        self._lacks_statistics = not self.is_calibrated
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the layer has the statistics it needs (True if it needs none). May read a value."""
-        count = self._buffers.get("calibrated_tokens")
+        count = self._buffers.get(CALIBRATED_TOKENS)
         return count is None or (not count.is_meta and bool(count))
 
-    def note_new_buffers(self) -> None:
-        """To be called when buffers have got other values."""
-        self.revision += 1
-        self.note_calibration()
-
-    def note_calibration(self) -> None:
-        """Remember whether the layer is calibrated, after its buffers have changed: known then while compiling."""
-        self._is_calibrated = self.is_calibrated
-
     def _check_calibrated(self) -> None:
-        """Raises `UncalibratedError`. Reads a value only until the layer is known to be calibrated."""
-        count = self._buffers.get("calibrated_tokens")
-        if count is None or self._is_calibrated or count.is_meta:
+        """Raises `UncalibratedError`. Reads a value: only until the layer is known to be calibrated."""
+        count = self._buffers.get(CALIBRATED_TOKENS)
+        if count is None or count.is_meta:
             return
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self.note_calibration()
-        if not self._is_calibrated:
+        if compiling or not self.is_calibrated:
             raise UncalibratedError(
                 f"Layer {self.shape.layer_idx} ({self.kind}) needs statistics of data and has none yet. Call"
                 " hf_linattn.calibrate(model, batches) with some batches of typical inputs first."
                 + (" (If its buffers were set by hand, run the model once before compiling it.)" if compiling else "")
             )
+        self._lacks_statistics = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.note_new_buffers()
+        self.invalidate()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearAttention:
         # `.to(bfloat16)` and friends go through here: let buffers follow the device but keep their float32 values.

@@ -7,14 +7,60 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-from ..errors import ConfigError, UnknownFieldError, did_you_mean
+from ..errors import ConfigError, LinAttnError, UnknownFieldError, did_you_mean
 from ..ops.limits import LARGEST_COUNT, LARGEST_FACTOR
 
 C = TypeVar("C", bound="AttentionConfig")
+
+
+# -- fields: each says what its value must be (`None` too, if that is its default) ------------------------------------
+def _setting(default: Any, must_be: Callable[[Any], str | None], choices: tuple[str, ...] = ()) -> Any:
+    """A field; `must_be(value)` is `None` if the value is fine, else what it must be."""
+    return dataclasses.field(default=default, metadata={"must_be": must_be, "choices": choices})
+
+
+def count(default: Any, *, minimum: int = 1, maximum: int | None = None, words: tuple[Any, ...] = ()) -> Any:
+    """A field that holds an integer, at most `LARGEST_COUNT` unless `maximum` says otherwise, or one of `words`."""
+    largest = LARGEST_COUNT if maximum is None else maximum
+
+    def must_be(value: Any) -> str | None:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if value in words or (is_integer and minimum <= value <= largest):
+            return None
+        is_large = is_integer and value > largest
+        bound = f"an integer >= {minimum}" + (f" and <= {largest}" if maximum or is_large else "")
+        return bound + (f", or one of {list(words)}" if words else "")
+
+    return _setting(default, must_be)
+
+
+def choice(default: str | None, allowed: tuple[str, ...]) -> Any:
+    """A field that holds one of several names."""
+    return _setting(default, lambda value: None if value in allowed else f"one of {list(allowed)}", allowed)
+
+
+def flag(default: bool | None) -> Any:
+    """A field that holds True or False."""
+    return _setting(default, lambda value: None if isinstance(value, bool) else "True or False")
+
+
+def number(default: float, must_be: str, largest: float, *, below: bool = False) -> Any:
+    """A field that holds a number from 0 to `largest`, with or (`below`) without that."""
+
+    def check(value: Any) -> str | None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if is_number and 0 <= value and (value < largest if below else value <= largest) else must_be
+
+    return _setting(default, check)
+
+
+def factor(default: float) -> Any:
+    """A field that holds a factor."""
+    return number(default, f"a finite number >= 0 and <= {LARGEST_FACTOR:g}", LARGEST_FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +84,32 @@ class AttentionConfig:
     # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/whole.py`). Not a field.
     as_json: ClassVar[str] = ""
 
-    window_size: int | None = None
-    num_global_tokens: int | None = None
-    overlap_window: bool = False
-    slot_dropout: float = 0.0
-    seed: int = 0
+    window_size: int | None = count(None, minimum=0)
+    num_global_tokens: int | None = count(None, minimum=0)
+    overlap_window: bool = flag(False)
+    slot_dropout: float = number(0.0, "a number with 0 <= slot_dropout < 1", 1, below=True)
+    seed: int = count(0, minimum=0, maximum=2**63 - 1)
+
+    # -- settings that only some kinds have: what it means not to have them -------------------------------------------
+    @property
+    def num_heavy_keys(self) -> int:
+        """Keys of the row that every query sees exactly."""
+        return 0
+
+    @property
+    def redraw_interval(self) -> int | None:
+        """Training steps after which random directions are drawn anew; `None` for never."""
+        return None
+
+    @property
+    def sample_noise(self) -> bool | None:
+        """Whether training draws new samples in every forward pass."""
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two forward passes in training give different outputs."""
+        return self.slot_dropout > 0 or bool(self.sample_noise)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
@@ -65,58 +132,31 @@ class AttentionConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, must_be = getattr(self, field.name), field.metadata.get("must_be")
+            if must_be is None or (value is None and field.default is None):
+                continue
+            wanted = must_be(value)
+            if wanted is not None:
+                wanted += " (or None for the default)" if field.default is None else ""
+                choices = field.metadata["choices"]
+                self.fail(field.name, wanted, did_you_mean(value, choices).strip() if choices else "")
         self.validate()
         object.__setattr__(self, "as_json", json.dumps(self.to_dict(), sort_keys=True))
 
-    # -- validation -------------------------------------------------------------------------------------------------
     def validate(self) -> None:
-        """Raise `ConfigError` for the first field whose value cannot work."""
-        self._check_int("window_size", minimum=0, optional=True)
-        self._check_int("num_global_tokens", minimum=0, optional=True)
-        self._check_bool("overlap_window")
+        """Raise `ConfigError` for fields that cannot work together; each of them is fine by itself."""
         if self.overlap_window and self.window_size == 0:
-            self._fail("overlap_window", "False with window_size=0")
-        self._check_int("seed", minimum=0, maximum=2**63 - 1)
-        dropout = self.slot_dropout
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            self._fail("slot_dropout", "a number with 0 <= slot_dropout < 1")
+            self.fail("overlap_window", "False with window_size=0")
 
-    def _fail(self, field: str, allowed: str, advice: str = "") -> None:
-        raise ConfigError(
-            f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}."
-            + (f" {advice}" if advice else "")
-        )
-
-    def _check_int(self, field: str, *, minimum: int, maximum: int | None = None, optional: bool = False) -> None:
-        value = getattr(self, field)
-        if optional and value is None:
-            return
-        largest = LARGEST_COUNT if maximum is None else maximum
-        is_integer = isinstance(value, int) and not isinstance(value, bool)
-        if not is_integer or not minimum <= value <= largest:
-            is_large = is_integer and value > largest
-            bound = f"an integer >= {minimum}" + (f" and <= {largest}" if maximum or is_large else "")
-            self._fail(field, bound + (" (or None for the default)" if optional else ""))
-
-    def _check_factor(self, field: str) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_FACTOR:
-            self._fail(field, f"a finite number >= 0 and <= {LARGEST_FACTOR:g}")
+    def fail(self, field: str, allowed: str, advice: str = "", error: type[LinAttnError] = ConfigError) -> NoReturn:
+        """Raise an error about the value of a field."""
+        text = f"{type(self).__name__}.{field} must be {allowed}; got {getattr(self, field)!r}."
+        raise error(f"{text} {advice}".rstrip())
 
     def _check_even_overlap(self) -> None:
         if self.overlap_window and self.window_size is not None and self.window_size % 2:
-            self._fail("window_size", "even with overlap_window=True", "Half a window is its reach to each side.")
-
-    def _check_choice(self, field: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
-        value = getattr(self, field)
-        if value not in allowed and not (optional and value is None):
-            note = " (or None for the default)" if optional else ""
-            self._fail(field, f"one of {list(allowed)}{note}", did_you_mean(value, allowed).strip())
-
-    def _check_bool(self, field: str, *, optional: bool = False) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, bool) and not (optional and value is None):
-            self._fail(field, "True or False" + (" (or None for the default)" if optional else ""))
+            self.fail("window_size", "even with overlap_window=True", "Half a window is its reach to each side.")
 
     # -- dictionary form --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +173,13 @@ class AttentionConfig:
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed (and validated again)."""
         return dataclasses.replace(self, **changes)
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        """The kind's own values of fields that are `None`, in models of a group: "encoder", "decoder" or "vision".
+
+        `modules/defaults.py` has those of the fields that every kind has.
+        """
+        return {}
 
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""

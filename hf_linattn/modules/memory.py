@@ -1,6 +1,6 @@
 """`RecurrentMemory`: what one causal layer has seen of a batch of sequences that are still growing.
 
-Tokens are absorbed into the state as soon as their queries have read. They are *held* instead, one by one, while
+Tokens are absorbed into the state as soon as their queries have read. They are *pending* instead, one by one, while
 something may still need them: under autograd until the next call (so that a training step costs what it costs without
 a cache), and while recording until `crop` (assisted decoding takes tokens back).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +18,10 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import PendingTokens, added, fingerprint
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
+from .base import LinearAttention
 from .config import AttentionConfig
-
-
-class Layer(Protocol):
-    """What a memory asks of the attention layer that it belongs to (`modules.base.LinearAttention`)."""
-
-    @property
-    def config(self) -> AttentionConfig: ...
-
-    @property
-    def shape(self) -> Any: ...
-
-    training: bool
-    revision: int  # how often directions or statistics have changed
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def read(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, scaling: float
-    ) -> Tensor: ...
-
-    def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]: ...
-
+from .contract import AttentionInputs, LayerShape
+from .whole import attend
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
 TAKEN_BACK = 256
@@ -61,13 +42,14 @@ class RecurrentMemory:
         self.static_tokens = static_tokens
         self.is_recording = False
         self.state: Any = None
-        self._held: PendingTokens | None = None
+        self._pending: PendingTokens | None = None
         self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
         self._seen = 0
-        self._settings: Any = None
-        self._revision: tuple[weakref.ref[Layer], int] | None = None
+        # Of the layer that has read the first tokens; and its revision then.
+        self._settings: tuple[AttentionConfig, LayerShape] | None = None
+        self._revision: tuple[weakref.ref[LinearAttention], int] | None = None
         self._recurrence: Recurrence[Any] | None = None
-        self._made_from: Any = None
+        self._made_from: Any = None  # what `_recurrence` is of
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do without what follows from the layer."""
@@ -80,104 +62,104 @@ class RecurrentMemory:
         return twin
 
     # -- reading and taking in --------------------------------------------------------------------------------------
-    def advance(
-        self,
-        layer: Layer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        *,
-        scaling: float,
-    ) -> Tensor:
+    def attend(self, layer: LinearAttention, inputs: AttentionInputs) -> Tensor:
         """What the new tokens' queries read; the tokens are then part of the past.
 
         Args:
-            query, key, value: `[batch, heads, tokens, head_dim]` of the new tokens. key_mask: `[batch, tokens]`.
+            inputs: Of the new tokens alone.
         Returns: `[batch, heads, tokens, head_dim]`.
         Raises: InputError for another batch, layer or shape than before; UnsupportedError in training with noise.
         """
-        self._check(layer, query, key)
-        learns = torch.is_grad_enabled() and (
-            any(z.requires_grad for z in (query, key, value)) or any(z.requires_grad for z in layer.tensors().values())
-        )
-        is_new = self._settings is None
-        if is_new:
+        self._check(layer, inputs)
+        is_first = self._settings is None
+        if is_first:
             self._settings = (layer.config, layer.shape)
             self._revision = (weakref.ref(layer), layer.revision)
-        if is_new and learns and not self.is_recording and self.static_tokens is None:
-            # A training step: the state is made if there is a next call.
-            self._held = PendingTokens(query, key, value, key_mask)
-            self._note(key.shape[2], key_mask)
-            return layer.read(query, key, value, key_mask, scaling=scaling)
-        with torch.autocast(query.device.type, enabled=False):
-            recurrence = self._recurrence_of(layer, query, scaling, keep=not (learns or layer.training))
+        learns = torch.is_grad_enabled() and _requires_grad(layer, inputs)
+        if is_first and learns and not self.is_recording and self.static_tokens is None:
+            return self._first_in_training(layer, inputs)
+        with torch.autocast(inputs.query.device.type, enabled=False):
+            recurrence = self._recurrence_of(layer, inputs, keep=not (learns or layer.training))
             if self.state is None:
-                self.state = recurrence.start(key, value, static_tokens=self.static_tokens)
+                self.state = recurrence.start(inputs.key, inputs.value, static_tokens=self.static_tokens)
                 self._make_static()
             self._settle(recurrence)
-            self._note(key.shape[2], key_mask)
-            is_one = key.shape[2] == 1 and (key_mask is None or self.static_tokens is not None)
-            if is_one and self._held is None and not (learns or self.is_recording or layer.training):
-                valid = None if key_mask is None else key_mask[:, 0]
-                output, state = recurrence.step(query, key, value, self.state, valid)
-                self._store(state)
-                return output
-            new = PendingTokens(query if recurrence.keeps_queries else None, key, value, key_mask)
-            tokens = new if self._held is None else self._held.then(new)
-            if is_new:
-                output = layer.read(query, key, value, key_mask, scaling=scaling)
-            else:
-                output = self._attend(layer, recurrence, query, tokens)
-            self._held = tokens
-            if not (learns or self.is_recording):
-                self._absorb_held(recurrence)
+            self._note(inputs)
+            keeps_tokens = learns or self.is_recording
+            is_step = inputs.key.shape[2] == 1 and (inputs.key_mask is None or self.static_tokens is not None)
+            if is_step and self._pending is None and not keeps_tokens and not layer.training:
+                return self._one_token(recurrence, inputs)
+            output = self._some_tokens(layer, recurrence, inputs, is_first=is_first)
+            if not keeps_tokens:
+                self._absorb_pending(recurrence)
         return output
 
-    def _attend(self, layer: Layer, recurrence: Recurrence[Any], query: Tensor, tokens: PendingTokens) -> Tensor:
-        """What `query`, the last of `tokens`, reads from the state and from them."""
-        if layer.training and getattr(layer.config, "sample_noise", False):
+    def _first_in_training(self, layer: LinearAttention, inputs: AttentionInputs) -> Tensor:
+        """The first tokens under autograd, as without a memory: a state is made if there is a next call."""
+        self._pending = PendingTokens(inputs.query, inputs.key, inputs.value, inputs.key_mask)
+        self._note(inputs)
+        return attend(type(layer), layer.config, layer.tensors(), inputs)
+
+    def _one_token(self, recurrence: Recurrence[Any], inputs: AttentionInputs) -> Tensor:
+        """One more token of every row, without gradients: a few operations."""
+        valid = None if inputs.key_mask is None else inputs.key_mask[:, 0]
+        output, state = recurrence.step(inputs.query, inputs.key, inputs.value, self.state, valid)
+        self._store(state)
+        return output
+
+    def _some_tokens(
+        self, layer: LinearAttention, recurrence: Recurrence[Any], inputs: AttentionInputs, *, is_first: bool
+    ) -> Tensor:
+        """Any number of tokens; they are pending afterwards."""
+        query = inputs.query if recurrence.keeps_queries else None
+        new = PendingTokens(query, inputs.key, inputs.value, inputs.key_mask)
+        tokens = new if self._pending is None else self._pending.then(new)
+        if is_first:
+            output = attend(type(layer), layer.config, layer.tensors(), inputs)
+        elif layer.training and layer.config.sample_noise:
             raise UnsupportedError(
                 "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."
                 " Call model.eval(), or train on whole sequences (use_cache=False)."
             )
-        queries = query if tokens.query is None else tokens.query
-        output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
-        return output[:, :, output.shape[2] - query.shape[2] :]
+        else:
+            queries = inputs.query if tokens.query is None else tokens.query
+            output = recurrence.attend(queries, tokens.key, tokens.value, tokens.mask, self.state)
+            output = output[:, :, output.shape[2] - inputs.query.shape[2] :]
+        self._pending = tokens
+        return output
 
     def _settle(self, recurrence: Recurrence[Any]) -> None:
-        """Absorb what need not be held any longer; while recording, all but the last tokens."""
-        held = self._held
-        if held is None or not self.is_recording:
-            self._absorb_held(recurrence)
-        elif held.tokens > 2 * TAKEN_BACK:
-            self._held = held.cut(0, held.tokens - TAKEN_BACK)
-            self._absorb_held(recurrence)
-            self._held = held.cut(held.tokens - TAKEN_BACK, held.tokens)
+        """Absorb what need not be pending any longer; while recording, all but the last tokens."""
+        pending = self._pending
+        if pending is None or not self.is_recording:
+            self._absorb_pending(recurrence)
+        elif pending.tokens > 2 * TAKEN_BACK:
+            self._pending = pending.cut(0, pending.tokens - TAKEN_BACK)
+            self._absorb_pending(recurrence)
+            self._pending = pending.cut(pending.tokens - TAKEN_BACK, pending.tokens)
 
-    def _absorb_held(self, recurrence: Recurrence[Any]) -> None:
-        held = self._held
-        if held is not None:
-            self._held = None
-            self._store(recurrence.absorb(held.query, held.key, held.value, held.mask, self.state))
+    def _absorb_pending(self, recurrence: Recurrence[Any]) -> None:
+        pending = self._pending
+        if pending is not None:
+            self._pending = None
+            self._store(recurrence.absorb(pending.query, pending.key, pending.value, pending.mask, self.state))
 
-    def _recurrence_of(self, layer: Layer, query: Tensor, scaling: float, *, keep: bool) -> Recurrence[Any]:
+    def _recurrence_of(self, layer: LinearAttention, inputs: AttentionInputs, *, keep: bool) -> Recurrence[Any]:
         """The layer's recurrent form, made again only when something it is made of has changed."""
+        query, scaling = inputs.query, inputs.scaling
         if torch.compiler.is_compiling():
             return self._recurrence or layer.recurrence(query, scaling=scaling)
+        # The tensors are kept: another one may get the id of one that is gone. A learned one changes in place.
         tensors = tuple(layer.tensors().values())
-        # The tensors are kept: another one may get the id of one that is gone.
-        made_from = (
-            tuple((id(t), None if t.is_inference() else t._version) for t in tensors),
-            (scaling, query.dtype, query.device),
-            tensors,
-        )
-        if self._recurrence is None or not keep or self._made_from is None or self._made_from[:2] != made_from[:2]:
+        versions = [(id(t), None if t.is_inference() else t._version) for t in tensors]
+        made_from = (versions, scaling, query.dtype, query.device)
+        if self._recurrence is None or not keep or self._made_from is None or self._made_from[0] != made_from:
             self._recurrence = layer.recurrence(query, scaling=scaling)
-            self._made_from = made_from if keep else None
+            self._made_from = (made_from, tensors) if keep else None
         return self._recurrence
 
-    def _check(self, layer: Layer, query: Tensor, key: Tensor) -> None:
+    def _check(self, layer: LinearAttention, inputs: AttentionInputs) -> None:
+        query, key = inputs.query, inputs.key
         if not layer.shape.is_causal:
             raise UnsupportedError(
                 "Only a causal layer can read a sequence piece by piece; this one sees later tokens."
@@ -206,10 +188,11 @@ class RecurrentMemory:
             )
 
     # -- bookkeeping of padding -------------------------------------------------------------------------------------
-    def _note(self, tokens: int, key_mask: Tensor | None) -> None:
+    def _note(self, inputs: AttentionInputs) -> None:
         """Remember what was real, for `check_past`. Reads values; not with static shapes, which may compile."""
         if self.static_tokens is not None:
             return
+        tokens, key_mask = inputs.key.shape[2], inputs.key_mask
         if key_mask is not None or self._real is not None:
             self._real = added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
         self._seen += tokens
@@ -245,19 +228,17 @@ class RecurrentMemory:
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from state_tensors(self.state)
-        yield from state_tensors(self._held)
+        yield from state_tensors(self._pending)
 
     def rows(self, index: Tensor) -> None:
         """Keep the rows `index` `[rows]`, in that order, some perhaps several times."""
         tensor = next(self._tensors(), None)
         if tensor is None:
             return
-        index, held = index.to(tensor.device), self._held
+        index = index.to(tensor.device)
         if self.state is not None:
             self._store(self.state.rows(index))
-        if held is not None:
-            parts = (held.query, held.key, held.value, held.mask)
-            self._held = PendingTokens(*(None if z is None else z.index_select(0, index) for z in parts))  # type: ignore[arg-type]
+        self._pending = map_state(self._pending, lambda z: z.index_select(0, index))
         if self._real is not None:
             self._real = tuple(self._real[row] for row in index.tolist())
 
@@ -268,17 +249,17 @@ class RecurrentMemory:
 
         Raises: UnsupportedError for tokens that were not recorded (`is_recording`).
         """
-        held = self._held
-        available = 0 if held is None else held.tokens
+        pending = self._pending
+        available = 0 if pending is None else pending.tokens
         if count > available:
             raise UnsupportedError(
                 f"Cannot take {count} tokens back, only {available} here: those read while recording"
                 " (`cache.activate_past_recording()`, which assisted generation does) and since the last crop, after"
                 " which what is left is final. Keep a copy of the cache from before, or read the text again."
             )
-        if held is None:
+        if pending is None:
             return
-        kept = held.cut(0, held.tokens - count)
+        kept = pending.cut(0, pending.tokens - count)
         if self._recurrence is None:
             raise UnsupportedError(
                 "A copied cache, or one filled under autograd without recording, cannot be cropped before it has read"
@@ -286,12 +267,12 @@ class RecurrentMemory:
             )
         self._seen -= count
         if self._real is not None:
-            mask = None if held.mask is None else held.mask[:, held.tokens - count :]
+            mask = None if pending.mask is None else pending.mask[:, pending.tokens - count :]
             gone = self._fingerprint_of(mask, count, self._seen)
             self._real = added(self._real, tuple(-z for z in gone))
-        self._held = kept if kept.tokens else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and held.requires_grad()):
-            self._absorb_held(self._recurrence)
+        self._pending = kept if kept.tokens else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pending.requires_grad()):
+            self._absorb_pending(self._recurrence)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -303,7 +284,7 @@ class RecurrentMemory:
         # The tensors stay where they are: a captured graph may know them.
         near = self.state.near
         self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
-        self._held = None
+        self._pending = None
 
     # -- storage ----------------------------------------------------------------------------------------------------
     def _make_static(self) -> None:
@@ -325,23 +306,27 @@ class RecurrentMemory:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> RecurrentMemory:
         """Move everything to a device; returns itself, as accelerate's hooks expect of an argument that has `to`."""
-        if self.state is not None:
-            self.state = map_state(self.state, lambda z: z.to(device, non_blocking=non_blocking))
-        if self._held is not None:
-            self._held = map_state(self._held, lambda z: z.to(device, non_blocking=non_blocking))
+        self.state, self._pending = (
+            map_state(kept, lambda z: z.to(device, non_blocking=non_blocking)) for kept in (self.state, self._pending)
+        )
         return self
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and of held tokens."""
+        """Bytes of the state and of pending tokens."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
 
 
-def _difference(own: tuple[AttentionConfig, Any], other: tuple[AttentionConfig, Any]) -> str:
+def _requires_grad(layer: LinearAttention, inputs: AttentionInputs) -> bool:
+    tensors = (inputs.query, inputs.key, inputs.value, *layer.tensors().values())
+    return any([tensor.requires_grad for tensor in tensors])
+
+
+def _difference(own: tuple[AttentionConfig, LayerShape], other: tuple[AttentionConfig, LayerShape]) -> str:
     """What tells the layer that filled a memory from the one that it is given to: (settings, shape) of each."""
     if own[0].kind != other[0].kind:
         return f"filled by {own[0].kind!r}, given to {other[0].kind!r}"
-    pairs = [(vars(a), vars(b)) for a, b in zip(own, other, strict=True)]
-    names = [f"{name}={a[name]!r} and {name}={b[name]!r}" for a, b in pairs for name in a if a[name] != b[name]]
+    filled, given = ({**settings.to_dict(), **vars(shape)} for settings, shape in (own, other))
+    names = [f"{name}={filled[name]!r} and {name}={given[name]!r}" for name in filled if filled[name] != given[name]]
     return "filled with and given to " + ", ".join(names)

@@ -14,55 +14,82 @@ can; the published models start from random maps, because they are trained from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import LayerShape, StateTensor
+from .contract import LayerShape, StateTensor
 
+ProposalMap = Callable[[Tensor], Tensor]
 PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
 _EPSILON = 1e-5  # of layer norm, as in torch
 
 
-def proposal_spec(proposal_map: str, side: str, shape: LayerShape) -> dict[str, StateTensor]:
+def proposal_spec(proposal_map: str | None, side: str, shape: LayerShape) -> dict[str, StateTensor]:
     """The tensors of one map; `side` is "query" or "key"."""
     heads, dim = shape.num_heads, shape.head_dim
-    if proposal_map == "none":
+    if proposal_map in ("none", None):
         return {}
     if proposal_map == "residual":
         size = (heads, dim, dim)
-        return {f"{side}_adapter": StateTensor(size, learned=True, draw=lambda: torch.zeros(size))}
+        return {f"{side}_adapter": _learned(size, torch.zeros, optional=True)}
     width = heads * dim if proposal_map == "dense_norm" else dim
+    optional = not proposal_map.endswith("_norm")  # without a norm the first map is the identity
     spec = {
-        f"{side}_map_weight": StateTensor((width, width), learned=True, draw=lambda: torch.eye(width)),
-        f"{side}_map_bias": StateTensor((width,), learned=True, draw=lambda: torch.zeros(width)),
+        f"{side}_map_weight": StateTensor(
+            (width, width), learned=True, draw=lambda: torch.eye(width), optional=optional
+        ),
+        f"{side}_map_bias": _learned((width,), torch.zeros, optional=optional),
     }
-    if proposal_map != "linear":
-        spec[f"{side}_norm_weight"] = StateTensor((width,), learned=True, draw=lambda: torch.ones(width))
-        spec[f"{side}_norm_bias"] = StateTensor((width,), learned=True, draw=lambda: torch.zeros(width))
+    if not optional:
+        spec[f"{side}_norm_weight"] = _learned((width,), torch.ones)
+        spec[f"{side}_norm_bias"] = _learned((width,), torch.zeros)
     return spec
 
 
-def proposal_map(state: Mapping[str, Tensor], side: str) -> Callable[[Tensor], Tensor] | None:
-    """The map of one side, `[batch, heads, groups, head_dim]` to the same shape, or `None` if the layer has none."""
-    adapter = state.get(f"{side}_adapter")
-    if adapter is not None:
-        return lambda z: z + z @ adapter.to(z.dtype)
-    if f"{side}_map_weight" not in state:
+def _learned(size: tuple[int, ...], draw: Callable[..., Tensor], *, optional: bool = False) -> StateTensor:
+    return StateTensor(size, learned=True, draw=lambda: draw(size), optional=optional)
+
+
+def native_map_refusal(proposal_map: str | None) -> str | None:
+    """Why native mode cannot apply such a map: it has no parameters, and a layer norm is never the identity."""
+    if proposal_map is None or not proposal_map.endswith("_norm"):
         return None
-    weight, bias = state[f"{side}_map_weight"], state[f"{side}_map_bias"]
-    norm = (state[f"{side}_norm_weight"], state[f"{side}_norm_bias"]) if f"{side}_norm_weight" in state else None
+    return (
+        f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode has"
+        " none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
+    )
 
-    def apply(z: Tensor) -> Tensor:
-        heads, dim = z.shape[1], z.shape[-1]
-        concatenated = weight.shape[0] != dim
-        if concatenated:
-            z = z.transpose(1, 2).flatten(-2)
-        z = F.linear(z, weight.to(z.dtype), bias.to(z.dtype))
-        if norm is not None:
-            z = F.layer_norm(z, z.shape[-1:], norm[0].to(z.dtype), norm[1].to(z.dtype), _EPSILON)
-        return z.unflatten(-1, (heads, dim)).transpose(1, 2) if concatenated else z
 
-    return apply
+def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, ProposalMap | None]:
+    """The maps of queries and of keys, `[batch, heads, groups, head_dim]` to the same shape; `None` for none."""
+    maps: list[ProposalMap | None] = []
+    for side in ("query", "key"):
+        if f"{side}_adapter" in state:
+            maps.append(functools.partial(_residual, state[f"{side}_adapter"]))
+        elif f"{side}_map_weight" in state:
+            names = ("map_weight", "map_bias", "norm_weight", "norm_bias")
+            maps.append(functools.partial(_linear, [state.get(f"{side}_{name}") for name in names]))
+        else:
+            maps.append(None)
+    return maps[0], maps[1]
+
+
+def _residual(adapter: Tensor, z: Tensor) -> Tensor:
+    return z + z @ adapter.to(z.dtype)
+
+
+def _linear(tensors: Sequence[Any], z: Tensor) -> Tensor:
+    weight, bias, norm_weight, norm_bias = tensors
+    heads, dim = z.shape[1], z.shape[-1]
+    concatenated = weight.shape[0] != dim
+    if concatenated:
+        z = z.transpose(1, 2).flatten(-2)
+    z = F.linear(z, weight.to(z.dtype), bias.to(z.dtype))
+    if norm_weight is not None:
+        z = F.layer_norm(z, z.shape[-1:], norm_weight.to(z.dtype), norm_bias.to(z.dtype), _EPSILON)
+    return z.unflatten(-1, (heads, dim)).transpose(1, 2) if concatenated else z

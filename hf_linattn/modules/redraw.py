@@ -7,25 +7,13 @@ storing a counter. The directions themselves are saved with the model: a checkpo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import LinearAttention, StateTensor
-
-# Stands for directions that came from elsewhere (a checkpoint) after the layer had been told a step.
-_UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class RedrawnTensor(StateTensor):
-    """A buffer with a new value every `redraw_interval` training steps; `redraw(0)` is its first value."""
-
-    redraw: Callable[[int], Tensor]
+from .base import C, LinearAttention
 
 
 def check_step(step: Any) -> int:
@@ -35,64 +23,61 @@ def check_step(step: Any) -> int:
     return step
 
 
-def redraws(layer: nn.Module) -> bool:
+def redraws(layer: nn.Module) -> TypeGuard[RedrawnAttention[Any]]:
     """Whether a module is an attention layer whose directions are to be redrawn."""
-    return isinstance(layer, LinearAttention) and getattr(layer.config, "redraw_interval", None) is not None
+    return isinstance(layer, RedrawnAttention) and layer.config.redraw_interval is not None
 
 
-@torch.no_grad()
-def set_training_step(layer: LinearAttention, step: int) -> bool:
-    """Give a layer the directions that belong to a training step.
+class RedrawnAttention(LinearAttention[C]):
+    """A layer with buffers that get new values every `redraw_interval` training steps (`StateTensor.redraw`)."""
 
-    The buffers are changed in place, so wrappers and compiled graphs keep seeing them: call it between a backward pass
-    and the next forward pass.
+    # Number of the last redraw and the layer's revision after it: at another revision the buffers come from elsewhere
+    # (a checkpoint), and the next step draws them again whatever its number. `None` before the first.
+    _drawn: tuple[int, int] | None = None
+    _untold_passes = 0
 
-    Args:
-        step: Optimizer steps taken so far; the directions are those of redraw number `step // redraw_interval`.
-    Returns: Whether anything was drawn.
-    Raises: InputError if `step` is not a number of steps.
-    Random: a function of (seed, layer, redraw number) alone; the global generator is not touched.
-    """
-    check_step(step)
-    if not redraws(layer):
-        return False
-    count = step // layer.config.redraw_interval  # type: ignore[attr-defined]
-    known = getattr(layer, "_redraw_count", None)
-    if known == count:
-        return False
-    buffers = layer.tensors()
-    specs = layer.state_spec(layer.config, layer.shape)
-    redrawn = {name: spec for name, spec in specs.items() if isinstance(spec, RedrawnTensor)}
-    if any(buffers[name].is_meta for name in redrawn):
-        return False
-    for name, spec in redrawn.items():
-        buffers[name].copy_(spec.redraw(count))
-    layer.note_new_buffers()
-    if known is None:
-        layer.register_load_state_dict_post_hook(forget)
-    layer._redraw_count = count
-    return True
+    @torch.no_grad()
+    def set_training_step(self, step: int) -> bool:
+        """Give the layer the directions that belong to a training step.
 
+        The buffers are changed in place, so wrappers and compiled graphs keep seeing them: call it between a backward
+        pass and the next forward pass.
 
-def forget(layer: nn.Module, *_: Any) -> None:
-    """The layer's directions came from elsewhere: the next step draws them again, whatever its number."""
-    if getattr(layer, "_redraw_count", None) is not None:
-        layer._redraw_count = _UNKNOWN  # type: ignore[assignment]
+        Args:
+            step: Optimizer steps taken so far; the directions are those of redraw number `step // redraw_interval`.
+        Returns: Whether anything was drawn.
+        Raises: InputError if `step` is not a number of steps.
+        Random: a function of (seed, layer, redraw number) alone; the global generator is not touched.
+        """
+        check_step(step)
+        interval = self.config.redraw_interval
+        if interval is None or self._drawn == (step // interval, self.revision):
+            return False
+        buffers = self.tensors()
+        specs = self.state_spec(self.config, self.shape)
+        redrawn = {name: spec.redraw for name, spec in specs.items() if spec.redraw is not None}
+        if any(buffers[name].is_meta for name in redrawn):
+            return False
+        for name, redraw in redrawn.items():
+            buffers[name].copy_(redraw(step // interval))
+        self.invalidate()
+        self._drawn = (step // interval, self.revision)
+        return True
 
+    def in_training(self, output: Tensor) -> Tensor:
+        self._warn_if_never_told()
+        return super().in_training(output)
 
-def watch(layer: LinearAttention) -> None:
-    """Warn once if a layer is trained for longer than its interval and nobody has told it a step."""
-    if torch.compiler.is_compiling() or not redraws(layer):
-        return
-    if not (layer.training and torch.is_grad_enabled()) or getattr(layer, "_redraw_count", None) is not None:
-        return
-    forwards = getattr(layer, "_untold_forwards", 0) + 1
-    layer._untold_forwards = forwards  # type: ignore[assignment]
-    interval = layer.config.redraw_interval  # type: ignore[attr-defined]
-    if forwards == interval + 1:
-        warnings.warn(
-            f"redraw_interval={interval}, but after {interval} training forward passes no layer has been told a step,"
-            " so its directions stay the same. Add hf_linattn.training.LinAttnCallback() to the Trainer's callbacks,"
-            " or call hf_linattn.training.redraw_projections(model, step) after every optimizer step.",
-            stacklevel=2,
-        )
+    def _warn_if_never_told(self) -> None:
+        """Warn once if the layer is trained for longer than its interval and nobody has told it a step."""
+        interval = self.config.redraw_interval
+        if interval is None or self._drawn is not None or torch.compiler.is_compiling():
+            return
+        self._untold_passes += 1
+        if self._untold_passes == interval + 1:
+            warnings.warn(
+                f"redraw_interval={interval}, but after {interval} training forward passes no layer has been told a"
+                " step, so its directions stay the same. Add hf_linattn.training.LinAttnCallback() to the Trainer's"
+                " callbacks, or call hf_linattn.training.redraw_projections(model, step) after every optimizer step.",
+                stacklevel=2,
+            )

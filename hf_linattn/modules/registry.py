@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, did_you_mean
 from .config import AttentionConfig
@@ -28,27 +28,64 @@ BUILTIN_KINDS = {
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What the library declares about a kind; errors, tests and documentation are driven by it.
+    """What the library declares about a kind: everything that others may want to know of it.
+
+    What depends on the settings is asked of the settings (`AttentionConfig`) or of the module class
+    (`LinearAttention.check`, `check_grid`, `native_refusal`, `supports_recurrence`, `state_spec`).
 
     Args:
         name: The name used with `attn_implementation` and in config files.
         title: The name used in prose ("FAVOR+").
+        paper: Where the method comes from.
         config_cls: Settings dataclass.
         module_cls: `LinearAttention` subclass.
-        supports_causal: Has a form in which no query sees a later key.
-        causal_needs_data: That form exists only in a converted model that has been calibrated.
+        size_field: The setting that counts the slots and trades cost for error, such as "num_features".
+        causal: Whether there is a form in which no query sees a later key: "yes", "no", or "calibrated" if it takes
+            statistics that `hf_linattn.calibrate` gathers.
+        causal_uncalibrated: Whether a form with "calibrated" statistics is defined without them too: native mode,
+            which keeps none, has it then.
         supports_cross: Has a form for queries and keys of different sequences (without a window).
-        paper: Where the method comes from.
+        overlap_on_grids: Whether `overlap_window` works on the patches of an image.
+        needs_window: Whether `window_size` must be at least 1.
+        calibrated_field: The setting whose value "calibrated" asks for statistics of data; `None` if none does.
+        checkpoint_fields: Settings that say what a checkpoint's tensors mean, beyond kind, layers, seed and shapes.
+        bound_field: The setting that keeps the state of a causal layer from growing with the text; `None` if it never
+            grows.
+        cost: How the cost grows, in prose.
+        example: Small settings, for tiny models in tests and demonstrations.
     """
 
     name: str
     title: str
-    config_cls: type[AttentionConfig]
-    module_cls: type[LinearAttention]
-    supports_causal: bool
-    supports_cross: bool
     paper: str
-    causal_needs_data: bool = False
+    config_cls: type[AttentionConfig]
+    module_cls: type[LinearAttention[Any]]
+    size_field: str
+    causal: Literal["yes", "calibrated", "no"]
+    causal_uncalibrated: bool = False
+    supports_cross: bool = False
+    overlap_on_grids: bool = False
+    needs_window: bool = False
+    calibrated_field: str | None = None
+    checkpoint_fields: tuple[str, ...] = ()
+    bound_field: str | None = None
+    cost: str = "linearly with the number of tokens"
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size_word(self) -> str:
+        """What the slots are called in prose: "features", "landmarks", "chunks"."""
+        return self.size_field.removeprefix("num_")
+
+    @property
+    def supports_causal(self) -> bool:
+        """Whether there is a causal form, perhaps after calibration."""
+        return self.causal != "no"
+
+    @property
+    def native_causal(self) -> bool:
+        """Whether there is a causal form in native mode, which keeps no statistics."""
+        return self.causal == "yes" or self.causal_uncalibrated
 
 
 _KINDS: dict[str, AttentionKind] = {}

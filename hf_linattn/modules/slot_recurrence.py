@@ -17,7 +17,13 @@ def window_of(config: AttentionConfig) -> Window:
 
 
 def slot_recurrence(
-    layer: LinearAttention, basis: Basis, num_slots: int, *, scaling: float, in_half: tuple[str, ...] = ()
+    layer: LinearAttention,
+    basis: Basis,
+    num_slots: int,
+    *,
+    scaling: float,
+    chunk_size: int | None = None,
+    in_half: tuple[str, ...] = (),
 ) -> SlotRecurrence:
     """The recurrent form of a layer that reads through slots."""
     return SlotRecurrence(
@@ -25,7 +31,7 @@ def slot_recurrence(
         num_slots,
         window_of(layer.config),
         scaling,
-        chunk_size=getattr(layer.config, "chunk_size", None),
+        chunk_size=chunk_size,
         dropout=layer.config.slot_dropout if layer.training else 0.0,
         in_half=in_half,
     )

@@ -2,7 +2,7 @@
 
 `torch.jit.trace` and `torch.export` record what happens to be done for the sizes and values of one call: branches on
 lengths, numbers of windows and of padded tokens become constants, or are taken apart symbol by symbol. In such a graph
-the attention is `hf_linattn::attention`, which calls `LinearAttention.attend` when the graph runs: any batch size,
+the attention is `hf_linattn::attention`, which calls `LinearAttention.compute` when the graph runs: any batch size,
 length and mask, and no more of Python's code in the graph than that. `torch.compile`, which guards what it assumes,
 sees the attention itself.
 """
@@ -20,9 +20,11 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..kernels.operators import backward_of
 from .config import AttentionConfig
+from .contract import AttentionInputs
+from .registry import config_from_dict, get_kind
 
-if TYPE_CHECKING:
-    from .base import AttentionInputs, LinearAttention
+if TYPE_CHECKING:  # for annotations alone
+    from .base import LinearAttention
 
 _LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
 _LIBRARY.define(
@@ -40,17 +42,16 @@ def is_recorded() -> bool:
 def attend(
     module_cls: type[LinearAttention], config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
 ) -> Tensor:
-    """`module_cls.attend`, as one operator where the call is recorded."""
-    if not is_recorded():
-        return module_cls.attend(config, state, inputs)
+    """`module_cls.compute`, as one operator where the call is recorded."""
+    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        return module_cls.compute(config, state, inputs)
     if _to_onnx():
         raise UnsupportedError(
             f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no"
             " operator for it. Use torch.export or torch.jit.trace, or export the model with softmax attention"
             " (model.set_attn_implementation('eager'))."
         )
-    is_random = inputs.training and (config.slot_dropout > 0 or getattr(config, "sample_noise", False))
-    if is_random:
+    if inputs.training and config.is_random:
         raise UnsupportedError(
             f"{config.kind!r} draws random numbers in training (slot_dropout, sample_noise), which a recorded graph"
             " (torch.jit.trace, torch.export) cannot draw again for its gradients. Call model.eval() first, or set"
@@ -77,8 +78,6 @@ def _to_onnx() -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _parsed(settings: str) -> tuple[type[LinearAttention], AttentionConfig]:
-    from .registry import config_from_dict, get_kind
-
     config = config_from_dict(json.loads(settings))
     return get_kind(config.kind).module_cls, config
 
@@ -95,13 +94,11 @@ def _attention(
     is_causal: bool,
     grid: list[int],
 ) -> Tensor:
-    from .base import AttentionInputs
-
     module_cls, config = _parsed(settings)
     size = (grid[0], grid[1]) if grid else None
     inputs = AttentionInputs(query, key, value, key_mask, scaling=scaling, is_causal=is_causal, grid=size)
     named = dict(zip(names.split(",") if names else (), state, strict=True))
-    return module_cls.attend(config, named, inputs).contiguous()
+    return module_cls.compute(config, named, inputs).contiguous()
 
 
 def _like_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

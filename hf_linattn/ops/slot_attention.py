@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.attention_state import AttentionState, merge_states
-from ..kernels.block_slots.reach import BlockReach
+from ..kernels.block_slots import BlockReach
 from .exact import causal_visibility, exact_partial
 from .heavy import heavy_keys
 from .layout import Blocks, fit_window, pad_tokens

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.attend.operator import attend
+from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
-from ..kernels.block_slots.operator import inter_block_attention
-from ..kernels.block_slots.reach import BlockReach
-from ..kernels.causal_slots.operator import causal
+from ..kernels.block_slots import BlockReach, inter_block_attention
+from ..kernels.causal_slots import causal_slot_attention
+from ..kernels.slot_inputs import SlotInputs
 from .layout import Blocks
 from .slots import between_halves, own_key, softmax_with_lse, states_around
 
@@ -130,6 +130,13 @@ class LinearSlotWeights:
             )
         return self.biased(attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias))
 
+    def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
+        """Queries (`self`), keys and values, for the kernels of attention through slots."""
+        maps = (self.slots, self.slot_bias, key.slots, key.slot_bias)
+        if self.tokens.ndim > 4:  # blocks of tokens, which share their slots
+            maps = (maps[0].squeeze(-3), maps[1].squeeze(-2), maps[2].squeeze(-3), maps[3].squeeze(-2))
+        return SlotInputs(self.tokens, *maps[:2], key.tokens, key.token_bias.squeeze(-1), *maps[2:], value)
+
     def inter_block(
         self,
         key: LinearSlotWeights,
@@ -142,18 +149,7 @@ class LinearSlotWeights:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
         if extra is not None or dropout:
             return self.biased(inter_block_dense(self.unbiased(), key, value, reach, extra=extra, dropout=dropout))
-        read = inter_block_attention(
-            self.tokens,
-            self.slots.squeeze(-3),
-            self.slot_bias.squeeze(-2),
-            key.tokens,
-            key.token_bias.squeeze(-1),
-            key.slots.squeeze(-3),
-            key.slot_bias.squeeze(-2),
-            value,
-            reach,
-        )
-        return self.biased(read)
+        return self.biased(inter_block_attention(self.slot_inputs(key, value), reach))
 
     def causal(
         self, key: LinearSlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
@@ -163,18 +159,7 @@ class LinearSlotWeights:
             return self.biased(
                 causal_slots_dense(self.unbiased(), key, value, chunk=chunk, extra=extra, dropout=dropout)
             )
-        read = causal(
-            self.tokens,
-            self.slots,
-            self.slot_bias,
-            key.tokens,
-            key.token_bias.squeeze(-1),
-            key.slots,
-            key.slot_bias,
-            value,
-            chunk,
-        )
-        return self.biased(read)
+        return self.biased(causal_slot_attention(self.slot_inputs(key, value), chunk))
 
 
 def inter_block_dense(

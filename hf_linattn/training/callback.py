@@ -16,7 +16,7 @@ from ..integrations.canary import check_trainer
 from ..integrations.expected import changed
 from ..integrations.layers import active_layers
 from ..integrations.wrappers import module_of
-from ..modules.redraw import check_step, redraws, set_training_step
+from ..modules.redraw import check_step, redraws
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def redraw_projections(model: nn.Module, step: int) -> int:
         _check_native(model)
         return 0
     keep_in_adapters(model, redraws)
-    return sum(set_training_step(layer, step) for layer in active_layers(model))
+    return sum(layer.set_training_step(step) for layer in active_layers(model) if redraws(layer))
 
 
 def _check_native(model: nn.Module) -> None:

@@ -13,12 +13,11 @@ from hf_linattn.bench.cases import DTYPES, Workload, make_inputs
 from hf_linattn.bench.measure import explain
 from hf_linattn.bench.ours import KindOptions, kind_implementation
 from hf_linattn.functional import use_backend
-from hf_linattn.kernels.attend.operator import attend
-from hf_linattn.kernels.block_slots.operator import inter_block_attention
-from hf_linattn.kernels.block_slots.reach import BlockReach
-from hf_linattn.kernels.causal_slots.operator import causal
-from hf_linattn.kernels.decode.operator import decode_step
-from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
+from hf_linattn.kernels.attend import attend
+from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.causal_slots import causal
+from hf_linattn.kernels.decode import decode_step
+from hf_linattn.kernels.window_chunks import window_chunk_attention
 from hf_linattn.modules.registry import list_kinds
 from isolated import Finding
 

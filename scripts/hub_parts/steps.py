@@ -87,7 +87,7 @@ class KindCheck:
 
     def native(self) -> dict[str, Any]:
         """`from_pretrained(attn_implementation=kind)`: the file's weights, other outputs than softmax."""
-        refusal = self.model.is_causal and get_kind(self.kind).causal_needs_data
+        refusal = self.model.is_causal and not get_kind(self.kind).native_causal
         try:
             loaded, info = self.stock.auto.from_pretrained(
                 self.model.repo, attn_implementation=self.kind, use_safetensors=True, output_loading_info=True

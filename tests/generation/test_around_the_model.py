@@ -70,7 +70,7 @@ def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
     with torch.no_grad():
         for piece in text[:, start:].split(90, dim=1):
             last = model(piece, **given_cache(cache)).logits
-            held.append(cache.layers[0].memory._held.tokens)
+            held.append(cache.layers[0].memory._pending.tokens)
         expected = model(text, use_cache=False).logits[:, -last.shape[1] :]
     assert max(held) <= 2 * TAKEN_BACK + 90
     assert float((last - expected).abs().max()) < TOLERANCE

@@ -267,11 +267,11 @@ def test_image_of_another_size_is_no_grid(config: Any, tokens: int, expected: An
 
 def test_image_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """7 x 5 patches and [CLS] are as many tokens as 6 x 6 patches: taken as a sequence, [CLS] exact."""
-    import hf_linattn.integrations.interface as interface
+    import hf_linattn.integrations.native as native
 
     seen: list[Any] = []
-    original = interface.AttentionInputs
-    monkeypatch.setattr(interface, "AttentionInputs", lambda *a, **kw: seen.append(kw["grid"]) or original(*a, **kw))
+    original = native.AttentionInputs
+    monkeypatch.setattr(native, "AttentionInputs", lambda *a, **kw: seen.append(kw["grid"]) or original(*a, **kw))
     model = VIT.build()
     model.set_attn_implementation("favor_plus")
     logits(model, pixel_values=torch.randn(1, 3, 28, 20), interpolate_pos_encoding=True)

@@ -9,7 +9,7 @@ import hf_linattn
 
 PACKAGE = Path(hf_linattn.__file__).parent
 # Where Transformers' modules and private names may be used. `families.py` holds the names within the architectures.
-ROOM = {"integrations/seams.py", "integrations/probes.py"}
+ROOM = {"integrations/seams.py", "integrations/model_seams.py", "integrations/probes.py"}
 # Public, but ours alone to reach through the room: what they do has changed, or may.
 OURS = {"AttentionInterface", "AttentionMaskInterface", "EncoderDecoderCache", "cache_utils", "initialization"}
 PRIVATE = {

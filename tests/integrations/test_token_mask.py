@@ -22,7 +22,6 @@ from transformers import (
 from hf_linattn.errors import UnsupportedError
 from hf_linattn.integrations.masks import linattn_mask
 from hf_linattn.integrations.seams import causal_mask_function
-from hf_linattn.integrations.token_mask import token_mask
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 OWN_ATTENTION: dict[str, tuple[Any, Any]] = {
@@ -60,8 +59,7 @@ def test_mask_answers_only_what_transformers_asks(tokens: torch.Tensor | None) -
     assert not hasattr(mask, "masked_fill")
     ready = mask.to(device="cpu", dtype=torch.bool).contiguous().view(1, -1)
     again = linattn_mask(1, 3, 3, 0, 0, causal_mask_function, ready)
-    got = token_mask(again, torch.device("cpu"))
-    assert got is None if tokens is None else torch.equal(got, tokens)
+    assert again.tokens is None if tokens is None else torch.equal(again.tokens, tokens)
     states = torch.zeros(1, 1, 3, 2)
     uses: list[Callable[[], Any]] = [
         lambda: torch.zeros(1, 3) + mask,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_linattn.kernels.block_slots.reach import BlockReach
+from hf_linattn.kernels.block_slots import BlockReach
 
 INF = float("inf")
 

@@ -9,8 +9,8 @@ import torch
 from references import INF, assert_no_worse, assert_same, cotangents, dense_attend, differentiated, random
 from torch import Tensor
 
+from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.attend import torch_kernel as portable
-from hf_linattn.kernels.attend.operator import attend
 from hf_linattn.kernels.backend import use_backend
 
 NAMES = ("output", "mass", "query", "key", "value", "bias")

@@ -13,7 +13,7 @@ from hf_linattn.kernels.attention_state import (
     merge_states,
     shifted_exp,
 )
-from hf_linattn.kernels.half_norm.operator import half_norm
+from hf_linattn.kernels.half_norm import half_norm
 
 INF = float("inf")
 

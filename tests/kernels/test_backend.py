@@ -30,11 +30,11 @@ from hf_linattn.functional import (
     use_backend,
 )
 from hf_linattn.kernels import backend as backends
-from hf_linattn.kernels.attend.operator import attend
-from hf_linattn.kernels.block_slots.operator import inter_block_attention
-from hf_linattn.kernels.block_slots.reach import BlockReach
-from hf_linattn.kernels.causal_slots.operator import causal
-from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
+from hf_linattn.kernels.attend import attend
+from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.causal_slots import causal_slot_attention
+from hf_linattn.kernels.slot_inputs import SlotInputs
+from hf_linattn.kernels.window_chunks import window_chunk_attention
 from hf_linattn.ops.lara.calibrated_proposals import CalibratedProposals
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -196,14 +196,16 @@ def _attend() -> tuple[Callable[..., Any], list[Tensor]]:
 
 def _blocks() -> tuple[Callable[..., Any], list[Tensor]]:
     shapes = [(1, 1, 3, 4, 4), (1, 5, 4), (1, 5), (1, 1, 3, 4, 4), (1, 1, 3, 4), (1, 5, 4), (1, 5), (1, 1, 3, 4, 4)]
-    return lambda *z: inter_block_attention(*z, BlockReach()), [
+    return lambda *z: inter_block_attention(SlotInputs(*z), BlockReach()), [
         tokens(*shape, seed=i) for i, shape in enumerate(shapes)
     ]
 
 
 def _causal() -> tuple[Callable[..., Any], list[Tensor]]:
     shapes = [(1, 1, 20, 4), (1, 5, 4), (1, 5), (1, 1, 20, 4), (1, 1, 20), (1, 5, 4), (1, 5), (1, 1, 20, 4)]
-    return lambda *z: causal(*z, 16), [tokens(*shape, seed=i) for i, shape in enumerate(shapes)]
+    return lambda *z: causal_slot_attention(SlotInputs(*z), 16), [
+        tokens(*shape, seed=i) for i, shape in enumerate(shapes)
+    ]
 
 
 def _window_chunks() -> tuple[Callable[..., Any], list[Tensor]]:
@@ -223,8 +225,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         found.append((backend, decide(backend, tensor)))
         return found[-1][1]
 
-    for module in ("attend", "block_slots", "causal_slots", "window_chunks"):
-        monkeypatch.setattr(f"hf_linattn.kernels.{module}.operator.runs_on_triton", recorded)
+    monkeypatch.setattr("hf_linattn.kernels.operators.runs_on_triton", recorded)
     return found
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from hf_linattn.kernels.attend import torch_kernel as portable_attend
 from hf_linattn.kernels.backend import use_backend
-from hf_linattn.kernels.block_slots import operator as kernels
+from hf_linattn.kernels.block_slots import BlockReach, inter_block, inter_block_attention
 from hf_linattn.kernels.block_slots import torch_kernel as portable_scan
-from hf_linattn.kernels.block_slots.operator import inter_block_attention
-from hf_linattn.kernels.block_slots.reach import BlockReach
+from hf_linattn.kernels.slot_inputs import SlotInputs
 
 NAMES = (
     "output", "mass", "query", "query slots", "query slot bias", "key", "key bias", "key slots", "key slot bias",
@@ -63,7 +62,7 @@ def make(
 
 
 def ours(reach: BlockReach) -> Any:
-    return lambda *tensors: inter_block_attention(*tensors, reach)
+    return lambda *tensors: inter_block_attention(SlotInputs(*tensors), reach)
 
 
 def dense(reach: BlockReach) -> Any:
@@ -88,24 +87,22 @@ def test_results_and_gradients(
 
 
 def test_reach_says_what_is_read() -> None:
-    assert [BlockReach(2, 1).before(t) for t in range(4)] == [0, 1, 3, 5]
-    assert [BlockReach(2, 1).after(t, 7) for t in range(4)] == [3, 5, 7, 7]
     reach = BlockReach(1, 0, True)
     inputs = make(reach, 3)
-    output, mass = inter_block_attention(*inputs, reach)
+    output, mass = inter_block_attention(SlotInputs(*inputs), reach)
     assert (mass[:, :, 0] == -INF).all()
     assert (output[:, :, 0] == 0).all()
     assert (mass[:, :, 1:] > -INF).all()
     changed = [z.clone() for z in inputs]
     changed[VALUE][:, :, 1] += 1.0
-    moved = (inter_block_attention(*changed, reach).output != output).flatten(3).any(-1)
+    moved = (inter_block_attention(SlotInputs(*changed), reach).output != output).flatten(3).any(-1)
     assert moved[0, 0].tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("states", [1, 300, 1 << 22])
 @pytest.mark.parametrize("reach", [REACHES[0], REACHES[3]])
 def test_some_groups_at_a_time(states: int, reach: BlockReach, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._STATES, "cpu", states)
+    monkeypatch.setitem(inter_block._STATES, "cpu", states)
     monkeypatch.setitem(portable_attend._TILE, "cpu", 50)
     sizes: list[int] = []
     scan = portable_scan.scan_forward
@@ -114,7 +111,9 @@ def test_some_groups_at_a_time(states: int, reach: BlockReach, monkeypatch: pyte
         sizes.append(output.shape[0])
         return scan(output, *given)
 
-    monkeypatch.setattr(kernels.portable, "scan_forward", counted)
+    counting = portable_scan._inter_block._replace(scan_forward=counted)
+    monkeypatch.setattr(portable_scan, "blocks_forward", counting.forward)
+    monkeypatch.setattr(portable_scan, "blocks_backward", counting.backward)
     check(make(reach, lead=(5, 1)), reach)
     per_group = 7 * 6 * 3
     assert max(sizes) == min(5, max(1, states // per_group))
@@ -151,7 +150,7 @@ def test_gradients_of_queries_that_read_nothing_ignore_their_upstream(reach: Blo
     inputs = make(reach)
     inputs[KEY_BIAS][0, 0, :4] = -INF
     leaves = [z.requires_grad_() for z in inputs]
-    result = inter_block_attention(*leaves, reach)
+    result = inter_block_attention(SlotInputs(*leaves), reach)
     grads = cotangents(*result)
     expected = torch.autograd.grad(tuple(result), leaves, grads, retain_graph=True)
     grads[1][result.lse == -INF] = float("nan")
@@ -192,7 +191,7 @@ def test_gradients_one_at_a_time(needed: int, reach: BlockReach) -> None:
     inputs = make(reach)
     every = differentiated(ours(reach), inputs)[2 + needed]
     inputs[needed].requires_grad_()
-    result = inter_block_attention(*inputs, reach)
+    result = inter_block_attention(SlotInputs(*inputs), reach)
     (alone,) = torch.autograd.grad(tuple(result), inputs[needed], cotangents(*result))
     assert torch.equal(alone, every)
 
@@ -200,7 +199,7 @@ def test_gradients_one_at_a_time(needed: int, reach: BlockReach) -> None:
 @every_reach
 def test_a_second_backward_pass_gives_the_same(reach: BlockReach) -> None:
     inputs = [z.requires_grad_() for z in make(reach)]
-    result = inter_block_attention(*inputs, reach)
+    result = inter_block_attention(SlotInputs(*inputs), reach)
     grads = cotangents(*result)
     first = torch.autograd.grad(tuple(result), inputs, grads, retain_graph=True)
     assert all(map(torch.equal, torch.autograd.grad(tuple(result), inputs, grads), first))
@@ -210,9 +209,8 @@ def test_strides_change_nothing() -> None:
     inputs = make(BlockReach())
 
     def turned(*tensors: Tensor) -> Any:
-        return inter_block_attention(
-            *(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors), BlockReach()
-        )
+        moved = SlotInputs(*(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors))
+        return inter_block_attention(moved, BlockReach())
 
     assert_same(differentiated(turned, inputs), differentiated(ours(BlockReach()), inputs), 1e-13)
 

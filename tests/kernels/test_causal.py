@@ -21,8 +21,9 @@ from references import (
 from torch import Tensor
 
 from hf_linattn.kernels.backend import use_backend
+from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.causal_slots import torch_kernel as portable
-from hf_linattn.kernels.causal_slots.operator import causal
+from hf_linattn.kernels.slot_inputs import SlotInputs
 
 NAMES = (
     "output", "mass", "query", "query slots", "query slot bias",
@@ -46,7 +47,7 @@ def make(tokens: int, slots: int = 5, *, batch: int = 2, heads: int = 2, scale: 
 
 
 def ours(chunk: int) -> Any:
-    return lambda *tensors: causal(*tensors, chunk)
+    return lambda *tensors: causal_slot_attention(SlotInputs(*tensors), chunk)
 
 
 def check(inputs: list[Tensor], chunk: int, limit: float = 1e-11) -> list[Any]:
@@ -70,10 +71,10 @@ def test_groups_and_segments(tile: int, segment: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(portable, "_SEGMENT", segment)
     inputs = make(29, batch=3, heads=1)
     check(inputs, 4)
-    flat = [z.flatten(0, 1) for z in inputs]
-    parts = [group for group, _ in portable._Inputs(*flat).some(4)]
+    flat = SlotInputs(*(z.flatten(0, 1) for z in inputs))
+    parts = flat.in_groups(portable._groups_at_a_time(flat, 4))
     assert len(parts) == -(-3 // max(1, tile * torch.get_num_threads() // (4 * 5)))
-    _, _, sums, masses = portable.causal_forward(*flat, 4)
+    _, _, sums, masses = portable.causal_forward(flat, 4)
     kept = portable.kept_states(29, 4)
     assert kept == {1: 8, 2: 4, 3: 3, 16: 1}[segment]
     assert (sums.shape, masses.shape) == ((3, kept, 5, 3), (3, kept, 5, 2))
@@ -87,7 +88,7 @@ def test_states_are_kept_at_the_start_of_segments(tokens: int, kept: int) -> Non
 def test_is_the_recurrence() -> None:
     inputs = make(37, scale=2.0)
     inputs[KEY_BIAS][0, :, :3] = -INF
-    output, mass = causal(*inputs, 8)
+    output, mass = causal_slot_attention(SlotInputs(*inputs), 8)
     for t, (expected, expected_mass) in enumerate(recurrent_causal(*inputs)):
         assert_same([output[:, :, t], mass[:, :, t]], [expected, expected_mass], 1e-12)
 
@@ -146,15 +147,15 @@ def test_chunks_are_cut_as_rarely_as_possible(nats: float, parts: int) -> None:
     inputs = [z.flatten(0, 1).float() for z in make(64, batch=1, heads=1)]
     inputs[KEY] *= 0
     inputs[KEY_BIAS] = torch.linspace(0, nats, 64).unsqueeze(0)
-    few = portable._Inputs(*inputs)
-    cuts = list(portable._cut(few, slice(0, 64), few.first_state()))
+    few = SlotInputs(*inputs)
+    cuts = list(portable._cut(few, slice(0, 64), portable._empty_state(few)))
     assert len(cuts) == parts
     assert [keys.part.start for keys, _ in cuts] == [0, *(keys.part.stop for keys, _ in cuts[:-1])]
     assert cuts[-1][0].part.stop == 64
     # Later keys are next to nothing: the reference does not move, and what is small may vanish.
     inputs[KEY_BIAS] = -inputs[KEY_BIAS]
-    few = portable._Inputs(*inputs)
-    state = [after for _, after in portable._cut(few, slice(0, 1), few.first_state())][0]
+    few = SlotInputs(*inputs)
+    state = [after for _, after in portable._cut(few, slice(0, 1), portable._empty_state(few))][0]
     assert len(list(portable._cut(few, slice(1, 64), state))) == 1
 
 
@@ -165,16 +166,16 @@ def test_slots_may_be_safe_for_different_reasons() -> None:
     inputs[KEY_SLOTS] = torch.eye(4)[:2].unsqueeze(0)
     inputs[KEY][0, 1:, 0] = torch.linspace(-200, -10, 63)
     inputs[KEY][0, 1:, 1] = torch.linspace(200, 240, 63)
-    few = portable._Inputs(*inputs)
-    state = [after for _, after in portable._cut(few, slice(0, 1), few.first_state())][0]
+    few = SlotInputs(*inputs)
+    state = [after for _, after in portable._cut(few, slice(0, 1), portable._empty_state(few))][0]
     assert len(list(portable._cut(few, slice(1, 64), state))) == 1
 
 
 def test_padding_does_not_cut_chunks() -> None:
     inputs = [z.flatten(0, 1).float() for z in make(64, batch=1, heads=1)]
     inputs[KEY_BIAS][0, ::3] = -INF
-    few = portable._Inputs(*inputs)
-    assert len(list(portable._cut(few, slice(0, 64), few.first_state()))) == 1
+    few = SlotInputs(*inputs)
+    assert len(list(portable._cut(few, slice(0, 64), portable._empty_state(few)))) == 1
 
 
 @quick
@@ -227,7 +228,7 @@ def test_gradients_of_queries_that_see_nothing_ignore_their_upstream() -> None:
     inputs = make(12)
     inputs[KEY_BIAS][:, :, :5] = -INF
     leaves = [z.requires_grad_() for z in inputs]
-    result = causal(*leaves, 8)
+    result = causal_slot_attention(SlotInputs(*leaves), 8)
     grads = cotangents(*result)
     expected = torch.autograd.grad(tuple(result), leaves, grads, retain_graph=True)
     grads[1][:, :, :5] = float("nan")
@@ -240,12 +241,12 @@ def test_gradients_of_queries_that_see_nothing_ignore_their_upstream() -> None:
 def test_nothing_flows_back_in_time(chunk: int, nats: float) -> None:
     """A later token changes no earlier output, and no gradient reaches it from there: exactly none."""
     inputs = make(40)
-    first = causal(*inputs, chunk)
+    first = causal_slot_attention(SlotInputs(*inputs), chunk)
     changed = [z.clone() for z in inputs]
     changed[KEY_BIAS][..., 22:] += nats
     changed[VALUE][..., 22:, :] += 1.0
     leaves = [z.requires_grad_() for z in changed]
-    later = causal(*leaves, chunk)
+    later = causal_slot_attention(SlotInputs(*leaves), chunk)
     assert_same([z[:, :, :22] for z in later], [z[:, :, :22] for z in first], 0.0 if not nats else 1e-13)
     grads = cotangents(*later)
     grads[0][:, :, 22:] = grads[1][:, :, 22:] = 0
@@ -274,7 +275,7 @@ def test_gradients_one_at_a_time(needed: int) -> None:
     inputs = make(20)
     every = differentiated(ours(8), inputs)[2 + needed]
     inputs[needed].requires_grad_()
-    result = causal(*inputs, 8)
+    result = causal_slot_attention(SlotInputs(*inputs), 8)
     (alone,) = torch.autograd.grad(tuple(result), inputs[needed], cotangents(*result))
     assert torch.equal(alone, every)
 
@@ -286,7 +287,7 @@ def test_a_second_backward_pass_gives_the_same(segment: int, monkeypatch: pytest
     inputs = make(20)
     given = [z.clone() for z in inputs]
     leaves = [z.requires_grad_() for z in inputs]
-    result = causal(*leaves, 4)
+    result = causal_slot_attention(SlotInputs(*leaves), 4)
     grads = cotangents(*result)
     first = torch.autograd.grad(tuple(result), leaves, grads, retain_graph=True)
     kept = [z.detach().clone() for z in (*result, *grads)]
@@ -300,7 +301,8 @@ def test_strides_change_nothing() -> None:
     inputs = make(20)
 
     def turned(*tensors: Tensor) -> Any:
-        return causal(*(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors), 8)
+        moved = SlotInputs(*(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors))
+        return causal_slot_attention(moved, 8)
 
     assert_same(differentiated(turned, inputs), differentiated(ours(8), inputs), 1e-13)
 
@@ -309,9 +311,9 @@ def test_strides_change_nothing() -> None:
 def test_nan_stays_where_it_comes_from(place: int) -> None:
     """It is not hidden, does not reach earlier tokens of other chunks, and no chunk is cut without end."""
     inputs = make(40)
-    expected = causal(*inputs, 8)
+    expected = causal_slot_attention(SlotInputs(*inputs), 8)
     inputs[place][0, 0, 20] = float("nan")
-    output, mass = causal(*inputs, 8)
+    output, mass = causal_slot_attention(SlotInputs(*inputs), 8)
     assert output[0, 0, 20:].isnan().all()
     assert mass[0, 0, 20:].isnan().all() == (place != VALUE)
     for ours, exact in ((output, expected.output), (mass, expected.lse)):

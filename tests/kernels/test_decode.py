@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
+from hf_linattn.kernels.attention_state import AttentionState
 from hf_linattn.kernels.backend import use_backend
-from hf_linattn.kernels.decode.operator import Decoded, _fold, _step_op, decode_step
+from hf_linattn.kernels.decode import Decoded, decode_step
+from hf_linattn.kernels.decode.operator import _fold, _step
+from hf_linattn.kernels.slot_inputs import SlotInputs
 
 INF = float("inf")
+NAMES = ("output", "lse", "state output", "state lse")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -23,7 +27,6 @@ class Stream(NamedTuple):
     """`[steps, *lead, ...]` for tokens, `[..., slots, ...]` for slots."""
 
     query: Tensor
-    query_bias: Tensor
     key: Tensor
     key_bias: Tensor
     value: Tensor
@@ -31,6 +34,11 @@ class Stream(NamedTuple):
     query_slot_bias: Tensor
     key_slots: Tensor
     key_slot_bias: Tensor
+
+    def inputs(self, step: int) -> SlotInputs:
+        """The token of a step."""
+        query, key, key_bias, value = (t[step] for t in self[:4])
+        return SlotInputs(query, *self[4:6], key, key_bias, *self[6:], value)
 
 
 def make(
@@ -52,11 +60,10 @@ def make(
 
     of_slots = (lead[-1:] if shared else lead) + (slots,)
     return Stream(
-        (random(steps, *lead, dim) * scale).to(dtype),
-        random(steps, *lead) * scale,
-        (random(steps, *lead, dim) * scale).to(dtype),
-        random(steps, *lead) * scale,
-        random(steps, *lead, head_dim).to(dtype),
+        (random(steps, *lead, 1, dim) * scale).to(dtype),
+        (random(steps, *lead, 1, dim) * scale).to(dtype),
+        random(steps, *lead, 1) * scale,
+        random(steps, *lead, 1, head_dim).to(dtype),
         random(*of_slots, dim),
         random(*of_slots),
         random(*of_slots, dim),
@@ -64,45 +71,46 @@ def make(
     )
 
 
-def empty_state(stream: Stream) -> tuple[Tensor, Tensor]:
-    lead, slots = stream.value.shape[1:-1], stream.key_slot_bias.shape[-1]
+def empty_state(stream: Stream) -> AttentionState:
+    lead, slots = stream.value.shape[1:-2], stream.key_slot_bias.shape[-1]
     device = stream.value.device
     mass = torch.full((*lead, slots), -INF, device=device)
-    return torch.zeros(*lead, slots, stream.value.shape[-1], device=device), mass
+    return AttentionState(torch.zeros(*lead, slots, stream.value.shape[-1], device=device), mass)
 
 
 def run(stream: Stream, backend: str) -> list[Decoded]:
     state, found = empty_state(stream), []
     for step in range(len(stream.query)):
         with use_backend(backend):
-            found.append(decode_step(*[t[step] for t in stream[:5]], *stream[5:], *state))
-        state = found[-1][2:]
+            found.append(decode_step(stream.inputs(step), state))
+        state = found[-1].state
     return found
 
 
 def exact(stream: Stream) -> list[Decoded]:
     """From the whole prefix at every step, in float64."""
-    query, query_bias, key, key_bias, value, query_slots, query_slot_bias, key_slots, key_slot_bias = (
-        t.double() for t in stream
-    )
+    query, key, key_bias, value, query_slots, query_slot_bias, key_slots, key_slot_bias = (t.double() for t in stream)
     found = []
     for step in range(len(query)):
-        keys = (key_slots * key[: step + 1].unsqueeze(-2)).sum(-1) + key_bias[: step + 1, ..., None] + key_slot_bias
+        keys = (key_slots * key[: step + 1]).sum(-1) + key_bias[: step + 1] + key_slot_bias
         mass = keys.logsumexp(0)
         weights = (keys - mass.masked_fill(mass == -INF, 0.0)).exp()  # [steps, ..., slots]
-        state = (weights.unsqueeze(-1) * value[: step + 1].unsqueeze(-2)).sum(0)
-        logits = (
-            (query_slots * query[step].unsqueeze(-2)).sum(-1) + query_bias[step, ..., None] + query_slot_bias + mass
-        )
-        lse = logits.logsumexp(-1)
-        shares = (logits - lse.masked_fill(lse == -INF, 0.0).unsqueeze(-1)).exp()
-        found.append(Decoded((shares.unsqueeze(-1) * state).sum(-2), lse, state, mass))
+        state = (weights.unsqueeze(-1) * value[: step + 1]).sum(0)
+        logits = (query_slots * query[step]).sum(-1) + query_slot_bias + mass
+        lse = logits.logsumexp(-1, keepdim=True)
+        shares = (logits - lse.masked_fill(lse == -INF, 0.0)).exp()
+        output = (shares.unsqueeze(-1) * state).sum(-2, keepdim=True)
+        found.append(Decoded(output, lse, AttentionState(state, mass)))
     return found
+
+
+def flat(found: Decoded) -> tuple[Tensor, ...]:
+    return (found.output, found.lse, *found.state)
 
 
 def assert_close(found: list[Decoded], expected: list[Decoded], limit: float = 3e-6) -> None:
     for step, (mine, best) in enumerate(zip(found, expected, strict=True)):
-        for name, a, b in zip(Decoded._fields, mine, best, strict=True):
+        for name, a, b in zip(NAMES, flat(mine), flat(best), strict=True):
             assert torch.equal(a == -INF, b == -INF), (step, name)
             a, b = a.double().nan_to_num(nan=INF, neginf=0.0), b.nan_to_num(neginf=0.0)
             error = (a - b).abs().max() / b.abs().max().clamp_min(1.0)
@@ -124,7 +132,7 @@ def test_steps_are_the_whole_prefix(slots: int, dim: int, head_dim: int, backend
 def test_leading_dimensions(lead: tuple[int, ...], shared: bool, backend: str) -> None:
     stream = make(2, lead, 9, 4, 5, shared=shared)
     found = run(stream, backend)
-    assert found[0].output.shape == (*lead, 5)
+    assert found[0].output.shape == (*lead, 1, 5)
     assert_close(found, exact(stream))
 
 
@@ -137,17 +145,17 @@ def test_hidden_keys_change_nothing(backend: str) -> None:
     assert not found[0].output.any()
     assert (found[0].lse == -INF).all()
     assert_close(found, exact(stream))
-    torch.testing.assert_close(found[2].state_output[1], found[1].state_output[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[2].state.output[1], found[1].state.output[1], rtol=1e-6, atol=1e-7)
 
 
 @every_backend
 def test_the_given_state_is_not_changed(backend: str) -> None:
     stream = make(2)
     first = run(stream, backend)[0]
-    before = [t.clone() for t in first[2:]]
+    before = [t.clone() for t in first.state]
     with use_backend(backend):
-        decode_step(*[t[1] for t in stream[:5]], *stream[5:], *first[2:])
-    assert all(torch.equal(a, b) for a, b in zip(before, first[2:], strict=True))
+        decode_step(stream.inputs(1), first.state)
+    assert all(torch.equal(a, b) for a, b in zip(before, first.state, strict=True))
 
 
 @every_backend
@@ -175,12 +183,12 @@ def test_strides_change_nothing(backend: str) -> None:
     stream = make()
     moved = Stream(*[t.transpose(0, -1).contiguous().transpose(0, -1) for t in stream])
     for mine, other in zip(run(stream, backend), run(moved, backend), strict=True):
-        torch.testing.assert_close(tuple(mine), tuple(other), rtol=1e-6, atol=1e-6)
-    last, state = [t[-1] for t in stream[:5]], run(stream, backend)[-2][2:]
-    turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in state]
+        torch.testing.assert_close(flat(mine), flat(other), rtol=1e-6, atol=3e-6)
+    last, state = stream.inputs(-1), run(stream, backend)[-2].state
+    turned = AttentionState(*(t.transpose(0, -1).contiguous().transpose(0, -1) for t in state))
     with use_backend(backend):
-        mine, other = decode_step(*last, *stream[5:], *state), decode_step(*last, *stream[5:], *turned)
-    torch.testing.assert_close(tuple(mine), tuple(other), rtol=1e-6, atol=1e-6)
+        mine, other = decode_step(last, state), decode_step(last, turned)
+    torch.testing.assert_close(flat(mine), flat(other), rtol=1e-6, atol=3e-6)
 
 
 def test_shared_slots_are_not_copied() -> None:
@@ -191,43 +199,43 @@ def test_shared_slots_are_not_copied() -> None:
 @every_backend
 def test_gradients_and_half_precision_states_are_refused(backend: str) -> None:
     stream = make(1)
-    inputs = [*[t[0] for t in stream[:5]], *stream[5:], *empty_state(stream)]
+    inputs, state = stream.inputs(0), empty_state(stream)
     with use_backend(backend):
-        with pytest.raises(InputError, match=r"state_output must be float32.*bfloat16"):
-            decode_step(*inputs[:9], inputs[9].bfloat16(), inputs[10])
-        inputs[0].requires_grad_()
+        with pytest.raises(InputError, match=r"state.output must be float32.*bfloat16"):
+            decode_step(inputs, AttentionState(state.output.bfloat16(), state.lse))
+        inputs.query.requires_grad_()
         with pytest.raises(UnsupportedError, match="no_grad"):
-            decode_step(*inputs)
+            decode_step(inputs, state)
         with torch.no_grad():
-            decode_step(*inputs)
+            decode_step(inputs, state)
 
 
 @needs_triton
 def test_float64_is_for_torch() -> None:
     stream = Stream(*[t.double() for t in make(1)])
-    inputs = [*[t[0] for t in stream[:5]], *stream[5:], *[t.double() for t in empty_state(stream)]]
-    assert decode_step(*inputs).output.dtype == torch.float64
+    inputs, state = stream.inputs(0), AttentionState(*(t.double() for t in empty_state(stream)))
+    assert decode_step(inputs, state).output.dtype == torch.float64
     with use_backend("triton"), pytest.raises(UnsupportedError, match="float64"):
-        decode_step(*inputs)
+        decode_step(inputs, state)
 
 
 @every_backend
 def test_compiles_without_graph_breaks(backend: str) -> None:
     stream = make(2)
-    inputs = [*[t[0] for t in stream[:5]], *stream[5:], *empty_state(stream)]
+    inputs = stream.inputs(0), empty_state(stream)
     with use_backend(backend):
         compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(tuple(compiled(*inputs)), tuple(decode_step(*inputs)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(flat(compiled(*inputs)), flat(decode_step(*inputs)), rtol=1e-6, atol=1e-6)
 
 
 @every_backend
 def test_operator(backend: str) -> None:
     stream = make(1)
-    inputs = [*[t[0] for t in stream[:5]], *stream[5:], *empty_state(stream)]
-    lead = inputs[10].shape[:-1]
-    inner = (1, 0, 1, 0, 1, 2, 1, 2, 1, 2, 1)
-    folded = [_fold(t, lead, n) for t, n in zip(inputs, inner, strict=True)]
-    torch.library.opcheck(_step_op, (*folded, backend), test_utils=("test_schema", "test_faketensor"))
+    state = empty_state(stream)
+    inner = (2, 2, 1, 2, 1, 2, 1, 2, 2, 1)
+    tensors = (*stream.inputs(0), *state)
+    folded = [_fold(t, state.lse.shape[:-1], n) for t, n in zip(tensors, inner, strict=True)]
+    torch.library.opcheck(_step, (*folded, backend), test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_triton

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_linattn.kernels.backend import use_backend
-from hf_linattn.kernels.half_norm.operator import half_norm
+from hf_linattn.kernels.half_norm import half_norm
 
 pytest.importorskip("triton")
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hf_linattn.errors import UnsupportedError
 from hf_linattn.kernels import operators as registration
-from hf_linattn.kernels.attend.operator import attend
-from hf_linattn.kernels.block_slots.operator import inter_block_attention
-from hf_linattn.kernels.block_slots.reach import BlockReach
-from hf_linattn.kernels.causal_slots.operator import causal
-from hf_linattn.kernels.decode.operator import decode_step
-from hf_linattn.kernels.half_norm.operator import half_norm
-from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
+from hf_linattn.kernels.attend import attend
+from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.causal_slots import causal_slot_attention
+from hf_linattn.kernels.decode import decode_step
+from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.slot_inputs import SlotInputs
+from hf_linattn.kernels.window_chunks import window_chunk_attention
 
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
@@ -117,10 +117,10 @@ def window_chunks_case(
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     assert decode_step  # its operator is defined where it is imported
     state = wide(dtype)
-    shapes: list[tuple[int, ...]] = [(4,), (), (4,), (), (5,), (6, 4), (6,), (6, 4), (6,), (6, 5), (6,)]
+    shapes = [(1, 4), (6, 4), (6,), (1, 4), (1,), (6, 4), (6,), (1, 5), (6, 5), (6,)]
     return (
         *(
-            random(tokens, 3, *shape, seed=i, dtype=state if i in (1, 3, 6, 8, 9, 10) else dtype)
+            random(tokens, 3, *shape, seed=i, dtype=dtype if i in (0, 1, 3, 5, 7) else state)
             for i, shape in enumerate(shapes)
         ),
         "torch",
@@ -296,16 +296,15 @@ def _attend(*tensors: Tensor) -> Any:
 
 
 def _blocks(*tensors: Tensor) -> Any:
-    query, query_slots, query_bias, key, key_bias, key_slots, slot_bias, value = tensors
-    return inter_block_attention(
-        query.unsqueeze(0), query_slots, query_bias, key.unsqueeze(0), key_bias.unsqueeze(0), key_slots, slot_bias,
-        value.unsqueeze(0), BlockReach(is_causal=True),
-    )  # fmt: skip
+    return inter_block_attention(_one_row(*tensors), BlockReach(is_causal=True))
 
 
 def _causal(*tensors: Tensor) -> Any:
-    rows = [z.unsqueeze(0) if place in (0, 3, 4, 7) else z for place, z in enumerate(tensors)]
-    return causal(*rows, 4)
+    return causal_slot_attention(_one_row(*tensors), 4)
+
+
+def _one_row(*tensors: Tensor) -> SlotInputs:
+    return SlotInputs(*(z.unsqueeze(0) if place in (0, 3, 4, 7) else z for place, z in enumerate(tensors)))
 
 
 def _window_chunks(*tensors: Tensor) -> Any:

@@ -27,7 +27,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return multiply(left, right)
 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_LARGE", 1)
+    monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(products, "matrix_product", counted)
     monkeypatch.setattr(streamed, "matrix_product", counted)
     monkeypatch.setattr(streamed, "_TILE", 32)
@@ -80,12 +80,12 @@ def test_large_logits_do_not_overflow(by_onednn: list[tuple[int, ...]]) -> None:
 def test_only_large_float32_products_on_such_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     matrix = torch.ones(1, 256)
-    assert products.suits_onednn(matrix, products._LARGE)
-    assert not products.suits_onednn(matrix, products._LARGE - 1)
-    assert not products.suits_onednn(matrix.double(), products._LARGE)
-    assert not products.suits_onednn(matrix.bfloat16(), products._LARGE)
+    assert products.suits_onednn(matrix, products.LARGE)
+    assert not products.suits_onednn(matrix, products.LARGE - 1)
+    assert not products.suits_onednn(matrix.double(), products.LARGE)
+    assert not products.suits_onednn(matrix.bfloat16(), products.LARGE)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
-    assert not products.suits_onednn(matrix, products._LARGE)
+    assert not products.suits_onednn(matrix, products.LARGE)
 
 
 def test_matrices_with_gaps_are_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from hf_linattn.kernels.attention_state import AttentionState
 from hf_linattn.kernels.causal_slots import torch_kernel as portable
 from hf_linattn.kernels.causal_slots.triton_launch import causal_backward, causal_forward
+from hf_linattn.kernels.slot_inputs import SlotInputs
 
 INF = float("inf")
 
@@ -25,15 +27,15 @@ def case(groups: int, tokens: int, slots: int, dim: int, width: int) -> list[Ten
 
 
 def check(inputs: list[Tensor], limit: float, device: str = "cpu") -> None:
-    inputs = [z.to(device) for z in inputs]
-    grads = random(*inputs[-1].shape, seed=10).to(device), random(*inputs[-1].shape[:2], seed=11).to(device)
-    results, wide = causal_forward(*inputs, 32), [z.double() for z in inputs]
-    expected = portable.causal_forward(*wide, 32)
+    inputs = SlotInputs(*(z.to(device) for z in inputs))
+    grads = AttentionState(*(random(*inputs.value.shape[:n], seed=13 - n).to(device) for n in (3, 2)))
+    results, wide = causal_forward(inputs, 32), SlotInputs(*(z.double() for z in inputs))
+    expected = portable.causal_forward(wide, 32)
     assert [z.shape for z in results] == [z.shape for z in expected]
     empty = expected[1] == -INF
-    clean = grads[0].double(), grads[1].double().masked_fill(empty, 0.0)
-    found = [*results[:2], *causal_backward(*grads, *inputs, *results, [True] * 8, 32)]
-    exact = [*expected[:2], *portable.causal_backward(*clean, *wide, *expected, [True] * 8, 32)]
+    clean = AttentionState(grads.output.double(), grads.lse.double().masked_fill(empty, 0.0))
+    found = [*results[:2], *causal_backward(grads, inputs, results, [True] * 8, 32)]
+    exact = [*expected[:2], *portable.causal_backward(clean, wide, expected, [True] * 8, 32)]
     for number, (a, b) in enumerate(zip(found, exact, strict=True)):
         assert not a.isnan().any(), number
         torch.testing.assert_close(a.double(), b, rtol=limit, atol=limit, msg=lambda m, n=number: f"{n}: {m}")
@@ -51,12 +53,13 @@ def test_masked_keys() -> None:
 
 
 def test_only_what_is_needed() -> None:
-    inputs = case(1, 40, 3, 4, 2)
-    grads, results = (random(1, 40, 2, seed=10), random(1, 40, seed=11)), causal_forward(*inputs, 32)
-    whole = causal_backward(*grads, *inputs, *results, [True] * 8, 32)
+    inputs = SlotInputs(*case(1, 40, 3, 4, 2))
+    results = causal_forward(inputs, 32)
+    grads = AttentionState(random(1, 40, 2, seed=10), random(1, 40, seed=11))
+    whole = causal_backward(grads, inputs, results, [True] * 8, 32)
     for index in range(8):
         needs = [i == index for i in range(8)]
-        found = causal_backward(*grads, *inputs, *results, needs, 32)
+        found = causal_backward(grads, inputs, results, needs, 32)
         assert [g is not None for g in found] == needs
         torch.testing.assert_close(found[index], whole[index], rtol=0, atol=0)
 

@@ -17,17 +17,17 @@ import hf_linattn.kernels as kernels
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 MODULES = [
     "attend.triton_launch",
-    "block_slots.triton_kernel",
-    "causal_slots.triton_intra_chunk",
-    "decode.triton_kernel",
-    "half_norm.triton_kernel",
+    "block_slots.triton_launch",
+    "causal_slots.triton_launch",
+    "decode.triton_launch",
+    "half_norm.triton_launch",
     "window_chunks.triton_launch",
 ]
 # Bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 # Bytes that go to local memory for want of registers, in modules whose blocks were chosen for that. Few cost little;
 # many mean that accumulators do not fit. Those of the other modules are printed.
-SPILLED = {"attend.triton_launch": 512, "decode.triton_kernel": 0, "half_norm.triton_kernel": 0}
+SPILLED = {"attend.triton_launch": 512, "decode.triton_launch": 0, "half_norm.triton_launch": 0}
 
 
 def compile_all(*arguments: str) -> list[dict[str, object]]:

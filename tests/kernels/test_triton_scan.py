@@ -9,9 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hf_linattn.errors import UnsupportedError
+from hf_linattn.kernels.block_slots import BlockReach
 from hf_linattn.kernels.block_slots import torch_kernel as portable
-from hf_linattn.kernels.block_slots.reach import BlockReach
-from hf_linattn.kernels.block_slots.triton_kernel import scan_backward, scan_forward
+from hf_linattn.kernels.block_slots.triton_launch import scan_backward, scan_forward
 from hf_linattn.ops.slots import AttentionState, softmax_with_lse
 
 INF = float("inf")

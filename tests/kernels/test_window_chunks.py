@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.kernels.backend import use_backend
 from hf_linattn.kernels.window_chunks import torch_kernel as portable
-from hf_linattn.kernels.window_chunks.operator import window_chunk_attention
+from hf_linattn.kernels.window_chunks import window_chunk_attention
+from hf_linattn.kernels.window_chunks.inputs import WindowChunkInputs
 
 INF = float("inf")
 NAMES = ("output", "mass", "query", "key", "value", "chunk key", "chunk bias", "chunk value")
@@ -153,7 +154,7 @@ def test_tiles_are_added_up(tile: int, causal: bool, own: bool, monkeypatch: pyt
         inputs[8:] = [torch.stack([z.roll(i) for i in range(5)]) for z in inputs[8:]]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setitem(portable._TILE, "cpu", tile)
-    tiles = list(portable._tiles(portable._Inputs(*inputs[:4], *inputs[5:8], *(z.expand(5, 4) for z in inputs[8:]))))
+    tiles = list(portable._tiles(WindowChunkInputs(*inputs[:4], *inputs[5:8], *(z.expand(5, 4) for z in inputs[8:]))))
     assert len(tiles) == {1: 20, 160: 10, 320: 5, 640: 3, 960: 2}[tile]
     check("torch", inputs)
 
@@ -238,7 +239,7 @@ def test_operators_are_well_behaved() -> None:
     flat = [*inputs[:4], *inputs[5:8], *(z.expand(2, 4) for z in inputs[8:]), False, "torch"]
     plain = [z.detach() if isinstance(z, Tensor) else z for z in flat]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.hf_linattn.window_chunk_attention.default, plain, test_utils=tests)
+    torch.library.opcheck(torch.ops.hf_linattn.window_chunks.default, plain, test_utils=tests)
     output, mass = window_chunk_attention(*[z.detach() if isinstance(z, Tensor) else z for z in inputs])
     for needs in ([True] * 6, [True, False, False, False, True, False]):
         backward = [output, mass, *plain[:-2], output, mass, needs, False, "torch"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_linattn.modules.base import LayerShape
-from hf_linattn.modules.proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from hf_linattn.modules.proposals import PROPOSAL_MAPS, proposal_maps, proposal_spec
 
 SHAPE = LayerShape(num_heads=3, head_dim=4)
 MEANS = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -23,12 +23,12 @@ def state(name: str, *, random: bool) -> dict[str, Tensor]:
 
 def test_without_a_map_there_is_nothing() -> None:
     assert state("none", random=False) == {}
-    assert proposal_map({}, "query") is None
+    assert proposal_maps({})[0] is None
 
 
 @pytest.mark.parametrize("name", [name for name in PROPOSAL_MAPS if name != "none"])
 def test_the_start_is_the_identity_before_a_norm(name: str) -> None:
-    run = proposal_map(state(name, random=False), "query")
+    run = proposal_maps(state(name, random=False))[0]
     assert run is not None
     expected = MEANS
     if name == "linear_norm":
@@ -42,7 +42,7 @@ def test_the_start_is_the_identity_before_a_norm(name: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "linear_norm", "dense_norm"])
 def test_trained_maps_are_those_of_torch(name: str) -> None:
     tensors = state(name, random=True)
-    run = proposal_map(tensors, "query")
+    run = proposal_maps(tensors)[0]
     assert run is not None
     width = 12 if name == "dense_norm" else 4
     linear = nn.Linear(width, width)
@@ -62,7 +62,7 @@ def test_trained_maps_are_those_of_torch(name: str) -> None:
 
 def test_each_head_has_its_own_residual_map() -> None:
     tensors = state("residual", random=True)
-    run = proposal_map(tensors, "query")
+    run = proposal_maps(tensors)[0]
     assert run is not None
     for head in range(3):
         expected = MEANS[:, head] + MEANS[:, head] @ tensors["query_adapter"][head]

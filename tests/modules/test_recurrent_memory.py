@@ -363,7 +363,7 @@ def test_noise_over_several_calls() -> None:
     config = get_kind("lara").config_cls(num_landmarks=6, sample_noise=True, window_size=4)
     layer = get_kind("lara").module_cls(config, LayerShape(HEADS, DIM, is_causal=True)).double()
     layer._buffers.update({k: b.double() for k, b in get_layer("lara-window")._buffers.items() if b is not None})
-    layer.note_calibration()
+    layer.invalidate()
     with torch.no_grad(), pytest.raises(UnsupportedError, match="sample_noise"):
         in_pieces(layer.train(), inputs(), [20, 25])
 

@@ -1,0 +1,3 @@
+from .operator import attend
+
+__all__ = ["attend"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import cpu_matmul
 from ..cpu_matmul import matrix_product, suits_onednn
 
 # Logits of a tile, and most keys of one.
@@ -19,8 +20,9 @@ _KEYS = 1024
 
 def suits_streaming(query: Tensor, key: Tensor) -> bool:
     """Whether matrices are large enough for this."""
-    rows, columns = min(query.shape[2], _TILE // min(key.shape[2], _KEYS)), min(key.shape[2], _KEYS)
-    return suits_onednn(query, rows * columns * query.shape[-1])
+    columns = min(key.shape[2], _KEYS)
+    multiplications = min(query.shape[2], _TILE // columns) * columns * query.shape[-1]
+    return multiplications >= cpu_matmul.LARGE and suits_onednn(query, multiplications)
 
 
 def streamed_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..cpu_matmul import product, suits_onednn
 from .flash_onednn import streamed_forward, suits_streaming
-from .magnitude import is_large, unexpanded
 
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Elements of a tile of logits: large enough for matrix products, small enough for the caches of one CPU core.
@@ -33,11 +32,12 @@ def attend_forward(
             head_dim]`.
         bias: `[batch, heads, keys]`, of the precision of `lse`.
         visible: `[batch, heads, queries, keys]` bool.
-    Returns: output like `query` with the dtype of `value`, and log_mass `[batch, heads, queries]` in float32 or wider.
-        A query that sees nothing has output 0 and log_mass `-inf`.
+    Returns: output like `query` with the dtype of `value`, and lse `[batch, heads, queries]` in float32 or wider.
+        A query that sees nothing has output 0 and lse `-inf`.
     """
-    if _is_empty(query, key):
-        lse = torch.full(query.shape[:-1], float("-inf"), dtype=_wide(query.dtype), device=query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if 0 in query.shape[:-1] or not key.shape[2]:  # not a single logit: torch's flash kernel ends the process then
+        lse = torch.full(query.shape[:-1], float("-inf"), dtype=wide, device=query.device)
         return value.new_zeros(*query.shape[:-1], value.shape[-1]), lse
     same = query.dtype == key.dtype == value.dtype
     if same and visible is None and suits_streaming(query, key):
@@ -45,7 +45,6 @@ def attend_forward(
     flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dtype in _FLASH_DTYPES
     if flash and same:
         return _flash(query, key, value, bias, visible)
-    wide = _wide(query.dtype)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     lse = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
     for part in _tiles(query, key, by_keys=False):
@@ -63,7 +62,7 @@ def attend_forward(
 
 def attend_backward(
     grad_output: Tensor,
-    grad_mass: Tensor,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,12 +74,12 @@ def attend_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value and bias, where `needs` says so. The weights are computed again, tile by tile.
 
-    With `p` the weights, the gradient of a logit is `p (grad_output . value - grad_output . output + grad_mass)`.
-    Logits and sums are in float32 or wider, the other products in the dtype of the inputs. Large logits (`is_large`)
+    With `p` the weights, the gradient of a logit is `p (grad_output . value - grad_output . output + grad_lse)`.
+    Logits and sums are in float32 or wider, the other products in the dtype of the inputs. Large logits (`_is_large`)
     are normalised again: `output` and `lse` are those of logits that were rounded differently.
     """
     wide = lse.dtype
-    if _is_empty(query, key):
+    if 0 in query.shape[:-1] or not key.shape[2]:
         bias_like = lse.new_empty(key.shape[:-1])
         return tuple(  # type: ignore[return-value]
             z.new_zeros(z.shape) if needed else None
@@ -91,11 +90,11 @@ def attend_backward(
     empty = lse == float("-inf")
     offset, total = lse.masked_fill(empty, 0.0), None
     by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
-    if is_large(query, key, bias):
+    if _is_large(query, key, bias):
         offset, total, shift = _normalised(grad_output, query, key, value, bias, visible, by_keys=by_keys)
     else:
         shift = (grad_output.to(wide) * output.to(wide)).sum(-1)
-    shift = (shift - grad_mass).masked_fill_(empty, 0.0)
+    shift = (shift - grad_lse).masked_fill_(empty, 0.0)
     grad_query = torch.empty(query.shape, dtype=wide, device=query.device) if needs[0] else None
     grad_key = torch.empty(key.shape, dtype=wide, device=key.device) if needs[1] else None
     grad_value = torch.empty(value.shape, dtype=wide, device=value.device) if needs[2] else None
@@ -122,6 +121,8 @@ def attend_backward(
         if grad_key is not None:
             new = by_keys or part.is_first
             _put(grad_key, part.keys, logits.transpose(-1, -2), query[part.queries].to(narrow), new=new)
+    if bias is not None and grad_bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
     return (
         None if grad_query is None else grad_query.to(query.dtype),
         None if grad_key is None else grad_key.to(key.dtype),
@@ -144,7 +145,7 @@ def _normalised(
 
     From the very numbers that the backward pass computes: gradients that cancel, cancel to the last digit.
     """
-    wide = _wide(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
     top = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
     total, mean = torch.zeros_like(top), torch.zeros_like(top)
     for part in _tiles(query, key, by_keys=by_keys):
@@ -165,11 +166,20 @@ def _normalised(
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(query.dtype)
-    mask = _float_mask(bias, visible, wide)
-    query, key, value = (z if z.stride(-1) == 1 else z.contiguous() for z in (query, key, value))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # Bias and mask are added to the logits, with dimensions of 1 where they are the same along one.
+    mask = expanded = None if bias is None else _unexpanded(bias).unsqueeze(-2).to(wide)
+    if visible is not None:
+        seen = _unexpanded(visible)
+        hidden = torch.zeros(seen.shape, dtype=wide, device=seen.device).masked_fill_(~seen, float("-inf"))
+        mask = hidden if mask is None else hidden + mask
+    if mask is not None:
+        expanded = mask.expand(*query.shape[:-1], key.shape[2])
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=None if mask is None else mask.expand(*query.shape[:-1], key.shape[2]), scale=1.0
+        query, key, value, attn_mask=expanded, scale=1.0
     )
     output, lse = output.contiguous(), lse.to(wide)
     if mask is not None:
@@ -179,15 +189,6 @@ def _flash(
             lse = lse.masked_fill(empty, float("-inf"))
             output = output.masked_fill(empty.unsqueeze(-1), 0.0)
     return output, lse.contiguous()
-
-
-def _float_mask(bias: Tensor | None, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the logits, with dimensions of 1 where it is the same along one."""
-    if visible is not None:
-        visible = unexpanded(visible)
-        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-        return hidden if bias is None else hidden + unexpanded(bias).unsqueeze(-2)
-    return None if bias is None else unexpanded(bias).unsqueeze(-2).to(dtype)
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
 
 
 def _logits(query: Tensor, key: Tensor, bias: Tensor | None, visible: Tensor | None, part: _Tile) -> Tensor:
-    wide = _wide(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
     logits = product(query[part.queries].to(wide), key[part.keys].to(wide).transpose(-1, -2))
     if bias is not None:
         logits += bias[part.keys].unsqueeze(-2)
@@ -251,10 +252,40 @@ def _put(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *
         torch.baddbmm(target, left, right, beta=0 if new else 1, out=target)
 
 
-def _is_empty(query: Tensor, key: Tensor) -> bool:
-    """Whether there is not a single logit. Torch's flash kernel ends the process then."""
-    return 0 in (*query.shape[:-1], key.shape[2])
+# -- large logits ----------------------------------------------------------------------------------------------------
+# A logit is rounded by about `eps` times what it is summed from, and the sum may be formed differently in the two
+# directions: then `exp(logit - lse)` is off by that much, and the weights of a query do not add up to one. Of
+# ordinary numbers nothing of it is seen. Where products reach into the hundreds, the backward pass normalises anew.
+
+# Of `|query| |key| + |bias|`.
+_ORDINARY = 128.0
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _is_large(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """Whether logits `query . key + bias` may be so large that weights have to be normalised anew.
+
+    Always, where looking would make a device wait. Cost: one pass over the inputs.
+    """
+    if query.device.type != "cpu":
+        return True
+    if not query.numel() or not key.numel():
+        return False
+    size = _longest(query) * _longest(key)
+    if bias is not None and bias.numel():
+        bias = _unexpanded(bias)
+        size = size + bias.masked_fill(bias == float("-inf"), 0.0).abs().amax()
+    return not bool(size <= _ORDINARY)
+
+
+def _longest(x: Tensor) -> Tensor:
+    """The length of the longest vector of the last dimension."""
+    x = _unexpanded(x)
+    return torch.linalg.vecdot(x, x).amax().to(torch.promote_types(x.dtype, torch.float32)).sqrt()
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    """`x` without repetitions in any dimension but the last."""
+    for dim, stride in enumerate(x.stride()[:-1]):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x

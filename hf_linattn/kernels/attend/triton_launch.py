@@ -18,17 +18,13 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...errors import InputError
-from ..triton_common import CompileCases, check, launch, padded, rows, splits
-from . import triton_backward as _attend_backward
-from . import triton_forward as _attend_forward
+from ..triton_common import TL_TYPES, CompileCases, check, launch, padded, rows, splits
+from . import triton_kernel as kernels
 
 _NONE, _KEYS, _PAIRS = 0, 1, 2  # what `visible` depends on: nothing (absent), the key, or query and key
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class _Blocks(NamedTuple):
@@ -111,7 +107,7 @@ class _Operands:
             "D_PADDED": padded(self.head_dim),
             "E_PADDED": padded(self.value_dim),
             "MASK": self.mask,
-            "LOGIT_TYPE": _TYPES[torch.promote_types(query.dtype, key.dtype)],
+            "LOGIT_TYPE": TL_TYPES[torch.promote_types(query.dtype, key.dtype)],
         }
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -158,7 +154,7 @@ def attend_forward(
         part_output = x.empty(count, x.queries, x.value_dim, dtype=torch.float32)
         part_mass = x.empty(count, x.queries, dtype=torch.float32)
     launch(
-        _attend_forward.forward,
+        kernels.forward,
         x.groups * count * triton.cdiv(x.queries, blocks.queries),
         *(*x.tensors, part_output, part_mass, *x.strides),
         *(x.heads, x.queries, x.keys, count, size),
@@ -172,7 +168,7 @@ def attend_forward(
         width = padded(x.value_dim)
         rows_per_program = max(1, 2048 // width)
         launch(
-            _attend_forward.merge,
+            kernels.merge,
             x.groups * triton.cdiv(x.queries, rows_per_program),
             *(part_output, part_mass, output, lse, x.queries, count),
             E=x.value_dim,
@@ -184,7 +180,7 @@ def attend_forward(
 
 def attend_backward(
     grad_output: Tensor,
-    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -197,9 +193,8 @@ def attend_backward(
     """Gradients of query, key, value and bias, from those of both results of `attend_forward`.
 
     Args:
-        grad_mass: `[batch, heads, queries]`, or None for 0. needs: which of the four gradients to compute.
-    Returns: contiguous gradients in the dtypes of what they belong to, that of the bias in float32; None where not
-        needed.
+        grad_lse: `[batch, heads, queries]`, or None for 0. needs: which of the four gradients to compute.
+    Returns: contiguous gradients in the dtypes of what they belong to; None where not needed.
     """
     x = _Operands(query, key, value, bias, visible)
     need_query, need_key, need_value, need_bias = needs
@@ -209,10 +204,10 @@ def attend_backward(
     width = padded(x.value_dim)
     rows_per_program = max(1, 2048 // width)
     launch(
-        _attend_backward.row_sums,
+        kernels.row_sums,
         x.groups * triton.cdiv(x.queries, rows_per_program),
-        *(grad_output, output, grad_mass, lse.contiguous(), delta, lift),
-        *(*grad_output.stride()[:3], *output.stride()[:3], *((0, 0, 0) if grad_mass is None else grad_mass.stride())),
+        *(grad_output, output, grad_lse, lse.contiguous(), delta, lift),
+        *(*grad_output.stride()[:3], *output.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride())),
         *(x.heads, x.queries),
         E=x.value_dim,
         E_PADDED=width,
@@ -228,7 +223,7 @@ def attend_backward(
         part = _part_dtype(count, query.dtype)
         grad_query = x.empty(count, x.queries, x.head_dim, dtype=part)
         launch(
-            _attend_backward.of_queries,
+            kernels.of_queries,
             x.groups * count * triton.cdiv(x.queries, blocks.queries),
             *(*shared, grad_query, *strides, count, size),
             **x.constants,
@@ -248,7 +243,7 @@ def attend_backward(
         if need_bias:
             grad_bias = x.empty(count, x.keys, dtype=torch.float32)
         launch(
-            _attend_backward.of_keys,
+            kernels.of_keys,
             x.groups * count * triton.cdiv(x.keys, blocks.keys),
             *(*shared, grad_key, grad_value, grad_bias, *strides, count, size),
             **x.constants,
@@ -259,7 +254,7 @@ def attend_backward(
         )
         grad_key = None if grad_key is None else _sum_of_parts(grad_key, key.dtype)
         grad_value = None if grad_value is None else _sum_of_parts(grad_value, value.dtype)
-        grad_bias = None if grad_bias is None else _sum_of_parts(grad_bias, torch.float32)
+        grad_bias = None if grad_bias is None or bias is None else _sum_of_parts(grad_bias, bias.dtype)
     return grad_query, grad_key, grad_value, grad_bias
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 
 class BlockReach(NamedTuple):
-    """Block t covers the units `t * units .. (t + 1) * units - 1` and reads those before and after, not its own.
+    """Block t covers the units `t * units .. (t + 1) * units - 1`. It reads those below `t * units - margin` and,
+    unless causal, those from `(t + 1) * units + margin` on.
 
     units: Units of keys per block of queries.
     margin: Units next to a block that it does not read either (its window covers them).
@@ -16,11 +17,3 @@ class BlockReach(NamedTuple):
     units: int = 1
     margin: int = 0
     is_causal: bool = False
-
-    def before(self, block: int) -> int:
-        """Block `block` reads the units below this number."""
-        return max(0, block * self.units - self.margin)
-
-    def after(self, block: int, num_units: int) -> int:
-        """And, unless causal, the units from this number on."""
-        return min(num_units, (block + 1) * self.units + self.margin)

@@ -13,11 +13,14 @@ that of a key which some queries of the chunk do not see yet. Where this could m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..attention_state import AttentionState
+from ..slot_inputs import SlotInputs
 
 # Elements of the logits of a chunk, of some rows and heads, per thread.
 _TILE = {"cpu": 1 << 16}
@@ -32,50 +35,6 @@ class _State(NamedTuple):
     sums: Tensor
     mass: Tensor
     top: Tensor
-
-
-class _Inputs(NamedTuple):
-    """Tokens `[groups, tokens, dim]`, slots `[groups, slots, dim]`, biases without `dim`."""
-
-    query: Tensor
-    query_slots: Tensor
-    query_slot_bias: Tensor
-    key: Tensor
-    key_bias: Tensor
-    key_slots: Tensor
-    key_slot_bias: Tensor
-    value: Tensor
-
-    def some(self, chunk: int) -> Iterator[tuple[slice, _Inputs]]:
-        """A few groups at a time."""
-        budget = _TILE["cpu"] * torch.get_num_threads() if self.query.device.type == "cpu" else _LARGE_TILE
-        step = max(1, budget // (chunk * self.key_slots.shape[1]))
-        for start in range(0, self.query.shape[0], step):
-            group = slice(start, start + step)
-            yield group, _Inputs(*(z[group] for z in self))
-
-    def first_state(self) -> _State:
-        groups, slots, _ = self.key_slots.shape
-        sums = self.key_bias.new_zeros(groups, slots, self.value.shape[-1])
-        mass = sums.new_zeros(groups, slots, 1)
-        return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
-
-    def query_logits(self, part: slice) -> Tensor:
-        """`[groups, tokens, slots]`, without the bias."""
-        wide = self.key_bias.dtype
-        return self.query[:, part].to(wide) @ self.query_slots.to(wide).mT
-
-    def key_logits(self, part: slice) -> Tensor:
-        """`[groups, slots, tokens]`, without the bias of the slots, which may as well go to the query's side."""
-        bias = self.key_bias[:, part].unsqueeze(1)
-        return (self.key_slots.to(bias.dtype) @ self.key[:, part].to(bias.dtype).mT).add_(bias)
-
-    def slot_bias(self) -> Tensor:
-        """`[groups, 1, slots]`: what both sides have."""
-        return (self.query_slot_bias + self.key_slot_bias).unsqueeze(1)
-
-    def values(self, part: slice) -> Tensor:
-        return self.value[:, part].to(self.key_bias.dtype)
 
 
 class _Keys(NamedTuple):
@@ -99,81 +58,54 @@ class _Queries(NamedTuple):
         return (self.features @ before.mass).add_(self.product.sum(-1, keepdim=True))
 
 
-def causal_forward(
-    query: Tensor,
-    query_slots: Tensor,
-    query_slot_bias: Tensor,
-    key: Tensor,
-    key_bias: Tensor,
-    key_slots: Tensor,
-    key_slot_bias: Tensor,
-    value: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and log mass of every query, and states at some chunks for the backward pass.
+def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp of every query, and states at some chunks for the backward pass.
 
-    Args: as `kernels.causal.causal`, with rows and heads as one dimension of groups.
+    Args: as `causal_slot_attention`, with batch and heads as one dimension of groups.
     Returns: `[groups, tokens, head_dim]`, `[groups, tokens]`, `[groups, kept, slots, head_dim]` and `[groups, kept,
         slots, 2]`.
     """
-    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
-    groups, tokens, _ = query.shape
-    kept, slots = kept_states(tokens, chunk), key_slots.shape[1]
-    output, lse = value.new_empty(groups, tokens, value.shape[-1]), key_bias.new_empty(groups, tokens)
-    sums = key_bias.new_empty(groups, kept, slots, value.shape[-1])
-    masses = key_bias.new_empty(groups, kept, slots, 2)
-    for group, few in inputs.some(chunk):
-        state = few.first_state()
+    (groups, tokens, _), slots, head_dim = inputs.query.shape, inputs.key_slots.shape[1], inputs.value.shape[-1]
+    kept, wide = kept_states(tokens, chunk), inputs.key_bias
+    output, lse = inputs.value.new_empty(groups, tokens, head_dim), wide.new_empty(groups, tokens)
+    sums, masses = wide.new_empty(groups, kept, slots, head_dim), wide.new_empty(groups, kept, slots, 2)
+    for part, group in inputs.in_groups(_groups_at_a_time(inputs, chunk)):
+        state = _empty_state(group)
         for number, start in enumerate(range(0, tokens, chunk)):
             if number % _SEGMENT == 0:
-                sums[group, number // _SEGMENT] = state.sums
-                masses[group, number // _SEGMENT] = torch.cat(state[1:], -1)
+                sums[part, number // _SEGMENT] = state.sums
+                masses[part, number // _SEGMENT] = torch.cat(state[1:], -1)
             stop = min(start + chunk, tokens)
-            for keys, after in _cut(few, slice(start, stop), state):
-                _read(few, keys, output[group], lse[group])
+            for keys, after in _cut(group, slice(start, stop), state):
+                _read(group, keys, output[part], lse[part])
                 state = after
     return output, lse, sums, masses
 
 
 def causal_backward(
-    grad_output: Tensor,
-    grad_mass: Tensor,
-    query: Tensor,
-    query_slots: Tensor,
-    query_slot_bias: Tensor,
-    key: Tensor,
-    key_bias: Tensor,
-    key_slots: Tensor,
-    key_slot_bias: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    sums: Tensor,
-    masses: Tensor,
-    needs: list[bool],
-    chunk: int,
+    grads: AttentionState, inputs: SlotInputs, results: Sequence[Tensor], needs: Sequence[bool], chunk: int
 ) -> list[Tensor | None]:
-    """Gradients of the eight tensors of `causal_forward`, where `needs` says so: the chunks in reverse order.
+    """Gradients of the eight tensors of `inputs`, where `needs` says so: the chunks in reverse order.
 
-    `lse` only says which queries see nothing: weights are normalised by the sums that are recomputed with them.
+    Args:
+        grads: Of output and log-sum-exp. results: All four of `causal_forward`. Of the log-sum-exp it only counts
+            which queries see nothing: weights are normalised by the sums that are recomputed with them.
     """
-    inputs = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
-    wide = lse.dtype
+    output, lse, sums, masses = results
     found = [
-        _like(z, wide, sums_up=i in (1, 2, 5, 6)) if n else None
-        for i, (z, n) in enumerate(zip(inputs, needs, strict=True))
+        _like(z, lse.dtype, sums_up=i in (1, 2, 5, 6)) if needed else None
+        for i, (z, needed) in enumerate(zip(inputs, needs, strict=True))
     ]
-    tokens, length = query.shape[1], chunk * _SEGMENT
-    for group, few in inputs.some(chunk):
-        pass_back = _Backward(few, grad_output[group], grad_mass[group], output[group], lse[group])
-        pass_back.found = [None if total is None else total[group] for total in found]
+    tokens, length = inputs.query.shape[1], chunk * _SEGMENT
+    for part, group in inputs.in_groups(_groups_at_a_time(inputs, chunk)):
+        of_group = [None if total is None else total[part] for total in found]
+        pass_back = _Backward(group, grads.output[part], grads.lse[part], output[part], lse[part], of_group)
         for segment in reversed(range(sums.shape[1])):
-            mass, top = masses[group, segment].split(1, -1)
+            mass, top = masses[part, segment].split(1, -1)
             start = segment * length
-            parts = [slice(s, min(s + chunk, tokens)) for s in range(start, min(start + length, tokens), chunk)]
-            state, chunks = _State(sums[group, segment], mass, top), []
-            for part in parts:
-                for keys, after in _cut(few, part, state):
+            state, chunks = _State(sums[part, segment], mass, top), []
+            for first in range(start, min(start + length, tokens), chunk):
+                for keys, after in _cut(group, slice(first, min(first + chunk, tokens)), state):
                     chunks.append(keys)
                     state = after
             while chunks:
@@ -188,6 +120,33 @@ def kept_states(tokens: int, chunk: int) -> int:
 
 def _like(z: Tensor, dtype: torch.dtype, *, sums_up: bool) -> Tensor:
     return (torch.zeros if sums_up else torch.empty)(z.shape, dtype=dtype, device=z.device)
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _groups_at_a_time(inputs: SlotInputs, chunk: int) -> int:
+    budget = _TILE["cpu"] * torch.get_num_threads() if inputs.query.device.type == "cpu" else _LARGE_TILE
+    return max(1, budget // (chunk * inputs.key_slots.shape[1]))
+
+
+def _empty_state(inputs: SlotInputs) -> _State:
+    groups, slots, _ = inputs.key_slots.shape
+    sums = inputs.key_bias.new_zeros(groups, slots, inputs.value.shape[-1])
+    mass = sums.new_zeros(groups, slots, 1)
+    return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
+
+
+def _query_logits(inputs: SlotInputs, part: slice) -> Tensor:
+    """`[groups, tokens, slots]`, without the bias."""
+    wide = inputs.key_bias.dtype
+    return inputs.query[:, part].to(wide) @ inputs.query_slots.to(wide).mT
+
+
+def _key_logits(inputs: SlotInputs, part: slice) -> Tensor:
+    """`[groups, slots, tokens]`, without the bias of the slots, which may as well go to the query's side."""
+    bias = inputs.key_bias[:, part].unsqueeze(1)
+    return (inputs.key_slots.to(bias.dtype) @ inputs.key[:, part].to(bias.dtype).mT).add_(bias)
 
 
 # -- one chunk -------------------------------------------------------------------------------------------------------
@@ -209,9 +168,9 @@ def _safe_top(c: Tensor, state: _State) -> Tensor | None:
     return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
 
 
-def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
+def _cut(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
     """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
-    c = inputs.key_logits(part)
+    c = _key_logits(inputs, part)
     top = _safe_top(c, state)
     if top is None:
         middle = (part.start + part.stop + 1) // 2
@@ -223,24 +182,27 @@ def _cut(inputs: _Inputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _
     decay = (state.top - top).exp_()
     before = _State(state.sums * decay, state.mass * decay, top)
     features = c.sub_(top).exp_()
-    sums = torch.baddbmm(before.sums, features, inputs.values(part))
+    sums = torch.baddbmm(before.sums, features, inputs.value[:, part].to(inputs.key_bias.dtype))
     yield _Keys(part, features, before, decay), _State(sums, before.mass + features.sum(-1, keepdim=True), top)
 
 
-def _ask(inputs: _Inputs, keys: _Keys) -> _Queries:
+def _ask(inputs: SlotInputs, keys: _Keys) -> _Queries:
     # References are large where keys are long, and similar: what they have in common is put on last, to the log mass.
     common = keys.before.top.amax(1, keepdim=True)
-    features = inputs.query_logits(keys.part).add_((keys.before.top - common).mT + inputs.slot_bias())
+    slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
+    features = _query_logits(inputs, keys.part).add_((keys.before.top - common).mT + slot_bias)
     top = features.amax(-1, keepdim=True)
     features.sub_(top).exp_()
     return _Queries(features, (features @ keys.features).tril_(), top + common)
 
 
-def _read(inputs: _Inputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
+def _read(inputs: SlotInputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
     """Write the results of a chunk."""
     part, before, queries = keys.part, keys.before, _ask(inputs, keys)
     total = queries.total(before)
-    result = torch.baddbmm(queries.features @ before.sums, queries.product, inputs.values(part))
+    result = torch.baddbmm(
+        queries.features @ before.sums, queries.product, inputs.value[:, part].to(inputs.key_bias.dtype)
+    )
     empty = total == 0
     total.masked_fill_(empty, 1.0)
     output[:, part] = result.div_(total)
@@ -250,19 +212,25 @@ def _read(inputs: _Inputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
 class _Backward:
     """Carries the gradient of the state from later chunks to earlier ones."""
 
-    def __init__(self, inputs: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, lse: Tensor) -> None:
-        self.inputs = inputs
+    def __init__(
+        self,
+        inputs: SlotInputs,
+        grad_output: Tensor,
+        grad_mass: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        found: list[Tensor | None],
+    ) -> None:
+        self.inputs, self.found = inputs, found
         # Of a query that sees nothing all weights are 0 anyway, and the gradient of its mass may be NaN.
         empty = lse == float("-inf")
         self.grad_output, self.grad_mass, self.output = grad_output, grad_mass.masked_fill(empty, 0.0), output
-        first = inputs.first_state()
-        self.sums, self.mass = first.sums, first.mass
-        self.found: list[Tensor | None] = []
+        self.sums, self.mass, _ = _empty_state(inputs)
 
     def chunk(self, keys: _Keys) -> None:
         """Gradients of a chunk."""
         part, before, queries = keys.part, keys.before, _ask(self.inputs, keys)
-        values = self.inputs.values(part)
+        values = self.inputs.value[:, part].to(self.inputs.key_bias.dtype)
         grads = self.grad_output[:, part].to(values.dtype)
         shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
         shift -= self.grad_mass[:, part].unsqueeze(-1)

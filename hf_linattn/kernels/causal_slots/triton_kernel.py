@@ -6,46 +6,18 @@ import triton
 import triton.language as tl
 
 from ..triton_common import IEEE
-from ..triton_products import narrow, product
-from ..triton_tiles import dot
+from ..triton_tiles import dot, narrow, product
 from .triton_tiles import add_tile, first_keys, grad_tile, load_part, logits, store_part
 
 
 @triton.jit
 def forward(
-    x,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    output,
-    lse,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, output, lse, tokens, slots, x_g,
+    x_t, query_slots_g, query_slots_m, query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g,
+    value_g, value_t,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     chunks = tokens // CHUNK
     group, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
     row = tl.arange(0, CHUNK)
@@ -86,21 +58,9 @@ def forward(
 
 @triton.jit
 def _score_gradients(
-    grad_output,
-    grad_mass,
-    value,
-    output,
-    lse,
-    group,
-    start,
-    tokens,
-    value_g,
-    value_t,
-    visible,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    grad_output, grad_mass, value, output, lse, group, start, tokens, value_g, value_t, visible,
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """`X[t, n]`, 0 for a key that is not visible, and the log mass of every query, +inf where it sees nothing."""
     at = group * tokens + start + tl.arange(0, CHUNK)
     mass = tl.load(lse + at)
@@ -119,45 +79,12 @@ def _score_gradients(
 
 @triton.jit
 def backward_tokens(
-    x,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    grad_output,
-    grad_mass,
-    output,
-    lse,
-    grad_x,
-    grad_y,
-    grad_y_bias,
-    grad_value,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, grad_output, grad_mass, output,
+    lse, grad_x, grad_y, grad_y_bias, grad_value, tokens, slots, x_g, x_t, query_slots_g, query_slots_m,
+    query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g, value_g, value_t,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Gradients of `x`, `y`, `y_bias` and `value`. A program owns a chunk and `BLOCK_D` columns of `x` and `y`."""
     parts: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
     chunks = tokens // CHUNK
@@ -216,47 +143,13 @@ def backward_tokens(
 
 @triton.jit
 def backward_slots(
-    x,
-    query_slots,
-    query_slot_bias,
-    y,
-    y_bias,
-    key_slots,
-    key_slot_bias,
-    value,
-    grad_output,
-    grad_mass,
-    output,
-    lse,
-    grad_query_slots,
-    grad_query_slot_bias,
-    grad_key_slots,
-    grad_key_slot_bias,
-    tokens,
-    slots,
-    x_g,
-    x_t,
-    query_slots_g,
-    query_slots_m,
-    query_slot_bias_g,
-    y_g,
-    y_t,
-    key_slots_g,
-    key_slots_m,
-    key_slot_bias_g,
-    value_g,
-    value_t,
-    num_parts,
-    chunks_each,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, grad_output, grad_mass, output,
+    lse, grad_query_slots, grad_query_slot_bias, grad_key_slots, grad_key_slot_bias, tokens, slots, x_g, x_t,
+    query_slots_g, query_slots_m, query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g,
+    value_g, value_t, num_parts, chunks_each,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Gradients of both kinds of slots and their biases, from some of the chunks: `[parts, groups, slots, ...]`.
 
     A program owns a tile of slots, `BLOCK_D` columns of them and `chunks_each` chunks.

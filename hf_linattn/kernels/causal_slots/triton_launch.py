@@ -1,187 +1,267 @@
-"""Causal attention through slots without a window, in Triton: states of chunks, their scan, and the chunk itself.
+"""Causal attention through slots without a window, in Triton: inter-chunk by states and their scan, and intra-chunk.
 
-Keys of earlier chunks are read through merged states of slots, those of the query's own chunk by `near`; both are one
-softmax, so that the gradients of either part follow from the joint output and log mass. States are as large as
+Keys of earlier chunks are read through merged states of slots, those of the query's own chunk pair by pair. Both are
+one softmax, so the gradients of either part follow from the joint output and log-sum-exp. States are as large as
 `tokens / chunk * slots` keys. They are computed for some groups at a time and again in the backward pass.
+
+Inside a chunk a query reads a key with weight `exp(l[t, n])`, `l[t, n] = logsumexp_j(a[t, j] + c[n, j])`: one softmax
+over pairs of a key and a slot. A program owns one chunk and walks over tiles of slots; features are never stored.
+`triton_tiles` says how their range is kept in bounds without a query depending on a key that it cannot see.
+
+Nothing of size tokens x slots is stored, there are no atomic additions, and two runs agree bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...errors import InputError
 from ..attend.triton_launch import attend_backward, attend_forward
 from ..attention_state import AttentionState, merge_states
 from ..block_slots.reach import BlockReach
-from ..block_slots.triton_kernel import scan_backward, scan_forward
-from .triton_intra_chunk import near_backward, near_forward
+from ..block_slots.triton_launch import scan_backward, scan_forward
+from ..slot_inputs import SlotInputs
+from ..triton_common import TL_TYPES, CompileCases, check, launch, padded, rows, splits
+from . import triton_kernel as kernels
+from .torch_kernel import kept_states
 
+CHUNKS = (16, 32, 64, 128)
 # Tokens of a chunk of the kernels, whatever the caller's chunk is: the result is the same.
 _CHUNK = 64
-_KEPT = 16  # as in the portable form, whose states in between these kernels have no use for
+# Tokens among which keys are compared with one first key of their own, or one by one.
+_SEGMENT = 16
+# Fewest chunks of a part when the gradients of slots are summed over chunks.
+_LEAST_CHUNKS = 8
 # Elements of the states that are computed at a time (at least those of one group).
 _STATES = 1 << 29
 _BEFORE = BlockReach(is_causal=True)
 
 
-class _Inputs(NamedTuple):
-    """The eight inputs; tokens a multiple of `_CHUNK`."""
+def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp of every query, as `causal_slot_attention` with one dimension of groups.
 
-    query: Tensor
-    query_slots: Tensor
-    query_slot_bias: Tensor
-    key: Tensor
-    key_bias: Tensor
-    key_slots: Tensor
-    key_slot_bias: Tensor
-    value: Tensor
-
-    def padded(self) -> _Inputs:
-        extra = -self.query.shape[1] % _CHUNK
-        if not extra:
-            return self
-        longer = {name: F.pad(getattr(self, name), (0, 0, 0, extra)) for name in ("query", "key", "value")}
-        longer["key_bias"] = F.pad(self.key_bias, (0, extra), value=float("-inf"))
-        return self._replace(**longer)
-
-    def some(self) -> Iterator[tuple[slice, _Inputs]]:
-        """A few groups at a time."""
-        chunks, slots = self.query.shape[1] // _CHUNK, self.key_slots.shape[1]
-        step = max(1, _STATES // max(1, chunks * slots * self.value.shape[-1]))
-        for start in range(0, self.query.shape[0], step):
-            group = slice(start, start + step)
-            yield group, _Inputs(*(z[group] for z in self))
-
-    def cut(self, x: Tensor) -> Tensor:
-        """`[groups, tokens, ...]` -> `[groups, chunks, tokens of a chunk, ...]`."""
-        return x.unflatten(1, (-1, _CHUNK))
-
-    def shared(self, slots: Tensor) -> Tensor:
-        """`[groups, slots, dim]` -> `[groups, chunks, slots, dim]`."""
-        return slots.unsqueeze(1).expand(-1, self.query.shape[1] // _CHUNK, -1, -1)
-
-    def states(self) -> tuple[Tensor, Tensor]:
-        """Every chunk's keys as the slots read them, without the bias of the slots."""
-        keys, bias, values = self.cut(self.key), self.cut(self.key_bias), self.cut(self.value)
-        return attend_forward(self.shared(self.key_slots), keys, values, bias, None)
-
-    def merged(self, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The states of all chunks before each; their log masses without and with the bias of the reading slots."""
-        mass = states[1] + self.key_slot_bias.unsqueeze(1)
-        output, mass = scan_forward(states[0], mass, mass.shape[1], _BEFORE)
-        return output, mass, mass + self.query_slot_bias.unsqueeze(1)
-
-
-def causal_forward(
-    query: Tensor,
-    query_slots: Tensor,
-    query_slot_bias: Tensor,
-    key: Tensor,
-    key_bias: Tensor,
-    key_slots: Tensor,
-    key_slot_bias: Tensor,
-    value: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and log mass of every query; arguments as `kernels.causal.causal`, rows and heads one dimension.
-
-    The last two results are the place of the states that the portable form keeps, here without content.
+    The last two results stand for the states that `torch_kernel` keeps: of the same shape, all 0.
     """
-    given = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
+    query, value = inputs.query, inputs.value
     groups, tokens, _ = query.shape
     output = value.new_empty(groups, tokens, value.shape[-1])
     lse = output.new_empty(groups, tokens, dtype=torch.float32)
-    for group, few in given.padded().some():
-        merged, _, mass = few.merged(few.states())
-        far = attend_forward(few.cut(few.query), few.shared(few.query_slots), merged, mass, None)
-        near = near_forward(*few, _CHUNK)
-        both = merge_states([AttentionState(far[0].flatten(1, 2), far[1].flatten(1, 2)), AttentionState(*near)])
-        output[group], lse[group] = both.output[:, :tokens], both.lse[:, :tokens]
-    kept = (groups, -(-tokens // (chunk * _KEPT)), key_slots.shape[1])
-    nothing = lse.new_zeros(1)
-    sums, masses = nothing.expand(*kept, value.shape[-1]), nothing.expand(*kept, 2)
-    return output, lse, sums.contiguous(), masses.contiguous()
+    for part, group in _whole_chunks(inputs).in_groups(_groups_at_a_time(inputs)):
+        merged, _, mass = _prefix_states(group, _chunk_states(group))
+        far = attend_forward(_cut(group.query), _by_chunk(group, group.query_slots), merged, mass, None)
+        near = AttentionState(*intra_chunk_forward(group, _CHUNK))
+        both = merge_states([AttentionState(far[0].flatten(1, 2), far[1].flatten(1, 2)), near])
+        output[part], lse[part] = both.output[:, :tokens], both.lse[:, :tokens]
+    kept = groups, kept_states(tokens, chunk), inputs.key_slots.shape[1]
+    return output, lse, lse.new_zeros(*kept, value.shape[-1]), lse.new_zeros(*kept, 2)
 
 
 def causal_backward(
-    grad_output: Tensor,
-    grad_mass: Tensor,
-    query: Tensor,
-    query_slots: Tensor,
-    query_slot_bias: Tensor,
-    key: Tensor,
-    key_bias: Tensor,
-    key_slots: Tensor,
-    key_slot_bias: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    sums: Tensor,
-    masses: Tensor,
-    needs: Sequence[bool],
-    chunk: int,
+    grads: AttentionState, inputs: SlotInputs, results: Sequence[Tensor], needs: Sequence[bool], chunk: int
 ) -> list[Tensor | None]:
-    """Gradients of the eight tensors of `causal_forward`, where `needs` says so. `sums`, `masses`, `chunk`: unused."""
-    given = _Inputs(query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value)
-    tokens, extra = query.shape[1], -query.shape[1] % _CHUNK
-    grad_output, output = (F.pad(z, (0, 0, 0, extra)) for z in (grad_output, output))
-    grad_mass, lse = F.pad(grad_mass, (0, extra)), F.pad(lse, (0, extra), value=float("-inf"))
-    found = [z.new_empty(z.shape) if needed else None for z, needed in zip(given, needs, strict=True)]
-    for group, few in given.padded().some():
-        results = grad_output[group], grad_mass[group], output[group], lse[group]
-        near = near_backward(*results[:2], *few, *results[2:], needs, _CHUNK)
-        far = _through_states(few, *results, needs)
+    """Gradients of the eight tensors of `inputs`, where `needs` says so. `chunk` is not used."""
+    tokens, extra = inputs.query.shape[1], -inputs.query.shape[1] % _CHUNK
+    found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
+    grad_output, output = (F.pad(z, (0, 0, 0, extra)) for z in (grads.output, results[0]))
+    grad_lse, lse = F.pad(grads.lse, (0, extra)), F.pad(results[1], (0, extra), value=float("-inf"))
+    for part, group in _whole_chunks(inputs).in_groups(_groups_at_a_time(inputs)):
+        upstream = AttentionState(grad_output[part], grad_lse[part])
+        result = AttentionState(output[part], lse[part])
+        near = intra_chunk_backward(upstream, group, result, needs, _CHUNK)
+        far = _inter_chunk_backward(upstream, group, result, needs)
         for total, one, other in zip(found, near, far, strict=True):
             if total is not None and one is not None:
                 both = one if other is None else one + other
-                total[group] = both[:, :tokens] if both.shape[1] != total.shape[1] else both
+                total[part] = both[:, :tokens] if both.shape[1] != total.shape[1] else both
     return found
 
 
-def _through_states(
-    few: _Inputs, grad_output: Tensor, grad_mass: Tensor, output: Tensor, lse: Tensor, needs: Sequence[bool]
+# -- inter-chunk -----------------------------------------------------------------------------------------------------
+
+
+def _inter_chunk_backward(
+    grads: AttentionState, inputs: SlotInputs, result: AttentionState, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of what queries read from earlier chunks."""
-    states = few.states()
-    merged, merged_mass, mass = few.merged(states)
+    states = _chunk_states(inputs)
+    merged, merged_lse, mass = _prefix_states(inputs, states)
     key_side = any(needs[3:])
-    grads = attend_backward(
-        few.cut(grad_output),
-        few.cut(grad_mass),
-        few.cut(few.query),
-        few.shared(few.query_slots),
-        merged,
-        mass,
-        None,
-        few.cut(output),
-        few.cut(lse),
+    query, query_slots, grad_merged, grad_mass = attend_backward(
+        *(_cut(grads.output), _cut(grads.lse), _cut(inputs.query), _by_chunk(inputs, inputs.query_slots)),
+        *(merged, mass, None, _cut(result.output), _cut(result.lse)),
         (needs[0], needs[1], key_side, key_side or needs[2]),
     )
     found: list[Tensor | None] = [None] * 8
-    found[0] = None if grads[0] is None else grads[0].flatten(1, 2)
-    found[1] = None if grads[1] is None else grads[1].sum(1)
-    found[2] = grads[3].sum(1) if needs[2] and grads[3] is not None else None
-    if not key_side or grads[2] is None or grads[3] is None:
+    found[0] = None if query is None else query.flatten(1, 2)
+    found[1] = None if query_slots is None else query_slots.sum(1)
+    found[2] = grad_mass.sum(1) if needs[2] and grad_mass is not None else None
+    if not key_side or grad_merged is None or grad_mass is None:
         return found
-    own_mass = states[1] + few.key_slot_bias.unsqueeze(1)
-    grad_states, grad_own = scan_backward(grads[2], grads[3], states[0], own_mass, merged, merged_mass, _BEFORE)
-    key_slots, keys, values, bias = attend_backward(
-        grad_states,
-        grad_own,
-        few.shared(few.key_slots),
-        few.cut(few.key),
-        few.cut(few.value),
-        few.cut(few.key_bias),
-        None,
-        states[0],
-        states[1],
+    state_lse = states[1] + inputs.key_slot_bias.unsqueeze(1)
+    grad_states, grad_state_lse = scan_backward(
+        grad_merged, grad_mass, states[0], state_lse, merged, merged_lse, _BEFORE
+    )
+    key_slots, key, value, key_bias = attend_backward(
+        *(grad_states, grad_state_lse, _by_chunk(inputs, inputs.key_slots)),
+        *(_cut(inputs.key), _cut(inputs.value), _cut(inputs.key_bias), None, *states),
         (needs[5], needs[3], needs[7], needs[4]),
     )
-    found[3], found[4], found[7] = (None if z is None else z.flatten(1, 2) for z in (keys, bias, values))
+    found[3], found[4], found[7] = (None if z is None else z.flatten(1, 2) for z in (key, key_bias, value))
     found[5] = None if key_slots is None else key_slots.sum(1)
-    found[6] = grad_own.sum(1) if needs[6] else None
+    found[6] = grad_state_lse.sum(1) if needs[6] else None
     return found
+
+
+def _whole_chunks(inputs: SlotInputs) -> SlotInputs:
+    """Padded to a multiple of `_CHUNK` tokens."""
+    extra = -inputs.query.shape[1] % _CHUNK
+    if not extra:
+        return inputs
+    query, key, value = (F.pad(z, (0, 0, 0, extra)) for z in (inputs.query, inputs.key, inputs.value))
+    key_bias = F.pad(inputs.key_bias, (0, extra), value=float("-inf"))
+    return inputs._replace(query=query, key=key, value=value, key_bias=key_bias)
+
+
+def _groups_at_a_time(inputs: SlotInputs) -> int:
+    chunks = triton.cdiv(inputs.query.shape[1], _CHUNK)
+    return max(1, _STATES // max(1, chunks * inputs.key_slots.shape[1] * inputs.value.shape[-1]))
+
+
+def _cut(x: Tensor) -> Tensor:
+    """`[groups, tokens, ...]` -> `[groups, chunks, tokens of a chunk, ...]`."""
+    return x.unflatten(1, (-1, _CHUNK))
+
+
+def _by_chunk(inputs: SlotInputs, slots: Tensor) -> Tensor:
+    """`[groups, slots, dim]` -> `[groups, chunks, slots, dim]`."""
+    return slots.unsqueeze(1).expand(-1, inputs.query.shape[1] // _CHUNK, -1, -1)
+
+
+def _chunk_states(inputs: SlotInputs) -> tuple[Tensor, Tensor]:
+    """Every chunk's keys as the slots read them, without the bias of the slots."""
+    keys, values, bias = _cut(inputs.key), _cut(inputs.value), _cut(inputs.key_bias)
+    return attend_forward(_by_chunk(inputs, inputs.key_slots), keys, values, bias, None)
+
+
+def _prefix_states(inputs: SlotInputs, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The states of all chunks before each; their log-sum-exps without and with the bias of the reading slots."""
+    state_lse = states[1] + inputs.key_slot_bias.unsqueeze(1)
+    merged, lse = scan_forward(states[0], state_lse, state_lse.shape[1], _BEFORE)
+    return merged, lse, lse + inputs.query_slot_bias.unsqueeze(1)
+
+
+# -- intra-chunk -----------------------------------------------------------------------------------------------------
+
+
+def intra_chunk_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of every query over the keys of its chunk, up to itself.
+
+    Args:
+        inputs: With one dimension of groups; tokens a multiple of `chunk`. Strides of slots may be 0.
+        chunk: Tokens of a chunk: 16, 32, 64 or 128.
+    Returns: `[groups, tokens, head_dim]` in the dtype of `value`, and float32 `[groups, tokens]` (`-inf`, with output
+        0, where a query sees nothing).
+    Raises: InputError for another chunk or number of tokens; UnsupportedError for tensors that Triton cannot take.
+    """
+    query, value = inputs.query, inputs.value
+    groups, tokens, _ = query.shape
+    inputs = _ready(inputs, chunk)
+    output = value.new_empty(groups, tokens, value.shape[-1])
+    lse = value.new_empty(groups, tokens, dtype=torch.float32)
+    constants = _constants(inputs, chunk, backward=False)
+    launch(kernels.forward, groups * (tokens // chunk), *inputs, output, lse, *_sizes(inputs), **constants)
+    return output, lse
+
+
+def intra_chunk_backward(
+    grads: AttentionState, inputs: SlotInputs, result: AttentionState, needs: Sequence[bool], chunk: int
+) -> list[Tensor | None]:
+    """Gradients of the eight tensors of `inputs`, where `needs` says so, by computing the weights again.
+
+    Gradients of slots are those of every group on its own, also where groups share their memory. Where a query sees
+    nothing, the gradient of its log-sum-exp is not looked at.
+    Raises: as `intra_chunk_forward`.
+    """
+    inputs = _ready(inputs, chunk)
+    upstream = (grads.output.to(inputs.value.dtype).contiguous(), grads.lse.float().contiguous())
+    given = (*inputs, *upstream, result.output.contiguous(), result.lse)
+    found: list[Tensor | None] = [None] * 8
+    constants = _constants(inputs, chunk, backward=True)
+    groups, tokens, dim = inputs.query.shape
+    parts = triton.cdiv(dim, constants["BLOCK_D"])
+    if needs[0] or needs[3] or needs[4] or needs[7]:
+        of_tokens = [inputs[i].new_empty(inputs[i].shape) for i in (0, 3, 4, 7)]
+        programs = groups * (tokens // chunk) * parts
+        launch(kernels.backward_tokens, programs, *given, *of_tokens, *_sizes(inputs), **constants)
+        for index, grad in zip((0, 3, 4, 7), of_tokens, strict=True):
+            found[index] = grad if needs[index] else None
+    if needs[1] or needs[2] or needs[5] or needs[6]:
+        slots, chunks = inputs.query_slots.shape[1], tokens // chunk
+        programs = groups * triton.cdiv(slots, constants["TILE"]) * parts
+        pieces = splits(programs, chunks, _LEAST_CHUNKS)
+        of_slots = [inputs.query.new_empty(pieces, *inputs[i].shape, dtype=torch.float32) for i in (1, 2, 5, 6)]
+        sizes = (*_sizes(inputs), pieces, triton.cdiv(chunks, pieces))
+        launch(kernels.backward_slots, programs * pieces, *given, *of_slots, *sizes, **constants)
+        for index, grad in zip((1, 2, 5, 6), of_slots, strict=True):
+            found[index] = grad.sum(0).to(inputs[index].dtype) if needs[index] else None
+    return found
+
+
+def _ready(inputs: SlotInputs, chunk: int) -> SlotInputs:
+    """The last dimensions contiguous. Raises as `intra_chunk_forward` says."""
+    if chunk not in CHUNKS:
+        raise InputError(f"chunk must be one of {list(CHUNKS)} for the Triton kernels; got {chunk!r}.")
+    if inputs.query.shape[1] % chunk:
+        raise InputError(f"tokens must be a multiple of chunk={chunk}; got {inputs.query.shape[1]}. Pad the input.")
+    check(*inputs, head_dims=(inputs.query.shape[-1], inputs.value.shape[-1]))
+    return SlotInputs(*(rows(z) for z in inputs._replace(key_bias=inputs.key_bias.float().contiguous())))
+
+
+def _sizes(inputs: SlotInputs) -> tuple[int, ...]:
+    """Tokens, slots, and strides in the order in which the kernels take them; the key bias is contiguous."""
+    strides = [x.stride()[:-1] for x in inputs._replace(key_bias=inputs.key_bias[0])]
+    return (inputs.query.shape[1], inputs.query_slots.shape[1], *(stride for x in strides for stride in x))
+
+
+def _constants(inputs: SlotInputs, chunk: int, *, backward: bool) -> dict[str, Any]:
+    """Block sizes: those of chunks of 64 in dimension 64 were the fastest on an H100 (`scripts/tune_kernels.py`).
+
+    Four warps are twice as fast there as eight. Chunks of 128 tokens spill registers; 64 is the better choice.
+    """
+    dtype = torch.promote_types(torch.promote_types(inputs.query.dtype, inputs.key.dtype), inputs.value.dtype)
+    half = dtype != torch.float32
+    widest = 64 if half else 32
+    dim, width = inputs.query.shape[-1], inputs.value.shape[-1]
+    return {
+        "DIM": dim,
+        "BLOCK_D": min(widest, padded(dim)),
+        "WIDTH": width,
+        "BLOCK_E": min(widest, padded(width)),
+        "CHUNK": chunk,
+        "TILE": 16 if backward else 32,
+        "SEGMENT": _SEGMENT,
+        "DTYPE": TL_TYPES[dtype],
+        "num_warps": 8 if chunk == 128 or (backward and not half) else 4,
+        "num_stages": 2 if half else 1,
+    }
+
+
+def _case(dim: int, chunk: int, dtype: torch.dtype) -> None:
+    tokens, bias = torch.zeros(1, chunk, dim, dtype=dtype), torch.zeros(1, chunk)
+    slots, slot_bias = torch.zeros(1, 256, dim, dtype=dtype), torch.zeros(1, 256)
+    inputs = SlotInputs(tokens, slots, slot_bias, tokens, bias, slots, slot_bias, tokens)
+    result = AttentionState(*intra_chunk_forward(inputs, chunk))
+    intra_chunk_backward(result, inputs, result, [True] * 8, chunk)
+
+
+COMPILE_CASES: CompileCases = {
+    "intra-chunk, bfloat16, chunk 64": lambda: _case(64, 64, torch.bfloat16),
+    "intra-chunk, float16, chunk 32, head_dim 80": lambda: _case(80, 32, torch.float16),
+    "intra-chunk, float32, chunk 32": lambda: _case(64, 32, torch.float32),
+}

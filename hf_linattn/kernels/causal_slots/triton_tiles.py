@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import EXACT, IEEE
-from ..triton_products import narrow, product
-from ..triton_tiles import dot
+from ..triton_tiles import dot, narrow, product
 
 ROOM = tl.constexpr(40.0)
 
@@ -42,22 +41,10 @@ def store_part(base, first, stride, limit, start, tile, ROWS: tl.constexpr, WIDT
 
 @triton.jit
 def logits(
-    tokens,
-    token_bias,
-    first_token,
-    token_stride,
-    end,
-    slots,
-    slot_bias,
-    first_slot,
-    slot_stride,
-    num_slots,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    tokens, token_bias, first_token, token_stride, end, slots, slot_bias, first_slot, slot_stride, num_slots,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr = EXACT,
-):
+):  # fmt: skip
     """`token . slot + biases`, `[CHUNK, TILE]`; `token_bias` is loaded, or None. -inf beyond the last slot."""
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
@@ -172,17 +159,9 @@ def _add_one_by_one(weights, top, a, c, SEGMENT: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def add_tile(
-    weights,
-    top,
-    a,
-    c,
-    first,
-    key_bias,
-    DTYPE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    weights, top, a, c, first, key_bias,
+    DTYPE: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Add to `weights` `[CHUNK, CHUNK]`, which are relative to `exp(top)`, what one tile of slots carries."""
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
     if above <= ROOM:
@@ -227,8 +206,8 @@ def _from_features(shares, grad_a, grad_c, query, key, grads, together, DTYPE: t
 
 @triton.jit
 def _grad_first(
-    shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr
-):
+    shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     sees = tl.arange(0, CHUNK) >= first
     query = _relative(tl.where(sees[:, None], a + reference, float("-inf")), mass)
     key = tl.exp(c - _finite(reference))
@@ -261,18 +240,9 @@ def _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT: tl.cons
 
 @triton.jit
 def grad_tile(
-    shares,
-    a,
-    c,
-    mass,
-    grads,
-    first,
-    key_bias,
-    DTYPE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    shares, a, c, mass, grads, first, key_bias,
+    DTYPE: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Gradients of `a` and `c`, `[CHUNK, TILE]`, and `shares` with those of this tile; those of keys that are not
     visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` +inf where a query sees none.
     """

@@ -1,0 +1,3 @@
+from .operator import half_norm
+
+__all__ = ["half_norm"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backend import current_backend, runs_on_triton
-from ..operators import register
+from ..operators import dispatch, register
+from . import torch_kernel
 
 # Of the Triton kernel, whose tile is a whole row.
 _MAX_DIM = 256
@@ -28,9 +29,10 @@ class _HalfNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, backend: str) -> Tensor:
-        if _has_kernel(x, backend) and not torch.compiler.is_compiling():
-            return _op(x, backend)[0]
-        return _formula(x)
+        has_kernel = x.ndim == 4 and x.shape[-1] <= _MAX_DIM and not torch.compiler.is_compiling()
+        if has_kernel and runs_on_triton(backend, x):
+            return _half_norm(x, backend)[0]
+        return torch_kernel.half_norm_forward(x)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -42,29 +44,10 @@ class _HalfNorm(torch.autograd.Function):
         return (grad.unsqueeze(-1) * x).to(x.dtype), None
 
 
-def _has_kernel(x: Tensor, backend: str) -> bool:
-    return x.ndim == 4 and x.shape[-1] <= _MAX_DIM and runs_on_triton(backend, x)
-
-
-def _formula(x: Tensor) -> Tensor:
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square() / 2
-    return (x * x).sum(-1) / 2
-
-
-# -- operator --------------------------------------------------------------------------------------------------------
-
-
-def _forward(x: Tensor, backend: str) -> list[Tensor]:
-    if _has_kernel(x, backend):
-        from .triton_kernel import half_norm_forward
-
-        return [half_norm_forward(x)]
-    return [_formula(x)]
-
-
 def _fake(x: Tensor, backend: str) -> list[Tensor]:
     return [x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))]
 
 
-_op = register("half_norm(Tensor x, str backend) -> Tensor[]", _forward, _fake)
+_half_norm = register(
+    "half_norm(Tensor x, str backend) -> Tensor[]", dispatch(torch_kernel, "half_norm_forward"), _fake
+)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..attention_state import AttentionState
 from ..cpu_matmul import product
+from .inputs import WindowChunkInputs
 
 # Logits of a tile, per thread.
 _TILE = {"cpu": 1 << 19}
 _LARGE_TILE = 1 << 26
-
-
-class _Inputs(NamedTuple):
-    """The tensors of `window_chunks_forward`, or those of a tile."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    visible: Tensor | None
-    chunk_key: Tensor
-    chunk_bias: Tensor
-    chunk_value: Tensor
-    hidden_from: Tensor
-    hidden_to: Tensor
 
 
 class _Tile(NamedTuple):
@@ -34,7 +22,7 @@ class _Tile(NamedTuple):
 
     windows: tuple[slice, slice]
     chunks: tuple[slice, slice]
-    inputs: _Inputs
+    inputs: WindowChunkInputs
 
     def logits(self, is_causal: bool) -> tuple[Tensor, Tensor]:
         """`[groups, windows, queries, keys]` and `[groups, windows, queries, chunks]`, `-inf` where hidden."""
@@ -55,7 +43,7 @@ class _Tile(NamedTuple):
         return near, far.unflatten(1, query.shape[1:3]).add_(bias.unsqueeze(2))
 
 
-def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
+def _tiles(inputs: WindowChunkInputs) -> Iterator[_Tile]:
     query, chunks = inputs.query, inputs.chunk_key.shape[1]
     groups, windows, length, _ = query.shape
     budget = _TILE["cpu"] * torch.get_num_threads() if query.device.type == "cpu" else _LARGE_TILE
@@ -70,7 +58,7 @@ def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
             # Causal windows read nothing behind the hidden chunks, and only some of those before.
             count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
             place, read = (group, some), (group, slice(0, count))
-            few = _Inputs(
+            few = WindowChunkInputs(
                 inputs.query[place],
                 inputs.key[place],
                 inputs.value[place],
@@ -84,22 +72,11 @@ def _tiles(inputs: _Inputs) -> Iterator[_Tile]:
             yield _Tile(place, read, few)
 
 
-def window_chunks_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    chunk_key: Tensor,
-    chunk_bias: Tensor,
-    chunk_value: Tensor,
-    hidden_from: Tensor,
-    hidden_to: Tensor,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output `[groups, windows, queries, head_dim]` and log mass. Arguments as in `window_chunk_attention`."""
-    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Output `[groups, windows, queries, head_dim]` and log-sum-exp, as `window_chunk_attention` describes them."""
+    query, value = inputs.query, inputs.value
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = chunk_bias.new_empty(query.shape[:-1])
+    lse = inputs.chunk_bias.new_empty(query.shape[:-1])
     for tile in _tiles(inputs):
         near, far = tile.logits(is_causal)
         top = near.amax(-1, keepdim=True)
@@ -121,29 +98,20 @@ def window_chunks_forward(
 
 
 def window_chunks_backward(
-    grad_output: Tensor,
-    grad_mass: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    chunk_key: Tensor,
-    chunk_bias: Tensor,
-    chunk_value: Tensor,
-    hidden_from: Tensor,
-    hidden_to: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    needs: list[bool],
+    grads: AttentionState,
+    inputs: WindowChunkInputs,
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
     is_causal: bool,
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, chunk_key, chunk_bias and chunk_value, where `needs` says so.
 
-    Weights are relative to the joint mass, so each part's gradients are those of an attention with these results.
+    Weights are relative to the joint log-sum-exp, so each part's gradients are those of an attention with these
+    results.
     """
-    inputs = _Inputs(query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
+    output, lse = results
     wide = lse.dtype
-    like = (query, key, value, chunk_key, chunk_bias, chunk_value)
+    like = (*inputs[:3], *inputs[4:7])  # all but the masks
     found = [
         (torch.empty if i < 3 else torch.zeros)(z.shape, dtype=wide, device=z.device) if needed else None
         for i, (z, needed) in enumerate(zip(like, needs, strict=True))
@@ -156,21 +124,21 @@ def window_chunks_backward(
         mass = mass.masked_fill(empty, 0.0)
         near.sub_(mass).exp_()
         far = far.sub_(mass).exp_().flatten(1, 2)
-        queries, grads = few.query.to(wide), grad_output[tile.windows].to(wide)
-        flat_queries, flat_grads = queries.flatten(1, 2), grads.flatten(1, 2)
+        queries, grad = few.query.to(wide), grads.output[tile.windows].to(wide)
+        flat_queries, flat_grad = queries.flatten(1, 2), grad.flatten(1, 2)
         if found[2] is not None:
-            found[2][tile.windows] = near.mT @ grads
+            found[2][tile.windows] = near.mT @ grad
         if found[5] is not None:
-            found[5][tile.chunks].baddbmm_(far.mT, flat_grads)
+            found[5][tile.chunks].baddbmm_(far.mT, flat_grad)
         if not (needs[0] or needs[1] or needs[3] or needs[4]):
             continue
-        shift = (grads * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grad_mass[tile.windows].unsqueeze(-1)
+        shift = (grad * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grads.lse[tile.windows].unsqueeze(-1)
         shift.masked_fill_(empty, 0.0)
-        near.mul_((grads @ few.value.to(wide).mT).sub_(shift))
-        far.mul_(product(flat_grads, few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
+        near.mul_((grad @ few.value.to(wide).mT).sub_(shift))
+        far.mul_(product(flat_grad, few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
         if found[0] is not None:
-            grad = near @ few.key.to(wide)
-            found[0][tile.windows] = grad.add_(product(far, few.chunk_key.to(wide)).view_as(grad))
+            of_query = near @ few.key.to(wide)
+            found[0][tile.windows] = of_query.add_(product(far, few.chunk_key.to(wide)).view_as(of_query))
         if found[1] is not None:
             found[1][tile.windows] = near.mT @ queries
         if found[3] is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_products import narrow
-from ..triton_tiles import dot, load_tile, store_tile
+from ..triton_tiles import dot, load_tile, narrow, store_tile
 
 
 @triton.jit

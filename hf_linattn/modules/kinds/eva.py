@@ -16,14 +16,35 @@ from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from ..config import AttentionConfig
+from ..base import LinearAttention
+from ..config import AttentionConfig, choice, count, flag
+from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
-RELATIVE_POSITIONS = ("none", "table", "t5")
+
+_CONVENTIONS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "proposal_map": "residual",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "chunking": "exclusive",
+        "weighting": "size",
+        "proposals": "sum",
+        "relative_index": "corrected",
+    },
+    "published": {
+        "proposal_map": "linear_norm",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "chunking": "published",
+        "weighting": "none",
+        "proposals": "mean",
+        "relative_index": "published",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +78,33 @@ class EvaConfig(AttentionConfig):
         relative_dims: 1 if tokens are a sequence, 2 if they are the patches of an image. `None`: that of the family.
         sample_noise: Add standard normal noise to the proposals in training.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
-        conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`). Published causal proposals need the queries of all tokens: in native mode generate
-            with `use_cache=False`, or set proposals="key".
+        conventions: "corrected" or "published": the defaults of the fields that are `None`. Published causal proposals
+            need the queries of all tokens: in native mode generate with `use_cache=False`, or set proposals="key".
     """
 
     kind = "eva"
 
-    num_chunks: int = 128
-    chunk_size: int | str | None = AUTO
-    max_chunks: int | None = None
-    proposals: str | None = None
-    weighting: str | None = None
-    chunking: str | None = None
-    proposal_map: str | None = None
-    relative_position: str = "none"
-    relative_index: str | None = None
-    relative_dims: int | None = None
-    sample_noise: bool | None = None
-    noise_scale: str | None = None
-    conventions: str = "corrected"
+    window_size: int | None = count(None)
+    num_chunks: int = count(128)
+    chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
+    max_chunks: int | None = count(None)
+    proposals: str | None = choice(None, PROPOSALS)
+    weighting: str | None = choice(None, WEIGHTINGS)
+    chunking: str | None = choice(None, CHUNKINGS)
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
+    relative_position: str = choice("none", ("none", "table", "t5"))
+    relative_index: str | None = choice(None, CONVENTIONS)
+    relative_dims: int | None = count(None, maximum=2)
+    sample_noise: bool | None = flag(None)
+    noise_scale: str | None = choice(None, CONVENTIONS)
+    conventions: str = choice("corrected", CONVENTIONS)
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        values = {**_CONVENTIONS[self.conventions], "relative_dims": 2 if group == "vision" else 1}
+        if group == "decoder":
+            # A decoder's cache holds no queries, so its proposals come from the keys alone.
+            values["proposals"] = "key" if self.conventions == "corrected" else "sum"
+        return values
 
     def filled(self, defaults: Mapping[str, Any]) -> EvaConfig:
         config = super().filled(defaults)
@@ -84,58 +112,27 @@ class EvaConfig(AttentionConfig):
             config = config.replace(chunk_size=default_chunk(config.window_size))
         return config
 
-    def validate(self) -> None:
-        super().validate()
-        self._check_int("window_size", minimum=1, optional=True)
-        self._check_int("num_chunks", minimum=1)
-        if self.chunk_size != AUTO:
-            if isinstance(self.chunk_size, str):
-                self._fail("chunk_size", f"an integer >= 1, {AUTO!r} or None")
-            self._check_int("chunk_size", minimum=1, optional=True)
-        self._check_int("max_chunks", minimum=1, optional=True)
-        self._check_choice("proposals", PROPOSALS, optional=True)
-        self._check_choice("weighting", WEIGHTINGS, optional=True)
-        self._check_choice("chunking", CHUNKINGS, optional=True)
-        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
-        self._check_choice("relative_position", RELATIVE_POSITIONS)
-        self._check_choice("relative_index", CONVENTIONS, optional=True)
-        self._check_int("relative_dims", minimum=1, maximum=2, optional=True)
-        self._check_bool("sample_noise", optional=True)
-        self._check_choice("noise_scale", CONVENTIONS, optional=True)
-        self._check_choice("conventions", CONVENTIONS)
 
-
-class EvaAttention(LinearAttention):
+class EvaAttention(LinearAttention[EvaConfig]):
     """EVA with learned maps of the chunk means."""
 
     kind = "eva"
-    config: EvaConfig
 
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+    def check(cls, config: EvaConfig, shape: LayerShape) -> None:
         super().check(config, shape)
-        assert isinstance(config, EvaConfig)
-        window = config.window_size
+        window, published = config.window_size, config.chunking == "published"
         if shape.is_causal and config.relative_dims == 2:
-            raise ConfigError("EvaConfig.relative_dims must be 1 in a causal layer, which reads a sequence; got 2.")
+            config.fail("relative_dims", "1 in a causal layer, which reads a sequence")
         if not window:
-            raise ConfigError(
-                f"EvaConfig.window_size must be an integer >= 1; got {window!r}. EVA is a window plus chunks."
-            )
-        if shape.is_causal and config.chunk_size is None and config.chunking != "published":
-            raise ConfigError(
-                "EvaConfig.chunk_size must be an integer in a causal layer with chunking='exclusive'; got None."
-            )
+            config.fail("window_size", "an integer >= 1", "EVA is a window plus chunks.")
+        if shape.is_causal and config.chunk_size is None and not published:
+            config.fail("chunk_size", "an integer in a causal layer with chunking='exclusive'")
         if config.max_chunks is not None and not shape.is_causal:
-            raise ConfigError(
-                "EvaConfig.max_chunks must be None in a bidirectional layer, where no chunk is older than another; got"
-                f" {config.max_chunks!r}. Use num_chunks to bound their number."
-            )
-        if config.max_chunks is not None and config.chunking == "published":
-            raise ConfigError(
-                f"EvaConfig.max_chunks must be None with chunking='published'; got {config.max_chunks!r}."
-                " Set chunking='exclusive'."
-            )
+            where = "None in a bidirectional layer, where no chunk is older than another"
+            config.fail("max_chunks", where, "Use num_chunks to bound their number.")
+        if config.max_chunks is not None and published:
+            config.fail("max_chunks", "None with chunking='published'", "Set chunking='exclusive'.")
         if config.relative_position != "none" and _table_entries(config, shape.is_causal) > LARGEST_COUNT:
             raise ConfigError(
                 f"EvaConfig.relative_position must be 'none' with so large a window: its table would have more than"
@@ -149,66 +146,73 @@ class EvaAttention(LinearAttention):
             )
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, EvaConfig)
-        assert config.proposal_map is not None
+    def check_grid(cls, config: EvaConfig, *, is_image: bool) -> None:
+        if config.relative_position != "none" and config.relative_dims == 2 and not is_image:
+            config.fail("relative_dims", "1 in a model of sequences")
+
+    @classmethod
+    def native_refusal(cls, config: EvaConfig, shape: LayerShape, *, training: bool) -> str | None:
+        refusal = native_map_refusal(config.proposal_map)
+        return refusal or super().native_refusal(config, shape, training=training)
+
+    @classmethod
+    def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
             size = (shape.num_heads, _table_entries(config, shape.is_causal))
-            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
         return spec
 
     @classmethod
-    def supports_recurrence(cls, config: AttentionConfig, *, is_causal: bool) -> bool:
-        assert isinstance(config, EvaConfig)
+    def supports_recurrence(cls, config: EvaConfig, *, is_causal: bool) -> bool:
         # Without a length of their own, chunks change with every token.
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
-    @staticmethod
-    def _chunk(config: EvaConfig) -> int | None:
-        """`chunk_size` as a number: of filled-in settings, which a layer has."""
-        assert not isinstance(config.chunk_size, str)
-        return config.chunk_size
-
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
         config, state = self.config, self.tensors()
+        query_map, key_map = proposal_maps(state)
+        table = state.get("relative_table")
         return eva_recurrence(
             window_size=config.window_size or 1,
-            chunk_size=self._chunk(config),
+            chunk_size=config.chunk_size,  # type: ignore[arg-type]  # a number in filled-in settings
             overlap_window=config.overlap_window,
             chunking=config.chunking or "exclusive",
             max_chunks=config.max_chunks,
             proposals=config.proposals or "key",
             weighting=config.weighting or "size",
-            query_map=proposal_map(state, "query"),
-            key_map=proposal_map(state, "key"),
-            window_bias=_window_bias(config, state.get("relative_table"), None, scaling, is_causal=True),
+            query_map=query_map,
+            key_map=key_map,
+            window_bias=None if table is None else _window_bias(config, table, None, scaling, is_causal=True),
             scaling=scaling,
             slot_dropout=config.slot_dropout if self.training else 0.0,
         )
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, EvaConfig)
-        choices: dict[str, Any] = {
-            name: getattr(config, name) for name in ("chunking", "proposals", "weighting", "noise_scale")
+    def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        query_map, key_map = proposal_maps(state)
+        bias = state.get("relative_table")
+        if bias is not None:
+            bias = _window_bias(config, bias, inputs.grid, inputs.scaling, is_causal=inputs.is_causal)
+        choices: dict[str, Any] = {  # all of them filled in
+            "chunk_size": config.chunk_size if inputs.is_causal else None,
+            "chunking": config.chunking,
+            "proposals": config.proposals,
+            "weighting": config.weighting,
+            "noise_scale": config.noise_scale,
         }
         return eva_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            chunk_size=cls._chunk(config) if inputs.is_causal else None,
             max_chunks=config.max_chunks,
-            **choices,
-            query_map=proposal_map(state, "query"),
-            key_map=proposal_map(state, "key"),
+            query_map=query_map,
+            key_map=key_map,
             noise=bool(inputs.training and config.sample_noise),
-            window_bias=_window_bias(
-                config, state.get("relative_table"), inputs.grid, inputs.scaling, is_causal=inputs.is_causal
-            ),
+            window_bias=bias,
+            **choices,
             **inputs.options(config),
         )
 
@@ -240,11 +244,9 @@ def _table_entries(config: EvaConfig, is_causal: bool) -> int:
 
 
 def _window_bias(
-    config: EvaConfig, table: Tensor | None, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
-) -> Tensor | None:
-    """`[heads, queries, slots]` from the learned table; `None` without one (native mode)."""
-    if table is None:
-        return None
+    config: EvaConfig, table: Tensor, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
+) -> Tensor:
+    """`[heads, queries, slots]` from the learned table."""
     dims = 1 if grid is None else 2
     if dims != (config.relative_dims or 1):
         raise InputError(
@@ -261,10 +263,16 @@ register_kind(
     AttentionKind(
         name="eva",
         title="EVA",
+        paper="arXiv:2302.04542",
         config_cls=EvaConfig,
         module_cls=EvaAttention,
-        supports_causal=True,
-        supports_cross=False,
-        paper="arXiv:2302.04542",
+        size_field="num_chunks",
+        causal="yes",
+        overlap_on_grids=True,
+        needs_window=True,
+        checkpoint_fields=("relative_index", "relative_dims"),
+        bound_field="max_chunks",
+        cost="linearly with the number of tokens for a given window and number of chunks",
+        example={"num_chunks": 8, "chunk_size": 4},
     )
 )

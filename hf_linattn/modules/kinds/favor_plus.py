@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
+from ...ops.favor.features import FavorFeatureMap, favor_feature_map
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from ..config import AttentionConfig
-from ..redraw import RedrawnTensor, forget, set_training_step, watch
+from ..config import AttentionConfig, choice, count, factor, flag
+from ..contract import AttentionInputs, LayerShape, StateTensor
+from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 
@@ -39,27 +39,22 @@ class FavorConfig(AttentionConfig):
             the slots (causal or with a window). Changes cost, never the result.
     """
 
-    num_features: int = 256
-    orthogonal: bool = True
-    shared_projection: bool = False
+    num_features: int = count(256)
+    orthogonal: bool = flag(True)
+    shared_projection: bool = flag(False)
     redraw_interval: int | None = None
-    num_heavy_keys: int = 0
-    chunk_size: int | None = None
+    num_heavy_keys: int = count(0, minimum=0)
+    chunk_size: int | None = count(None, maximum=4096)
 
     def validate(self) -> None:
         super().validate()
-        self._check_int("num_features", minimum=1)
         self._check_even_overlap()
-        self._check_int("chunk_size", minimum=1, maximum=4096, optional=True)
         if self.chunk_size is not None and self.chunk_size & (self.chunk_size - 1):
-            self._fail("chunk_size", "a power of two, or None")
-        self._check_bool("orthogonal")
-        self._check_bool("shared_projection")
-        self._check_int("num_heavy_keys", minimum=0)
+            self.fail("chunk_size", "a power of two, or None")
         interval = self.redraw_interval
         is_integer = isinstance(interval, int) and not isinstance(interval, bool)
         if interval is not None and not (is_integer and 1 <= interval < 2**63):
-            self._fail("redraw_interval", "an integer >= 1 (training steps), or None for never")
+            self.fail("redraw_interval", "an integer >= 1 (training steps), or None for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +74,24 @@ class FavorPlusConfig(FavorConfig):
 
     kind = "favor_plus"
 
-    regularized: bool = False
-    kernel: str = "softmax"
-    kernel_epsilon: float = 1e-3
+    regularized: bool = flag(False)
+    kernel: str = choice("softmax", ("softmax", *KERNELS))
+    kernel_epsilon: float = factor(1e-3)
 
-    def filled(self, defaults: Mapping[str, Any]) -> FavorPlusConfig:
-        if self.kernel != "softmax":
-            defaults = {**defaults, "window_size": 0, "num_global_tokens": 0}
-        return super().filled(defaults)
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        # Nothing exact can stand beside attention that does not estimate softmax attention.
+        return {} if self.kernel == "softmax" else {"window_size": 0, "num_global_tokens": 0}
 
     def validate(self) -> None:
         super().validate()
-        self._check_bool("regularized")
-        self._check_choice("kernel", ("softmax", *KERNELS))
-        self._check_factor("kernel_epsilon")
         if self.kernel != "softmax":
             for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
                 if getattr(self, field):
-                    self._fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
+                    self.fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
             if self.overlap_window:
-                self._fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
+                self.fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
         if self.regularized and not self.orthogonal:
-            self._fail(
+            self.fail(
                 "regularized",
                 "False when orthogonal=False",
                 "Fixed lengths only make sense for orthogonal directions.",
@@ -123,51 +114,48 @@ def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool
             regularized=regularized,
         )
 
-    return RedrawnTensor(
+    return StateTensor(
         shape=size if num_heads is None else (num_heads, *size), learned=False, draw=lambda: draw(0), redraw=draw
     )
 
 
-class FavorAttention(LinearAttention):
-    """What FAVOR+ and FAVOR# share: redrawn directions."""
-
-    def set_training_step(self, step: int) -> bool:
-        """Give the layer the directions of a training step; see `modules.redraw.set_training_step`."""
-        return set_training_step(self, step)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        forget(self)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        watch(self)
-        return super().forward(*args, **kwargs)
+F = TypeVar("F", bound=FavorConfig)
 
 
-class FavorPlusAttention(FavorAttention):
+class FavorAttention(RedrawnAttention[F]):
+    """What FAVOR+ and FAVOR# share: redrawn directions and the recurrent form of a feature map."""
+
+    def feature_recurrence(self, basis: FavorFeatureMap, scaling: float) -> SlotRecurrence:
+        """The recurrent form of attention with a feature map of the softmax kernel."""
+        return slot_recurrence(
+            self,
+            basis,
+            self.config.num_features,
+            scaling=scaling,
+            chunk_size=self.config.chunk_size,
+            in_half=("cpu", "cuda"),
+        )
+
+
+class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
     """FAVOR+ with the layer's own directions."""
 
     kind = "favor_plus"
-    config: FavorPlusConfig
     projection: Tensor
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, FavorPlusConfig)
+    def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, features = self.config, self.config.num_features
-        projection = self.tensors()["projection"]
-        if config.kernel != "softmax":
-            kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-            return slot_recurrence(self, kernel, features, scaling=scaling)
-        basis = favor_feature_map(like(query), projection)
-        return slot_recurrence(self, basis, features, scaling=scaling, in_half=("cpu", "cuda"))
+        config, projection = self.config, self.tensors()["projection"]
+        if config.kernel == "softmax":
+            return self.feature_recurrence(favor_feature_map(like(query), projection), scaling)
+        kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
+        return slot_recurrence(self, kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, FavorPlusConfig)
+    def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.kernel != "softmax":
             return generalized_attention(
                 inputs.query,
@@ -194,10 +182,13 @@ register_kind(
     AttentionKind(
         name="favor_plus",
         title="FAVOR+",
+        paper="arXiv:2009.14794",
         config_cls=FavorPlusConfig,
         module_cls=FavorPlusAttention,
-        supports_causal=True,
+        size_field="num_features",
+        causal="yes",
         supports_cross=True,
-        paper="arXiv:2009.14794",
+        checkpoint_fields=("kernel",),
+        example={"num_features": 32},
     )
 )

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,11 @@ from ...ops.favor.statistics import (
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, StateTensor
-from ..config import AttentionConfig
+from ..config import choice, flag
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
+from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
-
-SOURCES = ("row", "calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +49,15 @@ class FavorSharpConfig(FavorConfig):
 
     kind = "favor_sharp"
 
-    variant: str = "saderf"
-    centring: bool = True
-    statistics: str | None = None
+    variant: str = choice("saderf", FAVOR_VARIANTS)
+    centring: bool = flag(True)
+    statistics: str | None = choice(None, ("row", "calibrated"))
 
-    def validate(self) -> None:
-        super().validate()
-        self._check_choice("variant", FAVOR_VARIANTS)
-        self._check_bool("centring")
-        self._check_choice("statistics", SOURCES, optional=True)
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        return {"statistics": "calibrated" if group == "decoder" else "row"}
 
 
-class FavorSharpAttention(FavorAttention):
+class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
     """FAVOR# with the layer's own directions and, if calibrated, stored statistics.
 
     Buffers of a calibrated layer: `statistics_query_mean`, `statistics_key_mean`, `statistics_shape`
@@ -70,11 +66,9 @@ class FavorSharpAttention(FavorAttention):
     """
 
     kind = "favor_sharp"
-    config: FavorSharpConfig
 
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
-        assert isinstance(config, FavorSharpConfig)
+    def check(cls, config: FavorSharpConfig, shape: LayerShape) -> None:
         super().check(config, shape)
         if shape.is_causal and config.statistics == "row":
             raise UnsupportedError(
@@ -83,22 +77,20 @@ class FavorSharpAttention(FavorAttention):
             )
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, FavorSharpConfig)
+    def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = {"projection": projection_spec(config, shape)}
         if config.statistics == "calibrated":
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
-            spec["calibrated_tokens"] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+            spec[CALIBRATED_TOKENS] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
         return spec
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, FavorSharpConfig)
+    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.statistics == "calibrated":
             statistics = _stored(state)
-            _warn_if_neutral(state["calibrated_tokens"])
+            _warn_if_neutral(state[CALIBRATED_TOKENS])
         else:
             statistics = favor_statistics(
                 inputs.query,
@@ -122,7 +114,7 @@ class FavorSharpAttention(FavorAttention):
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
         basis = favor_feature_map(like(query), state["projection"], _stored(state))
-        return slot_recurrence(self, basis, self.config.num_features, scaling=scaling, in_half=("cpu", "cuda"))
+        return self.feature_recurrence(basis, scaling)
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":
@@ -135,7 +127,7 @@ def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
 
 
 class FavorCalibration:
-    """Moments of a layer's scaled queries and keys, in float64; implements `modules.base.Calibration`."""
+    """Moments of a layer's scaled queries and keys, in float64; implements `modules.contract.Calibration`."""
 
     def __init__(self, config: FavorSharpConfig, shape: LayerShape) -> None:
         self.config = config
@@ -165,7 +157,7 @@ class FavorCalibration:
         for name in ("statistics_query_transform", "statistics_key_transform"):
             if values[name].shape[-2] == 1:
                 values[name] = torch.diag_embed(values[name].squeeze(-2))
-        return {**values, "calibrated_tokens": self.moments.key_count.float().reshape(())}
+        return {**values, CALIBRATED_TOKENS: self.moments.key_count.float().reshape(())}
 
 
 def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
@@ -222,10 +214,15 @@ register_kind(
     AttentionKind(
         name="favor_sharp",
         title="FAVOR#",
+        paper="arXiv:2302.00787",
         config_cls=FavorSharpConfig,
         module_cls=FavorSharpAttention,
-        supports_causal=True,
+        size_field="num_features",
+        causal="calibrated",
+        causal_uncalibrated=True,
         supports_cross=True,
-        paper="arXiv:2302.00787",
+        calibrated_field="statistics",
+        checkpoint_fields=("statistics", "variant", "centring"),
+        example={"num_features": 32},
     )
 )

@@ -18,15 +18,34 @@ from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs, LayerShape, LinearAttention, StateTensor
-from ..config import AttentionConfig
+from ..base import LinearAttention
+from ..config import AttentionConfig, choice, count, factor, flag
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
 from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, proposal_map, proposal_spec
+from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from ..slot_recurrence import like, slot_recurrence
 from .lara_calibration import ProposalCalibration
 
-PROPOSAL_SOURCES = ("landmarks", "calibrated")
+_CONVENTIONS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "proposal_map": "residual",
+        "map_stage": "mean",
+        "mixing": "none",
+        "sample_noise": False,
+        "noise_scale": "corrected",
+        "weighting": "balance",
+    },
+    "published": {
+        "proposal_map": "linear_norm",
+        "map_stage": "tokens",
+        "mixing": "none",
+        "sample_noise": True,
+        "noise_scale": "published",
+        "weighting": "optimal",
+        "window_size": 0,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,62 +73,55 @@ class LaraConfig(AttentionConfig):
             `None`: 2 of calibrated proposals, 1 of landmarks.
         antithetic: Every sample also with the opposite noise: twice as many. `None`: if calibrated.
         num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
-        conventions: "corrected" or "published": the defaults of the fields that are `None`
-            (`modules/defaults.py`).
+        conventions: "corrected" or "published": the defaults of the fields that are `None`.
     """
 
     kind = "lara"
 
-    num_landmarks: int = 64
-    proposal_source: str | None = None
-    weighting: str | None = None
-    alpha_coeff: float = 1.0
-    mixing: str | None = None
-    proposal_map: str | None = None
-    map_stage: str | None = None
-    sample_noise: bool | None = None
-    noise_scale: str | None = None
-    samples_per_landmark: int | None = None
-    antithetic: bool | None = None
-    num_heavy_keys: int = 0
-    conventions: str = "corrected"
+    num_landmarks: int = count(64)
+    proposal_source: str | None = choice(None, ("landmarks", "calibrated"))
+    weighting: str | None = choice(None, WEIGHTINGS)
+    alpha_coeff: float = factor(1.0)
+    mixing: str | None = choice(None, MIXINGS)
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
+    map_stage: str | None = choice(None, MAP_STAGES)
+    sample_noise: bool | None = flag(None)
+    noise_scale: str | None = choice(None, NOISE_SCALES)
+    samples_per_landmark: int | None = count(None)
+    antithetic: bool | None = flag(None)
+    num_heavy_keys: int = count(0, minimum=0)
+    conventions: str = choice("corrected", CONVENTIONS)
+
+    def own_defaults(self, group: str) -> dict[str, Any]:
+        source = self.proposal_source or ("calibrated" if group == "decoder" else "landmarks")
+        values = {**_CONVENTIONS[self.conventions], "proposal_source": source}
+        if self.conventions == "published" and group == "vision":
+            values["map_stage"] = "mean"
+        # Samples of fixed proposals are drawn once, and several are needed; those of landmarks only with noise.
+        is_fixed = source == "calibrated"
+        return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
 
     def validate(self) -> None:
         super().validate()
-        self._check_int("num_landmarks", minimum=1)
         self._check_even_overlap()
-        self._check_choice("proposal_source", PROPOSAL_SOURCES, optional=True)
-        self._check_choice("weighting", WEIGHTINGS, optional=True)
-        self._check_factor("alpha_coeff")
-        self._check_choice("mixing", MIXINGS, optional=True)
-        self._check_choice("proposal_map", PROPOSAL_MAPS, optional=True)
-        self._check_choice("map_stage", MAP_STAGES, optional=True)
-        self._check_bool("sample_noise", optional=True)
-        self._check_choice("noise_scale", NOISE_SCALES, optional=True)
-        self._check_int("samples_per_landmark", minimum=1, optional=True)
         if self.num_landmarks * (self.samples_per_landmark or 1) > LARGEST_COUNT:
-            self._fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
-        self._check_bool("antithetic", optional=True)
-        self._check_int("num_heavy_keys", minimum=0)
-        self._check_choice("conventions", CONVENTIONS)
+            self.fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
 
 
-def is_calibrated(config: LaraConfig, shape: LayerShape) -> bool:
+def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
     """Whether the layer's proposals come from calibration."""
     return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
 
 
-class LaraAttention(LinearAttention):
+class LaraAttention(LinearAttention[LaraConfig]):
     """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
     kind = "lara"
-    config: LaraConfig
 
     @classmethod
-    def check(cls, config: AttentionConfig, shape: LayerShape) -> None:
+    def check(cls, config: LaraConfig, shape: LayerShape) -> None:
         super().check(config, shape)
-        assert isinstance(config, LaraConfig)
-        if not is_calibrated(config, shape):
+        if not has_calibrated_proposals(config, shape):
             if shape.is_causal:
                 raise UnsupportedError(
                     "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
@@ -136,11 +148,14 @@ class LaraAttention(LinearAttention):
                 )
 
     @classmethod
-    def state_spec(cls, config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        assert isinstance(config, LaraConfig)
-        assert config.proposal_map is not None
+    def native_refusal(cls, config: LaraConfig, shape: LayerShape, *, training: bool) -> str | None:
+        refusal = native_map_refusal(config.proposal_map)
+        return refusal or super().native_refusal(config, shape, training=training)
+
+    @classmethod
+    def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
-        if is_calibrated(config, shape):
+        if has_calibrated_proposals(config, shape):
             spec = _calibrated_spec(config, shape)
         else:
             for side in ("query", "key"):
@@ -148,7 +163,7 @@ class LaraAttention(LinearAttention):
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
             size = (shape.num_heads,)
-            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size))
+            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
         return spec
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
@@ -162,7 +177,7 @@ class LaraAttention(LinearAttention):
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
-        if not is_calibrated(self.config, self.shape):
+        if not has_calibrated_proposals(self.config, self.shape):
             return None
         return ProposalCalibration(
             self.shape,
@@ -173,8 +188,7 @@ class LaraAttention(LinearAttention):
         )
 
     @classmethod
-    def attend(cls, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        assert isinstance(config, LaraConfig)
+    def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         draw_noise = bool(inputs.training and config.sample_noise)
         own: dict[str, Any]
         if "centroids" in state:
@@ -182,13 +196,14 @@ class LaraAttention(LinearAttention):
             noise = torch.randn_like(noise) if draw_noise else noise
             own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=bool(config.antithetic))}
         else:
+            query_map, key_map = proposal_maps(state)
             own = {
                 "num_landmarks": config.num_landmarks,
                 "weighting": config.weighting,
                 "alpha_coeff": config.alpha_coeff,
                 "mixing": config.mixing,
-                "query_map": proposal_map(state, "query"),
-                "key_map": proposal_map(state, "key"),
+                "query_map": query_map,
+                "key_map": key_map,
                 "map_stage": config.map_stage,
                 "noise": draw_noise,
                 "noise_scale": config.noise_scale,
@@ -209,15 +224,14 @@ class LaraAttention(LinearAttention):
 def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
     """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
     heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
-    assert config.samples_per_landmark is not None
-    rows = count * config.samples_per_landmark
+    rows = count * (config.samples_per_landmark or 1)
     seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
     return {
         "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
         "proposal_noise": StateTensor(
             (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
         ),
-        "calibrated_tokens": StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+        CALIBRATED_TOKENS: StateTensor((), learned=False, draw=lambda: torch.zeros(())),
     }
 
 
@@ -225,11 +239,13 @@ register_kind(
     AttentionKind(
         name="lara",
         title="LARA",
+        paper="arXiv:2204.04667",
         config_cls=LaraConfig,
         module_cls=LaraAttention,
-        supports_causal=True,
-        causal_needs_data=True,
-        supports_cross=False,
-        paper="arXiv:2204.04667",
+        size_field="num_landmarks",
+        causal="calibrated",
+        calibrated_field="proposal_source",
+        checkpoint_fields=("proposal_source",),
+        example={"num_landmarks": 8},
     )
 )

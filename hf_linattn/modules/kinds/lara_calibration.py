@@ -12,7 +12,7 @@ from ...ops.exact import scale_inputs
 from ...ops.favor.random_features import derive_seed
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
-from ..base import AttentionInputs, LayerShape
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
 
 SAMPLE_SIZE = 4096
 # Queries whose weights over the keys exist at the same time.
@@ -128,5 +128,5 @@ class ProposalCalibration:
         seed = derive_seed(self._seed, layer, "lara-kmeans")
         return {
             "centroids": kmeans(points, self._num_proposals, seed=seed),
-            "calibrated_tokens": self._seen.sum().float(),
+            CALIBRATED_TOKENS: self._seen.sum().float(),
         }

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.attend.operator import attend
+from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
-from ...kernels.half_norm.operator import half_norm
+from ...kernels.half_norm import half_norm
 from ..layout import masked_mean
 from ..noise import add_noise, noise_factor
 from ..slots import mask_logits, softmax_with_lse

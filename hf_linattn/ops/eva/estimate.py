@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kernels.attention_state import AttentionState, merge_states
-from ...kernels.window_chunks.operator import window_chunk_attention
+from ...kernels.window_chunks import window_chunk_attention
 from ..exact import causal_visibility, exact_partial
 from ..slots import mask_logits, softmax_with_lse
 from ..tokens import Tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm.operator import half_norm
+from ...kernels.half_norm import half_norm
 from ..slot_weights import LinearSlotWeights
 from .statistics import FavorStatistics
 

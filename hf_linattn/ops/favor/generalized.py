@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
 from ...kernels.attention_state import AttentionState
-from ...kernels.block_slots.reach import BlockReach
+from ...kernels.block_slots import BlockReach
 from ..exact import checked_attention, scale_inputs
 from ..limits import LARGEST_FACTOR
 from ..slot_attention import check_chunk_size, slot_attention

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm.operator import half_norm
+from ...kernels.half_norm import half_norm
 from ..slot_weights import LinearSlotWeights
 from .importance import draw_samples, mixture_log_ratio
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm.operator import half_norm
+from ...kernels.half_norm import half_norm
 from ..noise import add_noise
 from ..slot_weights import LinearSlotWeights
 from ..slots import mask_logits

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.backend import current_backend
-from ...kernels.decode.operator import decode_step
+from ...kernels.decode import decode_step
 from ..exact import compute_dtype, scale_inputs
 from ..slot_attention import slot_attention
 from ..slot_weights import LinearSlotWeights, SlotWeights
@@ -186,20 +186,8 @@ class SlotRecurrence:
         writer = writer.masked(None if valid is None else valid[:, None, None, None])
         on_triton = value.is_cuda or current_backend() == "triton"
         if on_triton and isinstance(reader, LinearSlotWeights) and isinstance(writer, LinearSlotWeights):
-            done = decode_step(
-                reader.tokens.squeeze(-2),
-                reader.token_bias[..., 0, 0],
-                writer.tokens.squeeze(-2),
-                writer.token_bias[..., 0, 0],
-                value.squeeze(-2),
-                reader.slots,
-                reader.slot_bias,
-                writer.slots,
-                writer.slot_bias,
-                far.output,
-                far.lse,
-            )
-            return done.output.unsqueeze(-2), AttentionState(done.state_output, done.state_mass)
+            done = decode_step(reader.slot_inputs(writer, value), far)
+            return done.output, done.state
         own = AttentionState(value.to(far.output.dtype).expand_as(far.output), _dense(writer).squeeze(-2))
         far = merge_states([far, own])
         read = softmax_with_lse(_dense(reader) + far.lse.unsqueeze(-2), far.output)

@@ -164,10 +164,10 @@ def test_without_a_module_a_causal_layer_is_favor_plus_and_says_so_once(monkeypa
     q, k, v = tensors()
     inputs = as_inputs(q, k, v, is_causal=True)
     with pytest.warns(UserWarning, match="no calibrated statistics.*FAVOR\\+"):
-        out = layer.attend(layer.config, state, inputs)
+        out = layer.compute(layer.config, state, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        layer.attend(layer.config, state, inputs)
+        layer.compute(layer.config, state, inputs)
     expected = favor_attention(q, k, v, layer.projection, scaling=0.7, is_causal=True, chunk_size=4)
     torch.testing.assert_close(out, expected)
 

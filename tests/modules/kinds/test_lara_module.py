@@ -14,7 +14,7 @@ from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.kinds import lara_calibration
 from hf_linattn.modules.kinds.lara import LaraAttention, LaraConfig
 from hf_linattn.modules.kinds.lara_calibration import ProposalCalibration
-from hf_linattn.modules.proposals import proposal_map
+from hf_linattn.modules.proposals import proposal_maps
 from hf_linattn.ops.lara.calibrated_proposals import sample_proposals
 
 HEADS, DIM, TOKENS = 2, 4, 13
@@ -58,7 +58,7 @@ def test_settings_reach_the_function(map_stage: str, mixing: str) -> None:
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.3)
-    maps = {f"{side}_map": proposal_map(state_of(module), side) for side in ("query", "key")}
+    maps = dict(zip(("query_map", "key_map"), proposal_maps(state_of(module)), strict=True))
     shared = {**own, **maps, "num_landmarks": 3, "window_size": 4, "num_heavy_keys": 2, "offset": module.mass_offset}
     expected = lara_attention(*qkv(), **shared)
     assert torch.equal(module.eval()(*qkv()), expected)

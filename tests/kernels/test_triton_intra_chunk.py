@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hf_linattn.errors import InputError, UnsupportedError
-from hf_linattn.kernels.causal_slots.triton_intra_chunk import near_backward, near_forward
+from hf_linattn.kernels.attention_state import AttentionState
+from hf_linattn.kernels.causal_slots.triton_launch import intra_chunk_backward, intra_chunk_forward
+from hf_linattn.kernels.slot_inputs import SlotInputs
 
 INF = float("inf")
 NAMES = ("output", "mass", "x", "w", "w bias", "y", "y bias", "k", "k bias", "value")
@@ -63,8 +67,12 @@ def differentiated(inputs: list[Tensor], chunk: int, grads: tuple[Tensor, Tensor
 
 
 def ours(inputs: list[Tensor], chunk: int, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
-    results = near_forward(*inputs, chunk)
-    return [*results, *near_backward(*grads, *inputs, *results, [True] * 8, chunk)]
+    results = intra_chunk_forward(SlotInputs(*inputs), chunk)
+    return [*results, *backward(grads, inputs, results, [True] * 8, chunk)]
+
+
+def backward(grads: Any, inputs: list[Tensor], results: Any, needs: list[bool], chunk: int) -> list[Any]:
+    return intra_chunk_backward(AttentionState(*grads), SlotInputs(*inputs), AttentionState(*results), needs, chunk)
 
 
 def cotangents(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,13 +123,13 @@ def test_masked_keys_and_rows_that_see_nothing(scale: float) -> None:
     inputs[4][1, 40:] = -INF
     inputs[4][1, [0, 3, 17]] = -INF
     grads = cotangents(inputs)
-    results = near_forward(*inputs, 32)
+    results = intra_chunk_forward(SlotInputs(*inputs), 32)
     empty = results[1] == -INF
     assert empty[0, :35].all()
     assert empty.sum() == 36
     assert (results[0][empty] == 0).all()
     grads = (grads[0].masked_fill(empty[..., None], float("nan")), grads[1].masked_fill(empty, float("nan")))
-    found = near_backward(*grads, *inputs, *results, [True] * 8, 32)
+    found = backward(grads, inputs, results, [True] * 8, 32)
     clean = tuple(g.nan_to_num(0.0) for g in grads)
     for name, a, b in zip(NAMES[2:], found, exact(inputs, 32, clean)[2:], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -134,10 +142,10 @@ def test_slots_that_carry_nothing(side: int) -> None:
     inputs = case(1, 32, 5, 4, 3)
     inputs[side][0, 2] = -INF
     grads = cotangents(inputs)
-    results = near_forward(*inputs, 32)
+    results = intra_chunk_forward(SlotInputs(*inputs), 32)
     fewer = [z[:, [0, 1, 3, 4]] if i in (1, 2, 5, 6) else z for i, z in enumerate(inputs)]
     expected = exact(fewer, 32, grads)
-    found = near_backward(*grads, *inputs, *results, [True] * 8, 32)
+    found = backward(grads, inputs, results, [True] * 8, 32)
     for i, (a, b) in enumerate(zip([*results, *found], expected, strict=True)):
         if i - 2 in (1, 2, 5, 6):
             assert (a[:, 2] == 0).all()
@@ -150,17 +158,17 @@ def test_nothing_flows_back_in_time(large: float) -> None:
     """A later key changes no earlier output, not even in its last bit; and no gradient reaches it from there."""
     inputs = case(1, 32, 5, 4, 3)
     grads = cotangents(inputs)
-    output, mass = near_forward(*inputs, 32)
+    output, mass = intra_chunk_forward(SlotInputs(*inputs), 32)
     changed = [z.clone() for z in inputs]
     changed[3][:, 20:] += 1.0
     changed[4][:, 20:] += large
     changed[7][:, 20:] += 1.0
-    later = near_forward(*changed, 32)
+    later = intra_chunk_forward(SlotInputs(*changed), 32)
     torch.testing.assert_close(later[0][:, :20], output[:, :20], rtol=0, atol=0 if not large else 1e-6)
     torch.testing.assert_close(later[1][:, :20], mass[:, :20], rtol=0, atol=0 if not large else 1e-5)
     early = torch.arange(32) < 20
     only_early = (grads[0] * early[:, None], grads[1] * early)
-    found = near_backward(*only_early, *changed, *later, [True] * 8, 32)
+    found = backward(only_early, changed, later, [True] * 8, 32)
     assert all((found[i][:, 20:] == 0).all() for i in (3, 4, 7))
     assert all((found[i][:, :20] != 0).any() for i in (3, 4, 7))
 
@@ -190,11 +198,11 @@ def test_slots_may_be_shared_and_tokens_strided() -> None:
 
 def test_only_what_is_needed() -> None:
     inputs = case(1, 16, 3, 4, 2)
-    grads, results = cotangents(inputs), near_forward(*inputs, 16)
-    whole = near_backward(*grads, *inputs, *results, [True] * 8, 16)
+    grads, results = cotangents(inputs), intra_chunk_forward(SlotInputs(*inputs), 16)
+    whole = backward(grads, inputs, results, [True] * 8, 16)
     for index in range(8):
         needs = [i == index for i in range(8)]
-        found = near_backward(*grads, *inputs, *results, needs, 16)
+        found = backward(grads, inputs, results, needs, 16)
         assert [g is not None for g in found] == needs
         assert torch.equal(found[index], whole[index])
 
@@ -202,11 +210,11 @@ def test_only_what_is_needed() -> None:
 def test_refuses_what_it_cannot_do() -> None:
     inputs = case(1, 48, 3, 4, 2)
     with pytest.raises(InputError, match=r"\[16, 32, 64, 128\].*24"):
-        near_forward(*inputs, 24)
+        intra_chunk_forward(SlotInputs(*inputs), 24)
     with pytest.raises(InputError, match="multiple of chunk=32; got 48"):
-        near_forward(*inputs, 32)
+        intra_chunk_forward(SlotInputs(*inputs), 32)
     with pytest.raises(UnsupportedError, match="float64"):
-        near_forward(*(z.double() for z in inputs), 16)
+        intra_chunk_forward(SlotInputs(*(z.double() for z in inputs)), 16)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,148 @@
+"""What a kind costs and what it gains: the table and the picture of the README.
+
+    python experiments/fidelity_and_time.py                 # measures for two minutes on one core, then draws
+    python experiments/fidelity_and_time.py --draw-only     # from experiments/results
+
+Whole models of the size of MiniLM and ViT, two layers, random weights, forward, float32, one thread, processor time;
+every row is timed in turns with softmax. Fidelity is that of `experiments/zero_shot.py`: MiniLM-L6 without training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import transformers
+import typer
+from matplotlib import pyplot
+
+import hf_linattn
+
+RESULTS = Path(__file__).parent / "results"
+TIMES = RESULTS / "fidelity_and_time.json"
+FIDELITY = RESULTS / "zero_shot.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "fidelity_and_time.svg"
+LONG = 4096
+LENGTHS = (128, 256, 512, 1024, 2048, LONG)
+TOKENS_OF_A_BATCH = 2048
+IMAGE = 224  # 196 patches and [CLS]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "favor_plus": {"num_features": 64},
+    "favor_sharp": {"num_features": 64},
+    "lara": {"num_landmarks": 64},
+    "eva": {"num_chunks": 64},
+}
+# Row of zero_shot.json -> the side of its point on which its name stands.
+POINTS = {
+    "FAVOR+": "right",
+    "FAVOR+, window": "left",
+    "FAVOR# SADERF, window": "left",
+    "FAVOR# SADERF, window, heavy keys": "right",
+    "FAVOR# dense, window": "left",
+    "FAVOR# dense, overlap, heavy keys": "right",
+    "LARA": "right",
+    "LARA, window": "right",
+    "LARA, calibrated proposals, window": "right",
+    "EVA, 128 chunks": "right",
+    "EVA, 128 chunks, overlap": "right",
+}
+
+
+def bert(tokens: int) -> transformers.PreTrainedModel:
+    config = transformers.BertConfig(
+        hidden_size=384,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        max_position_embeddings=tokens,
+    )
+    return transformers.BertModel(config).eval()
+
+
+def vit() -> transformers.PreTrainedModel:
+    return transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=2, image_size=IMAGE)).eval()
+
+
+def converted(model: transformers.PreTrainedModel, settings: dict[str, Any]) -> transformers.PreTrainedModel:
+    """A converted copy; what it would take from data it takes from the first rows of noise."""
+    model = hf_linattn.convert(model, settings, copy=True)
+    if hf_linattn.needs_calibration(model):
+        hf_linattn.calibrate(model, [{"input_ids": torch.randint(1000, 2000, (1, 512))} for _ in range(4)])
+    return model
+
+
+@torch.inference_mode()
+def speedups(models: dict[str, transformers.PreTrainedModel], inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Name -> times as fast as the model called "softmax": medians of processor time, measured in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(6):
+        for name, model in models.items():
+            start = time.process_time()
+            model(**inputs)
+            if turn:  # the first turn warms up
+                seconds[name].append(time.process_time() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: round(medians["softmax"] / value, 3) for name, value in medians.items()}
+
+
+def measure() -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"lengths": {}}
+    kinds = hf_linattn.list_kinds()
+    for tokens in LENGTHS:
+        stock = bert(tokens)
+        models = {"softmax": stock, **{kind: converted(stock, {"kind": kind}) for kind in kinds}}
+        models |= {f"{kind}, 64 slots": converted(stock, {"kind": kind, **SMALL[kind]}) for kind in kinds}
+        ids = torch.randint(1000, 2000, (max(1, TOKENS_OF_A_BATCH // tokens), tokens))
+        found["lengths"][tokens] = speedups(models, {"input_ids": ids})
+        typer.echo(f"{tokens} tokens: {found['lengths'][tokens]}")
+    stock = vit()
+    models = {"softmax": stock, **{kind: converted(stock, {"kind": kind}) for kind in kinds}}
+    found["vit"] = speedups(models, {"pixel_values": torch.randn(4, 3, IMAGE, IMAGE)})
+    typer.echo(f"ViT, 197 tokens: {found['vit']}")
+    rows = json.loads(FIDELITY.read_text(encoding="utf-8"))["results"]
+    stock = bert(LONG)
+    models = {"softmax": stock, **{name: converted(stock, rows[name]["settings"]) for name in POINTS}}
+    found["long"] = speedups(models, {"input_ids": torch.randint(1000, 2000, (1, LONG))})
+    typer.echo(f"{LONG} tokens: {found['long']}")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"machine": platform.processor() or platform.machine(), "threads": 1, "versions": versions, **found}
+
+
+def draw() -> None:
+    """Fidelity at 512 tokens over the speed of the whole model at 4096."""
+    speeds = json.loads(TIMES.read_text(encoding="utf-8"))["long"]
+    rows = json.loads(FIDELITY.read_text(encoding="utf-8"))["results"]
+    colours = {"FAVOR+": "tab:blue", "FAVOR#": "tab:orange", "LARA": "tab:green", "EVA": "tab:red"}
+    matplotlib.rcParams.update({"svg.hashsalt": "hf_linattn", "svg.fonttype": "none", "font.size": 9})
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for name, side in POINTS.items():
+        at = speeds[name], rows[name]["cosine"]
+        axes.plot(*at, "o", color=colours[name.split(",")[0].split()[0]])
+        offset, align = ((6, -3), "left") if side == "right" else ((-6, -3), "right")
+        axes.annotate(name, at, offset, textcoords="offset points", ha=align)
+    axes.plot(1, 1, "k*", markersize=10)
+    axes.annotate("softmax", (1, 1), (8, -8), textcoords="offset points")
+    axes.set_xlabel(f"times as fast as softmax: whole MiniLM, {LONG} tokens, one CPU core")
+    axes.set_ylabel("cosine to softmax without training, 512 tokens")
+    axes.set_xlim(0.8, 3.4)
+    axes.grid(alpha=0.3)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def main(draw_only: bool = False) -> None:
+    if not draw_only:
+        TIMES.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    draw()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""Looking into the attention layers of a model: what each is called with, while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .call import Call, decide
+from .families import is_converted
+from .masks import linattn_mask
+from .seams import PreTrainedModel, attention_of, parts_of_config, register_attention, select_attention
+
+# The attention implementation of a model that is looked into.
+OBSERVER = "linattn_observer"
+
+# From an attention module and its call to the output with which the model goes on.
+Show = Callable[[nn.Module, Call], Tensor]
+
+# Attention module -> the kind to decide its calls for, and the callback.
+_observed: dict[nn.Module, tuple[str, Show]] = {}
+
+
+@contextmanager
+def observed_attention(model: PreTrainedModel, show: Show) -> Iterator[None]:
+    """Within the `with` block, the attention layers of a model call `show` in place of their attention.
+
+    Everything is as before afterwards: the attention implementation and the train mode of every part of the model.
+
+    Args:
+        model: Converted, or a stock model with a kind as its attention implementation.
+        show: Called as `show(module, call)`, layer by layer. Returns the output with which the model goes on,
+            `[batch, queries, heads, head_dim]`: as a rule `softmax_output(module, call)` or
+            `linear_output(module, call)` of `interface.py`.
+    """
+    register_attention(OBSERVER, _observe, linattn_mask)
+    modules = list(model.modules())
+    outer = {module: _observed[module] for module in modules if module in _observed}
+    with restored(model):
+        _observed.update(dict.fromkeys(modules, (kind_of(model), show)))
+        try:
+            model.set_attn_implementation(OBSERVER)
+            yield
+        finally:
+            for module in modules:
+                del _observed[module]
+            _observed.update(outer)
+
+
+def _observe(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function behind `OBSERVER`."""
+    kind, show = _observed[module]
+    return show(module, decide(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)), None
+
+
+@contextmanager
+def restored(model: PreTrainedModel) -> Iterator[None]:
+    """Put the attention implementation and train mode of every part of a model back after the block."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    parts = [module for module in modules if isinstance(module, PreTrainedModel)]
+    configs = [config for part in parts for config in parts_of_config(part.config)]
+    implementations = [attention_of(config) for config in configs]
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, implementations, strict=True):
+            select_attention(config, implementation, parts=False)
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """The kind that a model was converted to; of another one, the name of its attention implementation."""
+    config: Any = model.config
+    return str(config.linear_attention["kind"] if is_converted(config) else attention_of(config))

@@ -1,0 +1,109 @@
+"""Inter-block attention from its two parts, attention and a scan, in either implementation.
+
+Every unit of keys is summarised by a state per slot, the states are merged over the units that a block of queries
+reads, and the queries read the merged states. States of all units are as large as `units * slots` keys. They are never
+kept: they are computed again in the backward pass, and for some groups at a time, so that they stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..attention_state import AttentionState
+from ..slot_inputs import SlotInputs
+from .reach import BlockReach
+
+# Elements of the states that are computed at a time (at least those of one group).
+_STATES = {"cpu": 1 << 22}
+_MORE_STATES = 1 << 29
+
+
+class InterBlock(NamedTuple):
+    """The kernels `attend` and `scan` of one implementation, and what is made of them.
+
+    Tensors of `SlotInputs` have one dimension of groups; queries are `[groups, blocks, queries, dim]`, keys `[groups,
+    units, keys, dim]`. A reach is a list of the fields of `BlockReach`.
+    """
+
+    attend_forward: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., Any]
+    scan_forward: Callable[..., tuple[Tensor, Tensor]]
+    scan_backward: Callable[..., tuple[Tensor, Tensor]]
+
+    def forward(self, inputs: SlotInputs, reach: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Output `[groups, blocks, queries, head_dim]` and its log-sum-exp."""
+        output = inputs.value.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1])
+        lse = inputs.key_bias.new_empty(inputs.query.shape[:-1])
+        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+            states, state_lse, _ = self._states(group)
+            merged, merged_lse = self.scan_forward(states, state_lse, group.query.shape[1], BlockReach(*reach))
+            slots, bias = _by_block(group.query_slots, group.query), group.query_slot_bias.unsqueeze(1)
+            output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse + bias, None)
+        return output, lse
+
+    def backward(
+        self,
+        grads: AttentionState,
+        inputs: SlotInputs,
+        results: Sequence[Tensor],
+        needs: Sequence[bool],
+        reach: Sequence[int],
+    ) -> list[Tensor | None]:
+        """Gradients of the eight tensors, where `needs` says so."""
+        found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
+        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+            some = [z[part] for z in (*grads, *results)]
+            of_group = self._backward_of(group, *some, needs, BlockReach(*reach))
+            for total, grad in zip(found, of_group, strict=True):
+                if total is not None and grad is not None:
+                    total[part] = grad
+        return found
+
+    def _states(self, inputs: SlotInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Output and log-sum-exp of every slot and unit, and the log-sum-exp without the bias of the slots."""
+        slots = _by_block(inputs.key_slots, inputs.key)
+        output, lse = self.attend_forward(slots, inputs.key, inputs.value, inputs.key_bias, None)
+        return output, lse + inputs.key_slot_bias.unsqueeze(1), lse
+
+    def _backward_of(
+        self,
+        inputs: SlotInputs,
+        grad_output: Tensor,
+        grad_lse: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        needs: Sequence[bool],
+        reach: BlockReach,
+    ) -> list[Tensor | None]:
+        states, state_lse, plain_lse = self._states(inputs)
+        merged, merged_lse = self.scan_forward(states, state_lse, inputs.query.shape[1], reach)
+        slots, bias = _by_block(inputs.query_slots, inputs.query), inputs.query_slot_bias.unsqueeze(1)
+        key_side = any(needs[3:])
+        wanted = [needs[0], needs[1], key_side, key_side or needs[2]]
+        reading = (grad_output, grad_lse, inputs.query, slots, merged, merged_lse + bias, None, output, lse)
+        query, query_slots, grad_merged, grad_bias = self.attend_backward(*reading, wanted)
+        found = [query, None if query_slots is None else query_slots.sum(1), grad_bias.sum(1) if needs[2] else None]
+        if not key_side:
+            return [*found, None, None, None, None, None]
+        grad_states, grad_state_lse = self.scan_backward(
+            grad_merged, grad_bias, states, state_lse, merged, merged_lse, reach
+        )
+        del reading, merged, grad_merged  # as large as the states
+        slots, wanted = _by_block(inputs.key_slots, inputs.key), [needs[5], needs[3], needs[7], needs[4]]
+        writing = (grad_states, grad_state_lse, slots, inputs.key, inputs.value, inputs.key_bias, None)
+        key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
+        slot_bias = grad_state_lse.sum(1) if needs[6] else None
+        return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
+
+
+def _groups_at_a_time(inputs: SlotInputs) -> int:
+    per_group = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
+    return max(1, _STATES.get(inputs.key.device.type, _MORE_STATES) // per_group)
+
+
+def _by_block(slots: Tensor, tokens: Tensor) -> Tensor:
+    """`[groups, slots, dim]` -> `[groups, blocks, slots, dim]`, for each block (or unit) of `tokens` the same."""
+    return slots.unsqueeze(1).expand(-1, tokens.shape[1], -1, -1)

@@ -1,6 +1,0 @@
-"""All Triton kernels under one name, so that one implementation can stand in for the other."""
-
-from ..attend.triton_launch import attend_backward, attend_forward
-from .triton_kernel import scan_backward, scan_forward
-
-__all__ = ["attend_backward", "attend_forward", "scan_backward", "scan_forward"]

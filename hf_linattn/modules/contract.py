@@ -1,0 +1,97 @@
+"""What passes between an attention layer and those who use it: shapes, tensors, a call, a calibration, a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .config import AttentionConfig
+
+# The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
+CALIBRATED_TOKENS = "calibrated_tokens"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's tensors depend on besides the settings."""
+
+    num_heads: int
+    head_dim: int
+    layer_idx: int = 0
+    is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a layer's state.
+
+    Args:
+        learned: Whether it is a parameter; the others are float32 buffers.
+        draw: First value: float32, on the CPU, the same on every machine and rank.
+        optional: Whether `compute` does without a learned tensor: native mode has none.
+        redraw: Value number n of a buffer that gets a new one every `redraw_interval` training steps; number 0 is the
+            first.
+    """
+
+    shape: tuple[int, ...]
+    learned: bool
+    draw: Callable[[], Tensor]
+    optional: bool = False
+    redraw: Callable[[int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    is_causal: bool
+    grid: tuple[int, int] | None = None
+    training: bool = False
+
+    def options(self, config: AttentionConfig) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        return {
+            "key_mask": self.key_mask,
+            "scaling": self.scaling,
+            "is_causal": self.is_causal,
+            "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
+            "grid": self.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": config.slot_dropout if self.training else 0.0,
+        }
+
+
+class Calibration(Protocol):
+    """Statistics of one layer's queries and keys, gathered batch by batch (`LinearAttention.new_calibration`).
+
+    Knows nothing of processes: `hf_linattn.calibrate` exchanges the states of all ranks and has them merged in rank
+    order, so that every rank ends with the same buffers.
+    """
+
+    def update(self, inputs: AttentionInputs) -> None:
+        """Take in one batch; padding does not count."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been gathered, as tensors whose shapes and dtypes do not depend on the data."""
+
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Replace what has been gathered by the union of several states (this one's among them)."""
+
+    def result(self) -> dict[str, Tensor]:
+        """New values of the layer's buffers. Raises `InputError` if too little has been seen."""
+
+
+class Memory(Protocol):
+    """What a causal layer has seen of sequences that are still growing (`modules.memory.RecurrentMemory`)."""
+
+    def attend(self, layer: Any, inputs: AttentionInputs) -> Tensor:
+        """What the queries of the new tokens read; the tokens are part of the memory afterwards."""
