@@ -1,4 +1,4 @@
-r"""Causal attention through slots in plain torch: one chunk after the other, with the sums over earlier keys as a running state.
+r"""Causal attention through slots in plain torch: chunk after chunk, sums over earlier keys are the prefix state.
 
 Query t reads key n <= t with weight `sum_j exp(a[t, j] + c[j, n])`. With a reference `m_j` for every slot this is a
 product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the state
@@ -189,7 +189,7 @@ def _cut(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys
 
 
 def _ask(inputs: SlotInputs, keys: _Keys) -> _Queries:
-    # References are large where keys are long, and similar: what they have in common is put on last, to the log-sum-exp.
+    # References are large where keys are long, and similar: what they have in common is added last, to the lse.
     common = keys.before.top.amax(1, keepdim=True)
     slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
     features = _query_logits(inputs, keys.part).add_((keys.before.top - common).mT + slot_bias)
