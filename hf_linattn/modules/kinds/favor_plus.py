@@ -20,7 +20,6 @@ from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import recurrence_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
             kernel=config.kernel,
             kernel_epsilon=config.kernel_epsilon,
             chunk_size=config.chunk_size,
-            **recurrence_options(self),
+            **self.recurrence_options(),
         )
 
     @classmethod

@@ -25,9 +25,8 @@ from ...ops.favor.statistics import (
 )
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import recurrence_options
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
 
@@ -83,7 +82,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
-            spec[CALIBRATED_TOKENS] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+            spec[CALIBRATED_TOKENS] = zeros()
         return spec
 
     @classmethod
@@ -119,7 +118,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             scaling=scaling,
             statistics=_stored(state),
             chunk_size=self.config.chunk_size,
-            **recurrence_options(self),
+            **self.recurrence_options(),
         )
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
