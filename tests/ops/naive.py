@@ -1,8 +1,8 @@
 """Slow forms of LARA and EVA with all their options: one row without padding at a time, loops over tokens.
 
 They share no code with the library, whose own `hf_linattn.ops.reference` has all kinds with their default options.
-`x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; functions return `[tokens, dim]`. `per_row` applies
-one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
+`x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; functions return `[tokens, dim]`. `per_row`
+applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
 """
 
 from __future__ import annotations

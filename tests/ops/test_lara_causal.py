@@ -82,7 +82,7 @@ def test_against_the_reference(
         **where,
     )
     shared = {"proposals": proposals, "offset": shifts, "key_mask": MASKS[mask], "window_size": window}
-    assert_same(ours, lara_reference(q, k, v, **shared, **where))
+    assert_same(ours, lara_reference(q, k, v, is_causal=is_causal, **shared, **where))
 
 
 def test_images() -> None:
