@@ -109,6 +109,14 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
 
+    def recurrence_options(self) -> dict[str, Any]:
+        """Arguments of a recurrent form that the shared settings say."""
+        return {
+            "window_size": self.config.window_size or 0,
+            "overlap_window": self.config.overlap_window,
+            "slot_dropout": self.config.slot_dropout if self.training else 0.0,
+        }
+
     def new_calibration(self, stream: int = 0) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
 

@@ -16,11 +16,24 @@ from ..ops.limits import LARGEST_COUNT, LARGEST_FACTOR
 
 C = TypeVar("C", bound="AttentionConfig")
 
+# LARA and EVA: `conventions` bundles the fields in which the published code differs from its own mathematics, or from
+# what suits a pretrained model. Each can be set on its own.
+CONVENTIONS = ("corrected", "published")
+
 
 # -- fields: each says what its value must be (`None` too, if that is its default) ------------------------------------
-def _setting(default: Any, must_be: Callable[[Any], str | None], choices: tuple[str, ...] = ()) -> Any:
-    """A field; `must_be(value)` is `None` if the value is fine, else what it must be."""
-    return dataclasses.field(default=default, metadata={"must_be": must_be, "choices": choices})
+def _setting(
+    default: Any,
+    must_be: Callable[[Any], str | None],
+    choices: tuple[str, ...] = (),
+    conventions: tuple[Any, Any] | None = None,
+) -> Any:
+    """A field; `must_be(value)` is `None` if the value is fine, else what it must be.
+
+    `conventions` are the values that stand for `None` under conventions="corrected" and "published".
+    """
+    metadata = {"must_be": must_be, "choices": choices, "conventions": conventions}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def count(default: Any, *, minimum: int = 1, maximum: int | None = None, words: tuple[Any, ...] = ()) -> Any:
@@ -38,14 +51,19 @@ def count(default: Any, *, minimum: int = 1, maximum: int | None = None, words: 
     return _setting(default, must_be)
 
 
-def choice(default: str | None, allowed: tuple[str, ...]) -> Any:
+def choice(default: str | None, allowed: tuple[str, ...], conventions: tuple[str, str] | None = None) -> Any:
     """A field that holds one of several names."""
-    return _setting(default, lambda value: None if value in allowed else f"one of {list(allowed)}", allowed)
+
+    def must_be(value: Any) -> str | None:
+        return None if value in allowed else f"one of {list(allowed)}"
+
+    return _setting(default, must_be, allowed, conventions)
 
 
-def flag(default: bool | None) -> Any:
+def flag(default: bool | None, conventions: tuple[bool, bool] | None = None) -> Any:
     """A field that holds True or False."""
-    return _setting(default, lambda value: None if isinstance(value, bool) else "True or False")
+    must_be = "True or False"
+    return _setting(default, lambda value: None if isinstance(value, bool) else must_be, conventions=conventions)
 
 
 def number(default: float, must_be: str, largest: float, *, below: bool = False) -> Any:
@@ -105,6 +123,16 @@ class AttentionConfig:
     def sample_noise(self) -> bool | None:
         """Whether training draws new samples in every forward pass."""
         return False
+
+    @property
+    def proposal_map(self) -> str | None:
+        """Learned map of what slots are made of; "none" for none."""
+        return "none"
+
+    @property
+    def conventions(self) -> str:
+        """Where the published code departs from its own mathematics: "corrected", or "published" as it is."""
+        return CONVENTIONS[0]
 
     @property
     def is_random(self) -> bool:
@@ -179,7 +207,8 @@ class AttentionConfig:
 
         `modules/defaults.py` has those of the fields that every kind has.
         """
-        return {}
+        fields = [field for field in dataclasses.fields(self) if field.metadata.get("conventions")]
+        return {field.name: field.metadata["conventions"][self.conventions == "published"] for field in fields}
 
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .config import AttentionConfig
@@ -41,6 +42,11 @@ class StateTensor:
     draw: Callable[[], Tensor]
     optional: bool = False
     redraw: Callable[[int], Tensor] | None = None
+
+
+def zeros(*shape: int, learned: bool = False) -> StateTensor:
+    """A tensor that begins with zeros; a learned one is optional, zero being as good as nothing."""
+    return StateTensor(shape, learned=learned, draw=lambda: torch.zeros(shape), optional=learned)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,6 @@ _SHARED: dict[str, dict[str, Any]] = {
     "vision": {"window_size": 4, "num_global_tokens": 1},
 }
 
-# LARA and EVA: `conventions` bundles the fields in which the published code differs from its own mathematics, or from
-# what suits a pretrained model. Each can be set on its own.
-CONVENTIONS = ("corrected", "published")
-
 
 def resolve(config: C, family: str, *, num_global_tokens: int | None = None) -> C:
     """A copy of `config` with every `None` field filled in for the family.

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import LayerShape, StateTensor
+from .base import C, LinearAttention
+from .contract import LayerShape, StateTensor, zeros
 
 ProposalMap = Callable[[Tensor], Tensor]
 PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
@@ -35,34 +36,29 @@ def proposal_spec(proposal_map: str | None, side: str, shape: LayerShape) -> dic
     if proposal_map in ("none", None):
         return {}
     if proposal_map == "residual":
-        size = (heads, dim, dim)
-        return {f"{side}_adapter": _learned(size, torch.zeros, optional=True)}
+        return {f"{side}_adapter": zeros(heads, dim, dim, learned=True)}
     width = heads * dim if proposal_map == "dense_norm" else dim
-    optional = not proposal_map.endswith("_norm")  # without a norm the first map is the identity
     spec = {
-        f"{side}_map_weight": StateTensor(
-            (width, width), learned=True, draw=lambda: torch.eye(width), optional=optional
-        ),
-        f"{side}_map_bias": _learned((width,), torch.zeros, optional=optional),
+        f"{side}_map_weight": StateTensor((width, width), learned=True, draw=lambda: torch.eye(width), optional=True),
+        f"{side}_map_bias": zeros(width, learned=True),
     }
-    if not optional:
-        spec[f"{side}_norm_weight"] = _learned((width,), torch.ones)
-        spec[f"{side}_norm_bias"] = _learned((width,), torch.zeros)
+    if proposal_map != "linear":
+        spec[f"{side}_norm_weight"] = StateTensor((width,), learned=True, draw=lambda: torch.ones(width))
+        spec[f"{side}_norm_bias"] = zeros(width, learned=True)
     return spec
 
 
-def _learned(size: tuple[int, ...], draw: Callable[..., Tensor], *, optional: bool = False) -> StateTensor:
-    return StateTensor(size, learned=True, draw=lambda: draw(size), optional=optional)
+class ProposalAttention(LinearAttention[C]):
+    """What LARA and EVA share: in native mode, which has no parameters, a map must not be more than the identity."""
 
-
-def native_map_refusal(proposal_map: str | None) -> str | None:
-    """Why native mode cannot apply such a map: it has no parameters, and a layer norm is never the identity."""
-    if proposal_map is None or not proposal_map.endswith("_norm"):
-        return None
-    return (
-        f"proposal_map={proposal_map!r} (the default of conventions='published') has parameters, and native mode has"
-        " none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
-    )
+    @classmethod
+    def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
+        if str(config.proposal_map).endswith("_norm"):
+            return (
+                f"proposal_map={config.proposal_map!r} (the default of conventions='published') has parameters, and native"
+                " mode has none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
+            )
+        return super().native_refusal(config, shape, training=training)
 
 
 def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, ProposalMap | None]:

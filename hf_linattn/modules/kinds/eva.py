@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import ConfigError, InputError
@@ -16,35 +15,13 @@ from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.limits import LARGEST_COUNT
-from ..base import LinearAttention
-from ..config import AttentionConfig, choice, count, flag
-from ..contract import AttentionInputs, LayerShape, StateTensor
-from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
+from ...ops.noise import NOISE_SCALES
+from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
+from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
+from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
-
-_CONVENTIONS: dict[str, dict[str, Any]] = {
-    "corrected": {
-        "proposal_map": "residual",
-        "sample_noise": False,
-        "noise_scale": "corrected",
-        "chunking": "exclusive",
-        "weighting": "size",
-        "proposals": "sum",
-        "relative_index": "corrected",
-    },
-    "published": {
-        "proposal_map": "linear_norm",
-        "sample_noise": True,
-        "noise_scale": "published",
-        "chunking": "published",
-        "weighting": "none",
-        "proposals": "mean",
-        "relative_index": "published",
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +65,19 @@ class EvaConfig(AttentionConfig):
     num_chunks: int = count(128)
     chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
     max_chunks: int | None = count(None)
-    proposals: str | None = choice(None, PROPOSALS)
-    weighting: str | None = choice(None, WEIGHTINGS)
-    chunking: str | None = choice(None, CHUNKINGS)
-    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
+    proposals: str | None = choice(None, PROPOSALS, ("sum", "mean"))
+    weighting: str | None = choice(None, WEIGHTINGS, ("size", "none"))
+    chunking: str | None = choice(None, CHUNKINGS, ("exclusive", "published"))
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))
     relative_position: str = choice("none", ("none", "table", "t5"))
-    relative_index: str | None = choice(None, CONVENTIONS)
+    relative_index: str | None = choice(None, CONVENTIONS, CONVENTIONS)
     relative_dims: int | None = count(None, maximum=2)
-    sample_noise: bool | None = flag(None)
-    noise_scale: str | None = choice(None, CONVENTIONS)
+    sample_noise: bool | None = flag(None, (False, True))
+    noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     conventions: str = choice("corrected", CONVENTIONS)
 
     def own_defaults(self, group: str) -> dict[str, Any]:
-        values = {**_CONVENTIONS[self.conventions], "relative_dims": 2 if group == "vision" else 1}
+        values = {**super().own_defaults(group), "relative_dims": 2 if group == "vision" else 1}
         if group == "decoder":
             # A decoder's cache holds no queries, so its proposals come from the keys alone.
             values["proposals"] = "key" if self.conventions == "corrected" else "sum"
@@ -113,7 +90,7 @@ class EvaConfig(AttentionConfig):
         return config
 
 
-class EvaAttention(LinearAttention[EvaConfig]):
+class EvaAttention(ProposalAttention[EvaConfig]):
     """EVA with learned maps of the chunk means."""
 
     kind = "eva"
@@ -151,18 +128,12 @@ class EvaAttention(LinearAttention[EvaConfig]):
             config.fail("relative_dims", "1 in a model of sequences")
 
     @classmethod
-    def native_refusal(cls, config: EvaConfig, shape: LayerShape, *, training: bool) -> str | None:
-        refusal = native_map_refusal(config.proposal_map)
-        return refusal or super().native_refusal(config, shape, training=training)
-
-    @classmethod
     def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
-            size = (shape.num_heads, _table_entries(config, shape.is_causal))
-            spec["relative_table"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
+            spec["relative_table"] = zeros(shape.num_heads, _table_entries(config, shape.is_causal), learned=True)
         return spec
 
     @classmethod

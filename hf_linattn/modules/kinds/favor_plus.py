@@ -12,15 +12,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import FavorFeatureMap, favor_feature_map
-from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
+from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +122,7 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: redrawn directions and the recurrent form of a feature map."""
-
-    def feature_recurrence(self, basis: FavorFeatureMap, scaling: float) -> SlotRecurrence:
-        """The recurrent form of attention with a feature map of the softmax kernel."""
-        return slot_recurrence(
-            self,
-            basis,
-            self.config.num_features,
-            scaling=scaling,
-            chunk_size=self.config.chunk_size,
-            in_half=("cpu", "cuda"),
-        )
+    """What FAVOR+ and FAVOR# share: redrawn directions."""
 
 
 class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
@@ -148,11 +136,16 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, projection = self.config, self.tensors()["projection"]
-        if config.kernel == "softmax":
-            return self.feature_recurrence(favor_feature_map(like(query), projection), scaling)
-        kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-        return slot_recurrence(self, kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
+        config = self.config
+        return favor_recurrence(
+            query,
+            self.tensors()["projection"],
+            scaling=scaling,
+            kernel=config.kernel,
+            kernel_epsilon=config.kernel_epsilon,
+            chunk_size=config.chunk_size,
+            **self.recurrence_options(),
+        )
 
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
 from ...ops.favor.moments import without_rounding
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -25,9 +25,8 @@ from ...ops.favor.statistics import (
 )
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
 
@@ -83,7 +82,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
                 spec[f"statistics_{name}"] = StateTensor(tuple(tensor.shape), learned=False, draw=tensor.clone)
-            spec[CALIBRATED_TOKENS] = StateTensor((), learned=False, draw=lambda: torch.zeros(()))
+            spec[CALIBRATED_TOKENS] = zeros()
         return spec
 
     @classmethod
@@ -113,8 +112,14 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        basis = favor_feature_map(like(query), state["projection"], _stored(state))
-        return self.feature_recurrence(basis, scaling)
+        return favor_recurrence(
+            query,
+            state["projection"],
+            scaling=scaling,
+            statistics=_stored(state),
+            chunk_size=self.config.chunk_size,
+            **self.recurrence_options(),
+        )
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":

@@ -12,40 +12,18 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.lara.attention import lara_attention
-from ...ops.lara.calibrated_proposals import proposal_feature_map, sample_proposals
-from ...ops.lara.importance import WEIGHTINGS
+from ...ops.lara.features import WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ...ops.lara.proposals import sample_proposals
+from ...ops.lara.recurrent import lara_recurrence
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import LinearAttention
-from ..config import AttentionConfig, choice, count, factor, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor
-from ..defaults import CONVENTIONS
-from ..proposals import PROPOSAL_MAPS, native_map_refusal, proposal_maps, proposal_spec
+from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
+from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
-from ..slot_recurrence import like, slot_recurrence
 from .lara_calibration import ProposalCalibration
-
-_CONVENTIONS: dict[str, dict[str, Any]] = {
-    "corrected": {
-        "proposal_map": "residual",
-        "map_stage": "mean",
-        "mixing": "none",
-        "sample_noise": False,
-        "noise_scale": "corrected",
-        "weighting": "balance",
-    },
-    "published": {
-        "proposal_map": "linear_norm",
-        "map_stage": "tokens",
-        "mixing": "none",
-        "sample_noise": True,
-        "noise_scale": "published",
-        "weighting": "optimal",
-        "window_size": 0,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +58,13 @@ class LaraConfig(AttentionConfig):
 
     num_landmarks: int = count(64)
     proposal_source: str | None = choice(None, ("landmarks", "calibrated"))
-    weighting: str | None = choice(None, WEIGHTINGS)
+    weighting: str | None = choice(None, WEIGHTINGS, ("balance", "optimal"))
     alpha_coeff: float = factor(1.0)
-    mixing: str | None = choice(None, MIXINGS)
-    proposal_map: str | None = choice(None, PROPOSAL_MAPS)
-    map_stage: str | None = choice(None, MAP_STAGES)
-    sample_noise: bool | None = flag(None)
-    noise_scale: str | None = choice(None, NOISE_SCALES)
+    mixing: str | None = choice(None, MIXINGS, ("none", "none"))
+    proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))
+    map_stage: str | None = choice(None, MAP_STAGES, ("mean", "tokens"))
+    sample_noise: bool | None = flag(None, (False, True))
+    noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     samples_per_landmark: int | None = count(None)
     antithetic: bool | None = flag(None)
     num_heavy_keys: int = count(0, minimum=0)
@@ -94,9 +72,9 @@ class LaraConfig(AttentionConfig):
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         source = self.proposal_source or ("calibrated" if group == "decoder" else "landmarks")
-        values = {**_CONVENTIONS[self.conventions], "proposal_source": source}
-        if self.conventions == "published" and group == "vision":
-            values["map_stage"] = "mean"
+        values = {**super().own_defaults(group), "proposal_source": source}
+        if self.conventions == "published":
+            values |= {"window_size": 0, **({"map_stage": "mean"} if group == "vision" else {})}
         # Samples of fixed proposals are drawn once, and several are needed; those of landmarks only with noise.
         is_fixed = source == "calibrated"
         return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
@@ -113,7 +91,7 @@ def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
     return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
 
 
-class LaraAttention(LinearAttention[LaraConfig]):
+class LaraAttention(ProposalAttention[LaraConfig]):
     """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
     kind = "lara"
@@ -148,11 +126,6 @@ class LaraAttention(LinearAttention[LaraConfig]):
                 )
 
     @classmethod
-    def native_refusal(cls, config: LaraConfig, shape: LayerShape, *, training: bool) -> str | None:
-        refusal = native_map_refusal(config.proposal_map)
-        return refusal or super().native_refusal(config, shape, training=training)
-
-    @classmethod
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
         if has_calibrated_proposals(config, shape):
@@ -162,8 +135,7 @@ class LaraAttention(LinearAttention[LaraConfig]):
                 spec |= proposal_spec(config.proposal_map, side, shape)
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
-            size = (shape.num_heads,)
-            spec["mass_offset"] = StateTensor(size, learned=True, draw=lambda: torch.zeros(size), optional=True)
+            spec["mass_offset"] = zeros(shape.num_heads, learned=True)
         return spec
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
@@ -171,9 +143,9 @@ class LaraAttention(LinearAttention[LaraConfig]):
         proposals = sample_proposals(
             state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
         )
-        offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
-        basis = proposal_feature_map(like(query), proposals, offset)
-        return slot_recurrence(self, basis, basis.samples.shape[-2], scaling=scaling)
+        return lara_recurrence(
+            query, proposals, scaling=scaling, offset=state.get("mass_offset"), **self.recurrence_options()
+        )
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
@@ -227,11 +199,11 @@ def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTe
     rows = count * (config.samples_per_landmark or 1)
     seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
     return {
-        "centroids": StateTensor((heads, count, dim), learned=False, draw=lambda: torch.zeros(heads, count, dim)),
+        "centroids": zeros(heads, count, dim),
         "proposal_noise": StateTensor(
             (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
         ),
-        CALIBRATED_TOKENS: StateTensor((), learned=False, draw=lambda: torch.zeros(())),
+        CALIBRATED_TOKENS: zeros(),
     }
 
 
