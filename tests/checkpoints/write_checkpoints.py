@@ -1,6 +1,6 @@
 """Writes the checkpoints of this folder: run it with the version of the library that they are to be of.
 
-    PYTHONPATH=<checkout of that version> python tests/checkpoints/write_checkpoints.py <folder>
+PYTHONPATH=<checkout of that version> python tests/checkpoints/write_checkpoints.py <folder>
 """
 
 from __future__ import annotations
