@@ -35,26 +35,19 @@ def load(path: Path | None = None) -> tuple[Any, Any]:
     return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
-def reviews(tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of sentences of film reviews (SST-2), as text to calibrate on that is not the text measured on."""
-    sentences = pyarrow.parquet.read_table(SENTENCES)["sentence"].to_pylist()
-    return _cut(tokenizer, [" ".join(sentences)], length)
+def reviews() -> str:
+    """Film reviews (SST-2), as text to calibrate on that is not the text measured on."""
+    return " ".join(pyarrow.parquet.read_table(SENTENCES)["sentence"].to_pylist())
 
 
-def rows(tokenizer: Any, files: Iterable[Path], length: int, most: int | None = None) -> list[dict[str, torch.Tensor]]:
+def rows(tokenizer: Any, texts: Iterable[str], length: int) -> list[dict[str, torch.Tensor]]:
     """Consecutive full rows of `length` tokens ([CLS] and [SEP] included) of the texts, one per batch."""
-    batches = _cut(tokenizer, [file.read_text(encoding="utf-8") for file in files], length)
-    if not batches:
-        raise SystemExit(f"error: no text is {length} tokens long: {[str(file) for file in files]}.")
-    return batches[:most]
-
-
-def _cut(tokenizer: Any, texts: Iterable[str], length: int) -> list[dict[str, torch.Tensor]]:
-    batches = []
+    batches, body = [], length - 2
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = length - 2
         for start in range(0, len(ids) - body + 1, body):
             row = [tokenizer.cls_token_id, *ids[start : start + body], tokenizer.sep_token_id]
             batches.append({"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, length).long()})
+    if not batches:
+        sys.exit(f"error: no text is {length} tokens long.")
     return batches

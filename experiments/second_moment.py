@@ -16,10 +16,11 @@ import minilm
 import torch
 import typer
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_linattn.bench.report import markdown_table
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, favor_statistics
 from hf_linattn.ops.favor.variance import mean_log_second_moment
 
@@ -27,7 +28,7 @@ PROBE = "linattn_second_moment_probe"
 
 
 @torch.no_grad()
-def queries_and_keys(model_name: str, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
+def queries_and_keys(model_name: Path | None, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
     """Query, key and scaling of every attention layer, for the first `tokens` tokens of the text."""
     found: list[tuple[Tensor, Tensor, float]] = []
 
@@ -38,44 +39,37 @@ def queries_and_keys(model_name: str, text: str, tokens: int) -> list[tuple[Tens
 
     AttentionInterface.register(PROBE, probe)
     AttentionMaskInterface.register(PROBE, sdpa_mask)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModel.from_pretrained(model_name, dtype=torch.float32, attn_implementation=PROBE).eval()
-    inputs = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt")
-    model(**inputs)
+    model, tokenizer = minilm.load(model_name)
+    model.set_attn_implementation(PROBE)
+    model(**tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt"))
     return found
 
 
 def measure(layers: list[tuple[Tensor, Tensor, float]]) -> dict[str, list[float]]:
     """Rows of the table: the mean log second moment per layer."""
-    choices: list[tuple[str, str | None, bool]] = [("favor+", None, False)]
-    choices += [
-        (name + (" + centring" if centring else ""), name, centring)
-        for name in FAVOR_VARIANTS
-        for centring in (False, True)
-    ]
-    rows: dict[str, list[float]] = {}
-    for name, variant, centring in choices:
-        for query, key, scaling in layers:
-            chosen = variant and favor_statistics(query, key, scaling=scaling, variant=variant, centring=centring)
-            moment = mean_log_second_moment(query, key, chosen or None, scaling=scaling)
-            rows.setdefault(name, []).append(float(moment.mean()))
+    rows = {"favor+": [float(mean_log_second_moment(q, k, None, scaling=s).mean()) for q, k, s in layers]}
+    for variant in FAVOR_VARIANTS:
+        for centring in (False, True):
+            values = rows.setdefault(variant + (" + centring" if centring else ""), [])
+            for query, key, scaling in layers:
+                found = favor_statistics(query, key, scaling=scaling, variant=variant, centring=centring)
+                values.append(float(mean_log_second_moment(query, key, found, scaling=scaling).mean()))
     return rows
 
 
 def main(
     text_file: Annotated[Path, typer.Argument(help="Any plain text, long enough for --tokens", exists=True)],
-    model: Annotated[str | None, typer.Option(help="Name or folder of a model (default: MiniLM-L6)")] = None,
+    model: Annotated[Path | None, typer.Option(help="Name or folder of a model (default: MiniLM-L6)")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use")] = 512,
 ) -> None:
     """Mean log relative second moment of the kernel estimate, per layer and variant, as a Markdown table."""
-    layers = queries_and_keys(model or str(minilm.weights()), text_file.read_text(encoding="utf-8"), tokens)
+    layers = queries_and_keys(model, text_file.read_text(encoding="utf-8"), tokens)
     typer.echo(f"{layers[0][0].shape[2]} tokens of {text_file.name}; nats, per layer; last column: least gain\n")
-    typer.echo("| kind | " + " | ".join(f"layer {i}" for i in range(len(layers))) + " | over favor+ |")
-    typer.echo("|---|" + "---:|" * (len(layers) + 1))
-    rows = measure(layers)
+    rows, lines = measure(layers), []
     for name, values in rows.items():
         gain = min(base - value for base, value in zip(rows["favor+"], values, strict=True))
-        typer.echo(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {gain:.1f} |")
+        lines.append([name, *(f"{value:.1f}" for value in (*values, gain))])
+    typer.echo(markdown_table((["kind", *(f"layer {i}" for i in range(len(layers))), "over favor+"], lines)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python experiments/stream.py --kind favor_plus                   # 100000 tokens, scored in pieces of 512
     python experiments/stream.py --kind lara --generate 5000         # and then 5000 tokens one by one
     python experiments/stream.py --kind eva                          # summaries grow; eva-bounded does not
-    python experiments/stream.py --kind softmax                      # for comparison
     python experiments/stream.py --kind favor_sharp --model gpt2-checkpoint --text book.txt
 
 The exit status is 1 if a kind with a constant state grew: its resident memory between a tenth of the stream and its
@@ -13,7 +12,6 @@ that gives large blocks back at once, so that resident memory is what is held.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -27,60 +25,37 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-import hf_linattn
-from hf_linattn.bench.environment import describe
+from hf_linattn.bench.environment import write_experiment
 from hf_linattn.bench.generation import held_bytes
-from hf_linattn.bench.memory import CHILD_ENVIRONMENT, RESET, STATUS
+from hf_linattn.bench.memory import CHILD_ENVIRONMENT, high_water_bytes, reset_high_water, resident_bytes
+from hf_linattn.bench.report import rich_table
 from hf_linattn.integrations.seams import cache_argument
 
-SOFTMAX = "softmax"
 MIB = 2**20
-ROWS = 12  # of a table
-console = Console(width=None if sys.stdout.isatty() else 140)
+SHOWN = 12  # lines of a table
+PARTS = ("scored in pieces", "token by token")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """State of the process after some tokens.
-
-    Args:
-        tokens: Read so far.
-        resident, peak: Bytes of resident memory now, and at most since the last sample.
-        cache: Bytes of all layers' states.
-        seconds: Since the last sample.
-        loss: Mean loss of the tokens since the last sample; `None` for tokens that were generated.
-    """
+    """The process after some tokens: bytes held now, at most since the last sample, and by the cache's layers."""
 
     tokens: int
     resident: int
     peak: int
     cache: int
     seconds: float
-    loss: float | None = None
-
-
-def memory(field: str) -> int:
-    """A field of `/proc/self/status` in bytes."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+    loss: float | None = None  # mean of the tokens since the last sample; `None` for tokens that were generated
 
 
 def observe(model: Any, cache: Any, tokens: int, start: float, loss: float | None = None) -> Sample:
     """A sample; the high-water mark starts anew."""
-    found = Sample(
-        tokens,
-        memory("VmRSS"),
-        memory("VmHWM"),
-        held_bytes(*cache.layers, model=model),
-        time.perf_counter() - start,
-        loss,
-    )
-    RESET.write_text("5")
+    held = held_bytes(*cache.layers, model=model)
+    found = Sample(tokens, resident_bytes(), high_water_bytes(), held, time.perf_counter() - start, loss)
+    reset_high_water()
     return found
 
 
@@ -89,19 +64,17 @@ def score(model: Any, cache: Any, ids: Tensor, piece: int) -> list[Sample]:
     """Read a stream `[tokens]` piece by piece; every token but the first has a loss."""
     samples: list[Sample] = []
     given = {cache_argument(model): cache}
-    last: Tensor | None = None  # logits of the last token read, which predict the next piece's first
-    read = 0
-    RESET.write_text("5")
+    last = torch.empty(0, model.config.vocab_size)  # logits that predict the next piece's first token
+    reset_high_water()
     for part in ids.split(piece):
         start = time.perf_counter()
-        logits = model(input_ids=part[None], use_cache=True, **given).logits[0]
-        before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
-        wanted = part[1:] if last is None else part
-        loss = float(torch.nn.functional.cross_entropy(before.float(), wanted)) if len(wanted) else None
+        logits = torch.cat([last, model(input_ids=part[None], use_cache=True, **given).logits[0]])
+        wanted = part[len(part) + 1 - len(logits) :]
+        loss = float(cross_entropy(logits[:-1].float(), wanted)) if len(wanted) else None
         last = logits[-1:].clone()
-        read += len(part)
-        del logits, before
-        samples.append(observe(model, cache, read, start, loss))
+        del logits
+        read = samples[-1].tokens if samples else 0
+        samples.append(observe(model, cache, read + len(part), start, loss))
     return samples
 
 
@@ -135,44 +108,30 @@ def growth(samples: list[Sample], start: int, window: int = 1) -> dict[str, int]
         phase = sample.tokens % window
         phases[phase] = max(sample.cache, phases.get(phase, 0))
     grown = [s.cache - phases[s.tokens % window] for s in late if s.tokens % window in phases]
-    return {
-        "resident": round(statistics.median(s.resident for s in late) - statistics.median(s.resident for s in early)),
-        "peak": round(statistics.median(s.peak for s in late) - statistics.median(s.peak for s in early)),
-        "cache": max(grown or [late[-1].cache - early[-1].cache]),
-    }
+    found = {"cache": max(grown or [late[-1].cache - early[-1].cache])}
+    for name in ("resident", "peak"):
+        after, before = (statistics.median(getattr(s, name) for s in side) for side in (late, early))
+        found[name] = round(after - before)
+    return found
 
 
 def failures(kind: str, found: dict[str, int], allow: float) -> list[str]:
     """Why a kind whose state is constant fails, if it does."""
     if kind not in causal_lm.CONSTANT:
         return []
-    wrong = [
-        f"{name} memory grew by {found[name] / MIB:.1f} MiB (allowed: {allow:g})"
-        for name in ("resident", "peak")
-        if found[name] > allow * MIB
-    ]
-    return wrong + ([f"the cache grew by {found['cache']} bytes"] if found["cache"] > 0 else [])
+    limits = {"resident": allow * MIB, "peak": allow * MIB, "cache": 0}
+    return [f"{name} grew by {found[name] / MIB:.3f} MiB" for name, most in limits.items() if found[name] > most]
 
 
-def table(title: str, samples: list[Sample]) -> Table:
-    made = Table(title=title, title_justify="left")
-    for name in ("tokens", "resident MiB", "peak MiB", "cache KiB", "tokens/s", "perplexity"):
-        made.add_column(name, justify="right")
-    step = max(1, -(-len(samples) // ROWS))
-    shown = sorted({0, *range(step - 1, len(samples), step), len(samples) - 1})
-    for index in shown:
+def lines(samples: list[Sample]) -> list[list[str]]:
+    """A table of at most `SHOWN` samples, the first and the last among them."""
+    made, step = [], -(-len(samples) // SHOWN)
+    for index in sorted({0, *range(step - 1, len(samples), step), len(samples) - 1}):
         sample = samples[index]
-        count = sample.tokens - (samples[index - 1].tokens if index else 0)
-        rate = f"{count / sample.seconds:.0f}" if index else ""
+        sizes = [f"{sample.resident / MIB:.1f}", f"{sample.peak / MIB:.1f}", f"{sample.cache / 1024:.0f}"]
+        rate = (sample.tokens - samples[index - 1].tokens) / sample.seconds if index else 0.0
         perplexity = "" if sample.loss is None else f"{torch.tensor(sample.loss).exp():.1f}"
-        made.add_row(
-            str(sample.tokens),
-            f"{sample.resident / MIB:.1f}",
-            f"{sample.peak / MIB:.1f}",
-            f"{sample.cache / 1024:.0f}",
-            rate,
-            perplexity,
-        )
+        made.append([str(sample.tokens), *sizes, f"{rate:.0f}" if index else "", perplexity])
     return made
 
 
@@ -187,7 +146,7 @@ def stream(path: Path | None, text: list[Path], count: int, vocabulary: int) -> 
 
 
 def main(
-    kind: Annotated[str, typer.Option(help=f"{', '.join(causal_lm.KINDS)} or {SOFTMAX}.")] = "favor_plus",
+    kind: Annotated[str, typer.Option(help=f"{', '.join(causal_lm.KINDS)} or softmax.")] = "favor_plus",
     tokens: Annotated[int, typer.Option(min=64, help="Length of the stream.")] = 100_000,
     piece: Annotated[int, typer.Option(min=1, help="Tokens per call.")] = 512,
     generate_tokens: Annotated[int, typer.Option("--generate", min=0, help="Then generate so many, one by one.")] = 0,
@@ -199,43 +158,31 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Read the stream and print what the process held."""
-    if kind not in (*causal_lm.KINDS, SOFTMAX):
-        raise typer.BadParameter(f"--kind must be one of {[*causal_lm.KINDS, SOFTMAX]}; got {kind!r}.")
-    causal_lm.quiet()
-    torch.set_num_threads(1)
+    if kind not in (*causal_lm.KINDS, causal_lm.SOFTMAX):
+        raise typer.BadParameter(f"--kind must be one of {[*causal_lm.KINDS, causal_lm.SOFTMAX]}; got {kind!r}.")
     network = causal_lm.load(model, layers, tokens + generate_tokens)
     ids = stream(model, text or [], tokens, network.config.vocab_size)
-    if kind != SOFTMAX:
-        hf_linattn.convert(network, causal_lm.settings(kind, max_chunks))
-        causal_lm.ready(network, ids[: min(1024, tokens)][None])
-    window = 1 if kind == SOFTMAX else network.config.linear_attention["window_size"]
+    window = 1
+    if kind != causal_lm.SOFTMAX:
+        network = causal_lm.converted(network, kind, ids[: min(1024, tokens)][None], max_chunks)
+        window = network.config.linear_attention["window_size"]
     cache = transformers.DynamicCache(config=network.config)
-    parts = {"scored in pieces": score(network, cache, ids, piece)}
-    start = {"scored in pieces": tokens // 10}
+    parts = {PARTS[0]: score(network, cache, ids, piece)}
     if generate_tokens:
         every = window * max(1, generate_tokens // (40 * window))
-        parts["token by token"] = generate(network, cache, generate_tokens, tokens, every)
-        start["token by token"] = tokens + generate_tokens // 10
-    wrong: list[str] = []
-    found = {name: growth(samples, start[name], window) for name, samples in parts.items()}
+        parts[PARTS[1]] = generate(network, cache, generate_tokens, tokens, every)
+    starts = {PARTS[0]: tokens // 10, PARTS[1]: tokens + generate_tokens // 10}
+    found = {name: growth(samples, starts[name], window) for name, samples in parts.items()}
+    wrong = [f"{name}: {reason}" for name in parts for reason in failures(kind, found[name], allow)]
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    header = ("tokens", "resident MiB", "peak MiB", "cache KiB", "tokens/s", "perplexity")
     for name, samples in parts.items():
-        console.print(table(f"{kind}, {name}", samples))
         grown = ", ".join(f"{what} {number / MIB:+.2f} MiB" for what, number in found[name].items())
-        console.print(f"from {start[name]} tokens to {samples[-1].tokens}: {grown}", highlight=False)
-        wrong += [f"{name}: {reason}" for reason in failures(kind, found[name], allow)]
+        caption = f"from {starts[name]} tokens to {samples[-1].tokens}: {grown}"
+        console.print(rich_table(f"{kind}, {name}", header, lines(samples), caption))
     if out is not None:
-        content = {
-            "schema": 1,
-            "command": " ".join(["experiments/stream.py", *sys.argv[1:]]),
-            **describe(),
-            "kind": kind,
-            "settings": getattr(network.config, "linear_attention", None),
-            "growth": found,
-            "samples": {name: [asdict(sample) for sample in samples] for name, samples in parts.items()},
-            "failures": wrong,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        shown = {name: [asdict(sample) for sample in samples] for name, samples in parts.items()}
+        write_experiment(out, {"kind": kind, "growth": found, "samples": shown, "failures": wrong})
     for reason in wrong:
         console.print(f"[red]{kind}: {reason}[/]")
     raise typer.Exit(1 if wrong else 0)

@@ -9,20 +9,18 @@ cosine between the mean-pooled embeddings of both models. Calibrated rows take t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import minilm
 import torch
-import transformers
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import track
 
 import hf_linattn
 from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig, LaraConfig
+from hf_linattn.bench.environment import write_experiment
+from hf_linattn.bench.report import markdown_table
 
 
 def settings() -> dict[str, Any]:
@@ -83,36 +81,32 @@ def main(
     """Print the table."""
     torch.manual_seed(0)
     bert, tokenizer = minilm.load(model)
-    batches = minilm.rows(tokenizer, text or [minilm.LICENCE], length)
-    other = minilm.rows(tokenizer, calibration_text, length) if calibration_text else minilm.reviews(tokenizer, length)
-    results = {}
     chosen = {name: config for name, config in settings().items() if only.lower() in name.lower()}
     if not chosen or seeds < 1:
         raise typer.BadParameter(f"Nothing to measure: no row contains {only!r}, or --seeds is {seeds}.")
+    read = lambda files: [file.read_text(encoding="utf-8") for file in files]  # noqa: E731
+    batches = minilm.rows(tokenizer, read(text or [minilm.LICENCE]), length)
+    other = minilm.rows(tokenizer, read(calibration_text) if calibration_text else [minilm.reviews()], length)
+    results, lines = {}, []
     for name, config in track(chosen.items(), description="Comparing with softmax"):
-        errors: list[list[float]] = []
-        cosines: list[float] = []
+        reports = []
         for seed in range(seeds):
             converted = hf_linattn.convert(bert, config.replace(seed=seed), copy=True)
             if hf_linattn.needs_calibration(converted):
                 hf_linattn.calibrate(converted, other)
-            report = hf_linattn.compare(converted, batches)
-            errors.append([layer.error for layer in report.layers])
-            cosines.append(report.hidden_cosine)
-        uniform = [layer.uniform_error for layer in report.layers]
-        mean = [sum(column) / seeds for column in zip(*errors, strict=True)]
-        results[name] = {"layer_errors": mean, "cosine": sum(cosines) / seeds, "settings": config.to_dict()}
-    table = ["| attention | error of layers 0 .. | cosine |", "|---|---|---|"]
-    table.append(f"| uniform attention | {' '.join(f'{e:.2f}' for e in uniform)} | |")
-    for name, found in results.items():
-        table.append(f"| {name} | {' '.join(f'{e:.2f}' for e in found['layer_errors'])} | {found['cosine']:.3f} |")
-    console = Console()
-    console.print(Markdown("\n".join(table)))
-    console.print(f"{len(batches)} rows of {length} tokens, {seeds} seed(s)")
+            reports.append(hf_linattn.compare(converted, batches))
+        layers = zip(*(report.layers for report in reports), strict=True)
+        mean = [sum(layer.error for layer in column) / seeds for column in layers]
+        cosine = sum(report.hidden_cosine for report in reports) / seeds
+        results[name] = {"layer_errors": mean, "cosine": cosine, "settings": config.to_dict()}
+        lines.append([name, " ".join(f"{error:.2f}" for error in mean), f"{cosine:.3f}"])
+    uniform = " ".join(f"{layer.uniform_error:.2f}" for layer in reports[0].layers)
+    print(
+        markdown_table((["attention", "error of layers 0 ..", "cosine"], [["uniform attention", uniform, ""], *lines]))
+    )
+    print(f"{len(batches)} rows of {length} tokens, {seeds} seed(s)")
     if out:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        content = {"versions": versions, "rows": len(batches), "length": length, "seeds": seeds, "results": results}
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_experiment(out, {"rows": len(batches), "length": length, "seeds": seeds, "results": results})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 from .kernels.backend import current_backend, set_backend, use_backend
 from .ops.eva.attention import eva_attention
 from .ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
-from .ops.exact import softmax_attention
 from .ops.favor.attention import favor_attention
 from .ops.favor.features import favor_log_features
 from .ops.favor.generalized import generalized_attention
@@ -32,9 +31,10 @@ from .ops.favor.variance import (
     predicted_output_error,
 )
 from .ops.lara.attention import lara_attention
-from .ops.lara.calibrated_proposals import CalibratedProposals, sample_proposals
 from .ops.lara.kmeans import kmeans
+from .ops.lara.proposals import CalibratedProposals, sample_proposals
 from .ops.lara.randomized import randomized_attention
+from .ops.softmax import softmax_attention
 
 __all__ = [
     "CalibratedProposals",

@@ -1,17 +1,21 @@
-"""What a result depends on besides the code: hardware and versions."""
+"""What a result depends on besides the code, and how it is written down."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from .._version import __version__
-from .peers import peer_versions
+
+LIBRARIES = ("torch", "transformers", "numpy", "triton", "performer-pytorch", "flash-linear-attention")
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
@@ -22,15 +26,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "memory_gib": round(_memory() / 2**30, 1),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpu": torch.cuda.get_device_name(device) if is_cuda else None,
             "platform": f"{platform.system()} {platform.machine()}",
         },
         "versions": {
             "python": platform.python_version(),
             "hf_linattn": __version__,
-            **{name: _version(name) for name in ("torch", "transformers", "numpy", "triton")},
-            **peer_versions(),
+            **{name: _version(name) for name in LIBRARIES},
             "cuda": torch.version.cuda if is_cuda else None,
         },
         # How PyTorch computes on this processor: the widest instructions it uses.
@@ -38,25 +41,26 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    known = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in known.open() if line.startswith("model name")]
+        if known.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_experiment(path: Path, content: dict[str, Any]) -> None:
+    """Write the result of an experiment with the command, the hardware and the versions that made it."""
+    head = {"schema": 1, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, **describe(), **content}, indent=1) + "\n", encoding="utf-8")
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)

@@ -3,179 +3,136 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
+import gc
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, PreTrainedModel
 
-from ..conversion import calibrate, convert, extend_positions, needs_calibration
+from ..conversion import extend_positions
 from ..errors import ConfigError
 from ..integrations.families import get_family
 from ..integrations.seams import cache_argument
 from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
-from .attention import Plan, Report
-from .cases import DTYPES, Workload
-from .measure import explain
-from .models import CALIBRATION_TOKENS, _quiet, _sharing_copy
+from ..modules.registry import get_kind
+from .models import converted, quiet
+from .plan import Plan, Report
 from .results import Row, with_ratios
+from .timing import explain
+from .workload import DTYPES, Workload
 
-LENGTHS = (1024, 4096, 16384, 65536)
+CONTEXTS = (1024, 4096, 16384, 65536)
+LAYERS = 4
 VOCABULARY = 4096  # so that the head's share of a small model is about what it is in GPT-2
 WINDOWS = 2  # a timed run of steps is so many windows: what is done once per window is in it as often as it should be
 SOFTMAX_STEPS = 16  # of a timed run of softmax, every step of which does the same
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """What `run_generation` takes beside a `Plan`.
-
-    Args:
-        layers: Of the model with random weights.
-        path: A GPT-2 checkpoint to use instead; positions that it does not have are added.
-        max_chunks: Also run EVA with at most so many summaries; `None` for not.
-        piece: Tokens per call while the cache is filled.
-    """
-
-    layers: int = 4
-    path: str | None = None
-    max_chunks: int | None = 64
-    piece: int = 2048
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "piece", "max_chunks"):
-            value = getattr(self, name)
-            if not (name == "max_chunks" and value is None) and value < 1:
-                raise ConfigError(f"{name} must be an integer >= 1; got {value!r}.")
-
-
 @dataclass
 class _Case:
-    """One attention behind one context.
-
-    Args:
-        cache: Filled with the context; every round works on a copy.
-        rounds: Mean seconds per step of each round.
-        steps: Seconds of every timed step.
-    """
+    """One attention behind one context. `cache` is filled with it; every round works on a copy."""
 
     row: Row
     model: PreTrainedModel
+    steps: int
     cache: Any = None
-    rounds: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)  # seconds per step of each round
 
 
-def run_generation(
-    plan: Plan,
-    decoder: Decoder,
-    *,
-    windows: tuple[int | None, ...] = (None,),
-    report: Report = lambda _: None,
-) -> Iterator[list[Row]]:
-    """Time single-token steps of a GPT-2 behind contexts of all lengths.
+def run_generation(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
+    """Time single-token steps of a GPT-2 behind contexts of all lengths. Yields the rows of one length at a time.
 
     A round goes through all kinds and, within a kind, through all lengths (every other round backwards), so that
     whatever else the machine does meets all of them. A timed run is two windows of steps (of softmax, which has
     none, at most 16 steps) on a copy of the filled cache; its mean is the round's sample, and a row has the median of
     the samples.
 
-    Args:
-        plan: Lengths (of the context), kinds, dtypes, batch, heads, head_dim, options, device and seconds.
-        windows: Window sizes; `None` is the default of the model family.
-    Yields: The rows of one dtype at a time.
+    Raises: `ConfigError` if `plan.checkpoint` is not a GPT-2.
     """
     for dtype in plan.dtypes:
-        with _quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             torch.manual_seed(0)
-            configs = _configs(plan, decoder, windows)
-            steps = WINDOWS * max((_window(config) for config in configs.values()), default=1)
-            model = _model(plan, decoder, dtype, max(plan.lengths) + steps)
-            sizes = model.config
-            name = Path(decoder.path).name if decoder.path else f"gpt2 ({sizes.n_layer} layers)"
-            ids = torch.randint(sizes.vocab_size, (plan.batch, max(plan.lengths) + steps)).to(plan.device)
-            cases: list[_Case] = []
-            for title, config in {"sdpa": None, **configs}.items():
-                made, reason = model, ""
-                if config is not None:
-                    try:
-                        made = converted(model, config, ids)
-                    except Exception as error:
-                        reason = explain(error)
-                for tokens in sorted(set(plan.lengths)):
-                    report(f"{title}, {dtype}: reading {tokens} tokens")
-                    work = Workload(
-                        tokens, plan.batch, sizes.n_head, sizes.n_embd // sizes.n_head, True, dtype, device=plan.device
-                    )
-                    group, settings = ("linear", config.to_dict()) if config else ("softmax", None)
-                    row = Row("generation", title, group, work, name, reason=reason, settings=settings)
-                    cases.append(_prepared(_Case(row, made), ids, steps, plan, decoder))
-            _race([case for case in cases if not case.row.reason], ids, steps, plan.seconds, report)
-            rows = [_finished(case) for case in cases]
+            cases, ids = _cases(plan, dtype, report)
+            _time_in_turns(cases, ids, plan.seconds, report)
+        rows = [_finished(case) for case in cases]
         for tokens in sorted(set(plan.lengths)):
             yield with_ratios([row for row in rows if row.work.tokens == tokens])
 
 
+def _finished(case: _Case) -> Row:
+    if case.row.reason or not case.means:
+        return case.row
+    mean = statistics.median(case.means)
+    return replace(case.row, mean=mean, minimum=min(case.means), samples=len(case.means))
+
+
 # -- models -----------------------------------------------------------------------------------------------------------
-def _configs(plan: Plan, decoder: Decoder, windows: tuple[int | None, ...]) -> dict[str, AttentionConfig]:
+def _cases(plan: Plan, dtype: str, report: Report) -> tuple[list[_Case], Tensor]:
+    """Every attention behind every context, with filled caches or the reason why not; and the tokens they read."""
+    configs = _configs(plan)
+    steps = WINDOWS * max((resolve(config, "gpt2").window_size or 1 for config in configs.values()), default=1)
+    model = _model(plan, dtype, max(plan.lengths) + steps)
+    sizes = model.config
+    heads, width = sizes.n_head, sizes.n_embd
+    title = Path(plan.checkpoint).name if plan.checkpoint else f"gpt2 ({sizes.n_layer} layers)"
+    ids = torch.randint(sizes.vocab_size, (plan.batch, max(plan.lengths) + steps)).to(plan.device)
+    cases = []
+    for name, config in {"sdpa": None, **configs}.items():
+        made, reason = model, ""
+        if config is not None:
+            try:
+                made = converted(model, config, ids).eval()
+            except Exception as error:
+                reason = explain(error)
+        for tokens in sorted(set(plan.lengths)):
+            report(f"{name}, {dtype}: reading {tokens} tokens")
+            work = Workload(tokens, plan.batch, heads, width // heads, True, dtype, device=plan.device)
+            group, settings = ("linear", config.to_dict()) if config else ("softmax", None)
+            row = Row("generation", name, group, work, title, reason=reason, settings=settings)
+            cases.append(_Case(row, made, steps if config else min(steps, SOFTMAX_STEPS)))
+            if not reason:
+                _fill(cases[-1], ids, steps // WINDOWS, plan)
+    return cases, ids
+
+
+def _configs(plan: Plan) -> dict[str, AttentionConfig]:
     """Settings of every row that is not softmax, by its name."""
     found: dict[str, AttentionConfig] = {}
-    for window in windows:
-        options = replace(plan.options, window_size=window)
-        suffix = "" if window is None else f", window {window}"
-        for kind in plan.kinds:
-            config = options.config(kind)
-            found[f"{kind}{suffix}"] = config
-            if kind == "eva" and decoder.max_chunks is not None:
-                bounded = config.replace(max_chunks=decoder.max_chunks)
-                found[f"{kind}{suffix}, at most {decoder.max_chunks} chunks"] = bounded
+    for contender in plan.kind_contenders():
+        config = contender.config
+        assert config is not None
+        found[contender.name] = config
+        kind = get_kind(config.kind)
+        if plan.max_chunks and kind.bound_field:
+            name = f"{contender.name}, at most {plan.max_chunks} {kind.size_word}"
+            found[name] = config.replace(**{kind.bound_field: plan.max_chunks})
     return found
 
 
-def _window(config: AttentionConfig) -> int:
-    """Steps after which what a decoder does repeats itself; 1 without a window."""
-    return resolve(config, "gpt2").window_size or 1
-
-
-def _model(plan: Plan, decoder: Decoder, dtype: str, positions: int) -> PreTrainedModel:
+def _model(plan: Plan, dtype: str, positions: int) -> PreTrainedModel:
     """A stock GPT-2 with at least so many positions."""
-    if decoder.path is None:
-        config = GPT2Config(
-            n_layer=decoder.layers,
-            n_embd=plan.heads * plan.head_dim,
-            n_head=plan.heads,
-            n_positions=positions,
-            vocab_size=VOCABULARY,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    if plan.checkpoint is None:
+        sizes = {"n_embd": plan.heads * plan.head_dim, "n_head": plan.heads, "n_layer": plan.layers or LAYERS}
+        config = GPT2Config(**sizes, n_positions=positions, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     else:
-        model = AutoModelForCausalLM.from_pretrained(decoder.path, attn_implementation="sdpa")
-        if get_family(model.config).name != "gpt2" or model.config.model_type != "gpt2":
-            raise ConfigError(
-                f"The checkpoint must be a stock GPT-2; got model_type {model.config.model_type!r} in {decoder.path}."
-            )
+        model = AutoModelForCausalLM.from_pretrained(plan.checkpoint, attn_implementation="sdpa")
+        found = model.config.model_type
+        if found != "gpt2" or get_family(model.config).name != "gpt2":
+            raise ConfigError(f"The checkpoint must be a stock GPT-2; got model_type {found!r} in {plan.checkpoint}.")
         if model.config.n_positions < positions:
             extend_positions(model, positions)
     return model.to(plan.device, DTYPES[dtype]).eval()
-
-
-def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor) -> PreTrainedModel:
-    """A copy of a model around the same weights, converted and, if it has to be, calibrated on the tokens given."""
-    made = convert(_sharing_copy(model), config).to(ids.device)
-    if needs_calibration(made):
-        calibrate(made, [{"input_ids": ids[:, :CALIBRATION_TOKENS]}])
-    return made.eval()
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
@@ -202,10 +159,9 @@ def fill_at_random(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def held_bytes(*things: Any, model: nn.Module | None = None) -> int:
-    """Bytes of all tensors that can be reached from the things given, memory that several of them share once.
+    """Bytes of all tensors that can be reached from the things given; memory that several of them share counts once.
 
-    Reached are attributes, dataclass fields and the members of tuples, lists and dictionaries, but not modules. What
-    `model` holds itself does not count.
+    Modules and functions are not entered. What `model` holds itself does not count.
     """
     own = () if model is None else (*model.parameters(), *model.buffers())
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -214,62 +170,59 @@ def held_bytes(*things: Any, model: nn.Module | None = None) -> int:
     waiting = list(things)
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, (nn.Module, type, str, bytes)):
+        if id(thing) in seen or isinstance(thing, (nn.Module, type, types.ModuleType, types.FunctionType)):
             continue
         seen[id(thing)] = thing
         if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(thing, Mapping):
-            waiting += thing.values()
-        elif isinstance(thing, (tuple, list, set, frozenset)):
-            waiting += thing
-        elif dataclasses.is_dataclass(thing):
-            waiting += [getattr(thing, entry.name) for entry in dataclasses.fields(thing)]
-        if not isinstance(thing, Tensor):
-            waiting += getattr(thing, "__dict__", {}).values()
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        else:
+            waiting += gc.get_referents(thing)
     return sum(size for place, size in storages.items() if place not in known)
 
 
-# -- time -------------------------------------------------------------------------------------------------------------
-def _prepared(case: _Case, ids: Tensor, steps: int, plan: Plan, decoder: Decoder) -> _Case:
-    """The case with its cache filled and the cache's size known, or with the reason why it cannot run."""
-    tokens = case.row.work.tokens
-    limit = plan.max_softmax_length
-    if case.row.group == "softmax" and limit is not None and tokens > limit:
-        case.row = replace(case.row, reason=f"longer than the {limit} tokens set for softmax")
-    if case.row.reason:
-        return case
+def _fill(case: _Case, ids: Tensor, steps: int, plan: Plan) -> None:
+    """Fill the case's cache and note its largest size within `steps` steps, or why it cannot run."""
+    tokens, group = case.row.work.tokens, case.row.group
     try:
+        plan.check_length(group, case.row.work)
         read = ids[:, :tokens]
-        is_softmax = case.row.group == "softmax"
-        case.cache = fill_at_random(case.model, read) if is_softmax else fill(case.model, read, decoder.piece)
+        case.cache = fill_at_random(case.model, read) if group == "softmax" else fill(case.model, read, plan.piece)
         cache, most = copy.deepcopy(case.cache), 0
-        for step in range(steps // WINDOWS):
-            _step(case.model, cache, ids, tokens + step)
+        step = _stepper(case.model, cache, ids, tokens)
+        for _ in range(steps):
+            step()
             most = max(most, held_bytes(*cache.layers, model=case.model))
         case.row = replace(case.row, state=most // len(cache.layers))
     except Exception as error:
         case.row, case.cache = replace(case.row, reason=explain(error)), None
-    return case
 
 
-_argument_of = functools.cache(cache_argument)  # not looked up anew in every step that is timed
+# -- time -------------------------------------------------------------------------------------------------------------
+def _stepper(model: PreTrainedModel, cache: Any, ids: Tensor, position: int) -> Callable[[], None]:
+    """What reads one more token at every call."""
+    given, rest = {cache_argument(model): cache}, iter(ids[:, position:].split(1, dim=1))
+
+    def step() -> None:
+        model(input_ids=next(rest), use_cache=True, **given)
+        if ids.is_cuda:
+            torch.cuda.synchronize()  # as it is where the next token depends on this one's logits
+
+    return step
 
 
-def _step(model: PreTrainedModel, cache: Any, ids: Tensor, position: int) -> None:
-    given = {_argument_of(type(model)): cache}  # type: ignore[arg-type]
-    model(input_ids=ids[:, position : position + 1], use_cache=True, **given)
-    if ids.is_cuda:
-        torch.cuda.synchronize()  # as it is where the next token depends on this one's logits
+def _mean_seconds(case: _Case, ids: Tensor) -> float:
+    """Of the steps of one run, on a copy of the cache; a few steps on another copy come before."""
+    start = lambda: _stepper(case.model, copy.deepcopy(case.cache), ids, case.row.work.tokens)  # noqa: E731
+    timer = Timer("step()", setup="step = start()", globals={"start": start}, num_threads=torch.get_num_threads())
+    return timer.timeit(case.steps).mean
 
 
-def _race(cases: list[_Case], ids: Tensor, steps: int, seconds: float, report: Report) -> None:
-    """Time all cases in turns, and write the times into them. A row that is slow takes part in fewer rounds."""
+def _time_in_turns(cases: list[_Case], ids: Tensor, seconds: float, report: Report) -> None:
+    """Time all cases, round by round. A row that is slow takes part in fewer rounds."""
     rows: dict[str, list[_Case]] = {}
     for case in cases:
         rows.setdefault(case.row.name, []).append(case)
-    rounds = {name: MIN_ROUNDS for name in rows}
+    rounds = dict.fromkeys(rows, MIN_ROUNDS)
     for number in range(MAX_ROUNDS):
         for name in [name for name in rows if number < rounds[name]]:
             start = time.perf_counter()
@@ -278,39 +231,9 @@ def _race(cases: list[_Case], ids: Tensor, steps: int, seconds: float, report: R
                     continue
                 report(f"{name}, {case.row.work.dtype}: round {number + 1}, {case.row.work.tokens} tokens")
                 try:
-                    taken = _timed(case, ids, steps)
+                    case.means.append(_mean_seconds(case, ids))
                 except Exception as error:
                     case.row = replace(case.row, reason=explain(error))
-                    continue
-                case.rounds.append(statistics.fmean(taken))
-                case.steps += taken
             if number == 0:
                 took = max(time.perf_counter() - start, 1e-9)
                 rounds[name] = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * len(rows[name]) / took)))
-
-
-def _timed(case: _Case, ids: Tensor, steps: int) -> list[float]:
-    """Seconds of each step on a copy of the cache, after two that do not count."""
-    tokens, taken = case.row.work.tokens, []
-    warm_up = copy.deepcopy(case.cache)
-    for step in range(2):
-        _step(case.model, warm_up, ids, tokens + step)
-    del warm_up
-    cache = copy.deepcopy(case.cache)
-    for step in range(min(steps, SOFTMAX_STEPS) if case.row.group == "softmax" else steps):
-        start = time.perf_counter()
-        _step(case.model, cache, ids, tokens + step)
-        taken.append(time.perf_counter() - start)
-    return taken
-
-
-def _finished(case: _Case) -> Row:
-    if case.row.reason or not case.rounds:
-        return case.row
-    return replace(
-        case.row,
-        mean=statistics.median(case.rounds),
-        median=statistics.median(case.steps),
-        minimum=min(case.rounds),
-        samples=len(case.rounds),
-    )

@@ -1,43 +1,59 @@
 """Peak memory of one step.
 
 On a CPU it is the high-water mark of the process's resident memory over what it held before the step: everything
-counts, also what a library takes without telling PyTorch. Linux can reset that mark between steps (writing 5 to
-`/proc/self/clear_refs`); elsewhere every step needs a process of its own. Both run in a fresh child process, whose
-allocator is told to give large blocks back at once, so that the mark does not remember earlier steps. On CUDA it is
-what PyTorch's allocator counts.
+counts, also what a library takes without telling PyTorch. The steps run in a fresh child process, whose allocator is
+told to give large blocks back at once, so that memory that is free does not count. On CUDA it is what PyTorch's
+allocator counts.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 
-from .cases import Implementation, Unavailable, Workload, make_inputs, make_step
-from .measure import explain
-from .ours import KindOptions, kind_implementation
-from .peers import PEERS, peer_implementations
+from .timing import explain
+from .workload import Contender, Unavailable, Workload, make_inputs, make_step
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc keeps freed blocks below a threshold that grows by itself; fixed, large tensors go back at once.
 CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 WARM_UP_TOKENS = 512
 
 
-def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes held at once during `step`, beyond those held before it. What `step` returns counts.
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
-    Raises: `Unavailable` on a CPU whose system does not tell.
-    """
+
+def reset_high_water() -> None:
+    """Let `high_water_bytes` start anew. Only Linux can; elsewhere longer steps have to come after shorter ones."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def high_water_bytes() -> int:
+    """The most resident memory since the last reset. Raises `Unavailable` where the system does not tell."""
+    if sys.platform == "linux":  # `getrusage` would count what the parent held
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError as error:
+        raise Unavailable("this system does not tell the peak memory of a process") from error
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
+    """Most bytes held at once during `step`, beyond those held before it. What `step` returns counts."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -45,136 +61,65 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         result = step()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    elif can_reset():
-        _trim()
-        RESET.write_text("5")
-        before = _status("VmRSS")
-        result = step()
-        peak = _status("VmHWM") - before
+        peak = torch.cuda.max_memory_allocated()
     else:
-        before = _lifetime_peak()
+        reset_high_water()
+        before = resident_bytes()
         result = step()
-        peak = _lifetime_peak() - before
+        peak = high_water_bytes()
     del result
-    return max(0, peak)
+    return max(0, peak - before)
 
 
-def can_reset() -> bool:
-    """Whether the high-water mark of this process can be set back."""
-    try:
-        RESET.write_text("5")
-        return _status("VmHWM") > 0
-    except (OSError, KeyError, ValueError):
-        return False
-
-
-def _status(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
-    return int(lines[field].split()[0]) * 1024
-
-
-def _lifetime_peak() -> int:
-    try:
-        import resource
-    except ImportError as error:
-        raise Unavailable("this system does not tell the peak memory of a process") from error
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _trim() -> None:
-    """Give free memory back to the system, where the C library can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass
-
-
-# -- in a process of its own ------------------------------------------------------------------------------------------
 def measure_peaks(
-    name: str,
-    kind_options: KindOptions | None,
-    works: Sequence[Workload],
-    *,
-    threads: int = 1,
-    num_features: int = 256,
-    timeout: float = 1800,
+    contender: Contender, works: Sequence[Workload], *, threads: int = 1, timeout: float = 1800
 ) -> Iterator[tuple[Workload, int | None, str]]:
-    """Peak memory of one implementation for several workloads, in child processes.
+    """Peak memory of one contender for several workloads, short ones first, in a child process.
 
     Args:
-        name: A kind, if it has `kind_options`, or the name of a peer's implementation.
-        num_features: Of a peer with random features.
-        timeout: Seconds for one child.
+        timeout: Seconds for one workload.
     Yields: (workload, bytes, ""), or (workload, `None`, the reason).
     """
     if not works:
         return
-    groups = [list(works)] if can_reset() or _is_cuda(works) else [[work] for work in works]
-    for group in groups:
-        request = {
-            "name": name,
-            "options": asdict(kind_options) if kind_options else None,
-            "works": [work.to_dict() for work in group],
-            "threads": threads,
-            "num_features": num_features,
-        }
-        answers, failure = _ask(request, timeout)
-        for index, work in enumerate(group):
-            if index < len(answers):
-                yield work, answers[index]["bytes"], answers[index]["reason"]
-            else:  # the child ended at this one, and never came to the next
-                yield work, None, failure if index == len(answers) else "an earlier length failed"
-
-
-def _is_cuda(works: Sequence[Workload]) -> bool:
-    return any(torch.device(work.device).type == "cuda" for work in works)
-
-
-def _ask(request: dict[str, Any], timeout: float) -> tuple[list[dict[str, Any]], str]:
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
-    threads = str(request["threads"])
-    environment = {**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "hf_linattn.bench.memory", json.dumps(request)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        output, failure = done.stdout, f"the process ended with {done.returncode}" if done.returncode else ""
-        if done.returncode == -9:
-            failure = "out of memory"  # how Linux ends a process that takes too much
-    except subprocess.TimeoutExpired as expired:
-        raw = expired.stdout or b""
-        output, failure = (raw if isinstance(raw, str) else raw.decode()), f"longer than {timeout:.0f} s"
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")], failure or "no answer"
-
-
-def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The child's side: one dictionary per workload."""
-    torch.set_num_threads(request["threads"])
-    works = [Workload(**work) for work in request["works"]]
-    implementation = find(request["name"], request["options"], works[0].device, request["num_features"])
-    warm_up = Workload(**{**works[0].to_dict(), "tokens": min(WARM_UP_TOKENS, works[0].tokens)})
-    for index, work in enumerate([warm_up, *works]):
-        found: dict[str, Any] = {"bytes": None, "reason": ""}
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(contender, list(works), threads, sender), daemon=True)
+    before = dict(os.environ)
+    os.environ.update(CHILD_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
+    child.start()
+    os.environ.clear()
+    os.environ.update(before)
+    sender.close()
+    failure = ""
+    for work in works:
+        if failure:
+            yield work, None, "an earlier length failed"
+            continue
         try:
-            step = make_step(implementation.build(work), make_inputs(work), work)
+            if receiver.poll(timeout):
+                yield work, *receiver.recv()
+                continue
+            failure = f"longer than {timeout:.0f} s"
+        except EOFError:
+            child.join()
+            # Linux ends a process that takes too much memory with signal 9.
+            failure = "out of memory" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
+        yield work, None, failure
+    child.kill()
+    child.join()
+
+
+def _answer(contender: Contender, works: list[Workload], threads: int, answers: Connection) -> None:
+    """The child's side: send (bytes, reason) for every workload."""
+    torch.set_num_threads(threads)
+    warm_up = replace(works[0], tokens=min(WARM_UP_TOKENS, works[0].tokens))
+    for index, work in enumerate([warm_up, *works]):
+        try:
+            step = make_step(contender.build(work), make_inputs(work), work)
             step()  # what is made once, like tables and weights, is not part of a step
-            found["bytes"] = peak_bytes(step, work.device)
+            found = peak_bytes(step, work.device), ""
         except Exception as error:
-            found["reason"] = explain(error)
+            found = None, explain(error)
         if index:
-            yield found
-
-
-def find(name: str, options: dict[str, Any] | None, device: str, num_features: int) -> Implementation:
-    """The implementation behind a name that crossed a process border."""
-    if options is not None:
-        return kind_implementation(name, KindOptions(**options))
-    peers = peer_implementations(PEERS, device, num_features)
-    return next(peer for peer in peers if peer.name == name)
-
-
-if __name__ == "__main__":
-    for line in answer(json.loads(sys.argv[1])):
-        print(json.dumps(line), flush=True)
+            answers.send(found)

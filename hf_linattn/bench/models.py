@@ -8,214 +8,137 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedConfig, PreTrainedModel, ViTConfig
+from torch import Tensor
+from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedModel, ViTConfig
 
 from ..conversion import calibrate, convert, needs_calibration
-from ..errors import ConfigError
+from ..modules.config import AttentionConfig
 from ..modules.registry import get_kind
-from .attention import Plan, Report, settings_of
-from .cases import DTYPES, Unavailable, Workload, choose
-from .measure import explain, time_interleaved
-from .ours import KindOptions
-from .results import Row, timed, with_ratios
+from .plan import Plan, Report, new_row, race
+from .results import Row
+from .workload import DTYPES, Unavailable, Workload, choose
 
 PATCH, CHANNELS = 16, 3
 CALIBRATION_TOKENS = 1024
-FORMS = ("native", "converted")
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A model to measure. `config` makes its config for a number of tokens and of layers."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    is_causal: bool
-    config: Callable[[int, int], PreTrainedConfig]
-
-
-def _minilm(tokens: int, layers: int) -> PreTrainedConfig:
-    return BertConfig(
-        hidden_size=384,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        max_position_embeddings=tokens,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def _bert(tokens: int, layers: int) -> PreTrainedConfig:
-    return BertConfig(
-        num_hidden_layers=layers,
-        max_position_embeddings=tokens,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def _gpt2(tokens: int, layers: int) -> PreTrainedConfig:
-    return GPT2Config(
-        n_layer=layers, n_positions=tokens, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, use_cache=False
-    )
-
-
-def _vit(tokens: int, layers: int) -> PreTrainedConfig:
-    return ViTConfig(
-        num_hidden_layers=layers,
-        image_size=PATCH * side(tokens),
-        patch_size=PATCH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-MODELS = {
-    "minilm": ModelSize(6, 12, 32, False, _minilm),
-    "bert": ModelSize(12, 12, 64, False, _bert),
-    "gpt2": ModelSize(12, 12, 64, True, _gpt2),
-    "vit": ModelSize(12, 12, 64, False, _vit),
+NO_DROPOUT = dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0
+)
+MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 6}
+MODELS: dict[str, tuple[type, dict[str, int]]] = {
+    "minilm": (BertConfig, MINILM),
+    "bert": (BertConfig, {}),
+    "gpt2": (GPT2Config, {}),
+    "vit": (ViTConfig, {}),
 }
 
 
-def side(tokens: int) -> int:
-    """Patches along each side of the square image that has about so many of them."""
-    return max(1, round(math.sqrt(tokens)))
+def run_models(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
+    """Time a forward pass and a training step (no optimizer). Yields the rows of one workload at a time.
+
+    Raises: `ConfigError` for an unknown model.
+    """
+    for name in plan.models:
+        choose("models", name, MODELS)
+    for name, dtype, mode, tokens in product(plan.models, plan.dtypes, plan.modes, sorted(set(plan.lengths))):
+        report(f"{name}, {tokens} tokens, {dtype}, {mode}")
+        with quiet():
+            yield _run_one(plan, name, tokens, dtype, mode)
 
 
-def run_models(
-    plan: Plan,
-    models: tuple[str, ...] = tuple(MODELS),
-    *,
-    layers: int | None = None,
-    windows: tuple[int | None, ...] = (None,),
-    forms: tuple[str, ...] = FORMS,
-    report: Report = lambda _: None,
-) -> Iterator[list[Row]]:
-    """Time a forward pass and a training step (no optimizer) of whole models.
+def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[Row]:
+    torch.manual_seed(0)
+    make_config, sizes = MODELS[name]
+    if plan.layers is not None:
+        sizes = {**sizes, "num_hidden_layers": plan.layers}
+    if name == "vit":
+        side = max(1, round(math.sqrt(tokens)))  # of the square image that has about so many patches
+        tokens, sizes = side**2 + 1, {**sizes, "image_size": PATCH * side, "patch_size": PATCH}  # and [CLS]
+    config: Any = make_config(**NO_DROPOUT, **sizes, max_position_embeddings=tokens)
+    heads, width = config.num_attention_heads, config.hidden_size
+    work = Workload(tokens, plan.batch, heads, width // heads, name == "gpt2", dtype, mode, plan.device)
+    model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
+    batch = _batch(work, config)
+    softmax = Row("models", "sdpa", "softmax", work, name)
+    entries: list[tuple[Row, Callable[[], Any]]] = [(softmax, partial(_softmax_step, plan, model, batch, work))]
+    for contender in plan.kind_contenders():
+        assert contender.config is not None
+        for form in plan.forms:
+            row = new_row("models", replace(contender, name=f"{contender.name}, {form}"), work, name)
+            entries.append((row, partial(_kind_step, form, contender.config, model, batch, work)))
+    return race(entries, plan.seconds)
+
+
+def _softmax_step(
+    plan: Plan, model: PreTrainedModel, batch: dict[str, Tensor], work: Workload
+) -> Callable[[], object]:
+    plan.check_length("softmax", work)
+    return _step(model, batch, work)
+
+
+def _kind_step(
+    form: str, config: AttentionConfig, model: PreTrainedModel, batch: dict[str, Tensor], work: Workload
+) -> Callable[[], object]:
+    if form == "converted":
+        ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
+        return _step(converted(model, config, ids), batch, work)
+    if work.is_causal and not get_kind(config.kind).native_causal:
+        raise Unavailable("a causal layer has to be converted and calibrated")
+    native = _sharing_copy(model)
+    native.config.linear_attention = config.to_dict()
+    native.set_attn_implementation(config.kind)
+    return _step(native, batch, work)
+
+
+def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | None = None) -> PreTrainedModel:
+    """A copy of a model around the same weights, converted.
 
     Args:
-        plan: Lengths, kinds, dtypes, modes, batch, options and limits; its directions and sizes are the models' own.
-        layers: Fewer layers than the model has, to be done sooner.
-        windows: Window sizes; `None` is the default of the model family.
-        forms: Some of `FORMS`: how a kind gets into a model.
-    Yields: The rows of one workload at a time.
-    Raises: `ConfigError` for an unknown model or form, or no layers.
+        ids: Tokens to calibrate on where that has to be: `[rows, tokens]`, cut to what the model has positions for.
     """
-    for form in forms:
-        choose("forms", form, FORMS)
-    if layers is not None and layers < 1:
-        raise ConfigError(f"layers must be an integer >= 1; got {layers!r}.")
-    for name in models:
-        size = MODELS[choose("models", name, MODELS)]
-        for dtype in plan.dtypes:
-            for mode in plan.modes:
-                for tokens in sorted(set(plan.lengths)):
-                    if name == "vit":
-                        tokens = side(tokens) ** 2 + 1  # [CLS]
-                    work = Workload(
-                        tokens, plan.batch, size.heads, size.head_dim, size.is_causal, dtype, mode, plan.device
-                    )
-                    report(f"{name}, {tokens} tokens, {dtype}, {mode}")
-                    yield _run_one(plan, name, work, layers or size.layers, windows, forms)
+    made = convert(_sharing_copy(model), config).to(model.device)
+    if ids is not None and needs_calibration(made):
+        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
+        rows = ids.flatten()[: CALIBRATION_TOKENS // row * row].view(-1, row)
+        calibrate(made, [{"input_ids": rows.to(model.device)}])
+    return made
 
 
-def _run_one(
-    plan: Plan, name: str, work: Workload, layers: int, windows: tuple[int | None, ...], forms: tuple[str, ...]
-) -> list[Row]:
-    limit = plan.max_softmax_length
-    softmax = Row("models", "sdpa", "softmax", work, name)
-    patches = work.tokens - 1 if name == "vit" else work.tokens
-    with _quiet():
-        torch.manual_seed(0)
-        config = MODELS[name].config(patches, layers)
-        model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[work.dtype])
-        batch = _batch(name, work, config)
-        steps: dict[str, Callable[[], object]] = {}
-        rows = {softmax.name: softmax}
-        if limit is not None and work.tokens > limit:
-            rows[softmax.name] = replace(softmax, reason=f"longer than the {limit} tokens set for softmax")
-        else:
-            steps[softmax.name] = _step(model, batch, work)
-        for kind in plan.kinds:
-            for window in windows:
-                options = replace(plan.options, window_size=window)
-                for form in forms:
-                    make = _native if form == "native" else _converted
-                    row = Row("models", _title(kind, window, form), "linear", work, name)
-                    row = replace(row, settings=settings_of(kind, options))
-                    try:
-                        steps[row.name] = _step(make(model, kind, options, work), batch, work)
-                    except Exception as error:
-                        row = replace(row, reason=explain(error))
-                    rows[row.name] = row
-        for key, result in time_interleaved(steps, device=plan.device, seconds=plan.seconds).items():
-            rows[key] = timed(rows[key], result)
-    return with_ratios(list(rows.values()))
+def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _title(kind: str, window: int | None, form: str) -> str:
-    return f"{kind}, {form}" if window is None else f"{kind}, window {window}, {form}"
-
-
-def _batch(name: str, work: Workload, config: Any) -> dict[str, torch.Tensor]:
+def _batch(work: Workload, config: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    if name == "vit":
+    if isinstance(config, ViTConfig):
         size = (work.batch, CHANNELS, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(size, generator=generator).to(work.device, DTYPES[work.dtype])}
     ids = torch.randint(config.vocab_size, (work.batch, work.tokens), generator=generator)
     return {"input_ids": ids.to(work.device)}
 
 
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model around the same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+def _step(model: PreTrainedModel, batch: dict[str, Tensor], work: Workload) -> Callable[[], object]:
+    given = {**batch, **({"use_cache": False} if work.is_causal else {})}
 
-
-def _native(model: PreTrainedModel, kind: str, options: KindOptions, work: Workload) -> PreTrainedModel:
-    if work.is_causal and not get_kind(kind).native_causal:
-        raise Unavailable("a causal layer has to be converted and calibrated")
-    made = _sharing_copy(model)
-    made.config.linear_attention = options.config(kind).to_dict()
-    made.set_attn_implementation(kind)
-    return made
-
-
-def _converted(model: PreTrainedModel, kind: str, options: KindOptions, work: Workload) -> PreTrainedModel:
-    made = convert(_sharing_copy(model), options.config(kind)).to(work.device)
-    if needs_calibration(made):
-        vocabulary, tokens = made.config.vocab_size, min(CALIBRATION_TOKENS, work.tokens)
-        rows = CALIBRATION_TOKENS // tokens  # of short ones more: statistics need a number of tokens
-        ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(1))
-        calibrate(made, [{"input_ids": ids.to(work.device)}])
-    return made
-
-
-def _step(model: PreTrainedModel, batch: dict[str, torch.Tensor], work: Workload) -> Callable[[], object]:
     def forward() -> object:
         with torch.no_grad():
-            return model(**batch).last_hidden_state
+            return model(**given).last_hidden_state
 
     def train() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
-        model(**batch).last_hidden_state.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+        model(**given).last_hidden_state.float().square().mean().backward()
 
-    if not work.is_training:
-        model.eval()
-        return forward
-    model.train()
-    return train
+    model.train(work.is_training)
+    return train if work.is_training else forward
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what conversion has to say about every model: here it would be said hundreds of times."""
     logger = logging.getLogger("hf_linattn")
     level = logger.level

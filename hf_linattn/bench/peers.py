@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.favor.random_features import derive_seed, draw_projection
-from .cases import DTYPES, AttentionCall, Implementation, Unavailable, Workload, choose
-from .ours import layer_for, registered
+from .kinds import layer_for, registered
+from .workload import DTYPES, AttentionCall, Contender, Unavailable, Workload, choose
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,56 +25,33 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# On a CPU there is a flash backend and the composition of products, nothing else.
-CPU_BACKENDS = ("flash", "math")
+CPU_BACKENDS = ("flash", "math")  # a CPU has no others
 PEERS = ("sdpa", "performer-pytorch", "flash-linear-attention")
 GIVEN = "flash-linear-attention, features given"  # its kernel without the time that the features take
-MEMORY_SHARE = 0.5  # of the memory that is free: what an implementation with large matrices may take
+MEMORY_SHARE = 0.5  # of the memory that is free: what a contender with large matrices may take
 
 
-def softmax_implementations(device: str) -> list[Implementation]:
-    """Softmax attention: Transformers' own function, then PyTorch's backends one by one."""
-    names = BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS
-    return [
-        Implementation("sdpa", "softmax", lambda work: registered("sdpa", layer_for(work)), is_quadratic=True),
-        *(Implementation(f"sdpa:{name}", "softmax", _backend(name), is_quadratic=True) for name in names),
-    ]
-
-
-def peer_implementations(names: Sequence[str], device: str, num_features: int) -> list[Implementation]:
-    """The implementations behind names of `PEERS`. Raises `ConfigError` for any other name."""
-    found: list[Implementation] = []
-    for name in names:
-        choose("peers", name, PEERS)
-        if name == "sdpa":
-            found += softmax_implementations(device)
-        elif name == "performer-pytorch":
-            found.append(Implementation(name, "peer", lambda work: _performer(work, num_features)))
-        else:
-            found += [
-                Implementation(name, "peer", lambda work: _flash_linear_attention(work, num_features)),
-                Implementation(GIVEN, "peer", lambda work: _flash_linear_attention(work, num_features, is_given=True)),
-            ]
-    return found
-
-
-def peer_versions() -> dict[str, str]:
-    """Versions of the installed peers; "not installed" for the others."""
-    found = {}
-    for name in PEERS[1:]:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def peer_contenders(names: Sequence[str], device: str, num_features: int) -> list[Contender]:
+    """The contenders behind names of `PEERS`. Raises `ConfigError` for any other name."""
+    backends = BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS
+    found = {
+        "sdpa": [
+            Contender("sdpa", "softmax", _transformers_softmax),
+            *(Contender(f"sdpa:{backend}", "softmax", partial(_softmax, backend)) for backend in backends),
+        ],
+        "performer-pytorch": [Contender("performer-pytorch", "peer", partial(_performer, num_features))],
+        "flash-linear-attention": [
+            Contender("flash-linear-attention", "peer", partial(_flash_linear_attention, num_features, False)),
+            Contender(GIVEN, "peer", partial(_flash_linear_attention, num_features, True)),
+        ],
+    }
+    return [contender for name in names for contender in found[choose("peers", name, PEERS)]]
 
 
 def free_memory(device: str) -> int:
     """Bytes that can still be taken on the device without swapping."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 
@@ -84,28 +61,29 @@ def require_memory(needed: float, device: str) -> None:
         raise Unavailable(f"needs about {needed / 2**30:.1f} GiB")
 
 
-def _backend(name: str) -> Any:
-    def build(work: Workload) -> AttentionCall:
-        if name == "math":
-            # Logits and weights, in training their gradients too; half precision is computed in float32.
-            size = max(4, DTYPES[work.dtype].itemsize) * work.batch * work.heads * float(work.tokens) ** 2
-            require_memory(size * (4 if work.is_training else 3), work.device)
+def _transformers_softmax(work: Workload) -> AttentionCall:
+    return registered("sdpa", layer_for(work))
 
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(BACKENDS[name]):
-                return scaled_dot_product_attention(query, key, value, is_causal=work.is_causal)
 
-        return attention
+def _softmax(backend: str, work: Workload) -> AttentionCall:
+    if backend == "math":
+        # Logits and weights, in training their gradients too; half precision is computed in float32.
+        size = max(4, DTYPES[work.dtype].itemsize) * work.batch * work.heads * float(work.tokens) ** 2
+        require_memory(size * (4 if work.is_training else 3), work.device)
 
-    return build
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(BACKENDS[backend]):
+            return scaled_dot_product_attention(query, key, value, is_causal=work.is_causal)
+
+    return attention
 
 
 def directions(work: Workload, num_features: int) -> Tensor:
-    """`[num_features, head_dim]`: the orthogonal directions that ours draws, those of the first head."""
+    """`[num_features, head_dim]`: the orthogonal directions of FAVOR+'s first head."""
     return draw_projection(work.heads, num_features, work.head_dim, seed=derive_seed(0, 0, "projection"))[0]
 
 
-def _performer(work: Workload, num_features: int) -> AttentionCall:
+def _performer(num_features: int, work: Workload) -> AttentionCall:
     if importlib.util.find_spec("performer_pytorch") is None:
         raise Unavailable("not installed")
     if work.is_causal:
@@ -123,7 +101,7 @@ def _performer(work: Workload, num_features: int) -> AttentionCall:
     return attention.to(work.device).train(work.is_training)
 
 
-def _flash_linear_attention(work: Workload, num_features: int, *, is_given: bool = False) -> AttentionCall:
+def _flash_linear_attention(num_features: int, is_given: bool, work: Workload) -> AttentionCall:
     if importlib.util.find_spec("fla") is None:
         raise Unavailable("not installed")
     if torch.device(work.device).type != "cuda":

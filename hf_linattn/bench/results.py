@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .cases import Workload
-from .measure import Failure, Timing, slope, upper_lengths
+from .workload import Workload
 
 SCHEMA = 1
 BENCHMARKS = ("attention", "memory", "models", "generation")
+UPPER_SPAN = 16  # a slope is over the lengths within this factor of the longest
+Panel = tuple[str, str, bool, str, str]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation at one workload.
+    """One contender at one workload.
 
     Args:
         benchmark: One of `BENCHMARKS`.
-        name, group: Those of the `Implementation`.
+        name, group: Those of the `Contender`.
         model: Which model, in "models" and "generation".
-        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured. In
-            "generation" the median of all steps, and the smallest mean of a run of steps.
-        mean: Mean seconds per step in "generation", where some steps do more than others: the median of such means.
-        samples: How many measurements the median (in "generation" the mean) is of.
-        ratio: Seconds of the fastest softmax attention at the same workload over ours (`cost`): above 1 is faster.
+        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured.
+        mean: Seconds per step in "generation", where some steps do more than others: the median of the rounds' means.
+        samples: How many measurements the median or the mean is of.
+        ratio: Seconds of the fastest softmax attention at the same workload over the row's: above 1 is faster.
         peak: Bytes held at most during a step, in "memory".
         state: Bytes that the cache holds at most per layer, in "generation".
         reason: Why there is no number, if there is none.
@@ -51,31 +53,33 @@ class Row:
     settings: dict[str, Any] | None = None
 
     @property
-    def tokens_per_second(self) -> float | None:
-        if self.benchmark == "generation":
-            return self.work.batch / self.mean if self.mean else None
-        return self.work.batch * self.work.tokens / self.median if self.median else None
+    def cost(self) -> float | None:
+        """Seconds, or bytes in "memory"; `None` if not measured."""
+        return {"memory": self.peak, "generation": self.mean}.get(self.benchmark, self.median)
 
     @property
-    def panel(self) -> tuple[str, str, bool, str, str]:
-        """What rows of one table or plot have in common: everything but the implementation and the length."""
+    def tokens_per_second(self) -> float | None:
+        tokens = self.work.batch * (1 if self.benchmark == "generation" else self.work.tokens)
+        return tokens / self.cost if self.cost else None
+
+    @property
+    def panel(self) -> Panel:
+        """What rows of one table or plot have in common: everything but the contender and the length."""
         return self.benchmark, self.model, self.work.is_causal, self.work.dtype, self.work.mode
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without what is empty."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
-def timed(row: Row, result: Timing | Failure) -> Row:
-    """`row` with what was measured, or why nothing was."""
-    if isinstance(result, Failure):
-        return replace(row, reason=result.reason)
-    return replace(row, median=result.median, minimum=result.minimum, samples=len(result.samples))
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        return cls(**{**values, "work": Workload(**values["work"])})
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
     """Rows of one workload, each with its ratio to the fastest softmax attention among them, if one was measured."""
-    softmax = [seconds for row in rows if row.group == "softmax" and (seconds := cost(row))]
-    if not softmax:
-        return list(rows)
-    best = min(softmax)
-    return [replace(row, ratio=best / seconds) if (seconds := cost(row)) else row for row in rows]
+    best = min((row.cost for row in rows if row.group == "softmax" and row.cost), default=None)
+    return [replace(row, ratio=best / row.cost) if best and row.cost else row for row in rows]
 
 
 @dataclass(frozen=True)
@@ -95,24 +99,24 @@ class Results:
     options: dict[str, Any] = field(default_factory=dict)
     is_complete: bool = True
 
-    def panels(self, benchmark: str | None = None) -> dict[tuple[str, str, bool, str, str], list[Row]]:
+    def panels(self, benchmark: str | None = None) -> dict[Panel, list[Row]]:
         """Rows by table, in the order in which they were measured."""
-        found: dict[tuple[str, str, bool, str, str], list[Row]] = {}
+        found: dict[Panel, list[Row]] = {}
         for row in self.rows:
             if benchmark in (None, row.benchmark):
                 found.setdefault(row.panel, []).append(row)
         return found
 
-    def to_json(self) -> str:
-        content = asdict(self)
-        rows = [{k: v for k, v in row.items() if v not in (None, "")} for row in content.pop("rows")]
-        return json.dumps({"schema": SCHEMA, **content, "rows": rows}, indent=1) + "\n"
+    def write(self, path: Path) -> None:
+        content = {"schema": SCHEMA, **vars(self), "rows": [row.to_dict() for row in self.rows]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_json(cls, text: str) -> Results:
-        """Inverse of `to_json`. Raises `CheckpointError` for another schema or a file of something else."""
+    def read(cls, path: Path) -> Results:
+        """Inverse of `write`. Raises `CheckpointError` for another schema or a file of something else."""
         try:
-            content = json.loads(text)
+            content = json.loads(path.read_text(encoding="utf-8"))
             schema = content.pop("schema")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError("These are not benchmark results: no JSON object with a 'schema'.") from error
@@ -122,22 +126,13 @@ class Results:
                 " version, or read the file with the version that wrote it."
             )
         try:
-            rows = [Row(**{**row, "work": Workload(**row["work"])}) for row in content.pop("rows")]
-            return cls(tuple(rows), **content)
+            return cls(tuple(Row.from_dict(row) for row in content.pop("rows")), **content)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"These benchmark results are incomplete or not of attention: {error}.") from error
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Results:
-        return cls.from_json(path.read_text(encoding="utf-8"))
-
 
 def names(rows: Iterable[Row]) -> list[str]:
-    """Implementations in order of appearance."""
+    """Contenders in order of appearance."""
     return list(dict.fromkeys(row.name for row in rows))
 
 
@@ -145,29 +140,32 @@ def lengths(rows: Iterable[Row]) -> list[int]:
     return sorted({row.work.tokens for row in rows})
 
 
-def cost(row: Row) -> float | None:
-    """Seconds, or bytes in "memory"."""
-    if row.benchmark == "generation":
-        return row.mean
-    return row.peak if row.benchmark == "memory" else row.median
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Exponent p of the power law cost ~ tokens^p: least squares through the logarithms of (tokens, cost).
+
+    Returns: `None` with fewer than two different token counts, or where a cost is not positive.
+    """
+    if len({tokens for tokens, _ in points}) < 2 or any(cost <= 0 or tokens <= 0 for tokens, cost in points):
+        return None
+    xs, ys = ([math.log(value) for value in side] for side in zip(*points, strict=True))
+    return statistics.linear_regression(xs, ys).slope
 
 
 def growth(rows: Sequence[Row], name: str) -> float | None:
-    """Slope of one implementation's cost over the upper lengths of a panel (`upper_lengths`).
+    """Slope of one contender's cost over the upper lengths of a panel: within a factor of 16 of the longest.
 
     `None` if it was not measured at all of them: a slope over other lengths is no comparison.
     """
-    start = upper_lengths(lengths(rows))
+    start = max(lengths(rows)) // UPPER_SPAN
     upper = [row for row in rows if row.name == name and row.work.tokens >= start]
-    points = [(row.work.tokens, value) for row in upper if (value := cost(row))]
+    points = [(row.work.tokens, row.cost) for row in upper if row.cost]
     return slope(points) if len(points) == len(upper) else None
 
 
 def crossover(rows: Sequence[Row], name: str) -> int | None:
-    """The shortest measured length from which on an implementation is at least as fast as the best softmax."""
+    """The shortest measured length from which on a contender is at least as fast as the best softmax."""
     found = None
-    compared = sorted((row for row in rows if row.name == name and row.ratio), key=lambda row: -row.work.tokens)
-    for row in compared:
+    for row in sorted((row for row in rows if row.name == name and row.ratio), key=lambda row: -row.work.tokens):
         if row.ratio is None or row.ratio < 1:
             break
         found = row.work.tokens
@@ -175,14 +173,15 @@ def crossover(rows: Sequence[Row], name: str) -> int | None:
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """What could not be measured and why: one line per implementation and reason, with the lengths if only at some."""
-    found: dict[tuple[str, str], list[int]] = {}
+    """What could not be measured and why: one line per contender and reason, with the lengths if only at some."""
+    found: dict[tuple[str, str], set[int]] = {}
     measured = {row.name for row in rows if not row.reason}
     for row in rows:
         if row.reason:
-            found.setdefault((row.name, row.reason), []).append(row.work.tokens)
-    lines = []
-    for (name, reason), tokens in found.items():
-        where = f" at {', '.join(map(str, sorted(set(tokens))))} tokens" if name in measured else ""
-        lines.append(f"{name}{where}: {reason}")
-    return lines
+            found.setdefault((row.name, row.reason), set()).add(row.work.tokens)
+    return [
+        f"{name} at {', '.join(map(str, sorted(tokens)))} tokens: {reason}"
+        if name in measured
+        else f"{name}: {reason}"
+        for (name, reason), tokens in found.items()
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
@@ -38,6 +39,7 @@ class Call:
         on_softmax: Whether this is a layer of a converted model that conversion left on softmax.
         cache: The cache of a layer that keeps a state of what it has seen.
         grid: Rows and columns of patches, where the model says so.
+        group_size: Heads of the query that share a head of key and value (grouped-query attention).
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Call:
     on_softmax: bool
     cache: RecurrentLayer | None
     grid: tuple[int, int] | None
+    group_size: int
 
 
 def decide(
@@ -83,7 +86,10 @@ def decide(
         mask = new_tokens(mask, query.shape[2], cache.memory)
     check_keywords(kind, module, given)
     is_causal = causality(module, given)
-    queries, keys = known(query.shape[2]), known(key.shape[2])
+    sizes = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
+    if torch.jit.is_tracing():
+        sizes = known(sizes[0]), known(sizes[1]), known(sizes[2]), known(sizes[3])
+    heads, key_heads, queries, keys = sizes
     made = mask
     if isinstance(made, TokenMask):
         asked = given.get("is_causal") is not None  # an encoder may be asked to be causal
@@ -120,8 +126,22 @@ def decide(
         scaling = default_scaling(module, query.shape[-1])
     if queries != keys and not is_causal and not on_softmax:
         _check_prefix(module, config, queries, keys, own_tokens=layer is not None or not is_cross)
-    grid = given.get("grid")
-    return Call(kind, query, key, value, mask, is_causal, is_cross, scaling, dropout, layer, on_softmax, cache, grid)
+    return Call(
+        kind=kind,
+        query=query,
+        key=key,
+        value=value,
+        key_mask=mask,
+        is_causal=is_causal,
+        is_cross=is_cross,
+        scaling=scaling,
+        dropout=dropout,
+        layer=layer,
+        on_softmax=on_softmax,
+        cache=cache,
+        grid=given.get("grid"),
+        group_size=heads // key_heads,
+    )
 
 
 def causality(module: nn.Module, given: Mapping[str, Any]) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.registry import for_each_kind
-from ..ops.tracing import known
 from .attach import convert_otherwise
 from .call import Call, decide
 from .canary import check_model
@@ -117,22 +116,10 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         what only a converted model can keep.
     """
     layer, query, key, value, mask = call.layer, call.query, call.key, call.value, call.key_mask
-    repeats = known(query.shape[1]) // known(key.shape[1])
-    if repeats > 1:  # grouped-query attention: every query head has its own copy of its group's keys and values
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if call.group_size > 1:
+        key, value = (states.repeat_interleave(call.group_size, dim=1) for states in (key, value))
     if layer is None:
-        output = native_attention(
-            call.kind,
-            module,
-            query,
-            key,
-            value,
-            mask,
-            scaling=call.scaling,
-            is_causal=call.is_causal,
-            cross=call.is_cross,
-            grid=call.grid,
-        )
+        output = native_attention(module, call, key, value)
     else:
         if layer.kind != call.kind or layer.shape.is_causal != call.is_causal:
             raise _other_layer(module, layer, call)

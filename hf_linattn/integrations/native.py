@@ -16,6 +16,7 @@ from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
 from .advice import convert_first, converting, cross_settings, instead
+from .call import Call
 from .canary import ask_seams
 from .families import FAMILIES, MODEL_TYPE_PREFIX, family_of
 from .settings import parse_settings, settings_dict
@@ -30,33 +31,20 @@ LEADING_TOKENS = {
 }
 
 
-def native_attention(
-    kind: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    is_causal: bool,
-    cross: bool,
-    grid: tuple[int, int] | None,
-) -> Tensor:
+def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) -> Tensor:
     """Attention of a layer of a stock model, which has no tensors of its own.
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`. mask: `[batch, keys]`, True where a token is real.
-        cross: Whether queries and keys are different sequences.
-        grid: Rows and columns of patches, if the call says so.
+        key, value: `[batch, heads, tokens, head_dim]`, those of the call with a copy for every head.
     Raises: `UnsupportedError` for what the kind, its settings or native mode cannot do; `ConfigError` for settings
         that are those of another kind or impossible.
     """
+    kind, query, mask, is_causal = call.kind, call.query, call.key_mask, call.is_causal
     config: Any = getattr(module, "config", None)
     declared = get_kind(kind)
-    _check_supported(declared, config, is_causal=is_causal, cross=cross)
+    _check_supported(declared, config, is_causal=is_causal, cross=call.is_cross)
     family = family_of(config, is_causal=is_causal)
-    image = image_grid(config, key.shape[2], grid) if family in ("vit", "vision") and not cross else None
+    image = image_grid(config, key.shape[2], call.grid) if family in ("vit", "vision") and not call.is_cross else None
     given = getattr(config, "linear_attention", None)
     if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
         config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
@@ -72,13 +60,13 @@ def native_attention(
         str(query.device),
         module.training,
     )
-    if cross:
+    if call.is_cross:
         _check_cross(settings, config)
         if query.shape[2] == key.shape[2]:
             key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
     grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
     inputs = AttentionInputs(
-        query, key, value, mask, scaling=scaling, is_causal=is_causal, grid=grid, training=module.training
+        query, key, value, mask, scaling=call.scaling, is_causal=is_causal, grid=grid, training=module.training
     )
     return attend_whole(declared.module_cls, settings, dict(state), inputs)
 

@@ -9,6 +9,7 @@ constant, and would answer 0.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -93,6 +94,11 @@ def register_pair(
                 if needed:
                     result[place] = found.pop(0)
             return tuple(result)
+
+    # `torch.compile` counts parameters to see whether the function takes a context.
+    place = inspect.Parameter.POSITIONAL_ONLY
+    names = [argument.split()[-1] for argument in (*arguments, "str backend")]
+    Pair.forward.__signature__ = inspect.Signature([inspect.Parameter(name, place) for name in names])
 
     forward_operator = register(
         f"{name}({', '.join([*tensors, *options, 'str backend'])}) -> ({', '.join(['Tensor'] * len(results))})",

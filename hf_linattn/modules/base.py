@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.recurrent.protocol import Recurrence
-from ..ops.recurrent.slots import Basis, SlotRecurrence
-from ..ops.recurrent.window_tokens import Window
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
@@ -111,25 +109,13 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
 
-    def slot_recurrence(
-        self,
-        basis: Basis,
-        num_slots: int,
-        *,
-        scaling: float,
-        chunk_size: int | None = None,
-        in_half: tuple[str, ...] = (),
-    ) -> SlotRecurrence:
-        """The recurrent form of a layer that reads through slots. Arguments as in `SlotRecurrence`."""
-        return SlotRecurrence(
-            basis,
-            num_slots,
-            Window(self.config.window_size or 0, self.config.overlap_window),
-            scaling,
-            chunk_size=chunk_size,
-            dropout=self.config.slot_dropout if self.training else 0.0,
-            in_half=in_half,
-        )
+    def recurrence_options(self) -> dict[str, Any]:
+        """Arguments of a recurrent form that the shared settings say."""
+        return {
+            "window_size": self.config.window_size or 0,
+            "overlap_window": self.config.overlap_window,
+            "slot_dropout": self.config.slot_dropout if self.training else 0.0,
+        }
 
     def new_calibration(self, stream: int = 0) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.

@@ -1,15 +1,15 @@
-"""The softmaxes of `slots.py` when their logits are dot products: no logits are kept for the backward pass.
+"""Log-weights of tokens for slots, and the two softmaxes of `softmax.py` over them.
 
-Log-weights of tokens and slots are linear in the token, `a[t, j] = x_t . w_j + r_t + e_j`. Then `r_t` only shifts the
-mass of a softmax over slots, and `e_j` that of one over tokens: both are a softmax of dot products with a bias per
-member, `kernels.attend`, whose memory is that of its inputs and outputs.
+Those of a softmax kernel are linear in the token, `a[t, j] = x_t . w_j + r_t + e_j`. Then `r_t` only shifts the
+log-sum-exp of a softmax over slots, and `e_j` that of one over tokens: both are a softmax of dot products with a bias
+per member, `kernels.attend`, whose memory is that of its inputs and outputs, and no log-weights are kept for the
+backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,56 +19,121 @@ from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach, inter_block_attention
 from ..kernels.causal_slots import causal_slot_attention
 from ..kernels.slot_inputs import SlotInputs
+from .dense_slots import between_halves, own_token, states_around
 from .layout import Blocks
-from .slots import between_halves, own_key, softmax_with_lse, states_around
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .softmax import mask_logits, softmax_with_lse
 
 
-class SlotWeights(Protocol):
-    """Log-weights of tokens for slots, whatever they are a function of: what attention through slots asks of them."""
+class SlotWeights:
+    """Log-weights of queries or keys for slots, whatever they are a function of.
+
+    The methods here evaluate them from the log-weights themselves; `LinearSlotWeights` does without these. What
+    queries read leaves out the factor that belongs to a query alone, which does not change the output. `biased` puts
+    it on, last: added to every logit, minus half the squared length of a query is all that rounding leaves of it.
+    """
 
     def dense(self) -> Tensor:
-        """`[batch, heads, ..., tokens, slots]`."""
+        """All log-weights, `[batch, heads, ..., tokens, slots]`."""
+        raise NotImplementedError
 
-    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> SlotWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`."""
+        raise NotImplementedError
 
-    def masked(self, visible: Tensor | None) -> Self:
+    def masked(self, visible: Tensor | None) -> SlotWeights:
         """Weight 0 for tokens where `visible` (`[batch, 1 or heads, ..., tokens, 1]`) is False."""
+        raise NotImplementedError
 
-    def unbiased(self) -> Self:
-        """Without the factors that belong to a token alone: they do not change what queries read through slots."""
+    def unbiased(self) -> SlotWeights:
+        """Without the factors that belong to a token alone."""
+        return self
 
-    def biased(self, read: AttentionState) -> AttentionState:
-        """What the queries `self.unbiased()` have read, with the log mass of `self`.
-
-        Put on last: added to every logit, minus half the squared length of a query is all that rounding leaves of it.
-        """
+    def biased(self, state: AttentionState) -> AttentionState:
+        """What these queries have read, with the factors that belong to them alone in its log-sum-exp."""
+        return state
 
     def summarise(self, values: Tensor) -> AttentionState:
-        """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
+        """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, lse `[..., slots]`."""
+        return softmax_with_lse(self.dense().transpose(-1, -2), values)
 
-    def read(self, slots: AttentionState, *, extra: Tensor | None = None, dropout: float = 0.0) -> AttentionState:
-        """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
+    def read(
+        self, slots: AttentionState, *, query_log_bias: Tensor | None = None, dropout: float = 0.0
+    ) -> AttentionState:
+        """Every token reads all slots. `query_log_bias` `[batch, heads, ..., tokens, slots]` is added to the
+        log-weights."""
+        logits = self.unbiased().dense() + slots.lse.unsqueeze(-2)
+        logits = logits if query_log_bias is None else logits + query_log_bias
+        return softmax_with_lse(logits, slots.output, dropout=dropout)
 
     def inter_block(
-        self, key: Self, value: Tensor, reach: BlockReach, *, extra: Tensor | None = None, dropout: float = 0.0
+        self,
+        key: SlotWeights,
+        value: Tensor,
+        reach: BlockReach,
+        *,
+        query_log_bias: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> AttentionState:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots.
 
         Tokens are `[batch, heads, blocks, tokens of a block, ...]`, values `[batch, heads, units, keys, head_dim]`.
         """
+        units = reach.units
+        block = torch.arange(-(-value.shape[2] // units), device=value.device)
+        before = block * units - reach.margin
+        after = None if reach.is_causal else (block + 1) * units + reach.margin
+        states = states_around(key.summarise(value), before, after)
+        return self.read(states, query_log_bias=query_log_bias, dropout=dropout)
 
     def causal(
-        self, key: Self, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
+        self,
+        key: SlotWeights,
+        value: Tensor,
+        *,
+        chunk: int,
+        query_log_bias: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> AttentionState:
-        """Queries (`self`) read all keys up to themselves, those of their chunk one by one (a power of 2)."""
+        """Queries (`self`) read all keys up to themselves: those of their chunk (a power of 2) one by one, halves of
+        a pair at a time (intra-chunk), those of earlier chunks through states of the slots (inter-chunk)."""
+        blocks = Blocks(value.shape[2], chunk)
+        query, key = self.unbiased().map_tokens(blocks.split), key.map_tokens(blocks.split)
+        if not blocks.is_whole:
+            key = key.masked(blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0)
+        value = blocks.split(value)
+        query_logits, key_logits = query.dense(), key.dense()
+        if query_log_bias is not None:
+            query_log_bias = blocks.split(query_log_bias)
+            query_logits = query_logits + query_log_bias
+        states, half = [own_token(query_logits, key_logits, value, dropout=dropout)], 1
+        while half < chunk:
+            states.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
+            half *= 2
+        if blocks.num_blocks > 1:
+            reach = BlockReach(is_causal=True)
+            states.append(query.inter_block(key, value, reach, query_log_bias=query_log_bias, dropout=dropout))
+        merged = merge_states(states)
+        return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
 
 
 @dataclass(frozen=True)
-class LinearSlotWeights:
+class DenseSlotWeights(SlotWeights):
+    """Log-weights that are no dot products. log_weights: `[batch, heads, ..., tokens, slots]`."""
+
+    log_weights: Tensor
+
+    def dense(self) -> Tensor:
+        return self.log_weights
+
+    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> DenseSlotWeights:
+        return DenseSlotWeights(fn(self.log_weights))
+
+    def masked(self, visible: Tensor | None) -> DenseSlotWeights:
+        return DenseSlotWeights(mask_logits(self.log_weights, visible))
+
+
+@dataclass(frozen=True)
+class LinearSlotWeights(SlotWeights):
     """`a[t, j] = token_t . slot_j + token_bias_t + slot_bias_j`.
 
     tokens: `[batch, heads, ..., tokens, dim]`; token_bias: `[batch, heads, ..., tokens, 1]`.
@@ -82,33 +147,27 @@ class LinearSlotWeights:
     slot_bias: Tensor
 
     def dense(self) -> Tensor:
-        """`[batch, heads, ..., tokens, slots]`."""
-        tokens, slots = (z.to(self.token_bias.dtype) for z in (self.tokens, self.slots))
+        tokens, slots = self.tokens.to(self.token_bias.dtype), self.slots.to(self.token_bias.dtype)
         return tokens @ slots.transpose(-1, -2) + self.token_bias + self.slot_bias.unsqueeze(-2)
 
     def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> LinearSlotWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`, also for the bias (`dim` 1)."""
-        tokens, bias = fn(self.tokens), fn(self.token_bias)
-        extra = tokens.ndim - self.tokens.ndim
-        slots, slot_bias = self.slots, self.slot_bias
-        for _ in range(extra):
+        tokens, slots, slot_bias = fn(self.tokens), self.slots, self.slot_bias
+        for _ in range(tokens.ndim - self.tokens.ndim):
             slots, slot_bias = slots.unsqueeze(-3), slot_bias.unsqueeze(-2)
-        return LinearSlotWeights(tokens, bias, slots, slot_bias)
+        return LinearSlotWeights(tokens, fn(self.token_bias), slots, slot_bias)
 
     def masked(self, visible: Tensor | None) -> LinearSlotWeights:
-        """Weight 0 for tokens where `visible` (`[batch, 1, ..., tokens, 1]`) is False."""
         if visible is None:
             return self
         bias = self.token_bias.masked_fill(~visible, float("-inf"))
         return LinearSlotWeights(self.tokens, bias, self.slots, self.slot_bias)
 
     def unbiased(self) -> LinearSlotWeights:
-        """Without `token_bias`."""
         return replace(self, token_bias=torch.zeros_like(self.token_bias))
 
-    def biased(self, read: AttentionState) -> AttentionState:
-        """What the queries `self.unbiased()` have read, with the log mass of `self`."""
-        return AttentionState(read.output, read.lse + self.token_bias.squeeze(-1))
+    def biased(self, state: AttentionState) -> AttentionState:
+        return AttentionState(state.output, state.lse + self.token_bias.squeeze(-1))
 
     def levelled(self) -> LinearSlotWeights:
         """Without the largest factor of a token, which all slots have in common: for keys beside no exact ones."""
@@ -117,18 +176,15 @@ class LinearSlotWeights:
         return replace(self, token_bias=bias)
 
     def summarise(self, values: Tensor) -> AttentionState:
-        """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
         state = attend(self.slots, self.tokens, values, bias=self.token_bias.squeeze(-1))
         return AttentionState(state.output, state.lse + self.slot_bias)
 
-    def read(self, slots: AttentionState, *, extra: Tensor | None = None, dropout: float = 0.0) -> AttentionState:
-        """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
-        if extra is not None or dropout:
-            logits = self.unbiased().dense() + slots.lse.unsqueeze(-2)
-            return self.biased(
-                softmax_with_lse(logits if extra is None else logits + extra, slots.output, dropout=dropout)
-            )
-        return self.biased(attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias))
+    def read(
+        self, slots: AttentionState, *, query_log_bias: Tensor | None = None, dropout: float = 0.0
+    ) -> AttentionState:
+        if query_log_bias is not None or dropout:
+            return super().read(slots, query_log_bias=query_log_bias, dropout=dropout)
+        return attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias)
 
     def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
         """Queries (`self`), keys and values, for the kernels of attention through slots."""
@@ -139,58 +195,28 @@ class LinearSlotWeights:
 
     def inter_block(
         self,
-        key: LinearSlotWeights,
+        key: SlotWeights,
         value: Tensor,
         reach: BlockReach,
         *,
-        extra: Tensor | None = None,
+        query_log_bias: Tensor | None = None,
         dropout: float = 0.0,
     ) -> AttentionState:
-        """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
-        if extra is not None or dropout:
-            return self.biased(inter_block_dense(self.unbiased(), key, value, reach, extra=extra, dropout=dropout))
-        return self.biased(inter_block_attention(self.slot_inputs(key, value), reach))
+        assert isinstance(key, LinearSlotWeights)
+        if query_log_bias is not None or dropout:
+            return super().inter_block(key, value, reach, query_log_bias=query_log_bias, dropout=dropout)
+        return inter_block_attention(self.slot_inputs(key, value), reach)
 
     def causal(
-        self, key: LinearSlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
+        self,
+        key: SlotWeights,
+        value: Tensor,
+        *,
+        chunk: int,
+        query_log_bias: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> AttentionState:
-        """Queries (`self`) read all keys up to themselves, those of their chunk one by one."""
-        if extra is not None or dropout:
-            return self.biased(
-                causal_slots_dense(self.unbiased(), key, value, chunk=chunk, extra=extra, dropout=dropout)
-            )
-        return self.biased(causal_slot_attention(self.slot_inputs(key, value), chunk))
-
-
-def inter_block_dense(
-    query: SlotWeights, key: SlotWeights, value: Tensor, reach: BlockReach, *, extra: Tensor | None, dropout: float
-) -> AttentionState:
-    """`SlotWeights.inter_block` with the states of all units, and log-weights of all queries if there is dropout."""
-    number, units = torch.arange(query.dense().shape[2], device=value.device), reach.units
-    before = number * units - reach.margin
-    after = None if reach.is_causal else (number + 1) * units + reach.margin
-    states = key.summarise(value)
-    return query.read(states_around(states, before, after), extra=extra, dropout=dropout)
-
-
-def causal_slots_dense(
-    query: SlotWeights, key: SlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None, dropout: float
-) -> AttentionState:
-    """`SlotWeights.causal` from all log-weights: halves of a pair at a time within a chunk, states between chunks."""
-    blocks = Blocks(value.shape[2], chunk)
-    if blocks.num_blocks * chunk > value.shape[2]:
-        real = blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0
-        query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split).masked(real)
-    else:
-        query, key = query.map_tokens(blocks.split), key.map_tokens(blocks.split)
-    value, extra = blocks.split(value), None if extra is None else blocks.split(extra)
-    query_logits, key_logits = query.dense(), key.dense()
-    query_logits = query_logits if extra is None else query_logits + extra
-    partials, half = [own_key(query_logits, key_logits, value, dropout=dropout)], 1
-    while half < chunk:
-        partials.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
-        half *= 2
-    if blocks.num_blocks > 1:
-        partials.append(inter_block_dense(query, key, value, BlockReach(is_causal=True), extra=extra, dropout=dropout))
-    merged = merge_states(partials)
-    return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
+        assert isinstance(key, LinearSlotWeights)
+        if query_log_bias is not None or dropout:
+            return super().causal(key, value, chunk=chunk, query_log_bias=query_log_bias, dropout=dropout)
+        return causal_slot_attention(self.slot_inputs(key, value), chunk)

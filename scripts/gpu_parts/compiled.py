@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 import hf_linattn
-from hf_linattn.bench.measure import Failure, explain, time_interleaved
+from hf_linattn.bench.timing import Failure, explain, time_interleaved
 from hf_linattn.modules.registry import config_from_dict
 from isolated import Finding
 

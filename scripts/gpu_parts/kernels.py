@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_linattn.bench.cases import DTYPES, Workload, make_inputs
-from hf_linattn.bench.measure import explain
-from hf_linattn.bench.ours import KindOptions, kind_implementation
+from hf_linattn.bench.kinds import KindOptions, kind_contender
+from hf_linattn.bench.timing import explain
+from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
 from hf_linattn.functional import use_backend
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
@@ -158,7 +158,7 @@ def one_kind(context: Context, name: str) -> Iterator[Finding]:
             finding: Finding = {"kernel": title, "head_dim": dim, "dtype": dtype}
             work = Workload(tokens, 2, heads, dim, is_causal, dtype, device=context.device)
             try:
-                attention = kind_implementation(kind, replace(options, window_size=window)).build(work)
+                attention = kind_contender(kind, replace(options, window_size=window)).build(work)
                 query, key, value, _ = (z.detach() for z in make_inputs(work))
                 inputs = {"query": query, "key": key, "value": value}
                 yield finding | _compare(Case(title, lambda *z, a=attention: (a(*z),), inputs), dtype)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hf_linattn.bench.measure import explain
+from hf_linattn.bench.timing import explain
 from isolated import Finding
 
 Run = Callable[[Any, str], Iterator[Finding]]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
-from hf_linattn.bench.cases import MODES, Workload, make_inputs, make_step
-from hf_linattn.bench.measure import explain
-from hf_linattn.bench.ours import KindOptions, kind_implementation
+from hf_linattn.bench.kinds import KindOptions, kind_contender
+from hf_linattn.bench.timing import explain
+from hf_linattn.bench.workload import MODES, Workload, make_inputs, make_step
 from isolated import Finding
 
 from .context import Context
@@ -34,7 +34,7 @@ def profiled(context: Context) -> Iterator[Finding]:
                     "tokens": tokens,
                 }
                 try:
-                    attention = kind_implementation(kind, options).build(work)
+                    attention = kind_contender(kind, options).build(work)
                     yield finding | _profile(context, make_step(attention, make_inputs(work), work))
                 except Exception as error:
                     yield finding | {"failed": True, "reason": explain(error)}

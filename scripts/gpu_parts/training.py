@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
 
 import hf_linattn
-from hf_linattn.bench.measure import explain
+from hf_linattn.bench.timing import explain
 from hf_linattn.modules.registry import config_from_dict
 from isolated import Finding, PartFailed
 

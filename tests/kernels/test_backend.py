@@ -35,7 +35,7 @@ from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
-from hf_linattn.ops.lara.calibrated_proposals import CalibratedProposals
+from hf_linattn.ops.lara.proposals import CalibratedProposals
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(

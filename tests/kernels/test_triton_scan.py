@@ -9,10 +9,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hf_linattn.errors import UnsupportedError
+from hf_linattn.kernels.attention_state import AttentionState
 from hf_linattn.kernels.block_slots import BlockReach
 from hf_linattn.kernels.block_slots import torch_kernel as portable
 from hf_linattn.kernels.block_slots.triton_launch import scan_backward, scan_forward
-from hf_linattn.ops.slots import AttentionState, softmax_with_lse
+from hf_linattn.ops.softmax import softmax_with_lse
 
 INF = float("inf")
 # Units per block, margin, is_causal. The defaults first: all blocks before, and all other blocks.

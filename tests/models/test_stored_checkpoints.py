@@ -1,4 +1,4 @@
-"""Checkpoints that an earlier version has saved (`tests/checkpoints`) load, compute the same and are saved as before."""
+"""Checkpoints that an earlier version has saved (`tests/checkpoints`) load, compute the same, are saved as before."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hf_linattn.functional import (
     favor_statistics,
     softmax_attention,
 )
-from hf_linattn.ops import slots
+from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 
 MASKS = {
@@ -134,7 +134,7 @@ def test_every_variant_with_and_without_centring(variant: str, centring: bool) -
 def test_many_blocks_take_the_scan(is_causal: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = inputs(61)
     dense = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window, chunk_size=4)
-    monkeypatch.setattr(slots, "_DENSE_BLOCKS", 0)
+    monkeypatch.setattr(dense_slots, "_DENSE_BLOCKS", 0)
     scan = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window, chunk_size=4)
     torch.testing.assert_close(scan, dense, rtol=0, atol=1e-12)
     torch.testing.assert_close(

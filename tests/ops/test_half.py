@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.functional import eva_attention, favor_attention, favor_statistics
-from hf_linattn.ops import exact
+from hf_linattn.ops import inputs as checks
 
 HALVES = [torch.float16, torch.bfloat16]
 HEADS, DIM = 4, 32
@@ -71,9 +71,9 @@ def test_a_few_roundings_off(
     attend: Callable[..., Tensor], options: dict, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(attend, torch.float32, half, 1.0, options)
-    monkeypatch.setattr(exact, "stays_half", lambda dtype, device_type, devices: False)
+    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: False)
     rounded = run(attend, half, half, 1.0, options)
-    monkeypatch.setattr(exact, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
+    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
     found = run(attend, half, half, 1.0, options)
     assert not torch.equal(found[0], rounded[0])  # it did stay half
     for ours, wide in zip(found, expected, strict=True):
@@ -87,6 +87,6 @@ def test_a_few_roundings_off(
 def test_large_inputs_stay_finite(
     attend: Callable[..., Tensor], options: dict, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
+    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
     for z in run(attend, half, half, 100.0, options):
         assert z.isfinite().all()

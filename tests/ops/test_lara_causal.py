@@ -13,11 +13,8 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection, lara_attention, softmax_attention
-from hf_linattn.ops.lara.calibrated_proposals import (
-    CalibratedProposals,
-    proposal_log_weights,
-    sample_proposals,
-)
+from hf_linattn.ops.lara.features import proposal_feature_map
+from hf_linattn.ops.lara.proposals import CalibratedProposals, sample_proposals
 
 MASKS = {
     "none": None,
@@ -125,7 +122,9 @@ def estimates(x: Tensor, y: Tensor, centroids: Tensor, noise: Tensor, *, antithe
     """`[draws]` from noise `[draws, samples, dim]`; x, y `[dim]`, centroids `[proposals, dim]`."""
     draws = noise.shape[0]
     proposals = sample_proposals(centroids.expand(draws, -1, -1), noise, antithetic=antithetic)
-    a, c = proposal_log_weights(*(z.expand(1, draws, 1, -1) for z in (x, y)), proposals)
+    x, y = x.expand(1, draws, 1, -1), y.expand(1, draws, 1, -1)
+    feature_map = proposal_feature_map(x, proposals)
+    a, c = feature_map.query_weights(x), feature_map.key_weights(y)
     return torch.logsumexp((a.dense() + c.dense()).flatten(1, 2), -1).exp().flatten()
 
 

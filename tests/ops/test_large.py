@@ -20,7 +20,7 @@ from hf_linattn.functional import (
     sample_proposals,
     softmax_attention,
 )
-from hf_linattn.ops.lara.importance import mixture_log_ratio
+from hf_linattn.ops.lara.features import mixture_log_ratio
 
 HEADS, DIM, SLOTS = 2, 16, 32
 PROJECTION = draw_projection(HEADS, SLOTS, DIM, seed=1).double()

@@ -17,11 +17,12 @@ from hf_linattn.functional import (
     lara_attention,
     sample_proposals,
 )
-from hf_linattn.ops.exact import exact_partial, scale_inputs
-from hf_linattn.ops.favor.features import favor_log_weights
-from hf_linattn.ops.lara.calibrated_proposals import proposal_log_weights
+from hf_linattn.kernels.attend import attend
+from hf_linattn.kernels.attention_state import AttentionState, merge_states
+from hf_linattn.ops.favor.features import favor_feature_map
+from hf_linattn.ops.inputs import scale_inputs
+from hf_linattn.ops.lara.features import proposal_feature_map
 from hf_linattn.ops.slot_weights import LinearSlotWeights
-from hf_linattn.ops.slots import AttentionState, merge_states
 
 HEADS, DIM = 2, 3
 PROJECTION = draw_projection(HEADS, 5, DIM, seed=0).double()
@@ -35,8 +36,10 @@ def proposals() -> CalibratedProposals:
 
 def log_weights(kind: str, x: Tensor, y: Tensor) -> tuple[LinearSlotWeights, LinearSlotWeights]:
     if kind == "lara":
-        return proposal_log_weights(x, y, proposals())
-    return favor_log_weights(x, y, PROJECTION, statistics(kind))
+        feature_map = proposal_feature_map(x, proposals())
+    else:
+        feature_map = favor_feature_map(x, PROJECTION, statistics(kind))
+    return feature_map.query_weights(x), feature_map.key_weights(y)
 
 
 def statistics(kind: str) -> FavorStatistics | None:
@@ -58,11 +61,11 @@ def recurrent(kind: str, query: Tensor, key: Tensor, value: Tensor, window: int)
         current.append(t)
         reader, own = log_weights(kind, x[:, :, t : t + 1], y[:, :, t : t + 1])
         if window:
-            parts = [exact_partial(x[:, :, t : t + 1], y[:, :, current], value[:, :, current])]
+            parts = [attend(x[:, :, t : t + 1], y[:, :, current], value[:, :, current])]
         else:
-            parts = [reader.read(own.summarise(value[:, :, t : t + 1]))]
+            parts = [reader.biased(reader.read(own.summarise(value[:, :, t : t + 1])))]
         if state is not None:
-            parts.append(reader.read(state))
+            parts.append(reader.biased(reader.read(state)))
         outputs.append(merge_states(parts).output)
     return torch.cat(outputs, dim=2)
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_linattn.ops import slots
-from hf_linattn.ops.slots import AttentionState, between_halves, merge_states, own_key, softmax_with_lse, through_slots
+from hf_linattn.kernels.attention_state import AttentionState, merge_states
+from hf_linattn.ops import dense_slots
+from hf_linattn.ops.dense_slots import between_halves, own_token
+from hf_linattn.ops.slot_weights import DenseSlotWeights
+from hf_linattn.ops.softmax import softmax_with_lse
 
 INF = float("inf")
 
@@ -87,13 +90,18 @@ def test_through_slots_equals_the_dense_kernel(scale: float) -> None:
     a, c, v = random(2, 5, 7, scale=scale), random(2, 6, 7, seed=1, scale=scale), random(2, 6, 3, seed=2)
     c[0, 4] = -INF
     dense = (a[:, :, None] + c[:, None]).logsumexp(-1)
-    assert_partial(through_slots(a, c, v), dense.softmax(-1) @ v, dense.logsumexp(-1), atol=1e-11)
+    assert_partial(
+        DenseSlotWeights(a).read(DenseSlotWeights(c).summarise(v)),
+        dense.softmax(-1) @ v,
+        dense.logsumexp(-1),
+        atol=1e-11,
+    )
 
 
-def test_own_key_reads_only_its_position() -> None:
+def test_own_token_reads_only_its_position() -> None:
     a, c, v = random(4, 7), random(4, 7, seed=1), random(4, 3, seed=2)
     c[1] = -INF
-    part = own_key(a, c, v)
+    part = own_token(a, c, v)
     v[1] = 0  # no mass, and by convention no output
     assert_partial(part, v, (a + c).logsumexp(-1))
 
@@ -110,7 +118,7 @@ def states(blocks: int, seed: int = 0) -> tuple[AttentionState, Tensor, Tensor]:
 
 def others_of(own: AttentionState, is_causal: bool) -> AttentionState:
     number = torch.arange(own.lse.shape[-2])
-    return slots.states_around(own, number, None if is_causal else number + 1)
+    return dense_slots.states_around(own, number, None if is_causal else number + 1)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 40])
@@ -119,7 +127,7 @@ def others_of(own: AttentionState, is_causal: bool) -> AttentionState:
 def test_states_of_other_blocks(
     blocks: int, is_causal: bool, dense_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "_DENSE_BLOCKS", dense_blocks)
+    monkeypatch.setattr(dense_slots, "_DENSE_BLOCKS", dense_blocks)
     own, c, v = states(blocks)
     ours = others_of(own, is_causal)
     for i in range(blocks):
@@ -138,7 +146,7 @@ def test_states_of_other_blocks(
 def test_gradients_of_both_paths_agree(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     for dense_blocks in (0, 1000):
-        monkeypatch.setattr(slots, "_DENSE_BLOCKS", dense_blocks)
+        monkeypatch.setattr(dense_slots, "_DENSE_BLOCKS", dense_blocks)
         _, c, v = states(6)
         c, v = (c / 40).requires_grad_(), v.requires_grad_()
         far = others_of(softmax_with_lse(c.mT, v), is_causal)

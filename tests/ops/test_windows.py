@@ -18,9 +18,10 @@ from hf_linattn.functional import (
     lara_attention,
     softmax_attention,
 )
-from hf_linattn.ops.heavy import key_importance
-from hf_linattn.ops.slots import AttentionState, merge_states, states_around
-from hf_linattn.ops.tokens import prepare
+from hf_linattn.kernels.attention_state import AttentionState, merge_states
+from hf_linattn.ops.dense_slots import states_around
+from hf_linattn.ops.heavy_keys import key_importance
+from hf_linattn.ops.padding import prepare_tokens
 
 DIM = 4
 PROJECTION = draw_projection(2, 5, DIM, seed=1).double()
@@ -146,7 +147,7 @@ def test_importance_is_the_log_mean_weight_of_gaussian_queries() -> None:
     x = torch.randn(1, 1, 200_000, DIM, generator=generator, dtype=torch.float64) * 0.5 + 0.3
     y = torch.zeros_like(x)
     y[:, :, :5] = torch.randn(1, 1, 5, DIM, generator=generator, dtype=torch.float64)
-    score = key_importance(prepare(x, y, y, None, is_causal=False))[0, 0, :5]
+    score = key_importance(prepare_tokens(x, y, y, None, scaling=1.0, is_causal=False))[0, 0, :5]
     weights = (x[0, 0] @ y[0, 0, :5].T).exp()
     error = (score.exp() - weights.mean(0)) / (weights.std(0) / 200_000**0.5)
     assert float(error.abs().max()) < 5  # standard errors: a chance of 3e-6 for five keys

@@ -18,7 +18,7 @@ from hf_linattn.functional import (
     favor_statistics,
     lara_attention,
 )
-from hf_linattn.ops.lara.calibrated_proposals import CalibratedProposals
+from hf_linattn.ops.lara.proposals import CalibratedProposals
 
 
 @functools.cache

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import FavorFeatureMap, favor_feature_map
-from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, GeneralizedFeatureMap, generalized_attention
+from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor
@@ -122,12 +122,7 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: redrawn directions and the recurrent form of a feature map."""
-
-    def feature_recurrence(self, basis: FavorFeatureMap, scaling: float) -> SlotRecurrence:
-        """The recurrent form of attention with a feature map of the softmax kernel."""
-        size, chunk = self.config.num_features, self.config.chunk_size
-        return self.slot_recurrence(basis, size, scaling=scaling, chunk_size=chunk, in_half=("cpu", "cuda"))
+    """What FAVOR+ and FAVOR# share: redrawn directions."""
 
 
 class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
@@ -141,11 +136,16 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
         return {"projection": projection_spec(config, shape, regularized=config.regularized)}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, projection = self.config, self.tensors()["projection"]
-        if config.kernel == "softmax":
-            return self.feature_recurrence(favor_feature_map(query, projection), scaling)
-        kernel = GeneralizedFeatureMap(projection, config.kernel, config.kernel_epsilon)
-        return self.slot_recurrence(kernel, config.num_features, scaling=scaling, chunk_size=config.chunk_size)
+        config = self.config
+        return favor_recurrence(
+            query,
+            self.tensors()["projection"],
+            scaling=scaling,
+            kernel=config.kernel,
+            kernel_epsilon=config.kernel_epsilon,
+            chunk_size=config.chunk_size,
+            **self.recurrence_options(),
+        )
 
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

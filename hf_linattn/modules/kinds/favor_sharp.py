@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
-from ...ops.favor.features import favor_feature_map
 from ...ops.favor.moments import without_rounding
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -112,8 +112,14 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        basis = favor_feature_map(query, state["projection"], _stored(state))
-        return self.feature_recurrence(basis, scaling)
+        return favor_recurrence(
+            query,
+            state["projection"],
+            scaling=scaling,
+            statistics=_stored(state),
+            chunk_size=self.config.chunk_size,
+            **self.recurrence_options(),
+        )
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         if self.config.statistics != "calibrated":

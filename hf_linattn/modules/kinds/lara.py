@@ -12,9 +12,10 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.lara.attention import lara_attention
-from ...ops.lara.calibrated_proposals import proposal_feature_map, sample_proposals
-from ...ops.lara.importance import WEIGHTINGS
+from ...ops.lara.features import WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
+from ...ops.lara.proposals import sample_proposals
+from ...ops.lara.recurrent import lara_recurrence
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
@@ -142,10 +143,9 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         proposals = sample_proposals(
             state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
         )
-        offset = state["mass_offset"][None, :, None, None] if "mass_offset" in state else None
-        like = query[:, :, :0].to(torch.promote_types(query.dtype, torch.float32))
-        basis = proposal_feature_map(like, proposals, offset)
-        return self.slot_recurrence(basis, basis.samples.shape[-2], scaling=scaling)
+        return lara_recurrence(
+            query, proposals, scaling=scaling, offset=state.get("mass_offset"), **self.recurrence_options()
+        )
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
         """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""

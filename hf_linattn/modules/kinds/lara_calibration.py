@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...ops.exact import scale_inputs
 from ...ops.favor.random_features import derive_seed
+from ...ops.inputs import scale_inputs
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape

@@ -6,8 +6,9 @@ In scaled coordinates, with `mu_c` from the means of chunk c:
     chunk value   u_c = sum_n softmax_n(mu_c . y_n - |y_n|^2 / 2) v_n      over the chunk's own keys
     chunk logit   x_t . ybar_c + log(size of c) [+ the chunk's spread]       an estimate of log sum_n exp(x_t . y_n)
 
-and one softmax runs over the window's keys and the chunks. By default chunks never straddle a window's border, and a
-query does not read the chunks that its window touches, so that every key counts exactly once (`eva_exclusive.py`).
+and one softmax runs over the window's keys and the chunks (`chunks.py` makes these, the control variates). By default
+chunks never straddle a window's border, and a query does not read the chunks that its window touches, so that every
+key counts exactly once (`exclusive.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import checked_attention, scale_inputs
-from ..tokens import prepare
+from ..inputs import checked_attention, factor_of
+from ..noise import noise_factor
+from ..padding import prepare_tokens
 from .chunks import MeanMap, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
@@ -109,20 +111,30 @@ def eva_attention(
     if overlap_side is not None and not overlap_window:
         raise InputError(f"overlap_side={overlap_side!r} needs overlap_window=True.")
     side = (overlap_side or ("left" if is_causal else "both")) if overlap_window else None
-    cutting = ChunkOptions(window_size, num_chunks, chunk_size, chunking, side, is_causal, max_chunks)
-    cutting.check(grid)
+    chunk_options = ChunkOptions(window_size, num_chunks, chunk_size, chunking, side, is_causal, max_chunks)
+    chunk_options.check(grid)
     if is_causal and proposals in ("sum", "mean") and query.shape[2] != key.shape[2]:
         raise InputError(
             f"Causal EVA with proposals={proposals!r} needs the queries of all tokens; got {query.shape[2]} queries"
             f" and {key.shape[2]} keys. Use proposals='key' with a cache of keys, convert the model with a"
             " chunk_size (it then keeps a state), or recompute without a cache (use_cache=False)."
         )
-    x, y = scale_inputs(query, key, scaling)
-    root = (query.shape[-1] ** -0.5 if scaling is None else scaling) ** 0.5
-    summarise = Summariser(proposals, weighting, query_map, key_map, noise_scale, root)
+    scaling = factor_of(query, scaling)
+    factor = noise_factor(noise_scale, scaling)
+    summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
     summarise.check()
-    tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
-    if tokens.y.shape[2] == 0:
+    tokens = prepare_tokens(
+        query,
+        key,
+        value,
+        key_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        num_global_tokens=num_global_tokens,
+        grid=grid,
+    )
+    if tokens.key.shape[2] == 0:
         return tokens.finish(None)
-    estimate = eva_estimate(tokens, cutting, summarise, noise=noise, window_bias=window_bias, dropout=slot_dropout)
-    return tokens.finish(estimate)
+    return tokens.finish(
+        eva_estimate(tokens, chunk_options, summarise, noise=noise, window_bias=window_bias, dropout=slot_dropout)
+    )

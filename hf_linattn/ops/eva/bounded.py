@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.attention_state import log_or_minus_inf
-from ..layout import pad_tokens
 from .chunks import Summaries
 
 
@@ -71,13 +70,13 @@ def latest_chunks(
         return z.unfold(-2, max_chunks, per_window)[:, :, :num_windows].transpose(-1, -2)
 
     weight = F.pad(summaries.log_weight, (front, 0), value=float("-inf"))
-    few = Summaries(
-        latest(pad_tokens(summaries.key_mean, front, 0)),
-        latest(pad_tokens(summaries.value, front, 0)),
+    chunks = Summaries(
+        latest(F.pad(summaries.key_mean, (0, 0, front, 0))),
+        latest(F.pad(summaries.value, (0, 0, front, 0))),
         latest(weight.unsqueeze(-1)).squeeze(-1),
-        None if summaries.spread is None else latest(pad_tokens(summaries.spread, front, 0)),
+        None if summaries.spread is None else latest(F.pad(summaries.spread, (0, 0, front, 0))),
     )
-    return older.map(lambda z: z.unsqueeze(-2)).then(few)
+    return older.map(lambda z: z.unsqueeze(-2)).then(chunks)
 
 
 def _prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
@@ -85,7 +84,7 @@ def _prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
     weight = summaries.log_weight.exp().unsqueeze(-1)
 
     def sums(z: Tensor) -> Tensor:
-        return pad_tokens(z.cumsum(-2), 1, 0).index_select(-2, lengths)
+        return F.pad(z.cumsum(-2), (0, 0, 1, 0)).index_select(-2, lengths)
 
     total, log_total = log_or_minus_inf(sums(weight))
 

@@ -1,4 +1,4 @@
-"""EVA's chunks: from the tokens of a chunk to the one key and value that stand for it."""
+"""EVA's control variates: from the tokens of a chunk to the one key and value that stand for it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
 from ...kernels.half_norm import half_norm
 from ..layout import masked_mean
-from ..noise import add_noise, noise_factor
-from ..slots import mask_logits, softmax_with_lse
+from ..noise import add_noise
+from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 
 MeanMap = Callable[[Tensor], Tensor]
@@ -70,29 +70,29 @@ class Summaries:
             pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
         )
 
-    def factors(self, block_x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The estimated log-weight of a chunk, `x . key_mean + log_weight (+ x^2 . spread / 2)`, as dot products.
 
         Returns: queries `[batch, heads, windows, queries, dim]`, keys `[batch, heads, windows or 1, chunks, dim]`,
             bias and values of the keys.
         """
-        queries, keys = block_x.to(self.key_mean.dtype), self.key_mean
+        query, key = query.to(self.key_mean.dtype), self.key_mean
         if self.spread is not None:
-            queries, keys = torch.cat([queries, queries.square()], -1), torch.cat([keys, self.spread / 2], -1)
+            query, key = torch.cat([query, query.square()], -1), torch.cat([key, self.spread / 2], -1)
         value, bias = self.value, self.log_weight
-        if keys.ndim == 4:
-            keys, value, bias = keys.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
-        return queries, keys, bias, value
+        if key.ndim == 4:
+            key, value, bias = key.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
+        return query, key, bias, value
 
-    def read(self, block_x: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> AttentionState:
+    def read(self, query: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> AttentionState:
         """Queries read the chunks.
 
         Args:
-            block_x: `[batch, heads, windows, queries, head_dim]`.
+            query: `[batch, heads, windows, queries, head_dim]`.
             visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
                 head_dim)]`.
         """
-        queries, keys, bias, value = self.factors(block_x)
+        queries, keys, bias, value = self.factors(query)
         seen = None if visible is None else visible[:, None]
         if dropout:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
@@ -106,42 +106,82 @@ class Summaries:
         read = attend(queries.flatten(2, 3), keys[:, :, 0], value[:, :, 0], bias=bias[:, :, 0], visible=seen)
         return AttentionState(read.output.unflatten(2, shape), read.lse.unflatten(2, shape))
 
-    def join(self, partial: AttentionState, block_x: Tensor, *, dropout: float = 0.0) -> AttentionState:
+    def join(self, partial: AttentionState, query: Tensor, *, dropout: float = 0.0) -> AttentionState:
         """What queries have read already, and the few chunks of every window, under one softmax."""
-        queries, keys, bias, value = self.factors(block_x)
+        queries, keys, bias, value = self.factors(query)
         if dropout or keys.shape[-2] > value.shape[-1]:
-            return merge_states([partial, self.read(block_x, None, dropout=dropout)])
+            return merge_states([partial, self.read(query, None, dropout=dropout)])
         return merge_logits(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
 
 
 @dataclass(frozen=True)
 class Summariser:
-    """The options of `eva_attention` that decide what a chunk's summary is. `root` is the square root of `scaling`."""
+    """The options of `eva_attention` that decide what a chunk's summary is.
+
+    root: The square root of `scaling`. noise_factor: What standard normal noise is multiplied by.
+    """
 
     proposals: str
     weighting: str
     query_map: MeanMap | None
     key_map: MeanMap | None
-    noise_scale: str
     root: float
+    noise_factor: float = 1.0
 
     @property
     def uses_queries(self) -> bool:
         return self.proposals in ("sum", "mean")
 
     def check(self) -> None:
-        noise_factor(self.noise_scale, 1.0)  # raises for an unknown one
-        # No getattr: torch 2.11's compiler does not know the fields of a dataclass made in the compiled code by name.
-        for name, given, allowed in (
-            ("proposals", self.proposals, PROPOSALS),
-            ("weighting", self.weighting, WEIGHTINGS),
-        ):
-            if given not in allowed:
-                raise InputError(f"{name} must be one of {list(allowed)}; got {given!r}.")
+        """Raise `InputError` for an unknown name."""
+        if self.proposals not in PROPOSALS:
+            raise InputError(f"proposals must be one of {list(PROPOSALS)}; got {self.proposals!r}.")
+        if self.weighting not in WEIGHTINGS:
+            raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {self.weighting!r}.")
 
-    def _mapped(self, mean: Tensor, given: MeanMap | None) -> Tensor:
-        """Maps are defined on the means of the queries and keys as they came, before scaling."""
-        return mean if given is None else given(mean / self.root) * self.root
+    def __call__(
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+    ) -> Summaries:
+        """Summaries of all chunks, in float32 or wider.
+
+        Args:
+            query, key: Scaled queries (needed by proposals that are made of them) and keys, `[batch, heads, tokens,
+                dim]`.
+            noise: As in `eva_attention`.
+        """
+        member, wide = chunks.member, torch.promote_types(key.dtype, torch.float32)
+        keys = chunks.take(key).to(wide)
+        centre = masked_mean(keys, member)
+        key_mean = centre if chunks.divisor is None else keys.sum(-2) / chunks.divisor[:, None, :, None]
+        if self.key_map is not None:  # maps are defined on means of queries and keys as they came, before scaling
+            key_mean = self.key_map(key_mean / self.root) * self.root
+        # `mu . y - |y|^2 / 2` is a softmax of the distances between keys and `mu`, which do not change when both are
+        # taken relative to the chunk's centre, nor with it: what all keys have in common costs no digits then.
+        centre = centre.detach()
+        centred = keys - centre.unsqueeze(-2)
+        mu = -centre if self.proposals == "none" else key_mean - centre
+        if self.uses_queries:
+            assert query is not None
+            mu = mu + self._query_mean(chunks.take(query).to(wide), chunks)
+            mu = (mu - centre) / 2 if self.proposals == "mean" else mu
+        if noise is not False:
+            mu = self._noisy(mu, noise, chunks.count)
+        bias = mask_logits(-half_norm(centred), member[:, None])
+        value = attend(mu.unsqueeze(-2), centred, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
+
+        log_weight = member.sum(-1).to(wide).log()
+        if self.weighting == "none":
+            # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
+            log_weight = log_weight.masked_fill(member.any(-1) | (chunks.divisor is not None), 0.0)
+        spread = None
+        if self.weighting == "spread":
+            spread = masked_mean(centred.square().masked_fill(~member[:, None, ..., None], 0.0), member)
+        return Summaries(key_mean, value, log_weight[:, None].expand(*mu.shape[:-1]), spread)
+
+    def _query_mean(self, queries: Tensor, chunks: Chunks) -> Tensor:
+        divisor = chunks.divisor
+        mean = masked_mean(queries, chunks.member) if divisor is None else queries.sum(-2) / divisor[:, None, :, None]
+        return mean if self.query_map is None else self.query_map(mean / self.root) * self.root
 
     def _noisy(self, mu: Tensor, noise: Tensor | bool, count: int) -> Tensor:
         if isinstance(noise, Tensor):
@@ -151,46 +191,4 @@ class Summariser:
                     f" {mu.shape[-1]}; got {tuple(noise.shape)}."
                 )
             noise = torch.nn.functional.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
-        return add_noise(mu, noise, noise_factor(self.noise_scale, self.root**2))
-
-    def __call__(
-        self, x: Tensor | None, y: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
-    ) -> Summaries:
-        """Summaries of all chunks, in float32 or wider.
-
-        Args:
-            x, y: Scaled queries (needed by proposals that are made of them) and keys, `[batch, heads, tokens, dim]`.
-            noise: As in `eva_attention`.
-        """
-        member, wide = chunks.member, torch.promote_types(y.dtype, torch.float32)
-        keys = chunks.take(y).to(wide)
-
-        def mean_of(z: Tensor) -> Tensor:
-            return masked_mean(z, member) if chunks.slots is None else z.sum(-2) / chunks.slots[:, None, :, None]
-
-        centre = masked_mean(keys, member)
-        key_mean = self._mapped(centre if chunks.slots is None else mean_of(keys), self.key_map)
-        # `mu . y - |y|^2 / 2` is a softmax of the distances between keys and `mu`, which do not change when both are
-        # taken relative to the chunk's centre, nor with it: what all keys have in common costs no digits then.
-        centre = centre.detach()
-        centred = keys - centre.unsqueeze(-2)
-        if self.proposals == "none":
-            mu = -centre
-        else:
-            mu = key_mean - centre
-            if self.proposals != "key":
-                assert x is not None
-                mu = mu + self._mapped(mean_of(chunks.take(x).to(wide)), self.query_map)
-            mu = (mu - centre) / 2 if self.proposals == "mean" else mu
-        mu = self._noisy(mu, noise, chunks.count)
-        bias = mask_logits(-half_norm(centred), member[:, None])
-        value = attend(mu.unsqueeze(-2), centred, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
-
-        log_weight = member.sum(-1).to(keys.dtype).log()
-        if self.weighting == "none":
-            # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
-            log_weight = log_weight.masked_fill(member.any(-1) | (chunks.slots is not None), 0.0)
-        spread = None
-        if self.weighting == "spread":
-            spread = masked_mean(centred.square().masked_fill(~member[:, None, ..., None], 0.0), member)
-        return Summaries(key_mean, value, log_weight[:, None].expand(*mu.shape[:-1]), spread)
+        return add_noise(mu, noise, self.noise_factor)

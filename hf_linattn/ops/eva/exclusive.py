@@ -11,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from ..layout import Blocks, fit_window, gather_tokens
-from ..tokens import Tokens
+from ..layout import Blocks, WindowedBlocks, fit_window, gather_tokens
+from ..padding import Tokens
 from ..tracing import outside_tracing
-from .layout import ChunkOptions, Chunks, Layout, WindowedBlocks, even_chunks, integer_root
+from .layout import ChunkOptions, Chunks, Layout, even_chunks, integer_root
 
 
 def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
@@ -34,7 +34,9 @@ def longest_chunk(window_size: int, num_chunks: int, tokens: int) -> int:
     wanted = max(1, -(-tokens // num_chunks))
     if wanted > window_size:
         return -(-wanted // window_size) * window_size
-    return next(d for d in range(wanted, window_size + 1) if window_size % d == 0)
+    while window_size % wanted:
+        wanted += 1
+    return wanted
 
 
 def window_reach(window_size: int, chunk: int) -> int:
@@ -47,7 +49,7 @@ def window_reach(window_size: int, chunk: int) -> int:
 
 def exclusive_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks that share no key, row by row."""
-    num_tokens, grid, device = tokens.y.shape[2], tokens.grid, tokens.y.device
+    num_tokens, grid, device = tokens.key.shape[2], tokens.grid, tokens.key.device
     window = fit_window(cut.window_size, num_tokens, grid)
     windows = Blocks(num_tokens, window, grid)
     if windows.num_blocks == 1:
@@ -67,22 +69,21 @@ def exclusive_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
         left = right = window_reach(window, chunk)
     if cut.chunk_size or tokens.valid is None:
         blocks = Blocks(num_tokens, chunk)
-        hidden = _touched(cut, windows, torch.full((1, 1), chunk, device=device), blocks.num_blocks, left, right)
-        partly_seen_windows = None
+        length, partly_seen_windows = torch.full((1, 1), chunk, device=device), None
+        unread_range = _unread_range(cut, windows, length, blocks.num_blocks, left, right)
         if chunk > window:
-            partly_seen_windows = _partly_seen_windows(
-                windows, torch.full((1, 1), chunk // window, device=device), chunk // window, cut
-            )
+            partly_seen_windows = _partly_seen_windows(windows, length // window, chunk // window, cut)
         # No query ever reads the chunks of the last window, if causal.
         count = (windows.num_blocks - 1) * (window // chunk) if cut.is_causal else None
-        chunks = even_chunks(WindowedBlocks(blocks), tokens, None, partly_seen_windows, hidden=hidden, count=count)
+        around = WindowedBlocks(blocks)
+        chunks = even_chunks(around, tokens, None, partly_seen_windows, unread_range=unread_range, count=count)
         return Layout(WindowedBlocks(windows, left, right), chunks)
     return _exclusive_rows(cut, tokens, windows, chunk)
 
 
 def _exclusive_rows(cut: ChunkOptions, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
     """Rows of different length have chunks of different length, `longest` at most."""
-    num_tokens, device, window = tokens.y.shape[2], tokens.y.device, windows.size
+    num_tokens, device, window = tokens.key.shape[2], tokens.key.device, windows.size
     length = chunk_length(window, cut.num_chunks, tokens.lengths)[:, None]  # [batch, 1]
     start = torch.arange(min(cut.num_chunks, num_tokens), device=device) * length
     position = start[..., None] + torch.arange(longest, device=device)
@@ -96,15 +97,13 @@ def _exclusive_rows(cut: ChunkOptions, tokens: Tokens, windows: Blocks, longest:
         half = max(1, window // 2)
         reach = torch.where(length > window, window, (half + length - 1) // length * length)
     near = (left, right) if reach is None else (reach, reach)
-    hidden = _touched(cut, windows, length, start.shape[1], *near)
+    unread_range = _unread_range(cut, windows, length, start.shape[1], *near)
     partly_seen_windows = None
     if longest > window:
         partly_seen_windows = _partly_seen_windows(windows, (length // window).clamp_min(1), longest // window, cut)
     index = torch.where(inside, position, -1)
     count = -(-num_tokens // longest)
-    chunks = Chunks(
-        lambda z: gather_tokens(z, index), inside, None, count, partly_seen_windows=partly_seen_windows, hidden=hidden
-    )
+    chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, None, partly_seen_windows, unread_range)
     return Layout(WindowedBlocks(windows, left, right), chunks, reach)
 
 
@@ -112,7 +111,7 @@ def _divisors(window: int, longest: int) -> list[int]:
     return [d for d in range(1, min(window, longest) + 1) if window % d == 0]
 
 
-def _touched(
+def _unread_range(
     cut: ChunkOptions, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first chunk that a window does not read, because it sees some of it, and the first after those it sees.
@@ -148,9 +147,7 @@ def grid_table(
     """
     visible, partly_seen_windows = _grid_table((height, width), window, chunk, reach)
     with outside_tracing():
-        return visible.to(device), partly_seen_windows if partly_seen_windows is None else partly_seen_windows.to(
-            device
-        )
+        return visible.to(device), None if partly_seen_windows is None else partly_seen_windows.to(device)
 
 
 @functools.lru_cache(maxsize=64)

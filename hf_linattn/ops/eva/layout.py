@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
-from ..layout import Blocks, pad_tokens
+from ..layout import WindowedBlocks
 from ..limits import check_counts
-from ..tokens import Tokens
+from ..padding import Tokens
 
 CHUNKINGS = ("exclusive", "published")
 OVERLAP_SIDES = ("both", "left")
@@ -32,64 +32,35 @@ def integer_root(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class WindowedBlocks:
-    """Blocks together with the tokens next to them: `left` before and `right` after, in every dimension."""
-
-    blocks: Blocks
-    left: int = 0
-    right: int = 0
-
-    def split(self, x: Tensor) -> Tensor:
-        """`[..., tokens, dim]` -> `[..., blocks, slots, dim]`, zeros where there is no token."""
-        blocks, left, right = self.blocks, self.left, self.right
-        if not left and not right:
-            return blocks.split(x)
-        size, slots = blocks.size, left + blocks.size + right
-        if blocks.grid is None:
-            x = pad_tokens(x, left, -blocks.tokens % size + right)
-            return x.unfold(-2, slots, size).transpose(-1, -2)
-        (height, width) = blocks.grid
-        x = F.pad(x.unflatten(-2, blocks.grid), (0, 0, left, -width % size + right, left, -height % size + right))
-        x = x.unfold(-3, slots, size).unfold(-3, slots, size)  # [..., rows, columns, dim, slots, slots]
-        return x.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3)
-
-    def real(self, mask: Tensor | None, device: torch.device) -> Tensor:
-        """`[batch or 1, blocks, slots]`, True where there is a real token."""
-        if mask is None:
-            mask = torch.ones(1, self.blocks.tokens, dtype=torch.bool, device=device)
-        return self.split(mask.unsqueeze(-1).to(torch.uint8)).squeeze(-1).bool()
-
-
-@dataclass(frozen=True)
 class Chunks:
     """All chunks and who reads them.
 
     take: `[batch, heads, tokens, dim]` -> `[batch, heads, chunks, members, dim]`, zeros where there is no member.
     member: `[batch or 1, chunks, members]`, True where there is one.
     visible: `[batch or 1, windows, queries or 1, chunks]`, or `None` if every query reads every chunk.
-    hidden: The same as a range per window, where it is one: window w reads the chunks c < hidden[0][.., w] and
-        c >= hidden[1][.., w]; `[batch or 1, windows]` each. `visible` is then derived.
-    slots: By how many a sum is divided for the mean, `[batch or 1, 1]`; `None` for the number of members.
+    unread_range: The same as a range per window, where it is one: window w reads the chunks c < unread_range[0][.., w]
+        and c >= unread_range[1][.., w]; `[batch or 1, windows]` each. `visible` is then derived.
+    divisor: By how many a sum is divided for the mean, `[batch or 1, 1]`; `None` for the number of members.
     count: Chunks that some query reads, of a row that is as long as the tensor.
-    siblings: `[batch or 1, windows, n]`: windows that lie in a chunk which is partly seen, -1 for none; they are then
-        read one by one instead of the chunk.
+    partly_seen_windows: `[batch or 1, windows, n]`: windows that lie in a chunk which is partly seen, -1 for none;
+        they are then read one by one instead of the chunk.
     """
 
     take: Callable[[Tensor], Tensor]
     member: Tensor
     visible: Tensor | None
     count: int
-    slots: Tensor | None = None
+    divisor: Tensor | None = None
     partly_seen_windows: Tensor | None = None
-    hidden: tuple[Tensor, Tensor] | None = None
+    unread_range: tuple[Tensor, Tensor] | None = None
 
     def seen(self) -> Tensor | None:
-        """`visible`, also where it follows from `hidden`."""
-        if self.hidden is None:
+        """`visible`, also where it follows from `unread_range`."""
+        if self.unread_range is None:
             return self.visible
         number = torch.arange(self.member.shape[1], device=self.member.device)
-        first, end = (z[..., None, None] for z in self.hidden)
-        return (number < first) | (number >= end)
+        start, stop = self.unread_range
+        return (number < start[..., None, None]) | (number >= stop[..., None, None])
 
 
 @dataclass(frozen=True)
@@ -166,16 +137,19 @@ def even_chunks(
     tokens: Tokens,
     visible: Tensor | None,
     partly_seen_windows: Tensor | None,
-    slots: Tensor | None = None,
-    hidden: tuple[Tensor, Tensor] | None = None,
+    *,
+    divisor: Tensor | None = None,
+    unread_range: tuple[Tensor, Tensor] | None = None,
     count: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
-    extra = around.blocks.tokens - tokens.y.shape[2]
+    take, missing = around.split, around.blocks.tokens - tokens.key.shape[2]
+    if missing:
 
-    def take(z: Tensor) -> Tensor:
-        return around.split(pad_tokens(z, 0, extra))
+        def take(z: Tensor) -> Tensor:
+            return around.split(F.pad(z, (0, 0, 0, missing)))
 
-    real = tokens.y.new_ones(1, tokens.y.shape[2]) if tokens.valid is None else tokens.valid
+    real = tokens.key.new_ones(1, tokens.key.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
-    return Chunks(take, member, visible, count or around.blocks.num_blocks, slots, partly_seen_windows, hidden)
+    count = count or around.blocks.num_blocks
+    return Chunks(take, member, visible, count, divisor, partly_seen_windows, unread_range)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Blocks, gather_tokens
-from ..tokens import Tokens
-from .layout import ChunkOptions, Chunks, Layout, WindowedBlocks, even_chunks, integer_root, nominal_reach
+from ..layout import Blocks, WindowedBlocks, gather_tokens
+from ..padding import Tokens
+from .layout import ChunkOptions, Chunks, Layout, even_chunks, integer_root, nominal_reach
 
 
 def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks as in the official code, row by row, without losing tokens where it does."""
-    window, num_tokens, grid = cut.window_size, tokens.y.shape[2], tokens.grid
+    window, num_tokens, grid = cut.window_size, tokens.key.shape[2], tokens.grid
     left = nominal_reach(window, cut.chunking, cut.overlap_side == "left") if cut.overlap_side else 0
     right = left if cut.overlap_side == "both" else 0
     windows = WindowedBlocks(Blocks(num_tokens, window, grid), left, right)
@@ -24,17 +24,17 @@ def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     if grid is not None:
         chunk = cut.chunk_size or max(1, integer_root(num_tokens // cut.num_chunks))
         around = WindowedBlocks(Blocks(num_tokens, chunk, grid), wider, wider)
-        slots = torch.full((1, 1), (chunk + 2 * wider) ** 2, device=tokens.y.device)
-        return Layout(windows, even_chunks(around, tokens, None, None, slots))
+        divisor = torch.full((1, 1), (chunk + 2 * wider) ** 2, device=tokens.key.device)
+        return Layout(windows, even_chunks(around, tokens, None, None, divisor=divisor))
 
     padded = -(-num_tokens // window) * window
     longest = cut.chunk_size or max(1, padded // cut.num_chunks)
     count = -(-padded // longest)
     if tokens.valid is None:
         around = WindowedBlocks(Blocks(padded, longest), wider, wider)
-        length = torch.full((1, 1), longest, device=tokens.y.device)
+        length = torch.full((1, 1), longest, device=tokens.key.device)
         visible = _earlier(cut, windows.blocks, length, count) if cut.is_causal else None
-        return Layout(windows, even_chunks(around, tokens, visible, None, length + 2 * wider))
+        return Layout(windows, even_chunks(around, tokens, visible, None, divisor=length + 2 * wider))
 
     # Rows of different length: each is padded to whole windows of its own, and cut into chunks of its own length.
     own = -(-tokens.lengths[:, None] // window) * window  # [batch, 1]
@@ -48,7 +48,7 @@ def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     inside = position < ((number + 1) * length + wider)[..., None]
     inside = inside & (position >= 0) & (position < tokens.lengths[:, None, None])
     index = torch.where(inside, position, -1)
-    chunks = Chunks(lambda z: gather_tokens(z, index), inside, visible, count, slots=length + 2 * wider)
+    chunks = Chunks(lambda z: gather_tokens(z, index), inside, visible, count, divisor=length + 2 * wider)
     return Layout(windows, chunks)
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..exact import compute_dtype, scale_inputs
+from ..inputs import compute_dtype
 from ..layout import Blocks
+from ..padding import prepare_tokens
 from ..recurrent.window_tokens import Window, WindowTokens
-from ..slots import mask_logits
-from ..tokens import prepare
+from ..softmax import mask_logits
 from .chunks import MeanMap, Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, Chunks
@@ -54,18 +54,18 @@ def eva_recurrence(
     if window_bias is not None and window_bias.ndim != 3:
         raise InputError(f"window_bias must be [heads or 1, window_size, slots] here; got {tuple(window_bias.shape)}.")
     side = "left" if overlap_window else None
-    cutting = ChunkOptions(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
-    cutting.check(None)
-    summarise = Summariser(proposals, weighting, query_map, key_map, "corrected", scaling**0.5)
+    options = ChunkOptions(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
+    options.check(None)
+    summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5)
     summarise.check()
-    return EvaRecurrence(cutting, summarise, scaling, window_bias, slot_dropout)
+    return EvaRecurrence(options, summarise, scaling, window_bias, slot_dropout)
 
 
 @dataclass(frozen=True)
 class EvaRecurrence:
     """Causal EVA a piece at a time. No method changes the state it is given. Made by `eva_recurrence`."""
 
-    cutting: ChunkOptions
+    options: ChunkOptions
     summarise: Summariser
     scaling: float
     window_bias: Tensor | None = None
@@ -77,12 +77,12 @@ class EvaRecurrence:
 
     @property
     def window(self) -> Window:
-        return Window(self.cutting.window_size, self.cutting.overlap_side is not None)
+        return Window(self.options.window_size, self.options.overlap_side is not None)
 
     @property
     def _chunk(self) -> int:
-        assert self.cutting.chunk_size is not None
-        return self.cutting.chunk_size
+        assert self.options.chunk_size is not None
+        return self.options.chunk_size
 
     def start(self, key: Tensor, value: Tensor, *, static_tokens: int | None = None) -> EvaState:
         """The state before the first token, for keys and values like these.
@@ -90,7 +90,7 @@ class EvaRecurrence:
         Args:
             static_tokens: Shapes stay the same from here on, with room for the chunks of so many tokens.
         """
-        is_static, bound = static_tokens is not None, self.cutting.max_chunks
+        is_static, bound = static_tokens is not None, self.options.max_chunks
         near = WindowTokens.empty(
             key,
             value,
@@ -111,11 +111,11 @@ class EvaRecurrence:
         joined = state.near.join(query, key, value, key_mask)
         assert joined.query is not None
         dtype = compute_dtype(query, joined.key, joined.value, ("cuda",))
-        x, y = scale_inputs(joined.query.to(dtype), joined.key.to(dtype), self.scaling)
-        tokens = prepare(x, y, joined.value.to(dtype), joined.mask, is_causal=True)
+        inputs = joined.query.to(dtype), joined.key.to(dtype), joined.value.to(dtype)
+        tokens = prepare_tokens(*inputs, joined.mask, scaling=self.scaling, is_causal=True)
         estimate = eva_estimate(
             tokens,
-            self.cutting,
+            self.options,
             self.summarise,
             window_bias=self.window_bias,
             dropout=self.dropout,
@@ -164,7 +164,7 @@ class EvaRecurrence:
     def _bias(self, near: WindowTokens) -> Tensor:
         """`[batch or 1, heads or 1, 1, places]`: the bias of the last token's window at the places of near tokens."""
         assert self.window_bias is not None
-        size, bias, places = self.cutting.window_size, self.window_bias, near.key.shape[2]
+        size, bias, places = self.options.window_size, self.window_bias, near.key.shape[2]
         reach = bias.shape[-1] - size
         if near.even is not None:
             place, begin = (near.even - 1) % size, reach - (near.even - 1) // size * size
@@ -177,7 +177,7 @@ class EvaRecurrence:
     def _inside(self, near: WindowTokens) -> list[Summaries]:
         """Published: the chunks of near tokens before the last one's own, which it reads as well."""
         most = (near.key.shape[2] - 1) // self._chunk
-        if self.cutting.chunking != "published" or not most:
+        if self.options.chunking != "published" or not most:
             return []
         parts = (near.query, near.key, near.value)
         chunks = self._summaries(*(None if z is None else z[:, :, : most * self._chunk] for z in parts))  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ class EvaRecurrence:
 
     def _pass_block(self, state: EvaState) -> EvaState:
         """Summarise the first block of those rows where it has left the window."""
-        near, size = state.near, self.cutting.window_size
+        near, size = state.near, self.options.window_size
         rows = near.full(self.window)
         if rows is not None and not rows:
             return state

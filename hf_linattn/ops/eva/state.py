@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ..exact import compute_dtype
+from ..inputs import compute_dtype
 from ..recurrent.window_tokens import Counts, WindowTokens
 from .bounded import EarlierChunks, merge_all, merge_summaries
 from .chunks import Summaries

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import checked_attention, root_of, scale_inputs
-from ..layout import check_grid
-from ..slot_attention import check_chunk_size, slot_attention
-from ..tokens import prepare
-from .features import favor_log_weights
+from ..inputs import check_projection, checked_attention, factor_of
+from ..padding import check_grid, prepare_tokens, without_padding
+from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
+from .features import favor_feature_map
 from .statistics import FavorStatistics, RowStatistics
 
 
@@ -78,60 +77,67 @@ def favor_attention(
         tokens in the causal form.
     Cost: O((queries + keys) * num_features * head_dim). Random: no (but for `slot_dropout`). Epsilon: nowhere.
     """
-    if (
-        projection.ndim not in (2, 3)
-        or not projection.shape[-2]
-        or projection.shape[-1] != query.shape[-1]
-        or (projection.ndim == 3 and projection.shape[0] != query.shape[1])
-    ):
-        raise InputError(
-            f"projection must be [heads, features, head_dim] = [{query.shape[1]}, features, {query.shape[-1]}] or"
-            f" [features, {query.shape[-1]}]; got {tuple(projection.shape)}."
-        )
+    check_projection(projection, query)
     check_chunk_size(chunk_size)
     if is_causal and isinstance(statistics, RowStatistics):
         raise InputError(
             "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"
             " itself, which know later tokens. Use FavorMoments.empty(...).update(...).statistics(variant)."
         )
+    scaling = factor_of(query, scaling)
     projection = projection.to(torch.promote_types(query.dtype, torch.float32))
+    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
-        # Nothing but the slots sees the tokens, and those of FAVOR+ can take the factor over.
-        root = root_of(query, scaling) if statistics is None else 1.0
-        x, y = (query, key) if statistics is None else scale_inputs(query, key, scaling)
-        if grid is not None:
-            check_grid(y.shape[2], grid, key_mask)
-        visible = None if key_mask is None else key_mask[:, None, :, None]
-        is_self = x.shape[2] == y.shape[2] and not is_cross
-        if visible is not None:
-            # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
-            y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
-            x = x.masked_fill(~visible, 0.0) if is_self else x
-        query_weights, key_weights = favor_log_weights(x, y, projection, statistics, root=root)
-        output = query_weights.read(
-            key_weights.masked(visible).levelled().summarise(value), dropout=slot_dropout
-        ).output
-        return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
-    x, y = scale_inputs(query, key, scaling)
+        return _slots_alone(query, key, value, projection, statistics, scaling, key_mask, grid, slot_dropout, is_cross)
     if is_cross:
         raise InputError(
             "Cross-attention (is_cross=True) needs is_causal=False, window_size=0 and num_global_tokens=0; got"
             f" {is_causal}, {window_size} and {num_global_tokens}."
         )
-    tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
-    if tokens.y.shape[2] == 0:
-        return tokens.finish(None)
-    query_weights, key_weights = favor_log_weights(tokens.x, tokens.y, projection, statistics)
-    return tokens.finish(
-        slot_attention(
-            tokens,
-            query_weights,
-            key_weights,
-            is_causal=is_causal,
-            window_size=window_size,
-            overlap_window=overlap_window,
-            num_heavy_keys=num_heavy_keys,
-            chunk_size=chunk_size,
-            dropout=slot_dropout,
-        )
+    tokens = prepare_tokens(
+        query,
+        key,
+        value,
+        key_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        num_global_tokens=num_global_tokens,
+        grid=grid,
     )
+    if tokens.key.shape[2] == 0:
+        return tokens.finish(None)
+    feature_map = favor_feature_map(tokens.query, projection, statistics)
+    query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
+    return tokens.finish(slot_attention(tokens, query_weights, key_weights, options))
+
+
+def _slots_alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    statistics: FavorStatistics | None,
+    scaling: float,
+    key_mask: Tensor | None,
+    grid: tuple[int, int] | None,
+    dropout: float,
+    is_cross: bool,
+) -> Tensor:
+    """Bidirectional, with nothing exact: queries and keys of any number, in any order."""
+    root = scaling**0.5
+    if statistics is not None:
+        query, key = query * root, key * root
+        root = 1.0  # what is left for the directions of the features, the few that can take it over
+    if grid is not None:
+        check_grid(key.shape[2], grid, key_mask)
+    is_self = query.shape[2] == key.shape[2] and not is_cross
+    visible = None
+    if key_mask is not None:
+        # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
+        visible = key_mask[:, None, :, None]
+        key, value = without_padding(key, value, key_mask)
+        query = query.masked_fill(~visible, 0.0) if is_self else query
+    feature_map = favor_feature_map(query, projection, statistics, root=root)
+    slots = feature_map.key_weights(key).masked(visible).levelled().summarise(value)
+    output = feature_map.query_weights(query).read(slots, dropout=dropout).output
+    return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output

@@ -20,74 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
-from ...kernels.attention_state import AttentionState
-from ...kernels.block_slots import BlockReach
-from ..exact import checked_attention, scale_inputs
+from ..inputs import check_projection, checked_attention, factor_of
 from ..limits import LARGEST_FACTOR
-from ..slot_attention import check_chunk_size, slot_attention
-from ..slot_weights import causal_slots_dense, inter_block_dense
-from ..slots import mask_logits, softmax_with_lse
-from ..tokens import prepare
+from ..padding import prepare_tokens, without_padding
+from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
+from ..slot_weights import DenseSlotWeights
+from ..softmax import without_empty
 
 # Below it `log(softplus(z))` is `z` to the last digit of a float64, and above it no logarithm is of a tiny number.
 _SOFTPLUS_TAIL = -40.0
-
-
-@dataclass(frozen=True)
-class DenseSlotWeights:
-    """Log-weights that are no dot products: what `LinearSlotWeights` is for linear ones, with the same methods.
-
-    log_features: `[batch, heads, ..., tokens, slots]`; `-inf` where a feature is 0.
-    """
-
-    log_features: Tensor
-
-    def dense(self) -> Tensor:
-        """`[batch, heads, ..., tokens, slots]`."""
-        return self.log_features
-
-    def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> DenseSlotWeights:
-        """Rearrange the tokens: `fn` gets `[batch, heads, tokens, slots]`."""
-        return DenseSlotWeights(fn(self.log_features))
-
-    def masked(self, visible: Tensor | None) -> DenseSlotWeights:
-        """Weight 0 for tokens where `visible` (`[batch, 1, ..., tokens, 1]`) is False."""
-        return DenseSlotWeights(mask_logits(self.log_features, visible))
-
-    def unbiased(self) -> DenseSlotWeights:
-        """Themselves: no factor is known to belong to a token alone."""
-        return self
-
-    def biased(self, read: AttentionState) -> AttentionState:
-        """`read` as it is."""
-        return read
-
-    def summarise(self, values: Tensor) -> AttentionState:
-        """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, log_mass `[..., slots]`."""
-        return softmax_with_lse(self.log_features.transpose(-1, -2), values)
-
-    def read(self, slots: AttentionState, *, extra: Tensor | None = None, dropout: float = 0.0) -> AttentionState:
-        """Every token reads all slots. `extra` is added to the log-weights, `[batch, heads, ..., tokens, slots]`."""
-        logits = self.log_features + slots.lse.unsqueeze(-2)
-        return softmax_with_lse(logits if extra is None else logits + extra, slots.output, dropout=dropout)
-
-    def inter_block(
-        self,
-        key: DenseSlotWeights,
-        value: Tensor,
-        reach: BlockReach,
-        *,
-        extra: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> AttentionState:
-        """Blocks of queries (`self`) read the units of keys that they reach, through slots."""
-        return inter_block_dense(self, key, value, reach, extra=extra, dropout=dropout)
-
-    def causal(
-        self, key: DenseSlotWeights, value: Tensor, *, chunk: int, extra: Tensor | None = None, dropout: float = 0.0
-    ) -> AttentionState:
-        """Queries (`self`) read all keys up to themselves."""
-        return causal_slots_dense(self, key, value, chunk=chunk, extra=extra, dropout=dropout)
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------
@@ -147,11 +88,12 @@ class GeneralizedFeatureMap:
     kernel: str
     kernel_epsilon: float
 
-    def query(self, x: Tensor) -> DenseSlotWeights:
+    def query_weights(self, query: Tensor) -> DenseSlotWeights:
         """Log-features of scaled queries, or keys, `[batch, heads, tokens, head_dim]`."""
-        return DenseSlotWeights(generalized_log_features(x, self.projection.to(x), self.kernel, self.kernel_epsilon))
+        features = generalized_log_features(query, self.projection.to(query), self.kernel, self.kernel_epsilon)
+        return DenseSlotWeights(features)
 
-    key = query
+    key_weights = query_weights
 
 
 # -- attention ------------------------------------------------------------------------------------------------------
@@ -208,60 +150,42 @@ def generalized_attention(
     Cost: O((queries + keys) * num_features * head_dim); keeps the log-features for the backward pass. Random: no (but
         for `slot_dropout`). Epsilon: `kernel_epsilon` alone.
     """
-    _check(query, projection, kernel, kernel_epsilon, chunk_size)
-    exact = {
-        "window_size": window_size,
-        "overlap_window": overlap_window,
-        "num_heavy_keys": num_heavy_keys,
-        "num_global_tokens": num_global_tokens,
-    }
-    for name, given in exact.items():
-        if given:
-            raise UnsupportedError(f"{NO_SOFTMAX} Got {name}={given!r}; set it to {type(given)()!r}.")
-    x, y = scale_inputs(query, key, scaling)
-    weights = GeneralizedFeatureMap(projection, kernel, kernel_epsilon).query
-    if not is_causal:
-        visible = None if key_mask is None else key_mask[:, None, :, None]
-        is_self = x.shape[2] == y.shape[2] and not is_cross
-        if visible is not None:
-            # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
-            y, value = y.masked_fill(~visible, 0.0), value.masked_fill(~visible, 0.0)
-            x = x.masked_fill(~visible, 0.0) if is_self else x
-        output = weights(x).read(weights(y).masked(visible).summarise(value), dropout=slot_dropout).output
-        return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
-    if is_cross:
-        raise InputError("Cross-attention (is_cross=True) needs is_causal=False; got is_causal=True.")
-    tokens = prepare(x, y, value, key_mask, is_causal=True, grid=grid)
-    if tokens.y.shape[2] == 0:
-        return tokens.finish(None)
-    estimate = slot_attention(
-        tokens,
-        weights(tokens.x),
-        weights(tokens.y),
-        is_causal=True,
-        window_size=0,
-        chunk_size=chunk_size,
-        dropout=slot_dropout,
-    )
-    # A first token whose features do not even overlap with its own has no weight to be a mean with.
-    nothing = (estimate.lse == float("-inf")).unsqueeze(-1)
-    return tokens.finish(AttentionState(estimate.output.masked_fill(nothing, 0.0), estimate.lse))
-
-
-def _check(query: Tensor, projection: Tensor, kernel: str, kernel_epsilon: float, chunk_size: int | None) -> None:
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {list(KERNELS)}; got {kernel!r}.{did_you_mean(kernel, KERNELS)}")
     if not 0 <= kernel_epsilon <= LARGEST_FACTOR:
         raise InputError(
             f"kernel_epsilon must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {kernel_epsilon!r}."
         )
-    if (
-        projection.ndim not in (2, 3)
-        or projection.shape[-1] != query.shape[-1]
-        or (projection.ndim == 3 and projection.shape[0] != query.shape[1])
-    ):
-        raise InputError(
-            f"projection must be [heads, features, head_dim] = [{query.shape[1]}, features, {query.shape[-1]}] or"
-            f" [features, {query.shape[-1]}]; got {tuple(projection.shape)}."
-        )
+    check_projection(projection, query)
     check_chunk_size(chunk_size)
+    exact = {
+        "window_size": window_size,
+        "overlap_window": overlap_window,
+        "num_heavy_keys": num_heavy_keys,
+        "num_global_tokens": num_global_tokens,
+    }
+    for name, option in exact.items():
+        if option:
+            raise UnsupportedError(f"{NO_SOFTMAX} Got {name}={option!r}; set it to {type(option)()!r}.")
+    scaling = factor_of(query, scaling)
+    weights_of = GeneralizedFeatureMap(projection, kernel, kernel_epsilon).query_weights
+    if not is_causal:
+        root, visible = scaling**0.5, None
+        query, key = query * root, key * root
+        is_self = query.shape[2] == key.shape[2] and not is_cross
+        if key_mask is not None:
+            # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
+            visible = key_mask[:, None, :, None]
+            key, value = without_padding(key, value, key_mask)
+            query = query.masked_fill(~visible, 0.0) if is_self else query
+        output = weights_of(query).read(weights_of(key).masked(visible).summarise(value), dropout=slot_dropout).output
+        return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
+    if is_cross:
+        raise InputError("Cross-attention (is_cross=True) needs is_causal=False; got is_causal=True.")
+    tokens = prepare_tokens(query, key, value, key_mask, scaling=scaling, is_causal=True, grid=grid)
+    if tokens.key.shape[2] == 0:
+        return tokens.finish(None)
+    options = SlotOptions(True, chunk_size=chunk_size, dropout=slot_dropout)
+    state = slot_attention(tokens, weights_of(tokens.query), weights_of(tokens.key), options)
+    # A first token whose features do not even overlap with its own has no weight to be a mean with.
+    return tokens.finish(without_empty(state))

@@ -22,22 +22,20 @@ def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Te
     dtype = torch.float64 if dense and z.device.type != "mps" else torch.float32 if half else z.dtype
     # In pieces that stay in the processor's cache; a compiler or another device does better with the whole.
     size = _PIECE if z.device.type == "cpu" and not torch.compiler.is_compiling() else max(z.shape[2], 1)
-    pieces = z.split(size, 2)
-    padding: Sequence[Tensor | None] = [None] * len(pieces)
-    count = torch.full((1, 1, 1, 1), float(z.shape[2]), dtype=dtype, device=z.device)
-    if mask is not None:
+    if mask is None:
+        pieces = z.split(size, 2)
+        count = torch.full((1, 1, 1, 1), float(z.shape[2]), dtype=dtype, device=z.device)
+        padding: Sequence[Tensor | None] = [None] * len(pieces)
+    else:
         mask = mask.to(z.device)[:, None, :, None]
+        pieces, padding = z.masked_fill(~mask, 0.0).split(size, 2), (~mask).split(size, 2)
         count = mask.sum(2, keepdim=True).to(dtype)
-        padding = (~mask).split(size, 2)
-
-    def real(piece: Tensor, hidden: Tensor | None) -> Tensor:
-        return piece if hidden is None else piece.masked_fill(hidden, 0.0)
-
-    total = sum(real(p, hidden).sum(2, keepdim=True, dtype=dtype) for p, hidden in zip(pieces, padding, strict=True))
+    total = sum([piece.sum(2, keepdim=True, dtype=dtype) for piece in pieces])
     mean = total / count.clamp_min(1)
     scatter = torch.zeros((), dtype=dtype, device=z.device)
     for piece, hidden in zip(pieces, padding, strict=True):
-        centred = real(piece.to(dtype) - mean, hidden)
+        centred = piece.to(dtype) - mean
+        centred = centred if hidden is None else centred.masked_fill(hidden, 0.0)
         scatter = scatter + (centred.mT @ centred if dense else centred.square().sum(2, keepdim=True))
     return count, mean, scatter
 

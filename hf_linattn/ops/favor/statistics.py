@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, did_you_mean
-from ..exact import check_inputs, scale_inputs
+from ..inputs import check_inputs, factor_of
 from .balance import dense_transforms, diagonal_balance
 from .moments import merge_moments, row_moments, without_rounding
 
@@ -40,17 +40,21 @@ class FavorStatistics(NamedTuple):
     key_transform: Tensor
     shape: Tensor
 
-    def transform_query(self, x: Tensor) -> Tensor:
+    def transform_query(self, query: Tensor) -> Tensor:
         """Scaled queries in the coordinates of the features."""
-        return _apply(x - self.query_mean.to(x), self.query_transform.to(x))
+        return _transformed(query - self.query_mean.to(query), self.query_transform.to(query))
 
-    def transform_key(self, y: Tensor) -> Tensor:
+    def transform_key(self, key: Tensor) -> Tensor:
         """Scaled keys in the coordinates of the features."""
-        return _apply(y - self.key_mean.to(y), self.key_transform.to(y))
+        return _transformed(key - self.key_mean.to(key), self.key_transform.to(key))
 
     def transform(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries and keys in the coordinates of the features."""
         return self.transform_query(x), self.transform_key(y)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FavorStatistics:
+        """The same on a device, in a dtype."""
+        return FavorStatistics(*[s.to(device=device, dtype=dtype) for s in self])
 
 
 class RowStatistics(FavorStatistics):
@@ -138,7 +142,7 @@ class FavorMoments:
             )
         query_mask = _query_mask(query, key, key_mask, is_causal, is_cross)
         pooled = _pooled(query), _pooled(key), _pooled_mask(query_mask), _pooled_mask(key_mask)
-        new = _scaled(_gather(*pooled, dense=True), scaling)
+        new = _scaled(_gather(*pooled, dense=True), factor_of(query, scaling))
         return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
@@ -213,14 +217,14 @@ def favor_statistics(
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     with torch.autocast(query.device.type, enabled=False):
         moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in DENSE_VARIANTS)
-        statistics = _statistics(_scaled(moments, scaling), variant, centring)
-    return RowStatistics(*(s.to(dtype) for s in statistics))
+        statistics = _statistics(_scaled(moments, factor_of(query, scaling)), variant, centring)
+    return RowStatistics(*statistics.to(query.device, dtype))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _apply(z: Tensor, transform: Tensor) -> Tensor:
+def _transformed(z: Tensor, transform: Tensor) -> Tensor:
     """Row vectors in new coordinates; a single row of factors acts per coordinate."""
     return z * transform if transform.ndim < 2 or transform.shape[-2] == 1 else z @ transform
 
@@ -248,7 +252,7 @@ def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorSta
     if is_dense and x2.shape[-1] != x2.shape[-2]:
         raise InputError(f"variant={variant!r} needs dense moments; got diagonal ones.")
     if not is_dense and x2.shape[-2] != 1:
-        x2, y2 = (z.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for z in (x2, y2))
+        x2, y2 = x2.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), y2.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     x2, y2 = x2 / moments.query_count.clamp_min(1), y2 / moments.key_count.clamp_min(1)
     x_offset, y_offset = moments.query_mean, moments.key_mean
     x_mean, y_mean = torch.zeros_like(x_offset), torch.zeros_like(y_offset)
@@ -287,8 +291,14 @@ def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | 
     return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
 
 
-def _scaled(moments: FavorMoments, scaling: float | None) -> FavorMoments:
+def _scaled(moments: FavorMoments, scaling: float) -> FavorMoments:
     """The moments of scaled tokens from those of unscaled ones."""
-    means = scale_inputs(moments.query_mean, moments.key_mean, scaling)
-    scatters = scale_inputs(*scale_inputs(moments.query_scatter, moments.key_scatter, scaling), scaling)
-    return FavorMoments(moments.query_count, moments.key_count, *means, *scatters)
+    root = scaling**0.5
+    return FavorMoments(
+        moments.query_count,
+        moments.key_count,
+        moments.query_mean * root,
+        moments.key_mean * root,
+        moments.query_scatter * root * root,
+        moments.key_scatter * root * root,
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..exact import scale_inputs
+from ..inputs import scale_inputs
 from .statistics import FavorStatistics, token_moments
 
 
@@ -199,8 +199,7 @@ def _coordinates(
     x, y = scale_inputs(query.to(dtype), key.to(dtype), scaling)
     if statistics is None:
         return x, y, x.new_zeros(1, 1, 1, x.shape[-1])
-    x, y = statistics.transform(x, y)
-    return x, y, statistics.shape.to(x)
+    return *statistics.transform(x, y), statistics.shape.to(x)
 
 
 def _coefficients(shape: Tensor, order: float) -> tuple[Tensor, Tensor]:

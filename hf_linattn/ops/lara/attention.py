@@ -6,8 +6,8 @@ multiple importance sampling. In scaled coordinates and with `l(x, w) = w . x - 
 
     c[j, n] = l(y_n, w_j)        a[t, j] = l(x_t, w_j) + e[t, j]
 
-where `e` holds the importance weight (`ops/lara/importance.py`). With proposals that are fixed in advance
-(`ops/lara/calibrated_proposals.py`) the same works without looking at the sequence, and so for a causal model.
+where `e` holds the importance weight (`features.py`). With proposals that are fixed in advance
+(`proposals.py`) the same works without looking at the sequence, and so for a causal model.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..exact import checked_attention, exact_partial, scale_inputs
+from ...kernels.attend import attend
+from ..inputs import checked_attention, factor_of
 from ..layout import gather_tokens
 from ..limits import LARGEST_FACTOR, check_counts
 from ..noise import noise_factor
-from ..slot_attention import check_chunk_size, slot_attention
+from ..padding import Tokens, prepare_tokens
+from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
 from ..slot_weights import LinearSlotWeights
-from ..tokens import Tokens, prepare
-from .calibrated_proposals import CalibratedProposals, proposal_log_weights
-from .importance import WEIGHTINGS, draw_samples, importance_weights
-from .landmarks import LandmarkMap, find_landmarks, real_members
+from .features import WEIGHTINGS, importance_weights, proposal_feature_map
+from .landmarks import LandmarkMap, Landmarks, find_landmarks
+from .proposals import CalibratedProposals, draw_samples
 
 
 @checked_attention
@@ -104,15 +105,14 @@ def lara_attention(
     Raises: UnsupportedError if `is_causal` without `proposals`; InputError if shapes or options do not fit.
     Cost: O(tokens * samples * head_dim). Random: only through `noise` and `slot_dropout`.
     """
+    check_chunk_size(chunk_size)
     if weighting not in WEIGHTINGS:
         raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {weighting!r}.")
     if not 0 <= alpha_coeff <= LARGEST_FACTOR:
         raise InputError(f"alpha_coeff must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {alpha_coeff!r}.")
-    check_chunk_size(chunk_size)
-    if proposals is not None and not isinstance(proposals, CalibratedProposals):
-        raise InputError(f"proposals must be CalibratedProposals; got {type(proposals).__name__}.")
     if proposals is not None:
         _check_calibrated(
+            proposals,
             weighting=(weighting, "balance"),
             query_map=(query_map, None),
             key_map=(key_map, None),
@@ -128,16 +128,25 @@ def lara_attention(
             " later keys. Calibrate it: hf_linattn.convert(model, 'lara') and hf_linattn.calibrate(model, batches), or"
             " pass proposals=CalibratedProposals(...) to the function. 'favor_plus' and 'eva' are causal without that."
         )
-    x, y = scale_inputs(query, key, scaling)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = factor_of(query, scaling)
     factor = noise_factor(noise_scale, scaling)
-    tokens = prepare(x, y, value, key_mask, is_causal=is_causal, num_global_tokens=num_global_tokens, grid=grid)
-    if tokens.y.shape[2] == 0:
+    tokens = prepare_tokens(
+        query,
+        key,
+        value,
+        key_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        num_global_tokens=num_global_tokens,
+        grid=grid,
+    )
+    if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
-    shift, extra = torch.zeros(()), None
+    shift, query_log_bias = None, None
     if proposals is not None:
-        query_weights, key_weights = proposal_log_weights(tokens.x, tokens.y, proposals)
+        feature_map = proposal_feature_map(tokens.query, proposals)
+        query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     else:
         landmarks = find_landmarks(
             tokens,
@@ -156,70 +165,55 @@ def lara_attention(
             antithetic=antithetic,
             factor=factor,
         )
-        query_weights, key_weights, extra = importance_weights(
-            tokens.x,
-            tokens.y,
-            landmarks.query_mean,
-            landmarks.key_mean,
-            samples,
-            landmarks.used,
-            weighting=weighting,
-            alpha_coeff=alpha_coeff,
-            visible=tokens.key_visible,
-            beside_exact=beside_exact,
+        query_weights, key_weights, query_log_bias = importance_weights(
+            tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )
         if beside_exact and noise is False:
-            shift = _mass_correction(tokens, landmarks.index, query_weights, key_weights, extra)
+            shift = _mass_correction(tokens, landmarks, query_weights, key_weights, query_log_bias)
     if beside_exact:
         if offset is not None:
-            shift = shift + (offset[None, :, None, None] if offset.ndim == 1 else offset)
-        query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.x))
-    return tokens.finish(
-        slot_attention(
-            tokens,
-            query_weights,
-            key_weights,
-            is_causal=is_causal,
-            window_size=window_size,
-            overlap_window=overlap_window,
-            num_heavy_keys=num_heavy_keys,
-            chunk_size=chunk_size,
-            dropout=slot_dropout,
-            extra=extra,
-        )
-    )
+            offset = offset[None, :, None, None] if offset.ndim == 1 else offset
+            shift = offset if shift is None else shift + offset
+        if shift is not None:
+            query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
+    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
+    return tokens.finish(slot_attention(tokens, query_weights, key_weights, options, query_log_bias=query_log_bias))
 
 
-def _check_calibrated(**options: tuple[object, object]) -> None:
-    """Options (given, only value possible) that calibrated proposals leave no choice in."""
-    for name, (given, only) in options.items():
-        if isinstance(given, Tensor) or given != only:
-            given = "a tensor" if isinstance(given, Tensor) else given
+def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:
+    """Calibrated proposals, and options (value, only value possible) that these leave no choice in."""
+    if not isinstance(proposals, CalibratedProposals):
+        raise InputError(f"proposals must be CalibratedProposals; got {type(proposals).__name__}.")
+    for name, (value, only) in options.items():
+        if isinstance(value, Tensor) or value != only:
+            value = "a tensor" if isinstance(value, Tensor) else value
             raise InputError(
                 f"Calibrated proposals fix the samples and their weights; {name} must be {only!r} with them, got"
-                f" {given!r}."
+                f" {value!r}."
             )
 
 
 @torch.no_grad()
 def _mass_correction(
-    tokens: Tokens, index: Tensor, query: LinearSlotWeights, key: LinearSlotWeights, extra: Tensor | None
+    tokens: Tokens,
+    landmarks: Landmarks,
+    query_weights: LinearSlotWeights,
+    key_weights: LinearSlotWeights,
+    query_log_bias: Tensor | None,
 ) -> Tensor:
-    """Mean over probe queries of (exact log mass - log mass through the slots), `[batch, heads, 1, 1]`."""
-    # The middle member, counted per row so that padding in other rows has no influence.
-    real = real_members(tokens, index)
-    probe = index.gather(-1, real.sum(-1, keepdim=True) // 2 % index.shape[-1])
-    real = real.any(-1, keepdim=True)
-    key_visible = tokens.key_visible
-
-    def at_probes(z: Tensor) -> Tensor:
-        return gather_tokens(z, probe).squeeze(-2)
-
-    visible = None if key_visible is None else key_visible.transpose(-1, -2)
-    exact = exact_partial(at_probes(tokens.x), tokens.y, tokens.value, visible).lse
-    readers = replace(query, tokens=at_probes(query.tokens), token_bias=at_probes(query.token_bias))
-    slots = key.masked(key_visible).summarise(tokens.value)
-    ours = readers.read(slots, extra=None if extra is None else at_probes(extra)).lse
-    real = real.squeeze(-1)[:, None]
-    difference = torch.where(real, exact - ours, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
+    """Mean over probe queries of (exact log-sum-exp - that through the slots), `[batch, heads, 1, 1]`."""
+    # The middle member of a landmark, counted per row so that padding in other rows has no influence.
+    size = landmarks.member.sum(-1, keepdim=True)
+    probe = landmarks.index.gather(-1, size // 2 % landmarks.index.shape[-1])
+    query = gather_tokens(tokens.query, probe).squeeze(-2)
+    bias = gather_tokens(query_weights.token_bias, probe).squeeze(-2)
+    if query_log_bias is not None:
+        query_log_bias = gather_tokens(query_log_bias, probe).squeeze(-2)
+    visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
+    exact = attend(query, tokens.key, tokens.value, visible=visible).lse
+    readers = replace(query_weights, tokens=query, token_bias=bias)
+    slots = key_weights.masked(tokens.visible).summarise(tokens.value)
+    through_slots = readers.biased(readers.read(slots, query_log_bias=query_log_bias)).lse
+    used = landmarks.used.squeeze(-2)
+    difference = torch.where(used, exact - through_slots, 0.0).sum(-1) / used.sum(-1).clamp_min(1)
     return difference[..., None, None].detach()  # an exported program forgets about `no_grad`

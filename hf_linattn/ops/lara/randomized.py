@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..exact import causal_visibility, checked_attention, scale_inputs, without_padding
+from ..inputs import checked_attention, factor_of
 from ..noise import add_noise, noise_factor
-from ..slots import mask_logits, softmax_with_lse
-from .importance import log_feature
+from ..padding import without_padding
+from ..softmax import mask_logits, softmax_with_lse, visible_keys
+from .features import log_feature
 
 PROPOSALS = ("softmax_mean", "mean", "sampled")
 
@@ -53,12 +54,10 @@ def randomized_attention(
     if key_index is not None:
         _check_index(key_index, query, proposal)
     key, value = without_padding(key, value, key_mask)
-    x, y = scale_inputs(query, key, scaling)
-    factor = noise_factor(noise_scale, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    visible = None if key_mask is None else key_mask[:, None, None, :]
-    if is_causal:
-        causal = causal_visibility(x.shape[2], y.shape[2], x.device)
-        visible = causal if visible is None else causal & visible
+    scaling = factor_of(query, scaling)
+    x, y = query * scaling**0.5, key * scaling**0.5
+    factor = noise_factor(noise_scale, scaling)
+    visible = visible_keys(query, key, key_mask, is_causal)
     if key_index is not None:
         key_part = _pick(y, key_index)
     elif proposal == "sampled":

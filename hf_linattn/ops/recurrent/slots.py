@@ -16,21 +16,21 @@ from torch import Tensor
 from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.backend import current_backend
 from ...kernels.decode import decode_step
-from ..exact import compute_dtype, scale_inputs
-from ..slot_attention import slot_attention
+from ..inputs import compute_dtype
+from ..padding import prepare_tokens
+from ..slot_attention import SlotOptions, slot_attention
 from ..slot_weights import LinearSlotWeights, SlotWeights
-from ..slots import mask_logits, softmax_with_lse
-from ..tokens import prepare
+from ..softmax import mask_logits, softmax_with_lse, without_empty
 from .window_tokens import Window, WindowTokens
 
 
-class Basis(Protocol):
-    """The slots of a layer: what it takes to weigh any queries and keys, scaled, `[batch, heads, tokens, dim]`."""
+class FeatureMap(Protocol):
+    """What it takes to weigh any queries and keys, scaled, `[batch, heads, tokens, dim]`, for the slots of a layer."""
 
-    def query(self, x: Tensor) -> SlotWeights:
+    def query_weights(self, query: Tensor) -> SlotWeights:
         """Log-weights of queries."""
 
-    def key(self, y: Tensor) -> SlotWeights:
+    def key_weights(self, key: Tensor) -> SlotWeights:
         """Log-weights of keys."""
 
 
@@ -56,23 +56,23 @@ class SlotRecurrence:
     """Causal attention through slots, a piece at a time. No method changes the state it is given.
 
     Args:
-        basis: The slots of the layer.
-        num_slots: How many there are.
-        window: Of exact keys.
+        feature_map: Of the layer. num_slots: How many slots it has.
         scaling: Factor of the dot product.
-        chunk_size, dropout: As in `slot_attention`.
+        options: As in `slot_attention`.
         in_half: Types of devices on which many tokens are computed in half precision.
     """
 
-    basis: Basis
+    feature_map: FeatureMap
     num_slots: int
-    window: Window
     scaling: float
-    chunk_size: int | None = None
-    dropout: float = 0.0
+    options: SlotOptions
     in_half: tuple[str, ...] = ()
 
     keeps_queries: ClassVar[bool] = False
+
+    @property
+    def window(self) -> Window:
+        return Window(self.options.window_size, self.options.overlap_window)
 
     def start(self, key: Tensor, value: Tensor, *, static_tokens: int | None = None) -> SlotState:
         """The state before the first token, for keys and values like these; `static_tokens` for static shapes."""
@@ -94,23 +94,18 @@ class SlotRecurrence:
         """
         joined = state.near.join(None, key, value, key_mask)
         dtype = compute_dtype(query, joined.key, joined.value, self.in_half)
-        x, y = scale_inputs(query.to(dtype), joined.key.to(dtype), self.scaling)
-        tokens = prepare(x, y, joined.value.to(dtype), joined.mask, is_causal=True)
-        reader = self._reader(tokens.x)
-        partial = slot_attention(
-            tokens,
-            reader,
-            self.basis.key(tokens.y),
-            is_causal=True,
-            window_size=self.window.size,
-            overlap_window=self.window.overlap,
-            chunk_size=self.chunk_size,
-            dropout=self.dropout,
-        )
+        query, dtype_out = query.to(dtype), query.dtype
+        key, value = joined.key.to(dtype), joined.value.to(dtype)
+        tokens = prepare_tokens(query, key, value, joined.mask, scaling=self.scaling, is_causal=True)
+        reader = self._reader(tokens.query)
         far = AttentionState(state.far.output.to(dtype), state.far.lse)
-        partial = merge_states([partial, reader.read(far, dropout=self.dropout)])
-        nothing = (partial.lse == float("-inf")).unsqueeze(-1)
-        return tokens.finish(AttentionState(partial.output.masked_fill(nothing, 0.0), partial.lse)).to(query.dtype)
+        read = merge_states(
+            [
+                slot_attention(tokens, reader, self.feature_map.key_weights(tokens.key), self.options),
+                reader.biased(reader.read(far, dropout=self.options.dropout)),
+            ]
+        )
+        return tokens.finish(without_empty(read)).to(dtype_out)
 
     def absorb(
         self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, state: SlotState
@@ -134,7 +129,7 @@ class SlotRecurrence:
             real = valid[:, None, None, None]
             query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
         reader = self._reader(query.to(dtype) * self.scaling**0.5)
-        if not self.window.size:
+        if not self.options.window_size:
             output, far = self._through_slots(reader, key.to(dtype), value.to(dtype), state.far, valid)
             state = SlotState(state.near, far)
         else:
@@ -148,21 +143,21 @@ class SlotRecurrence:
             output = output.masked_fill(~valid[:, None, None, None], 0.0)
         return output.to(query.dtype), state
 
-    def _reader(self, x: Tensor) -> SlotWeights:
-        """Log-weights of queries, up to a factor of their own where all that they read are slots."""
-        reader = self.basis.query(x)
-        return reader if self.window.size else reader.unbiased()
+    def _reader(self, query: Tensor) -> SlotWeights:
+        """Log-weights of scaled queries, up to a factor of their own where all that they read are slots."""
+        reader = self.feature_map.query_weights(query)
+        return reader if self.options.window_size else reader.unbiased()
 
     def _take_in(self, far: AttentionState, key: Tensor, value: Tensor, mask: Tensor | None) -> AttentionState:
         """Slots with more keys in them."""
         dtype = compute_dtype(key, key, value, self.in_half)
-        weights = self.basis.key(key.to(dtype) * self.scaling**0.5)
+        weights = self.feature_map.key_weights(key.to(dtype) * self.scaling**0.5)
         weights = weights.masked(None if mask is None else mask[:, None, :, None])
         return merge_states([far, weights.summarise(value.to(dtype))])
 
     def _pass_block(self, state: SlotState) -> SlotState:
         """Move the first block of those rows where it has left the window from the near tokens to the slots."""
-        near, far, size = state.near, state.far, self.window.size
+        near, far, size = state.near, state.far, self.options.window_size
         rows = near.full(self.window)
         if rows is not None and not rows:
             return state
@@ -182,7 +177,7 @@ class SlotRecurrence:
         self, reader: SlotWeights, key: Tensor, value: Tensor, far: AttentionState, valid: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
         """Without a window: the token joins the slots, then reads them."""
-        writer = self.basis.key(key * self.scaling**0.5)
+        writer = self.feature_map.key_weights(key * self.scaling**0.5)
         writer = writer.masked(None if valid is None else valid[:, None, None, None])
         on_triton = value.is_cuda or current_backend() == "triton"
         if on_triton and isinstance(reader, LinearSlotWeights) and isinstance(writer, LinearSlotWeights):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import compact
+from ..padding import real_tokens_first, reorder_tokens
 
 Counts = tuple[int, ...] | Tensor
 
@@ -165,7 +165,8 @@ class WindowTokens:
         mask = joined.mask
         if mask is None:
             mask = key.new_ones(joined.key.shape[0], joined.key.shape[2], dtype=torch.bool)
-        rows = _each(joined, compact(mask).apply)
+        order, real = real_tokens_first(mask)
+        rows = _each(joined, lambda z: reorder_tokens(z, order, real))
         lengths = mask.sum(-1)
         left_behind = window.passed_each(lengths)
         if self.is_static:

@@ -1,4 +1,4 @@
-"""What is run: the shape of a call, its inputs, and the implementations that take them."""
+"""What is measured: the shape of a call, its inputs, and the contenders that take them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LinAttnError, did_you_mean
+from ..modules.config import AttentionConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "forward+backward")
 AttentionCall = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Unavailable(LinAttnError):
-    """An implementation cannot run here; the message says why, in a few words for a table."""
+    """A contender cannot run here; the message says why, in a few words for a table."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,30 @@ class Workload:
     def is_training(self) -> bool:
         return self.mode == "forward+backward"
 
+    @property
+    def direction(self) -> str:
+        return "causal" if self.is_causal else "bidirectional"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """Something that computes attention.
+class Contender:
+    """Something that computes attention: a kind, softmax under one backend, or another library.
 
     Args:
         name: Unique in a run; also what a table shows.
-        group: "linear" (ours), "softmax" or "peer".
+        group: "linear" (the kinds), "softmax" or "peer".
         build: From a workload, the function to call on query, key and value `[batch, heads, tokens, head_dim]`.
-            Raises `Unavailable` where there is none.
-        is_quadratic: Whether a run's `max_softmax_length` applies.
+            Raises `Unavailable` where there is none. It is pickled where memory is measured in another process.
+        config: The settings of a kind.
     """
 
     name: str
     group: str
     build: Callable[[Workload], AttentionCall]
-    is_quadratic: bool = False
+    config: AttentionConfig | None = None
 
 
 def choose(what: str, value: str, allowed: Any) -> str:
@@ -74,25 +80,21 @@ def choose(what: str, value: str, allowed: Any) -> str:
     return value
 
 
-def make_inputs(work: Workload, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(work: Workload, seed: int = 0) -> Inputs:
     """Query, key, value and the gradient of the output: standard normal, in the memory layout that models hand over.
 
     Returns: Four tensors `[batch, heads, tokens, head_dim]`, views of `[batch, tokens, heads, head_dim]`.
     """
     generator = torch.Generator().manual_seed(seed)
     size = (work.batch, work.tokens, work.heads, work.head_dim)
-    made = [
-        torch.randn(size, generator=generator).to(work.device, DTYPES[work.dtype]).transpose(1, 2) for _ in range(4)
-    ]
-    if work.is_training:
-        for tensor in made[:3]:
-            tensor.requires_grad_(True)
-    return made[0], made[1], made[2], made[3]
+    drawn = (torch.randn(size, generator=generator).to(work.device, DTYPES[work.dtype]) for _ in range(4))
+    query, key, value, grad_output = (tensor.transpose(1, 2) for tensor in drawn)
+    for tensor in (query, key, value):
+        tensor.requires_grad_(work.is_training)
+    return query, key, value, grad_output
 
 
-def make_step(
-    attention: AttentionCall, inputs: tuple[Tensor, Tensor, Tensor, Tensor], work: Workload
-) -> Callable[[], object]:
+def make_step(attention: AttentionCall, inputs: Inputs, work: Workload) -> Callable[[], object]:
     """What is timed: one forward pass without autograd, or a forward pass and the gradients of all three inputs."""
     query, key, value, grad_output = inputs
 
@@ -109,7 +111,7 @@ def make_step(
 
 
 def check_output(output: Tensor, work: Workload) -> None:
-    """Raise `Unavailable` if an implementation's result is not finite or has the wrong size."""
+    """Raise `Unavailable` if a contender's result is not finite or has the wrong size."""
     if output.numel() != work.batch * work.heads * work.tokens * work.head_dim:
         raise Unavailable(f"wrong output shape {tuple(output.shape)}")
     if not bool(torch.isfinite(output).all()):

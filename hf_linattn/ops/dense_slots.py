@@ -1,18 +1,4 @@
-r"""Attention through slots: the one structure behind all four kinds.
-
-Every kind is a self-normalised estimator of softmax attention and can be written as two softmaxes:
-
-    slot value   u_j = sum_n softmax_n(c[j, n]) v_n        what slot j has read from the keys
-    slot mass    b_j = logsumexp_n c[j, n]                  the log of how much those keys weigh
-    output       o_t = sum_j softmax_j(a[t, j] + b_j) u_j   what query t reads from the slots
-
-`c` are the log-weights of the keys for a slot and `a` those of a query for the slots; a kind is a choice of `a` and
-`c`. Both lines are the same operation (`softmax_with_lse`), and so is putting several groups of slots or keys under
-one softmax (`merge_states`), because a group is fully described by its output and its log-sum-exp.
-
-Nothing here needs an epsilon: all weights lie in [0, 1], a group without a visible member has mass `-inf` and output
-0, and gradients through such a group are 0. Logits are expected in float32 or float64.
-"""
+"""Attention through slots from given log-weights: states of blocks, and blocks that read each other without states."""
 
 from __future__ import annotations
 
@@ -21,48 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.attention_state import AttentionState, log_or_minus_inf, merge_states, shifted_exp
+from .softmax import mask_logits, softmax_with_lse
 
 # Up to this many blocks their states are combined with one weight per pair of blocks; beyond it by a logarithmic scan.
 _DENSE_BLOCKS = 32
-
-
-def softmax_with_lse(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> AttentionState:
-    """Softmax over the last dimension of `logits`, applied to `values`; keeps the log-sum-exp.
-
-    Args:
-        logits: `[..., queries, members]`; `-inf` where a member is not visible.
-        values: `[..., members, head_dim]`.
-        dropout: Probability of dropping a weight (after normalisation, rescaled), for training.
-    """
-    weights, top = shifted_exp(logits)
-    values = values.to(weights.dtype)
-    total, log_total = log_or_minus_inf(weights.sum(-1))
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    if values.shape[-2] < values.shape[-1]:  # fewer weights than results: cheaper to normalise the weights
-        return AttentionState((weights / total.unsqueeze(-1)) @ values, log_total + top)
-    return AttentionState(weights @ values / total.unsqueeze(-1), log_total + top)
-
-
-def mask_logits(logits: Tensor, visible: Tensor | None) -> Tensor:
-    """`-inf` where `visible` is False."""
-    return logits if visible is None else logits.masked_fill(~visible, float("-inf"))
-
-
-def through_slots(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
-    """Every query reads every slot, every slot reads every key.
-
-    Args:
-        query_logits: `[..., queries, slots]`, the `a[t, j]`.
-        key_logits: `[..., keys, slots]`, the `c[j, n]` (keys first); `-inf` for a masked key.
-        value: `[..., keys, head_dim]`.
-    Cost: O((queries + keys) * slots * head_dim).
-    """
-    slots = softmax_with_lse(key_logits.transpose(-1, -2), value)
-    return softmax_with_lse(query_logits + slots.lse.unsqueeze(-2), slots.output, dropout=dropout)
-
-
-# -- states of blocks -----------------------------------------------------------------------------------------------
 
 
 def states_around(states: AttentionState, before: Tensor, after: Tensor | None) -> AttentionState:
@@ -112,18 +60,14 @@ def _scan(states: AttentionState) -> AttentionState:
     return merged
 
 
-# -- between blocks that are close, without states -------------------------------------------------------------------
-
-
 def between_halves(
     query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool, dropout: float = 0.0
 ) -> AttentionState:
     r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
     Query t reads key n with weight `sum_j exp(a[t, j] + c[j, n])`, a product of two feature matrices. The stabiliser
-    of the
-    keys is taken over their half alone, all of which every query of the other half sees: no weight underflows because
-    of a key that is not visible, and nothing of a later key enters an earlier query, not even a maximum.
+    of the keys is taken over their half alone, all of which every query of the other half sees: no weight underflows
+    because of a key that is not visible, and nothing of a later key enters an earlier query, not even a maximum.
 
     Args:
         query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens,
@@ -157,7 +101,7 @@ def between_halves(
     return AttentionState(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
 
 
-def own_key(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
+def own_token(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
     """What every query reads through the slots from the key at its own position alone."""
     weights, top = shifted_exp(query_logits + key_logits)
     total, log_total = log_or_minus_inf(weights.sum(-1))

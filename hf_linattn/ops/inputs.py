@@ -1,4 +1,4 @@
-"""Exact softmax attention with its log-sum-exp, and the checks that every public attention function starts with."""
+"""What every public attention function starts with: checks of its inputs, the dtype to compute in, the scaling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.attend import attend
-from ..kernels.attention_state import AttentionState
 from ..kernels.backend import use_backend
-from .limits import LARGEST_SCALING, check_counts
+from .limits import LARGEST_COUNT, LARGEST_SCALING, check_counts
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
@@ -92,87 +90,50 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
 
 
-_COUNTS = ("num_landmarks", "samples_per_landmark", "num_chunks", "chunk_size", "max_chunks")
-_SIZES = ("window_size", "num_global_tokens", "num_heavy_keys")  # 0 for none
+# The least value of the counts that attention functions share.
+_LEAST = {"num_landmarks": 1, "samples_per_landmark": 1, "num_chunks": 1, "chunk_size": 1, "max_chunks": 1}
+_LEAST |= {"window_size": 0, "num_global_tokens": 0, "num_heavy_keys": 0}
+_OR_NONE = ("chunk_size", "max_chunks")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `InputError` for a value that no attention function can use, of the options that they share."""
-    for name in _COUNTS:
-        check_counts({name: options.get(name, 1)}, or_none=name in ("chunk_size", "max_chunks"))
-    check_counts({name: options[name] for name in _SIZES if name in options}, minimum=0)
+    for name, value in options.items():
+        if name not in _LEAST or (type(value) is int and _LEAST[name] <= value <= LARGEST_COUNT):
+            continue
+        check_counts({name: value}, minimum=_LEAST[name], or_none=name in _OR_NONE)
     dropout = options.get("slot_dropout", 0.0)
     if not 0 <= dropout < 1:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
 
 
-def root_of(query: Tensor, scaling: float | None) -> float:
-    """The square root of the factor of dot products, `head_dim ** -0.5` if `None`. Raises InputError unless > 0."""
+def check_projection(projection: Tensor, query: Tensor) -> None:
+    """Raise `InputError` unless `projection` holds directions for the heads of `query`."""
+    heads, head_dim = query.shape[1], query.shape[-1]
+    is_shared = projection.ndim == 2
+    if (
+        not (is_shared or (projection.ndim == 3 and projection.shape[0] == heads))
+        or not projection.shape[-2]
+        or projection.shape[-1] != head_dim
+    ):
+        raise InputError(
+            f"projection must be [heads, features, head_dim] = [{heads}, features, {head_dim}] or [features,"
+            f" {head_dim}]; got {tuple(projection.shape)}."
+        )
+
+
+def factor_of(query: Tensor, scaling: float | None) -> float:
+    """The factor of dot products, `head_dim ** -0.5` if `None`. Raises InputError unless > 0 and finite."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not 1 / LARGEST_SCALING <= scaling <= LARGEST_SCALING:
         raise InputError(
             f"scaling must be a finite number > 0, from {1 / LARGEST_SCALING:g} to {LARGEST_SCALING:g}; got"
             f" {scaling!r}."
         )
-    return scaling**0.5
+    return scaling
 
 
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """`x = sqrt(s) q`, `y = sqrt(s) k`: the coordinates in which the weight of a key is `exp(x . y)`."""
-    root = root_of(query, scaling)
+    """Scaled coordinates, `x = sqrt(s) q` and `y = sqrt(s) k`, in which the weight of a key is `exp(x . y)`."""
+    root = factor_of(query, scaling) ** 0.5
     return query * root, key * root
-
-
-def causal_visibility(query_tokens: int, key_tokens: int, device: torch.device) -> Tensor:
-    """`[queries, keys]` bool, aligned at the end: the last query sees every key."""
-    rows = torch.arange(query_tokens, device=device)[:, None] + (key_tokens - query_tokens)
-    return torch.arange(key_tokens, device=device)[None, :] <= rows
-
-
-def without_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Masked keys and values set to 0, so that inf or NaN in the padding reaches neither values nor gradients."""
-    if key_mask is None:
-        return key, value
-    padding = ~key_mask[:, None, :, None]
-    return key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-
-
-def exact_partial(x: Tensor, y: Tensor, value: Tensor, visible: Tensor | None = None) -> AttentionState:
-    """Softmax attention on scaled inputs, with its mass. `visible` broadcasts to `[..., queries, keys]`."""
-    return attend(x, y, value, visible=visible)
-
-
-@checked_attention
-def softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_mask: Tensor | None = None,
-    scaling: float | None = None,
-    is_causal: bool = False,
-    backend: str | None = None,
-) -> Tensor:
-    """Exact softmax attention: the reference every kind is measured against.
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1. Differs from it: a query without any visible key gives
-        0.
-
-    Args:
-        query: `[batch, heads, queries, head_dim]`.
-        key, value: `[batch, heads, keys, head_dim]`.
-        key_mask: `[batch, keys]` bool, True where a key is real.
-        scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
-        is_causal: No query sees a later key; the last query is aligned with the last key.
-        backend: As in `favor_attention`.
-    Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
-    Raises: InputError if the shapes do not fit.
-    Cost: O(queries * keys * head_dim) time, O(queries * keys) memory. Random: no.
-    """
-    key, value = without_padding(key, value, key_mask)
-    x, y = scale_inputs(query, key, scaling)
-    visible = None if key_mask is None else key_mask[:, None, None, :]
-    if is_causal:
-        causal = causal_visibility(x.shape[2], y.shape[2], x.device)
-        visible = causal if visible is None else causal & visible
-    return exact_partial(x, y, value, visible).output

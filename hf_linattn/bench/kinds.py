@@ -1,0 +1,112 @@
+"""The attention kinds as a model calls them: the functions registered with Transformers' AttentionInterface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BertConfig, GPT2Config
+
+from ..integrations.seams import attention_named
+from ..modules.base import AttentionInputs, LayerShape
+from ..modules.config import AttentionConfig
+from ..modules.defaults import resolve
+from ..modules.registry import config_from_dict, get_kind
+from .workload import AttentionCall, Contender, Unavailable, Workload, make_inputs
+
+CALIBRATION_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class KindOptions:
+    """Settings that a run gives to every kind that has them.
+
+    Args:
+        window_size: Tokens of the exact window, `None` for the default of the model family. A kind that cannot be
+            without a window (EVA) takes `eva_window` instead of 0.
+        eva_chunk_size: Tokens per chunk in a causal layer that keeps a summary per chunk; a divisor of the window.
+    """
+
+    num_features: int = 256
+    num_landmarks: int = 64
+    num_chunks: int = 64
+    window_size: int | None = 0
+    eva_window: int = 64
+    eva_chunk_size: int = 16
+
+    def config(self, kind: str) -> AttentionConfig:
+        """The settings object of a kind. Raises `ConfigError` for an unknown kind or an impossible value."""
+        declared = get_kind(kind)
+        values: dict[str, Any] = {"kind": kind, "window_size": self.window_size}
+        if hasattr(self, declared.size_field):
+            values[declared.size_field] = getattr(self, declared.size_field)
+        if declared.bound_field is not None:
+            values["chunk_size"] = self.eva_chunk_size
+        if declared.needs_window and self.window_size == 0:
+            values["window_size"] = self.eva_window
+        return config_from_dict(values)
+
+
+class AttentionLayer(nn.Module):
+    """What an attention function needs of a model's attention module, and nothing else."""
+
+    def __init__(self, config: Any, is_causal: bool, training: bool) -> None:
+        super().__init__()
+        self.config, self.is_causal, self.layer_idx = config, is_causal, 0
+        self.num_key_value_groups = 1
+        self.train(training)
+
+
+def kind_contender(kind: str, options: KindOptions) -> Contender:
+    """A kind under the settings of a run."""
+    config = options.config(kind)
+    window = f", window {config.window_size}" if config.window_size else ""
+    return Contender(f"{kind}{window}", "linear", partial(_build, config), config)
+
+
+def registered(name: str, module: nn.Module) -> AttentionCall:
+    """The function that models call under `attn_implementation=name`, bound to a module."""
+    function, is_causal = attention_named(name), bool(module.is_causal)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        given = {"scaling": query.shape[-1] ** -0.5, "dropout": 0.0, "is_causal": is_causal}
+        output: Tensor = function(module, query, key, value, None, **given)[0]
+        return output
+
+    return attention
+
+
+def layer_for(work: Workload, settings: dict[str, Any] | None = None) -> AttentionLayer:
+    """A layer of a stock BERT or GPT-2 of the workload's size."""
+    sizes = {"hidden_size": work.heads * work.head_dim, "num_attention_heads": work.heads}
+    config = GPT2Config(**sizes) if work.is_causal else BertConfig(**sizes)
+    if settings is not None:
+        config.linear_attention = settings
+    return AttentionLayer(config, work.is_causal, work.is_training)
+
+
+def _build(config: AttentionConfig, work: Workload) -> AttentionCall:
+    if work.is_causal and not get_kind(config.kind).supports_causal:
+        raise Unavailable("no causal form")
+    module = layer_for(work, config.to_dict())
+    if work.is_causal and (layer := calibrated_layer(config, work)) is not None:
+        # As in a converted model: native mode has nowhere to keep statistics of other data.
+        module.config.model_type = "linattn_gpt2"
+        module.linattn = layer
+    return registered(config.kind, module)
+
+
+def calibrated_layer(config: AttentionConfig, work: Workload) -> nn.Module | None:
+    """A converted causal layer, calibrated on other random tokens; `None` for a kind without statistics of data."""
+    shape = LayerShape(work.heads, work.head_dim, is_causal=True)
+    layer = get_kind(config.kind).module_cls(resolve(config, "gpt2"), shape)
+    calibration = layer.new_calibration()
+    if calibration is None:
+        return None
+    query, key, value, _ = make_inputs(Workload(CALIBRATION_TOKENS, 1, work.heads, work.head_dim), seed=1)
+    scaling = work.head_dim**-0.5
+    calibration.update(AttentionInputs(query, key, value, key_mask=None, scaling=scaling, is_causal=True))
+    layer.set_buffers(calibration.result())
+    return layer.to(work.device).train(work.is_training)

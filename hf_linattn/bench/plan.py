@@ -1,0 +1,144 @@
+"""Everything that a run covers, and how its contenders are timed beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..errors import ConfigError
+from ..modules.registry import list_kinds
+from .kinds import KindOptions, kind_contender
+from .peers import peer_contenders
+from .results import Row, with_ratios
+from .timing import Failure, explain, time_in_turns
+from .workload import DTYPES, MODES, Contender, Unavailable, Workload, choose
+
+DEVICES = ("cpu", "cuda")
+FORMS = ("native", "converted")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `models` and `generation` take directions and sizes from their models.
+
+    Args:
+        lengths: Numbers of tokens; in `generation` of the context.
+        windows: Window sizes for every kind; 0 is none (EVA, which needs one, then takes `options.eva_window`), `None`
+            the default of the model family.
+        causal: Directions to run: False, True or both.
+        peers: Names of `peers.PEERS`.
+        seconds: Time for each contender at each workload.
+        max_softmax_length: Longest input for softmax; `None` for no limit.
+        models: Names of `models.MODELS`.
+        layers: Layers of a model; `None` for the model's own, in `generation` for 4.
+        forms: Some of `FORMS`: how a kind gets into a model.
+        checkpoint: A GPT-2 for `generation` instead of random weights; positions that it does not have are added.
+        max_chunks: In `generation` also run kinds with this setting with at most so many summaries; 0 for not.
+        piece: Tokens per call while `generation` fills its caches.
+    """
+
+    lengths: tuple[int, ...]
+    kinds: tuple[str, ...] = ()
+    windows: tuple[int | None, ...] = (0,)
+    causal: tuple[bool, ...] = (False, True)
+    dtypes: tuple[str, ...] = ("float32",)
+    modes: tuple[str, ...] = MODES
+    peers: tuple[str, ...] = ("sdpa",)
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    options: KindOptions = field(default_factory=KindOptions)
+    device: str = "cpu"
+    threads: int = 1
+    seconds: float = 2.0
+    max_softmax_length: int | None = 16384
+    models: tuple[str, ...] = ("minilm", "bert", "gpt2", "vit")
+    layers: int | None = None
+    forms: tuple[str, ...] = FORMS
+    checkpoint: str | None = None
+    max_chunks: int = 64
+    piece: int = 2048
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError(f"lengths must be integers >= 1, at least one of them; got {list(self.lengths)}.")
+        for what, names, allowed in (
+            ("kinds", self.kinds, list_kinds()),
+            ("dtype", self.dtypes, DTYPES),
+            ("mode", self.modes, MODES),
+            ("device", (self.device,), DEVICES),
+            ("forms", self.forms, FORMS),
+        ):
+            for name in names:
+                choose(what, name, allowed)
+        for name, least in (("threads", 1), ("layers", 1), ("piece", 1), ("max_chunks", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if self.seconds <= 0:
+            raise ConfigError(f"seconds must be > 0; got {self.seconds!r}.")
+        self.contenders()  # raises for impossible settings and unknown peers
+        self.workloads()
+
+    def kind_contenders(self) -> list[Contender]:
+        """Every kind with every window."""
+        options = [replace(self.options, window_size=window) for window in self.windows]
+        made = [kind_contender(kind, option) for kind in self.kinds for option in options]
+        return list({contender.name: contender for contender in made}.values())
+
+    def contenders(self) -> list[Contender]:
+        """Softmax and the other libraries, then the kinds."""
+        return [*peer_contenders(self.peers, self.device, self.options.num_features), *self.kind_contenders()]
+
+    def workloads(self, *modes: str) -> list[Workload]:
+        """All workloads, short ones first within a direction, dtype and mode."""
+        return [
+            Workload(tokens, self.batch, self.heads, self.head_dim, causal, dtype, mode, self.device)
+            for causal in self.causal
+            for dtype in self.dtypes
+            for mode in modes or self.modes
+            for tokens in sorted(set(self.lengths))
+        ]
+
+    def check_length(self, group: str, work: Workload) -> None:
+        """Raise `Unavailable` where softmax would get a longer input than it should."""
+        limit = self.max_softmax_length
+        if group == "softmax" and limit is not None and work.tokens > limit:
+            raise Unavailable(f"longer than the {limit} tokens set for softmax")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def new_row(benchmark: str, contender: Contender, work: Workload, model: str = "") -> Row:
+    """The row of a contender before anything is measured."""
+    settings = contender.config.to_dict() if contender.config is not None else None
+    return Row(benchmark, contender.name, contender.group, work, model, settings=settings)
+
+
+def race(
+    entries: Iterable[tuple[Row, Callable[[], Callable[[], object]]]], seconds: float, rounds: int = 5
+) -> list[Row]:
+    """Time steps beside each other.
+
+    Args:
+        entries: Rows, each with what makes its step. What cannot be made becomes the row's `reason`.
+    Returns: The rows with their times and ratios to the fastest softmax.
+    """
+    rows: dict[str, Row] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    for row, make in entries:
+        rows[row.name] = row
+        try:
+            steps[row.name] = make()
+        except Exception as error:
+            rows[row.name] = replace(row, reason=explain(error))
+    for name, found in time_in_turns(steps, seconds=seconds, rounds=rounds).items():
+        if isinstance(found, Failure):
+            rows[name] = replace(rows[name], reason=found.reason)
+        else:
+            times = {"median": found.median, "minimum": min(found.times), "samples": len(found.times)}
+            rows[name] = replace(rows[name], **times)
+    return with_ratios(list(rows.values()))

@@ -1,0 +1,142 @@
+"""LARA's feature map: every sample of a proposal is a slot, weighed by multiple importance sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...kernels.half_norm import half_norm
+from ..padding import Tokens
+from ..slot_weights import LinearSlotWeights
+from ..softmax import mask_logits
+from .landmarks import Landmarks
+from .proposals import CalibratedProposals
+
+WEIGHTINGS = ("balance", "biased", "optimal")
+_SMALLEST_ALPHA = 1e-8  # part of the published definition of the optimal weights
+
+
+def log_feature(x: Tensor, w: Tensor) -> Tensor:
+    """`l(x, w) = w . x - |x|^2 / 2` for all pairs of `[..., tokens, dim]` and `[..., samples, dim]`."""
+    return x @ w.transpose(-1, -2) - half_norm(x).unsqueeze(-1)
+
+
+def mixture_log_ratio(mu: Tensor, samples: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log density, relative to N(0, I), of each sample under each proposal, and under all of them together.
+
+    Args:
+        mu: `[..., landmarks, dim]`. samples: `[..., samples, dim]`. used: `[..., 1, landmarks]`, False takes a
+            proposal out.
+    Returns: `[..., samples, landmarks]`, and its log-sum-exp `[..., samples]`.
+    """
+    density = mask_logits(log_feature(mu, samples).transpose(-1, -2), used)
+    return density, density.logsumexp(-1)
+
+
+# -- at landmarks ---------------------------------------------------------------------------------------------------
+
+
+def importance_weights(
+    tokens: Tokens, landmarks: Landmarks, samples: Tensor, *, weighting: str, alpha_coeff: float, beside_exact: bool
+) -> tuple[LinearSlotWeights, LinearSlotWeights, Tensor | None]:
+    """Log-weights of queries and keys for every sample, on the scale of `exp(x . y)`.
+
+    Args:
+        landmarks: The sum of their mean query and mean key is the mean of a proposal.
+        samples: `[batch, heads, samples, dim]` from `draw_samples`.
+        weighting: One of `WEIGHTINGS`, with `alpha_coeff` for "optimal".
+        beside_exact: The slots stand beside exact keys, so factors that belong to the query alone do not cancel.
+    Returns: weights of the queries, weights of the keys, and what to add to the former.
+    """
+    query, key, used = tokens.query, tokens.key, landmarks.used
+    mu = landmarks.query_mean + landmarks.key_mean
+    repeats = samples.shape[-2] // mu.shape[-2]
+    density, mixture = mixture_log_ratio(mu, samples, used)
+    # `samples / landmarks` times the mixture's log density, so that adding the samples up is the right average.
+    mixture = mixture + torch.tensor(float(repeats), dtype=query.dtype, device=query.device).log()
+    # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
+    used_slots = torch.cat([used.squeeze(-2)] * repeats, dim=-1)
+    directions, query_log_bias, log_density = samples, None, mixture
+    token_bias = -half_norm(query).unsqueeze(-1)
+    if weighting == "biased":
+        directions = samples + torch.cat([mu] * repeats, dim=-2)
+        if beside_exact:
+            # exp(mu_c . x) divided by its mean over the proposals: a redistribution of the weight between them.
+            count = used.sum(-1, keepdim=True).clamp_min(1).to(query.dtype)
+            affinity = (query @ mu.transpose(-1, -2)).masked_fill(~used, torch.finfo(query.dtype).min)
+            token_bias = token_bias - affinity.logsumexp(-1, keepdim=True) + count.log()
+    elif weighting == "optimal":
+        # Of each sample under its own proposal.
+        log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
+        affinity = query @ landmarks.query_mean.transpose(-1, -2)
+        if tokens.visible is not None:
+            # Finite, so that a row without any real token gives no NaN.
+            affinity = affinity.masked_fill(~tokens.visible, torch.finfo(query.dtype).min)
+        query_share = affinity.softmax(2)
+        count = used.sum(-1, keepdim=True).clamp_min(1)
+        centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
+        balance = log_density.masked_fill(~used_slots, 0.0) - mixture.masked_fill(~used_slots, 0.0)
+        alpha = balance.exp().unsqueeze(-2) + alpha_coeff * torch.cat([centred] * repeats, dim=-1)
+        query_log_bias = alpha.clamp_min(_SMALLEST_ALPHA).log()
+    slot_bias = torch.where(used_slots, -log_density, float("-inf"))
+    return (
+        LinearSlotWeights(query, token_bias, directions, slot_bias),
+        LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
+        query_log_bias,
+    )
+
+
+# -- calibrated -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProposalFeatureMap:
+    """Samples of calibrated proposals, ready for any number of queries and keys (`proposal_feature_map`).
+
+    Args:
+        samples: `[heads, samples, head_dim]`.
+        log_weight: `[heads, samples]`, the importance weight of each sample.
+        offset: Added to the log mass of all slots, broadcastable to `[batch, heads, 1, 1]`; `None` for none.
+    """
+
+    samples: Tensor
+    log_weight: Tensor
+    offset: Tensor | None = None
+
+    def query_weights(self, query: Tensor) -> LinearSlotWeights:
+        """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
+        bias = -half_norm(query).unsqueeze(-1)
+        bias = bias if self.offset is None else bias + self.offset.to(query)
+        return LinearSlotWeights(query, bias, self.samples, self.log_weight)
+
+    def key_weights(self, key: Tensor) -> LinearSlotWeights:
+        """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
+        return LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
+
+
+def proposal_feature_map(
+    query: Tensor, proposals: CalibratedProposals, offset: Tensor | None = None
+) -> ProposalFeatureMap:
+    """The feature map for scaled queries and keys like `query` `[batch, heads, tokens, head_dim]`.
+
+    Raises: InputError if the shapes do not fit.
+    """
+    centroids, samples = (z.to(query) for z in proposals)
+    expected = (query.shape[1], query.shape[-1])
+    for name, z in (("centroids", centroids), ("samples", samples)):
+        if z.ndim != 3 or (z.shape[0], z.shape[2]) != expected:
+            raise InputError(
+                f"proposals.{name} must be [heads, {'proposals' if name == 'centroids' else 'samples'}, head_dim] ="
+                f" [{expected[0]}, ..., {expected[1]}]; got {tuple(z.shape)}."
+            )
+    count = centroids.shape[1]
+    if not count or not samples.shape[1] or samples.shape[1] % count:
+        raise InputError(
+            f"Every proposal needs the same number of samples; got {samples.shape[1]} samples of {count} proposals."
+        )
+    _, mixture = mixture_log_ratio(centroids, samples)
+    per_proposal = torch.tensor(float(samples.shape[1] // count), dtype=query.dtype, device=query.device)
+    return ProposalFeatureMap(samples, -mixture - per_proposal.log(), offset)
