@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
-from hf_linattn.bench.timing import explain
 from hf_linattn.bench.kinds import KindOptions, kind_contender
+from hf_linattn.bench.timing import explain
+from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
 from hf_linattn.functional import use_backend
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.attention_state import AttentionState

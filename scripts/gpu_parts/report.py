@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_linattn.bench.workload import Workload
 from hf_linattn.bench.report import LEGEND, grids, markdown_table, title
 from hf_linattn.bench.results import Results, Row, reasons
+from hf_linattn.bench.workload import Workload
 
 Content = dict[str, Any]
 

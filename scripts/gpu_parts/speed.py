@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hf_linattn.bench.attention import Plan, run_attention
-from hf_linattn.bench.workload import MODES, make_inputs, make_step
 from hf_linattn.bench.generation import Decoder, run_generation
-from hf_linattn.bench.timing import explain
+from hf_linattn.bench.kinds import KindOptions
 from hf_linattn.bench.memory import peak_bytes
 from hf_linattn.bench.models import run_models
-from hf_linattn.bench.kinds import KindOptions
 from hf_linattn.bench.results import Row
+from hf_linattn.bench.timing import explain
+from hf_linattn.bench.workload import MODES, make_inputs, make_step
 from hf_linattn.modules.registry import list_kinds
 from isolated import Finding
 
