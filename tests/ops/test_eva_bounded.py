@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from helpers import assert_same, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,15 +23,6 @@ from hf_linattn.ops.eva.chunks import Summaries
 
 quick = settings(max_examples=60, derandomize=True, database=None)
 Part = tuple[Tensor, Tensor, Tensor, float]  # mean key, value, spread, log-weight
-
-
-def inputs(tokens: int, dim: int = 4, batch: int = 2, heads: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) for _ in range(3)]
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 def merged(first: Part, second: Part) -> Part:

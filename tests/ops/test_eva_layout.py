@@ -10,6 +10,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from helpers import assert_same, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,14 +26,6 @@ quick = settings(max_examples=60, derandomize=True, database=None)
 def tensors(tokens: int, heads: int = 2, batch: int = 2) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens)
     return tuple(torch.randn(batch, heads, tokens, 3, generator=generator, dtype=torch.float64) for _ in range(3))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 def divisors(n: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +24,6 @@ BATCH, HEADS, DIM, VALUE_DIM = 3, 2, 3, 4
 SCALING = 0.7
 quick = settings(max_examples=80, derandomize=True, database=None)
 Parts = Sequence[Tensor]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(tokens: int, mask: Tensor | None = None, batch: int = BATCH) -> list[Tensor]:
@@ -62,10 +59,6 @@ def read(
             state = recurrence.absorb(query, key, value, seen, state)
         outputs.append(output)
     return torch.cat(outputs, dim=2), state
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 @st.composite

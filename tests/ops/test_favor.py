@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import MASKS, inputs
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
@@ -20,19 +21,6 @@ from hf_linattn.functional import (
 from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 from hf_linattn.ops.reference import favor_reference
-
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 9 + [1] * 14, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
-}
-
-
-def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.5) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens + dim)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
 
 
 def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
