@@ -100,7 +100,6 @@ def prepare_tokens(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    *,
     scaling: float,
     is_causal: bool,
     num_global_tokens: int = 0,
