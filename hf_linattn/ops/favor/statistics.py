@@ -147,9 +147,12 @@ class FavorMoments:
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
         """The moments of all tokens of both."""
-        ours, theirs = tuple(self.tensors().values()), tuple(other.tensors().values())
-        query, key = merge_moments(ours[::2], theirs[::2]), merge_moments(ours[1::2], theirs[1::2])
+        query = merge_moments(self._side("query"), other._side("query"))
+        key = merge_moments(self._side("key"), other._side("key"))
         return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+
+    def _side(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(self, f"{side}_count"), getattr(self, f"{side}_mean"), getattr(self, f"{side}_scatter")
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""

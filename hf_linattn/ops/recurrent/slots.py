@@ -1,6 +1,6 @@
 r"""FAVOR and LARA token by token: the slots of all tokens that have left the window, and the tokens that have not.
 
-A query reads the keys near it exactly and everything before through the slots' values `u` and log masses `b`, under
+A query reads the keys near it exactly and everything before through the slots' values `u` and log-sum-exps `b`, under
 one softmax. When a block of keys has left the window the slots take it in by a merge, which is exact: what comes out
 is what the parallel form gives on the whole sequence, up to rounding.
 """
