@@ -15,7 +15,7 @@ from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
 from hf_linattn.functional import use_backend
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
-from hf_linattn.kernels.causal_slots import causal
+from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 from hf_linattn.modules.registry import list_kinds
@@ -97,7 +97,7 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
     if name == "causal":
         order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, tokens) | maps
-        return Case(name, lambda *z: causal(*z, 64), {name: inputs[name] for name in order.split(", ")})
+        return Case(name, lambda *z: causal_slot_attention(*z, 64), {name: inputs[name] for name in order.split(", ")})
     if name.startswith("blocks"):
         order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, units, length) | maps
