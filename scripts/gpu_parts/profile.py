@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
-from hf_linattn.bench.workload import MODES, Workload, make_inputs, make_step
-from hf_linattn.bench.timing import explain
 from hf_linattn.bench.kinds import KindOptions, kind_contender
+from hf_linattn.bench.timing import explain
+from hf_linattn.bench.workload import MODES, Workload, make_inputs, make_step
 from isolated import Finding
 
 from .context import Context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_linattn.bench.workload import Workload
 from hf_linattn.bench.report import LEGEND, grids, markdown_table, title
 from hf_linattn.bench.results import Results, Row, reasons
 
@@ -48,7 +47,7 @@ def _escape(text: str) -> str:
 def _findings(part: Content) -> list[str]:
     findings = part.get("findings", [])
     made: list[str] = []
-    rows = [Row(**{**f["row"], "work": Workload(**f["row"]["work"])}) for f in findings if "row" in f]
+    rows = [Row.from_dict(f["row"]) for f in findings if "row" in f]
     if rows:
         made.append(LEGEND if part["name"] == "attention" else "")
         for panel, members in Results(tuple(rows)).panels().items():

@@ -143,7 +143,8 @@ def even_chunks(
     count: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
-    take, missing = around.split, around.blocks.tokens - tokens.key.shape[2]
+    take = around.split if around.left or around.right else around.blocks.split
+    missing = around.blocks.tokens - tokens.key.shape[2]
     if missing:
 
         def take(z: Tensor) -> Tensor:
