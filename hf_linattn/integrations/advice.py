@@ -36,7 +36,7 @@ def kinds_for(*, is_causal: bool = False, cross: bool = False) -> list[str]:
     return [
         kind.name
         for kind in map(get_kind, list_kinds())
-        if (not is_causal or kind.native_causal) and (not cross or kind.supports_cross)
+        if (kind.native_causal if is_causal else kind.native) and (not cross or kind.supports_cross)
     ]
 
 

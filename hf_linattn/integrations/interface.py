@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
-from ..modules.registry import list_kinds
+from ..modules.registry import for_each_kind
 from .attach import convert_otherwise
 from .call import Call, decide
 from .canary import check_model
@@ -26,8 +26,11 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 def register_kinds() -> None:
     """Register every kind's name with Transformers, as an attention and as a mask function. Repeatable."""
-    for kind in list_kinds():
-        attempt(register_attention, kind, attention_function(kind), linattn_mask)
+    for_each_kind(_register)
+
+
+def _register(kind: str) -> None:
+    attempt(register_attention, kind, attention_function(kind), linattn_mask)
 
 
 def attention_function(kind: str) -> AttentionFunction:

@@ -15,7 +15,7 @@ from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
-from .advice import converting, cross_settings, instead
+from .advice import convert_first, converting, cross_settings, instead
 from .call import Call
 from .canary import ask_seams
 from .families import FAMILIES, family_of, stock_type
@@ -77,6 +77,11 @@ def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross
         raise UnsupportedError(
             f"{kind.title} ({kind.name!r}) has no causal form: a token would see later ones. "
             f"{instead(config, is_causal=True)}"
+        )
+    if not kind.native:
+        raise UnsupportedError(
+            f"{kind.title} ({kind.name!r}) has parameters, which only a converted model can keep."
+            f" {convert_first(config)} {instead(config, is_causal=is_causal, cross=cross)}"
         )
     if is_causal and not kind.native_causal:
         raise UnsupportedError(

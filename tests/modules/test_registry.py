@@ -18,6 +18,7 @@ def _own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in registry.BUILTIN_KINDS:
         get_kind(name)
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+    monkeypatch.setattr(registry, "_TOLD", [])
 
 
 def test_the_four_kinds() -> None:
