@@ -99,7 +99,8 @@ _OR_NONE = ("chunk_size", "max_chunks")
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `InputError` for a value that no attention function can use, of the options that they share."""
     for name, value in options.items():
-        if name not in _LEAST or (type(value) is int and _LEAST[name] <= value <= LARGEST_COUNT):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if name not in _LEAST or (is_integer and _LEAST[name] <= value <= LARGEST_COUNT):
             continue
         check_counts({name: value}, minimum=_LEAST[name], or_none=name in _OR_NONE)
     dropout = options.get("slot_dropout", 0.0)
