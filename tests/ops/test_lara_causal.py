@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import naive
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import draw_projection, lara_attention, softmax_attention
 from hf_linattn.ops.lara.features import proposal_feature_map
 from hf_linattn.ops.lara.proposals import CalibratedProposals, sample_proposals
+from hf_linattn.ops.reference import lara_reference
 
 MASKS = {
     "none": None,
@@ -81,36 +81,15 @@ def test_against_the_reference(
         offset=shifts,
         **where,
     )
-    beside_exact = bool(window or where["num_global_tokens"])
-
-    def of_head(b: int, h: int) -> dict:
-        shift = float(shifts[h]) if offset and beside_exact else 0.0
-        return {"centroids": proposals.centroids[h], "samples": proposals.samples[h], "offset": shift}
-
-    expected = naive.per_row(
-        naive.lara_fixed,
-        q,
-        k,
-        v,
-        MASKS[mask],
-        per_head=[of_head],
-        window=window,
-        causal=is_causal,
-        num_global=where["num_global_tokens"],
-    )
-    assert_same(ours, expected)
+    shared = {"proposals": proposals, "offset": shifts, "key_mask": MASKS[mask], "window_size": window}
+    assert_same(ours, lara_reference(q, k, v, is_causal=is_causal, **shared, **where))
 
 
 def test_images() -> None:
     q, k, v = (z[:, :, :21] for z in inputs())
     proposals = some_proposals()
-
-    def of_head(b: int, h: int) -> dict:
-        return {"centroids": proposals.centroids[h], "samples": proposals.samples[h]}
-
-    options = {"window": 2, "grid": (4, 5), "num_global": 1}
-    ours = lara_attention(q, k, v, proposals=proposals, window_size=2, grid=(4, 5), num_global_tokens=1)
-    assert_same(ours, naive.per_row(naive.lara_fixed, q, k, v, per_head=[of_head], **options))
+    options = {"proposals": proposals, "window_size": 2, "grid": (4, 5), "num_global_tokens": 1}
+    assert_same(lara_attention(q, k, v, **options), lara_reference(q, k, v, **options))
     with pytest.raises(UnsupportedError, match="sequence, not an image"):
         lara_attention(q, k, v, proposals=proposals, window_size=2, grid=(4, 5), is_causal=True)
 
