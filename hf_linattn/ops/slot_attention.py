@@ -17,8 +17,8 @@ from .padding import Tokens, without_padding
 from .slot_weights import FeatureMap, SlotWeights
 from .softmax import causal_visibility
 
-# Measured on a CPU core with 256 slots (docs/decisions.md): tokens of a chunk that read each other one by one (causal,
-# no window), and up to how many tokens small windows form a group with one state of its slots.
+# Measured on a CPU core with 256 slots (experiments/README.md): tokens of a chunk that read each other one by one
+# (causal, no window), and up to how many tokens small windows form a group with one state of its slots.
 _CAUSAL_CHUNK = 64
 _WINDOW_CHUNK = 32
 

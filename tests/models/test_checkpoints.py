@@ -203,13 +203,13 @@ def test_parts_of_a_composite_keep_their_kind_and_state(kind: str, source: str, 
 
 
 # -- damaged and contradictory checkpoints --------------------------------------------------------------------------
-def test_missing_field(converted: Path) -> None:
+def test_checkpoint_with_a_missing_field(converted: Path) -> None:
     edit_config(converted, linear_attention=None)
     with pytest.raises(CheckpointError, match=r"has no `linear_attention`.*damaged"):
         AutoModelForMaskedLM.from_pretrained(converted)
 
 
-def test_newer_version(converted: Path) -> None:
+def test_checkpoint_of_a_newer_version(converted: Path) -> None:
     values = json.loads((converted / "config.json").read_text())["linear_attention"]
     edit_config(converted, linear_attention={**values, "version": 2})
     with pytest.raises(CheckpointError, match=r"version'\] is 2.*up to 1.*[Uu]pgrade"):

@@ -38,7 +38,7 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("window", "chunks"), LAYOUTS)
-def test_sequences(mask: str, window: int, chunks: int) -> None:
+def test_eva_on_sequences(mask: str, window: int, chunks: int) -> None:
     q, k, v = inputs()
     weighting = "spread" if (window + chunks) % 2 else "size"
     ours = eva_attention(q, k, v, window_size=window, num_chunks=chunks, key_mask=MASKS[mask], weighting=weighting)
@@ -50,7 +50,7 @@ def test_sequences(mask: str, window: int, chunks: int) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("window", "chunk"), [(1, 1), (3, 1), (4, 2), (6, 3), (8, 8), (8, 4), (24, 4)])
 @pytest.mark.parametrize("proposals", ["sum", "mean", "key", "none"])
-def test_causal(mask: str, window: int, chunk: int, proposals: str) -> None:
+def test_causal_eva(mask: str, window: int, chunk: int, proposals: str) -> None:
     q, k, v = inputs()
     for weighting in ("size", "spread"):
         options = {"chunk_size": chunk, "proposals": proposals, "weighting": weighting}
@@ -61,7 +61,7 @@ def test_causal(mask: str, window: int, chunk: int, proposals: str) -> None:
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 5)])
 @pytest.mark.parametrize(("window", "chunks"), [(1, 4), (2, 64), (2, 9), (3, 4), (2, 4), (2, 1), (4, 30), (9, 4)])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images(grid: tuple[int, int], window: int, chunks: int, count: int) -> None:
+def test_eva_on_images(grid: tuple[int, int], window: int, chunks: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     weighting = "spread" if count else "size"
     options = {"grid": grid, "num_chunks": chunks, "weighting": weighting}

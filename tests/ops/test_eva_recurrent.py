@@ -331,7 +331,7 @@ def test_compiled_steps() -> None:
             torch.testing.assert_close(output, expected[:, :, t : t + 1])
 
 
-def test_what_cannot_be() -> None:
+def test_options_without_a_recurrent_form() -> None:
     shared: dict[str, Any] = {"window_size": 4, "scaling": 1.0}
     with pytest.raises(UnsupportedError, match="EVA needs a chunk_size to continue.*got None.*use_cache=False"):
         eva_recurrence(**shared, chunk_size=None, chunking="published")

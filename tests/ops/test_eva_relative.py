@@ -71,7 +71,7 @@ def test_table_and_distances_are_those_between_tokens() -> None:
 
 
 @pytest.mark.parametrize("position", ["table", "t5"])
-def test_images(position: str) -> None:
+def test_relative_positions_on_images(position: str) -> None:
     layer = scramble(build(window_size=2, relative_position=position, relative_dims=2, overlap_window=True))
     q, k, v = inputs(20)
     grid = (4, 5)
@@ -143,7 +143,7 @@ def test_settings_that_cannot_work() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("chunking", ["exclusive", "published"])
-def test_compiled(is_causal: bool, chunking: str) -> None:
+def test_compiled_relative_positions(is_causal: bool, chunking: str) -> None:
     torch._dynamo.reset()
     q, k, v = (z.float() for z in inputs())
     mask = torch.arange(21) < torch.tensor([[21], [13]])

@@ -50,7 +50,7 @@ def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: b
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 64])
-def test_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
+def test_favor_on_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
     q, k, v = inputs()
     w, key_mask = directions(), MASKS[mask]
     stats = statistics(kind, q, k, key_mask)
@@ -92,7 +92,7 @@ def test_global_tokens(kind: str, window: int, count: int, mask: str) -> None:
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 1)])
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images(grid: tuple[int, int], window: int, count: int) -> None:
+def test_favor_on_images(grid: tuple[int, int], window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     w = directions()
     stats = statistics("saderf", q, k, None)

@@ -37,7 +37,7 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("landmarks", [1, 5, 8, 23, 64])
-def test_sequences(mask: str, weighting: str, landmarks: int) -> None:
+def test_lara_on_sequences(mask: str, weighting: str, landmarks: int) -> None:
     q, k, v = inputs()
     ours = lara_attention(q, k, v, num_landmarks=landmarks, weighting=weighting, key_mask=MASKS[mask])
     assert_same(ours, naive.per_row(naive.lara, q, k, v, MASKS[mask], landmarks=landmarks, weighting=weighting))
@@ -59,7 +59,7 @@ def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 2)])
 @pytest.mark.parametrize("landmarks", [1, 4, 10, 36])
 @pytest.mark.parametrize(("window", "count"), [(0, 0), (2, 0), (3, 1), (9, 0)])
-def test_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
+def test_lara_on_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     for weighting in WEIGHTINGS:
         options = {"grid": grid, "weighting": weighting}

@@ -85,7 +85,7 @@ def test_against_the_reference(
     assert_same(ours, lara_reference(q, k, v, is_causal=is_causal, **shared, **where))
 
 
-def test_images() -> None:
+def test_calibrated_lara_on_images() -> None:
     q, k, v = (z[:, :, :21] for z in inputs())
     proposals = some_proposals()
     options = {"proposals": proposals, "window_size": 2, "grid": (4, 5), "num_global_tokens": 1}
@@ -144,7 +144,7 @@ def test_variance_for_one_proposal(each: int) -> None:
             torch.testing.assert_close(squares, expected.expand_as(squares), rtol=1e-12, atol=0)
 
 
-def test_second_moment_of_a_mixture_is_that_of_importance_sampling() -> None:
+def test_second_moment_of_mixture_importance_sampling() -> None:
     # One sample of each of C proposals: the variance is the sum over them of that of p f / (sum_c q_c), each by
     # quadrature in one dimension, where f p is exp(x.y) N(w; x + y, 1).
     x, y, centroids = torch.tensor([0.7]).double(), torch.tensor([0.5]).double(), torch.tensor([[-1.0], [0.5], [2.0]])

@@ -60,7 +60,7 @@ option_cases = st.fixed_dictionaries(
 
 @given(case=option_cases)
 @settings(max_examples=150, derandomize=True, database=None)
-def test_every_option(case: dict) -> None:
+def test_every_option_of_lara(case: dict) -> None:
     q, k, v = inputs()
     layout = {"grid": (2, 11) if case["count"] else (23, 1)} if case["layout"] == "grid" else {}
     mask = MASKS.get(case["layout"])
@@ -187,7 +187,7 @@ def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytes
             )
 
 
-def test_a_row_without_a_landmark_of_its_own_is_finite_under_every_option() -> None:
+def test_row_without_landmarks_is_finite_under_every_option() -> None:
     q, k, v = (z.requires_grad_() for z in inputs())
     for weighting, mixing in itertools.product(WEIGHTINGS, ("none", "key", "key_value")):
         out = lara_attention(

@@ -79,7 +79,7 @@ def test_the_average_over_draws_is_softmax(proposal: str) -> None:
         assert ((wrong.mean(0) - exact) / (wrong.std(0) / many**0.5)).abs().max() > 10  # why it is "corrected"
 
 
-def test_drawn_keys_are_real_earlier_and_carry_no_gradient_of_the_draw() -> None:
+def test_drawn_keys_are_real_and_earlier_and_without_gradient() -> None:
     q, k, v = (z.requires_grad_() for z in inputs())
     mask = MASKS["holes"]
     torch.manual_seed(0)
