@@ -97,7 +97,7 @@ def _step(inputs: Any, work: Workload, contender: Contender) -> Any:
 def judge(claim: Claim, found: dict[str, Row]) -> dict[str, Any]:
     """The ratio of medians; beside it what it is against the fastest softmax backend."""
     ours, other = found[claim.contender.name], found[claim.against]
-    row = {"name": claim.name, "target": claim.target, "workload": claim.work.to_dict(), "settings": ours.settings}
+    row = {"name": claim.name, "target": claim.target, "workload": vars(claim.work), "settings": ours.settings}
     if not ours.median or not other.median:
         return {**row, "verdict": "not measured", "reason": "; ".join(filter(None, (ours.reason, other.reason)))}
     ratio = other.median / ours.median

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    known = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in known.open() if line.startswith("model name")]
-        if known.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def write_experiment(path: Path, content: dict[str, Any]) -> None:

@@ -49,16 +49,6 @@ class KindOptions:
         return config_from_dict(values)
 
 
-class AttentionLayer(nn.Module):
-    """What an attention function needs of a model's attention module, and nothing else."""
-
-    def __init__(self, config: Any, is_causal: bool, training: bool) -> None:
-        super().__init__()
-        self.config, self.is_causal, self.layer_idx = config, is_causal, 0
-        self.num_key_value_groups = 1
-        self.train(training)
-
-
 def kind_contender(kind: str, options: KindOptions) -> Contender:
     """A kind under the settings of a run."""
     config = options.config(kind)
@@ -78,13 +68,14 @@ def registered(name: str, module: nn.Module) -> AttentionCall:
     return attention
 
 
-def layer_for(work: Workload, settings: dict[str, Any] | None = None) -> AttentionLayer:
-    """A layer of a stock BERT or GPT-2 of the workload's size."""
+def layer_for(work: Workload, settings: dict[str, Any] | None = None) -> Any:
+    """What an attention function needs of an attention module of a stock BERT or GPT-2, and nothing else."""
     sizes = {"hidden_size": work.heads * work.head_dim, "num_attention_heads": work.heads}
     config = GPT2Config(**sizes) if work.is_causal else BertConfig(**sizes)
-    if settings is not None:
-        config.linear_attention = settings
-    return AttentionLayer(config, work.is_causal, work.is_training)
+    config.linear_attention = settings
+    layer: Any = nn.Module().train(work.is_training)
+    layer.config, layer.is_causal, layer.layer_idx, layer.num_key_value_groups = config, work.is_causal, 0, 1
+    return layer
 
 
 def _build(config: AttentionConfig, work: Workload) -> AttentionCall:

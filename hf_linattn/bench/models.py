@@ -64,35 +64,30 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
     work = Workload(tokens, plan.batch, heads, width // heads, name == "gpt2", dtype, mode, plan.device)
     model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
     batch = _batch(work, config)
-    softmax = Row("models", "sdpa", "softmax", work, name)
-    entries: list[tuple[Row, Callable[[], Any]]] = [(softmax, partial(_softmax_step, plan, model, batch, work))]
-    for contender in plan.kind_contenders():
-        assert contender.config is not None
-        for form in plan.forms:
-            row = new_row("models", replace(contender, name=f"{contender.name}, {form}"), work, name)
-            entries.append((row, partial(_kind_step, form, contender.config, model, batch, work)))
+
+    def step(form: str, config: AttentionConfig | None = None) -> Callable[[], object]:
+        if config is None:
+            plan.check_length("softmax", work)
+            return _step(model, batch, work)
+        if form == "native":
+            return _step(_native(model, config, work), batch, work)
+        ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
+        return _step(converted(model, config, ids), batch, work)
+
+    entries = [(Row("models", "sdpa", "softmax", work, name), partial(step, "stock"))]
+    for contender, form in product(plan.kind_contenders(), plan.forms):
+        row = new_row("models", replace(contender, name=f"{contender.name}, {form}"), work, name)
+        entries.append((row, partial(step, form, contender.config)))
     return race(entries, plan.seconds)
 
 
-def _softmax_step(
-    plan: Plan, model: PreTrainedModel, batch: dict[str, Tensor], work: Workload
-) -> Callable[[], object]:
-    plan.check_length("softmax", work)
-    return _step(model, batch, work)
-
-
-def _kind_step(
-    form: str, config: AttentionConfig, model: PreTrainedModel, batch: dict[str, Tensor], work: Workload
-) -> Callable[[], object]:
-    if form == "converted":
-        ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
-        return _step(converted(model, config, ids), batch, work)
+def _native(model: PreTrainedModel, config: AttentionConfig, work: Workload) -> PreTrainedModel:
     if work.is_causal and not get_kind(config.kind).native_causal:
         raise Unavailable("a causal layer has to be converted and calibrated")
-    native = _sharing_copy(model)
-    native.config.linear_attention = config.to_dict()
-    native.set_attn_implementation(config.kind)
-    return _step(native, batch, work)
+    made = _sharing_copy(model)
+    made.config.linear_attention = config.to_dict()
+    made.set_attn_implementation(config.kind)
+    return made
 
 
 def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | None = None) -> PreTrainedModel:
@@ -103,8 +98,8 @@ def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | Non
     """
     made = convert(_sharing_copy(model), config).to(model.device)
     if ids is not None and needs_calibration(made):
-        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
-        rows = ids.flatten()[: CALIBRATION_TOKENS // row * row].view(-1, row)
+        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings, ids.shape[1])
+        rows = ids.flatten()[: min(CALIBRATION_TOKENS, ids.numel()) // row * row].view(-1, row)
         calibrate(made, [{"input_ids": rows.to(model.device)}])
     return made
 

@@ -27,7 +27,6 @@ BACKENDS = {
 }
 CPU_BACKENDS = ("flash", "math")  # a CPU has no others
 PEERS = ("sdpa", "performer-pytorch", "flash-linear-attention")
-GIVEN = "flash-linear-attention, features given"  # its kernel without the time that the features take
 MEMORY_SHARE = 0.5  # of the memory that is free: what a contender with large matrices may take
 
 
@@ -36,36 +35,29 @@ def peer_contenders(names: Sequence[str], device: str, num_features: int) -> lis
     backends = BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS
     found = {
         "sdpa": [
-            Contender("sdpa", "softmax", _transformers_softmax),
+            Contender("sdpa", "softmax", partial(_softmax, None)),
             *(Contender(f"sdpa:{backend}", "softmax", partial(_softmax, backend)) for backend in backends),
         ],
         "performer-pytorch": [Contender("performer-pytorch", "peer", partial(_performer, num_features))],
         "flash-linear-attention": [
-            Contender("flash-linear-attention", "peer", partial(_flash_linear_attention, num_features, False)),
-            Contender(GIVEN, "peer", partial(_flash_linear_attention, num_features, True)),
+            Contender("flash-linear-attention", "peer", partial(_flash_linear_attention, num_features))
         ],
     }
     return [contender for name in names for contender in found[choose("peers", name, PEERS)]]
 
 
-def free_memory(device: str) -> int:
-    """Bytes that can still be taken on the device without swapping."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def require_memory(needed: float, device: str) -> None:
     """Raise `Unavailable` rather than be ended by the system: a CPU process that takes too much is killed."""
-    if needed > MEMORY_SHARE * free_memory(device):
+    is_cuda = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    if needed > MEMORY_SHARE * free:
         raise Unavailable(f"needs about {needed / 2**30:.1f} GiB")
 
 
-def _transformers_softmax(work: Workload) -> AttentionCall:
-    return registered("sdpa", layer_for(work))
-
-
-def _softmax(backend: str, work: Workload) -> AttentionCall:
+def _softmax(backend: str | None, work: Workload) -> AttentionCall:
+    """Transformers' own function, or one backend of PyTorch's."""
+    if backend is None:
+        return registered("sdpa", layer_for(work))
     if backend == "math":
         # Logits and weights, in training their gradients too; half precision is computed in float32.
         size = max(4, DTYPES[work.dtype].itemsize) * work.batch * work.heads * float(work.tokens) ** 2
@@ -101,24 +93,19 @@ def _performer(num_features: int, work: Workload) -> AttentionCall:
     return attention.to(work.device).train(work.is_training)
 
 
-def _flash_linear_attention(num_features: int, is_given: bool, work: Workload) -> AttentionCall:
+def _flash_linear_attention(num_features: int, work: Workload) -> AttentionCall:
     if importlib.util.find_spec("fla") is None:
         raise Unavailable("not installed")
     if torch.device(work.device).type != "cuda":
         raise Unavailable("needs a GPU")
     if not work.is_causal:
         raise Unavailable("causal only")
-    if is_given and work.is_training:
-        raise Unavailable("forward only")
     from fla.ops.linear_attn import chunk_linear_attn
 
     projection = directions(work, num_features).to(work.device)
-    kept: list[Tensor] = []
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        features = kept or [linear_attention_features(tensor, projection) for tensor in (query, key)]
-        if is_given:
-            kept[:] = features
+        features = [linear_attention_features(tensor, projection) for tensor in (query, key)]
         output, _ = chunk_linear_attn(*(t.transpose(1, 2) for t in (*features, value)), scale=1.0, normalize=True)
         return output.transpose(1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from ..errors import ConfigError
@@ -11,10 +12,9 @@ from ..modules.registry import list_kinds
 from .kinds import KindOptions, kind_contender
 from .peers import peer_contenders
 from .results import Row, with_ratios
-from .timing import Failure, explain, time_in_turns
+from .timing import ROUNDS, Failure, explain, time_in_turns
 from .workload import DTYPES, MODES, Contender, Unavailable, Workload, choose
 
-DEVICES = ("cpu", "cuda")
 FORMS = ("native", "converted")
 Report = Callable[[str], None]
 
@@ -28,14 +28,12 @@ class Plan:
         windows: Window sizes for every kind; 0 is none (EVA, which needs one, then takes `options.eva_window`), `None`
             the default of the model family.
         causal: Directions to run: False, True or both.
-        peers: Names of `peers.PEERS`.
         seconds: Time for each contender at each workload.
         max_softmax_length: Longest input for softmax; `None` for no limit.
-        models: Names of `models.MODELS`.
-        layers: Layers of a model; `None` for the model's own, in `generation` for 4.
+        models: Names of `models.MODELS`, with so many `layers`; `None` for their own, in `generation` for 4.
         forms: Some of `FORMS`: how a kind gets into a model.
         checkpoint: A GPT-2 for `generation` instead of random weights; positions that it does not have are added.
-        max_chunks: In `generation` also run kinds with this setting with at most so many summaries; 0 for not.
+        max_chunks: In `generation` also run kinds whose state can be bounded, with this bound; 0 for not.
         piece: Tokens per call while `generation` fills its caches.
     """
 
@@ -64,28 +62,22 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths must be integers >= 1, at least one of them; got {list(self.lengths)}.")
-        for what, names, allowed in (
-            ("kinds", self.kinds, list_kinds()),
-            ("dtype", self.dtypes, DTYPES),
-            ("mode", self.modes, MODES),
-            ("device", (self.device,), DEVICES),
-            ("forms", self.forms, FORMS),
-        ):
-            for name in names:
-                choose(what, name, allowed)
-        for name, least in (("threads", 1), ("layers", 1), ("piece", 1), ("max_chunks", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be an integer >= {least}; got {value!r}.")
+        named = {"kinds": list_kinds(), "dtypes": DTYPES, "modes": MODES, "forms": FORMS}
+        for field_name, allowed in named.items():
+            for name in getattr(self, field_name):
+                choose(field_name, name, allowed)
+        choose("device", self.device, ("cpu", "cuda"))
+        for name in ("batch", "heads", "head_dim", "threads", "piece"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be an integer >= 1; got {getattr(self, name)!r}.")
         if self.seconds <= 0:
             raise ConfigError(f"seconds must be > 0; got {self.seconds!r}.")
         self.contenders()  # raises for impossible settings and unknown peers
-        self.workloads()
 
     def kind_contenders(self) -> list[Contender]:
         """Every kind with every window."""
-        options = [replace(self.options, window_size=window) for window in self.windows]
-        made = [kind_contender(kind, option) for kind in self.kinds for option in options]
+        both = product(self.kinds, self.windows)
+        made = [kind_contender(kind, replace(self.options, window_size=window)) for kind, window in both]
         return list({contender.name: contender for contender in made}.values())
 
     def contenders(self) -> list[Contender]:
@@ -96,9 +88,7 @@ class Plan:
         """All workloads, short ones first within a direction, dtype and mode."""
         return [
             Workload(tokens, self.batch, self.heads, self.head_dim, causal, dtype, mode, self.device)
-            for causal in self.causal
-            for dtype in self.dtypes
-            for mode in modes or self.modes
+            for causal, dtype, mode in product(self.causal, self.dtypes, modes or self.modes)
             for tokens in sorted(set(self.lengths))
         ]
 
@@ -119,7 +109,7 @@ def new_row(benchmark: str, contender: Contender, work: Workload, model: str = "
 
 
 def race(
-    entries: Iterable[tuple[Row, Callable[[], Callable[[], object]]]], seconds: float, rounds: int = 5
+    entries: Iterable[tuple[Row, Callable[[], Callable[[], object]]]], seconds: float, rounds: int = ROUNDS
 ) -> list[Row]:
     """Time steps beside each other.
 

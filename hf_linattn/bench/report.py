@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
@@ -23,23 +23,38 @@ LEGEND = (
 )
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+# -- cells ------------------------------------------------------------------------------------------------------------
 def quantity(value: float, units: Sequence[tuple[str, float]]) -> str:
     """Three digits in the largest unit that is not above the value: 0.85 ms, 12.3 ms, 4.10 s."""
     unit, size = next((entry for entry in units if value >= entry[1]), units[-1])
-    return f"{_digits(value / size)} {unit}".rstrip()
+    value /= size
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}".rstrip()
 
 
 def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def _digits(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
 def _fraction(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
+
+
+def _cell(row: Row | None) -> str:
+    """The measured number, and the ratio if there is one."""
+    if row is None or row.cost is None:
+        return NOTHING if row else ""
+    if row.benchmark == "memory":
+        return quantity(row.cost, BYTES)
+    rate = quantity(row.tokens_per_second or 0.0, RATE)
+    shown = {"models": f"{rate} tok/s", "generation": rate}.get(row.benchmark) or quantity(row.cost, SECONDS)
+    return shown if row.ratio is None else f"{shown} ({ratio_text(row.ratio)})"
+
+
+def _wins(rows: Sequence[Row]) -> str:
+    compared = [row for row in rows if row.ratio is not None]
+    if not compared:
+        return NOTHING
+    return "" if compared[0].group == "softmax" else str(crossover(rows) or "never")
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -48,73 +63,43 @@ def title(panel: Panel) -> str:
     if benchmark == "generation":
         return f"generation, {model}, {dtype}"
     what = {"attention": "attention", "memory": "peak memory of a training step"}.get(benchmark, model)
-    parts = [what, "causal" if is_causal else "bidirectional", dtype, *([] if benchmark == "memory" else [mode])]
-    return ", ".join(parts)
+    direction = "causal" if is_causal else "bidirectional"
+    return ", ".join([what, direction, dtype, *([] if benchmark == "memory" else [mode])])
 
 
 def grids(rows: Sequence[Row]) -> list[Grid]:
     """The tables of a panel: contenders down, lengths across, then what follows from a line as a whole."""
-    columns = lengths(rows)
+    columns, is_timed = lengths(rows), rows[0].benchmark != "memory"
     if rows[0].benchmark == "generation":
-        growths = f"{columns[-1]} : {columns[0]}"
-        sizes = {row.work.tokens: row.state for row in rows if row.group == "softmax"}
-        return [
-            _grid("tokens per second", rows, _cell, {growths: lambda name: _last_over_first(rows, name, "mean")}),
-            _grid(
-                "cache per layer",
-                rows,
-                lambda row: _state_cell(row, sizes.get(row.work.tokens)),
-                {growths: lambda name: _last_over_first(rows, name, "state")},
-            ),
-        ]
+        return _generation_grids(rows, columns)
     start = next(tokens for tokens in columns if tokens >= columns[-1] // 16)
-    ends = {f"slope from {start}": lambda name: _fraction(growth(rows, name))}
-    if rows[0].benchmark != "memory":
-        ends["wins from"] = lambda name: _wins(rows, name)
-    return [_grid("", rows, _cell, ends)]
-
-
-def _grid(
-    corner: str, rows: Sequence[Row], cell: Callable[[Row], str], ends: Mapping[str, Callable[[str], str]]
-) -> Grid:
-    columns, found = lengths(rows), {(row.name, row.work.tokens): row for row in rows}
     lines = []
     for name in names(rows):
-        members = [found.get((name, tokens)) for tokens in columns]
-        cells = ["" if row is None else cell(row) for row in members]
-        lines.append([name, *cells, *(end(name) for end in ends.values())])
-    return [corner, *map(str, columns), *ends], lines
+        found = {row.work.tokens: row for row in rows if row.name == name}
+        ends = [_fraction(growth(rows, name)), *([_wins(list(found.values()))] if is_timed else [])]
+        lines.append([name, *(_cell(found.get(tokens)) for tokens in columns), *ends])
+    return [(["", *map(str, columns), f"slope from {start}", *(["wins from"] if is_timed else [])], lines)]
 
 
-def _cell(row: Row) -> str:
-    """The measured number, and the ratio if there is one."""
-    if row.cost is None:
-        return NOTHING
-    if row.benchmark == "memory":
-        return quantity(row.cost, BYTES)
-    rate = quantity(row.tokens_per_second or 0.0, RATE)
-    shown = {"models": f"{rate} tok/s", "generation": rate}.get(row.benchmark) or quantity(row.cost, SECONDS)
-    return shown if row.ratio is None else f"{shown} ({ratio_text(row.ratio)})"
+def _generation_grids(rows: Sequence[Row], columns: list[int]) -> list[Grid]:
+    """Tokens per second, and the size of the cache beside that of softmax."""
+    softmax = {row.work.tokens: row.state for row in rows if row.group == "softmax"}
+    speeds, sizes = [], []
+    for name in names(rows):
+        found = [next((row for row in rows if row.name == name and row.work.tokens == n), None) for n in columns]
+        speeds.append([name, *map(_cell, found), _last_over_first([row and row.mean for row in found])])
+        cells = []
+        for row in found:
+            share = row and row.state and softmax.get(row.work.tokens)
+            text = quantity(row.state, BYTES) if row and row.state else NOTHING
+            cells.append(f"{text} ({row.state / share:.2%})" if share and row.group != "softmax" else text)
+        sizes.append([name, *cells, _last_over_first([row and row.state for row in found])])
+    header = [*map(str, columns), f"{columns[-1]} : {columns[0]}"]
+    return [(["tokens per second", *header], speeds), (["cache per layer", *header], sizes)]
 
 
-def _state_cell(row: Row, softmax: int | None) -> str:
-    if row.state is None:
-        return NOTHING
-    share = "" if row.group == "softmax" or not softmax else f" ({row.state / softmax:.2%})"
-    return quantity(row.state, BYTES) + share
-
-
-def _last_over_first(rows: Sequence[Row], name: str, field: str) -> str:
-    found = {row.work.tokens: getattr(row, field) for row in rows if row.name == name}
-    first, last = (found.get(tokens) for tokens in (lengths(rows)[0], lengths(rows)[-1]))
-    return _fraction(last / first if first and last else None)
-
-
-def _wins(rows: Sequence[Row], name: str) -> str:
-    compared = [row for row in rows if row.name == name and row.ratio is not None]
-    if not compared:
-        return NOTHING
-    return "" if compared[0].group == "softmax" else str(crossover(rows, name) or "never")
+def _last_over_first(values: Sequence[float | None]) -> str:
+    return _fraction(values[-1] / values[0] if values[0] and values[-1] else None)
 
 
 # -- what shows them --------------------------------------------------------------------------------------------------
@@ -129,10 +114,9 @@ def rich_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]
 
 
 def terminal_tables(results: Results) -> list[Table]:
+    panels = results.panels().items()
     return [
-        rich_table(title(panel), header, lines, "; ".join(reasons(rows)))
-        for panel, rows in results.panels().items()
-        for header, lines in grids(rows)
+        rich_table(title(panel), *grid, "; ".join(reasons(rows))) for panel, rows in panels for grid in grids(rows)
     ]
 
 
@@ -146,8 +130,7 @@ def markdown(results: Results) -> str:
     """Everything that was measured, table by table, with what was not and why."""
     parts = ["# Performance", setting(results), LEGEND]
     for panel, rows in results.panels().items():
-        parts.append(f"## {title(panel).capitalize()}")
-        parts += [markdown_table(made) for made in grids(rows)]
+        parts += [f"## {title(panel).capitalize()}", *map(markdown_table, grids(rows))]
         parts += [f"Not measured: {'; '.join(missing)}." for missing in [reasons(rows)] if missing]
     return "\n\n".join(parts) + "\n"
 

@@ -140,12 +140,12 @@ def lengths(rows: Iterable[Row]) -> list[int]:
     return sorted({row.work.tokens for row in rows})
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float | None:
+def slope(points: Sequence[tuple[int, float]]) -> float | None:
     """Exponent p of the power law cost ~ tokens^p: least squares through the logarithms of (tokens, cost).
 
-    Returns: `None` with fewer than two different token counts, or where a cost is not positive.
+    Returns: `None` with fewer than two different token counts.
     """
-    if len({tokens for tokens, _ in points}) < 2 or any(cost <= 0 or tokens <= 0 for tokens, cost in points):
+    if len({tokens for tokens, _ in points}) < 2:
         return None
     xs, ys = ([math.log(value) for value in side] for side in zip(*points, strict=True))
     return statistics.linear_regression(xs, ys).slope
@@ -162,14 +162,11 @@ def growth(rows: Sequence[Row], name: str) -> float | None:
     return slope(points) if len(points) == len(upper) else None
 
 
-def crossover(rows: Sequence[Row], name: str) -> int | None:
+def crossover(rows: Sequence[Row]) -> int | None:
     """The shortest measured length from which on a contender is at least as fast as the best softmax."""
-    found = None
-    for row in sorted((row for row in rows if row.name == name and row.ratio), key=lambda row: -row.work.tokens):
-        if row.ratio is None or row.ratio < 1:
-            break
-        found = row.work.tokens
-    return found
+    compared = {row.work.tokens: row.ratio for row in rows if row.ratio}
+    slower = max((tokens for tokens, ratio in compared.items() if ratio < 1), default=0)
+    return min((tokens for tokens in compared if tokens > slower), default=None)
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:

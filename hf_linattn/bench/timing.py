@@ -23,33 +23,27 @@ class Failure:
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     *,
-    seconds: float = 2.0,
+    seconds: float,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = timer,
 ) -> dict[str, Measurement | Failure]:
     """Time callables in turns: each of them in every round, so that a disturbance meets all.
 
     A callable is called once before anything counts. It has `seconds` altogether; one that takes longer than that for
-    a single call is timed in two rounds. One that raises is out, with the reason.
-
-    Args:
-        clock: PyTorch's, which waits for a CUDA device; another one for tests.
-    Returns: One entry per callable, in the order given.
+    a single call is timed in two rounds. One that raises is out, with the reason. The default clock is PyTorch's,
+    which waits for a CUDA device.
     """
-    threads = torch.get_num_threads()
-    timers = {
-        name: Timer("call()", globals={"call": call}, timer=clock, num_threads=threads) for name, call in calls.items()
-    }
     taken: dict[str, list[Measurement]] = {name: [] for name in calls}
     failed: dict[str, Failure] = {}
     for number in range(rounds):
         for name, members in taken.items():
             if name in failed or (number >= SLOW_ROUNDS and members[0].median > seconds):
                 continue
+            watch = Timer("call()", globals={"call": calls[name]}, timer=clock, num_threads=torch.get_num_threads())
             try:
                 if not number:
                     calls[name]()  # the first call also sets things up
-                members.append(timers[name].blocked_autorange(min_run_time=seconds / rounds))
+                members.append(watch.blocked_autorange(min_run_time=seconds / rounds))
             except Exception as error:
                 failed[name] = Failure(explain(error))
     return {name: failed.get(name) or Measurement.merge(members)[0] for name, members in taken.items()}
@@ -59,7 +53,7 @@ def explain(error: BaseException) -> str:
     """One line for a table: what kind of failure, and its first sentence."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"
-    lines = str(error).strip().splitlines()
+    first = str(error).strip().partition("\n")[0][:160]
     if isinstance(error, Unavailable):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

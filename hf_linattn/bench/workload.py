@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,14 +35,6 @@ class Workload:
     mode: str = "forward"
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        for field in ("tokens", "batch", "heads", "head_dim"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Workload.{field} must be an integer >= 1; got {value!r}.")
-        choose("dtype", self.dtype, DTYPES)
-        choose("mode", self.mode, MODES)
-
     @property
     def is_training(self) -> bool:
         return self.mode == "forward+backward"
@@ -50,9 +42,6 @@ class Workload:
     @property
     def direction(self) -> str:
         return "causal" if self.is_causal else "bidirectional"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -98,16 +87,15 @@ def make_step(attention: AttentionCall, inputs: Inputs, work: Workload) -> Calla
     """What is timed: one forward pass without autograd, or a forward pass and the gradients of all three inputs."""
     query, key, value, grad_output = inputs
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attention(query, key, value)
-
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        output = attention(query, key, value)
+    def step() -> object:
+        with torch.set_grad_enabled(work.is_training):
+            output = attention(query, key, value)
+        if not work.is_training:
+            return output
         grad = grad_output if output.shape == grad_output.shape else grad_output.transpose(1, 2)
         return torch.autograd.grad(output, (query, key, value), grad.to(output.dtype))
 
-    return forward_and_backward if work.is_training else forward
+    return step
 
 
 def check_output(output: Tensor, work: Workload) -> None:

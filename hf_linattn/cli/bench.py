@@ -37,7 +37,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise typer.BadParameter(f"integers separated by commas are needed; got {text!r}.") from None
 
 
 def _listed(help: str, *names: str, parser: Any = _names, **options: Any) -> Any:

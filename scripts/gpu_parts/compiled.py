@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 import hf_linattn
-from hf_linattn.bench.timing import Failure, explain, time_interleaved
+from hf_linattn.bench.timing import Failure, explain, time_in_turns
 from hf_linattn.modules.registry import config_from_dict
 from isolated import Finding
 
@@ -145,7 +145,7 @@ def _decode(context: Context, kind: str | None) -> Finding:
 
 
 def _times(context: Context, calls: dict[str, Callable[[], object]]) -> Finding:
-    found = time_interleaved(calls, device=context.device, seconds=1e-3 if context.is_rehearsal else 0.3)
+    found = time_in_turns(calls, seconds=1e-3 if context.is_rehearsal else 0.3)
     result: Finding = {}
     for name, timing in found.items():
         if isinstance(timing, Failure):

@@ -48,7 +48,7 @@ def _escape(text: str) -> str:
 def _findings(part: Content) -> list[str]:
     findings = part.get("findings", [])
     made: list[str] = []
-    rows = [Row(**{**f["row"], "work": Workload(**f["row"]["work"])}) for f in findings if "row" in f]
+    rows = [Row.from_dict(f["row"]) for f in findings if "row" in f]
     if rows:
         made.append(LEGEND if part["name"] == "attention" else "")
         for panel, members in Results(tuple(rows)).panels().items():

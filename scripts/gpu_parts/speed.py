@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from hf_linattn.bench.attention import Plan, run_attention
-from hf_linattn.bench.generation import Decoder, run_generation
+from hf_linattn.bench.attention import run_attention
+from hf_linattn.bench.generation import run_generation
 from hf_linattn.bench.kinds import KindOptions
 from hf_linattn.bench.memory import peak_bytes
 from hf_linattn.bench.models import run_models
+from hf_linattn.bench.plan import Plan, new_row
 from hf_linattn.bench.results import Row
 from hf_linattn.bench.timing import explain
 from hf_linattn.bench.workload import MODES, make_inputs, make_step
@@ -40,7 +41,7 @@ def _plan(context: Context, **changes: Any) -> Plan:
 
 def _rows(rows: list[Row]) -> Iterator[Finding]:
     for row in rows:
-        yield {"row": {name: value for name, value in asdict(row).items() if value not in (None, "")}}
+        yield {"row": row.to_dict()}
 
 
 def attention(context: Context) -> Iterator[Finding]:
@@ -76,8 +77,8 @@ def _warm_up(context: Context, name: str) -> Iterator[Finding]:
     plan = replace(plan, kinds=(kind,), batch=1, modes=(mode,), causal=(bool(int(is_causal)),))
     start = time.perf_counter()
     for work in plan.workloads():
-        for implementation, _, _ in plan.contenders():
-            make_step(implementation.build(work), make_inputs(work), work)()
+        for contender in plan.contenders():
+            make_step(contender.build(work), make_inputs(work), work)()
     context.synchronize()
     yield {"warmed_up": name, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -93,10 +94,10 @@ def _renamed(rows: list[Row], plan: Plan) -> list[Row]:
 def _peaks(plan: Plan) -> Iterator[Finding]:
     for work in plan.workloads("forward+backward"):
         rows = []
-        for implementation, _, _ in plan.contenders():
-            row = Row("memory", implementation.name, implementation.group, work)
+        for contender in plan.contenders():
+            row = new_row("memory", contender, work)
             try:
-                step = make_step(implementation.build(work), make_inputs(work), work)
+                step = make_step(contender.build(work), make_inputs(work), work)
                 step()  # what is made once is not part of a step
                 row = replace(row, peak=peak_bytes(step, plan.device))
             except Exception as error:
@@ -120,24 +121,18 @@ def other_lengths(context: Context) -> Iterator[Finding]:
 
 def models(context: Context) -> Iterator[Finding]:
     """Training step and forward pass of BERT-base, GPT-2 and ViT-base sizes, converted."""
-    plan = _plan(context, lengths=(512, 4096), options=replace(FEW, window_size=32), seconds=0.08)
-    layers = 1 if context.is_rehearsal else None
-    windows = (16,) if context.is_rehearsal else (32,)
+    plan = _plan(context, lengths=(512, 4096), options=FEW, seconds=0.08, models=("bert", "gpt2", "vit"))
+    plan = replace(plan, forms=("converted",), layers=1 if context.is_rehearsal else None)
+    plan = replace(plan, windows=(16,) if context.is_rehearsal else (32,))
     for mode in reversed(MODES):
-        for rows in run_models(
-            replace(plan, modes=(mode,)),
-            ("bert", "gpt2", "vit"),
-            layers=layers,
-            windows=windows,
-            forms=("converted",),
-        ):
+        for rows in run_models(replace(plan, modes=(mode,))):
             yield from _rows(rows)
 
 
 def generation(context: Context) -> Iterator[Finding]:
     """Time per token and size of the cache behind short and long contexts, kind by kind; GPT-2's width."""
-    decoder = Decoder(layers=1 if context.is_rehearsal else 6, piece=32 if context.is_rehearsal else 4096)
+    sizes = {"layers": 1, "piece": 32} if context.is_rehearsal else {"layers": 6, "piece": 4096}
     for number, kind in enumerate(list_kinds()):
-        plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.3, causal=(True,), kinds=(kind,))
-        for rows in run_generation(plan, decoder):
+        plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.3, causal=(True,), kinds=(kind,), **sizes)
+        for rows in run_generation(replace(plan, windows=(None,))):
             yield from _rows([row for row in rows if row.group == "linear" or not number])

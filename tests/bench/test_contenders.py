@@ -10,11 +10,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_linattn.bench import peers
-from hf_linattn.bench.attention import Plan, run_attention
-from hf_linattn.bench.cases import Unavailable, Workload, check_output, make_inputs, make_step
+from hf_linattn.bench.attention import run_attention
+from hf_linattn.bench.kinds import KindOptions, kind_contender
 from hf_linattn.bench.models import MODELS, run_models
-from hf_linattn.bench.ours import KindOptions, kind_implementation
-from hf_linattn.bench.peers import peer_implementations
+from hf_linattn.bench.peers import peer_contenders
+from hf_linattn.bench.plan import Plan
+from hf_linattn.bench.workload import Unavailable, Workload, check_output, make_inputs, make_step
 from hf_linattn.errors import ConfigError
 from hf_linattn.modules.registry import list_kinds
 from hf_linattn.ops.favor.attention import favor_attention
@@ -24,7 +25,7 @@ OPTIONS = KindOptions(num_features=32, num_landmarks=8, num_chunks=8)
 
 
 def peer(name: str):
-    return next(p for p in peer_implementations(peers.PEERS, "cpu", 32) if p.name == name)
+    return next(p for p in peer_contenders(peers.PEERS, "cpu", 32) if p.name == name)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -32,7 +33,7 @@ def peer(name: str):
 def test_a_training_step_gives_finite_gradients(kind: str, is_causal: bool) -> None:
     work = replace(SMALL, is_causal=is_causal, mode="forward+backward")
     inputs = make_inputs(work)
-    grads = make_step(kind_implementation(kind, OPTIONS).build(work), inputs, work)()
+    grads = make_step(kind_contender(kind, OPTIONS).build(work), inputs, work)()
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in inputs[:3]]
     assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
@@ -76,7 +77,7 @@ def test_features_for_a_kernel_that_takes_them() -> None:
 def test_our_first_head_has_the_directions_of_the_peers() -> None:
     query, key, value, _ = make_inputs(SMALL)
     with torch.no_grad():
-        output = kind_implementation("favor_plus", OPTIONS).build(SMALL)(query, key, value).transpose(1, 2)
+        output = kind_contender("favor_plus", OPTIONS).build(SMALL)(query, key, value).transpose(1, 2)
     expected = favor_attention(query, key, value, projection=peers.directions(SMALL, 32), scaling=16**-0.5)
     torch.testing.assert_close(output[:, 0], expected[:, 0], atol=1e-5, rtol=1e-4)
 
@@ -90,7 +91,7 @@ def test_inputs_are_laid_out_as_models_lay_them_out() -> None:
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unavailable, match=r"not installed|needs a GPU"):
         peer("flash-linear-attention").build(SMALL)
-    monkeypatch.setattr(peers, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(peers, "MEMORY_SHARE", 1e-6)
     for name in ("sdpa:math", "performer-pytorch"):
         with pytest.raises(Unavailable, match=r"needs about \d+\.\d GiB"):
             peer(name).build(Workload(65536, is_causal=True, mode="forward+backward"))
@@ -118,6 +119,8 @@ def test_a_wrong_output_is_no_result(output: torch.Tensor) -> None:
         ({"seconds": 0}, "> 0"),
         ({"heads": 0}, "heads"),
         ({"windows": (-1,)}, "window_size"),
+        ({"device": "tpu"}, "cuda"),
+        ({"piece": 0}, "piece"),
     ],
 )
 def test_impossible_plans(change: dict, message: str) -> None:
@@ -139,7 +142,7 @@ def test_softmax_stops_where_told() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models(name: str) -> None:
     plan = Plan((36,), ("favor_plus", "lara"), seconds=1e-3, options=OPTIONS, modes=("forward+backward",))
-    (rows,) = run_models(plan, (name,), layers=1)
+    (rows,) = run_models(replace(plan, models=(name,), layers=1))
     assert [row.name for row in rows] == [
         "sdpa",
         "favor_plus, native",
@@ -159,6 +162,4 @@ def test_whole_models(name: str) -> None:
 def test_unknown_model() -> None:
     plan = Plan((16,), ("eva",))
     with pytest.raises(ConfigError, match="minilm"):
-        next(run_models(plan, ("t5",)))
-    with pytest.raises(ConfigError, match="layers"):
-        next(run_models(plan, ("vit",), layers=0))
+        next(run_models(replace(plan, models=("t5",))))

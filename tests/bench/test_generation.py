@@ -13,14 +13,16 @@ from transformers import BertConfig, BertForMaskedLM, DynamicCache, GPT2Config, 
 
 from hf_linattn import FavorPlusConfig
 from hf_linattn.bench import generation, report
-from hf_linattn.bench.attention import Plan
-from hf_linattn.bench.cases import Workload
-from hf_linattn.bench.generation import Decoder, converted, fill, fill_at_random, held_bytes, run_generation
-from hf_linattn.bench.ours import KindOptions
-from hf_linattn.bench.results import Results, Row, cost, with_ratios
+from hf_linattn.bench.generation import fill, fill_at_random, held_bytes, run_generation
+from hf_linattn.bench.kinds import KindOptions
+from hf_linattn.bench.models import converted
+from hf_linattn.bench.plan import Plan
+from hf_linattn.bench.results import Results, Row, with_ratios
+from hf_linattn.bench.workload import Workload
 from hf_linattn.errors import ConfigError
+from hf_linattn.modules.registry import list_kinds
 
-KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
+KINDS = tuple(list_kinds())
 LENGTHS = (24, 72)
 WINDOW = 8
 
@@ -28,7 +30,8 @@ WINDOW = 8
 def tiny_plan(**changes: Any) -> Plan:
     options = KindOptions(num_features=8, num_landmarks=4, eva_chunk_size=4)
     fields = {"lengths": LENGTHS, "kinds": KINDS, "heads": 2, "head_dim": 8, "options": options, "seconds": 1e-3}
-    return Plan(**{**fields, **changes})
+    limits = {"windows": (WINDOW,), "layers": 1, "max_softmax_length": None, "max_chunks": 4, "piece": 32}
+    return Plan(**{**fields, **limits, **changes})
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -87,8 +90,7 @@ def test_a_cache_filled_piece_by_piece_knows_all_tokens(kind: str | None) -> Non
 # -- a run ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    decoder = Decoder(layers=1, max_chunks=4, piece=32)
-    parts = list(run_generation(tiny_plan(), decoder, windows=(WINDOW,)))
+    parts = list(run_generation(tiny_plan()))
     assert [{row.work.tokens for row in part} for part in parts] == [{tokens} for tokens in LENGTHS]
     return [row for part in parts for row in part]
 
@@ -117,62 +119,52 @@ def test_the_size_of_the_cache_is_the_largest_in_a_window(rows: list[Row]) -> No
 
 
 def test_rounds_go_through_all_lengths_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round's sample is a mean; rows have the median of the rounds, and of the steps."""
+    """A row has the median of its rounds' means."""
     calls: list[tuple[str, int]] = []
 
-    def timed(case: Any, ids: Any, steps: int) -> list[float]:
+    def mean_seconds(case: Any, ids: Any) -> float:
         calls.append((case.row.group, case.row.work.tokens))
-        assert steps == 2 * WINDOW
+        assert case.steps == 2 * WINDOW
         assert case.cache.get_seq_length() == case.row.work.tokens
-        return [1.0] * 7 + [9.0 if len(calls) > 4 else 900.0]
+        return 2.0 if len(calls) > 4 else 900.0
 
-    monkeypatch.setattr(generation, "_timed", timed)
-    plan = tiny_plan(kinds=("favor_plus",))
-    found = [row for part in run_generation(plan, Decoder(layers=1), windows=(WINDOW,)) for row in part]
-    forwards = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS]
-    backwards = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS[::-1]]
-    assert calls[:12] == [*forwards, *backwards, *forwards]
-    assert {(row.mean, row.median, row.minimum) for row in found} == {(2.0, 1.0, 2.0)}
+    monkeypatch.setattr(generation, "_mean_seconds", mean_seconds)
+    found = [row for part in run_generation(tiny_plan(kinds=("favor_plus",))) for row in part]
+    round = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS]
+    assert calls[:12] == [*round, *round[::-1], *round]
+    assert {(row.mean, row.minimum) for row in found} == {(2.0, 2.0)}
 
 
 def test_a_step_leaves_the_filled_cache_alone() -> None:
-    plan, decoder = tiny_plan(lengths=(24,), kinds=("favor_plus",)), Decoder(layers=1)
     ids, model = torch.randint(40, (1, 40)), gpt2()
-    case = generation._Case(Row("generation", "ours", "linear", Workload(24)), model)
+    case = generation._Case(Row("generation", "ours", "linear", Workload(24)), model, steps=16)
     with torch.inference_mode():
-        generation._prepared(case, ids, 16, plan, decoder)
-        assert len(generation._timed(case, ids, 16)) == 16
+        generation._fill(case, ids, 8, tiny_plan(lengths=(24,)))
+        assert generation._mean_seconds(case, ids) > 0
     assert case.cache.get_seq_length() == 24
 
 
 def test_a_slow_row_takes_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    def timed(case: Any, *_: Any) -> list[float]:
-        took = 5.0 if case.row.group == "softmax" else 0.1
-        now[0] += took
-        return [took]
-
-    monkeypatch.setattr(generation, "_timed", timed)
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
-    plan = tiny_plan(kinds=("favor_plus",), seconds=1.0)
-    rows = [row for part in run_generation(plan, Decoder(layers=1), windows=(WINDOW,)) for row in part]
+    monkeypatch.setattr(
+        generation, "_mean_seconds", lambda case, ids: (5.0 if case.row.group == "softmax" else 0.1) / case.steps
+    )
+    rows = [row for part in run_generation(tiny_plan(kinds=("favor_plus",), seconds=1.0)) for row in part]
     assert {(row.group, row.samples) for row in rows} == {("softmax", 3), ("linear", 10)}
 
 
-@pytest.mark.parametrize("where", ["fill", "_timed"])
+@pytest.mark.parametrize("where", ["fill", "_mean_seconds"])
 def test_what_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     original = getattr(generation, where)
 
-    def failing(case_or_model: Any, ids: torch.Tensor, number: int) -> Any:
+    def failing(case_or_model: Any, ids: torch.Tensor, *rest: Any) -> Any:
         tokens = ids.shape[1] if where == "fill" else case_or_model.row.work.tokens
         if tokens == LENGTHS[1] and (where == "fill" or case_or_model.row.group == "linear"):
             raise RuntimeError("no room")
-        return original(case_or_model, ids, number)
+        return original(case_or_model, ids, *rest)
 
     monkeypatch.setattr(generation, where, failing)
     plan = tiny_plan(kinds=("favor_plus",), max_softmax_length=LENGTHS[0])
-    rows = [row for part in run_generation(plan, Decoder(layers=1), windows=(WINDOW,)) for row in part]
+    rows = [row for part in run_generation(plan) for row in part]
     reasons = {(row.group, row.work.tokens): row.reason for row in rows}
     assert reasons[("linear", LENGTHS[1])] == "RuntimeError: no room"
     assert "24 tokens set for softmax" in reasons[("softmax", LENGTHS[1])]
@@ -183,21 +175,14 @@ def test_what_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch, where: str) ->
 def test_a_checkpoint(tmp_path: Any) -> None:
     """Its sizes are its own; it gets the positions that it lacks."""
     gpt2(n_positions=30).save_pretrained(tmp_path / "decoder")
-    plan = tiny_plan(kinds=("favor_plus",), lengths=(24, 32))
-    decoder = Decoder(path=str(tmp_path / "decoder"))
-    rows = [row for part in run_generation(plan, decoder, windows=(WINDOW,)) for row in part]
+    plan = tiny_plan(kinds=("favor_plus",), lengths=(24, 32), checkpoint=str(tmp_path / "decoder"))
+    rows = [row for part in run_generation(plan) for row in part]
     assert {(row.model, row.work.heads, row.work.head_dim, row.reason) for row in rows} == {("decoder", 2, 8, "")}
     BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "encoder"
     )
     with pytest.raises(ConfigError, match="stock GPT-2; got model_type 'bert'"):
-        list(run_generation(plan, Decoder(path=str(tmp_path / "encoder")), windows=(WINDOW,)))
-
-
-@pytest.mark.parametrize("name", ["layers", "piece", "max_chunks"])
-def test_impossible_settings(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be an integer >= 1; got 0"):
-        Decoder(**{name: 0})
+        list(run_generation(replace(plan, checkpoint=str(tmp_path / "encoder"))))
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -219,29 +204,14 @@ def results() -> Results:
     return Results(tuple(made), "hf-linattn bench generation", {}, {})
 
 
-def test_tables(results: Results) -> None:
+def test_tables_of_decoding(results: Results) -> None:
     text = report.markdown(results)
     assert "## Generation, gpt2 (4 layers), float32" in text
-    assert "| softmax | 977 | 15 | 64.00 |" in text
+    assert "| sdpa | 977 (1.0x) | 15.3 (1.0x) | 64.00 |" in text
     assert "| favor_plus | 500 (0.51x) | 455 (30x) | 1.10 |" in text
-    assert "| softmax | 2.0 MiB | 128 MiB | 64.00 |" in text
-    assert "| favor_plus | 256 KiB (12%) | 256 KiB (0.20%) | 1.00 |" in text
+    assert "| sdpa | 2.00 MiB | 128 MiB | 64.00 |" in text
+    assert "| favor_plus | 256 KiB (12.50%) | 256 KiB (0.20%) | 1.00 |" in text
     assert "Not measured: eva: out of memory." in text
-    section = report.readme_section(results)
-    assert "| favor_plus | 500 (0.51x) | 455 (**30x**) | 1.10 |" in section
-    assert "Numbers that are not bold" not in section
     assert len(report.terminal_tables(results)) == 2
-    assert Results.from_json(results.to_json()) == results
-
-
-def test_one_length_has_no_growth(results: Results) -> None:
-    rows = [row for row in results.rows if row.work.tokens == 1024]
-    assert [header for header, _ in report.generation_grids(rows)] == [
-        ["tokens per second", "1024"],
-        ["cache per layer", "1024"],
-    ]
-
-
-def test_what_a_row_costs(results: Results) -> None:
-    assert cost(results.rows[0]) == results.rows[0].mean
+    assert results.rows[0].cost == results.rows[0].mean
     assert results.rows[2].tokens_per_second is None

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_linattn.bench.generation import LENGTHS
-from hf_linattn.bench.report import BEGIN, END
+from hf_linattn.bench.generation import CONTEXTS
 from hf_linattn.bench.results import Results
 from hf_linattn.cli import bench
 from hf_linattn.cli.app import app
@@ -25,8 +24,7 @@ def run(*arguments: str, exit_code: int = 0) -> str:
 
 
 def test_a_run_and_its_tables(tmp_path: Path) -> None:
-    path, readme, plot = tmp_path / "out.json", tmp_path / "README.md", tmp_path / "out.png"
-    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    path, plot = tmp_path / "out.json", tmp_path / "out.png"
     few = ["--kinds", "favor_plus,eva", "--lengths", "16,48", "--max-chunks", "4"]
     text = run("generation", *TINY, *few, "--json", str(path), "--plot", str(plot))
     assert "generation, gpt2 (1 layers), float32" in text
@@ -40,34 +38,32 @@ def test_a_run_and_its_tables(tmp_path: Path) -> None:
         "eva, at most 4 chunks",
     }
     assert all(row.mean and row.state and not row.reason for row in results.rows)
-    assert results.options["decoder"]["max_chunks"] == 4
+    assert results.options["max_chunks"] == 4
     assert results.options["lengths"] == [16, 48]
     assert results.environment["hardware"]["threads"] == 1
     assert plot.read_bytes().startswith(b"\x89PNG")
-    run("--from-json", str(path), "--readme", str(readme))
-    assert readme.read_text(encoding="utf-8").count("| favor_plus, window 8 |") == 2
 
 
 @pytest.mark.parametrize(
     ("given", "lengths", "limit", "chunks"),
     [
-        ([], LENGTHS, None, 64),
-        (["--lengths", "5", "--max-softmax-length", "7", "--max-chunks", "0"], (5,), 7, None),
+        ([], CONTEXTS, None, 64),
+        (["--lengths", "5", "--max-softmax-length", "7", "--max-chunks", "0"], (5,), 7, 0),
     ],
 )
 def test_its_own_defaults(
-    monkeypatch: pytest.MonkeyPatch, given: list[str], lengths: tuple[int, ...], limit: int | None, chunks: int | None
+    monkeypatch: pytest.MonkeyPatch, given: list[str], lengths: tuple[int, ...], limit: int | None, chunks: int
 ) -> None:
     """Contexts up to 65536 tokens, and no limit for softmax, whose steps are linear."""
     asked = []
 
-    def record(plan, decoder, **options):
-        asked.append((plan.lengths, plan.max_softmax_length, decoder.max_chunks, decoder.layers, options["windows"]))
+    def record(plan, report):
+        asked.append((plan.lengths, plan.max_softmax_length, plan.max_chunks, plan.layers, plan.windows))
         return iter(())
 
     monkeypatch.setattr(bench, "run_generation", record)
     run("generation", *given)
-    assert asked == [(lengths, limit, chunks, 4, (None,))]
+    assert asked == [(lengths, limit, chunks, None, (None,))]
 
 
 def test_a_checkpoint_that_is_not_there() -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from hf_linattn.bench.measure import Failure, Timing
+from hf_linattn.bench.results import Row
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "targets.py"
 
@@ -25,61 +25,47 @@ def targets() -> ModuleType:
     return module
 
 
-def test_claims(targets: ModuleType) -> None:
+def test_claims_of_the_targets(targets: ModuleType) -> None:
     claims = targets.speed_claims()
     assert len({claim.name for claim in claims}) == len(claims) >= 18
     assert all(claim.work.batch == 1 and (claim.work.heads, claim.work.head_dim) == (4, 64) for claim in claims)
-    favor = [c for c in claims if c.kind == "favor_plus" and c.against == targets.SOFTMAX]
-    plain = {c.work: c.target for c in favor if c.options == targets.PLAIN}
-    windows = [c for c in claims if c.options.window_size]
+    favor = {claim.contender.name: {} for claim in claims}
+    for claim in claims:
+        if claim.against == targets.SOFTMAX:
+            favor[claim.contender.name][claim.work] = claim.target
+    windows, plain = favor["favor_plus, window 64"], favor["favor_plus"]
     assert windows
-    assert all(claim.target == plain[claim.work] / 2 for claim in windows)
-
-
-def test_memory_claims_leave_out_causal_eva(targets: ModuleType) -> None:
-    found = [(kind, work.is_causal) for kind, work, _ in targets.memory_claims()]
-    assert ("eva", False) in found
-    assert ("eva", True) not in found
-    assert {("lara", True), ("favor_sharp", True), ("favor_plus", True)} < set(found)
+    assert all(target == plain[work] / 2 for work, target in windows.items())
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.1, "pass"), (0.125, "pass"), (0.126, "miss")])
-def test_verdicts(targets: ModuleType, ours: float, verdict: str) -> None:
+def test_verdicts_of_the_targets(targets: ModuleType, ours: float, verdict: str) -> None:
     claim = targets.speed_claims()[0]  # at least 8 times faster
-    window = replace(claim, options=targets.WINDOW)
-    found = {
-        "sdpa": Timing((0.5, 1.0, 9.0)),
-        "sdpa:math": Timing((0.5, 0.5, 0.5)),
-        claim.ours.name: Timing((ours,) * 3),
-        window.ours.name: Timing((2 * ours,) * 3),
+    rows = {
+        "sdpa": Row("attention", "sdpa", "softmax", claim.work, median=1.0),
+        claim.contender.name: Row(
+            "attention", claim.contender.name, "linear", claim.work, median=ours, ratio=0.5 / ours
+        ),
     }
-    row = targets.judge(claim, found)
+    row = targets.judge(claim, rows)
     assert row["verdict"] == verdict
     assert row["ratio"] == pytest.approx(1 / ours)
     assert row["ratio_to_best_softmax"] == pytest.approx(0.5 / ours)
-    assert row["ratio_of_minima"] == pytest.approx(0.5 / ours)
-    assert verdict in targets.show(row)
-    assert targets.judge(window, found)["window_cost"] == pytest.approx(2.0)
+    assert verdict in targets.line(row)
     json.dumps(row)
-
-
-def test_a_failure_is_not_a_pass(targets: ModuleType) -> None:
-    claim = targets.speed_claims()[0]
-    row = targets.judge(claim, {"sdpa": Timing((1.0,)), claim.ours.name: Failure("out of memory")})
+    rows[claim.contender.name] = replace(rows[claim.contender.name], median=None, reason="out of memory")
+    row = targets.judge(claim, rows)
     assert row["verdict"] == "not measured"
-    assert "out of memory" in targets.show(row)
+    assert "out of memory" in targets.line(row)
 
 
 def test_memory_slopes(targets: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"linear": lambda n: n, "quadratic": lambda n: n * n, "missing": lambda n: None if n == 65536 else n}
     wanted = {"linear": "pass", "quadratic": "miss", "missing": "not measured"}
     for name, peak in peaks.items():
-        monkeypatch.setattr(
-            targets,
-            "measure_peaks",
-            lambda kind, options, works, peak=peak: [(work, peak(work.tokens), "") for work in works],
-        )
-        rows = list(targets.memory_rows(targets.LENGTHS, "lara causal"))
-        assert [row["verdict"] for row in rows] == [wanted[name]]
-        assert "lara" in targets.show(rows[0])
-        targets.summary(rows)
+        measure = lambda contender, works, peak=peak: [(work, peak(work.tokens), "") for work in works]  # noqa: E731
+        monkeypatch.setattr(targets, "measure_peaks", measure)
+        rows = list(targets.memory_rows(targets.LENGTHS, "causal"))
+        assert {row["name"].split()[1] for row in rows} == {"favor_plus", "favor_sharp", "lara"}  # causal EVA need not
+        assert {row["verdict"] for row in rows} == {wanted[name]}
+        assert wanted[name] in targets.line(rows[0])

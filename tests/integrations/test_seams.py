@@ -36,8 +36,8 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 import hf_linattn
-from hf_linattn.bench.workload import Workload
 from hf_linattn.bench.kinds import layer_for
+from hf_linattn.bench.workload import Workload
 from hf_linattn.errors import InputError, UnsupportedTransformersError
 from hf_linattn.integrations import canary, seams
 from hf_linattn.integrations.expected import SEAMS, TESTED_RELEASES
