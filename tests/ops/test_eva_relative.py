@@ -95,7 +95,7 @@ def test_without_parameters_there_is_no_bias() -> None:
     q, k, v = inputs()
     config = resolve(EvaConfig(window_size=4, relative_position="table", proposals="sum", weighting="size"), "encoder")
     given = AttentionInputs(q, k, v, None, scaling=0.5, is_causal=False)
-    assert torch.equal(EvaAttention.attend(config, {}, given), eva_attention(q, k, v, window_size=4))
+    assert torch.equal(EvaAttention.compute(config, {}, given), eva_attention(q, k, v, window_size=4))
 
 
 @pytest.mark.parametrize("fields", [{}, {"overlap_window": True}, {"conventions": "published", "num_chunks": 2}])
