@@ -54,10 +54,9 @@ class Sample:
 
 def observe(model: Any, cache: Any, tokens: int, start: float, loss: float | None = None) -> Sample:
     """A sample; the high-water mark starts anew."""
-    held = held_bytes(*cache.layers, model=model)
-    found = Sample(tokens, resident_bytes(), high_water_bytes(), held, time.perf_counter() - start, loss)
+    sizes = resident_bytes(), high_water_bytes(), held_bytes(*cache.layers, model=model)
     reset_high_water()
-    return found
+    return Sample(tokens, *sizes, time.perf_counter() - start, loss)
 
 
 @torch.inference_mode()
