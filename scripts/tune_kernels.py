@@ -26,8 +26,11 @@ from torch import Tensor
 from gpu_parts.pool import fork_server
 from hf_linattn.kernels import triton_common as _common
 from hf_linattn.kernels.attend import triton_launch as attend
-from hf_linattn.kernels.causal_slots import triton_intra_chunk as near
-from hf_linattn.kernels.window_chunks import triton_launch as window_chunk_attention
+from hf_linattn.kernels.attention_state import AttentionState
+from hf_linattn.kernels.causal_slots import triton_launch as intra_chunk
+from hf_linattn.kernels.slot_inputs import SlotInputs
+from hf_linattn.kernels.window_chunks import triton_launch as window_chunks
+from hf_linattn.kernels.window_chunks.inputs import WindowChunkInputs
 
 GROUPS, LONG, SLOTS, WINDOW = (8, 12), 8192, 256, 64
 WORKERS = 16
@@ -58,7 +61,7 @@ def trials() -> Iterator[Trial]:
         for case in ("windows", "windows backward") if dim == 64 else ():
             for q, k, warps in itertools.product((32, 64), (32, 64), (4, 8)):
                 yield Trial(case, dim, dtype, (q, k), warps, 2)
-        for case in ("near", "near backward") if dim == 64 else ():
+        for case in ("intra-chunk", "intra-chunk backward") if dim == 64 else ():
             for tile, warps in itertools.product((16, 32, 64) if dtype == "bfloat16" else (16, 32), (4, 8)):
                 yield Trial(case, dim, dtype, (64, tile), warps, 2 if dtype == "bfloat16" else 1)
 
@@ -71,24 +74,24 @@ def call_of(trial: Trial) -> Callable[[], object]:
     """The call to time, on tensors of a realistic size."""
     dtype = getattr(torch, trial.dtype)
     groups = GROUPS[0] * GROUPS[1]
-    if trial.case.startswith("near"):
+    if trial.case.startswith("intra-chunk"):
         x, slots = _random(groups, 2048, trial.dim, dtype=dtype), _random(groups, SLOTS, trial.dim, dtype=dtype)
         bias, slot_bias = torch.zeros(groups, 2048, device="cuda"), torch.zeros(groups, SLOTS, device="cuda")
-        inputs = (x, slots, slot_bias, x, bias, slots, slot_bias, x)
-        if trial.case == "near":
-            return lambda: near.near_forward(*inputs, 64)
-        results = near.near_forward(*inputs, 64)
-        return lambda: near.near_backward(results[0], results[1], *inputs, *results, [True] * 8, 64)
+        inputs = SlotInputs(x, slots, slot_bias, x, bias, slots, slot_bias, x)
+        if trial.case == "intra-chunk":
+            return lambda: intra_chunk.intra_chunk_forward(inputs, 64)
+        result = AttentionState(*intra_chunk.intra_chunk_forward(inputs, 64))
+        return lambda: intra_chunk.intra_chunk_backward(result, inputs, result, [True] * 8, 64)
     if trial.case.startswith("windows"):
         windows = LONG // WINDOW
         tokens = _random(groups, windows, WINDOW, trial.dim, dtype=dtype)
         chunk, chunk_bias = _random(groups, 64, trial.dim, dtype=dtype), torch.zeros(groups, 64, device="cuda")
         hidden = torch.zeros(windows, dtype=torch.int32, device="cuda")
-        inputs = (tokens, tokens, tokens, None, chunk, chunk_bias, chunk, hidden, hidden)
+        inputs = WindowChunkInputs(tokens, tokens, tokens, None, chunk, chunk_bias, chunk, hidden, hidden)
         if trial.case == "windows":
-            return lambda: window_chunk_attention.window_chunks_forward(*inputs, False)
-        results = window_chunk_attention.window_chunks_forward(*inputs, False)
-        return lambda: window_chunk_attention.window_chunks_backward(*results, *inputs, *results, [True] * 6, False)
+            return lambda: window_chunks.window_chunks_forward(inputs, False)
+        result = AttentionState(*window_chunks.window_chunks_forward(inputs, False))
+        return lambda: window_chunks.window_chunks_backward(result, inputs, result, [True] * 6, False)
     many, few = (_random(*GROUPS, n, trial.dim, dtype=dtype) for n in (LONG, SLOTS))
     if trial.case in ("few keys", "gradient of queries", "gradient of slots"):
         inputs = (many, few, few, torch.zeros(*GROUPS, SLOTS, device="cuda"), None)
@@ -111,8 +114,8 @@ class _Chosen:
         row: Any = attend._Blocks(q, k, trial.num_warps, trial.num_stages)
         tables: list[Any] = []
         if trial.case.startswith("windows"):
-            tables, row = [window_chunk_attention._FORWARD, window_chunk_attention._BACKWARD], (q, k)
-        elif not trial.case.startswith("near"):
+            tables, row = [window_chunks._FORWARD, window_chunks._BACKWARD], (q, k)
+        elif not trial.case.startswith("intra-chunk"):
             named = {"gradient of queries": attend._OF_QUERIES}
             default = attend._FORWARD if trial.case.startswith("few") else attend._OF_KEYS
             tables = [named.get(trial.case, default)]
@@ -124,18 +127,18 @@ class _Chosen:
         trial = self.trial
 
         def launched(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-            if trial.case.startswith("near"):
+            if trial.case.startswith("intra-chunk"):
                 options["TILE"] = trial.blocks[1]
             options |= {"num_warps": trial.num_warps, "num_stages": trial.num_stages}
             _common.launch(kernel, programs, *arguments, **options)
 
-        if trial.case.startswith(("near", "windows")):
-            near.launch = window_chunk_attention.launch = launched  # type: ignore[assignment]
+        if trial.case.startswith(("intra-chunk", "windows")):
+            intra_chunk.launch = window_chunks.launch = launched  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         for table, key, before, _ in self.saved:
             table[key] = before
-        near.launch = window_chunk_attention.launch = _common.launch  # type: ignore[assignment]
+        intra_chunk.launch = window_chunks.launch = _common.launch  # type: ignore[assignment]
 
 
 def compile_trial(trial: Trial) -> str:

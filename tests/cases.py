@@ -110,7 +110,10 @@ BERT, GPT2, VIT = BY_NAME["bert-mlm"], BY_NAME["gpt2"], BY_NAME["vit"]
 
 def supported(kind: str, case: ModelCase, *, native: bool = False) -> bool:
     """Whether a kind works in a model: converted, or in native mode."""
-    return not case.is_causal or kind in (NATIVE_CAUSAL_KINDS if native else CAUSAL_KINDS)
+    record = get_kind(kind)
+    if native:
+        return record.native_causal if case.is_causal else record.native
+    return record.supports_causal or not case.is_causal
 
 
 def ready(model: Any) -> Any:

@@ -47,7 +47,16 @@ def compare(
     """
     model = inside(model, "compare")
     check_model(model)
-    kind = _kind_of(model)
+    kind = kind_of(model)
+    if kind not in list_kinds():
+        raise ConfigError(
+            f"compare needs a model with linear attention; {type(model).__name__} has attn_implementation {kind!r}."
+            + (
+                converted_parts(model)
+                or " Convert it (hf_linattn.convert) or call model.set_attn_implementation(kind) with one of "
+                f"{list_kinds()}."
+            )
+        )
     layers: dict[nn.Module, _LayerSums] = {}
     total = _ModelSums()
 
@@ -79,20 +88,6 @@ def compare(
 
 
 # -- one batch -----------------------------------------------------------------------------------------------------
-def _kind_of(model: PreTrainedModel) -> str:
-    kind = kind_of(model)
-    if kind not in list_kinds():
-        raise ConfigError(
-            f"compare needs a model with linear attention; {type(model).__name__} has attn_implementation {kind!r}."
-            + (
-                converted_parts(model)
-                or " Convert it (hf_linattn.convert) or call model.set_attn_implementation(kind) with one of "
-                f"{list_kinds()}."
-            )
-        )
-    return kind
-
-
 def _run(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Logits and last hidden state."""
     hidden: list[Tensor] = []

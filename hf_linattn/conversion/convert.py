@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy as copying
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedError
@@ -22,7 +24,6 @@ from ..integrations.settings import LinearAttentionSettings, check_layers, parse
 from ..integrations.wrappers import converted_parts, itself, refuse_adapter
 from ..models import CONFIGS, COUNTERPARTS
 from ..modules.config import AttentionConfig
-from .unchanged import unchanged_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def convert(
     settings = settings_of(new_config)
     implementation = attention_of(old_config)
     select_attention(new_config, settings.config.kind)
-    with unchanged_on_error(model):
+    with _unchanged_on_error(model):
         _set_config(model, old_config, new_config)
         _set_classes(model, COUNTERPARTS)
         attach(model, settings, built)
@@ -134,7 +135,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     new_config.__dict__.pop("model_type", None)
     del new_config.linear_attention
     setattr(new_config, family.dropout_field, settings.attention_dropout or 0.0)
-    with unchanged_on_error(model):
+    with _unchanged_on_error(model):
         detach(model, settings)
         _set_config(model, old_config, new_config)
         _set_classes(model, stock)
@@ -183,3 +184,20 @@ def _report(model: PreTrainedModel, stock_name: str, settings: LinearAttentionSe
             "drop. `slot_dropout` in the kind's settings is its replacement; revert() restores it.",
             settings.attention_dropout,
         )
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back classes, attributes, submodules and hooks of all modules if the block raises; no tensors are copied."""
+    kept = [
+        (module, type(module), {k: copying.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in kept:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, UnsupportedError, did_you_mean
 from ..integrations.canary import check_model
 from ..integrations.expected import changed
-from ..integrations.families import MODEL_TYPE_PREFIX
+from ..integrations.families import stock_type
 from ..integrations.wrappers import itself
 
 logger = logging.getLogger(__name__)
@@ -118,8 +118,7 @@ def _integer(number: Any) -> int:
 
 def _find_table(model: Any) -> tuple[Any, Any]:
     """The table of positions, usually an `nn.Embedding`, and the module that owns it."""
-    model_type = getattr(model.config, "model_type", None)
-    family = str(model_type).removeprefix(MODEL_TYPE_PREFIX)
+    family, model_type = stock_type(model.config), getattr(model.config, "model_type", None)
     if family == "vit":
         raise UnsupportedError(
             "extend_positions() is for texts: the positions of a ViT are places in an image, in two dimensions. Call "

@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..modules.registry import get_kind, list_kinds
-from .families import FAMILIES, MODEL_TYPE_PREFIX
+from .families import FAMILIES, stock_type
 from .seams import softmax_name
-
-__all__ = ["can_convert", "converting", "cross_settings", "instead", "kinds_for", "softmax_name", "stock_type"]
-
-
-def stock_type(config: Any) -> str:
-    """The model type of a stock or converted config."""
-    return str(getattr(config, "model_type", None)).removeprefix(MODEL_TYPE_PREFIX)
 
 
 def can_convert(config: Any) -> bool:
@@ -43,7 +36,7 @@ def kinds_for(*, is_causal: bool = False, cross: bool = False) -> list[str]:
     return [
         kind.name
         for kind in map(get_kind, list_kinds())
-        if (not is_causal or kind.native_causal) and (not cross or kind.supports_cross)
+        if (kind.native_causal if is_causal else kind.native) and (not cross or kind.supports_cross)
     ]
 
 

@@ -13,7 +13,7 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..ops.tracing import known
 from .cache import RecurrentLayer
-from .checks import check_positions, require_order, require_pattern
+from .checks import NO_PATTERN, check_positions, require, require_order
 from .expected import changed
 from .families import is_converted
 from .keywords import check_keywords
@@ -101,7 +101,7 @@ def decide(
             found = f"{keys} keys for a mask of {made.shape[1]} tokens from {type(module).__name__}"
             raise changed("attention modules", found)
         if made.pattern is not None:
-            query = require_pattern(query, made)
+            query = require(query, made.pattern, NO_PATTERN)
         if made.refusal is not None:
             raise UnsupportedError(made.refusal)
         mask = None if made.tokens is None else made.tokens.to(query.device)

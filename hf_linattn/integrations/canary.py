@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UnsupportedTransformersError
 from ..ops.tracing import outside_of_modes
-from . import cache_probes, family_probes, model_probes  # noqa: F401  # add their probes to the others
+from . import cache_probes, family_probes  # noqa: F401  # add their probes to the others
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES

@@ -22,7 +22,7 @@ PACKED = (
     "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
 )
 _UNORDERED = f"hf_linattn: position_ids must increase along the real tokens of a row. {PACKED}"
-_PATTERN = (
+NO_PATTERN = (
     "hf_linattn: position_ids must go up by one from token to token, or another mask over query-key pairs was asked"
     f" for. {PACKED}"
 )
@@ -86,19 +86,13 @@ def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tens
 def require_plain(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor | None:
     """Let the graph fail unless a mask over query-key pairs hides none of a row's tokens from later ones.
 
-    Returns: the condition where it still has to be required (`require_pattern`).
+    Returns: the condition where it still has to be required.
     """
     pattern = _sees_whole_past(mask_function, batch_size, tokens, device)
     if torch.jit.is_tracing():
         return pattern
-    require(pattern, pattern, _PATTERN)
+    require(pattern, pattern, NO_PATTERN)
     return None
-
-
-def require_pattern(query: Tensor, mask: Any) -> Tensor:
-    """`require_plain` where there was no tensor to hang it on. Returns: `query`, to be used instead of it."""
-    pattern = getattr(mask, "pattern", None)
-    return query if pattern is None else require(query, pattern, _PATTERN)
 
 
 def out_of_order(position_ids: Tensor, key_mask: Tensor | None, query_tokens: int) -> Tensor:

@@ -48,6 +48,11 @@ FAMILIES = {
 MODEL_TYPE_PREFIX = "linattn_"
 
 
+def stock_type(config: Any) -> str:
+    """The model type of a stock or converted config."""
+    return str(getattr(config, "model_type", None)).removeprefix(MODEL_TYPE_PREFIX)
+
+
 def is_converted(config: Any) -> bool:
     """Whether a config belongs to a converted model (`model_type` `linattn_bert`, `linattn_gpt2`, `linattn_vit`)."""
     return str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX)
@@ -55,9 +60,9 @@ def is_converted(config: Any) -> bool:
 
 def get_family(config: Any) -> Family:
     """The family of a stock or converted config. Raises `UnsupportedError` for any other architecture."""
-    model_type = getattr(config, "model_type", None)
-    name = str(model_type).removeprefix(MODEL_TYPE_PREFIX)
+    name = stock_type(config)
     if name not in FAMILIES:
+        model_type = getattr(config, "model_type", None)
         raise UnsupportedError(
             f"Conversion is implemented for the architectures {list(FAMILIES)}; got model_type {model_type!r}. "
             "Without conversion, `model.set_attn_implementation(kind)` works for any architecture that uses "
@@ -87,7 +92,7 @@ def family_of(config: Any, *, is_causal: bool) -> str:
 
     A decoding BERT has those of decoders, a bidirectional GPT-2 those of encoders.
     """
-    name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
+    name = stock_type(config)
     if name == "vit" or name == ("gpt2" if is_causal else "bert"):
         return name
     if hasattr(config, "image_size") and hasattr(config, "patch_size") and not hasattr(config, "vocab_size"):

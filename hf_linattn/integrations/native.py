@@ -15,10 +15,10 @@ from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
-from .advice import converting, cross_settings, instead
+from .advice import convert_first, converting, cross_settings, instead
 from .call import Call
 from .canary import ask_seams
-from .families import FAMILIES, MODEL_TYPE_PREFIX, family_of
+from .families import FAMILIES, family_of, stock_type
 from .settings import parse_settings, settings_dict
 from .token_mask import pad_one_key
 
@@ -77,6 +77,11 @@ def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross
         raise UnsupportedError(
             f"{kind.title} ({kind.name!r}) has no causal form: a token would see later ones. "
             f"{instead(config, is_causal=True)}"
+        )
+    if not kind.native:
+        raise UnsupportedError(
+            f"{kind.title} ({kind.name!r}) has parameters, which only a converted model can keep."
+            f" {convert_first(config)} {instead(config, is_causal=is_causal, cross=cross)}"
         )
     if is_causal and not kind.native_causal:
         raise UnsupportedError(
@@ -187,8 +192,7 @@ def image_grid(
             return None
         grid = (image[0] // patch[0], image[1] // patch[1])
     leading = num_tokens - grid[0] * grid[1]
-    name = str(getattr(config, "model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
-    known = LEADING_TOKENS.get(name)
+    known = LEADING_TOKENS.get(stock_type(config))
     without_registers = leading - (getattr(config, "num_register_tokens", None) or 0)
     return (grid, leading) if without_registers in ((1, 2) if known is None else (known,)) else None
 

@@ -7,7 +7,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .advice import softmax_name, stock_type
+from .families import stock_type
+from .seams import softmax_name
 
 # The function of `masking_utils` that makes an overlay -> what it is called; the first that is found counts.
 _OVERLAYS = {

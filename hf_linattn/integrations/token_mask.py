@@ -47,7 +47,7 @@ class TokenMask:
         refusal: Why no layer may use it.
         is_causal: Which of the two patterns the model asked for, if that is known.
         in_graph: Whether it was made while tracing, for the graph that is being made.
-        pattern: A scalar bool that must be True when that graph runs (`checks.require_pattern`).
+        pattern: A scalar bool that must be True when that graph runs.
         ordered: Positions that the graph checks already.
     """
 

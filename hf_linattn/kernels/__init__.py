@@ -1,5 +1,13 @@
-"""The few operations that cost time, each in portable torch and in Triton, behind one name and signature.
+"""The operations that cost time, each in plain torch and in Triton, behind one function.
 
-`attend` (softmax attention with its log-sum-exp), `scan` (states of blocks merged over blocks), `near` (slots inside a
-causal chunk). `backend` says which implementation runs, `registration` makes operators of them.
+attend          softmax attention that keeps its log-sum-exp
+causal_slots    causal attention through slots (inter-chunk and intra-chunk)
+block_slots     inter-block attention through slots: states of units of keys, their scan, the read-out
+window_chunks   attention in a window and to summaries of chunks, under one softmax (EVA)
+decode          one token of generation through slots
+half_norm       |x|^2 / 2 of every token
+
+In each folder `operator` has the public function and its torch operators, `torch_kernel` and `triton_launch` (with
+`triton_kernel`) the two implementations. `backend` decides which one runs, `operators` registers them. `slot_inputs`
+is what goes into attention through slots, and `attention_state` what comes out of a softmax.
 """

@@ -34,19 +34,26 @@ def log_or_minus_inf(total: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_states(partials: Sequence[AttentionState]) -> AttentionState:
     """The softmax over the union of disjoint groups, from the groups' partial results."""
-    if len(partials) == 2:
-        return _merge_two(*partials)
     if len(partials) == 1:
         return partials[0]
+    if len(partials) == 2:  # in one pass over the outputs
+        first, second = partials
+        top = torch.maximum(first.lse, second.lse).detach().clamp_min(torch.finfo(first.lse.dtype).min)
+        weight = (second.lse - top).exp()
+        total, log_total = log_or_minus_inf((first.lse - top).exp() + weight)
+        share = (weight / total).unsqueeze(-1)
+        dtype = torch.promote_types(first.output.dtype, second.output.dtype)
+        output = torch.lerp(first.output.to(dtype), second.output.to(dtype), share.to(dtype))
+        return AttentionState(output, log_total + top)
     weights, top = shifted_exp(torch.stack([p.lse for p in partials], dim=-1))
     total, log_total = log_or_minus_inf(weights.sum(-1))
     shares = weights / total.unsqueeze(-1)
-    output = sum(p.output * shares[..., i, None] for i, p in enumerate(partials))
-    return AttentionState(output, log_total + top)  # type: ignore[arg-type]
+    output = sum(p.output * shares[..., i, None] for i, p in enumerate(partials))  # type: ignore[assignment]
+    return AttentionState(output, log_total + top)
 
 
 def merge_logits(partial: AttentionState, logits: Tensor, values: Tensor) -> AttentionState:
-    """`merge` with members whose logits are few: what they give together is never written out.
+    """`merge_states` with members whose logits are few: what they give together is never written out.
 
     Args:
         logits: `[..., queries, members]`, `-inf` where a member is not visible. values: `[..., members, head_dim]`.
@@ -56,15 +63,4 @@ def merge_logits(partial: AttentionState, logits: Tensor, values: Tensor) -> Att
     total, log_total = log_or_minus_inf(own + weights.sum(-1))
     share, shares = (own / total).unsqueeze(-1), weights / total.unsqueeze(-1)
     output = partial.output * share.to(partial.output.dtype) + (shares @ values).to(partial.output.dtype)
-    return AttentionState(output, log_total + top)
-
-
-def _merge_two(first: AttentionState, second: AttentionState) -> AttentionState:
-    """`merge` of two, in one pass over the outputs."""
-    top = torch.maximum(first.lse, second.lse).detach().clamp_min(torch.finfo(first.lse.dtype).min)
-    weight = (second.lse - top).exp()
-    total, log_total = log_or_minus_inf((first.lse - top).exp() + weight)
-    share = (weight / total).unsqueeze(-1)
-    dtype = torch.promote_types(first.output.dtype, second.output.dtype)
-    output = torch.lerp(first.output.to(dtype), second.output.to(dtype), share.to(dtype))
     return AttentionState(output, log_total + top)

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs: portable torch, or Triton.
+"""Which implementation of a kernel runs: plain torch, or Triton.
 
 A backend that is asked for by name runs or raises; only "auto" chooses.
 """
@@ -75,19 +75,15 @@ def runs_on_triton(backend: str, tensor: Tensor) -> bool:
 
     Raises: UnsupportedError if Triton was asked for by name and cannot be used.
     """
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
         return False
-    obstacle = _obstacle(tensor)
+    obstacle = None
+    if tensor.dtype not in _TRITON_DTYPES:
+        obstacle = f"it computes in float32, bfloat16 and float16; got {tensor.dtype}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "the package triton is not installed (pip install 'hf-linattn[triton]')"
+    elif not tensor.is_cuda and not triton_interpreted():
+        obstacle = f"it needs tensors on a GPU; got {tensor.device}"
     if backend == "triton" and obstacle:
         raise UnsupportedError(f"backend='triton' cannot be used: {obstacle}. Use backend='auto' or 'torch'.")
-    return not obstacle and (backend == "triton" or tensor.is_cuda)
-
-
-def _obstacle(tensor: Tensor) -> str | None:
-    if tensor.dtype not in _TRITON_DTYPES:
-        return f"it computes in float32, bfloat16 and float16; got {tensor.dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'hf-linattn[triton]')"
-    if not tensor.is_cuda and not triton_interpreted():
-        return f"it needs tensors on a GPU; got {tensor.device}"
-    return None
+    return not obstacle

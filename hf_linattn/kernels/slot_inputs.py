@@ -42,9 +42,9 @@ class SlotInputs(NamedTuple):
             grouped.append(x.expand(*lead, *x.shape[2:]).flatten(0, 1))
         return SlotInputs(*grouped)
 
-    def in_groups(self, step: int) -> list[tuple[slice, SlotInputs]]:
-        """At most `step` groups at a time, and which ones they are."""
-        groups = self.query.shape[0]
+    def in_groups(self, size: int, budget: int) -> list[tuple[slice, SlotInputs]]:
+        """Some groups at a time, and which ones they are: as many of `size` as the budget allows, at least one."""
+        groups, step = self.query.shape[0], max(1, budget // max(1, size))
         if step >= groups > 0:
             return [(slice(0, groups), self)]
         parts = [slice(start, start + step) for start in range(0, groups, step)]

@@ -21,8 +21,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # How float32 is multiplied: each factor as the sum of two TF32 numbers, three products on the matrix unit. Within a
 # few roundings of float32, whose own instructions ("ieee") have a fraction of that unit's speed.
 EXACT = tl.constexpr("tf32x3")
-# Float32's own instructions, for kernels that Triton 3.6 compiles wrongly with the above: the backward pass of `near`
-# reads beyond its tensors on an H100 then.
+# Float32's own instructions, for kernels that Triton 3.6 compiles wrongly with the above: the intra-chunk
+# backward pass reads beyond its tensors on an H100 then.
 IEEE = tl.constexpr("ieee")
 
 TL_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -55,8 +55,9 @@ class ProposalAttention(LinearAttention[C]):
     def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
         if str(config.proposal_map).endswith("_norm"):
             return (
-                f"proposal_map={config.proposal_map!r} (the default of conventions='published') has parameters, and native"
-                " mode has none. Set proposal_map='none' in config.linear_attention for the parameter-free method"
+                f"proposal_map={config.proposal_map!r} (the default of conventions='published') has parameters, and"
+                " native mode has none. Set proposal_map='none' in config.linear_attention for the parameter-free"
+                " method"
             )
         return super().native_refusal(config, shape, training=training)
 

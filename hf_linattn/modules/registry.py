@@ -7,7 +7,7 @@ registry.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,7 @@ class AttentionKind:
             statistics that `hf_linattn.calibrate` gathers.
         causal_uncalibrated: Whether a form with "calibrated" statistics is defined without them too: native mode,
             which keeps none, has it then.
+        native: Whether the kind works without conversion, with tensors drawn from the seed alone.
         supports_cross: Has a form for queries and keys of different sequences (without a window).
         overlap_on_grids: Whether `overlap_window` works on the patches of an image.
         needs_window: Whether `window_size` must be at least 1.
@@ -63,6 +64,7 @@ class AttentionKind:
     size_field: str
     causal: Literal["yes", "calibrated", "no"]
     causal_uncalibrated: bool = False
+    native: bool = True
     supports_cross: bool = False
     overlap_on_grids: bool = False
     needs_window: bool = False
@@ -85,10 +87,11 @@ class AttentionKind:
     @property
     def native_causal(self) -> bool:
         """Whether there is a causal form in native mode, which keeps no statistics."""
-        return self.causal == "yes" or self.causal_uncalibrated
+        return self.native and (self.causal == "yes" or self.causal_uncalibrated)
 
 
 _KINDS: dict[str, AttentionKind] = {}
+_TOLD: list[Callable[[str], None]] = []
 
 
 def register_kind(kind: AttentionKind) -> None:
@@ -96,7 +99,19 @@ def register_kind(kind: AttentionKind) -> None:
     present = _KINDS.get(kind.name)
     if present is not None and present.module_cls is not kind.module_cls:
         raise ConfigError(f"Attention kind {kind.name!r} is already registered by {present.module_cls!r}.")
+    is_new = kind.name not in list_kinds()
     _KINDS[kind.name] = kind
+    if is_new:
+        for tell in _TOLD:
+            tell(kind.name)
+
+
+def for_each_kind(tell: Callable[[str], None]) -> None:
+    """Call `tell` with the name of every kind: of those registered now, and later of each new one."""
+    if tell not in _TOLD:
+        _TOLD.append(tell)
+    for name in list_kinds():
+        tell(name)
 
 
 def list_kinds() -> list[str]:

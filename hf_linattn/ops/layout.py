@@ -24,6 +24,7 @@ class Blocks:
         per_group: `split` puts so many neighbouring blocks together as one, and adds empty blocks to the last.
     Attributes:
         members: Places of a block. num_blocks: Blocks of tokens. num_groups: What `split` gives.
+        is_whole: Whether every place holds a token.
     """
 
     def __init__(self, tokens: int, size: int, grid: tuple[int, int] | None = None, per_group: int = 1) -> None:
@@ -34,11 +35,7 @@ class Blocks:
             self.rows, self.columns, self.members = -(-grid[0] // size), -(-grid[1] // size), size**2
         self.num_blocks = self.rows * self.columns
         self.num_groups = -(-self.num_blocks // per_group)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every place holds a token."""
-        return self.num_groups * self.per_group * self.members == self.tokens
+        self.is_whole = self.num_groups * per_group * self.members == tokens
 
     def split(self, x: Tensor) -> Tensor:
         """`[..., tokens, dim]` -> `[..., groups, tokens of a group, dim]`, zeros where there is no token."""

@@ -16,6 +16,7 @@ from ..integrations.canary import check_trainer
 from ..integrations.expected import changed
 from ..integrations.layers import active_layers
 from ..integrations.wrappers import module_of
+from ..modules.config import AttentionConfig
 from ..modules.redraw import check_step, redraws
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def _check_native(model: nn.Module) -> None:
     """Raise if a model without attention modules of its own asks for redraws in its config."""
     for module in model.modules():
         settings = getattr(getattr(module, "config", None), "linear_attention", None)
-        own = settings.get("redraw_interval") if isinstance(settings, dict) else None
-        interval = getattr(settings, "redraw_interval", own)
+        if isinstance(settings, AttentionConfig):
+            settings = settings.to_dict()
+        interval = settings.get("redraw_interval") if isinstance(settings, dict) else None
         if interval is not None:
             raise UnsupportedError(
                 f"config.linear_attention asks for redraw_interval={interval}, but {type(module).__name__} works in"

@@ -1,4 +1,4 @@
-"""Every Triton kernel, forward and backward, against portable torch in float64, in every dtype."""
+"""Every Triton kernel, forward and backward, against plain torch in float64, in every dtype."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from hf_linattn.bench.timing import explain
 from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
 from hf_linattn.functional import use_backend
 from hf_linattn.kernels.attend import attend
+from hf_linattn.kernels.attention_state import AttentionState
 from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.decode import decode_step
+from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 from hf_linattn.modules.registry import list_kinds
 from isolated import Finding
@@ -37,7 +39,7 @@ KERNELS = (
 
 # Processes at a time, in each of the parts that run side by side: more of them only wait for each other.
 WORKERS = 4
-# Relative errors may be twice those of portable torch in the same dtype, and so many roundings.
+# Relative errors may be twice those of plain torch in the same dtype, and so many roundings.
 ROUNDINGS = {"float32": 32.0, "bfloat16": 2.0, "float16": 2.0}
 
 
@@ -94,16 +96,15 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
             "bias": make(*lead, keys),
         }
         return Case(name, lambda query, key, value, bias: attend(query, key, value, bias=bias), inputs)
+    order = [name.replace("_", " ") for name in SlotInputs._fields]
     if name == "causal":
-        order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, tokens) | maps
-        return Case(name, lambda *z: causal_slot_attention(*z, 64), {name: inputs[name] for name in order.split(", ")})
+        return Case(name, lambda *z: causal_slot_attention(SlotInputs(*z), 64), {name: inputs[name] for name in order})
     if name.startswith("blocks"):
-        order = "query, query slots, query slot bias, key, key bias, key slots, key slot bias, value"
         inputs = tokens_and_value(*lead, units, length) | maps
         reach = BlockReach(1, 0, is_causal)
         return Case(
-            name, lambda *z: inter_block_attention(*z, reach), {name: inputs[name] for name in order.split(", ")}
+            name, lambda *z: inter_block_attention(SlotInputs(*z), reach), {name: inputs[name] for name in order}
         )
     if name.startswith("window_chunks"):
         start = torch.arange(units, device=device)
@@ -115,15 +116,17 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
         }
         return Case(name, lambda *z: window_chunk_attention(*z[:3], None, is_causal, *z[3:], start, end), inputs)
     state = {"state mean": make(*lead, slots, dim), "state mass": make(*lead, slots)}
-    order = "query, query bias, key, key bias, value"
-    inputs = tokens_and_value(*lead)
-    return Case(
-        name, decode_step, {name: inputs[name] for name in order.split(", ")} | maps | state, has_gradients=False
-    )
+    inputs = tokens_and_value(*lead, 1) | maps
+    return Case(name, _decoded, {name: inputs[name] for name in order} | state, has_gradients=False)
+
+
+def _decoded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    found = decode_step(SlotInputs(*tensors[:8]), AttentionState(*tensors[8:]))
+    return found.output, found.lse, *found.state
 
 
 def kernels(context: Context) -> Iterator[Finding]:
-    """A finding for every kernel, head_dim and dtype: its largest relative error, and that of portable torch."""
+    """A finding for every kernel, head_dim and dtype: its largest relative error, and that of plain torch."""
     dims = ("8",) if context.is_rehearsal else ("64", "80+128+32")
     names = [f"{name}/{dtype}/{several}" for several in dims for dtype in DTYPES for name in KERNELS]
     return in_processes(one_kernel, context, names, 2 if context.is_rehearsal else WORKERS)
@@ -182,7 +185,7 @@ def _compare(case: Case, dtype: str) -> Finding:
             if share != share:
                 break
     if not worst["share"] <= 1:
-        worst |= {"failed": True, "reason": f"{worst['tensor']}: less exact than portable torch in this dtype"}
+        worst |= {"failed": True, "reason": f"{worst['tensor']}: less exact than plain torch in this dtype"}
     elif not all(torch.equal(found[name], again[name]) for name in found):
         worst |= {"failed": True, "reason": "two runs differ"}
     return worst

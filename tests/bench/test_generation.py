@@ -204,7 +204,7 @@ def results() -> Results:
     return Results(tuple(made), "hf-linattn bench generation", {}, {})
 
 
-def test_tables(results: Results) -> None:
+def test_tables_of_decoding(results: Results) -> None:
     text = report.markdown(results)
     assert "## Generation, gpt2 (4 layers), float32" in text
     assert "| sdpa | 977 (1.0x) | 15.3 (1.0x) | 64.00 |" in text

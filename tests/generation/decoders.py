@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from cases import VOCAB, ModelCase, bert_config, gpt2_config, largest, ready
+from cases import CAUSAL_KINDS, VOCAB, ModelCase, bert_config, gpt2_config, largest, ready
 from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertLMHeadModel, GPT2LMHeadModel
@@ -67,6 +67,7 @@ SETTINGS = [
     Setting("eva-bounded", "eva", {"max_chunks": 3}),
     Setting("eva-bounded-queries", "eva", {"max_chunks": 2, "overlap_window": True, **QUERIES_AND_SPREAD}),
 ]
+SETTINGS += [Setting(kind, kind, {}) for kind in CAUSAL_KINDS if kind not in {setting.kind for setting in SETTINGS}]
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 KINDS = [setting for setting in SETTINGS if setting.name == setting.kind]
 

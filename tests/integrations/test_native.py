@@ -54,6 +54,7 @@ from transformers import (
 import hf_linattn
 from hf_linattn.errors import ConfigError, UnsupportedError
 from hf_linattn.integrations.native import image_grid
+from hf_linattn.modules.registry import get_kind
 
 TEXT = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_range": 0.2}
 
@@ -147,10 +148,9 @@ def test_other_architectures(kind: str, name: str) -> None:
     model, inputs = build(name), inputs_for(name)
     exact = logits(model, **inputs)
     model.set_attn_implementation(kind)
-    small = {"favor_plus": "num_features", "favor_sharp": "num_features", "lara": "num_landmarks", "eva": "num_chunks"}
     errors = []
-    for size, window in ((2, 2), (4096 if "favor" in kind else 64, 4)):
-        model.config.linear_attention = {"kind": kind, "window_size": window, small[kind]: size}
+    for size, window in ((2, 2), (64 if kind in ("lara", "eva") else 4096, 4)):
+        model.config.linear_attention = {"kind": kind, "window_size": window, get_kind(kind).size_field: size}
         if kind == "eva":
             model.config.linear_attention["chunk_size"] = 1 if window == 4 else 2
         errors.append(float((logits(model, **inputs) - exact).square().mean()))

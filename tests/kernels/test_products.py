@@ -28,6 +28,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(portable, "LARGE", 1)
     monkeypatch.setattr(products, "matrix_product", counted)
     monkeypatch.setattr(streamed, "matrix_product", counted)
     monkeypatch.setattr(streamed, "_TILE", 32)

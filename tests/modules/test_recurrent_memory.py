@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CAUSAL_KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.kernels.backend import use_backend
 from hf_linattn.modules.base import AttentionInputs, LayerShape, LinearAttention
 from hf_linattn.modules.memory import RecurrentMemory
-from hf_linattn.modules.registry import get_kind, list_kinds
+from hf_linattn.modules.registry import get_kind
 from hf_linattn.ops.recurrent.pending import fingerprint
 
 BATCH, HEADS, DIM, TOKENS = 3, 2, 8, 45
@@ -40,6 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-positions": ("eva", {"window_size": 4, "chunk_size": 2, "relative_position": "table"}),
     "eva-published": ("eva", {"window_size": 4, "chunk_size": 2, "conventions": "published"}),
 }
+CASES |= {
+    kind: (kind, {"window_size": 4}) for kind in CAUSAL_KINDS if kind not in {kind for kind, _ in CASES.values()}
+}
 _SMALL = {"lara": {"num_landmarks": 6}, "eva": {}}
 
 
@@ -47,7 +51,7 @@ def build(name: str) -> LinearAttention:
     """A layer in float64 with learned parameters and statistics that are not at their first values."""
     kind, changes = CASES[name]
     declared = get_kind(kind)
-    config = declared.config_cls(**{**_SMALL.get(kind, {"num_features": 16}), **changes})
+    config = declared.config_cls(**{**_SMALL.get(kind, {declared.size_field: 16}), **changes})
     layer = declared.module_cls(config, LayerShape(HEADS, DIM, is_causal=True)).double().eval()
     generator = torch.Generator().manual_seed(7)
     calibration = layer.new_calibration()
@@ -248,7 +252,7 @@ def test_copies_are_independent(name: str) -> None:
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", ["favor_plus", "lara-window", "eva-bounded", "eva"])
 @torch.no_grad()
-def test_reset(name: str, is_static: bool) -> None:
+def test_memory_after_a_reset(name: str, is_static: bool) -> None:
     layer, parts = get_layer(name), inputs()
     memory = RecurrentMemory(static_tokens=50 if is_static else None)
     in_pieces(layer, inputs(seed=3), [30, 1, 14], memory=memory)
@@ -259,7 +263,7 @@ def test_reset(name: str, is_static: bool) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_half_precision(name: str) -> None:
+def test_memory_in_half_precision(name: str) -> None:
     """bfloat16 inputs: near tokens stay bfloat16, slots float32; as close to the whole as rounding allows."""
     layer = copy.deepcopy(get_layer(name)).float()
     layer._buffers = {k: None if b is None else b.float() for k, b in layer._buffers.items()}
@@ -382,5 +386,4 @@ def test_changed_tensors_are_noticed() -> None:
 
 
 def test_cases_name_every_causal_kind() -> None:
-    causal = {kind for kind in list_kinds() if get_kind(kind).supports_causal}
-    assert {kind for kind, _ in CASES.values()} == causal
+    assert {kind for kind, _ in CASES.values()} == set(CAUSAL_KINDS)

@@ -1,7 +1,8 @@
-"""Slow references, written from the formulas: one row without padding at a time, dense weights, loops over tokens.
+"""Slow forms of LARA and EVA with all their options: one row without padding at a time, loops over tokens.
 
-They share no code with the library. `x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; functions
-return `[tokens, dim]`. `per_row` applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
+They share no code with the library, whose own `hf_linattn.ops.reference` has all kinds with their default options.
+`x`, `y` are scaled queries and keys `[tokens, dim]`, `v` the values; functions return `[tokens, dim]`. `per_row`
+applies one to `[batch, heads, tokens, dim]` with a mask by cutting the padding out.
 """
 
 from __future__ import annotations
@@ -77,39 +78,6 @@ def exact_where(
             keep[t, s] = bool(special or near)
     out = torch.where(keep, dots, log_kernel)
     return out.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf")) if causal else out
-
-
-def softmax(x: Tensor, y: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    return from_log_weights(exact_where(x @ y.T, x, y, causal=causal), v)
-
-
-# -- FAVOR ----------------------------------------------------------------------------------------------------------
-
-
-def log_f(w: Tensor, x: Tensor, shape: Tensor) -> Tensor:
-    """`log f(w, x)` for every `x` `[n, d]` and direction `w` `[m, d]`, with `A = diag(shape)`: `[n, m]`."""
-    root = (1 - 4 * shape).sqrt()
-    det = (1 - 4 * shape).log().sum() / 4
-    return det + (w * shape * w).sum(-1) + (x * root) @ w.T - (x * x).sum(-1, keepdim=True) / 2
-
-
-def favor_log_kernel(x: Tensor, y: Tensor, w: Tensor, stats: dict[str, Tensor] | None = None) -> Tensor:
-    """Log of the estimate of `exp(x . y)`: the mean over the directions of `f(w, x) f(w, y)`."""
-    stats = stats or {}
-    zero = torch.zeros(x.shape[-1], dtype=x.dtype)
-    a, c = stats.get("query_mean", zero), stats.get("key_mean", zero)
-    one = torch.ones_like(zero)
-    p, q, shape = stats.get("query_transform", one), stats.get("key_transform", one), stats.get("shape", zero)
-    p, q = (t if t.ndim == 2 and t.shape[0] > 1 else torch.diag(t.flatten()) for t in (p, q))
-    fx, fy = log_f(w, (x - a) @ p, shape), log_f(w, (y - c) @ q, shape)
-    mean = torch.logsumexp(fx[:, None] + fy[None], -1) - math.log(w.shape[0])
-    return mean + (y @ a)[None] + (x @ c)[:, None] - a @ c
-
-
-def favor(
-    x: Tensor, y: Tensor, v: Tensor, w: Tensor, stats: dict[str, Tensor] | None = None, **where: object
-) -> Tensor:
-    return from_log_weights(exact_where(favor_log_kernel(x, y, w, stats), x, y, **where), v)
 
 
 # -- RA and LARA ----------------------------------------------------------------------------------------------------
@@ -240,19 +208,6 @@ def lara(
         log_kernel = log_kernel.clone()
         log_kernel[g:, g:] = near + (offset if window or g else 0.0)
     return from_log_weights(exact_where(log_kernel, x, y, window=window, grid=grid, num_global=g), v)
-
-
-def lara_fixed(
-    x: Tensor, y: Tensor, v: Tensor, centroids: Tensor, samples: Tensor, offset: float = 0.0, **where: object
-) -> Tensor:
-    """LARA with fixed proposals: the estimate of every `exp(x . y)` by importance sampling, exact near by."""
-    terms = []
-    for w in samples:
-        # The density of the mixture over that of N(0, I).
-        mixture = torch.stack([log_xi(c, w).exp() for c in centroids]).mean()
-        terms.append(torch.exp(log_xi(x, w))[:, None] * torch.exp(log_xi(y, w))[None] / mixture)
-    log_kernel = torch.stack(terms).mean(0).log() + offset
-    return from_log_weights(exact_where(log_kernel, x, y, **where), v)
 
 
 # -- EVA ------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-import naive
 import pytest
 import torch
+from helpers import MASKS, inputs
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
@@ -14,24 +14,13 @@ from hf_linattn.functional import (
     FavorStatistics,
     draw_projection,
     favor_attention,
+    favor_log_features,
     favor_statistics,
     softmax_attention,
 )
 from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
-
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 9 + [1] * 14, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
-}
-
-
-def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.5) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens + dim)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
+from hf_linattn.ops.reference import favor_reference
 
 
 def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
@@ -45,31 +34,17 @@ def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: b
     return FavorStatistics(*favor_statistics(q, k, key_mask=mask, variant=kind, centring=centring))
 
 
-def of_row(stats: FavorStatistics | None, b: int, h: int, batch: int) -> dict[str, Tensor]:
-    if stats is None:
-        return {}
-    picked = {name: s.expand(batch, -1, -1, -1)[b, h] for name, s in stats._asdict().items()}
-    return {name: s[0] if s.shape[0] == 1 else s for name, s in picked.items()}
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, stats: FavorStatistics | None, mask: Tensor | None, **where
-) -> Tensor:
-    def of_head(b: int, h: int) -> dict:
-        return {"w": w[h], "stats": of_row(stats, b, h, q.shape[0])}
-
-    return naive.per_row(naive.favor, q, k, v, mask, per_head=[of_head], **where)
-
-
 @pytest.mark.parametrize("kind", ["none", "gerf", "saderf", "dense"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 64])
-def test_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
+def test_favor_on_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
     q, k, v = inputs()
     w, key_mask = directions(), MASKS[mask]
     stats = statistics(kind, q, k, key_mask)
-    expected = reference(q, k, v, w, stats, key_mask, causal=is_causal, window=window)
+    expected = favor_reference(
+        q, k, v, w, statistics=stats, key_mask=key_mask, is_causal=is_causal, window_size=window
+    )
     for chunk_size in (1, 2, 8, 64):
         ours = favor_attention(
             q,
@@ -96,18 +71,20 @@ def test_global_tokens(kind: str, window: int, count: int, mask: str) -> None:
     ours = favor_attention(
         q, k, v, w, key_mask=key_mask, statistics=stats, window_size=window, num_global_tokens=count, chunk_size=8
     )
-    expected = reference(q, k, v, w, stats, key_mask, window=window, num_global=count)
+    expected = favor_reference(
+        q, k, v, w, statistics=stats, key_mask=key_mask, window_size=window, num_global_tokens=count
+    )
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 1)])
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images(grid: tuple[int, int], window: int, count: int) -> None:
+def test_favor_on_images(grid: tuple[int, int], window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     w = directions()
     stats = statistics("saderf", q, k, None)
-    expected = reference(q, k, v, w, stats, None, window=window, grid=grid, num_global=count)
+    expected = favor_reference(q, k, v, w, statistics=stats, window_size=window, grid=grid, num_global_tokens=count)
     for chunk_size in (1, 16, 64):
         ours = favor_attention(
             q, k, v, w, statistics=stats, window_size=window, grid=grid, num_global_tokens=count, chunk_size=chunk_size
@@ -125,7 +102,7 @@ def test_every_variant_with_and_without_centring(variant: str, centring: bool) -
     for window in (0, 8):
         ours = favor_attention(q, k, v, directions(), statistics=stats, window_size=window)
         torch.testing.assert_close(
-            ours, reference(q, k, v, directions(), stats, None, window=window), rtol=0, atol=1e-10
+            ours, favor_reference(q, k, v, directions(), statistics=stats, window_size=window), rtol=0, atol=1e-10
         )
 
 
@@ -138,7 +115,7 @@ def test_many_blocks_take_the_scan(is_causal: bool, window: int, monkeypatch: py
     scan = favor_attention(q, k, v, directions(), is_causal=is_causal, window_size=window, chunk_size=4)
     torch.testing.assert_close(scan, dense, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        scan, reference(q, k, v, directions(), None, None, causal=is_causal, window=window), rtol=0, atol=1e-10
+        scan, favor_reference(q, k, v, directions(), is_causal=is_causal, window_size=window), rtol=0, atol=1e-10
     )
 
 
@@ -148,7 +125,7 @@ def test_a_huge_key_does_not_starve_earlier_queries(position: int) -> None:
     q, k, v = inputs()
     k[:, :, position] *= 60
     w = directions()
-    expected = reference(q, k, v, w, None, None, causal=True)
+    expected = favor_reference(q, k, v, w, is_causal=True)
     for chunk_size in (1, 4, 64):
         ours = favor_attention(q.float(), k.float(), v.float(), w, is_causal=True, chunk_size=chunk_size)
         torch.testing.assert_close(ours, expected.float(), rtol=1e-2, atol=1e-2)
@@ -166,12 +143,10 @@ def test_cross_attention(kind: str, queries: int, keys: int) -> None:
     stats = statistics(kind, q, k, None)
     for key_mask in (None, mask):
         ours = favor_attention(q, k, v, w, key_mask=key_mask, statistics=stats)
-        for b, h in itertools.product(range(2), range(2)):
-            keep = slice(None) if key_mask is None else key_mask[b]
-            one = of_row(stats, b, h, 2)
-            x, y = q[b, h] * 4**-0.25, k[b, h][keep] * 4**-0.25
-            expected = naive.from_log_weights(naive.favor_log_kernel(x, y, w[h], one), v[b, h][keep])
-            torch.testing.assert_close(ours[b, h], expected, rtol=0, atol=1e-11)
+        a, c = favor_log_features(q * 4**-0.25, k * 4**-0.25, w, stats)
+        weights = (a.unsqueeze(-2) + c.unsqueeze(-3)).logsumexp(-1)
+        weights = weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None], float("-inf"))
+        torch.testing.assert_close(ours, weights.softmax(-1) @ v, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("window", [0, 4])

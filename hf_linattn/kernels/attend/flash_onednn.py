@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import cpu_matmul
 from ..cpu_matmul import matrix_product, suits_onednn
 
 # Logits of a tile, and most keys of one.
@@ -21,8 +20,7 @@ _KEYS = 1024
 def suits_streaming(query: Tensor, key: Tensor) -> bool:
     """Whether matrices are large enough for this."""
     columns = min(key.shape[2], _KEYS)
-    multiplications = min(query.shape[2], _TILE // columns) * columns * query.shape[-1]
-    return multiplications >= cpu_matmul.LARGE and suits_onednn(query, multiplications)
+    return suits_onednn(query, min(query.shape[2], _TILE // columns) * columns * query.shape[-1])
 
 
 def streamed_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

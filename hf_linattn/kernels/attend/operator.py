@@ -29,29 +29,26 @@ def attend(
     if bias is not None:
         lead = torch.broadcast_shapes(lead, bias.shape[:-1])
     if visible is not None:
+        visible = torch.atleast_2d(visible)
         lead = torch.broadcast_shapes(lead, visible.shape[:-2])
-        visible = _fold(torch.atleast_2d(visible), lead).expand(-1, -1, query.shape[-2], key.shape[-2])
-    if bias is not None and (bias.ndim != 3 or bias.shape[:2] != lead):
-        bias = _fold(bias.unsqueeze(-1), lead).squeeze(-1)
-    if len(lead) == 2:  # the usual case, batch and heads: no copies
-        query, key, value = query.expand(*lead, -1, -1), key.expand(*lead, -1, -1), value.expand(*lead, -1, -1)
-        return AttentionState(*_Attend.apply(query, key, value, bias, visible, current_backend()))
-    query, key, value = _fold(query, lead), _fold(key, lead), _fold(value, lead)
+    # As `[batch, heads, tokens, dim]`, with views wherever dimensions broadcast.
+    folded = [query, key, value, None if bias is None else bias.unsqueeze(-1), visible]
+    for place, x in enumerate(folded):
+        if x is None:
+            continue
+        if len(lead) <= 2:
+            folded[place] = x.expand(*[1] * (2 - len(lead)), *lead, -1, -1)
+        else:  # all leading dimensions but the last become one: what is shared by all blocks stays one
+            x = x[(None,) * (len(lead) + 2 - x.ndim)]
+            own = x.shape[-3:]
+            folded[place] = x.expand(*lead[:-1], *own).reshape(-1, *own).expand(-1, lead[-1], -1, -1)
+    query, key, value, bias, visible = folded  # type: ignore[assignment]
+    bias = None if bias is None else bias.squeeze(-1)
+    visible = None if visible is None else visible.expand(-1, -1, query.shape[2], key.shape[2])
     output, lse = _Attend.apply(query, key, value, bias, visible, current_backend())
-    return AttentionState(output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, lse.shape[2]))
-
-
-def _fold(x: Tensor, lead: torch.Size) -> Tensor:
-    """`[..., tokens, dim]` with leading dimensions that broadcast to `lead`, as `[batch, heads, tokens, dim]`.
-
-    Only dimensions that differ are written out: what is shared by all blocks stays one.
-    """
-    if len(lead) <= 2:
-        return x.expand(*[1] * (2 - len(lead)), *lead, -1, -1)
-    x = x[(None,) * (len(lead) + 2 - x.ndim)]
-    last = x.shape[-3]
-    x = x.expand(*lead[:-1], last, -1, -1).reshape(-1, last, *x.shape[-2:])  # all but the last leading dimension
-    return x.expand(-1, lead[-1], -1, -1)
+    if len(lead) != 2:
+        output, lse = output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, lse.shape[2])
+    return AttentionState(output, lse)
 
 
 _Attend = register_pair(

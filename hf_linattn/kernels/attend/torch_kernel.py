@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..cpu_matmul import product, suits_onednn
+from ..cpu_matmul import LARGE, product, suits_onednn
 from .flash_onednn import streamed_forward, suits_streaming
 
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -39,12 +39,44 @@ def attend_forward(
     if 0 in query.shape[:-1] or not key.shape[2]:  # not a single logit: torch's flash kernel ends the process then
         lse = torch.full(query.shape[:-1], float("-inf"), dtype=wide, device=query.device)
         return value.new_zeros(*query.shape[:-1], value.shape[-1]), lse
-    same = query.dtype == key.dtype == value.dtype
-    if same and visible is None and suits_streaming(query, key):
+    queries, keys, dim = query.shape[2], key.shape[2], query.shape[-1]
+    if not (query.device.type == "cpu" and query.dtype == key.dtype == value.dtype in _FLASH_DTYPES):
+        return _tiled_forward(query, key, value, bias, visible)
+    if visible is None and queries * keys * dim >= LARGE and suits_streaming(query, key):
         return streamed_forward(query, key, value, bias)
-    flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dtype in _FLASH_DTYPES
-    if flash and same:
-        return _flash(query, key, value, bias, visible)
+    if dim != value.shape[-1]:
+        return _tiled_forward(query, key, value, bias, visible)
+    # The flash kernel of torch. Bias and mask are added to the logits, with dimensions of 1 where they do not differ.
+    mask = expanded = None
+    if bias is not None:
+        mask = (bias if bias.is_contiguous() else _unexpanded(bias)).unsqueeze(-2).to(wide)
+    if visible is not None:
+        seen = _unexpanded(visible)
+        hidden = torch.zeros(seen.shape, dtype=wide, device=seen.device).masked_fill_(~seen, float("-inf"))
+        mask = hidden if mask is None else hidden + mask
+    if mask is not None:
+        expanded = mask.expand(*query.shape[:-1], keys)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=expanded, scale=1.0
+    )
+    output, lse = output.contiguous(), lse.to(wide)
+    if mask is not None:
+        # The kernel's log-sum-exp of a row without visible keys is 0.
+        empty = mask.amax(-1) == float("-inf")
+        if bool(empty.any()):
+            lse = lse.masked_fill(empty, float("-inf"))
+            output = output.masked_fill(empty.unsqueeze(-1), 0.0)
+    return output, lse.contiguous()
+
+
+def _tiled_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Tile by tile, where torch has no flash kernel with a log-sum-exp."""
+    wide = torch.promote_types(query.dtype, torch.float32)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     lse = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
     for part in _tiles(query, key, by_keys=False):
@@ -86,7 +118,7 @@ def attend_backward(
             for z, needed in zip((query, key, value, bias_like), needs, strict=True)
         )
     # Where nothing is visible all logits are -inf: weights and gradients are 0 whatever is taken off, and the gradient
-    # of the log mass, which may be NaN, does not count.
+    # of the log-sum-exp, which may be NaN, does not count.
     empty = lse == float("-inf")
     offset, total = lse.masked_fill(empty, 0.0), None
     by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
@@ -158,37 +190,6 @@ def _normalised(
         top[part.queries] = highest
     total.masked_fill_(total == 0, 1.0)
     return top, total, mean.div_(total)
-
-
-# -- flash attention of torch, on a CPU ------------------------------------------------------------------------------
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    # Bias and mask are added to the logits, with dimensions of 1 where they are the same along one.
-    mask = expanded = None if bias is None else _unexpanded(bias).unsqueeze(-2).to(wide)
-    if visible is not None:
-        seen = _unexpanded(visible)
-        hidden = torch.zeros(seen.shape, dtype=wide, device=seen.device).masked_fill_(~seen, float("-inf"))
-        mask = hidden if mask is None else hidden + mask
-    if mask is not None:
-        expanded = mask.expand(*query.shape[:-1], key.shape[2])
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    key = key if key.stride(-1) == 1 else key.contiguous()
-    value = value if value.stride(-1) == 1 else value.contiguous()
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=expanded, scale=1.0
-    )
-    output, lse = output.contiguous(), lse.to(wide)
-    if mask is not None:
-        # The kernel's log-sum-exp of a row without visible keys is 0.
-        empty = mask.amax(-1) == float("-inf")
-        if bool(empty.any()):
-            lse = lse.masked_fill(empty, float("-inf"))
-            output = output.masked_fill(empty.unsqueeze(-1), 0.0)
-    return output, lse.contiguous()
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------------

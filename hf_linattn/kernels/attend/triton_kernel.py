@@ -61,13 +61,13 @@ def forward(
     first = result.to(tl.int64) * num_queries
     store_tile(output + first * E, first_q, E, num_queries, result_sum / safe[:, None], BLOCK_Q, E, E_PADDED)
     queries = first_q + tl.arange(0, BLOCK_Q)
-    mass = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * LN_2)
-    tl.store(lse + first + queries, mass, mask=queries < num_queries)
+    row_lse = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * LN_2)
+    tl.store(lse + first + queries, row_lse, mask=queries < num_queries)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def merge(
-    part_output, part_mass, output, lse, num_rows, num_parts,
+    part_output, part_lse, output, lse, num_rows, num_parts,
     E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The softmax over the union of the parts: `[groups, parts, rows, E]` to `[groups, rows, E]`."""
@@ -80,10 +80,10 @@ def merge(
     mean = tl.zeros([BLOCK, E_PADDED], tl.float32)
     for part in range(num_parts):
         offset = (group * num_parts + part) * num_rows
-        mass = tl.load(part_mass + offset + row, mask=row < num_rows, other=float("-inf")) * LOG2_E
-        new_top = tl.maximum(top, mass)
+        row_lse = tl.load(part_lse + offset + row, mask=row < num_rows, other=float("-inf")) * LOG2_E
+        new_top = tl.maximum(top, row_lse)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight, decay = tl.exp2(mass - finite), tl.exp2(top - finite)
+        weight, decay = tl.exp2(row_lse - finite), tl.exp2(top - finite)
         total = total * decay + weight
         tile = load_tile(part_output + offset * E, first, E, num_rows, BLOCK, E, E_PADDED)
         mean = mean * decay[:, None] + tile * weight[:, None]
@@ -102,7 +102,7 @@ def merge(
 @triton.jit(do_not_specialize=["num_queries"])
 def row_sums(
     grad_output, output, grad_lse, lse, delta, lift,
-    grad_b, grad_h, grad_n, output_b, output_h, output_n, mass_b, mass_h, mass_n,
+    grad_b, grad_h, grad_n, output_b, output_h, output_n, lse_b, lse_h, lse_n,
     num_heads, num_queries,
     E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: on
@@ -118,13 +118,13 @@ def row_sums(
     right = load_tile(at(output, batch, head, output_b, output_h), first, output_n, num_queries, BLOCK, E, E_PADDED)
     sums = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
     if grad_lse is not None:
-        address = at(grad_lse, batch, head, mass_b, mass_h) + row.to(tl.int64) * mass_n
+        address = at(grad_lse, batch, head, lse_b, lse_h) + row.to(tl.int64) * lse_n
         sums -= tl.load(address, mask=inside, other=0.0)
     offset = group.to(tl.int64) * num_queries
-    mass = tl.load(lse + offset + row, mask=inside, other=float("-inf"))
-    empty = mass == float("-inf")
+    row_lse = tl.load(lse + offset + row, mask=inside, other=float("-inf"))
+    empty = row_lse == float("-inf")
     tl.store(delta + offset + row, tl.where(empty, 0.0, sums), mask=inside)
-    tl.store(lift + offset + row, tl.where(empty, float("inf"), mass * LOG2_E), mask=inside)
+    tl.store(lift + offset + row, tl.where(empty, float("inf"), row_lse * LOG2_E), mask=inside)
 
 
 # fmt: off

@@ -1,7 +1,7 @@
 r"""Softmax attention with a bias per key and a differentiable log-sum-exp, as Triton kernels.
 
     s[t, n] = query_t . key_n + bias_n                         (-inf where not visible)
-    output_t = sum_n softmax_n(s[t, n]) value_n                log_mass_t = logsumexp_n s[t, n]
+    output_t = sum_n softmax_n(s[t, n]) value_n                lse_t = logsumexp_n s[t, n]
 
 Both softmaxes of attention through slots are this: few queries (slots) over very many keys, and very many queries
 over few keys. Nothing of size `[queries, keys]` is stored. Source of the tiling: Dao 2023, arXiv:2307.08691; new are
@@ -138,7 +138,7 @@ def attend_forward(
             float32, bfloat16 or float16, any strides (0 too), D and E from 1 to 256.
         bias: `[batch, heads, keys]` or None; `-inf` hides a key. visible: bool `[batch, heads, queries, keys]` or
             None, as an expanded view where it does not depend on a dimension.
-    Returns: output `[batch, heads, queries, E]` in the dtype of `value`; log_mass `[batch, heads, queries]`, float32.
+    Returns: output `[batch, heads, queries, E]` in the dtype of `value`; lse `[batch, heads, queries]`, float32.
         A query that sees nothing gets 0 and `-inf`.
     Raises: UnsupportedError, InputError for inputs outside of the above.
 
@@ -149,14 +149,14 @@ def attend_forward(
     blocks = x.blocks(_FORWARD)
     count, size = x.parts(x.queries, blocks.queries, x.keys, blocks.keys)
     output, lse = x.empty(x.queries, x.value_dim, dtype=value.dtype), x.empty(x.queries, dtype=torch.float32)
-    part_output, part_mass = output, lse
+    part_output, part_lse = output, lse
     if count > 1:
         part_output = x.empty(count, x.queries, x.value_dim, dtype=torch.float32)
-        part_mass = x.empty(count, x.queries, dtype=torch.float32)
+        part_lse = x.empty(count, x.queries, dtype=torch.float32)
     launch(
         kernels.forward,
         x.groups * count * triton.cdiv(x.queries, blocks.queries),
-        *(*x.tensors, part_output, part_mass, *x.strides),
+        *(*x.tensors, part_output, part_lse, *x.strides),
         *(x.heads, x.queries, x.keys, count, size),
         **x.constants,
         BLOCK_Q=blocks.queries,
@@ -170,7 +170,7 @@ def attend_forward(
         launch(
             kernels.merge,
             x.groups * triton.cdiv(x.queries, rows_per_program),
-            *(part_output, part_mass, output, lse, x.queries, count),
+            *(part_output, part_lse, output, lse, x.queries, count),
             E=x.value_dim,
             E_PADDED=width,
             BLOCK=rows_per_program,

@@ -37,11 +37,14 @@ class InterBlock(NamedTuple):
         """Output `[groups, blocks, queries, head_dim]` and its log-sum-exp."""
         output = inputs.value.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1])
         lse = inputs.key_bias.new_empty(inputs.query.shape[:-1])
-        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+        size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]  # of a group's states
+        for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
-            merged, merged_lse = self.scan_forward(states, state_lse, group.query.shape[1], BlockReach(*reach))
-            slots, bias = _by_block(group.query_slots, group.query), group.query_slot_bias.unsqueeze(1)
-            output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse + bias, None)
+            blocks = group.query.shape[1]
+            merged, merged_lse = self.scan_forward(states, state_lse, blocks, BlockReach(*reach))
+            slots = group.query_slots.unsqueeze(1).expand(-1, blocks, -1, -1)
+            merged_lse = merged_lse + group.query_slot_bias.unsqueeze(1)
+            output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse, None)
         return output, lse
 
     def backward(
@@ -54,7 +57,8 @@ class InterBlock(NamedTuple):
     ) -> list[Tensor | None]:
         """Gradients of the eight tensors, where `needs` says so."""
         found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
-        for part, group in inputs.in_groups(_groups_at_a_time(inputs)):
+        size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
+        for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             some = [z[part] for z in (*grads, *results)]
             of_group = self._backward_of(group, *some, needs, BlockReach(*reach))
             for total, grad in zip(found, of_group, strict=True):
@@ -64,7 +68,7 @@ class InterBlock(NamedTuple):
 
     def _states(self, inputs: SlotInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Output and log-sum-exp of every slot and unit, and the log-sum-exp without the bias of the slots."""
-        slots = _by_block(inputs.key_slots, inputs.key)
+        slots = inputs.key_slots.unsqueeze(1).expand(-1, inputs.key.shape[1], -1, -1)
         output, lse = self.attend_forward(slots, inputs.key, inputs.value, inputs.key_bias, None)
         return output, lse + inputs.key_slot_bias.unsqueeze(1), lse
 
@@ -79,8 +83,10 @@ class InterBlock(NamedTuple):
         reach: BlockReach,
     ) -> list[Tensor | None]:
         states, state_lse, plain_lse = self._states(inputs)
-        merged, merged_lse = self.scan_forward(states, state_lse, inputs.query.shape[1], reach)
-        slots, bias = _by_block(inputs.query_slots, inputs.query), inputs.query_slot_bias.unsqueeze(1)
+        blocks, units = inputs.query.shape[1], inputs.key.shape[1]
+        merged, merged_lse = self.scan_forward(states, state_lse, blocks, reach)
+        slots = inputs.query_slots.unsqueeze(1).expand(-1, blocks, -1, -1)
+        bias = inputs.query_slot_bias.unsqueeze(1)
         key_side = any(needs[3:])
         wanted = [needs[0], needs[1], key_side, key_side or needs[2]]
         reading = (grad_output, grad_lse, inputs.query, slots, merged, merged_lse + bias, None, output, lse)
@@ -92,18 +98,9 @@ class InterBlock(NamedTuple):
             grad_merged, grad_bias, states, state_lse, merged, merged_lse, reach
         )
         del reading, merged, grad_merged  # as large as the states
-        slots, wanted = _by_block(inputs.key_slots, inputs.key), [needs[5], needs[3], needs[7], needs[4]]
+        slots = inputs.key_slots.unsqueeze(1).expand(-1, units, -1, -1)
+        wanted = [needs[5], needs[3], needs[7], needs[4]]
         writing = (grad_states, grad_state_lse, slots, inputs.key, inputs.value, inputs.key_bias, None)
         key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
         slot_bias = grad_state_lse.sum(1) if needs[6] else None
         return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
-
-
-def _groups_at_a_time(inputs: SlotInputs) -> int:
-    per_group = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
-    return max(1, _STATES.get(inputs.key.device.type, _MORE_STATES) // per_group)
-
-
-def _by_block(slots: Tensor, tokens: Tensor) -> Tensor:
-    """`[groups, slots, dim]` -> `[groups, blocks, slots, dim]`, for each block (or unit) of `tokens` the same."""
-    return slots.unsqueeze(1).expand(-1, tokens.shape[1], -1, -1)

@@ -46,20 +46,16 @@ def _walk(
             mean.lerp_(output[:, unit].to(new.dtype), (new / total.masked_fill(total == 0, 1.0)).unsqueeze(-1))
         passed = max(passed, edge)
         state_lse = total.log().add_(top)
-        if backwards:
-            _merge_into(merged[:, block], merged_lse[:, block], mean, state_lse)
-        else:
+        if not backwards:
             merged[:, block], merged_lse[:, block] = mean, state_lse
-
-
-def _merge_into(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """The merge of two states, in place of the first."""
-    top = torch.maximum(lse, other_lse).clamp_min_(torch.finfo(lse.dtype).min)
-    old, new = (lse - top).exp_(), (other_lse - top).exp_()
-    total = old + new
-    share = new / total.masked_fill(total == 0, 1.0)
-    output.lerp_(other.to(output.dtype), share.unsqueeze(-1).to(output.dtype))
-    lse.copy_(total.log_().add_(top))
+            continue
+        result, result_lse = merged[:, block], merged_lse[:, block]
+        largest = torch.maximum(result_lse, state_lse).clamp_min_(torch.finfo(lse.dtype).min)
+        new = (state_lse - largest).exp_()
+        whole = (result_lse - largest).exp_().add_(new)
+        share = new / whole.masked_fill(whole == 0, 1.0)
+        result.lerp_(mean.to(result.dtype), share.unsqueeze(-1).to(result.dtype))
+        result_lse.copy_(whole.log_().add_(largest))
 
 
 def scan_backward(

@@ -22,11 +22,11 @@ from ..triton_tiles import narrow
 
 
 @triton.jit
-def _joined(total, top, mean, mass, entry):
-    """The sum `mean` (weights `total`, relative to `exp(top)`) and one more entry of weight `exp(mass)`."""
-    new_top = tl.maximum(top, mass)
+def _joined(total, top, mean, own_lse, entry):
+    """The sum `mean` (weights `total`, relative to `exp(top)`) and one more entry of weight `exp(own_lse)`."""
+    new_top = tl.maximum(top, own_lse)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    old, new = tl.exp(top - base), tl.exp(mass - base)
+    old, new = tl.exp(top - base), tl.exp(own_lse - base)
     entry = tl.where((new > 0.0)[:, None], entry, 0.0)  # what an empty state holds does not matter
     return total * old + new, new_top, mean * old[:, None] + entry * new[:, None]
 
@@ -43,7 +43,7 @@ def _reader(edge, units, margin, blocks, AFTER: tl.constexpr):
 
 @triton.jit
 def scan_forward(
-    output, lse, merged, merged_mass, num_units, blocks, slots, dim, units, margin, steps,
+    output, lse, merged, merged_lse, num_units, blocks, slots, dim, units, margin, steps,
     AFTER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """The merge of all units before each block; with AFTER, those after it are joined to what `merged` holds."""
@@ -60,30 +60,30 @@ def scan_forward(
         edge = num_units - step if AFTER else step
         block, exists = _reader(edge, units, margin, blocks, AFTER)
         write = slot < tl.where(exists, slots, 0)
-        at_mass = (group * blocks + block) * slots + slot
-        at = at_mass[:, None] * dim + column[None, :]
+        at_lse = (group * blocks + block) * slots + slot
+        at = at_lse[:, None] * dim + column[None, :]
         now_total, now_top, now = total, top, mean
         if AFTER:
-            # The other side's mean has the weight exp(mass): one more entry.
+            # The other side's mean has the weight exp(own_lse): one more entry.
             other = tl.load(merged + at, mask=write[:, None] & in_dim, other=0.0).to(tl.float32)
-            other_mass = tl.load(merged_mass + at_mass, mask=write, other=float("-inf"))
-            now_total, now_top, now = _joined(total, top, mean, other_mass, other)
+            other_lse = tl.load(merged_lse + at_lse, mask=write, other=float("-inf"))
+            now_total, now_top, now = _joined(total, top, mean, other_lse, other)
         whole = tl.where(now_total == 0.0, 1.0, now_total)
         tl.store(merged + at, narrow(now / whole[:, None], merged.dtype.element_ty), mask=write[:, None] & in_dim)
-        tl.store(merged_mass + at_mass, now_top + tl.log(whole), mask=write)
+        tl.store(merged_lse + at_lse, now_top + tl.log(whole), mask=write)
 
         unit = edge - 1 if AFTER else edge
         read = slot < tl.where(unit < num_units, slots, 0)
-        at_mass = (group * num_units + unit) * slots + slot
-        at = at_mass[:, None] * dim + column[None, :]
+        at_lse = (group * num_units + unit) * slots + slot
+        at = at_lse[:, None] * dim + column[None, :]
         entry = tl.load(output + at, mask=read[:, None] & in_dim, other=0.0).to(tl.float32)
-        mass = tl.load(lse + at_mass, mask=read, other=float("-inf"))
-        total, top, mean = _joined(total, top, mean, mass, entry)
+        own_lse = tl.load(lse + at_lse, mask=read, other=float("-inf"))
+        total, top, mean = _joined(total, top, mean, own_lse, entry)
 
 
 @triton.jit
 def scan_backward(
-    grad_merged, grad_merged_mass, merged, merged_mass, output, lse, grad_output, grad_mass, num_units, blocks,
+    grad_merged, grad_merged_lse, merged, merged_lse, output, lse, grad_output, grad_lse, num_units, blocks,
     slots, dim, units, margin, steps,
     AFTER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
@@ -101,34 +101,34 @@ def scan_backward(
         unit = step if AFTER else steps - 1 - step
         block, exists = _reader(unit if AFTER else unit + 1, units, margin, blocks, AFTER)
         read = slot < tl.where(exists, slots, 0)
-        at_mass = (group * blocks + block) * slots + slot
-        at = at_mass[:, None] * dim + column[None, :]
-        mass = tl.load(merged_mass + at_mass, mask=read, other=float("-inf"))
-        seen = mass > float("-inf")  # a block that read nothing passes nothing on
+        at_lse = (group * blocks + block) * slots + slot
+        at = at_lse[:, None] * dim + column[None, :]
+        own_lse = tl.load(merged_lse + at_lse, mask=read, other=float("-inf"))
+        seen = own_lse > float("-inf")  # a block that read nothing passes nothing on
         grad = tl.load(grad_merged + at, mask=read[:, None] & in_dim, other=0.0).to(tl.float32)
         grad = tl.where(seen[:, None], grad, 0.0)
         result = tl.load(merged + at, mask=read[:, None] & in_dim, other=0.0).to(tl.float32)
-        shift = tl.load(grad_merged_mass + at_mass, mask=read, other=0.0)
+        shift = tl.load(grad_merged_lse + at_lse, mask=read, other=0.0)
         shift = tl.where(seen, shift, 0.0) - tl.sum(grad * result, 1)
-        mass = tl.where(seen, mass, float("inf"))
-        base = tl.minimum(lowest, mass)
+        own_lse = tl.where(seen, own_lse, float("inf"))
+        base = tl.minimum(lowest, own_lse)
         finite = tl.where(base == float("inf"), 0.0, base)
-        old, new = tl.exp(finite - lowest), tl.exp(finite - mass)
+        old, new = tl.exp(finite - lowest), tl.exp(finite - own_lse)
         summed = summed * old[:, None] + grad * new[:, None]
         shifts = shifts * old + shift * new
         lowest = base
 
         write = slot < tl.where(unit < num_units, slots, 0)
-        at_mass = (group * num_units + unit) * slots + slot
-        at = at_mass[:, None] * dim + column[None, :]
-        mass = tl.load(lse + at_mass, mask=write, other=float("-inf"))
+        at_lse = (group * num_units + unit) * slots + slot
+        at = at_lse[:, None] * dim + column[None, :]
+        own_lse = tl.load(lse + at_lse, mask=write, other=float("-inf"))
         entry = tl.load(output + at, mask=write[:, None] & in_dim, other=0.0).to(tl.float32)
-        weight = tl.where(lowest < float("inf"), tl.exp(tl.minimum(mass - finite, 0.0)), 0.0)
+        weight = tl.where(lowest < float("inf"), tl.exp(tl.minimum(own_lse - finite, 0.0)), 0.0)
         entry = tl.where((weight > 0.0)[:, None], entry, 0.0)
         found = summed * weight[:, None]
-        found_mass = tl.sum(found * entry, 1) + shifts * weight
+        found_lse = tl.sum(found * entry, 1) + shifts * weight
         if AFTER:
             found += tl.load(grad_output + at, mask=write[:, None] & in_dim, other=0.0)
-            found_mass += tl.load(grad_mass + at_mass, mask=write, other=0.0)
+            found_lse += tl.load(grad_lse + at_lse, mask=write, other=0.0)
         tl.store(grad_output + at, found, mask=write[:, None] & in_dim)
-        tl.store(grad_mass + at_mass, found_mass, mask=write)
+        tl.store(grad_lse + at_lse, found_lse, mask=write)

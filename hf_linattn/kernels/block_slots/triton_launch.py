@@ -23,7 +23,7 @@ def scan_forward(output: Tensor, lse: Tensor, blocks: int, reach: BlockReach) ->
         output: `[groups, units, slots, dim]`.
         lse: `[groups, units, slots]`, float32, `-inf` for an empty state.
         blocks: Number of blocks. reach: Which units a block reads.
-    Returns: `[groups, blocks, slots, dim]` and `[groups, blocks, slots]`; empty (output 0, mass `-inf`) where a block
+    Returns: `[groups, blocks, slots, dim]` and `[groups, blocks, slots]`; empty (output 0, lse `-inf`) where a block
         reads nothing.
     Raises: UnsupportedError for tensors that Triton cannot take.
     """
@@ -32,36 +32,36 @@ def scan_forward(output: Tensor, lse: Tensor, blocks: int, reach: BlockReach) ->
     groups, num_units, slots, dim = output.shape
     # The first of two walks leaves its result to the second, which should not read it rounded.
     merged = output.new_empty(groups, blocks, slots, dim, dtype=output.dtype if reach.is_causal else torch.float32)
-    merged_mass = torch.empty_like(merged[..., 0], dtype=torch.float32, memory_format=torch.contiguous_format)
+    merged_lse = torch.empty_like(merged[..., 0], dtype=torch.float32, memory_format=torch.contiguous_format)
     first = min(blocks, triton.cdiv(reach.margin, reach.units))  # blocks with nothing before them but their margin
-    merged[:, :first], merged_mass[:, :first] = 0.0, float("-inf")
+    merged[:, :first], merged_lse[:, :first] = 0.0, float("-inf")
     programs, constants = _plan(output)
     sizes = (num_units, blocks, slots, dim, reach.units, reach.margin)
-    arguments = (output, lse, merged, merged_mass, *sizes)
+    arguments = (output, lse, merged, merged_lse, *sizes)
     last = max(0, (blocks - 1) * reach.units - reach.margin)  # units that the last block reads
     launch(kernels.scan_forward, programs, *arguments, last + 1, AFTER=False, **constants)
     if not reach.is_causal:
         launch(kernels.scan_forward, programs, *arguments, num_units, AFTER=True, **constants)
-    return merged.to(output.dtype), merged_mass
+    return merged.to(output.dtype), merged_lse
 
 
 def scan_backward(
     grad_output: Tensor,
-    grad_mass: Tensor,
+    grad_lse: Tensor,
     output: Tensor,
     lse: Tensor,
     merged: Tensor,
-    merged_mass: Tensor,
+    merged_lse: Tensor,
     reach: BlockReach,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `scan_forward` for its `output` and `lse`, given those of its results.
 
     Args:
-        grad_output, grad_mass: Shaped as the results; where the merged mass is `-inf` they are not looked at.
-        output, lse, reach: As given to `scan_forward`. merged, merged_mass: Its results.
+        grad_output, grad_lse: Shaped as the results; where the merged lse is `-inf` they are not looked at.
+        output, lse, reach: As given to `scan_forward`. merged, merged_lse: Its results.
     Raises: as `scan_forward`.
     """
-    tensors = [z.contiguous() for z in (grad_output, grad_mass, merged, merged_mass, output, lse)]
+    tensors = [z.contiguous() for z in (grad_output, grad_lse, merged, merged_lse, output, lse)]
     check(*tensors, head_dims=(output.shape[-1],))
     _, num_units, slots, dim = output.shape
     blocks = merged.shape[1]

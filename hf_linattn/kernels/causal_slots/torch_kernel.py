@@ -1,4 +1,4 @@
-r"""`causal` in plain torch: one chunk after the other, with the sums over earlier keys as a running state.
+r"""Causal attention through slots in plain torch: chunk after chunk, sums over earlier keys are the prefix state.
 
 Query t reads key n <= t with weight `sum_j exp(a[t, j] + c[j, n])`. With a reference `m_j` for every slot this is a
 product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the state
@@ -7,7 +7,7 @@ product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the
 
 of the keys before it and the products inside it. `m_j` is the running maximum of `c`: nothing overflows. It may be
 that of a key which some queries of the chunk do not see yet. Where this could make what they do see underflow
-(`_is_safe`), the chunk is cut in two; a chunk of one token is always safe.
+(`_safe_top`), the chunk is cut in two; a chunk of one token is always safe.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
     kept, wide = kept_states(tokens, chunk), inputs.key_bias
     output, lse = inputs.value.new_empty(groups, tokens, head_dim), wide.new_empty(groups, tokens)
     sums, masses = wide.new_empty(groups, kept, slots, head_dim), wide.new_empty(groups, kept, slots, 2)
-    for part, group in inputs.in_groups(_groups_at_a_time(inputs, chunk)):
+    for part, group in _some_groups(inputs, chunk):
         state = _empty_state(group)
         for number, start in enumerate(range(0, tokens, chunk)):
             if number % _SEGMENT == 0:
@@ -97,9 +97,10 @@ def causal_backward(
         for i, (z, needed) in enumerate(zip(inputs, needs, strict=True))
     ]
     tokens, length = inputs.query.shape[1], chunk * _SEGMENT
-    for part, group in inputs.in_groups(_groups_at_a_time(inputs, chunk)):
+    for part, group in _some_groups(inputs, chunk):
         of_group = [None if total is None else total[part] for total in found]
-        pass_back = _Backward(group, grads.output[part], grads.lse[part], output[part], lse[part], of_group)
+        upstream = AttentionState(grads.output[part], grads.lse[part])
+        pass_back = _Backward(group, upstream, output[part], lse[part], of_group)
         for segment in reversed(range(sums.shape[1])):
             mass, top = masses[part, segment].split(1, -1)
             start = segment * length
@@ -125,9 +126,10 @@ def _like(z: Tensor, dtype: torch.dtype, *, sums_up: bool) -> Tensor:
 # -- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _groups_at_a_time(inputs: SlotInputs, chunk: int) -> int:
+def _some_groups(inputs: SlotInputs, chunk: int) -> list[tuple[slice, SlotInputs]]:
+    """So many groups at a time that the logits of a chunk stay in the caches."""
     budget = _TILE["cpu"] * torch.get_num_threads() if inputs.query.device.type == "cpu" else _LARGE_TILE
-    return max(1, budget // (chunk * inputs.key_slots.shape[1]))
+    return inputs.in_groups(chunk * inputs.key_slots.shape[1], budget)
 
 
 def _empty_state(inputs: SlotInputs) -> _State:
@@ -187,7 +189,7 @@ def _cut(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys
 
 
 def _ask(inputs: SlotInputs, keys: _Keys) -> _Queries:
-    # References are large where keys are long, and similar: what they have in common is put on last, to the log mass.
+    # References are large where keys are long, and similar: what they have in common is added last, to the lse.
     common = keys.before.top.amax(1, keepdim=True)
     slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
     features = _query_logits(inputs, keys.part).add_((keys.before.top - common).mT + slot_bias)
@@ -213,18 +215,12 @@ class _Backward:
     """Carries the gradient of the state from later chunks to earlier ones."""
 
     def __init__(
-        self,
-        inputs: SlotInputs,
-        grad_output: Tensor,
-        grad_mass: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        found: list[Tensor | None],
+        self, inputs: SlotInputs, grads: AttentionState, output: Tensor, lse: Tensor, found: list[Tensor | None]
     ) -> None:
         self.inputs, self.found = inputs, found
-        # Of a query that sees nothing all weights are 0 anyway, and the gradient of its mass may be NaN.
+        # Of a query that sees nothing all weights are 0 anyway, and the gradient of its log-sum-exp may be NaN.
         empty = lse == float("-inf")
-        self.grad_output, self.grad_mass, self.output = grad_output, grad_mass.masked_fill(empty, 0.0), output
+        self.grad_output, self.grad_lse, self.output = grads.output, grads.lse.masked_fill(empty, 0.0), output
         self.sums, self.mass, _ = _empty_state(inputs)
 
     def chunk(self, keys: _Keys) -> None:
@@ -233,7 +229,7 @@ class _Backward:
         values = self.inputs.value[:, part].to(self.inputs.key_bias.dtype)
         grads = self.grad_output[:, part].to(values.dtype)
         shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
-        shift -= self.grad_mass[:, part].unsqueeze(-1)
+        shift -= self.grad_lse[:, part].unsqueeze(-1)
         # Everything is linear in features divided by the total of a query.
         total = queries.total(before)
         total.masked_fill_(total == 0, 1.0)

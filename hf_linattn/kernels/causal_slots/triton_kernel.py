@@ -1,4 +1,4 @@
-"""The kernels of `near.py`: a program owns one chunk, or one tile of slots, and walks over the other."""
+"""The intra-chunk kernels: a program owns one chunk, or one tile of slots, and walks over the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .triton_tiles import add_tile, first_keys, grad_tile, load_part, logits, st
 
 @triton.jit
 def forward(
-    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, output, lse, tokens, slots, x_g,
-    x_t, query_slots_g, query_slots_m, query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g,
-    value_g, value_t,
+    query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value,
+    output, lse,
+    tokens, slots, query_g, query_t, query_slots_g, query_slots_m, query_slot_bias_g,
+    key_g, key_t, key_slots_g, key_slots_m, key_slot_bias_g, value_g, value_t,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -22,11 +23,11 @@ def forward(
     group, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
     row = tl.arange(0, CHUNK)
     at = group * tokens + start + row
-    key_bias = tl.load(y_bias + at)
-    visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-    first = first_keys(key_bias, CHUNK, CHUNK)
-    x += group * x_g
-    y += group * y_g
+    bias = tl.load(key_bias + at)
+    visible = (row[None, :] <= row[:, None]) & (bias > float("-inf"))[None, :]
+    first = first_keys(bias, CHUNK, CHUNK)
+    query += group * query_g
+    key += group * key_g
     query_slots += group * query_slots_g
     query_slot_bias += group * query_slot_bias_g
     key_slots += group * key_slots_g
@@ -36,14 +37,14 @@ def forward(
     weights = tl.zeros([CHUNK, CHUNK], tl.float32)
     for slot in range(0, slots, TILE):
         a = logits(
-            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            query, None, start, query_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D,
         )  # fmt: skip
         c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
+            key, bias, start, key_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D,
         )  # fmt: skip
-        weights, top = add_tile(weights, top, a, c, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
+        weights, top = add_tile(weights, top, a, c, first, bias, DTYPE, SEGMENT, CHUNK, TILE)
 
     weights = tl.where(visible, weights, 0.0)
     total = tl.sum(weights, 1)
@@ -58,14 +59,14 @@ def forward(
 
 @triton.jit
 def _score_gradients(
-    grad_output, grad_mass, value, output, lse, group, start, tokens, value_g, value_t, visible,
+    grad_output, grad_lse, value, output, lse, group, start, tokens, value_g, value_t, visible,
     WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`X[t, n]`, 0 for a key that is not visible, and the log mass of every query, +inf where it sees nothing."""
+    """`X[t, n]`, 0 for a key that is not visible, and the log-sum-exp of every query, +inf where it sees nothing."""
     at = group * tokens + start + tl.arange(0, CHUNK)
-    mass = tl.load(lse + at)
-    seen = mass > float("-inf")
-    shift = tl.load(grad_mass + at)
+    row_lse = tl.load(lse + at)
+    seen = row_lse > float("-inf")
+    shift = tl.load(grad_lse + at)
     grads = tl.zeros([CHUNK, CHUNK], tl.float32)
     for e in range(0, WIDTH, BLOCK_E):
         grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
@@ -74,79 +75,86 @@ def _score_gradients(
         shift -= tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
         grads = dot(grad, tl.trans(values), grads, IEEE)
     grads = tl.where(visible & seen[:, None], grads + shift[:, None], 0.0)
-    return grads, tl.where(seen, mass, float("inf"))
+    return grads, tl.where(seen, row_lse, float("inf"))
 
 
 @triton.jit
 def backward_tokens(
-    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, grad_output, grad_mass, output,
-    lse, grad_x, grad_y, grad_y_bias, grad_value, tokens, slots, x_g, x_t, query_slots_g, query_slots_m,
-    query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g, value_g, value_t,
+    query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value,
+    grad_output, grad_lse, output, lse, grad_query, grad_key, grad_key_bias, grad_value,
+    tokens, slots, query_g, query_t, query_slots_g, query_slots_m, query_slot_bias_g,
+    key_g, key_t, key_slots_g, key_slots_m, key_slot_bias_g, value_g, value_t,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `x`, `y`, `y_bias` and `value`. A program owns a chunk and `BLOCK_D` columns of `x` and `y`."""
+    """Gradients of `query`, `key`, `key_bias` and `value`.
+
+    A program owns a chunk and `BLOCK_D` columns of `query` and `key`.
+    """
     parts: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
     chunks = tokens // CHUNK
     part, program = tl.program_id(0) % parts, tl.program_id(0) // parts
     group, start = (program // chunks).to(tl.int64), (program % chunks) * CHUNK
     row = tl.arange(0, CHUNK)
     at = group * tokens + start + row
-    key_bias = tl.load(y_bias + at)
-    visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-    first = first_keys(key_bias, CHUNK, CHUNK)
-    x += group * x_g
-    y += group * y_g
+    bias = tl.load(key_bias + at)
+    visible = (row[None, :] <= row[:, None]) & (bias > float("-inf"))[None, :]
+    first = first_keys(bias, CHUNK, CHUNK)
+    query += group * query_g
+    key += group * key_g
     query_slots += group * query_slots_g
     query_slot_bias += group * query_slot_bias_g
     key_slots += group * key_slots_g
     key_slot_bias += group * key_slot_bias_g
 
-    grads, mass = _score_gradients(
-        grad_output, grad_mass, value, output, lse, group, start, tokens, value_g, value_t, visible,
+    grads, row_lse = _score_gradients(
+        grad_output, grad_lse, value, output, lse, group, start, tokens, value_g, value_t, visible,
         WIDTH, BLOCK_E, CHUNK,
     )  # fmt: skip
     column = part * BLOCK_D + tl.arange(0, BLOCK_D)
     shares = tl.zeros([CHUNK, CHUNK], tl.float32)
-    total_x, total_y = tl.zeros([CHUNK, BLOCK_D], tl.float32), tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    total_query, total_key = tl.zeros([CHUNK, BLOCK_D], tl.float32), tl.zeros([CHUNK, BLOCK_D], tl.float32)
     total_bias = tl.zeros([CHUNK], tl.float32)
     for slot in range(0, slots, TILE):
         a = logits(
-            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            query, None, start, query_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
+            key, bias, start, key_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
-        shares, grad_a, grad_c = grad_tile(shares, a, c, mass, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
+        shares, grad_a, grad_c = grad_tile(shares, a, c, row_lse, grads, first, bias, DTYPE, SEGMENT, CHUNK, TILE)
         number = (slot + tl.arange(0, TILE)).to(tl.int64)
         inside = (number < slots)[:, None] & (column < DIM)[None, :]
         vectors = tl.load(query_slots + (number * query_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_x += product(grad_a, vectors, DTYPE, IEEE)
+        total_query += product(grad_a, vectors, DTYPE, IEEE)
         vectors = tl.load(key_slots + (number * key_slots_m)[:, None] + column[None, :], mask=inside, other=0.0)
-        total_y += product(grad_c, vectors, DTYPE, IEEE)
+        total_key += product(grad_c, vectors, DTYPE, IEEE)
         total_bias += tl.sum(grad_c, 1)
 
     inside = (column < DIM)[None, :]
-    tl.store(grad_x + at[:, None] * DIM + column[None, :], narrow(total_x, grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_y + at[:, None] * DIM + column[None, :], narrow(total_y, grad_y.dtype.element_ty), mask=inside)
+    tl.store(
+        grad_query + at[:, None] * DIM + column[None, :], narrow(total_query, grad_query.dtype.element_ty), mask=inside
+    )
+    tl.store(grad_key + at[:, None] * DIM + column[None, :], narrow(total_key, grad_key.dtype.element_ty), mask=inside)
     if part == 0:
-        tl.store(grad_y_bias + at, total_bias)
+        tl.store(grad_key_bias + at, total_bias)
         shares = tl.trans(tl.where(visible, shares, 0.0))
         for e in range(0, WIDTH, BLOCK_E):
             grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
-            grad = tl.where((mass < float("inf"))[:, None], grad, 0.0)
+            grad = tl.where((row_lse < float("inf"))[:, None], grad, 0.0)
             result = product(shares, grad, DTYPE, IEEE)
             store_part(grad_value + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
 
 
 @triton.jit
 def backward_slots(
-    x, query_slots, query_slot_bias, y, y_bias, key_slots, key_slot_bias, value, grad_output, grad_mass, output,
-    lse, grad_query_slots, grad_query_slot_bias, grad_key_slots, grad_key_slot_bias, tokens, slots, x_g, x_t,
-    query_slots_g, query_slots_m, query_slot_bias_g, y_g, y_t, key_slots_g, key_slots_m, key_slot_bias_g,
-    value_g, value_t, num_parts, chunks_each,
+    query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value,
+    grad_output, grad_lse, output, lse, grad_query_slots, grad_query_slot_bias, grad_key_slots, grad_key_slot_bias,
+    tokens, slots, query_g, query_t, query_slots_g, query_slots_m, query_slot_bias_g,
+    key_g, key_t, key_slots_g, key_slots_m, key_slot_bias_g, value_g, value_t,
+    num_parts, chunks_each,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, SEGMENT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -163,8 +171,8 @@ def backward_slots(
     groups = tl.num_programs(0) // (columns * tiles * num_parts)
     row = tl.arange(0, CHUNK)
     column = of_column * BLOCK_D + tl.arange(0, BLOCK_D)
-    x += group * x_g
-    y += group * y_g
+    query += group * query_g
+    key += group * key_g
     query_slots += group * query_slots_g
     query_slot_bias += group * query_slot_bias_g
     key_slots += group * key_slots_g
@@ -176,28 +184,28 @@ def backward_slots(
     for chunk in range(part * chunks_each, tl.minimum(chunks, (part + 1) * chunks_each)):
         start = chunk * CHUNK
         at = group * tokens + start + row
-        key_bias = tl.load(y_bias + at)
-        visible = (row[None, :] <= row[:, None]) & (key_bias > float("-inf"))[None, :]
-        first = first_keys(key_bias, CHUNK, CHUNK)
-        grads, mass = _score_gradients(
-            grad_output, grad_mass, value, output, lse, group, start, tokens, value_g, value_t, visible,
+        bias = tl.load(key_bias + at)
+        visible = (row[None, :] <= row[:, None]) & (bias > float("-inf"))[None, :]
+        first = first_keys(bias, CHUNK, CHUNK)
+        grads, row_lse = _score_gradients(
+            grad_output, grad_lse, value, output, lse, group, start, tokens, value_g, value_t, visible,
             WIDTH, BLOCK_E, CHUNK,
         )  # fmt: skip
         a = logits(
-            x, None, start, x_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
+            query, None, start, query_t, tokens, query_slots, query_slot_bias, slot, query_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         c = logits(
-            y, key_bias, start, y_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
+            key, bias, start, key_t, tokens, key_slots, key_slot_bias, slot, key_slots_m, slots,
             CHUNK, TILE, DIM, BLOCK_D, IEEE
         )  # fmt: skip
         shares = tl.zeros([CHUNK, CHUNK], tl.float32)
-        shares, grad_a, grad_c = grad_tile(shares, a, c, mass, grads, first, key_bias, DTYPE, SEGMENT, CHUNK, TILE)
+        shares, grad_a, grad_c = grad_tile(shares, a, c, row_lse, grads, first, bias, DTYPE, SEGMENT, CHUNK, TILE)
         inside = (column < DIM)[None, :]
         place = (start + row).to(tl.int64)
-        vectors = tl.load(x + (place * x_t)[:, None] + column[None, :], mask=inside, other=0.0)
+        vectors = tl.load(query + (place * query_t)[:, None] + column[None, :], mask=inside, other=0.0)
         total_query += product(tl.trans(grad_a), vectors, DTYPE, IEEE)
-        vectors = tl.load(y + (place * y_t)[:, None] + column[None, :], mask=inside, other=0.0)
+        vectors = tl.load(key + (place * key_t)[:, None] + column[None, :], mask=inside, other=0.0)
         total_key += product(tl.trans(grad_c), vectors, DTYPE, IEEE)
         total_query_bias += tl.sum(grad_a, 0)
         total_key_bias += tl.sum(grad_c, 0)

@@ -52,11 +52,11 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
     groups, tokens, _ = query.shape
     output = value.new_empty(groups, tokens, value.shape[-1])
     lse = output.new_empty(groups, tokens, dtype=torch.float32)
-    for part, group in _whole_chunks(inputs).in_groups(_groups_at_a_time(inputs)):
-        merged, _, mass = _prefix_states(group, _chunk_states(group))
-        far = attend_forward(_cut(group.query), _by_chunk(group, group.query_slots), merged, mass, None)
-        near = AttentionState(*intra_chunk_forward(group, _CHUNK))
-        both = merge_states([AttentionState(far[0].flatten(1, 2), far[1].flatten(1, 2)), near])
+    for part, group in _whole_chunks(inputs).in_groups(_size_of_states(inputs), _STATES):
+        merged, _, reading_lse = _prefix_states(group, _chunk_states(group))
+        inter = attend_forward(_cut(group.query), _by_chunk(group, group.query_slots), merged, reading_lse, None)
+        intra = AttentionState(*intra_chunk_forward(group, _CHUNK))
+        both = merge_states([AttentionState(inter[0].flatten(1, 2), inter[1].flatten(1, 2)), intra])
         output[part], lse[part] = both.output[:, :tokens], both.lse[:, :tokens]
     kept = groups, kept_states(tokens, chunk), inputs.key_slots.shape[1]
     return output, lse, lse.new_zeros(*kept, value.shape[-1]), lse.new_zeros(*kept, 2)
@@ -70,12 +70,12 @@ def causal_backward(
     found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
     grad_output, output = (F.pad(z, (0, 0, 0, extra)) for z in (grads.output, results[0]))
     grad_lse, lse = F.pad(grads.lse, (0, extra)), F.pad(results[1], (0, extra), value=float("-inf"))
-    for part, group in _whole_chunks(inputs).in_groups(_groups_at_a_time(inputs)):
+    for part, group in _whole_chunks(inputs).in_groups(_size_of_states(inputs), _STATES):
         upstream = AttentionState(grad_output[part], grad_lse[part])
         result = AttentionState(output[part], lse[part])
-        near = intra_chunk_backward(upstream, group, result, needs, _CHUNK)
-        far = _inter_chunk_backward(upstream, group, result, needs)
-        for total, one, other in zip(found, near, far, strict=True):
+        intra = intra_chunk_backward(upstream, group, result, needs, _CHUNK)
+        inter = _inter_chunk_backward(upstream, group, result, needs)
+        for total, one, other in zip(found, intra, inter, strict=True):
             if total is not None and one is not None:
                 both = one if other is None else one + other
                 total[part] = both[:, :tokens] if both.shape[1] != total.shape[1] else both
@@ -90,22 +90,22 @@ def _inter_chunk_backward(
 ) -> list[Tensor | None]:
     """Gradients of what queries read from earlier chunks."""
     states = _chunk_states(inputs)
-    merged, merged_lse, mass = _prefix_states(inputs, states)
+    merged, merged_lse, reading_lse = _prefix_states(inputs, states)
     key_side = any(needs[3:])
-    query, query_slots, grad_merged, grad_mass = attend_backward(
+    query, query_slots, grad_merged, grad_reading = attend_backward(
         *(_cut(grads.output), _cut(grads.lse), _cut(inputs.query), _by_chunk(inputs, inputs.query_slots)),
-        *(merged, mass, None, _cut(result.output), _cut(result.lse)),
+        *(merged, reading_lse, None, _cut(result.output), _cut(result.lse)),
         (needs[0], needs[1], key_side, key_side or needs[2]),
     )
     found: list[Tensor | None] = [None] * 8
     found[0] = None if query is None else query.flatten(1, 2)
     found[1] = None if query_slots is None else query_slots.sum(1)
-    found[2] = grad_mass.sum(1) if needs[2] and grad_mass is not None else None
-    if not key_side or grad_merged is None or grad_mass is None:
+    found[2] = grad_reading.sum(1) if needs[2] and grad_reading is not None else None
+    if not key_side or grad_merged is None or grad_reading is None:
         return found
     state_lse = states[1] + inputs.key_slot_bias.unsqueeze(1)
     grad_states, grad_state_lse = scan_backward(
-        grad_merged, grad_mass, states[0], state_lse, merged, merged_lse, _BEFORE
+        grad_merged, grad_reading, states[0], state_lse, merged, merged_lse, _BEFORE
     )
     key_slots, key, value, key_bias = attend_backward(
         *(grad_states, grad_state_lse, _by_chunk(inputs, inputs.key_slots)),
@@ -128,9 +128,8 @@ def _whole_chunks(inputs: SlotInputs) -> SlotInputs:
     return inputs._replace(query=query, key=key, value=value, key_bias=key_bias)
 
 
-def _groups_at_a_time(inputs: SlotInputs) -> int:
-    chunks = triton.cdiv(inputs.query.shape[1], _CHUNK)
-    return max(1, _STATES // max(1, chunks * inputs.key_slots.shape[1] * inputs.value.shape[-1]))
+def _size_of_states(inputs: SlotInputs) -> int:
+    return triton.cdiv(inputs.query.shape[1], _CHUNK) * inputs.key_slots.shape[1] * inputs.value.shape[-1]
 
 
 def _cut(x: Tensor) -> Tensor:

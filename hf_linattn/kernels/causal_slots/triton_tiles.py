@@ -1,4 +1,4 @@
-r"""Pieces of the kernels of `near.py`: one tile of slots, one chunk of queries and keys.
+r"""Pieces of the intra-chunk kernels: one tile of slots, one chunk of queries and keys.
 
 Query t reads key n through slot j with weight `exp(a[t, j] + c[n, j])`. Summed over slots that is a product of two
 feature matrices once something is taken off `c` and added to `a`, slot by slot: a reference `r[j]`. Three choices, the
@@ -184,15 +184,15 @@ def add_tile(
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
-# With p[t, n, j] = exp(a + c - mass) and X[t, n] = dO_t . (v_n - O_t) + dmass_t:
+# With p[t, n, j] = exp(a + c - lse) and X[t, n] = dO_t . (v_n - O_t) + dlse_t:
 # da[t, j] = sum_n p X, dc[n, j] = sum_t p X, and dv_n = sum_t (sum_j p) dO_t. The sums over slots are `shares`.
-# The mass comes off what the forward pass has compared with it, digit by digit, and no query's feature exceeds 1.
+# The lse comes off what the forward pass has compared with it, digit by digit, and no query's feature exceeds 1.
 
 
 @triton.jit
-def _relative(logits, mass):
-    """Weights of `logits`, `[CHUNK, TILE]`, relative to the mass of each query."""
-    return tl.exp(tl.minimum(logits - mass[:, None], 0.0))
+def _relative(logits, lse):
+    """Weights of `logits`, `[CHUNK, TILE]`, relative to the lse of each query."""
+    return tl.exp(tl.minimum(logits - lse[:, None], 0.0))
 
 
 @triton.jit
@@ -206,30 +206,30 @@ def _from_features(shares, grad_a, grad_c, query, key, grads, together, DTYPE: t
 
 @triton.jit
 def _grad_first(
-    shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+    shares, grad_a, grad_c, a, c, lse, grads, reference, first, DTYPE, SPAN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     sees = tl.arange(0, CHUNK) >= first
-    query = _relative(tl.where(sees[:, None], a + reference, float("-inf")), mass)
+    query = _relative(tl.where(sees[:, None], a + reference, float("-inf")), lse)
     key = tl.exp(c - _finite(reference))
     return _from_features(shares, grad_a, grad_c, query, key, grads, _together(SPAN, CHUNK), DTYPE)
 
 
 @triton.jit
-def _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, HALF: tl.constexpr, CHUNK: tl.constexpr, TILE):
+def _grad_halves(shares, grad_a, grad_c, a, c, lse, grads, DTYPE, HALF: tl.constexpr, CHUNK: tl.constexpr, TILE):
     left = ((tl.arange(0, CHUNK) // HALF) % 2 == 0)[:, None]
     reference = half_reference(c, HALF, CHUNK, TILE)
-    query = _relative(tl.where(left, float("-inf"), a + reference), mass)
+    query = _relative(tl.where(left, float("-inf"), a + reference), lse)
     key = tl.exp(tl.where(left, c - _finite(reference), float("-inf")))
     return _from_features(shares, grad_a, grad_c, query, key, grads, _together(2 * HALF, CHUNK), DTYPE)
 
 
 @triton.jit
-def _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE):
+def _grad_one_by_one(shares, grad_a, grad_c, a, c, lse, grads, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE):
     row = tl.arange(0, CHUNK)
     for place in range(0, SEGMENT):
         own = (row % SEGMENT == place)[:, None]
         key = _span_sum(tl.where(own, c, 0.0), SEGMENT, CHUNK, TILE)
-        weight = _relative(tl.where((row % SEGMENT >= place)[:, None], a + key, float("-inf")), mass)
+        weight = _relative(tl.where((row % SEGMENT >= place)[:, None], a + key, float("-inf")), lse)
         here = row[None, :] == (row // SEGMENT * SEGMENT + place)[:, None]
         shares += tl.where(here, tl.sum(weight, 1)[:, None], 0.0)
         weight *= tl.sum(tl.where(here, grads, 0.0), 1)[:, None]
@@ -240,31 +240,31 @@ def _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT: tl.cons
 
 @triton.jit
 def grad_tile(
-    shares, a, c, mass, grads, first, key_bias,
+    shares, a, c, lse, grads, first, key_bias,
     DTYPE: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `a` and `c`, `[CHUNK, TILE]`, and `shares` with those of this tile; those of keys that are not
-    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `mass` +inf where a query sees none.
+    visible are left to be masked. `grads` is `X`, 0 where a key is not visible; `lse` +inf where a query sees none.
     """
     grad_a, grad_c = tl.zeros([CHUNK, TILE], tl.float32), tl.zeros([CHUNK, TILE], tl.float32)
     reference, above = first_reference(c, first, CHUNK, CHUNK, TILE)
     if above <= ROOM:
         shares, grad_a, grad_c = _grad_first(
-            shares, grad_a, grad_c, a, c, mass, grads, reference, first, DTYPE, CHUNK, CHUNK
+            shares, grad_a, grad_c, a, c, lse, grads, reference, first, DTYPE, CHUNK, CHUNK
         )
     else:
         if CHUNK >= 128 and SEGMENT <= 64:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 64, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, lse, grads, DTYPE, 64, CHUNK, TILE)
         if CHUNK >= 64 and SEGMENT <= 32:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 32, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, lse, grads, DTYPE, 32, CHUNK, TILE)
         if CHUNK >= 32 and SEGMENT <= 16:
-            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, mass, grads, DTYPE, 16, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_halves(shares, grad_a, grad_c, a, c, lse, grads, DTYPE, 16, CHUNK, TILE)
         own_first = first_keys(key_bias, SEGMENT, CHUNK)
         reference, above = first_reference(c, own_first, SEGMENT, CHUNK, TILE)
         if above <= ROOM:
             shares, grad_a, grad_c = _grad_first(
-                shares, grad_a, grad_c, a, c, mass, grads, reference, own_first, DTYPE, SEGMENT, CHUNK
+                shares, grad_a, grad_c, a, c, lse, grads, reference, own_first, DTYPE, SEGMENT, CHUNK
             )
         else:
-            shares, grad_a, grad_c = _grad_one_by_one(shares, grad_a, grad_c, a, c, mass, grads, SEGMENT, CHUNK, TILE)
+            shares, grad_a, grad_c = _grad_one_by_one(shares, grad_a, grad_c, a, c, lse, grads, SEGMENT, CHUNK, TILE)
     return shares, grad_a, grad_c

@@ -53,15 +53,15 @@ def step(
         both = gained + held
         empty = both == 0.0
         safe = tl.where(empty, 1.0, both)
-        mass = tl.where(empty, float("-inf"), finite + tl.log2(safe))
-        tl.store(new_lse + first + slot, mass * LN_2, mask=inside)
+        slot_lse = tl.where(empty, float("-inf"), finite + tl.log2(safe))
+        tl.store(new_lse + first + slot, slot_lse * LN_2, mask=inside)
         tile = load_tile(state_output + first * E, start, E, num_slots, BLOCK, E, E_PADDED)
         tile = tile * (held / safe)[:, None] + v[None, :] * (gained / safe)[:, None]
         store_tile(new_output + first * E, start, E, num_slots, tile, BLOCK, E, E_PADDED)
 
         products = tl.sum(load_tile(query_slots, start, query_slots_m, num_slots, BLOCK, D, D_PADDED) * q[None, :], 1)
         bias = tl.load(query_slot_bias + slot * query_slot_bias_m, mask=inside, other=float("-inf"))
-        logits = (products + bias) * LOG2_E + mass
+        logits = (products + bias) * LOG2_E + slot_lse
         new_top = tl.maximum(top, tl.max(logits, 0))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights, decay = tl.exp2(logits - finite_top), tl.exp2(top - finite_top)

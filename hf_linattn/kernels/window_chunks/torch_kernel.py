@@ -29,18 +29,18 @@ class _Tile(NamedTuple):
         query, key, _, visible, chunk_key, chunk_bias, _, hidden_from, hidden_to = self.inputs
         wide = chunk_bias.dtype
         query = query.to(wide)
-        near = query @ key.to(wide).mT
+        in_window = query @ key.to(wide).mT
         if visible is not None:
-            near.masked_fill_(~visible, float("-inf"))
+            in_window.masked_fill_(~visible, float("-inf"))
         if is_causal:
-            length, keys = near.shape[-2:]
-            past = torch.ones(length, keys, dtype=torch.bool, device=near.device).tril_(keys - length)
-            near.masked_fill_(~past, float("-inf"))
-        far = product(query.flatten(1, 2), chunk_key.to(wide).mT)
-        number = torch.arange(chunk_key.shape[1], device=near.device)
+            length, keys = in_window.shape[-2:]
+            past = torch.ones(length, keys, dtype=torch.bool, device=in_window.device).tril_(keys - length)
+            in_window.masked_fill_(~past, float("-inf"))
+        of_chunks = product(query.flatten(1, 2), chunk_key.to(wide).mT)
+        number = torch.arange(chunk_key.shape[1], device=in_window.device)
         hidden = (number >= hidden_from[..., None]) & (number < hidden_to[..., None])
         bias = chunk_bias.unsqueeze(1).masked_fill(hidden, float("-inf"))
-        return near, far.unflatten(1, query.shape[1:3]).add_(bias.unsqueeze(2))
+        return in_window, of_chunks.unflatten(1, query.shape[1:3]).add_(bias.unsqueeze(2))
 
 
 def _tiles(inputs: WindowChunkInputs) -> Iterator[_Tile]:
@@ -58,18 +58,9 @@ def _tiles(inputs: WindowChunkInputs) -> Iterator[_Tile]:
             # Causal windows read nothing behind the hidden chunks, and only some of those before.
             count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
             place, read = (group, some), (group, slice(0, count))
-            few = WindowChunkInputs(
-                inputs.query[place],
-                inputs.key[place],
-                inputs.value[place],
-                None if inputs.visible is None else inputs.visible[place],
-                inputs.chunk_key[read],
-                inputs.chunk_bias[read],
-                inputs.chunk_value[read],
-                inputs.hidden_from[place],
-                inputs.hidden_to[place],
-            )
-            yield _Tile(place, read, few)
+            windowed = [z if z is None else z[place] for z in (*inputs[:4], *inputs[7:])]
+            of_chunks = [z[read] for z in inputs[4:7]]
+            yield _Tile(place, read, WindowChunkInputs(*windowed[:4], *of_chunks, *windowed[4:]))
 
 
 def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -78,22 +69,22 @@ def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[T
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     lse = inputs.chunk_bias.new_empty(query.shape[:-1])
     for tile in _tiles(inputs):
-        near, far = tile.logits(is_causal)
-        top = near.amax(-1, keepdim=True)
-        if far.shape[-1]:
-            top = torch.maximum(top, far.amax(-1, keepdim=True))
+        in_window, of_chunks = tile.logits(is_causal)
+        top = in_window.amax(-1, keepdim=True)
+        if of_chunks.shape[-1]:
+            top = torch.maximum(top, of_chunks.amax(-1, keepdim=True))
         top.clamp_min_(torch.finfo(top.dtype).min)
-        near.sub_(top).exp_()
-        far.sub_(top).exp_()
-        total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+        in_window.sub_(top).exp_()
+        of_chunks.sub_(top).exp_()
+        total = in_window.sum(-1, keepdim=True) + of_chunks.sum(-1, keepdim=True)
         empty = total == 0
         total.masked_fill_(empty, 1.0)
         values, chunk_values = tile.inputs.value.to(top.dtype), tile.inputs.chunk_value.to(top.dtype)
-        result = near @ values
-        result += product(far.flatten(1, 2), chunk_values).view_as(result)
+        result = in_window @ values
+        result += product(of_chunks.flatten(1, 2), chunk_values).view_as(result)
         output[tile.windows] = result.div_(total)
-        mass = total.log_().add_(top).masked_fill_(empty, float("-inf"))
-        lse[tile.windows] = mass.squeeze(-1)
+        row_lse = total.log_().add_(top).masked_fill_(empty, float("-inf"))
+        lse[tile.windows] = row_lse.squeeze(-1)
     return output, lse
 
 
@@ -117,32 +108,32 @@ def window_chunks_backward(
         for i, (z, needed) in enumerate(zip(like, needs, strict=True))
     ]
     for tile in _tiles(inputs):
-        few, (near, far) = tile.inputs, tile.logits(is_causal)
-        mass = lse[tile.windows].unsqueeze(-1)
-        # Where nothing is visible all weights are 0, and the gradient of the mass, which may be NaN, does not count.
-        empty = mass == float("-inf")
-        mass = mass.masked_fill(empty, 0.0)
-        near.sub_(mass).exp_()
-        far = far.sub_(mass).exp_().flatten(1, 2)
-        queries, grad = few.query.to(wide), grads.output[tile.windows].to(wide)
+        part, (in_window, of_chunks) = tile.inputs, tile.logits(is_causal)
+        row_lse = lse[tile.windows].unsqueeze(-1)
+        # Where nothing is visible all weights are 0. The gradient of the log-sum-exp may be NaN: it does not count.
+        empty = row_lse == float("-inf")
+        row_lse = row_lse.masked_fill(empty, 0.0)
+        in_window.sub_(row_lse).exp_()
+        of_chunks = of_chunks.sub_(row_lse).exp_().flatten(1, 2)
+        queries, grad = part.query.to(wide), grads.output[tile.windows].to(wide)
         flat_queries, flat_grad = queries.flatten(1, 2), grad.flatten(1, 2)
         if found[2] is not None:
-            found[2][tile.windows] = near.mT @ grad
+            found[2][tile.windows] = in_window.mT @ grad
         if found[5] is not None:
-            found[5][tile.chunks].baddbmm_(far.mT, flat_grad)
+            found[5][tile.chunks].baddbmm_(of_chunks.mT, flat_grad)
         if not (needs[0] or needs[1] or needs[3] or needs[4]):
             continue
         shift = (grad * output[tile.windows].to(wide)).sum(-1, keepdim=True) - grads.lse[tile.windows].unsqueeze(-1)
         shift.masked_fill_(empty, 0.0)
-        near.mul_((grad @ few.value.to(wide).mT).sub_(shift))
-        far.mul_(product(flat_grad, few.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
+        in_window.mul_((grad @ part.value.to(wide).mT).sub_(shift))
+        of_chunks.mul_(product(flat_grad, part.chunk_value.to(wide).mT).sub_(shift.flatten(1, 2)))
         if found[0] is not None:
-            of_query = near @ few.key.to(wide)
-            found[0][tile.windows] = of_query.add_(product(far, few.chunk_key.to(wide)).view_as(of_query))
+            of_query = in_window @ part.key.to(wide)
+            found[0][tile.windows] = of_query.add_(product(of_chunks, part.chunk_key.to(wide)).view_as(of_query))
         if found[1] is not None:
-            found[1][tile.windows] = near.mT @ queries
+            found[1][tile.windows] = in_window.mT @ queries
         if found[3] is not None:
-            found[3][tile.chunks].baddbmm_(far.mT, flat_queries)
+            found[3][tile.chunks].baddbmm_(of_chunks.mT, flat_queries)
         if found[4] is not None:
-            found[4][tile.chunks] += far.sum(1)
+            found[4][tile.chunks] += of_chunks.sum(1)
     return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, like, strict=True)]

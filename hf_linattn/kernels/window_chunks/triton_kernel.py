@@ -1,4 +1,4 @@
-"""The kernels of `window_chunk_attention.py`. A program owns queries or keys of one window, or a tile of chunks."""
+"""The kernels of `window_chunk_attention`. A program owns queries or keys of one window, or a tile of chunks."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _add(total, top, mean, logits, values):
 
 
 @triton.jit
-def _score_gradients(logits, values, grad, mass, shift):
+def _score_gradients(logits, values, grad, lse, shift):
     """Weights, at most 1 whatever is rounded, and the gradient of the logits."""
-    weights = tl.exp(tl.minimum(logits - mass[:, None], 0.0))
+    weights = tl.exp(tl.minimum(logits - lse[:, None], 0.0))
     return weights, weights * (dot(grad, tl.trans(values)) - shift[:, None])
 
 
@@ -64,7 +64,7 @@ def forward(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Output and log mass of some queries of a window."""
+    """Output and log-sum-exp of some queries of a window."""
     tiles = tl.cdiv(length, BLOCK_Q)
     program = tl.program_id(0)
     start, place = (program % tiles) * BLOCK_Q, program // tiles
@@ -110,20 +110,20 @@ def forward(
 
 @triton.jit
 def _results(
-    grad_output, shift, mass, place, start, length, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr
+    grad_output, shift, lse, place, start, length, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Gradients of some queries' output, their shift, and their log mass, +inf where nothing was visible."""
+    """Gradients of some queries' output, their shift, and their log-sum-exp, +inf where nothing was visible."""
     at = place.to(tl.int64) * length
     row = start + tl.arange(0, BLOCK_Q)
-    masses = tl.load(mass + at + row, mask=row < length, other=float("inf"))
+    row_lse = tl.load(lse + at + row, mask=row < length, other=float("inf"))
     shifts = tl.load(shift + at + row, mask=row < length, other=0.0)
     grad = load_tile(grad_output + at * WIDTH, start, WIDTH, length, BLOCK_Q, WIDTH, WIDTH_P)
-    return tl.where((masses < float("inf"))[:, None], grad, 0.0).to(grad.dtype), shifts, masses
+    return tl.where((row_lse < float("inf"))[:, None], grad, 0.0).to(grad.dtype), shifts, row_lse
 
 
 @triton.jit
 def backward_queries(
-    query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, mass,
+    query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, lse,
     grad_query,
     windows, length, keys, chunks,
     query_g, query_w, query_l, key_g, key_w, key_k, value_g, value_w, value_k,
@@ -144,7 +144,7 @@ def backward_queries(
     chunk_value += group * chunks * WIDTH
     chunk_bias += group * chunks
     q = load_tile(query + group * query_g + window * query_w, start, query_l, length, BLOCK_Q, DIM, DIM_P)
-    grad, shifts, masses = _results(grad_output, shift, mass, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
+    grad, shifts, row_lse = _results(grad_output, shift, lse, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
 
     result = tl.zeros([BLOCK_Q, DIM_P], tl.float32)
     for first in range(0, keys, BLOCK_K):
@@ -153,7 +153,7 @@ def backward_queries(
             q, k, start, first, length, keys, visible, visible_l, visible_k, MASK, CAUSAL, BLOCK_Q, BLOCK_K
         )
         values = load_tile(value, first, value_k, keys, BLOCK_K, WIDTH, WIDTH_P)
-        _, grad_logits = _score_gradients(logits, values, grad, masses, shifts)
+        _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
         result = dot(narrow(grad_logits, k.dtype), k, result)
     hide_from, hide_to = tl.load(hidden_from + place), tl.load(hidden_to + place)
     before = tl.cdiv(tl.minimum(tl.maximum(hide_from, 0), chunks), BLOCK_K)
@@ -165,7 +165,7 @@ def backward_queries(
         k = load_tile(chunk_key, first, DIM, chunks, BLOCK_K, DIM, DIM_P)
         logits = _chunk_logits(q, k, start, first, length, chunks, chunk_bias, hide_from, hide_to, BLOCK_Q, BLOCK_K)
         values = load_tile(chunk_value, first, WIDTH, chunks, BLOCK_K, WIDTH, WIDTH_P)
-        _, grad_logits = _score_gradients(logits, values, grad, masses, shifts)
+        _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
         result = dot(narrow(grad_logits, k.dtype), k, result)
     result = narrow(result, grad_query.dtype.element_ty)
     store_tile(grad_query + place.to(tl.int64) * length * DIM, start, DIM, length, result, BLOCK_Q, DIM, DIM_P)
@@ -173,7 +173,7 @@ def backward_queries(
 
 @triton.jit
 def backward_keys(
-    query, key, value, visible, grad_output, shift, mass, grad_key, grad_value,
+    query, key, value, visible, grad_output, shift, lse, grad_key, grad_value,
     windows, length, keys,
     query_g, query_w, query_l, key_g, key_w, key_k, value_g, value_w, value_k,
     visible_g, visible_w, visible_l, visible_k,
@@ -194,11 +194,11 @@ def backward_keys(
     of_value = tl.zeros([BLOCK_K, WIDTH_P], tl.float32)
     for start in range(0, length, BLOCK_Q):
         q = load_tile(query, start, query_l, length, BLOCK_Q, DIM, DIM_P)
-        grad, shifts, masses = _results(grad_output, shift, mass, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
+        grad, shifts, row_lse = _results(grad_output, shift, lse, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
         logits = _window_logits(
             q, k, start, first, length, keys, visible, visible_l, visible_k, MASK, CAUSAL, BLOCK_Q, BLOCK_K
         )
-        weights, grad_logits = _score_gradients(logits, values, grad, masses, shifts)
+        weights, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
         of_value = dot(tl.trans(narrow(weights, grad.dtype)), grad, of_value)
         of_key = dot(tl.trans(narrow(grad_logits, q.dtype)), q, of_key)
     at = place.to(tl.int64) * keys
@@ -209,7 +209,7 @@ def backward_keys(
 
 @triton.jit
 def backward_chunks(
-    query, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, mass,
+    query, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, lse,
     grad_key, grad_bias, grad_value,
     windows, length, chunks, query_g, query_w, query_l, num_parts, windows_each,
     DIM: tl.constexpr, DIM_P: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -235,13 +235,13 @@ def backward_chunks(
         if (hide_from > first) | (hide_to < last):
             for start in range(0, length, BLOCK_Q):
                 q = load_tile(query + (place - group * windows) * query_w, start, query_l, length, BLOCK_Q, DIM, DIM_P)
-                grad, shifts, masses = _results(
-                    grad_output, shift, mass, place, start, length, WIDTH, WIDTH_P, BLOCK_Q
+                grad, shifts, row_lse = _results(
+                    grad_output, shift, lse, place, start, length, WIDTH, WIDTH_P, BLOCK_Q
                 )
                 logits = _chunk_logits(
                     q, k, start, first, length, chunks, chunk_bias, hide_from, hide_to, BLOCK_Q, BLOCK_K
                 )
-                weights, grad_logits = _score_gradients(logits, values, grad, masses, shifts)
+                weights, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
                 of_value = dot(tl.trans(narrow(weights, grad.dtype)), grad, of_value)
                 of_key = dot(tl.trans(narrow(grad_logits, q.dtype)), q, of_key)
                 of_bias += tl.sum(grad_logits, 0)

@@ -130,8 +130,8 @@ def window_chunks_backward(
     keys, chunks = key.shape[2], inputs.chunk_key.shape[1]
     shift = (grad_output.float() * output.float()).sum(-1) - grad_lse
     shift = shift.masked_fill(lse == float("-inf"), 0.0)
-    mass = lse.masked_fill(lse == float("-inf"), float("inf"))
-    upstream = grad_output.to(inputs.value.dtype).contiguous(), shift.contiguous(), mass.contiguous()
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    upstream = grad_output.to(inputs.value.dtype).contiguous(), shift.contiguous(), lse.contiguous()
     sizes, strides = _sizes(inputs), _strides(inputs)
     flags = {"MASK": inputs.visible is not None, "CAUSAL": is_causal}
     found: list[Tensor | None] = [None] * 6

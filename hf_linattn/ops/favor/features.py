@@ -78,7 +78,8 @@ def favor_feature_map(
             f"statistics must be those of {query.shape[1]} heads of dimension {query.shape[-1]}; got means"
             f" {tuple(statistics.query_mean.shape)}."
         )
-    statistics = statistics.to(query.device, wide)
+    if statistics.shape.dtype != wide or statistics.shape.device != query.device:
+        statistics = statistics.to(dtype=wide, device=query.device)
     stretch = (1 - 4 * statistics.shape).sqrt()
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
     bias = (projection.square() * statistics.shape).sum(-1) + stretch.log().sum(-1) / 2

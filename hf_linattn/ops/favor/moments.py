@@ -30,9 +30,10 @@ def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Te
         mask = mask.to(z.device)[:, None, :, None]
         pieces, padding = z.masked_fill(~mask, 0.0).split(size, 2), (~mask).split(size, 2)
         count = mask.sum(2, keepdim=True).to(dtype)
-    total = sum([piece.sum(2, keepdim=True, dtype=dtype) for piece in pieces])
+    total = scatter = torch.zeros((), dtype=dtype, device=z.device)
+    for piece in pieces:
+        total = total + piece.sum(2, keepdim=True, dtype=dtype)
     mean = total / count.clamp_min(1)
-    scatter = torch.zeros((), dtype=dtype, device=z.device)
     for piece, hidden in zip(pieces, padding, strict=True):
         centred = piece.to(dtype) - mean
         centred = centred if hidden is None else centred.masked_fill(hidden, 0.0)

@@ -52,8 +52,8 @@ class FavorStatistics(NamedTuple):
         """Scaled queries and keys in the coordinates of the features."""
         return self.transform_query(x), self.transform_key(y)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> FavorStatistics:
-        """The same on a device, in a dtype."""
+    def to(self, *, dtype: torch.dtype, device: torch.device | None = None) -> FavorStatistics:
+        """The same in a dtype, on a device."""
         return FavorStatistics(*[s.to(device=device, dtype=dtype) for s in self])
 
 
@@ -140,19 +140,19 @@ class FavorMoments:
                 f"query and key must have {expected[0]} heads of dimension {expected[1]}, like the tokens before; got"
                 f" query {tuple(query.shape)} and key {tuple(key.shape)}."
             )
-        query_mask = _query_mask(query, key, key_mask, is_causal, is_cross)
+        query_mask = None if is_cross else _query_mask(query, key, key_mask, is_causal)
         pooled = _pooled(query), _pooled(key), _pooled_mask(query_mask), _pooled_mask(key_mask)
         new = _scaled(_gather(*pooled, dense=True), factor_of(query, scaling))
         return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
         """The moments of all tokens of both."""
-        query, key = (merge_moments(ours, theirs) for ours, theirs in zip(self._sides(), other._sides(), strict=True))
+        query = merge_moments(self._side("query"), other._side("query"))
+        key = merge_moments(self._side("key"), other._side("key"))
         return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
 
-    def _sides(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        query = self.query_count, self.query_mean, self.query_scatter
-        return query, (self.key_count, self.key_mean, self.key_scatter)
+    def _side(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(self, f"{side}_count"), getattr(self, f"{side}_mean"), getattr(self, f"{side}_scatter")
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""
@@ -218,7 +218,7 @@ def favor_statistics(
     with torch.autocast(query.device.type, enabled=False):
         moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in DENSE_VARIANTS)
         statistics = _statistics(_scaled(moments, factor_of(query, scaling)), variant, centring)
-    return RowStatistics(*statistics.to(query.device, dtype))
+    return RowStatistics(*(statistics if statistics.shape.dtype == dtype else statistics.to(dtype=dtype)))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
@@ -229,10 +229,9 @@ def _transformed(z: Tensor, transform: Tensor) -> Tensor:
     return z * transform if transform.ndim < 2 or transform.shape[-2] == 1 else z @ transform
 
 
-def _query_mask(x: Tensor, y: Tensor, key_mask: Tensor | None, is_causal: bool, is_cross: bool) -> Tensor | None:
-    if key_mask is None or is_cross:
-        return None
-    if x.shape[2] == y.shape[2]:
+def _query_mask(x: Tensor, y: Tensor, key_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Which queries are real, if queries and keys are of the same sequence."""
+    if key_mask is None or x.shape[2] == y.shape[2]:
         return key_mask
     return key_mask[:, -x.shape[2] :] if is_causal else None
 
@@ -282,7 +281,7 @@ def token_moments(
 
     Dense ones in float64 where the device has it; otherwise diagonals only, in float32 at least.
     """
-    return _gather(x, y, _query_mask(x, y, key_mask, False, is_cross), key_mask, dense)
+    return _gather(x, y, None if is_cross else _query_mask(x, y, key_mask, False), key_mask, dense)
 
 
 def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
