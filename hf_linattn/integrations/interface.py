@@ -124,10 +124,11 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         if layer.kind != call.kind or layer.shape.is_causal != call.is_causal:
             raise _other_layer(module, layer, call)
         held: Any = module.linattn  # the layer, or what PEFT has put round it
+        config: Any = module.config
         if call.cache is not None:
             output = call.cache.attend(held, query, key, value, mask, call.scaling)
         else:
-            grid = _converted_grid(module, layer, key, call) if module.config.model_type == "linattn_vit" else None
+            grid = _converted_grid(config, layer, key, call) if config.model_type == "linattn_vit" else None
             output = held(query, key, value, mask, scaling=call.scaling, grid=grid)
     return output.transpose(1, 2).contiguous()  # models take views of it
 
@@ -146,7 +147,7 @@ def _other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> Unsup
     )
 
 
-def _converted_grid(module: nn.Module, layer: LinearAttention, key: Tensor, call: Call) -> tuple[int, int] | None:
+def _converted_grid(config: Any, layer: LinearAttention, key: Tensor, call: Call) -> tuple[int, int] | None:
     """Rows and columns of patches, when the tokens after the global ones are an image."""
-    found = image_grid(module.config, key.shape[2], call.grid)
+    found = image_grid(config, key.shape[2], call.grid)
     return found[0] if found is not None and found[1] == layer.config.num_global_tokens else None

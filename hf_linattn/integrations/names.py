@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -26,7 +26,7 @@ from .users import Part, parts_of
 
 def watch_names() -> None:
     """Have the names that models are given checked. Repeatable."""
-    attempt(watch_models, check_built, set_and_check, explain)
+    attempt(_watch_models)
 
 
 def check_built(model: Any) -> None:
@@ -57,7 +57,7 @@ def check_built(model: Any) -> None:
         _check(model, kind, told)
 
 
-def explain(cls: Any, error: KeyError) -> None:
+def _explain(cls: Any, error: KeyError) -> None:
     """Raise `UnsupportedError` for a model that looks a kind's name up in a table of its own."""
     kind = error.args[0] if error.args else None
     if kind in list_kinds():
@@ -201,16 +201,8 @@ def _able(model: Any, kind: str, told: list[Part]) -> dict[str, str]:
 
 
 # -- where Transformers is given a name with the model at hand: methods of all models, for want of a hook -----------
-def watch_models(
-    built: Callable[[Any], None], switch: Callable[..., Any], failed: Callable[[type, KeyError], None]
-) -> None:
-    """Have `built` called with every new model, and `switch` in place of `set_attn_implementation`. Repeatable.
-
-    Args:
-        built: From a model whose modules are complete, once; not called for the parts of one that is being built.
-        switch: From the method it replaces and its arguments.
-        failed: From the class of a model and the `KeyError` that making it ended in, which is raised afterwards.
-    """
+def _watch_models() -> None:
+    """Look at every new model when its modules are complete, and before `set_attn_implementation`. Repeatable."""
     post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
     if hasattr(post_init, _WATCHED):
         return
@@ -220,12 +212,12 @@ def watch_models(
     def checked_post_init(self: Any, *args: Any, **kwargs: Any) -> Any:
         complete.add(self)
         if not _is_part(self):
-            built(self)
+            check_built(self)
         return post_init(self, *args, **kwargs)
 
     @functools.wraps(set_attention)
     def checked_set_attention(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        return switch(set_attention, self, attn_implementation, *args, **kwargs)
+        return set_and_check(set_attention, self, attn_implementation, *args, **kwargs)
 
     def watched(method: Any) -> Any:
         @functools.wraps(method.__func__)
@@ -233,12 +225,12 @@ def watch_models(
             try:
                 made = method.__func__(cls, *args, **kwargs)
             except KeyError as error:
-                failed(cls, error)
+                _explain(cls, error)
                 raise
             model = made[0] if isinstance(made, tuple) else made
             # Some constructors do not call post_init.
             if isinstance(model, PreTrainedModel) and model not in complete and not _is_part(model):
-                built(model)
+                check_built(model)
             return made
 
         return classmethod(make)

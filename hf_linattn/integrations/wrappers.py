@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,13 +28,14 @@ def inside(given: Any, function: str) -> Any:
     if isinstance(given, PreTrainedModel):
         return given
     expression, model = _only(given, function)
-    for wrapper in _wrappers(given, model):
+    outer = given if isinstance(given, nn.Module) else given.model
+    for wrapper in itertools.takewhile(lambda module: module is not model, outer.modules()):
         if _is(wrapper, _SHARDS):
             raise UnsupportedError(
                 f"{function}() needs a model with all its weights; got {_name(given)}, which shards them. Call "
                 f"{function}() before the model is wrapped."
             )
-        if _has_prompt(wrapper):
+        if _is(wrapper, "PeftModel") and wrapper.active_peft_config.is_prompt_learning:
             raise UnsupportedError(
                 f"{function}() runs what is inside {_name(given)}, which would not see its virtual tokens. Pass "
                 f"{expression} for the model without them."
@@ -112,20 +114,6 @@ def _search(module: nn.Module, expression: str) -> Iterator[tuple[str, Any]]:
             yield place, child
         else:
             yield from _search(child, place)
-
-
-def _wrappers(given: Any, model: nn.Module) -> Iterator[nn.Module]:
-    """The modules round a model, outermost first."""
-    outer = given if isinstance(given, nn.Module) else given.model
-    for module in outer.modules():
-        if module is model:
-            return
-        yield module
-
-
-def _has_prompt(module: Any) -> bool:
-    """Whether a PEFT model puts tokens of its own before those of the input."""
-    return _is(module, "PeftModel") and bool(module.active_peft_config.is_prompt_learning)
 
 
 def _adapter_advice(given: Any) -> str:

@@ -99,7 +99,9 @@ _OR_NONE = ("chunk_size", "max_chunks")
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `InputError` for a value that no attention function can use, of the options that they share."""
     for name, value in options.items():
-        if name not in _LEAST or (type(value) is int and _LEAST[name] <= value <= LARGEST_COUNT):
+        if name not in _LEAST or (
+            isinstance(value, int) and not isinstance(value, bool) and _LEAST[name] <= value <= LARGEST_COUNT
+        ):
             continue
         if value is not None or name not in _OR_NONE:
             check_counts({name: value}, minimum=_LEAST[name], or_none=name in _OR_NONE)

@@ -45,7 +45,7 @@ def measured(quick: ModuleType, *given: Any, **options: Any) -> Any:
     return row
 
 
-def test_the_set(quick: ModuleType) -> None:
+def test_figures_of_the_quick_set(quick: ModuleType) -> None:
     """Every kind, length, direction, mode, family, with one thread and with two."""
     figures = quick.all_figures()
     names = [figure.name for figure in figures]
@@ -61,7 +61,7 @@ def test_the_set(quick: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("factor", "verdict", "status"), [(0.5, "fine", 0), (1.02, "fine", 0), (1.05, "fine", 1), (1.3, "slower", 1)]
 )
-def test_verdicts(factor: float, verdict: str, status: int, quick: ModuleType) -> None:
+def test_verdicts_of_quick(factor: float, verdict: str, status: int, quick: ModuleType) -> None:
     """The mean may be too large where no figure is."""
     row = measured(quick, factor)
     assert row.verdict == verdict
@@ -137,7 +137,7 @@ def test_what_was_not_reached_is_named(quick: ModuleType) -> None:
     assert "not reached before the time was over: late" in str(found)
 
 
-def test_checkouts(quick: ModuleType, tmp_path: Path) -> None:
+def test_checkouts_of_quick(quick: ModuleType, tmp_path: Path) -> None:
     with quick.checkout(str(ROOT)) as folder:
         assert folder == ROOT
     for source in (str(tmp_path), "no-such-revision"):
