@@ -16,8 +16,8 @@ from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.config import AttentionConfig, count, flag
 from hf_linattn.modules.contract import AttentionInputs, LayerShape, StateTensor
 from hf_linattn.modules.registry import AttentionKind, register_kind
-from hf_linattn.ops.favor.features import favor_feature_map
 from hf_linattn.ops.favor.random_features import derive_seed, draw_projection
+from hf_linattn.ops.favor.recurrent import favor_recurrence
 from hf_linattn.ops.recurrent.slots import SlotRecurrence
 
 NAME = "own_directions"
@@ -59,8 +59,8 @@ class FifthAttention(LinearAttention[FifthConfig]):
         return favor_attention(inputs.query, inputs.key, inputs.value, state["directions"], **inputs.options(config))
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        basis = favor_feature_map(query, self.tensors()["directions"])
-        return self.slot_recurrence(basis, self.config.num_directions, scaling=scaling)
+        directions = self.tensors()["directions"]
+        return favor_recurrence(query, directions, scaling=scaling, **self.recurrence_options())
 
 
 register_kind(

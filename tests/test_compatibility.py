@@ -42,10 +42,10 @@ import pytest
 from pytest import mark
 
 @mark.compat("cache", "beams")
-def test_good(): ...
+def test_a_good_release(): ...
 
 @mark.compat("cache")
-def test_bad(): assert False
+def test_a_bad_release(): assert False
 
 @pytest.fixture
 def broken(): raise ValueError
@@ -54,7 +54,7 @@ def broken(): raise ValueError
 def test_of_a_broken_fixture(broken): ...
 
 @mark.compat("compare")
-def test_skipped(): pytest.skip("no")
+def test_a_skipped_topic(): pytest.skip("no")
 
 def test_without_a_topic(): ...
 """
@@ -93,7 +93,7 @@ def test_file_of_a_run(workers: list[str], pytester: pytest.Pytester) -> None:
     assert run["topics"]["beams"] == {"passed": 1, "failed": 0, "skipped": 0}
     assert run["topics"]["static"] == {"passed": 0, "failed": 1, "skipped": 0}
     assert run["topics"]["compare"] == {"passed": 0, "failed": 0, "skipped": 1}
-    assert run["failures"] == ["test_some.py::test_bad", "test_some.py::test_of_a_broken_fixture"]
+    assert run["failures"] == ["test_some.py::test_a_bad_release", "test_some.py::test_of_a_broken_fixture"]
     assert run["versions"]["transformers"]
 
 

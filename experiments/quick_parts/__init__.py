@@ -1,1 +1,1 @@
-"""What `experiments/quick.py` is made of: figures, the process that measures them, turns, arithmetic, checkouts."""
+"""What `experiments/quick.py` is made of: the figures, and the process that measures them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -52,10 +51,9 @@ class _Case:
 def run_generation(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
     """Time single-token steps of a GPT-2 behind contexts of all lengths. Yields the rows of one length at a time.
 
-    A round goes through all kinds and, within a kind, through all lengths (every other round backwards), so that
-    whatever else the machine does meets all of them. A timed run is two windows of steps (of softmax, which has
-    none, at most 16 steps) on a copy of the filled cache; its mean is the round's sample, and a row has the median of
-    the samples.
+    A round goes through all kinds and lengths, every other round backwards, so that whatever else the machine does
+    meets all of them. A timed run is two windows of steps (of softmax, which has none, at most 16 steps) on a copy of
+    the filled cache; its mean is the round's sample, and a row has the median of the samples.
 
     Raises: `ConfigError` if `plan.checkpoint` is not a GPT-2.
     """
@@ -84,7 +82,7 @@ def _cases(plan: Plan, dtype: str, report: Report) -> tuple[list[_Case], Tensor]
     model = _model(plan, dtype, max(plan.lengths) + steps)
     sizes = model.config
     heads, width = sizes.n_head, sizes.n_embd
-    title = Path(plan.checkpoint).name if plan.checkpoint else f"gpt2 ({sizes.n_layer} layers)"
+    title = Path(plan.checkpoint or f"gpt2 ({sizes.n_layer} layers)").name
     ids = torch.randint(sizes.vocab_size, (plan.batch, max(plan.lengths) + steps)).to(plan.device)
     cases = []
     for name, config in {"sdpa": None, **configs}.items():
@@ -218,22 +216,15 @@ def _mean_seconds(case: _Case, ids: Tensor) -> float:
 
 
 def _time_in_turns(cases: list[_Case], ids: Tensor, seconds: float, report: Report) -> None:
-    """Time all cases, round by round. A row that is slow takes part in fewer rounds."""
-    rows: dict[str, list[_Case]] = {}
-    for case in cases:
-        rows.setdefault(case.row.name, []).append(case)
-    rounds = dict.fromkeys(rows, MIN_ROUNDS)
+    """Time all cases, round by round. One that is slow takes part in fewer rounds."""
     for number in range(MAX_ROUNDS):
-        for name in [name for name in rows if number < rounds[name]]:
-            start = time.perf_counter()
-            for case in rows[name][:: -1 if number % 2 else 1]:
-                if case.row.reason:
-                    continue
-                report(f"{name}, {case.row.work.dtype}: round {number + 1}, {case.row.work.tokens} tokens")
-                try:
-                    case.means.append(_mean_seconds(case, ids))
-                except Exception as error:
-                    case.row = replace(case.row, reason=explain(error))
-            if number == 0:
-                took = max(time.perf_counter() - start, 1e-9)
-                rounds[name] = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds * len(rows[name]) / took)))
+        for case in cases[:: -1 if number % 2 else 1]:
+            row, steps = case.row, case.steps
+            wanted = max(MIN_ROUNDS, seconds / (case.means[0] * steps)) if case.means else MIN_ROUNDS
+            if row.reason or number >= wanted:
+                continue
+            report(f"{row.name}, {row.work.dtype}: round {number + 1}, {row.work.tokens} tokens")
+            try:
+                case.means.append(_mean_seconds(case, ids))
+            except Exception as error:
+                case.row = replace(row, reason=explain(error))

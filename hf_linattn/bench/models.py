@@ -98,8 +98,8 @@ def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | Non
     """
     made = convert(_sharing_copy(model), config).to(model.device)
     if ids is not None and needs_calibration(made):
-        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
-        rows = ids.flatten()[: CALIBRATION_TOKENS // row * row].view(-1, row)
+        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings, ids.shape[1])
+        rows = ids.flatten()[: min(CALIBRATION_TOKENS, ids.numel()) // row * row].view(-1, row)
         calibrate(made, [{"input_ids": rows.to(model.device)}])
     return made
 

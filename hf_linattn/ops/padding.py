@@ -41,9 +41,9 @@ def reorder_tokens(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
 
 
 class GlobalTokens(NamedTuple):
-    """The first `count` tokens see and are seen exactly. Queries, keys, values and `valid` are those of all tokens."""
+    """The first `number` tokens see and are seen exactly. Tensors are those of all tokens, `valid` as in `Tokens`."""
 
-    count: int
+    number: int
     query: Tensor
     key: Tensor
     value: Tensor
@@ -51,13 +51,13 @@ class GlobalTokens(NamedTuple):
 
     def join(self, rest: AttentionState | None) -> Tensor:
         """Outputs of all tokens, from what the others have read of each other (`None` if there are none)."""
-        query, key, value, count = self.query, self.key, self.value, self.count
+        query, key, value, number = self.query, self.key, self.value, self.number
         visible = None if self.valid is None else self.valid[:, None, None, :]
-        output = attend(query[:, :, :count], key, value, visible=visible).output
+        output = attend(query[:, :, :number], key, value, visible=visible).output
         if rest is None:
             return output
-        visible = None if visible is None else visible[..., :count]
-        seen = attend(query[:, :, count:], key[:, :, :count], value[:, :, :count], visible=visible)
+        visible = None if visible is None else visible[..., :number]
+        seen = attend(query[:, :, number:], key[:, :, :number], value[:, :, :number], visible=visible)
         return torch.cat([output, merge_states([rest, seen]).output], dim=2)
 
 
@@ -100,7 +100,6 @@ def prepare_tokens(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    *,
     scaling: float,
     is_causal: bool,
     num_global_tokens: int = 0,

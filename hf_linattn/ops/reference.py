@@ -107,7 +107,8 @@ def favor_reference(
     def attention(x: Tensor, y: Tensor, v: Tensor, row: int) -> Tensor:
         exact, read = exact_and_read(x.shape[1], **where)  # type: ignore[arg-type]
         shape = torch.zeros_like(x[:, :1])
-        query_shift, key_shift, x_features, y_features = 0.0, 0.0, x, y
+        query_shift = key_shift = torch.zeros_like(x[..., :1])
+        x_features, y_features = x, y
         if statistics is not None:
             of_row = FavorStatistics(*(z[row if len(z) > 1 else 0] for z in statistics))
             shape = of_row.shape

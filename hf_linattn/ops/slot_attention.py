@@ -13,12 +13,12 @@ from ..kernels.block_slots import BlockReach
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .layout import Blocks, WindowedBlocks, fit_window
-from .padding import Tokens
-from .slot_weights import SlotWeights
+from .padding import Tokens, without_padding
+from .slot_weights import FeatureMap, SlotWeights
 from .softmax import causal_visibility
 
-# Measured on a CPU core with 256 slots (docs/decisions.md): tokens of a chunk that read each other one by one (causal,
-# no window), and up to how many tokens small windows form a group with one state of its slots.
+# Measured on a CPU core with 256 slots (experiments/README.md): tokens of a chunk that read each other one by one
+# (causal, no window), and up to how many tokens small windows form a group with one state of its slots.
 _CAUSAL_CHUNK = 64
 _WINDOW_CHUNK = 32
 
@@ -97,14 +97,34 @@ def slot_attention(
         state = attention(tokens, query_weights, key_weights, visible, options, query_log_bias)
     elif options.is_causal:
         chunk = min(options.chunk_size or _CAUSAL_CHUNK, 1 << (num_tokens - 1).bit_length())
-        state = query_weights.causal(
-            key_weights.masked(visible), tokens.value, chunk=chunk, query_log_bias=query_log_bias, dropout=dropout
-        )
-        state = query_weights.biased(state)
+        keys = key_weights.masked(visible)
+        state = query_weights.biased(query_weights.causal(keys, tokens.value, chunk, query_log_bias, dropout))
     else:
         slots = key_weights.masked(visible).summarise(tokens.value)
-        state = query_weights.biased(query_weights.read(slots, query_log_bias=query_log_bias, dropout=dropout))
+        state = query_weights.biased(query_weights.read(slots, query_log_bias, dropout))
     return state if heavy is None else merge_states([heavy, state])
+
+
+def slots_alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    *,
+    key_mask: Tensor | None,
+    is_cross: bool,
+    dropout: float,
+) -> Tensor:
+    """Bidirectional, with nothing exact: queries and keys of any number, of one sequence or (`is_cross`) of two."""
+    is_self, visible = query.shape[2] == key.shape[2] and not is_cross, None
+    if key_mask is not None:
+        # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
+        visible = key_mask[:, None, :, None]
+        key, value = without_padding(key, value, key_mask)
+        query = query.masked_fill(~visible, 0.0) if is_self else query
+    slots = feature_map.key_weights(key).masked(visible).levelled().summarise(value)
+    output = feature_map.query_weights(query).read(slots, dropout=dropout).output
+    return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 
 
 def _disjoint(
@@ -156,8 +176,7 @@ def _disjoint(
             half *= 2
     if groups.num_groups > 1:
         reach = BlockReach(is_causal=is_causal)
-        others = query_weights.inter_block(key_weights, value, reach, query_log_bias=query_log_bias, dropout=dropout)
-        through_slots.append(others)
+        through_slots.append(query_weights.inter_block(key_weights, value, reach, query_log_bias, dropout))
     if through_slots:
         state = merge_states([state, query_weights.biased(merge_states(through_slots))])
     return _joined(state, groups)
@@ -190,13 +209,9 @@ def _overlapping(
 
     key_weights = key_weights.masked(visible).map_tokens(units.split).masked(_real_keys(tokens, None, units))
     query_weights = query_weights.map_tokens(blocks.split)
-    others = query_weights.inter_block(
-        key_weights,
-        units.split(tokens.value),
-        reach,
-        query_log_bias=None if query_log_bias is None else blocks.split(query_log_bias),
-        dropout=options.dropout,
-    )
+    query_log_bias = None if query_log_bias is None else blocks.split(query_log_bias)
+    value = units.split(tokens.value)
+    others = query_weights.inter_block(key_weights, value, reach, query_log_bias, options.dropout)
     return _joined(merge_states([window, query_weights.biased(others)]), blocks)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class SlotWeights:
         """Without the factors that belong to a token alone."""
         return self
 
+    def levelled(self) -> SlotWeights:
+        """Without a factor that all slots have in common: for keys beside no exact ones."""
+        return self
+
     def biased(self, state: AttentionState) -> AttentionState:
         """What these queries have read, with the factors that belong to them alone in its log-sum-exp."""
         return state
@@ -57,7 +62,7 @@ class SlotWeights:
         return softmax_with_lse(self.dense().transpose(-1, -2), values)
 
     def read(
-        self, slots: AttentionState, *, query_log_bias: Tensor | None = None, dropout: float = 0.0
+        self, slots: AttentionState, query_log_bias: Tensor | None = None, dropout: float = 0.0
     ) -> AttentionState:
         """Every token reads all slots. `query_log_bias` `[batch, heads, ..., tokens, slots]` is added to the
         log-weights."""
@@ -66,13 +71,7 @@ class SlotWeights:
         return softmax_with_lse(logits, slots.output, dropout=dropout)
 
     def inter_block(
-        self,
-        key: SlotWeights,
-        value: Tensor,
-        reach: BlockReach,
-        *,
-        query_log_bias: Tensor | None = None,
-        dropout: float = 0.0,
+        self, key: SlotWeights, value: Tensor, reach: BlockReach, query_log_bias: Tensor | None, dropout: float
     ) -> AttentionState:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots.
 
@@ -83,16 +82,10 @@ class SlotWeights:
         before = block * units - reach.margin
         after = None if reach.is_causal else (block + 1) * units + reach.margin
         states = states_around(key.summarise(value), before, after)
-        return self.read(states, query_log_bias=query_log_bias, dropout=dropout)
+        return self.read(states, query_log_bias, dropout)
 
     def causal(
-        self,
-        key: SlotWeights,
-        value: Tensor,
-        *,
-        chunk: int,
-        query_log_bias: Tensor | None = None,
-        dropout: float = 0.0,
+        self, key: SlotWeights, value: Tensor, chunk: int, query_log_bias: Tensor | None, dropout: float
     ) -> AttentionState:
         """Queries (`self`) read all keys up to themselves: those of their chunk (a power of 2) one by one, halves of
         a pair at a time (intra-chunk), those of earlier chunks through states of the slots (inter-chunk)."""
@@ -110,10 +103,19 @@ class SlotWeights:
             states.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
             half *= 2
         if blocks.num_blocks > 1:
-            reach = BlockReach(is_causal=True)
-            states.append(query.inter_block(key, value, reach, query_log_bias=query_log_bias, dropout=dropout))
+            states.append(query.inter_block(key, value, BlockReach(is_causal=True), query_log_bias, dropout))
         merged = merge_states(states)
         return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
+
+
+class FeatureMap(Protocol):
+    """What it takes to weigh any queries and keys, scaled, `[batch, heads, tokens, dim]`, for the slots of a layer."""
+
+    def query_weights(self, query: Tensor) -> SlotWeights:
+        """Log-weights of queries."""
+
+    def key_weights(self, key: Tensor) -> SlotWeights:
+        """Log-weights of keys."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class LinearSlotWeights(SlotWeights):
         return AttentionState(state.output, state.lse + self.token_bias.squeeze(-1))
 
     def levelled(self) -> LinearSlotWeights:
-        """Without the largest factor of a token, which all slots have in common: for keys beside no exact ones."""
+        """Without the largest factor of a token."""
         largest = self.token_bias.detach().amax(-2, keepdim=True)
         bias = self.token_bias - largest.clamp_min(torch.finfo(largest.dtype).min)
         return replace(self, token_bias=bias)
@@ -180,10 +182,10 @@ class LinearSlotWeights(SlotWeights):
         return AttentionState(state.output, state.lse + self.slot_bias)
 
     def read(
-        self, slots: AttentionState, *, query_log_bias: Tensor | None = None, dropout: float = 0.0
+        self, slots: AttentionState, query_log_bias: Tensor | None = None, dropout: float = 0.0
     ) -> AttentionState:
         if query_log_bias is not None or dropout:
-            return super().read(slots, query_log_bias=query_log_bias, dropout=dropout)
+            return super().read(slots, query_log_bias, dropout)
         return attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias)
 
     def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
@@ -194,29 +196,17 @@ class LinearSlotWeights(SlotWeights):
         return SlotInputs(self.tokens, *maps[:2], key.tokens, key.token_bias.squeeze(-1), *maps[2:], value)
 
     def inter_block(
-        self,
-        key: SlotWeights,
-        value: Tensor,
-        reach: BlockReach,
-        *,
-        query_log_bias: Tensor | None = None,
-        dropout: float = 0.0,
+        self, key: SlotWeights, value: Tensor, reach: BlockReach, query_log_bias: Tensor | None, dropout: float
     ) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
         if query_log_bias is not None or dropout:
-            return super().inter_block(key, value, reach, query_log_bias=query_log_bias, dropout=dropout)
+            return super().inter_block(key, value, reach, query_log_bias, dropout)
         return inter_block_attention(self.slot_inputs(key, value), reach)
 
     def causal(
-        self,
-        key: SlotWeights,
-        value: Tensor,
-        *,
-        chunk: int,
-        query_log_bias: Tensor | None = None,
-        dropout: float = 0.0,
+        self, key: SlotWeights, value: Tensor, chunk: int, query_log_bias: Tensor | None, dropout: float
     ) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
         if query_log_bias is not None or dropout:
-            return super().causal(key, value, chunk=chunk, query_log_bias=query_log_bias, dropout=dropout)
+            return super().causal(key, value, chunk, query_log_bias, dropout)
         return causal_slot_attention(self.slot_inputs(key, value), chunk)

@@ -52,9 +52,7 @@ MATRIX = [(kind, case) for case in CASES for kind in KINDS if supported(kind, ca
 
 @pytest.mark.parametrize(("kind", "case"), MATRIX, ids=[f"{kind}-{case.name}" for kind, case in MATRIX])
 @pytest.mark.parametrize("make", [_convert, _convert_copy, _load])
-def test_an_adapter_of_an_unsaved_model_does_not_load_the_stock_one(
-    kind: str, case: ModelCase, make: Any, tmp_path: Path
-) -> None:
+def test_adapter_of_an_unsaved_converted_model(kind: str, case: ModelCase, make: Any, tmp_path: Path) -> None:
     model = make(case, kind, tmp_path / "stock")
     wrap(model, adapter(case, "lora")).save_pretrained(tmp_path / "adapter")
     told = base_of(tmp_path / "adapter")

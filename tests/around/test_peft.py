@@ -75,9 +75,7 @@ METHODS = [
 
 @pytest.mark.parametrize(("case", "method"), METHODS, ids=[f"{case.name}-{method}" for case, method in METHODS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_the_softmax_limit_an_adapted_model_is_the_adapted_stock_model(
-    kind: str, case: ModelCase, method: str
-) -> None:
+def test_adapted_model_in_the_softmax_limit(kind: str, case: ModelCase, method: str) -> None:
     """A window over the whole text computes softmax: what is left of a difference is what the adapter does."""
     if not supported(kind, case):
         pytest.skip("no causal form")

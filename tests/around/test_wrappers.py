@@ -91,7 +91,7 @@ def test_changes_name_the_attribute_to_pass(wrap: tuple[Callable[[Any], Any], st
 
 
 @pytest.mark.parametrize("function", ["convert", "revert"])
-def test_a_model_with_adapters_in_it_is_not_converted_or_reverted(function: str) -> None:
+def test_converting_a_model_with_adapters_is_refused(function: str) -> None:
     build, change = CHANGES[function]
     wrapped = lora(build())
     with pytest.raises(UnsupportedError, match=r"without adapters; got .*merge_and_unload\(\)"):
@@ -119,14 +119,14 @@ NO_MODELS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", NO_MODELS)
-def test_no_model(function: str, name: str) -> None:
+def test_wrapper_without_a_model(function: str, name: str) -> None:
     given, told = NO_MODELS[name]
     with pytest.raises(LinAttnError, match=f"got {told}"):
         FUNCTIONS[function](given)
 
 
 @pytest.mark.parametrize("function", ["compare", "calibrate", *CHANGES])
-def test_several_models(function: str) -> None:
+def test_wrapper_of_several_models(function: str) -> None:
     pair = nn.ModuleDict({"one": encoder(), "two": encoder()})
     with pytest.raises(UnsupportedError, match=r"model\.one \(a LinAttnBertModel\), model\.two"):
         FUNCTIONS[function](pair)

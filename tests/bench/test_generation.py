@@ -130,9 +130,8 @@ def test_rounds_go_through_all_lengths_in_turns(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(generation, "_mean_seconds", mean_seconds)
     found = [row for part in run_generation(tiny_plan(kinds=("favor_plus",))) for row in part]
-    forwards = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS]
-    backwards = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS[::-1]]
-    assert calls[:12] == [*forwards, *backwards, *forwards]
+    round = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS]
+    assert calls[:12] == [*round, *round[::-1], *round]
     assert {(row.mean, row.minimum) for row in found} == {(2.0, 2.0)}
 
 
@@ -146,15 +145,9 @@ def test_a_step_leaves_the_filled_cache_alone() -> None:
 
 
 def test_a_slow_row_takes_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    def mean_seconds(case: Any, _: Any) -> float:
-        took = 5.0 if case.row.group == "softmax" else 0.1
-        now[0] += took
-        return took
-
-    monkeypatch.setattr(generation, "_mean_seconds", mean_seconds)
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(
+        generation, "_mean_seconds", lambda case, ids: (5.0 if case.row.group == "softmax" else 0.1) / case.steps
+    )
     rows = [row for part in run_generation(tiny_plan(kinds=("favor_plus",), seconds=1.0)) for row in part]
     assert {(row.group, row.samples) for row in rows} == {("softmax", 3), ("linear", 10)}
 
@@ -211,7 +204,7 @@ def results() -> Results:
     return Results(tuple(made), "hf-linattn bench generation", {}, {})
 
 
-def test_tables(results: Results) -> None:
+def test_tables_of_decoding(results: Results) -> None:
     text = report.markdown(results)
     assert "## Generation, gpt2 (4 layers), float32" in text
     assert "| sdpa | 977 (1.0x) | 15.3 (1.0x) | 64.00 |" in text

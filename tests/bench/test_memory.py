@@ -48,7 +48,7 @@ def test_the_most_at_once_counts_not_the_sum() -> None:
         assert peak == pytest.approx(wanted * MIB, abs=4 * MIB), work
 
 
-def test_softmax_with_all_its_weights_is_quadratic_and_a_kind_is_not() -> None:
+def test_memory_of_softmax_is_quadratic_and_of_a_kind_linear() -> None:
     works = [Workload(tokens, heads=2, head_dim=32, mode="forward+backward") for tokens in (512, 2048)]
     math = next(peer for peer in peer_contenders(["sdpa"], "cpu", 32) if peer.name == "sdpa:math")
     (_, short, _), (_, long, _) = measure_peaks(math, works)

@@ -50,7 +50,7 @@ def results() -> Results:
 
 
 @given(times=st.lists(st.tuples(st.sampled_from(["sdpa", "sdpa:flash", "ours", "theirs"]), SECONDS), max_size=6))
-def test_ratios(times: list[tuple[str, float]]) -> None:
+def test_ratios_to_softmax(times: list[tuple[str, float]]) -> None:
     """The fastest softmax has 1, no other softmax more; a ratio above 1 is a time below that of the fastest."""
     rows = with_ratios([row(name, 64, seconds) for name, seconds in times])
     softmax = [r for r in rows if r.group == "softmax"]
@@ -89,7 +89,7 @@ def test_a_win_in_between_is_no_crossover() -> None:
     assert crossover(rows) == 4
 
 
-def test_reasons(results: Results) -> None:
+def test_reasons_of_missing_results(results: Results) -> None:
     assert reasons([r for r in results.rows if r.benchmark == "attention"]) == [
         "fla: needs a GPU",
         "sdpa at 16384 tokens: too long",
@@ -149,7 +149,7 @@ def test_committed_results_are_read(path: Path) -> None:
         (report.ratio_text(13.1), "13x"),
     ],
 )
-def test_numbers(text: str, expected: str) -> None:
+def test_rounding_of_numbers(text: str, expected: str) -> None:
     assert text == expected
 
 
@@ -167,7 +167,7 @@ def test_an_unfinished_run_says_so(results: Results) -> None:
     assert "cut short" not in report.markdown(results)
 
 
-def test_pictures(results: Results, tmp_path: Path) -> None:
+def test_pictures_of_results(results: Results, tmp_path: Path) -> None:
     written = write_plots(results, tmp_path / "new" / "speed.png")
     assert [path.name for path in written] == ["speed.png", "speed_memory.png", "speed_models.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

@@ -26,7 +26,7 @@ def run(*arguments: str, exit_code: int = 0) -> str:
     return " ".join(result.output.split())
 
 
-def test_help() -> None:
+def test_help_of_bench() -> None:
     assert "bench" in run("--help")
     text = run("bench", "--help")
     for option in ("--lengths", "--kinds", "--causal", "--peers", "--json", "--plot", "--threads"):
@@ -112,7 +112,7 @@ def test_a_gpu_that_is_not_there() -> None:
     assert "needs a GPU" in run("bench", "--device", "cuda", exit_code=2)
 
 
-def test_as_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_as_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["hf-linattn", "--version"])
     with pytest.raises(SystemExit) as stop:
         main()

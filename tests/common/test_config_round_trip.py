@@ -35,7 +35,7 @@ def same(one: Any, other: Any) -> None:
 
 
 @config_of
-def test_forms(family: str, kind: str, tmp_path: Path) -> None:
+def test_forms_of_a_config(family: str, kind: str, tmp_path: Path) -> None:
     """JSON text, JSON file, dictionary, folder, subfolder, copy: the same config, with its kind."""
     config, cls = make(family, kind), CONFIGS[family]
     assert config.to_json_string() == cls.from_dict(config.to_dict()).to_json_string()

@@ -27,7 +27,7 @@ def test_offloaded_weights(stock: Stock, kind: str, tmp_path: Path) -> None:
 
 
 @every_class_and_family()
-def test_loaded_to_disk(stock: Stock, kind: str, tmp_path: Path) -> None:
+def test_layers_offloaded_to_disk(stock: Stock, kind: str, tmp_path: Path) -> None:
     """`device_map` that keeps a layer on disk."""
     model = convert(stock, kind)
     expected = logits(model, **inputs(stock))

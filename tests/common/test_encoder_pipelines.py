@@ -51,7 +51,7 @@ def numbers(found: Any) -> list[float]:
 
 @every_kind
 @pytest.mark.parametrize("task", TASKS)
-def test_text(task: str, kind: str, tmp_path: Path) -> None:
+def test_text_pipelines(task: str, kind: str, tmp_path: Path) -> None:
     model, texts = convert(TASKS[task], kind), TEXTS
     if task == "fill-mask":
         texts = [f"{text} [MASK]" for text in texts]

@@ -19,7 +19,7 @@ def learned(model: Any) -> set[str]:
 
 
 @every_class_and_family(WITH_LOSS)
-def test_a_training_step_reaches_the_parameters_that_it_reaches_in_the_stock_model(stock: Stock, kind: str) -> None:
+def test_parameters_with_a_gradient_are_those_of_the_stock_model(stock: Stock, kind: str) -> None:
     expected = build(stock).train()
     model = convert(stock, kind).train()
     for one in (expected, model):

@@ -52,7 +52,7 @@ def test_tuples_and_dictionaries_say_the_same(stock: Stock, kind: str) -> None:
 
 
 @every_class_and_family()
-def test_twice_the_same(stock: Stock, kind: str) -> None:
+def test_forward_is_deterministic(stock: Stock, kind: str) -> None:
     model, batch = convert(stock, kind), inputs(stock)
     for one, other in zip(tensors(run(model, **batch)), tensors(run(model, **batch)), strict=True):
         assert torch.equal(one, other)

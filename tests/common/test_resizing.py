@@ -20,7 +20,7 @@ def attention_state(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @every_class_and_family(TEXT)
-def test_tokens(stock: Stock, kind: str, tied: bool, tmp_path: Path) -> None:
+def test_resized_token_embeddings(stock: Stock, kind: str, tied: bool, tmp_path: Path) -> None:
     """More, fewer, a multiple: config, embeddings and output follow; old rows stay; saved and loaded so."""
     model = convert(stock, kind, tie_word_embeddings=tied)
     before, states = model.get_input_embeddings().weight.clone(), attention_state(model)

@@ -45,7 +45,7 @@ def test_save_and_load(stock: Stock, kind: str, tmp_path: Path) -> None:
 
 
 @every_class_and_family()
-def test_state_dict(stock: Stock, kind: str) -> None:
+def test_state_dict_into_a_fresh_model(stock: Stock, kind: str) -> None:
     """A state dict goes into a fresh model, and a deep copy is independent."""
     model = convert(stock, kind)
     expected = outputs(model, stock)

@@ -31,7 +31,7 @@ def shared(model: Any) -> set[str]:
 
 
 @every_class_and_family(TIED)
-def test_tied(stock: Stock, kind: str, tmp_path: Path) -> None:
+def test_tied_embeddings(stock: Stock, kind: str, tmp_path: Path) -> None:
     """After conversion, saving (once), loading, reverting; and one follows the other."""
     expected = shared(build(stock))
     model = convert(stock, kind)
@@ -52,7 +52,7 @@ def test_tied(stock: Stock, kind: str, tmp_path: Path) -> None:
 
 
 @every_class_and_family(TIED)
-def test_not_tied(stock: Stock, kind: str, tmp_path: Path) -> None:
+def test_untied_embeddings(stock: Stock, kind: str, tmp_path: Path) -> None:
     model = convert(stock, kind, tie_word_embeddings=False)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(3)

@@ -162,7 +162,7 @@ def test_calibrated_features_are_closer_to_softmax() -> None:
         (InputError, "attention must be one of", lambda m: hf_linattn.calibrate(m, data(), attention="eager")),
     ],
 )
-def test_bad_requests(error: type[Exception], message: str, call: Any) -> None:
+def test_bad_requests_of_calibrate(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call(converted("favor_sharp", GPT2))
 

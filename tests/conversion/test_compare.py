@@ -155,7 +155,7 @@ def test_report_forms(tmp_path: Path) -> None:
             report.plot(tmp_path / "plot.png")
 
 
-def test_bad_input() -> None:
+def test_bad_input_of_compare() -> None:
     stock = BERT.build()
     with pytest.raises(ConfigError, match="needs a model with linear attention"):
         hf_linattn.compare(stock, batches(BERT))

@@ -32,7 +32,7 @@ from hf_linattn.models import AUTO_CLASSES, CONFIGS, COUNTERPARTS
 
 @pytest.mark.compat("convert", "save and load")
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
-def test_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
+def test_convert_and_revert_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
     model, inputs = case.build(), case.inputs()
     stock_class, stock_config = type(model), model.config.to_dict()
     before = logits(model, **inputs)
@@ -73,7 +73,7 @@ def test_round_trip(kind: str, case: ModelCase, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "case"), MATRIX)
-def test_half_precision(kind: str, case: ModelCase, dtype: torch.dtype, tmp_path: Any) -> None:
+def test_conversion_in_half_precision(kind: str, case: ModelCase, dtype: torch.dtype, tmp_path: Any) -> None:
     model, inputs = converted(case, kind), case.inputs()
     exact = logits(model, **inputs)
     model.save_pretrained(tmp_path)

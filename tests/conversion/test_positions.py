@@ -148,7 +148,7 @@ def test_tiles_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cls", TEXT_CLASSES, ids=lambda cls: cls.__name__)
-def test_every_class(cls: type[PreTrainedModel], method: str, tmp_path: Path) -> None:
+def test_extended_heads_of_every_class(cls: type[PreTrainedModel], method: str, tmp_path: Path) -> None:
     """Stock and converted, saved and loaded through the class; ties of word embeddings survive."""
     case = GPT2 if cls.__name__.startswith("GPT2") else BERT
     for convert in (False, True):
@@ -202,7 +202,7 @@ def test_bert_buffers(form: str) -> None:
 
 # -- what follows the maximum ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["stock", "favor_plus", "eva"])
-def test_generation(form: str) -> None:
+def test_generation_beyond_the_old_table(form: str) -> None:
     """`generate` goes on beyond the old maximum, with its cache as without one."""
     model = FORMS[form](GPT2)
     model.generation_config = GenerationConfig(**{**model.generation_config.to_dict(), "max_length": OLD})
@@ -220,7 +220,7 @@ def test_another_max_length_is_kept() -> None:
     assert extend_positions(model, NEW).generation_config.max_length == OLD - 1
 
 
-def test_configs() -> None:
+def test_configs_follow_the_table() -> None:
     """The config object is the same one; numbers of older checkpoints follow; the attribute map holds."""
     model = GPT2LMHeadModel(gpt2_config(n_ctx=OLD))
     config = model.config
@@ -243,12 +243,12 @@ def test_part_of_a_composite_model(tmp_path: Path) -> None:
     assert table_of(loaded.decoder).num_embeddings == OLD
 
 
-def test_model_card() -> None:
+def test_model_card_of_an_extended_model() -> None:
     assert f"of {NEW} positions" in render_card(extend_positions(converted(GPT2, "eva"), NEW))
 
 
 @pytest.mark.parametrize("kind", ["favor_plus", "eva"])
-def test_16k_tokens(kind: str) -> None:
+def test_positions_up_to_16k_tokens(kind: str) -> None:
     model = extend_positions(hf_linattn.convert(GPT2.build(n_layer=1), kind), 16384)
     ids = tokens(16384, batch=2)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_16k_tokens(kind: str) -> None:
 
 # -- training and devices -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", CASES)
-def test_training(case: Any) -> None:
+def test_training_of_an_extended_model(case: Any) -> None:
     """Gradients reach every row, with gradient checkpointing too; a frozen table stays frozen."""
     model = converted(case, "favor_plus")
     weight = table_of(model).weight
@@ -349,7 +349,7 @@ def test_calibration_afterwards() -> None:
         (torch.tensor(150.0), "integer"),
     ],
 )
-def test_wrong_numbers(number: Any, message: str) -> None:
+def test_impossible_numbers_of_positions(number: Any, message: str) -> None:
     model = GPT2.build()
     before = snapshot(model)
     with pytest.raises(ConfigError, match=message):
@@ -357,7 +357,7 @@ def test_wrong_numbers(number: Any, message: str) -> None:
     assert repr(snapshot(model)) == repr(before)
 
 
-def test_wrong_method() -> None:
+def test_unknown_method_of_extension() -> None:
     with pytest.raises(ConfigError, match=r"\['tile', 'interpolate'\]; got 'interpolation'.*mean 'interpolate'"):
         extend_positions(GPT2.build(), NEW, method="interpolation")
     with pytest.raises(ConfigError, match="got None"):

@@ -35,7 +35,7 @@ def test_any_number_of_rows_and_tokens(case: ModelCase, kind: str, mode: Any, st
         check(call, model, first, padded(padding=0), padded(1, 23), padded(3, 64), padded(5, 3, padding=1))
 
 
-def test_without_a_mask() -> None:
+def test_export_without_a_mask() -> None:
     model = road(CLASSIFIER, "eva", native)
     ids = [{"input_ids": padded(*size, padding=0)["input_ids"]} for size in ((2, 40), (3, 17), (1, 2))]
     check(exported(model, ids[0]).module(), model, *ids)

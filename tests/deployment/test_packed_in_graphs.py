@@ -56,7 +56,7 @@ KINDS = [pytest.param(k, marks=[] if k == "eva" else pytest.mark.slow) for k in 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled(kind: str, mode: Callable[..., Any]) -> None:
+def test_packed_input_in_compiled_graphs(kind: str, mode: Callable[..., Any]) -> None:
     model = model_of(kind, mode)
     check_refused(torch.compile(model, backend="eager", fullgraph=True), model)
 
@@ -68,7 +68,7 @@ def test_compiled_in_place() -> None:
     check_refused(model, plain)
 
 
-def test_with_a_cache() -> None:
+def test_packed_input_with_a_cache() -> None:
     """Transformers does not look for packed rows then, and the graph breaks."""
     model = model_of("favor_plus", native, use_cache=True)
     check_refused(torch.compile(model, backend="eager"), model)
@@ -83,7 +83,7 @@ def test_default_compiler(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_training_step(checkpointing: bool) -> None:
+def test_packed_input_in_a_training_step(checkpointing: bool) -> None:
     model = model_of("favor_plus", converted, layers=2).train()
     if checkpointing:
         checkpoint_activations(model, {"use_reentrant": False})
@@ -112,7 +112,7 @@ def test_once_per_forward() -> None:
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
-def test_exported(mode: Callable[..., Any], strict: bool) -> None:
+def test_packed_input_in_exported_graphs(mode: Callable[..., Any], strict: bool) -> None:
     model = Road(model_of("favor_plus", mode)).eval()
     mask = {"attention_mask": torch.ones_like(packed()["input_ids"])}
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_exported(mode: Callable[..., Any], strict: bool) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 @pytest.mark.parametrize("mode", MODES)
-def test_traced(mode: Callable[..., Any]) -> None:
+def test_packed_input_in_traced_graphs(mode: Callable[..., Any]) -> None:
     model = Road(model_of("eva", mode)).eval()
     mask = {"attention_mask": torch.ones_like(packed()["input_ids"])}
     with torch.no_grad():

@@ -37,7 +37,7 @@ def test_other_sizes_and_masks(case: ModelCase, kind: str, mode: Any) -> None:
     check(traced(model, ids), model, ids, {"input_ids": ids["input_ids"][:1, :17]})
 
 
-def test_native_kinds_are_asked_about_transformers_outside_of_the_trace() -> None:
+def test_checks_of_transformers_run_outside_of_the_trace() -> None:
     """In a process whose first call is traced."""
     code = (
         "import torch, hf_linattn, cases, roads\n"
@@ -67,7 +67,7 @@ def test_saved_frozen_and_loaded(case: ModelCase, kind: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize(("case", "kind", "mode"), [(CLASSIFIER, "lara", native), (GPT2, "eva", converted)])
-def test_gradients(case: ModelCase, kind: str, mode: Any) -> None:
+def test_gradients_of_traced_models(case: ModelCase, kind: str, mode: Any) -> None:
     model = road(case, kind, mode)
     check_gradients(torch.jit.trace(model, example_kwarg_inputs=padded()), model, padded(2, 23))
 

@@ -35,7 +35,6 @@ def test_links(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_named_files(page: Path) -> None:
-    for name in FILE.findall(page.read_text(encoding="utf-8")):
-        if not name.startswith(ELSEWHERE):
-            places = [folder / name for folder in (ROOT, ROOT / "hf_linattn", page.parent)]
-            assert any(place.exists() for place in places), name
+    names = {name for name in FILE.findall(page.read_text(encoding="utf-8")) if not name.startswith(ELSEWHERE)}
+    folders = ROOT, ROOT / "hf_linattn", page.parent
+    assert not {name for name in names if not any((folder / name).exists() for folder in folders)}

@@ -164,7 +164,7 @@ def test_the_script_about_streams(scripts: Any, kind: str, tmp_path: Path, monke
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("total", [1, 5, 1024])
-def test_pieces(scripts: Any, total: int) -> None:
+def test_pieces_of_a_generation_run(scripts: Any, total: int) -> None:
     found = scripts.generation_fidelity.pieces(total, torch.Generator().manual_seed(0))
     assert sum(found) == total
     assert min(found) >= 1

@@ -25,7 +25,7 @@ def targets() -> ModuleType:
     return module
 
 
-def test_claims(targets: ModuleType) -> None:
+def test_claims_of_the_targets(targets: ModuleType) -> None:
     claims = targets.speed_claims()
     assert len({claim.name for claim in claims}) == len(claims) >= 18
     assert all(claim.work.batch == 1 and (claim.work.heads, claim.work.head_dim) == (4, 64) for claim in claims)
@@ -39,7 +39,7 @@ def test_claims(targets: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.1, "pass"), (0.125, "pass"), (0.126, "miss")])
-def test_verdicts(targets: ModuleType, ours: float, verdict: str) -> None:
+def test_verdicts_of_the_targets(targets: ModuleType, ours: float, verdict: str) -> None:
     claim = targets.speed_claims()[0]  # at least 8 times faster
     rows = {
         "sdpa": Row("attention", "sdpa", "softmax", claim.work, median=1.0),

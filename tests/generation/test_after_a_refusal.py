@@ -113,7 +113,7 @@ def test_the_right_call_goes_on(build: Any, case: ModelCase, setting: Setting, n
 @pytest.mark.skipif(STATIC_KEEPS_KEYS, reason="before 5.14 every static cache keeps keys and values")
 @pytest.mark.parametrize("name", ["an argument that attention reads", "packed positions", "a mask of pairs"])
 @pytest.mark.parametrize(("build", "case", "setting"), [p for p in MATRIX if "gpt2" in str(p.id)])
-def test_static_caches(build: Any, case: ModelCase, setting: Setting, name: str) -> None:
+def test_static_cache_after_a_refusal(build: Any, case: ModelCase, setting: Setting, name: str) -> None:
     model = build(case, setting)
 
     def refuse(cache: Any) -> None:

@@ -89,7 +89,7 @@ def test_converted_draft(setting: Setting, cropped: list[int]) -> None:
 
 
 @some_kinds
-def test_stock_draft(setting: Setting, cropped: list[int]) -> None:
+def test_stock_draft_model(setting: Setting, cropped: list[int]) -> None:
     """The draft has softmax and a cache of keys and values."""
     check_assisted(decoder(GPT2, setting), cropped, assistant_model=near(GPT2.build(), 0.02))
 
@@ -177,7 +177,7 @@ actions = st.lists(st.tuples(st.integers(1, 14), st.integers(0, 14), st.booleans
 
 
 @all_settings
-def test_crop(setting: Setting) -> None:
+def test_crop_takes_tokens_back(setting: Setting) -> None:
     """Tokens are added, in one forward or in several, and some taken back, again and again."""
     model = decoder(GPT2, setting)
     quick = settings(max_examples=5, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

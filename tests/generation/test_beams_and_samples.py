@@ -91,7 +91,7 @@ def test_beam_sample(setting: Setting, reordered: list[bool]) -> None:
 
 @both
 @some_kinds
-def test_samples(case: ModelCase, setting: Setting) -> None:
+def test_samples_with_a_cache(case: ModelCase, setting: Setting) -> None:
     model, batch = decoder(case, setting), left_padded(PADDINGS, 28)
     cached, full = both_ways(model, **batch, **SAMPLES, max_new_tokens=10)
     assert torch.equal(cached, full)

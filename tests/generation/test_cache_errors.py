@@ -127,7 +127,7 @@ def test_of_a_model_with_other_layers_converted(setting: Setting) -> None:
 @some_kinds
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_another_batch(case: ModelCase, setting: Setting, batch: int, tokens: int) -> None:
+def test_cache_of_another_batch(case: ModelCase, setting: Setting, batch: int, tokens: int) -> None:
     """Neither more rows nor one row for all, which would broadcast."""
     model = decoder(case, setting)
     with pytest.raises(InputError, match="2"):

@@ -53,7 +53,7 @@ def steps(model: Any, call: Any, cache: Any, ids: torch.Tensor, mask: torch.Tens
 
 
 @traced("favor_plus", "eva")
-def test_static_cache(setting: Setting) -> None:
+def test_compiled_step_with_a_static_cache(setting: Setting) -> None:
     """Nothing of a step depends on how many there have been."""
     model, ids = one_layer(GPT2, setting), prompt(2, START + STEPS)
     counter = CompileCounterWithBackend("eager")
@@ -82,7 +82,7 @@ def test_static_cache_with_padding(setting: Setting) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [GPT2, BERT], ids=["gpt2", "bert"])
 @all_kinds
-def test_dynamic_cache(case: Any, setting: Setting) -> None:
+def test_compiled_step_with_a_dynamic_cache(case: Any, setting: Setting) -> None:
     model, ids = one_layer(case, setting), prompt(2, START + STEPS)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)

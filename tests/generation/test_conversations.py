@@ -51,7 +51,7 @@ def advance(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 
 @all_settings
-def test_conversation(setting: Setting) -> None:
+def test_conversation_with_a_kept_cache(setting: Setting) -> None:
     """Three turns, each of another length, against one forward of everything said."""
     model = decoder(GPT2, setting)
     cache, said = None, torch.empty(2, 0, dtype=torch.long)
@@ -89,7 +89,7 @@ def test_user_gives_the_cache(setting: Setting) -> None:
 
 
 @all_settings
-def test_branches(setting: Setting) -> None:
+def test_branches_of_a_kept_cache(setting: Setting) -> None:
     """Copies of a cache go on independently of each other and of the original, in steps and in pieces."""
     model, start = decoder(GPT2, setting), prompt(2, 19)
     cache = DynamicCache(config=model.config)

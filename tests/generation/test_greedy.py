@@ -61,7 +61,7 @@ def check_greedy(case: ModelCase, setting: Setting, tokens: int, new: int) -> No
 
 @pytest.mark.compat("cache", "no cache")
 @pytest.mark.parametrize(("case", "setting"), CASES)
-def test_greedy(case: ModelCase, setting: Setting) -> None:
+def test_greedy_tokens_with_and_without_cache(case: ModelCase, setting: Setting) -> None:
     check_greedy(case, setting, 45, 24)
 
 

@@ -26,7 +26,7 @@ def forced(model: Any, ids: Tensor, start: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @all_settings
-def test_same_choice(setting: Setting, dtype: torch.dtype) -> None:
+def test_half_precision_chooses_the_same_tokens(setting: Setting, dtype: torch.dtype) -> None:
     """Teacher-forced: wherever the best token leads by more than rounding, it is the same one."""
     model, ids = decoder(GPT2, setting).to(dtype), prompt(3, 90)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_generates_in_half(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["favor_plus", "lara", "eva"])
-def test_under_autocast(name: str) -> None:
+def test_decoding_under_autocast(name: str) -> None:
     """Keys may come in another type than the cache began with: it goes on, and stays near float32."""
     model, ids = decoder(GPT2, BY_NAME[name]), prompt(2, 40)
     cache, found = DynamicCache(config=model.config), []

@@ -47,7 +47,7 @@ def read(model: Any, cache: Any, ids: Tensor, lengths: list[int], mask: Tensor |
 
 @pytest.mark.compat("static")
 @all_settings
-def test_static(setting: Setting) -> None:
+def test_static_cache_generates_the_same(setting: Setting) -> None:
     """`generate` makes the mask before it calls the model, and a cache of a given length."""
     if STATIC_KEEPS_KEYS and setting.name == "eva-queries":
         pytest.skip("its proposals read queries, which a cache of keys does not hold")
@@ -75,7 +75,7 @@ def test_static_is_recurrent(case: ModelCase, setting: Setting) -> None:
 
 
 @all_settings
-def test_static_by_hand(setting: Setting) -> None:
+def test_static_cache_by_hand(setting: Setting) -> None:
     """Pieces and steps; then `reset`, as between the requests that share a static cache."""
     model, cache = decoder(GPT2, setting), None
     cache = StaticCache(config=model.config, max_cache_len=64)
@@ -160,7 +160,7 @@ def test_moved_away_and_back(setting: Setting) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static", "static", "dynamic"])
 @all_settings
-def test_on_a_device(setting: Setting, implementation: str) -> None:
+def test_cache_on_a_device(setting: Setting, implementation: str) -> None:
     model = decoder(GPT2, setting).cuda()
     batch = {name: tensor.cuda() for name, tensor in left_padded(PADDINGS, 27).items()}
     options = {"cache_implementation": implementation, "disable_compile": True}

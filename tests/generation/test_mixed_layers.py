@@ -35,7 +35,7 @@ PADDINGS = [0, 3, 29]
 
 
 @mixed
-def test_generate(case: ModelCase, setting: Setting, layers: list[int]) -> None:
+def test_generation_with_softmax_layers(case: ModelCase, setting: Setting, layers: list[int]) -> None:
     model, batch = decoder(case, setting, layers=layers), left_padded(PADDINGS, 35)
     cached, cached_logits = run(model, 14, **batch)
     check_replay(model, cached, cached_logits, PADDINGS)

@@ -71,7 +71,7 @@ def test_mask_inferred_from_the_padding_token(case: ModelCase, setting: Setting)
 
 
 @pytest.mark.parametrize("name", ["favor_plus", "favor_plus-overlap", "lara-no-window", "eva", "eva-overlap"])
-def test_any_padding(name: str) -> None:
+def test_generation_with_any_padding(name: str) -> None:
     model = decoder(GPT2, BY_NAME[name])
 
     @settings(max_examples=4, derandomize=True, database=None)

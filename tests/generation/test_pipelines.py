@@ -60,7 +60,7 @@ def test_text_generation(setting: Setting) -> None:
         assert said.count("w") == text.count("w") + 9
 
 
-def test_chat() -> None:
+def test_chat_pipeline() -> None:
     model = decoder(GPT2, KINDS[0])
     messages = [{"role": "user", "content": words(12)[0]}]
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")

@@ -80,13 +80,13 @@ def split_test(model: Any, examples: settings) -> None:
 
 
 @all_settings
-def test_any_pieces(setting: Setting) -> None:
+def test_prefill_in_any_pieces(setting: Setting) -> None:
     split_test(decoder(GPT2, setting), quick)
 
 
 @pytest.mark.slow
 @all_settings
-def test_many_pieces(setting: Setting) -> None:
+def test_prefill_in_many_pieces(setting: Setting) -> None:
     split_test(decoder(GPT2, setting), thorough)
     split_test(decoder(BERT, setting), thorough)
 

@@ -82,7 +82,7 @@ def check(**facts: Any) -> None:
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 @pytest.mark.parametrize("field", ["repo_id", "base_model", "metrics", "dataset", "split"])
-def test_every_fact(field: str, text: str) -> None:
+def test_every_fact_of_a_card(field: str, text: str) -> None:
     if not text:
         text = "<b>"
     check(**{field: {text: 0.5} if field == "metrics" else text})
@@ -92,7 +92,7 @@ def test_every_fact(field: str, text: str) -> None:
 @given(
     st.text(alphabet="ab \n\r\t`|\\<>[]()!*_#-+:.&;'\"{}%$~=0", max_size=24), st.sampled_from(["dataset", "repo_id"])
 )
-def test_any_text(text: str, field: str) -> None:
+def test_any_text_in_a_card(text: str, field: str) -> None:
     check(**{field: f"x{text}x"})
 
 

@@ -50,7 +50,7 @@ def build(case: ModelCase, is_converted: bool, kind: str = "favor_plus") -> Any:
 
 # -- masks ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("case", "is_converted"), TEXT_CASES)
-def test_masks(case: ModelCase, is_converted: bool) -> None:
+def test_masks_that_are_refused(case: ModelCase, is_converted: bool) -> None:
     model, inputs = build(case, is_converted), case.inputs()
     full = torch.ones(2, 1, TOKENS, TOKENS)
     for mask in (full, full.bool(), full.bool().tril()):
@@ -165,7 +165,7 @@ def test_output_attentions(case: ModelCase, tmp_path: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments(name: str, value: Any, message: str, is_converted: bool) -> None:
+def test_unsupported_arguments_of_a_model(name: str, value: Any, message: str, is_converted: bool) -> None:
     model = build(BERT, is_converted)
     if name == "is_causal" and not is_converted:
         assert torch.isfinite(logits(model, **BERT.inputs(), is_causal=True)).all()

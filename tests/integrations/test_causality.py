@@ -34,7 +34,7 @@ def leak(model: Any, embeddings: torch.Tensor, position: int) -> tuple[float, fl
 
 
 @pytest.mark.parametrize(("kind", "window", "converted", "training"), CASES)
-def test_gpt2(kind: str, window: int, converted: bool, training: bool) -> None:
+def test_causality_of_gpt2(kind: str, window: int, converted: bool, training: bool) -> None:
     changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2.build(**changes)
     settings = GPT2.settings(kind, window_size=window, slot_dropout=0.2)
@@ -53,7 +53,7 @@ def test_gpt2(kind: str, window: int, converted: bool, training: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
-def test_bert_decoder(kind: str) -> None:
+def test_causality_of_a_bert_decoder(kind: str) -> None:
     torch.manual_seed(0)
     model = BertLMHeadModel(bert_config(is_decoder=True)).eval()
     ready(hf_linattn.convert(model, GPT2.settings(kind)))

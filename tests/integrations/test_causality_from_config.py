@@ -111,7 +111,7 @@ def test_asked_for_in_a_call(case: ModelCase) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_converted_layer_has_one_direction_and_the_advice_works(kind: str) -> None:
+def test_direction_of_a_converted_layer_and_the_advice(kind: str) -> None:
     model = build(GPT, kind, native=False, window_size=8)
     with pytest.raises(UnsupportedError, match=r"set config\.is_causal = False and convert it again"):
         model(**GPT2.inputs(), is_causal=False)

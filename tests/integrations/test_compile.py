@@ -177,7 +177,7 @@ def exported(model: Any, inputs: dict[str, Tensor]) -> Any:
 @pytest.mark.parametrize(
     "case", [GPT2, *(pytest.param(c, marks=pytest.mark.slow) for c in (CLASSIFIER, VIT))], ids=lambda case: case.name
 )
-def test_export(case: ModelCase, kind: str, mode: Callable[..., Any]) -> None:
+def test_exported_attention(case: ModelCase, kind: str, mode: Callable[..., Any]) -> None:
     """Any batch size, and the gradients of the model."""
     if case.is_causal and kind not in (NATIVE_CAUSAL_KINDS if mode is native else CAUSAL_KINDS):
         return
@@ -236,7 +236,9 @@ def test_gradient_checkpointing(case: ModelCase, kind: str, window: bool, use_re
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("case", "kind", "window"), combinations(native_mode=True, windows=(True,)))
-def test_autocast(case: ModelCase, kind: str, window: bool, dtype: torch.dtype, mode: Callable[..., Any]) -> None:
+def test_compiled_under_autocast(
+    case: ModelCase, kind: str, window: bool, dtype: torch.dtype, mode: Callable[..., Any]
+) -> None:
     """As close to float32 as the model's own products in half precision are."""
     model = one_layer(case, kind, mode, window_size=window_of(case, window)).train()
     softmax = one_layer(case, "favor_plus", native)
@@ -290,7 +292,7 @@ FUNC_CASES = [
 
 
 @pytest.mark.parametrize(("name", "options"), FUNC_CASES)
-def test_torch_func(name: str, options: str) -> None:
+def test_attention_under_torch_func(name: str, options: str) -> None:
     """`grad`, `vmap`, `vmap(grad)`, and what has no derivative."""
     rows = [tuple(random(1, 2, 13, 4, seed=3 * row + i) for i in range(3)) for row in range(3)]
     batched = [torch.stack(z) for z in zip(*rows, strict=True)]

@@ -193,7 +193,7 @@ def test_nothing_is_visible(head_dim: int) -> None:
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_of_rows_that_see_nothing_ignore_their_upstream(dtype: torch.dtype, head_dim: int) -> None:
+def test_gradients_of_rows_that_see_nothing(dtype: torch.dtype, head_dim: int) -> None:
     """What comes back through a mass of -inf is often NaN."""
     inputs = [z.to(dtype).requires_grad_() for z in make(3, 5, head_dim)]
     visible = torch.ones(3, 5, dtype=torch.bool)
@@ -207,7 +207,7 @@ def test_gradients_of_rows_that_see_nothing_ignore_their_upstream(dtype: torch.d
 
 @both
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0)])
-def test_nothing_to_do(queries: int, keys: int, head_dim: int) -> None:
+def test_attend_without_queries_or_keys(queries: int, keys: int, head_dim: int) -> None:
     check(make(queries, keys, head_dim))
     check([*make(queries, keys, head_dim)[:3], None], torch.ones(queries, keys, dtype=torch.bool))
 

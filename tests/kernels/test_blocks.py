@@ -146,7 +146,7 @@ def test_keys_that_nothing_reads(reach: BlockReach) -> None:
 
 
 @every_reach
-def test_gradients_of_queries_that_read_nothing_ignore_their_upstream(reach: BlockReach) -> None:
+def test_gradients_of_queries_that_read_nothing(reach: BlockReach) -> None:
     inputs = make(reach)
     inputs[KEY_BIAS][0, 0, :4] = -INF
     leaves = [z.requires_grad_() for z in inputs]

@@ -224,7 +224,7 @@ def test_slots_that_carry_nothing(bias: int) -> None:
     assert all((found[2 + i][:, :, 2] == 0).all() for i in SLOTS)
 
 
-def test_gradients_of_queries_that_see_nothing_ignore_their_upstream() -> None:
+def test_gradients_of_queries_that_see_nothing() -> None:
     inputs = make(12)
     inputs[KEY_BIAS][:, :, :5] = -INF
     leaves = [z.requires_grad_() for z in inputs]
@@ -329,5 +329,5 @@ def test_log_weights_far_below_zero() -> None:
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0)])
-def test_nothing_to_do(batch: int, tokens: int) -> None:
+def test_causal_slots_without_tokens(batch: int, tokens: int) -> None:
     check(make(tokens, batch=batch), 4)

@@ -229,7 +229,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
 
 
 @every_backend
-def test_operator(backend: str) -> None:
+def test_decode_operator(backend: str) -> None:
     stream = make(1)
     state = empty_state(stream)
     inner = (2, 2, 1, 2, 1, 2, 1, 2, 2, 1)
@@ -242,7 +242,7 @@ def test_operator(backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("slots", "dim"), [(256, 64), (64, 128), (1000, 80), (256, 256)])
-def test_on_a_gpu(slots: int, dim: int, dtype: torch.dtype) -> None:
+def test_decode_on_a_gpu(slots: int, dim: int, dtype: torch.dtype) -> None:
     stream = make(20, (8, 12), slots, dim, dim, dtype=dtype, scale=dim**-0.5, device="cuda")
     found, best = run(stream, "triton"), exact(stream)
     assert_close(found, best, limit=1e-5 if dtype == torch.float32 else 1e-2)

@@ -27,7 +27,7 @@ def test_kernel_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradient(backend: str) -> None:
+def test_gradient_of_half_norm(backend: str) -> None:
     x = torch.randn(2, 3, 20, 16, device=DEVICE, requires_grad=True)
     with use_backend(backend):
         (grad,) = torch.autograd.grad(half_norm(x).sum(), x)

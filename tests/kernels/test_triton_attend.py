@@ -166,7 +166,7 @@ def test_results_are_rounded_once() -> None:
     assert torch.equal(ours(case)[0], case.value.float().mean(-2, keepdim=True).bfloat16().expand_as(case.grad_output))
 
 
-def test_without_bias() -> None:
+def test_triton_attend_without_bias() -> None:
     assert_close(make(70, 7, bias=False))
 
 
@@ -186,7 +186,7 @@ def test_a_bias_of_minus_infinity_hides_a_key() -> None:
     assert_close(case)
 
 
-def test_gradients_of_rows_that_see_nothing_ignore_their_upstream() -> None:
+def test_gradients_of_rows_that_see_nothing() -> None:
     """`lse` is -inf there, and what comes back through it is often NaN."""
     case = make(6, 9, masked="pairs")
     assert case.visible is not None
@@ -270,7 +270,7 @@ def test_repeated_runs_agree_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(("groups", "queries", "keys"), [((0, 2), 3, 3), ((1, 2), 0, 3), ((1, 2), 3, 0)])
-def test_nothing_to_do(groups: tuple[int, int], queries: int, keys: int) -> None:
+def test_triton_attend_without_queries_or_keys(groups: tuple[int, int], queries: int, keys: int) -> None:
     output, lse, *gradients = ours(make(queries, keys, groups=groups))
     assert not output.any()
     assert (lse == -INF).all() or keys

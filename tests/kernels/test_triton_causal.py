@@ -46,7 +46,7 @@ def test_matches_the_portable_form(tokens: int) -> None:
     check(case(2, tokens, 5, 4, 3), 5e-5)
 
 
-def test_masked_keys() -> None:
+def test_triton_causal_with_masked_keys() -> None:
     inputs = case(2, 100, 5, 4, 3)
     inputs[4][0, :70] = inputs[4][1, 60:] = -INF
     check(inputs, 5e-5)
@@ -66,6 +66,6 @@ def test_only_what_is_needed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 80])
-def test_on_a_gpu(dim: int) -> None:
+def test_triton_causal_on_a_gpu(dim: int) -> None:
     inputs = case(8, 1000, 256, dim, dim)
     check([z * dim**-0.25 if z.ndim == 3 else z for z in inputs], 5e-4, "cuda")

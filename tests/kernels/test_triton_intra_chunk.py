@@ -221,7 +221,7 @@ def test_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("dim", [64, 80, 256])
 @pytest.mark.parametrize("chunk", [32, 64, 128])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_on_a_gpu(dim: int, chunk: int, scale: float) -> None:
+def test_triton_intra_chunk_on_a_gpu(dim: int, chunk: int, scale: float) -> None:
     inputs = [z.cuda() for z in case(4, 512, 256, dim, dim, scale=scale * dim**-0.25)]
     check(inputs, chunk, limit=2e-4)
     grads = cotangents(inputs)

@@ -170,7 +170,7 @@ def test_refuses_what_it_cannot_do() -> None:
 @pytest.mark.gpu
 @every_reach
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_on_a_gpu(reach: BlockReach, dim: int) -> None:
+def test_triton_block_slots_on_a_gpu(reach: BlockReach, dim: int) -> None:
     given = case(reach, 16, 130, 256, dim, scale=4.0, device="cuda")
     first, again = ours(*given, reach), ours(*given, reach)
     assert_close(first, exact(*given, reach), 1e-4)

@@ -183,7 +183,7 @@ def test_rows_that_see_nothing(backend: str, causal: bool) -> None:
 
 
 @both
-def test_gradients_of_rows_that_see_nothing_ignore_their_upstream(backend: str) -> None:
+def test_gradients_of_rows_that_see_nothing(backend: str) -> None:
     """What comes back through a mass of -inf is often NaN."""
     visible = torch.ones(2, 4, 5, 7, dtype=torch.bool)
     visible[0, 3, 2] = False
@@ -268,7 +268,7 @@ def test_refuses_what_it_cannot_do() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 80, 256])
 @pytest.mark.parametrize("causal", [False, True])
-def test_on_a_gpu(dim: int, causal: bool) -> None:
+def test_window_chunks_on_a_gpu(dim: int, causal: bool) -> None:
     inputs = case(64, 128, 300, dim, dim, causal=causal, scale=dim**-0.25)
     inputs = [z.cuda() if isinstance(z, Tensor) else z for z in inputs]
     first, again = check("triton", inputs, limit=2e-4), check("triton", inputs, limit=2e-4)

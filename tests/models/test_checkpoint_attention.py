@@ -13,19 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertTokeni
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError
 
-
-@pytest.fixture
-def stock(tmp_path: Path) -> Path:
-    BERT.build().save_pretrained(tmp_path / "stock")
-    return tmp_path / "stock"
-
-
-@pytest.fixture
-def converted(tmp_path: Path) -> Path:
-    hf_linattn.convert(BERT.build(), BERT.settings("favor_plus")).save_pretrained(tmp_path / "converted")
-    return tmp_path / "converted"
-
-
 OTHERS = ["sdpa", "eager", "flex_attention", "eva", {"": "sdpa"}]
 BY_ARGUMENT = {
     "Auto class": lambda folder, wanted: AutoModelForMaskedLM.from_pretrained(folder, attn_implementation=wanted),

@@ -278,7 +278,7 @@ def test_adapters_are_never_mixed(ranks: tuple[int, int], gone: int, tmp_path: P
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/models"]
 from test_cut_off_saves import *
 from pathlib import Path
 

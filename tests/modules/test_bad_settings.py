@@ -58,7 +58,7 @@ from hf_linattn.errors import ConfigError, LinAttnError, UnknownFieldError, Unsu
     ],
     ids=str,
 )
-def test_settings(config: Any, error: type[Exception], message: str) -> None:
+def test_bad_values_of_settings(config: Any, error: type[Exception], message: str) -> None:
     model, inputs = BERT.build(), BERT.inputs()
     before = logits(model, **inputs)
     with pytest.raises(error, match=message):
@@ -83,7 +83,7 @@ def test_settings(config: Any, error: type[Exception], message: str) -> None:
     ],
     ids=str,
 )
-def test_layers(layers: Any, message: str) -> None:
+def test_bad_choices_of_layers(layers: Any, message: str) -> None:
     model = BERT.build()
     with pytest.raises(ConfigError, match=message):
         hf_linattn.convert(model, "favor_plus", layers=layers)
@@ -141,7 +141,7 @@ def test_subclass_of_a_stock_class() -> None:
         hf_linattn.convert(Mine(BERT.config()), "favor_plus")
 
 
-def test_causal_lara() -> None:
+def test_bad_settings_of_causal_lara() -> None:
     """It needs statistics of other data, which only a converted model keeps; with landmarks it would see ahead."""
     for model in (GPT2.build(), BertLMHeadModel(bert_config(is_decoder=True))):
         before = type(model)

@@ -17,11 +17,7 @@ NAME = "own_directions"
 
 FILES = [
     "modules/test_modules.py",  # dtypes, devices, copies, dropout
-    "modules/test_config.py",
-    "integrations/test_native.py",
     "integrations/test_padding.py",
-    "integrations/test_batch_keys.py",  # packed sequences and other keys of a batch
-    "conversion/test_conversion.py",
     "conversion/test_compare.py",
     "models/test_checkpoints.py",
     "hub/test_model_card.py",

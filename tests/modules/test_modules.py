@@ -142,7 +142,7 @@ def test_images_reach_the_function() -> None:
 
 
 @every
-def test_fresh_modules_compute_what_the_method_without_parameters_computes(kind: str, is_causal: bool) -> None:
+def test_fresh_modules_equal_the_method_without_parameters(kind: str, is_causal: bool) -> None:
     q, k, v = inputs()
     converted = build(kind, is_causal)
     if kind in ("lara", "eva"):

@@ -252,7 +252,7 @@ def test_copies_are_independent(name: str) -> None:
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", ["favor_plus", "lara-window", "eva-bounded", "eva"])
 @torch.no_grad()
-def test_reset(name: str, is_static: bool) -> None:
+def test_memory_after_a_reset(name: str, is_static: bool) -> None:
     layer, parts = get_layer(name), inputs()
     memory = RecurrentMemory(static_tokens=50 if is_static else None)
     in_pieces(layer, inputs(seed=3), [30, 1, 14], memory=memory)
@@ -263,7 +263,7 @@ def test_reset(name: str, is_static: bool) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_half_precision(name: str) -> None:
+def test_memory_in_half_precision(name: str) -> None:
     """bfloat16 inputs: near tokens stay bfloat16, slots float32; as close to the whole as rounding allows."""
     layer = copy.deepcopy(get_layer(name)).float()
     layer._buffers = {k: None if b is None else b.float() for k, b in layer._buffers.items()}

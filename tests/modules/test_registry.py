@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+import hf_linattn
 from hf_linattn.errors import ConfigError
 from hf_linattn.modules import registry
 from hf_linattn.modules.base import LinearAttention
@@ -82,3 +85,15 @@ def test_kinds_are_imported_on_first_use(monkeypatch: pytest.MonkeyPatch) -> Non
     assert imported == []
     assert get_kind("eva") is get_kind("eva") is present["eva"]
     assert imported == ["hf_linattn.modules.kinds.eva"]
+
+
+def test_rooms_outside_the_kinds_do_not_know_them_by_name() -> None:
+    """What others want to know of a kind is on its record. (The canary's own model has a kind of its choice.)"""
+    package = Path(hf_linattn.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in registry.BUILTIN_KINDS:
+                found.add(path.relative_to(package).as_posix())
+    kinds = {f"modules/kinds/{name}.py" for name in registry.BUILTIN_KINDS}
+    assert found - kinds == {"modules/registry.py", "integrations/family_probes.py"}

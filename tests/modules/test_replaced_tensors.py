@@ -62,7 +62,7 @@ def test_a_replica_computes_and_learns(kind: str, case: ModelCase, monkeypatch: 
 
 
 @pytest.mark.parametrize(("kind", "case"), LEARNED)
-def test_a_replica_in_training_has_every_learned_tensor_in_its_graph(
+def test_every_learned_tensor_is_in_the_graph_of_a_replica(
     kind: str, case: ModelCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained(case, kind, window_size=64 if case is not VIT else 8).train()  # rows fit: no map is used

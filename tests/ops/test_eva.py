@@ -5,40 +5,20 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
+from helpers import MASKS, assert_same, inputs, random
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import eva_attention, softmax_attention
 from hf_linattn.ops.eva.exclusive import chunk_length
 
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 19 + [1] * 4, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),
-    "one": torch.tensor([[0] * 22 + [1], [1] * 23]).bool(),
-}
 # window, chunks: chunks inside a window, equal to it, larger (sibling windows), one for everything
 LAYOUTS = [(1, 64), (1, 3), (2, 5), (3, 8), (4, 6), (6, 64), (8, 3), (8, 4), (4, 1), (3, 2), (2, 1), (23, 4), (64, 2)]
 
 
-def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens + dim)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
-
-
-def standard_normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
-
-
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("window", "chunks"), LAYOUTS)
-def test_sequences(mask: str, window: int, chunks: int) -> None:
+def test_eva_on_sequences(mask: str, window: int, chunks: int) -> None:
     q, k, v = inputs()
     weighting = "spread" if (window + chunks) % 2 else "size"
     ours = eva_attention(q, k, v, window_size=window, num_chunks=chunks, key_mask=MASKS[mask], weighting=weighting)
@@ -50,7 +30,7 @@ def test_sequences(mask: str, window: int, chunks: int) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("window", "chunk"), [(1, 1), (3, 1), (4, 2), (6, 3), (8, 8), (8, 4), (24, 4)])
 @pytest.mark.parametrize("proposals", ["sum", "mean", "key", "none"])
-def test_causal(mask: str, window: int, chunk: int, proposals: str) -> None:
+def test_causal_eva(mask: str, window: int, chunk: int, proposals: str) -> None:
     q, k, v = inputs()
     for weighting in ("size", "spread"):
         options = {"chunk_size": chunk, "proposals": proposals, "weighting": weighting}
@@ -61,7 +41,7 @@ def test_causal(mask: str, window: int, chunk: int, proposals: str) -> None:
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 5)])
 @pytest.mark.parametrize(("window", "chunks"), [(1, 4), (2, 64), (2, 9), (3, 4), (2, 4), (2, 1), (4, 30), (9, 4)])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images(grid: tuple[int, int], window: int, chunks: int, count: int) -> None:
+def test_eva_on_images(grid: tuple[int, int], window: int, chunks: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     weighting = "spread" if count else "size"
     options = {"grid": grid, "num_chunks": chunks, "weighting": weighting}
@@ -83,9 +63,9 @@ def test_global_tokens(mask: str, window: int, chunks: int, count: int) -> None:
 @pytest.mark.parametrize("proposals", ["sum", "mean", "key", "none"])
 def test_noise_and_maps(mask: str, is_causal: bool, proposals: str) -> None:
     q, k, v = inputs()
-    query_map, key_map = standard_normal(2, 4, 4), standard_normal(2, 4, 4) * 0.5
+    query_map, key_map = random(2, 4, 4, seed=7), random(2, 4, 4, seed=7) * 0.5
     chunks = 10 if is_causal else 6
-    noise = standard_normal(2, 2, chunks, 4)
+    noise = random(2, 2, chunks, 4, seed=7)
     maps = {"query_map": lambda z: z @ query_map, "key_map": lambda z: z @ key_map}
     options = {"num_chunks": 6, "chunk_size": 2 if is_causal else None, "proposals": proposals}
     for given in (False, noise):
@@ -109,7 +89,7 @@ def test_noise_drawn_inside() -> None:
     for chunks in (8, 2):  # two chunks are larger than the window: the sibling windows get noise as well
         first, second = (eva_attention(q, k, v, window_size=2, num_chunks=chunks, noise=True) for _ in range(2))
         assert (first - second).abs().amax(-1).min() > 0
-    noise = standard_normal(2, 2, 8, 4)
+    noise = random(2, 2, 8, 4, seed=7)
     spread = [eva_attention(q, k, v, window_size=3, num_chunks=8, noise=noise * c) for c in (0.0, 1.0)]
     assert_same(spread[0], eva_attention(q, k, v, window_size=3, num_chunks=8))
     assert not torch.allclose(spread[0], spread[1])

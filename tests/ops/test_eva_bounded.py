@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from helpers import assert_same, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,15 +23,6 @@ from hf_linattn.ops.eva.chunks import Summaries
 
 quick = settings(max_examples=60, derandomize=True, database=None)
 Part = tuple[Tensor, Tensor, Tensor, float]  # mean key, value, spread, log-weight
-
-
-def inputs(tokens: int, dim: int = 4, batch: int = 2, heads: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) for _ in range(3)]
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 def merged(first: Part, second: Part) -> Part:
@@ -171,7 +163,7 @@ def test_nothing_of_a_later_token_enters(weighting: str, overlap: bool) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["none", "size", "spread"])
-def test_gradients(weighting: str) -> None:
+def test_gradients_with_bounded_chunks(weighting: str) -> None:
     q, k, v = (z.requires_grad_() for z in inputs(13, dim=2, heads=1))
     generator = torch.Generator().manual_seed(3)
     bias = torch.randn(1, 2, 4, generator=generator, dtype=torch.float64).requires_grad_()
@@ -265,7 +257,7 @@ def test_merging_many_chunks_loses_nothing_to_rounding() -> None:
         torch.testing.assert_close(getattr(ours, name).double(), getattr(exact, name).double(), rtol=3e-6, atol=3e-6)
 
 
-def test_compiled() -> None:
+def test_compiled_eva_with_bounded_chunks() -> None:
     q, k, v = (z.float() for z in inputs(50))
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, :9] = False
@@ -287,7 +279,7 @@ def test_compiled() -> None:
         ({"max_chunks": 4, "is_causal": True, "chunking": "published"}, UnsupportedError, "chunking='published'"),
     ],
 )
-def test_what_cannot_be(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_options_that_bounded_chunks_exclude(options: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k, v = inputs(9)
     with pytest.raises(error, match=message):
         eva_attention(q, k, v, window_size=4, **options)

@@ -10,6 +10,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from helpers import assert_same, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,14 +26,6 @@ quick = settings(max_examples=60, derandomize=True, database=None)
 def tensors(tokens: int, heads: int = 2, batch: int = 2) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(tokens)
     return tuple(torch.randn(batch, heads, tokens, 3, generator=generator, dtype=torch.float64) for _ in range(3))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 def divisors(n: int) -> list[int]:
@@ -145,20 +138,20 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
 
 @given(case=cases("sequence"))
 @settings(quick, max_examples=150)
-def test_sequences(case: Case) -> None:
+def test_layouts_of_sequences(case: Case) -> None:
     # Exclusive chunks that are cut by the window become their other windows, which get no noise.
     case.compare()
 
 
 @given(case=cases("causal"))
 @quick
-def test_causal(case: Case) -> None:
+def test_layouts_of_causal_eva(case: Case) -> None:
     case.compare()
 
 
 @given(case=cases("grid"))
 @quick
-def test_images(case: Case) -> None:
+def test_layouts_of_images(case: Case) -> None:
     case.compare()
 
 
@@ -271,7 +264,7 @@ def test_later_tokens_have_no_gradient(chunking: str, overlap: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("chunking", ["exclusive", "published"])
-def test_gradients(is_causal: bool, masked: bool, overlap: bool, chunking: str) -> None:
+def test_gradients_of_every_layout(is_causal: bool, masked: bool, overlap: bool, chunking: str) -> None:
     inputs = [z[:1, :1, :, :2].clone().requires_grad_() for z in tensors(7)]
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool() if masked else None
     reach = (2 if is_causal else 4) if overlap else 0
@@ -303,7 +296,7 @@ def test_gradients_in_images() -> None:
 @pytest.mark.parametrize("chunking", ["exclusive", "published"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_half_precision(dtype: torch.dtype, chunking: str, is_causal: bool, scale: float) -> None:
+def test_layouts_in_half_precision(dtype: torch.dtype, chunking: str, is_causal: bool, scale: float) -> None:
     q, k, v = tensors(21)
     given = [(q * scale).to(dtype), (k * scale).to(dtype), v.to(dtype)]
     bias = random(2, 4, 8 if is_causal or chunking == "published" else 12)

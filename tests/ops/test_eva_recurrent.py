@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +24,6 @@ BATCH, HEADS, DIM, VALUE_DIM = 3, 2, 3, 4
 SCALING = 0.7
 quick = settings(max_examples=80, derandomize=True, database=None)
 Parts = Sequence[Tensor]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(tokens: int, mask: Tensor | None = None, batch: int = BATCH) -> list[Tensor]:
@@ -62,10 +59,6 @@ def read(
             state = recurrence.absorb(query, key, value, seen, state)
         outputs.append(output)
     return torch.cat(outputs, dim=2), state
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 @st.composite
@@ -331,7 +324,7 @@ def test_compiled_steps() -> None:
             torch.testing.assert_close(output, expected[:, :, t : t + 1])
 
 
-def test_what_cannot_be() -> None:
+def test_options_without_a_recurrent_form() -> None:
     shared: dict[str, Any] = {"window_size": 4, "scaling": 1.0}
     with pytest.raises(UnsupportedError, match="EVA needs a chunk_size to continue.*got None.*use_cache=False"):
         eva_recurrence(**shared, chunk_size=None, chunking="published")

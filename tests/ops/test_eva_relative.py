@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from helpers import inputs
 
 from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.functional import eva_attention, softmax_attention
@@ -14,11 +14,6 @@ from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.relative_position import t5_index, t5_sizes, table_index
-
-
-def inputs(tokens: int = 21) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(2, 2, tokens, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
 def build(is_causal: bool = False, **fields: Any) -> EvaAttention:
@@ -39,7 +34,7 @@ def scramble(layer: EvaAttention) -> EvaAttention:
 def test_a_layer_is_its_function(position: str, is_causal: bool, overlap: bool, convention: str) -> None:
     fields = {"relative_position": position, "overlap_window": overlap, "relative_index": convention}
     layer = build(is_causal, **fields)
-    q, k, v = inputs()
+    q, k, v = inputs(21)
     plain = build(is_causal, overlap_window=overlap)(q, k, v)
     torch.testing.assert_close(layer(q, k, v), plain, rtol=0, atol=1e-14)  # zero at first
     table = scramble(layer).relative_table
@@ -71,7 +66,7 @@ def test_table_and_distances_are_those_between_tokens() -> None:
 
 
 @pytest.mark.parametrize("position", ["table", "t5"])
-def test_images(position: str) -> None:
+def test_relative_positions_on_images(position: str) -> None:
     layer = scramble(build(window_size=2, relative_position=position, relative_dims=2, overlap_window=True))
     q, k, v = inputs(20)
     grid = (4, 5)
@@ -85,17 +80,17 @@ def test_images(position: str) -> None:
 
 def test_the_table_learns() -> None:
     layer = build(relative_position="table", overlap_window=True, num_chunks=21).train()
-    layer(*inputs()).square().sum().backward()
+    layer(*inputs(21)).square().sum().backward()
     grad = layer.relative_table.grad
     assert (grad[:, 2:-2] != 0).all()
     assert (grad[:, [0, 1, -2, -1]] == 0).all()  # farther than the window reaches
 
 
 def test_without_parameters_there_is_no_bias() -> None:
-    q, k, v = inputs()
+    q, k, v = inputs(21)
     config = resolve(EvaConfig(window_size=4, relative_position="table", proposals="sum", weighting="size"), "encoder")
     given = AttentionInputs(q, k, v, None, scaling=0.5, is_causal=False)
-    assert torch.equal(EvaAttention.attend(config, {}, given), eva_attention(q, k, v, window_size=4))
+    assert torch.equal(EvaAttention.compute(config, {}, given), eva_attention(q, k, v, window_size=4))
 
 
 @pytest.mark.parametrize("fields", [{}, {"overlap_window": True}, {"conventions": "published", "num_chunks": 2}])
@@ -110,7 +105,7 @@ def test_one_window_is_softmax(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("scale", ["corrected", "published"])
 def test_noise_in_training(scale: str) -> None:
-    q, k, v = inputs()
+    q, k, v = inputs(21)
     layer = build(sample_noise=True, noise_scale=scale).train()
     torch.manual_seed(0)
     ours = layer(q, k, v)
@@ -128,7 +123,7 @@ def test_published_conventions() -> None:
     assert "query_norm_weight" in layer.state_dict()
     causal = build(True, conventions="published", proposal_map=None, chunk_size=None)
     assert causal.config.proposals == "sum"
-    assert causal(*inputs()).isfinite().all()
+    assert causal(*inputs(21)).isfinite().all()
     alone = build(conventions="published", proposals="none", proposal_map=None)
     assert "query_norm_weight" not in alone.state_dict()
 
@@ -143,9 +138,9 @@ def test_settings_that_cannot_work() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("chunking", ["exclusive", "published"])
-def test_compiled(is_causal: bool, chunking: str) -> None:
+def test_compiled_relative_positions(is_causal: bool, chunking: str) -> None:
     torch._dynamo.reset()
-    q, k, v = (z.float() for z in inputs())
+    q, k, v = (z.float() for z in inputs(21))
     mask = torch.arange(21) < torch.tensor([[21], [13]])
     layer = build(is_causal, relative_position="t5", overlap_window=True, chunking=chunking).float()
     scramble(layer)

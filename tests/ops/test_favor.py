@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import MASKS, inputs
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
@@ -20,19 +21,6 @@ from hf_linattn.functional import (
 from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 from hf_linattn.ops.reference import favor_reference
-
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 9 + [1] * 14, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
-}
-
-
-def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.5) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens + dim)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
 
 
 def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
@@ -50,7 +38,7 @@ def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: b
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 3, 8, 64])
-def test_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
+def test_favor_on_sequences(kind: str, mask: str, is_causal: bool, window: int) -> None:
     q, k, v = inputs()
     w, key_mask = directions(), MASKS[mask]
     stats = statistics(kind, q, k, key_mask)
@@ -92,7 +80,7 @@ def test_global_tokens(kind: str, window: int, count: int, mask: str) -> None:
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 1)])
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1])
-def test_images(grid: tuple[int, int], window: int, count: int) -> None:
+def test_favor_on_images(grid: tuple[int, int], window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     w = directions()
     stats = statistics("saderf", q, k, None)

@@ -94,7 +94,7 @@ def test_dot_products_stay(variant: str, centring: bool) -> None:
 
 
 @centred_or_not
-def test_transforms(centring: bool) -> None:
+def test_transforms_of_every_variant(centring: bool) -> None:
     q, k = inputs()
     x, y = scaled(q, k)
     if centring:

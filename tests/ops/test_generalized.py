@@ -144,7 +144,7 @@ def test_cross_attention_of_equal_lengths() -> None:
 @both
 @pytest.mark.parametrize("epsilon", [1e-3, 0.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients(kernel: str, is_causal: bool, epsilon: float, masked: bool) -> None:
+def test_gradients_of_generalized_kernels(kernel: str, is_causal: bool, epsilon: float, masked: bool) -> None:
     tensors = [z.requires_grad_() for z in (*inputs(7, batch=1), directions())]
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool() if masked else None
 
@@ -252,7 +252,7 @@ def test_log_features_of_extreme_inputs(kernel: str, dtype: torch.dtype) -> None
         assert x.grad.isfinite().all()
 
 
-def test_a_query_that_overlaps_no_key_gives_zero_only_without_epsilon() -> None:
+def test_query_that_overlaps_no_key_with_and_without_epsilon() -> None:
     w = torch.eye(2, dtype=torch.float64)
     q = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64).view(1, 1, 2, 2)
     k = torch.tensor([[-1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64).view(1, 1, 2, 2).requires_grad_()

@@ -39,7 +39,7 @@ def error(ours: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     ("name", "variant"), [(name, variant) for name in CASES for variant in CASES[name]["variants"]]
 )
-def test_answers(name: str, variant: str) -> None:
+def test_golden_vectors(name: str, variant: str) -> None:
     """The adapter is given no answers, so it cannot read them."""
     inputs, answers = load(name)
     ours = run_case(CASES[name], inputs, variant)

@@ -45,7 +45,7 @@ def _no_mass_correction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("attend", FIXED, ids=name_of)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 2, 4, 8])
-def test_every_kind(attend: Variant, masked: bool, window: int) -> None:
+def test_gradcheck_of_every_kind(attend: Variant, masked: bool, window: int) -> None:
     mask = MASK if masked else None
     for count in (0,) if attend.is_causal else (0, 1, 2):
         options = {"key_mask": mask, "window_size": window}
@@ -55,14 +55,14 @@ def test_every_kind(attend: Variant, masked: bool, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_images(window: int) -> None:
+def test_gradcheck_on_images(window: int) -> None:
     options = {"grid": (2, 3), "num_global_tokens": 1, "window_size": window}
     for attend in (v for v in FIXED if not v.is_causal):
         check(lambda q, k, v, attend=attend: attend(q, k, v, **options), *inputs())
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_references(is_causal: bool) -> None:
+def test_gradcheck_of_the_references(is_causal: bool) -> None:
     noise = torch.randn(1, 1, TOKENS, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for mask in (None, MASK):
         options = {"is_causal": is_causal, "key_mask": mask}

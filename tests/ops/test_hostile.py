@@ -52,7 +52,7 @@ def test_errors_stay_in_bounds(form: str, sweep: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("form", ["FAVOR+ causal, no window", "LARA balance, window 8", "EVA 12 chunks, key"])
-def test_half_precision(form: str, dtype: str, sweep: Any) -> None:
+def test_hostile_numbers_in_half_precision(form: str, dtype: str, sweep: Any) -> None:
     setting = next(s for s in sweep.settings.SETTINGS if s.name == form)
     cases = sweep.measure.cases([setting], [dtype], (1e2,))
     assert sweep.page.unexplained(sweep.page.summarised(cases)) == []

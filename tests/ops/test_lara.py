@@ -5,39 +5,18 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
+from helpers import MASKS, assert_same, inputs, random
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara.attention import WEIGHTINGS
 
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 19 + [1] * 4, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),
-    "one": torch.tensor([[0] * 22 + [1], [1] * 23]).bool(),
-}
-
-
-def inputs(tokens: int = 23, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens + dim)
-    return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
-
-
-def standard_normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
-
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("landmarks", [1, 5, 8, 23, 64])
-def test_sequences(mask: str, weighting: str, landmarks: int) -> None:
+def test_lara_on_sequences(mask: str, weighting: str, landmarks: int) -> None:
     q, k, v = inputs()
     ours = lara_attention(q, k, v, num_landmarks=landmarks, weighting=weighting, key_mask=MASKS[mask])
     assert_same(ours, naive.per_row(naive.lara, q, k, v, MASKS[mask], landmarks=landmarks, weighting=weighting))
@@ -59,7 +38,7 @@ def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 2)])
 @pytest.mark.parametrize("landmarks", [1, 4, 10, 36])
 @pytest.mark.parametrize(("window", "count"), [(0, 0), (2, 0), (3, 1), (9, 0)])
-def test_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
+def test_lara_on_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
     for weighting in WEIGHTINGS:
         options = {"grid": grid, "weighting": weighting}
@@ -73,7 +52,7 @@ def test_images(grid: tuple[int, int], landmarks: int, window: int, count: int) 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_noise_maps_and_offset(mask: str, window: int, weighting: str) -> None:
     q, k, v = inputs()
-    noise, query_map, key_map = standard_normal(2, 2, 6, 4), standard_normal(2, 4, 4), standard_normal(2, 4, 4) * 0.5
+    noise, query_map, key_map = random(2, 2, 6, 4, seed=7), random(2, 4, 4, seed=7), random(2, 4, 4, seed=7) * 0.5
     offset = torch.tensor([0.7, -1.3]).double()
     maps = {"query_map": lambda z: z @ query_map, "key_map": lambda z: z @ key_map}
     for draw in (noise, None):
@@ -158,4 +137,4 @@ def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(InputError, match="chunk_size.*3"):
         lara_attention(q, k, v, chunk_size=3)
     with pytest.raises(InputError, match=r"noise must be .*\(2, 2, 10, 4\); got \(2, 2, 5, 4\)"):
-        lara_attention(q, k, v, num_landmarks=5, samples_per_landmark=2, noise=standard_normal(2, 2, 5, 4))
+        lara_attention(q, k, v, num_landmarks=5, samples_per_landmark=2, noise=random(2, 2, 5, 4, seed=7))

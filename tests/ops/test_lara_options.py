@@ -8,6 +8,7 @@ from collections.abc import Callable
 import naive
 import pytest
 import torch
+from helpers import MASKS, assert_same, inputs, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,24 +16,6 @@ from torch import Tensor
 from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara import attention as lara
 from hf_linattn.ops.lara.attention import WEIGHTINGS
-
-MASKS = {
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-}
-
-
-def inputs() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(27)
-    return [torch.randn(2, 2, 23, 4, generator=generator, dtype=torch.float64) * 1.2 for _ in range(3)]
-
-
-def standard_normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 def squash(shift: float) -> Callable[[Tensor], Tensor]:
@@ -60,13 +43,13 @@ option_cases = st.fixed_dictionaries(
 
 @given(case=option_cases)
 @settings(max_examples=150, derandomize=True, database=None)
-def test_every_option(case: dict) -> None:
+def test_every_option_of_lara(case: dict) -> None:
     q, k, v = inputs()
     layout = {"grid": (2, 11) if case["count"] else (23, 1)} if case["layout"] == "grid" else {}
     mask = MASKS.get(case["layout"])
     landmarks, scaling = case["landmarks"], case["scaling"]
     used = int(landmarks**0.5) ** 2 if layout else min(landmarks, 23 - case["count"])
-    noise = standard_normal(2, 2, case["samples"] * used, 4) if case["noise_scale"] else None
+    noise = random(2, 2, case["samples"] * used, 4, seed=7) if case["noise_scale"] else None
     root = (4**-0.5 if scaling is None else scaling) ** 0.5
     factor = root if case["noise_scale"] == "published" else 1.0
     shared = {name: case[name] for name in ("weighting", "alpha_coeff", "mixing", "antithetic")} | layout
@@ -177,7 +160,7 @@ def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytes
     monkeypatch.setattr(lara, "_mass_correction", lambda *_: torch.tensor(0.8, dtype=torch.float64))
     q, k, v = (z[:1, :1, :7, :2].clone().requires_grad_() for z in inputs())
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool() if masked else None
-    noise = standard_normal(1, 1, 6, 2)
+    noise = random(1, 1, 6, 2, seed=7)
     for weighting, mixing in itertools.product(WEIGHTINGS, ("none", "key", "key_value")):
         for extra in ({}, {"noise": noise, "samples_per_landmark": 2}, {"noise": noise[:, :, :3], "antithetic": True}):
             options = {"weighting": weighting, "mixing": mixing, "num_landmarks": 3, "window_size": window, **extra}
@@ -187,7 +170,7 @@ def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytes
             )
 
 
-def test_a_row_without_a_landmark_of_its_own_is_finite_under_every_option() -> None:
+def test_row_without_landmarks_is_finite_under_every_option() -> None:
     q, k, v = (z.requires_grad_() for z in inputs())
     for weighting, mixing in itertools.product(WEIGHTINGS, ("none", "key", "key_value")):
         out = lara_attention(
@@ -197,7 +180,7 @@ def test_a_row_without_a_landmark_of_its_own_is_finite_under_every_option() -> N
             key_mask=torch.tensor([[0] * 23, [1] * 23]).bool(),
             weighting=weighting,
             mixing=mixing,
-            noise=standard_normal(2, 2, 23, 4),
+            noise=random(2, 2, 23, 4, seed=7),
             query_map=squash(0.2),
             map_stage="tokens",
         )

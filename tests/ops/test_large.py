@@ -90,7 +90,9 @@ def lara(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     ("is_causal", "window", "overlap"),
     [(False, 0, False), (False, 16, False), (False, 100, True), (True, 0, False), (True, 7, False), (True, 64, True)],
 )
-def test_slots(kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool) -> None:
+def test_slots_of_large_inputs(
+    kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool
+) -> None:
     tokens = 2113  # 34 causal chunks, which are three segments; 133 windows of 16
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

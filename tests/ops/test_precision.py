@@ -46,7 +46,7 @@ def assert_as_good_as_float32(attend: Variant, tensors: list[Tensor], **options:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_half_precision(attend: Variant, dtype: torch.dtype, window: int, scale: float) -> None:
+def test_error_in_half_precision(attend: Variant, dtype: torch.dtype, window: int, scale: float) -> None:
     assert_as_good_as_float32(attend, inputs(scale=scale, dtype=dtype), window_size=window)
     mask = torch.arange(21) < torch.tensor([[9], [21]])
     assert_as_good_as_float32(attend, inputs(scale=scale, dtype=dtype), window_size=window, key_mask=mask)
@@ -115,7 +115,7 @@ def test_degenerate_inputs(attend: Variant, dtype: torch.dtype, kind: str) -> No
 @every
 @pytest.mark.parametrize("dim", [1, 3, 64, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_dim(attend: Variant, dim: int, dtype: torch.dtype) -> None:
+def test_error_for_every_head_dim(attend: Variant, dim: int, dtype: torch.dtype) -> None:
     for window in (0, 4):
         assert_as_good_as_float32(attend, inputs(9, dim, dtype=dtype), window_size=window)
 

@@ -95,7 +95,7 @@ def test_one_set_for_all_heads(options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("orthogonal", [True, False])
 @pytest.mark.parametrize(("dim", "features"), [(1, 1), (1, 5), (3, 2), (3, 7), (64, 100), (256, 8)])
-def test_any_shape(orthogonal: bool, dim: int, features: int) -> None:
+def test_directions_of_any_shape(orthogonal: bool, dim: int, features: int) -> None:
     w = draw_projection(2, features, dim, seed=4, orthogonal=orthogonal)
     assert w.shape == (2, features, dim)
     assert w.dtype == torch.float32

@@ -5,30 +5,10 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
-from torch import Tensor
+from helpers import MASKS, assert_same, inputs, random
 
 from hf_linattn.errors import InputError
 from hf_linattn.functional import randomized_attention, softmax_attention
-
-MASKS = {
-    "none": None,
-    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
-    "left": torch.tensor([[0] * 19 + [1] * 4, [1] * 23]).bool(),
-    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
-}
-
-
-def inputs(tokens: int = 23, scale: float = 1.2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(2, 2, tokens, 4, generator=generator, dtype=torch.float64) * scale for _ in range(3)]
-
-
-def standard_normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def assert_same(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("proposal", ["softmax_mean", "mean", "sampled"])
@@ -37,12 +17,12 @@ def assert_same(ours: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("noise_scale", ["corrected", "published"])
 def test_against_the_reference(proposal: str, is_causal: bool, mask: str, noise_scale: str) -> None:
     q, k, v = inputs()
-    noise, key_mask = standard_normal(2, 2, 23, 4), MASKS[mask]
+    noise, key_mask = random(2, 2, 23, 4, seed=7), MASKS[mask]
     keep = torch.ones(2, 23, dtype=torch.bool) if key_mask is None else key_mask
     options = {"key_mask": key_mask, "is_causal": is_causal, "proposal": proposal}
     if proposal == "sampled":  # a real key, whichever; no later one
         upto = keep.cumsum(-1).clamp_min(1)[:, None]  # real keys up to here
-        picked = (standard_normal(2, 2, 23).abs() * 100).long() % upto
+        picked = (random(2, 2, 23, seed=7).abs() * 100).long() % upto
         places = keep.logical_not().long().sort(dim=-1, stable=True).indices[:, None].expand_as(picked)
         options["key_index"] = places.gather(-1, picked)
     ours = randomized_attention(q, k, v, noise=noise, noise_scale=noise_scale, **options)
@@ -79,7 +59,7 @@ def test_the_average_over_draws_is_softmax(proposal: str) -> None:
         assert ((wrong.mean(0) - exact) / (wrong.std(0) / many**0.5)).abs().max() > 10  # why it is "corrected"
 
 
-def test_drawn_keys_are_real_earlier_and_carry_no_gradient_of_the_draw() -> None:
+def test_drawn_keys_are_real_and_earlier_and_without_gradient() -> None:
     q, k, v = (z.requires_grad_() for z in inputs())
     mask = MASKS["holes"]
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import random
 from torch import Tensor
 
 from hf_linattn.kernels.attention_state import AttentionState, merge_states
@@ -13,10 +14,6 @@ from hf_linattn.ops.slot_weights import DenseSlotWeights
 from hf_linattn.ops.softmax import softmax_with_lse
 
 INF = float("inf")
-
-
-def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
 def assert_partial(ours: AttentionState, output: Tensor, lse: Tensor, atol: float = 1e-12) -> None:

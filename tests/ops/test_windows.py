@@ -76,7 +76,7 @@ CASES = [
 
 @pytest.mark.parametrize(("is_causal", "window", "overlap", "heavy"), CASES)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 9, 20])
-def test_against_loops(is_causal: bool, window: int, overlap: bool, heavy: int, tokens: int) -> None:
+def test_windows_against_loops(is_causal: bool, window: int, overlap: bool, heavy: int, tokens: int) -> None:
     q, k, v = draw(2, tokens)
     mask = torch.rand(2, tokens, generator=torch.Generator().manual_seed(tokens)) > 0.3
     options: dict[str, Any] = {"is_causal": is_causal, "window_size": window, "overlap_window": overlap}
@@ -117,7 +117,7 @@ def test_states_around_is_a_merge(blocks: int, readers: int, seed: int) -> None:
 @pytest.mark.parametrize("attention", ["favor", "lara"])
 @pytest.mark.parametrize("options", [{"overlap_window": True, "window_size": 4}, {"num_heavy_keys": 3}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients(attention: str, options: dict[str, Any], masked: bool) -> None:
+def test_gradients_of_windows(attention: str, options: dict[str, Any], masked: bool) -> None:
     q, k, v = (z.requires_grad_() for z in draw(1, 11))
     mask = torch.arange(11)[None] != 4 if masked else None
 

@@ -135,7 +135,7 @@ def test_an_epoch_has_an_order_of_its_own(folder: Path, tmp_path: Path, strategy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
-def test_two_processes(folder: Path, tmp_path: Path, strategy: str) -> None:
+def test_resume_with_two_processes(folder: Path, tmp_path: Path, strategy: str) -> None:
     """Each row goes to one of them, in every epoch, and a run cut in its second epoch ends with the same weights."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -170,7 +170,7 @@ def test_a_trainer_without_the_callback_warns(tmp_path: Path) -> None:
 # -- other loops ----------------------------------------------------------------------------------------------------
 
 
-def test_redraws_happen_in_place_and_only_when_the_number_changes() -> None:
+def test_redraws_are_in_place_and_once_per_interval() -> None:
     model = build(interval=3)
     buffer = model.bert.encoder.layer[0].attention.self.linattn.projection
     drawn = [redraw_projections(model, step) for step in (0, 0, 1, 2, 3, 3, 4, 7, 2)]
@@ -203,7 +203,7 @@ def test_copies_keep_their_own_count() -> None:
     assert same(projections(copied), projections(model))
 
 
-def test_wrapped_models() -> None:
+def test_redraws_in_wrapped_models() -> None:
     model = build()
     wrapped = nn.DataParallel(nn.Sequential(model))
     assert redraw_projections(wrapped, 2) == 2
@@ -272,7 +272,7 @@ def test_compiled_models_see_new_directions() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_a_redraw_in_the_middle_of_a_backward_pass_never_gives_a_wrong_gradient(window: int) -> None:
+def test_redraw_during_backward(window: int) -> None:
     model, inputs = build(window_size=window).train(), BERT.inputs()
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()

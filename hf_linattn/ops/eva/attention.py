@@ -123,16 +123,7 @@ def eva_attention(
     factor = noise_factor(noise_scale, scaling)
     summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
     summarise.check()
-    tokens = prepare_tokens(
-        query,
-        key,
-        value,
-        key_mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        num_global_tokens=num_global_tokens,
-        grid=grid,
-    )
+    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     return tokens.finish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,27 +34,27 @@ class Summaries:
     log_weight: Tensor
     spread: Tensor | None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Summaries:
-        """`fn` of everything, given as `[batch, heads, ..., chunks, dim]`: `log_weight` has one dimension there."""
-        weight = fn(self.log_weight.unsqueeze(-1)).squeeze(-1)
-        return Summaries(fn(self.key_mean), fn(self.value), weight, None if self.spread is None else fn(self.spread))
+    def map(self, fn: Callable[..., Tensor], *others: Summaries) -> Summaries:
+        """`fn` of everything, also of `others`, as `[batch, heads, ..., chunks, dim]` (`dim` 1 for `log_weight`)."""
+        all_of = (self, *others)
+        spread = None
+        if self.spread is not None:
+            spread = fn(*[summaries.spread for summaries in all_of])
+        return Summaries(
+            fn(*[summaries.key_mean for summaries in all_of]),
+            fn(*[summaries.value for summaries in all_of]),
+            fn(*[summaries.log_weight.unsqueeze(-1) for summaries in all_of]).squeeze(-1),
+            spread,
+        )
 
     def then(self, others: Summaries) -> Summaries:
         """These chunks and the others behind them."""
-        spread = None
-        if self.spread is not None and others.spread is not None:
-            spread = torch.cat([self.spread, others.spread], dim=-2)
-        return Summaries(
-            torch.cat([self.key_mean, others.key_mean], dim=-2),
-            torch.cat([self.value, others.value], dim=-2),
-            torch.cat([self.log_weight, others.log_weight], dim=-1),
-            spread,
-        )
+        return self.map(lambda z, other: torch.cat([z, other], dim=-2), others)
 
     def first(self, number: Tensor) -> Summaries:
         """The first `number` `[batch]` chunks of every row; the others then weigh nothing."""
         is_one = torch.arange(self.value.shape[2], device=number.device) < number[:, None]
-        return Summaries(self.key_mean, self.value, mask_logits(self.log_weight, is_one[:, None]), self.spread)
+        return replace(self, log_weight=mask_logits(self.log_weight, is_one[:, None]))
 
     def select(self, index: Tensor) -> Summaries:
         """Pick chunks per group: `index` `[batch or 1, groups, members]`, negative for none."""
@@ -65,10 +65,8 @@ class Summaries:
             rows = flat[:, None, :, None].expand(-1, heads, -1, z.shape[-1])
             return z.gather(2, rows).unflatten(2, tuple(index.shape[1:]))
 
-        weight = pick(self.log_weight.unsqueeze(-1)).squeeze(-1).masked_fill((index < 0)[:, None], float("-inf"))
-        return Summaries(
-            pick(self.key_mean), pick(self.value), weight, None if self.spread is None else pick(self.spread)
-        )
+        picked = self.map(pick)
+        return replace(picked, log_weight=mask_logits(picked.log_weight, (index >= 0)[:, None]))
 
     def factors(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The estimated log-weight of a chunk, `x . key_mean + log_weight (+ x^2 . spread / 2)`, as dot products.

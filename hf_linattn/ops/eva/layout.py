@@ -143,13 +143,13 @@ def even_chunks(
     count: int | None = None,
 ) -> Chunks:
     """Chunks that are the same for all rows. They may cover fewer tokens than there are, or more."""
-    take = around.split if around.left or around.right else around.blocks.split
+    split = around.split if around.left or around.right else around.blocks.split
     missing = around.blocks.tokens - tokens.key.shape[2]
-    if missing:
 
-        def take(z: Tensor) -> Tensor:
-            return around.split(F.pad(z, (0, 0, 0, missing)))
+    def padded(z: Tensor) -> Tensor:
+        return split(F.pad(z, (0, 0, 0, missing)))
 
+    take: Callable[[Tensor], Tensor] = padded if missing else split
     real = tokens.key.new_ones(1, tokens.key.shape[2]) if tokens.valid is None else tokens.valid
     member = take(real.to(torch.uint8).unsqueeze(-1)).squeeze(-1).bool()
     count = count or around.blocks.num_blocks

@@ -109,9 +109,9 @@ class EvaRecurrence:
         Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
         """
         joined = state.near.join(query, key, value, key_mask)
-        assert joined.query is not None
         dtype = compute_dtype(query, joined.key, joined.value, ("cuda",))
-        inputs = joined.query.to(dtype), joined.key.to(dtype), joined.value.to(dtype)
+        queries = query if joined.query is None else joined.query
+        inputs = queries.to(dtype), joined.key.to(dtype), joined.value.to(dtype)
         tokens = prepare_tokens(*inputs, joined.mask, scaling=self.scaling, is_causal=True)
         estimate = eva_estimate(
             tokens,

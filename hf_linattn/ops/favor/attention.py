@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import check_projection, checked_attention, factor_of
-from ..padding import check_grid, prepare_tokens, without_padding
-from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
+from ..padding import check_grid, prepare_tokens
+from ..slot_attention import SlotOptions, check_chunk_size, slot_attention, slots_alone
 from .features import favor_feature_map
 from .statistics import FavorStatistics, RowStatistics
 
@@ -88,56 +88,21 @@ def favor_attention(
     projection = projection.to(torch.promote_types(query.dtype, torch.float32))
     options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
-        return _slots_alone(query, key, value, projection, statistics, scaling, key_mask, grid, slot_dropout, is_cross)
+        if grid is not None:
+            check_grid(key.shape[2], grid, key_mask)
+        root = scaling**0.5  # of FAVOR+ a factor of the few directions, of FAVOR# one of the tokens
+        if statistics is not None:
+            query, key, root = query * root, key * root, 1.0
+        feature_map = favor_feature_map(query, projection, statistics, root=root)
+        return slots_alone(query, key, value, feature_map, key_mask=key_mask, is_cross=is_cross, dropout=slot_dropout)
     if is_cross:
         raise InputError(
             "Cross-attention (is_cross=True) needs is_causal=False, window_size=0 and num_global_tokens=0; got"
             f" {is_causal}, {window_size} and {num_global_tokens}."
         )
-    tokens = prepare_tokens(
-        query,
-        key,
-        value,
-        key_mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        num_global_tokens=num_global_tokens,
-        grid=grid,
-    )
+    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     feature_map = favor_feature_map(tokens.query, projection, statistics)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(slot_attention(tokens, query_weights, key_weights, options))
-
-
-def _slots_alone(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    projection: Tensor,
-    statistics: FavorStatistics | None,
-    scaling: float,
-    key_mask: Tensor | None,
-    grid: tuple[int, int] | None,
-    dropout: float,
-    is_cross: bool,
-) -> Tensor:
-    """Bidirectional, with nothing exact: queries and keys of any number, in any order."""
-    root = scaling**0.5
-    if statistics is not None:
-        query, key = query * root, key * root
-        root = 1.0  # what is left for the directions of the features, the few that can take it over
-    if grid is not None:
-        check_grid(key.shape[2], grid, key_mask)
-    is_self = query.shape[2] == key.shape[2] and not is_cross
-    visible = None
-    if key_mask is not None:
-        # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
-        visible = key_mask[:, None, :, None]
-        key, value = without_padding(key, value, key_mask)
-        query = query.masked_fill(~visible, 0.0) if is_self else query
-    feature_map = favor_feature_map(query, projection, statistics, root=root)
-    slots = feature_map.key_weights(key).masked(visible).levelled().summarise(value)
-    output = feature_map.query_weights(query).read(slots, dropout=dropout).output
-    return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from ...errors import InputError, UnsupportedError, did_you_mean
 from ..inputs import check_projection, checked_attention, factor_of
 from ..limits import LARGEST_FACTOR
-from ..padding import prepare_tokens, without_padding
-from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
+from ..padding import prepare_tokens
+from ..slot_attention import SlotOptions, check_chunk_size, slot_attention, slots_alone
 from ..slot_weights import DenseSlotWeights
 from ..softmax import without_empty
 
@@ -168,24 +168,18 @@ def generalized_attention(
         if option:
             raise UnsupportedError(f"{NO_SOFTMAX} Got {name}={option!r}; set it to {type(option)()!r}.")
     scaling = factor_of(query, scaling)
-    weights_of = GeneralizedFeatureMap(projection, kernel, kernel_epsilon).query_weights
+    feature_map = GeneralizedFeatureMap(projection, kernel, kernel_epsilon)
     if not is_causal:
-        root, visible = scaling**0.5, None
-        query, key = query * root, key * root
-        is_self = query.shape[2] == key.shape[2] and not is_cross
-        if key_mask is not None:
-            # Before anything is computed, so that inf or NaN in the padding reaches neither values nor gradients.
-            visible = key_mask[:, None, :, None]
-            key, value = without_padding(key, value, key_mask)
-            query = query.masked_fill(~visible, 0.0) if is_self else query
-        output = weights_of(query).read(weights_of(key).masked(visible).summarise(value), dropout=slot_dropout).output
-        return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
+        query, key = query * scaling**0.5, key * scaling**0.5
+        return slots_alone(query, key, value, feature_map, key_mask=key_mask, is_cross=is_cross, dropout=slot_dropout)
     if is_cross:
         raise InputError("Cross-attention (is_cross=True) needs is_causal=False; got is_causal=True.")
     tokens = prepare_tokens(query, key, value, key_mask, scaling=scaling, is_causal=True, grid=grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     options = SlotOptions(True, chunk_size=chunk_size, dropout=slot_dropout)
-    state = slot_attention(tokens, weights_of(tokens.query), weights_of(tokens.key), options)
+    state = slot_attention(
+        tokens, feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key), options
+    )
     # A first token whose features do not even overlap with its own has no weight to be a mean with.
     return tokens.finish(without_empty(state))

@@ -147,12 +147,12 @@ class FavorMoments:
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
         """The moments of all tokens of both."""
-        query, key = (merge_moments(ours, theirs) for ours, theirs in zip(self._sides(), other._sides(), strict=True))
+        query = merge_moments(self._side("query"), other._side("query"))
+        key = merge_moments(self._side("key"), other._side("key"))
         return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
 
-    def _sides(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        query = self.query_count, self.query_mean, self.query_scatter
-        return query, (self.key_count, self.key_mean, self.key_scatter)
+    def _side(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(self, f"{side}_count"), getattr(self, f"{side}_mean"), getattr(self, f"{side}_scatter")
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""

@@ -96,7 +96,7 @@ def lara_attention(
         samples_per_landmark: Draws per proposal. Changes nothing without noise.
         antithetic: Every draw with both signs (twice the samples). Changes nothing without noise. (In the published
             code several samples switch it off; here both work together.)
-        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log mass of the slots beside exact
+        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log-sum-exp of slots beside exact
             keys.
         window_size, overlap_window, num_heavy_keys, grid, num_global_tokens, chunk_size, slot_dropout: As in
             `favor_attention`.
@@ -130,16 +130,7 @@ def lara_attention(
         )
     scaling = factor_of(query, scaling)
     factor = noise_factor(noise_scale, scaling)
-    tokens = prepare_tokens(
-        query,
-        key,
-        value,
-        key_mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        num_global_tokens=num_global_tokens,
-        grid=grid,
-    )
+    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
@@ -148,23 +139,10 @@ def lara_attention(
         feature_map = proposal_feature_map(tokens.query, proposals)
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     else:
-        landmarks = find_landmarks(
-            tokens,
-            num_landmarks,
-            scaling=scaling,
-            query_map=query_map,
-            key_map=key_map,
-            map_stage=map_stage,
-            mixing=mixing,
-        )
-        check_counts({"samples_per_landmark * landmarks": samples_per_landmark * landmarks.query_mean.shape[2]})
-        samples = draw_samples(
-            landmarks.query_mean + landmarks.key_mean,
-            noise,
-            samples_per_landmark=samples_per_landmark,
-            antithetic=antithetic,
-            factor=factor,
-        )
+        landmarks = find_landmarks(tokens, num_landmarks, scaling, query_map, key_map, map_stage, mixing)
+        mu = landmarks.query_mean + landmarks.key_mean
+        check_counts({"samples_per_landmark * landmarks": samples_per_landmark * mu.shape[2]})
+        samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
         query_weights, key_weights, query_log_bias = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )

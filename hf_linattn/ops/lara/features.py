@@ -99,7 +99,7 @@ class ProposalFeatureMap:
     Args:
         samples: `[heads, samples, head_dim]`.
         log_weight: `[heads, samples]`, the importance weight of each sample.
-        offset: Added to the log mass of all slots, broadcastable to `[batch, heads, 1, 1]`; `None` for none.
+        offset: Added to the log-sum-exp of all slots, broadcastable to `[batch, heads, 1, 1]`; `None` for none.
     """
 
     samples: Tensor

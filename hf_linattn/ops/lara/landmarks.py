@@ -40,12 +40,11 @@ class Landmarks:
 def find_landmarks(
     tokens: Tokens,
     num_landmarks: int,
-    *,
     scaling: float,
-    query_map: LandmarkMap | None = None,
-    key_map: LandmarkMap | None = None,
-    map_stage: str = "mean",
-    mixing: str = "none",
+    query_map: LandmarkMap | None,
+    key_map: LandmarkMap | None,
+    map_stage: str,
+    mixing: str,
 ) -> Landmarks:
     """Average, map and mix; the options are those of `lara_attention`."""
     if map_stage not in MAP_STAGES:

@@ -23,7 +23,7 @@ from ..noise import add_noise
 
 
 def draw_samples(
-    mu: Tensor, noise: Tensor | bool, *, samples_per_landmark: int = 1, antithetic: bool = False, factor: float = 1.0
+    mu: Tensor, noise: Tensor | bool, samples_per_landmark: int = 1, *, antithetic: bool = False, factor: float = 1.0
 ) -> Tensor:
     """All samples of the proposals, `[..., samples, dim]`; sample `a` belongs to proposal `a mod landmarks`.
 

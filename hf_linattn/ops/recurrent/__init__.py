@@ -1,1 +1,1 @@
-"""Causal attention token by token: what a layer keeps of the tokens it has seen, of a size that does not grow."""
+"""Causal attention token by token: what a layer keeps instead of a kv cache, of a size that does not grow."""

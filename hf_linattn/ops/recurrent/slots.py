@@ -1,6 +1,6 @@
 r"""FAVOR and LARA token by token: the slots of all tokens that have left the window, and the tokens that have not.
 
-A query reads the keys near it exactly and everything before through the slots' values `u` and log masses `b`, under
+A query reads the keys near it exactly and everything before through the slots' values `u` and log-sum-exps `b`, under
 one softmax. When a block of keys has left the window the slots take it in by a merge, which is exact: what comes out
 is what the parallel form gives on the whole sequence, up to rounding.
 """
@@ -8,7 +8,7 @@ is what the parallel form gives on the whole sequence, up to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,19 +19,9 @@ from ...kernels.decode import decode_step
 from ..inputs import compute_dtype
 from ..padding import prepare_tokens
 from ..slot_attention import SlotOptions, slot_attention
-from ..slot_weights import LinearSlotWeights, SlotWeights
+from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights
 from ..softmax import mask_logits, softmax_with_lse, without_empty
 from .window_tokens import Window, WindowTokens
-
-
-class FeatureMap(Protocol):
-    """What it takes to weigh any queries and keys, scaled, `[batch, heads, tokens, dim]`, for the slots of a layer."""
-
-    def query_weights(self, query: Tensor) -> SlotWeights:
-        """Log-weights of queries."""
-
-    def key_weights(self, key: Tensor) -> SlotWeights:
-        """Log-weights of keys."""
 
 
 @dataclass(frozen=True)

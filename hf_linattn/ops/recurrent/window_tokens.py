@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..padding import real_tokens_first, reorder_tokens
+from .pending import PendingTokens
 
 Counts = tuple[int, ...] | Tensor
 
@@ -43,18 +44,6 @@ class Window:
         if not self.size:
             return count
         return (count // self.size - (1 if self.overlap else 0)).clamp_min(0) * self.size
-
-
-class Joined(NamedTuple):
-    """Near tokens and new ones, one after the other; `mask` `[batch, tokens]` is `None` if all are real.
-
-    `query` is that of the new tokens alone, unless queries are kept.
-    """
-
-    query: Tensor | None
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
 
 
 class EvictedTokens(NamedTuple):
@@ -133,19 +122,12 @@ class WindowTokens:
         return torch.arange(self.key.shape[2], device=self.key.device) < self.count()[:, None]
 
     # -- many tokens ------------------------------------------------------------------------------------------------
-    def join(self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Joined:
-        """Put new tokens behind these: what the parallel form is given."""
+    def join(self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None) -> PendingTokens:
+        """These tokens and new ones behind them; queries where both have them."""
+        new = PendingTokens(query, key, value, key_mask)
         if not self.key.shape[2]:
-            return Joined(query, key, value, key_mask)
-        mask = self.mask()
-        if mask is not None or key_mask is not None:
-            batch, places, tokens = key.shape[0], self.key.shape[2], key.shape[2]
-            mask = key.new_ones(batch, places, dtype=torch.bool) if mask is None else mask
-            key_mask = key.new_ones(batch, tokens, dtype=torch.bool) if key_mask is None else key_mask
-            mask = torch.cat([mask, key_mask], dim=1)
-        if self.query is not None and query is not None:
-            query = torch.cat([self.query, query], dim=2)
-        return Joined(query, torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2), mask)
+            return new
+        return PendingTokens(self.query, self.key, self.value, self.mask()).then(new)
 
     def move_on(
         self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, window: Window
@@ -155,18 +137,22 @@ class WindowTokens:
         Returns: what has left the window, and what is near now.
         """
         joined = self.join(query if self.query is not None else None, key, value, key_mask)
+        inputs = (joined.query, joined.key, joined.value)
         if joined.mask is None and self.even is not None:
             tokens = joined.key.shape[2]
             gone = window.passed(tokens)
-            passed = EvictedTokens(*_each(joined, lambda z: z[:, :, :gone]), None)
+            passed = EvictedTokens(*_each(inputs, lambda z: z[:, :, :gone]), None)
             # Copied: a view would keep all tokens alive.
-            near = self._of(_each(joined, lambda z: z[:, :, gone:].clone()), (tokens - gone,) * key.shape[0])
+            near = self._of(
+                _each(inputs, lambda z: z[:, :, gone:].clone()),
+                (tokens - gone,) * key.shape[0],
+            )
             return passed, near
         mask = joined.mask
         if mask is None:
             mask = key.new_ones(joined.key.shape[0], joined.key.shape[2], dtype=torch.bool)
         order, real = real_tokens_first(mask)
-        rows = _each(joined, lambda z: reorder_tokens(z, order, real))
+        rows = _each(inputs, lambda z: reorder_tokens(z, order, real))
         lengths = mask.sum(-1)
         left_behind = window.passed_each(lengths)
         if self.is_static:

@@ -66,7 +66,7 @@ def test_shared_directions_in_every_form(window: int, is_causal: bool) -> None:
 
 @every
 @pytest.mark.parametrize("shared", [False, True])
-def test_directions_are_a_function_of_seed_layer_and_redraw_number(kind: str, shared: bool) -> None:
+def test_directions_follow_from_seed_layer_and_redraw(kind: str, shared: bool) -> None:
     fields: dict[str, Any] = {"redraw_interval": 10, "seed": 5, "shared_projection": shared}
     module, again = (build(kind, layer_idx=3, **fields) for _ in range(2))
     plain = build(kind, layer_idx=3, seed=5, shared_projection=shared)
@@ -183,7 +183,7 @@ def test_training_without_being_told_a_step_warns_once(kind: str) -> None:
 
 
 @every
-def test_no_warning_once_told_without_interval_or_while_compiling(kind: str) -> None:
+def test_no_warning_where_no_redraw_is_missing(kind: str) -> None:
     torch._dynamo.reset()
     told, none, compiled = (build(kind, redraw_interval=i, window_size=4).train() for i in (1, None, 1))
     told.set_training_step(0)

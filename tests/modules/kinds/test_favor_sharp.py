@@ -156,7 +156,7 @@ def test_heavy_keys_reach_the_function() -> None:
     assert not torch.equal(build()(q, k, v), expected)
 
 
-def test_without_a_module_a_causal_layer_is_favor_plus_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_causal_favor_sharp_is_favor_plus_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native mode: `attend` with the first state, which nothing calibrates."""
     monkeypatch.setattr(favor_sharp, "_checked_statistics", {})
     layer = build(True)

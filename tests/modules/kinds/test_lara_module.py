@@ -118,7 +118,7 @@ def test_the_noise_is_fixed_and_of_its_layer() -> None:
     assert torch.equal(module.eval()(*qkv()), module(*qkv()))
 
 
-def test_calibrated_layers_have_two_antithetic_pairs_per_proposal_by_default() -> None:
+def test_default_samples_of_calibrated_lara() -> None:
     plain, spelled = (calibrated(build(True, **own)) for own in ({}, {"samples_per_landmark": 2, "antithetic": True}))
     assert torch.equal(plain(*qkv()), spelled(*qkv()))
     for own in ({"samples_per_landmark": 1}, {"antithetic": False}):

@@ -1,0 +1,35 @@
+"""What many tests of the attention functions share: random tensors, masks, comparison in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOKENS = 23
+
+# Two rows of `TOKENS` tokens, padded in every way that matters; True where a token is real.
+MASKS: dict[str, Tensor | None] = {
+    "none": None,
+    "right": torch.tensor([[1] * 23, [1] * 15 + [0] * 8]).bool(),
+    "left": torch.tensor([[0] * 19 + [1] * 4, [1] * 23]).bool(),
+    "holes": torch.tensor([[1, 0, 1] * 7 + [1, 1], [0, 0] + [1] * 10 + [0] * 11]).bool(),
+    "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
+    "one": torch.tensor([[0] * 22 + [1], [1] * 23]).bool(),
+}
+
+
+def random(
+    *shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> Tensor:
+    """Normal numbers that depend on the seed alone, drawn in `dtype`."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale).to(device)
+
+
+def inputs(tokens: int = TOKENS, dim: int = 4, batch: int = 2, heads: int = 2, scale: float = 1.2) -> list[Tensor]:
+    """Query, key and value `[batch, heads, tokens, dim]` in float64."""
+    return [random(batch, heads, tokens, dim, seed=3 * (tokens + dim) + i, scale=scale) for i in range(3)]
+
+
+def assert_same(ours: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
+    """Equal to rounding in float64."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
