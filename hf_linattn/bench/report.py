@@ -89,7 +89,7 @@ def _generation_grids(rows: Sequence[Row], columns: list[int]) -> list[Grid]:
         found = {row.work.tokens: row for row in rows if row.name == name}
         states = {tokens: row.state for tokens, row in found.items()}
         seconds = {tokens: row.mean for tokens, row in found.items()}
-        shares = {} if states == softmax else softmax
+        shares = {} if any(row.group == "softmax" for row in found.values()) else softmax
         speeds.append([name, *(_cell(found.get(tokens)) for tokens in columns), _last_over_first(seconds, columns)])
         cells = (_state_cell(states.get(tokens), shares.get(tokens)) for tokens in columns)
         sizes.append([name, *cells, _last_over_first(states, columns)])

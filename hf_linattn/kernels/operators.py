@@ -35,9 +35,9 @@ def register_pair(
     """Define the operators `hf_linattn::<name>` and `hf_linattn::<name>_backward` of a softmax and its derivative.
 
     Args:
-        schema: `name(tensors, options) -> results`. The first two results are an output and its log-sum-exp; others
-            are kept for the backward pass. Queries come first, one tensor is the `value`, and all start with a batch
-            dimension.
+        schema: `name(tensors, options) -> results` of the forward pass, without the backend. The first two results
+            are an output and its log-sum-exp; others are kept for the backward pass. Queries come first, one tensor
+            is the `value`, and all start with a batch dimension.
         kernels: The module `torch_kernel` of the operation; `triton_launch` beside it is imported when it is needed.
             Each has `<name>_forward(*tensors, *options)`, and `<name>_backward(grad_output, grad_lse, *tensors,
             *results, needs, *options)`, which returns the gradients that `needs` asks for, and None for the others.
@@ -50,13 +50,12 @@ def register_pair(
     name, rest = schema.split("(", 1)
     arguments, results = (part.strip("()").split(", ") for part in rest.split(" -> "))
     tensors = [argument for argument in arguments if argument.startswith("Tensor")]
-    options = [argument for argument in arguments if not argument.startswith("Tensor")]
-    count, places = len(tensors), tuple(range(len(tensors)) if differentiable is None else differentiable)
+    options = [*arguments[len(tensors) :], "str backend"]
+    count, value_place = len(tensors), tensors.index("Tensor value")
+    places = tuple(range(count)) if differentiable is None else tuple(differentiable)
     inputs = [] if record is None else [(record._make, count)]  # type: ignore[attr-defined]
     backward_inputs = [(AttentionState._make, 2), *inputs, (tuple, len(results))] if inputs else []
-    compute = dispatch(kernels, f"{name}_backward", records=backward_inputs, like=2)
-
-    value_place = tensors.index("Tensor value")
+    compute_gradients = dispatch(kernels, f"{name}_backward", records=backward_inputs, like=2)
 
     def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         query, value = arguments[0], arguments[value_place]
@@ -64,8 +63,8 @@ def register_pair(
         lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
         return output, lse, *(() if kept is None else kept(*arguments))
 
-    def backward_kernel(*arguments: Any) -> list[Tensor]:
-        return [grad for grad in compute(*arguments) if grad is not None]
+    def backward_kernel(*arguments: Any) -> list[Tensor]:  # an operator cannot return None
+        return [grad for grad in compute_gradients(*arguments) if grad is not None]
 
     def backward_fake(*arguments: Any) -> list[Tensor]:
         given, needs = arguments[2 : 2 + count], arguments[2 + count + len(results)]
@@ -96,17 +95,17 @@ def register_pair(
             return tuple(result)
 
     # `torch.compile` counts parameters to see whether the function takes a context.
-    place = inspect.Parameter.POSITIONAL_ONLY
-    names = [argument.split()[-1] for argument in (*arguments, "str backend")]
-    Pair.forward.__signature__ = inspect.Signature([inspect.Parameter(name, place) for name in names])
+    names = [argument.split()[1] for argument in (*tensors, *options)]
+    parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
+    Pair.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     forward_operator = register(
-        f"{name}({', '.join([*tensors, *options, 'str backend'])}) -> ({', '.join(['Tensor'] * len(results))})",
+        f"{name}({', '.join([*tensors, *options])}) -> ({', '.join(['Tensor'] * len(results))})",
         dispatch(kernels, f"{name}_forward", records=inputs),
         forward_fake,
         Pair,
     )
-    given = ["Tensor grad_output", "Tensor grad_lse", *tensors, *results, "bool[] needs", *options, "str backend"]
+    given = ["Tensor grad_output", "Tensor grad_lse", *tensors, *results, "bool[] needs", *options]
     backward_operator = register(f"{name}_backward({', '.join(given)}) -> Tensor[]", backward_kernel, backward_fake)
     return Pair
 

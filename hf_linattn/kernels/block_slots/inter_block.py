@@ -41,7 +41,7 @@ class InterBlock(NamedTuple):
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
             blocks = group.query.shape[1]
-            merged, merged_lse = self.scan_forward(states, state_lse, blocks, BlockReach(*reach))
+            merged, merged_lse = self.scan_forward(states, state_lse, blocks, _reach(reach))
             slots = group.query_slots.unsqueeze(1).expand(-1, blocks, -1, -1)
             merged_lse = merged_lse + group.query_slot_bias.unsqueeze(1)
             output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse, None)
@@ -59,8 +59,8 @@ class InterBlock(NamedTuple):
         found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
-            some = [z[part] for z in (*grads, *results)]
-            of_group = self._backward_of(group, *some, needs, BlockReach(*reach))
+            grad_output, grad_lse, output, lse = (z[part] for z in (*grads, *results))
+            of_group = self._backward_of(group, grad_output, grad_lse, output, lse, needs, _reach(reach))
             for total, grad in zip(found, of_group, strict=True):
                 if total is not None and grad is not None:
                     total[part] = grad
@@ -104,3 +104,9 @@ class InterBlock(NamedTuple):
         key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
         slot_bias = grad_state_lse.sum(1) if needs[6] else None
         return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
+
+
+def _reach(numbers: Sequence[int]) -> BlockReach:
+    """As an operator is given it."""
+    units, margin, is_causal = numbers
+    return BlockReach(units, margin, bool(is_causal))
