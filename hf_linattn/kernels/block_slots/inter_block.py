@@ -38,6 +38,7 @@ class InterBlock(NamedTuple):
         output = inputs.value.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1])
         lse = inputs.key_bias.new_empty(inputs.query.shape[:-1])
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]  # of a group's states
+        units, margin, is_causal = reach
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
             blocks = group.query.shape[1]
@@ -58,6 +59,7 @@ class InterBlock(NamedTuple):
         """Gradients of the eight tensors, where `needs` says so."""
         found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
+        units, margin, is_causal = reach
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             grad_output, grad_lse, output, lse = (z[part] for z in (*grads, *results))
             of_group = self._backward_of(group, grad_output, grad_lse, output, lse, needs, _reach(reach))
@@ -75,10 +77,8 @@ class InterBlock(NamedTuple):
     def _backward_of(
         self,
         inputs: SlotInputs,
-        grad_output: Tensor,
-        grad_lse: Tensor,
-        output: Tensor,
-        lse: Tensor,
+        grads: AttentionState,
+        result: AttentionState,
         needs: Sequence[bool],
         reach: BlockReach,
     ) -> list[Tensor | None]:
@@ -89,7 +89,7 @@ class InterBlock(NamedTuple):
         bias = inputs.query_slot_bias.unsqueeze(1)
         key_side = any(needs[3:])
         wanted = [needs[0], needs[1], key_side, key_side or needs[2]]
-        reading = (grad_output, grad_lse, inputs.query, slots, merged, merged_lse + bias, None, output, lse)
+        reading = (*grads, inputs.query, slots, merged, merged_lse + bias, None, *result)
         query, query_slots, grad_merged, grad_bias = self.attend_backward(*reading, wanted)
         found = [query, None if query_slots is None else query_slots.sum(1), grad_bias.sum(1) if needs[2] else None]
         if not key_side:
