@@ -6,7 +6,6 @@ from typing import Any
 
 from hf_linattn.bench.report import LEGEND, grids, markdown_table, title
 from hf_linattn.bench.results import Results, Row, reasons
-from hf_linattn.bench.workload import Workload
 
 Content = dict[str, Any]
 

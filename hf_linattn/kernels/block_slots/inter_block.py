@@ -38,10 +38,11 @@ class InterBlock(NamedTuple):
         output = inputs.value.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1])
         lse = inputs.key_bias.new_empty(inputs.query.shape[:-1])
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]  # of a group's states
+        units, margin, is_causal = reach
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
             blocks = group.query.shape[1]
-            merged, merged_lse = self.scan_forward(states, state_lse, blocks, BlockReach(*reach))
+            merged, merged_lse = self.scan_forward(states, state_lse, blocks, _reach(reach))
             slots = group.query_slots.unsqueeze(1).expand(-1, blocks, -1, -1)
             merged_lse = merged_lse + group.query_slot_bias.unsqueeze(1)
             output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse, None)
@@ -58,9 +59,10 @@ class InterBlock(NamedTuple):
         """Gradients of the eight tensors, where `needs` says so."""
         found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
+        units, margin, is_causal = reach
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
-            some = [z[part] for z in (*grads, *results)]
-            of_group = self._backward_of(group, *some, needs, BlockReach(*reach))
+            grad_output, grad_lse, output, lse = (z[part] for z in (*grads, *results))
+            of_group = self._backward_of(group, grad_output, grad_lse, output, lse, needs, _reach(reach))
             for total, grad in zip(found, of_group, strict=True):
                 if total is not None and grad is not None:
                     total[part] = grad
@@ -75,10 +77,8 @@ class InterBlock(NamedTuple):
     def _backward_of(
         self,
         inputs: SlotInputs,
-        grad_output: Tensor,
-        grad_lse: Tensor,
-        output: Tensor,
-        lse: Tensor,
+        grads: AttentionState,
+        result: AttentionState,
         needs: Sequence[bool],
         reach: BlockReach,
     ) -> list[Tensor | None]:
@@ -89,7 +89,7 @@ class InterBlock(NamedTuple):
         bias = inputs.query_slot_bias.unsqueeze(1)
         key_side = any(needs[3:])
         wanted = [needs[0], needs[1], key_side, key_side or needs[2]]
-        reading = (grad_output, grad_lse, inputs.query, slots, merged, merged_lse + bias, None, output, lse)
+        reading = (*grads, inputs.query, slots, merged, merged_lse + bias, None, *result)
         query, query_slots, grad_merged, grad_bias = self.attend_backward(*reading, wanted)
         found = [query, None if query_slots is None else query_slots.sum(1), grad_bias.sum(1) if needs[2] else None]
         if not key_side:
@@ -104,3 +104,9 @@ class InterBlock(NamedTuple):
         key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
         slot_bias = grad_state_lse.sum(1) if needs[6] else None
         return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
+
+
+def _reach(numbers: Sequence[int]) -> BlockReach:
+    """As an operator is given it."""
+    units, margin, is_causal = numbers
+    return BlockReach(units, margin, bool(is_causal))

@@ -93,8 +93,15 @@ def _inter_chunk_backward(
     merged, merged_lse, reading_lse = _prefix_states(inputs, states)
     key_side = any(needs[3:])
     query, query_slots, grad_merged, grad_reading = attend_backward(
-        *(_cut(grads.output), _cut(grads.lse), _cut(inputs.query), _by_chunk(inputs, inputs.query_slots)),
-        *(merged, reading_lse, None, _cut(result.output), _cut(result.lse)),
+        _cut(grads.output),
+        _cut(grads.lse),
+        _cut(inputs.query),
+        _by_chunk(inputs, inputs.query_slots),
+        merged,
+        reading_lse,
+        None,
+        _cut(result.output),
+        _cut(result.lse),
         (needs[0], needs[1], key_side, key_side or needs[2]),
     )
     found: list[Tensor | None] = [None] * 8
@@ -108,8 +115,14 @@ def _inter_chunk_backward(
         grad_merged, grad_reading, states[0], state_lse, merged, merged_lse, _BEFORE
     )
     key_slots, key, value, key_bias = attend_backward(
-        *(grad_states, grad_state_lse, _by_chunk(inputs, inputs.key_slots)),
-        *(_cut(inputs.key), _cut(inputs.value), _cut(inputs.key_bias), None, *states),
+        grad_states,
+        grad_state_lse,
+        _by_chunk(inputs, inputs.key_slots),
+        _cut(inputs.key),
+        _cut(inputs.value),
+        _cut(inputs.key_bias),
+        None,
+        *states,
         (needs[5], needs[3], needs[7], needs[4]),
     )
     found[3], found[4], found[7] = (None if z is None else z.flatten(1, 2) for z in (key, key_bias, value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def _tiles(inputs: WindowChunkInputs) -> Iterator[_Tile]:
             place, read = (group, some), (group, slice(0, count))
             windowed = [z if z is None else z[place] for z in (*inputs[:4], *inputs[7:])]
             of_chunks = [z[read] for z in inputs[4:7]]
-            yield _Tile(place, read, WindowChunkInputs(*windowed[:4], *of_chunks, *windowed[4:]))
+            tensors: list[Any] = [*windowed[:4], *of_chunks, *windowed[4:]]
+            yield _Tile(place, read, WindowChunkInputs(*tensors))
 
 
 def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
