@@ -85,16 +85,12 @@ def pieces(total: int, generator: torch.Generator) -> list[int]:
     return found
 
 
-def read(model: Any, row: Tensor, sizes: list[int]) -> Tensor:
-    """Logits `[tokens, vocabulary]` of a row of tokens read through one cache, `sizes` tokens at a time."""
+def read(model: Any, row: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """Logits `[tokens, vocabulary]` of a row of tokens, through one cache `sizes` tokens at a time, or without one."""
+    if sizes is None:
+        return model(input_ids=row[None], use_cache=False).logits[0]
     given = {cache_argument(model): transformers.DynamicCache(config=model.config)}
     return torch.cat([model(input_ids=part[None], use_cache=True, **given).logits[0] for part in row.split(sizes)])
-
-
-def whole(model: Any, row: Tensor) -> Tensor:
-    """The same without a cache."""
-    logits: Tensor = model(input_ids=row[None], use_cache=False).logits[0]
-    return logits
 
 
 @torch.inference_mode()
@@ -104,25 +100,21 @@ def perplexities(model: Any, rows: Tensor, single: int) -> dict[str, Any]:
     losses: dict[str, list[Tensor]] = {"whole": [], "pieces": [], "steps": []}
     largest = 0.0
     for index, row in enumerate(rows):
-        logits = {"whole": whole(model, row), "pieces": read(model, row, pieces(len(row), generator))}
+        logits = {"whole": read(model, row), "pieces": read(model, row, pieces(len(row), generator))}
         if index < single:
             logits["steps"] = read(model, row, [1] * len(row))
         for name, found in logits.items():
             losses[name].append(cross_entropy(found[:-1].double(), row[1:]))
             largest = max(largest, float((found - logits["whole"]).abs().max()))
 
-    def perplexity(name: str, count: int) -> float:
-        return float(torch.stack(losses[name][:count]).mean().exp())
-
-    plain, in_pieces, steps = (
-        perplexity(*part) for part in (("whole", len(rows)), ("pieces", len(rows)), ("steps", single))
-    )
+    plain, in_pieces, steps = (float(torch.stack(losses[name]).mean().exp()) for name in losses)
+    plain_of_single = float(torch.stack(losses["whole"][:single]).mean().exp())
     return {
         "perplexity": plain,
         "in_pieces": in_pieces,
         "difference_in_pieces": abs(in_pieces - plain),
         "token_by_token": steps,
-        "difference_token_by_token": abs(steps - perplexity("whole", single)),
+        "difference_token_by_token": abs(steps - plain_of_single),
         "largest_logit_difference": largest,
     }
 
@@ -136,9 +128,9 @@ def agreement(model: Any, rows: Tensor) -> dict[str, float]:
     """
     reference, same, exact = copy.deepcopy(model).float(), [], []
     for row in rows:
-        parallel = whole(model, row).argmax(-1)
+        parallel = read(model, row).argmax(-1)
         same.append(read(model, row, [1] * len(row)).argmax(-1) == parallel)
-        exact.append(whole(reference, row).argmax(-1) == parallel)
+        exact.append(read(reference, row).argmax(-1) == parallel)
     names = {"bfloat16_agreement": same, "bfloat16_agreement_with_float32": exact}
     return {name: float(torch.cat(hits).double().mean()) for name, hits in names.items()}
 
@@ -174,15 +166,13 @@ def measured(kind: str, stock: Any, train: Tensor, text: Tensor, options: dict[s
 
 def failures(row: dict[str, Any]) -> list[str]:
     """What a row misses."""
-    found = []
-    for name in ("difference_in_pieces", "difference_token_by_token"):
-        if not row[name] <= TOLERANCE:
-            found.append(f"{name} is {row[name]:.1e}, more than {TOLERANCE:g}")
-    if not row["bfloat16_agreement"] >= AGREEMENT:
-        found.append(f"bfloat16_agreement is {row['bfloat16_agreement']:.4f}, less than {AGREEMENT:g}")
-    if any(count < row["greedy_tokens"] for count in row["greedy_equal"]):
-        found.append(f"greedy generation is equal for {row['greedy_equal']} of {row['greedy_tokens']} tokens")
-    return found
+    held = {
+        "difference_in_pieces": row["difference_in_pieces"] <= TOLERANCE,
+        "difference_token_by_token": row["difference_token_by_token"] <= TOLERANCE,
+        "bfloat16_agreement": row["bfloat16_agreement"] >= AGREEMENT,
+        "greedy_equal": min(row["greedy_equal"]) >= row["greedy_tokens"],
+    }
+    return [f"{name} is {row[name]}" for name, is_held in held.items() if not is_held]
 
 
 def line(row: dict[str, Any]) -> list[str]:

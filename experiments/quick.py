@@ -177,13 +177,9 @@ def compare(figures: Sequence[Figure], checkouts: Sequence[Path], seconds: float
 def lines(rows: Sequence[Comparison]) -> Iterator[list[str]]:
     """The table's, slowest first."""
     for row in sorted(rows, key=lambda row: row.ratio if row.sessions else math.inf, reverse=True):
-        if row.sessions:
-            times = [f"{seconds * 1e3:.2f} ms" for seconds in row.fastest]
-            spread = " .. ".join(f"{end:.2f}" for end in row.interval)
-            yield [row.name, *times, f"{row.ratio:.3f}", spread, str(row.to_dict()["pairs"]), row.verdict]
-        else:
-            reason = "; ".join(f"{side}: {reason}" for side, reason in row.reason.items()) or "time"
-            yield [row.name, "", "", "", "", "", f"not measured ({reason})"]
+        numbers = [f"{seconds * 1e3:.2f} ms" for seconds in row.fastest] if row.sessions else ["", ""]
+        ratios = [f"{row.ratio:.3f}", " ".join(f"{ratio:.2f}" for ratio in row.ratios)] if row.sessions else ["", ""]
+        yield [row.name, *numbers, *ratios, " ".join([row.verdict, *row.reason.values()])]
 
 
 def main(
@@ -204,16 +200,15 @@ def main(
         rows = compare(
             figures, [stack.enter_context(checkout(source)) for source in (before, after)], seconds, minutes
         )
-    found = summarize(rows)
-    header = ("figure", "before", "after", "ratio", "sessions", "pairs", "verdict")
+    status, verdict = summarize(rows)
+    header = ("figure", "before", "after", "ratio", "in each session", "verdict")
     Console(width=None if sys.stdout.isatty() else 150).print(rich_table("after / before", header, lines(rows)))
-    print(found)
+    print(verdict)
     target = out or (None if only or self_check else RESULTS)
     if target is not None:
-        names = {"before": revision(before), "after": revision(after), "geometric_mean": round(found.mean, 4)}
-        content = {**names, "status": found.status, "rows": [row.to_dict() for row in rows]}
-        write_experiment(target, content)
-    sys.exit(found.status)
+        names = {"before": revision(before), "after": revision(after), "status": status}
+        write_experiment(target, {**names, "rows": [row.to_dict() for row in rows]})
+    sys.exit(status)
 
 
 if __name__ == "__main__":

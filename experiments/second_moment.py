@@ -10,38 +10,34 @@ Closed form (`hf_linattn.ops.favor.variance`), so nothing is random. The statist
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import minilm
 import torch
 import typer
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor, nn
 
 from hf_linattn.bench.report import markdown_table
+from hf_linattn.integrations.call import Call
+from hf_linattn.integrations.interface import softmax_output
+from hf_linattn.integrations.observe import observed_attention
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS, favor_statistics
 from hf_linattn.ops.favor.variance import mean_log_second_moment
 
-PROBE = "linattn_second_moment_probe"
-
 
 @torch.no_grad()
-def queries_and_keys(model_name: Path | None, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
+def queries_and_keys(path: Path | None, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
     """Query, key and scaling of every attention layer, for the first `tokens` tokens of the text."""
     found: list[tuple[Tensor, Tensor, float]] = []
+    model, tokenizer = minilm.load(path)
+    model.set_attn_implementation("favor_plus")  # looked into, and not used
 
-    def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        scaling = options.get("scaling")
-        found.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    def show(module: nn.Module, call: Call) -> Tensor:
+        found.append((call.query, call.key, call.scaling))
+        return softmax_output(module, call)
 
-    AttentionInterface.register(PROBE, probe)
-    AttentionMaskInterface.register(PROBE, sdpa_mask)
-    model, tokenizer = minilm.load(model_name)
-    model.set_attn_implementation(PROBE)
-    model(**tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt"))
+    with observed_attention(model, show):
+        model(**tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt"))
     return found
 
 

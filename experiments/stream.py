@@ -12,6 +12,7 @@ that gives large blocks back at once, so that resident memory is what is held.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -35,7 +36,7 @@ from hf_linattn.bench.report import rich_table
 from hf_linattn.integrations.seams import cache_argument
 
 MIB = 2**20
-SHOWN = 12  # lines of a table
+SHOWN = 12  # lines of a table, about
 PARTS = ("scored in pieces", "token by token")
 
 
@@ -53,10 +54,9 @@ class Sample:
 
 def observe(model: Any, cache: Any, tokens: int, start: float, loss: float | None = None) -> Sample:
     """A sample; the high-water mark starts anew."""
-    held = held_bytes(*cache.layers, model=model)
-    found = Sample(tokens, resident_bytes(), high_water_bytes(), held, time.perf_counter() - start, loss)
+    sizes = resident_bytes(), high_water_bytes(), held_bytes(*cache.layers, model=model)
     reset_high_water()
-    return found
+    return Sample(tokens, *sizes, time.perf_counter() - start, loss)
 
 
 @torch.inference_mode()
@@ -124,14 +124,12 @@ def failures(kind: str, found: dict[str, int], allow: float) -> list[str]:
 
 
 def lines(samples: list[Sample]) -> list[list[str]]:
-    """A table of at most `SHOWN` samples, the first and the last among them."""
-    made, step = [], -(-len(samples) // SHOWN)
-    for index in sorted({0, *range(step - 1, len(samples), step), len(samples) - 1}):
-        sample = samples[index]
+    """A table of about `SHOWN` samples, the last among them."""
+    made = []
+    for sample in samples[:: -max(1, len(samples) // SHOWN)][::-1]:
         sizes = [f"{sample.resident / MIB:.1f}", f"{sample.peak / MIB:.1f}", f"{sample.cache / 1024:.0f}"]
-        rate = (sample.tokens - samples[index - 1].tokens) / sample.seconds if index else 0.0
-        perplexity = "" if sample.loss is None else f"{torch.tensor(sample.loss).exp():.1f}"
-        made.append([str(sample.tokens), *sizes, f"{rate:.0f}" if index else "", perplexity])
+        perplexity = "" if sample.loss is None else f"{math.exp(sample.loss):.1f}"
+        made.append([str(sample.tokens), *sizes, f"{sample.seconds:.2f}", perplexity])
     return made
 
 
@@ -175,7 +173,7 @@ def main(
     found = {name: growth(samples, starts[name], window) for name, samples in parts.items()}
     wrong = [f"{name}: {reason}" for name in parts for reason in failures(kind, found[name], allow)]
     console = Console(width=None if sys.stdout.isatty() else 140)
-    header = ("tokens", "resident MiB", "peak MiB", "cache KiB", "tokens/s", "perplexity")
+    header = ("tokens", "resident MiB", "peak MiB", "cache KiB", "seconds", "perplexity")
     for name, samples in parts.items():
         grown = ", ".join(f"{what} {number / MIB:+.2f} MiB" for what, number in found[name].items())
         caption = f"from {starts[name]} tokens to {samples[-1].tokens}: {grown}"

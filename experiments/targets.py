@@ -127,13 +127,14 @@ def memory_rows(lengths: tuple[int, ...], only: str) -> Iterator[dict[str, Any]]
 
 def line(row: dict[str, Any]) -> list[str]:
     """A line of the table: claim, target, measured, verdict."""
-    if "slope" in row:
-        return [row["name"], f"<= {row['target']}", f"slope {row['slope']:.3f}", row["verdict"]]
-    if "ratio" not in row:
-        return [row["name"], str(row["target"]), row["reason"], row["verdict"]]
-    times = f"{row['ratio']:.2f}x: {row['reference_seconds'] * 1e3:.1f} / {row['seconds'] * 1e3:.1f} ms"
-    best = f", best backend {row['ratio_to_best_softmax']:.2f}x" if row["ratio_to_best_softmax"] else ""
-    return [row["name"], f">= {row['target']:g}x", times + best, row["verdict"]]
+    if row["verdict"] == "not measured":
+        shown = row["reason"]
+    elif "slope" in row:
+        shown = f"slope {row['slope']:.3f}"
+    else:
+        best = row["ratio_to_best_softmax"]
+        shown = f"{row['ratio']:.2f}x" + (f" (best backend {best:.2f}x)" if best else "")
+    return [row["name"], str(row["target"]), shown, row["verdict"]]
 
 
 def main(

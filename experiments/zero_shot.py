@@ -25,45 +25,37 @@ from hf_linattn.bench.report import markdown_table
 
 def settings() -> dict[str, Any]:
     """Name -> settings: windows of 64 tokens, at most 256 slots (features, landmarks or chunks, and heavy keys)."""
-    window, sliding = {"window_size": 64}, {"window_size": 64, "overlap_window": True}
-    heavy = {"num_heavy_keys": 32}
-    plus = FavorPlusConfig(num_features=256, window_size=0)
-    sharp = FavorSharpConfig(num_features=256, window_size=0)
+    sharp, lara = FavorSharpConfig(num_features=256), LaraConfig(num_landmarks=64)
     dense = sharp.replace(variant="dense")
-    few = {"num_features": 224, **heavy}
-    lara = LaraConfig(num_landmarks=64, window_size=0)
-    fixed = lara.replace(proposal_source="calibrated")
-    eva = EvaConfig(num_chunks=64, **window)
-    return {
-        "FAVOR+": plus,
+    bases = {
+        "FAVOR+": FavorPlusConfig(num_features=256),
         "FAVOR# SADERF": sharp,
         "FAVOR# dense": dense,
         "FAVOR# dense, calibrated": dense.replace(statistics="calibrated"),
         "LARA": lara,
-        "LARA, calibrated proposals": fixed,
-        "LARA as published, without maps": LaraConfig(conventions="published", proposal_map="none"),
-        "EVA as published, without maps": EvaConfig(
-            conventions="published", proposal_map="none", num_chunks=64, **window
-        ),
-        "FAVOR+, window": plus.replace(**window),
-        "FAVOR# SADERF, window": sharp.replace(**window),
-        "FAVOR# dense, window": dense.replace(**window),
-        "LARA, window": lara.replace(**window),
-        "LARA, calibrated proposals, window": fixed.replace(**window),
-        "EVA, 64 chunks": eva,
-        "EVA, 128 chunks": eva.replace(num_chunks=128),
-        "EVA, 128 chunks, overlap": eva.replace(num_chunks=128, **sliding),
-        "FAVOR# dense, overlap": dense.replace(**sliding),
-        "FAVOR+, window, heavy keys": plus.replace(**few, **window),
-        "FAVOR# SADERF, window, heavy keys": sharp.replace(**few, **window),
-        "FAVOR# dense, window, heavy keys": dense.replace(**few, **window),
-        "FAVOR# dense, calibrated, window, heavy keys": dense.replace(statistics="calibrated", **few, **window),
-        "LARA, window, heavy keys": lara.replace(**heavy, **window),
-        "LARA, overlap, heavy keys": lara.replace(**heavy, **sliding),
-        "FAVOR# SADERF, overlap, heavy keys": sharp.replace(**few, **sliding),
-        "FAVOR# dense, overlap, heavy keys": dense.replace(**few, **sliding),
-        "FAVOR# dense, calibrated, overlap, heavy keys": dense.replace(statistics="calibrated", **few, **sliding),
-        "FAVOR# dense, 64 features, overlap, heavy keys": dense.replace(num_features=64, **heavy, **sliding),
+        "LARA, calibrated proposals": lara.replace(proposal_source="calibrated"),
+    }
+    window, overlap = {"window_size": 64}, {"window_size": 64, "overlap_window": True}
+    heavy = {"num_heavy_keys": 32}
+    made = {}
+    for extra in ({"window_size": 0}, window, overlap, window | heavy, overlap | heavy):
+        words = [
+            word for word, field in (("overlap", "overlap_window"), ("heavy keys", "num_heavy_keys")) if field in extra
+        ]
+        for name, config in bases.items():
+            features = {"num_features": 224} if "heavy keys" in words and "FAVOR" in name else {}
+            window_word = ["window"] if extra["window_size"] and "overlap" not in words else []
+            made[", ".join([name, *window_word, *words])] = config.replace(**extra, **features)
+    few = dense.replace(num_features=64, **overlap, **heavy)
+    published = {"conventions": "published", "proposal_map": "none"}
+    return {
+        **made,
+        "FAVOR# dense, 64 features, overlap, heavy keys": few,
+        "LARA as published, without maps": LaraConfig(**published),
+        "EVA as published, without maps": EvaConfig(**published, num_chunks=64, **window),
+        "EVA, 64 chunks": EvaConfig(num_chunks=64, **window),
+        "EVA, 128 chunks": EvaConfig(num_chunks=128, **window),
+        "EVA, 128 chunks, overlap": EvaConfig(num_chunks=128, **overlap),
     }
 
 

@@ -64,17 +64,16 @@ def converted(kind: str, family: str) -> Any:
     import hf_linattn
 
     torch.manual_seed(0)
+    config_class, model_class = {
+        "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+        "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
+    }[family]
     sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
     text = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    encoder = {"intermediate_size": WIDTH, "hidden_dropout_prob": 0.0}
-    if family == "bert":
-        config = transformers.BertConfig(**sizes, **text, **encoder)
-        stock = transformers.BertForSequenceClassification(config)
-    elif family == "gpt2":
-        stock = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **text, resid_pdrop=0.0, embd_pdrop=0.0))
-    else:
-        stock = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **encoder))
-    made = hf_linattn.convert(stock, kind)
+    own = {"resid_pdrop": 0.0, "embd_pdrop": 0.0} if family == "gpt2" else {"intermediate_size": WIDTH}
+    config = config_class(**sizes, **own, hidden_dropout_prob=0.0, **({} if family == "vit" else text))
+    made = hf_linattn.convert(model_class(config), kind)
     if hf_linattn.needs_calibration(made):
         hf_linattn.calibrate(made, [inputs(family)])
     return made.eval()

@@ -44,7 +44,8 @@ def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row
         group = list(members)
         for contender in plan.contenders():
             report(f"memory of {contender.name}, {group[0].direction}, {group[0].dtype}")
-            rows, runnable = {}, []
+            rows: dict[Workload, Row] = {}
+            runnable: list[Workload] = []
             for work in group:
                 rows[work] = new_row("memory", contender, work)
                 try:

@@ -118,7 +118,7 @@ def _answer(contender: Contender, works: list[Workload], threads: int, answers: 
         try:
             step = make_step(contender.build(work), make_inputs(work), work)
             step()  # what is made once, like tables and weights, is not part of a step
-            found = peak_bytes(step, work.device), ""
+            found: tuple[int | None, str] = peak_bytes(step, work.device), ""
         except Exception as error:
             found = None, explain(error)
         if index:

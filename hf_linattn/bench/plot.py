@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_plots(results: Results, path: Path) -> list[Path]:
         figure = Figure(figsize=(15, 4.6 * len(panels)), layout="constrained")
         label, unit = ("MiB", 2.0**-20) if name == "memory" else ("milliseconds", 1e3)
         for (left, right), (panel, rows) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
-            draw(left, rows, lambda row, unit=unit: row.cost and row.cost * unit, looks)
+            draw(left, rows, partial(_scaled_cost, unit), looks)
             draw(right, [row for row in rows if row.group != "softmax"], lambda row: row.ratio, looks)
             right.axhline(1.0, color="black", linewidth=1)
             left.set(title=title(panel), xlabel="tokens", ylabel=label)
@@ -58,6 +59,10 @@ def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         for colour, members in zip(colours, families.values(), strict=False)
         for number, name in enumerate(members)
     }
+
+
+def _scaled_cost(unit: float, row: Row) -> float | None:
+    return None if row.cost is None else row.cost * unit
 
 
 def draw(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], looks: dict[str, Any]) -> None:

@@ -87,13 +87,17 @@ def _generation_grids(rows: Sequence[Row], columns: list[int]) -> list[Grid]:
     speeds, sizes = [], []
     for name in names(rows):
         found = [next((row for row in rows if row.name == name and row.work.tokens == n), None) for n in columns]
-        speeds.append([name, *map(_cell, found), _last_over_first([row and row.mean for row in found])])
+        speeds.append(
+            [name, *map(_cell, found), _last_over_first([None if row is None else row.mean for row in found])]
+        )
         cells = []
         for row in found:
-            share = row and row.state and softmax.get(row.work.tokens)
-            text = quantity(row.state, BYTES) if row and row.state else NOTHING
+            if row is None or not row.state:
+                cells.append(NOTHING)
+                continue
+            share, text = softmax.get(row.work.tokens), quantity(row.state, BYTES)
             cells.append(f"{text} ({row.state / share:.2%})" if share and row.group != "softmax" else text)
-        sizes.append([name, *cells, _last_over_first([row and row.state for row in found])])
+        sizes.append([name, *cells, _last_over_first([None if row is None else row.state for row in found])])
     header = [*map(str, columns), f"{columns[-1]} : {columns[0]}"]
     return [(["tokens per second", *header], speeds), (["cache per layer", *header], sizes)]
 

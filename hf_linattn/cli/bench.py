@@ -135,9 +135,14 @@ def make_plan(benchmark: str, given: dict[str, Any]) -> Plan:
     chosen = {name: defaults[name] if value is None and name in defaults else value for name, value in given.items()}
     if isinstance(chosen["causal"], bool):
         chosen["causal"] = (chosen["causal"],)
-    options = KindOptions(**{field.name: chosen[field.name] for field in fields(KindOptions) if field.name in chosen})
+    options = KindOptions(**_of(KindOptions, chosen))
     chosen |= {"options": options, "modes": MODES if chosen["mode"] == "both" else (chosen["mode"],)}
-    return Plan(**{field.name: chosen[field.name] for field in fields(Plan) if field.name in chosen})
+    return Plan(**_of(Plan, chosen))
+
+
+def _of(record: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given of the fields of a dataclass."""
+    return {field.name: given[field.name] for field in fields(record) if field.name in given}
 
 
 def _measure(given: dict[str, Any], json: Path | None) -> Results:

@@ -53,9 +53,9 @@ def counted() -> Iterator[list[str]]:
 def exact(kind: str) -> Iterator[None]:
     """The kind's mathematics replaced by softmax: for cross-attention, which has no window and so no exact limit."""
     cls = get_kind(kind).module_cls
-    original = cls.__dict__["attend"]
+    original = cls.__dict__["compute"]
 
-    def attend(config: Any, state: Any, given: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def compute(config: Any, state: Any, given: Any, *args: Any, **kwargs: Any) -> Tensor:
         logits = given.query @ given.key.transpose(-1, -2) * given.scaling
         if given.key_mask is not None:
             logits = logits.masked_fill(~given.key_mask[:, None, None, :], -torch.inf)
@@ -65,11 +65,11 @@ def exact(kind: str) -> Iterator[None]:
             logits = logits.masked_fill(~seen, -torch.inf)
         return logits.softmax(-1).nan_to_num() @ given.value
 
-    cls.attend = staticmethod(attend)
+    cls.compute = staticmethod(compute)
     try:
         yield
     finally:
-        cls.attend = original
+        cls.compute = original
 
 
 def settings(kind: str, window: int) -> dict[str, Any]:

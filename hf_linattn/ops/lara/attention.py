@@ -96,7 +96,7 @@ def lara_attention(
         samples_per_landmark: Draws per proposal. Changes nothing without noise.
         antithetic: Every draw with both signs (twice the samples). Changes nothing without noise. (In the published
             code several samples switch it off; here both work together.)
-        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log-sum-exp of the slots beside exact
+        offset: `[heads]` or broadcastable to `[batch, heads, 1, 1]`, added to the log-sum-exp of slots beside exact
             keys.
         window_size, overlap_window, num_heavy_keys, grid, num_global_tokens, chunk_size, slot_dropout: As in
             `favor_attention`.
