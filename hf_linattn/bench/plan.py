@@ -129,6 +129,6 @@ def race(
         if isinstance(found, Failure):
             rows[name] = replace(rows[name], reason=found.reason)
         else:
-            times: dict[str, Any] = {"median": found.median, "minimum": min(found.times), "samples": len(found.times)}
-            rows[name] = replace(rows[name], **times)
+            times = found.times
+            rows[name] = replace(rows[name], median=found.median, minimum=min(times), samples=len(times))
     return with_ratios(list(rows.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def write_plots(results: Results, path: Path) -> list[Path]:
         figure = Figure(figsize=(15, 4.6 * len(panels)), layout="constrained")
         label, unit = ("MiB", 2.0**-20) if name == "memory" else ("milliseconds", 1e3)
         for (left, right), (panel, rows) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
-            draw(left, rows, partial(_scaled_cost, unit), looks)
+            draw(left, rows, lambda row: row.cost, looks, unit)
             draw(right, [row for row in rows if row.group != "softmax"], lambda row: row.ratio, looks)
             right.axhline(1.0, color="black", linewidth=1)
             left.set(title=title(panel), xlabel="tokens", ylabel=label)
@@ -61,14 +60,13 @@ def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _scaled_cost(unit: float, row: Row) -> float | None:
-    return None if row.cost is None else row.cost * unit
-
-
-def draw(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], looks: dict[str, Any]) -> None:
+def draw(
+    axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], looks: dict[str, Any], unit: float = 1.0
+) -> None:
     """One line for each contender, on logarithmic axes."""
     for name in names(rows):
-        points = sorted((row.work.tokens, number) for row in rows if row.name == name and (number := value(row)))
+        found = ((row.work.tokens, value(row)) for row in rows if row.name == name)
+        points = sorted((tokens, number * unit) for tokens, number in found if number)
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **looks[name])
     axes.set(xscale="log", yscale="log")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -86,24 +86,26 @@ def _generation_grids(rows: Sequence[Row], columns: list[int]) -> list[Grid]:
     softmax = {row.work.tokens: row.state for row in rows if row.group == "softmax"}
     speeds, sizes = [], []
     for name in names(rows):
-        found = [next((row for row in rows if row.name == name and row.work.tokens == n), None) for n in columns]
-        speeds.append(
-            [name, *map(_cell, found), _last_over_first([None if row is None else row.mean for row in found])]
-        )
-        cells = []
-        for row in found:
-            if row is None or not row.state:
-                cells.append(NOTHING)
-                continue
-            share, text = softmax.get(row.work.tokens), quantity(row.state, BYTES)
-            cells.append(f"{text} ({row.state / share:.2%})" if share and row.group != "softmax" else text)
-        sizes.append([name, *cells, _last_over_first([None if row is None else row.state for row in found])])
+        found = {row.work.tokens: row for row in rows if row.name == name}
+        states = {tokens: row.state for tokens, row in found.items()}
+        seconds = {tokens: row.mean for tokens, row in found.items()}
+        shares = {} if any(row.group == "softmax" for row in found.values()) else softmax
+        speeds.append([name, *(_cell(found.get(tokens)) for tokens in columns), _last_over_first(seconds, columns)])
+        cells = (_state_cell(states.get(tokens), shares.get(tokens)) for tokens in columns)
+        sizes.append([name, *cells, _last_over_first(states, columns)])
     header = [*map(str, columns), f"{columns[-1]} : {columns[0]}"]
     return [(["tokens per second", *header], speeds), (["cache per layer", *header], sizes)]
 
 
-def _last_over_first(values: Sequence[float | None]) -> str:
-    return _fraction(values[-1] / values[0] if values[0] and values[-1] else None)
+def _state_cell(state: int | None, softmax: int | None) -> str:
+    if state is None:
+        return NOTHING
+    return quantity(state, BYTES) + (f" ({state / softmax:.2%})" if softmax else "")
+
+
+def _last_over_first(values: Mapping[int, float | None], columns: list[int]) -> str:
+    first, last = values.get(columns[0]), values.get(columns[-1])
+    return _fraction(last / first if first and last else None)
 
 
 # -- what shows them --------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def make_plan(benchmark: str, given: dict[str, Any]) -> Plan:
     """The plan of one benchmark from the parameters of the command."""
     is_generation, is_model = benchmark == "generation", benchmark in ("models", "generation")
     limit = CPU_SOFTMAX_LENGTH if given["device"] == "cpu" and not is_generation else None  # a step's cost is linear
-    defaults = {
+    defaults: dict[str, Any] = {
         "lengths": CONTEXTS if is_generation else LENGTHS,
         "kinds": tuple(list_kinds()),
         "windows": (None,) if is_model else (0,),

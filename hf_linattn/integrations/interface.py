@@ -117,7 +117,7 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
     """
     layer, query, key, value, mask = call.layer, call.query, call.key, call.value, call.key_mask
     if call.group_size > 1:
-        key, value = (states.repeat_interleave(call.group_size, dim=1) for states in (key, value))
+        key, value = key.repeat_interleave(call.group_size, dim=1), value.repeat_interleave(call.group_size, dim=1)
     if layer is None:
         output = native_attention(module, call, key, value)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
 from ..modules.config import AttentionConfig
-from ..modules.contract import AttentionInputs, LayerShape
+from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
@@ -157,6 +157,8 @@ def _settings(
     module_cls.check(config, shape)
     refusal = module_cls.native_refusal(config, shape, training=training)
     if refusal is not None:
+        if family in FAMILIES and CALIBRATED_TOKENS in module_cls.state_spec(config, shape):
+            convert = "; or convert the model (hf_linattn.convert) and calibrate it (hf_linattn.calibrate)."
         raise UnsupportedError(refusal + convert)
     return config
 

@@ -226,9 +226,11 @@ def test_a_cache_that_forgets_is_seen(fast: ModuleType, monkeypatch: pytest.Monk
         (only,) = fast.failures({**good, name: value})
         assert name.split("_")[0] in only
     read = fast.read
-    monkeypatch.setattr(
-        fast, "read", lambda model, row, sizes: read(model, torch.cat([row[:1], row[:1], row[2:]]), sizes)
-    )
+
+    def forgetful(model: Any, row: Tensor, sizes: list[int] | None = None) -> Tensor:
+        return read(model, row if sizes is None else torch.cat([row[:1], row[:1], row[2:]]), sizes)
+
+    monkeypatch.setattr(fast, "read", forgetful)
     assert len(fast.failures({**good, **fast.perplexities(model, rows, 1)})) == 2
     assert fast.agreement(gpt2().to(torch.bfloat16), rows)["bfloat16_agreement"] < 0.99
 

@@ -119,7 +119,7 @@ def test_a_compiled_native_model_asks_too(monkeypatch: Patch) -> None:
     model = GPT2.build()
     model.set_attn_implementation(KIND)
     torch._dynamo.reset()
-    hf_linattn.integrations.native._layer.cache_clear()
+    hf_linattn.integrations.native._settings.cache_clear()
     dropped(PreTrainedModel, "get_correct_attn_implementation")(monkeypatch)
     with pytest.raises(Exception, match="model methods: expected"):
         torch.compile(model, backend="eager", fullgraph=True)(token_ids(), use_cache=False)
@@ -131,7 +131,7 @@ def test_a_compiled_model_that_was_never_called(monkeypatch: Patch) -> None:
     model = GPT2.build()
     model.set_attn_implementation(KIND)
     torch._dynamo.reset()
-    hf_linattn.integrations.native._layer.cache_clear()
+    hf_linattn.integrations.native._settings.cache_clear()
     with torch.no_grad():
         found = torch.compile(model, backend="eager", fullgraph=True)(token_ids(), use_cache=False).logits
         assert "always" in canary._passed
