@@ -42,7 +42,9 @@ class InterBlock(NamedTuple):
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
             states, state_lse, _ = self._states(group)
             blocks = group.query.shape[1]
-            merged, merged_lse = self.scan_forward(states, state_lse, blocks, _reach(reach))
+            merged, merged_lse = self.scan_forward(
+                states, state_lse, blocks, BlockReach(units, margin, bool(is_causal))
+            )
             slots = group.query_slots.unsqueeze(1).expand(-1, blocks, -1, -1)
             merged_lse = merged_lse + group.query_slot_bias.unsqueeze(1)
             output[part], lse[part] = self.attend_forward(group.query, slots, merged, merged_lse, None)
@@ -61,8 +63,9 @@ class InterBlock(NamedTuple):
         size = inputs.key.shape[1] * inputs.key_slots.shape[1] * inputs.value.shape[-1]
         units, margin, is_causal = reach
         for part, group in inputs.in_groups(size, _STATES.get(inputs.key.device.type, _MORE_STATES)):
-            grad_output, grad_lse, output, lse = (z[part] for z in (*grads, *results))
-            of_group = self._backward_of(group, grad_output, grad_lse, output, lse, needs, _reach(reach))
+            upstream = AttentionState(grads.output[part], grads.lse[part])
+            result = AttentionState(results[0][part], results[1][part])
+            of_group = self._backward_of(group, upstream, result, needs, BlockReach(units, margin, bool(is_causal)))
             for total, grad in zip(found, of_group, strict=True):
                 if total is not None and grad is not None:
                     total[part] = grad
@@ -104,9 +107,3 @@ class InterBlock(NamedTuple):
         key_slots, key, value, key_bias = self.attend_backward(*writing, states, plain_lse, wanted)
         slot_bias = grad_state_lse.sum(1) if needs[6] else None
         return [*found, key, key_bias, None if key_slots is None else key_slots.sum(1), slot_bias, value]
-
-
-def _reach(numbers: Sequence[int]) -> BlockReach:
-    """As an operator is given it."""
-    units, margin, is_causal = numbers
-    return BlockReach(units, margin, bool(is_causal))

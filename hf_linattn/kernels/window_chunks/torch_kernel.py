@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +58,11 @@ def _tiles(inputs: WindowChunkInputs) -> Iterator[_Tile]:
             # Causal windows read nothing behind the hidden chunks, and only some of those before.
             count = min(chunks, max(last[some])) if min(first[some]) >= chunks else chunks
             place, read = (group, some), (group, slice(0, count))
-            windowed = [z if z is None else z[place] for z in (*inputs[:4], *inputs[7:])]
-            of_chunks = [z[read] for z in inputs[4:7]]
-            tensors: list[Any] = [*windowed[:4], *of_chunks, *windowed[4:]]
-            yield _Tile(place, read, WindowChunkInputs(*tensors))
+            visible = None if inputs.visible is None else inputs.visible[place]
+            of_window = (inputs.query[place], inputs.key[place], inputs.value[place], visible)
+            of_chunks = (inputs.chunk_key[read], inputs.chunk_bias[read], inputs.chunk_value[read])
+            hidden = inputs.hidden_from[place], inputs.hidden_to[place]
+            yield _Tile(place, read, WindowChunkInputs(*of_window, *of_chunks, *hidden))
 
 
 def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
