@@ -292,7 +292,7 @@ def strew(output: Path, outside: Path) -> None:
 
 PUSH = """
 import runpy, sys, pathlib
-sys.path[:0] = ["tests", "recipes"]
+sys.path[:0] = ["tests", "tests/recipes", "recipes"]
 from test_recipes import strew
 from transformers import Trainer
 output, outside = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
