@@ -1,6 +1,10 @@
-"""What many tests of the attention functions share: random tensors, masks, comparison in float64."""
+"""What many tests share: random tensors, masks, comparison in float64, and changing a saved checkpoint by hand."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +37,15 @@ def inputs(tokens: int = TOKENS, dim: int = 4, batch: int = 2, heads: int = 2, s
 def assert_same(ours: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
     """Equal to rounding in float64."""
     torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; `None` removes one."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is None:
+            values.pop(name, None)
+        else:
+            values[name] = value
+    path.write_text(json.dumps(values))

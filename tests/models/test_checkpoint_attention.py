@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cases import BERT, GPT2, VIT, ModelCase, largest, logits, matrix, ready
-from checkpoints import edit_config
+from helpers import edit_config
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertTokenizer, pipeline
 
 import hf_linattn

@@ -5,57 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import BERT, GPT2
-from hub_server import environment, run
+from cut_saves import DISK, SHARDS, name, old_and_new, same, state, whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import hf_linattn
-from hf_linattn.errors import CheckpointError
 from hf_linattn.models.saving import pending_save, save_atomically
-
-State = dict[str, torch.Tensor]
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "shutil.copyfile"}
 
 
 class Cut(BaseException):
     """Stands for a signal: not an Exception, so that no handler swallows it."""
-
-
-class Disk:
-    """Sees every file operation of this process; calls `at` with the number of each that changes something."""
-
-    def __init__(self) -> None:
-        self.at: Callable[[int], None] | None = None
-        self.on_read: Callable[[str], None] | None = None
-        self.count = 0
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and self.on_read is not None and args[1] == "r":
-            self.on_read(str(args[0]))
-        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wxa+")
-        if self.at is not None and (event in CHANGES or writes):
-            self.count += 1
-            self.at(self.count)
-
-    @contextlib.contextmanager
-    def calling(self, at: Callable[[int], None]) -> Iterator[None]:
-        self.count, self.at = 0, at
-        try:
-            yield
-        finally:
-            self.at = None
-
-
-DISK = Disk()
 
 
 def operations(save: Callable[[], None]) -> int:
@@ -84,40 +49,10 @@ def fails_at(place: int) -> Callable[[int], None]:
     return at
 
 
-def old_and_new() -> tuple[Any, Any]:
-    first = hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))
-    second = hf_linattn.convert(BERT.build(), BERT.settings("favor_sharp", num_features=16), layers=[1])
-    with torch.no_grad():
-        for parameter in second.parameters():
-            parameter.add_(1)
-    return first, second
-
-
-def state(folder: Path, auto: Any = AutoModelForMaskedLM, **options: Any) -> tuple[type, Any, State]:
-    model = auto.from_pretrained(folder, **options)
-    assert getattr(model.config, "transformers_weights", None) is None
-    assert not any("incomplete" in part for part in Path(model.config._name_or_path).parts)
-    return type(model), getattr(model.config, "linear_attention", None), model.state_dict()
-
-
-def same(one: tuple[type, Any, State], other: tuple[type, Any, State]) -> bool:
-    return (
-        one[:2] == other[:2]
-        and one[2].keys() == other[2].keys()
-        and all(torch.equal(tensor, other[2][name]) for name, tensor in one[2].items())
-    )
-
-
-def whole(found: State, *expected: State) -> bool:
-    """Whether all tensors that two models have in common come from the same one of them."""
-    return any(all(torch.equal(found[name], one[name]) for name in found.keys() & one.keys()) for one in expected)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-SHARDS = {"max_shard_size": "40KB"}
 LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("converted", {}, {}),
     ("converted", SHARDS, {}),
@@ -127,10 +62,6 @@ LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("stock", {}, {}),
     ("stock", {}, SHARDS),
 ]
-
-
-def name(layout: Any) -> str:
-    return "one file" if layout == {} else "-".join(map(str, layout.values())) if isinstance(layout, dict) else layout
 
 
 @pytest.mark.parametrize(("previous", "before", "after"), LAYOUTS, ids=name)
@@ -274,106 +205,3 @@ def test_adapters_are_never_mixed(ranks: tuple[int, int], gone: int, tmp_path: P
         assert [(folder / name).read_text() for name in names] == whole_ones[1]
     assert seen.count(None) == gone
     assert {0, 1} <= set(seen)
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = ["tests", "tests/models"]
-from test_cut_off_saves import *
-from pathlib import Path
-
-root = Path(sys.argv[1])
-first, second = old_and_new()
-first.save_pretrained(root / "template")
-shutil.copytree(root / "template", root / "scratch")
-total = operations(lambda: second.save_pretrained(root / "scratch"))
-expected = state(root / "template"), state(root / "scratch")
-seen = set()
-for last in range(total):
-    folder = root / f"cut{last}"
-    shutil.copytree(root / "template", folder)
-    child = os.fork()
-    if child == 0:
-        DISK.at = lambda number: os.kill(os.getpid(), signal.SIGKILL) if number > last else None
-        DISK.count = 0
-        second.save_pretrained(folder)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    found = state(folder)
-    seen.add([same(found, one) for one in expected].index(True))
-    second.save_pretrained(folder)
-    assert not [name for name in os.listdir(folder) if name.startswith("_")]
-assert seen == {0, 1}, seen
-print("killed", total)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_every_operation(tmp_path: Path) -> None:
-    assert "killed" in run(["-c", KILLED, str(tmp_path)], environment()).stdout
-
-
-@pytest.mark.parametrize("layout", [{}, SHARDS], ids=name)
-@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, hf_linattn.LinAttnBertForMaskedLM], ids=["auto", "class"])
-def test_a_save_while_loading(auto: Any, layout: Any, tmp_path: Path) -> None:
-    """The folder is saved anew at any time that a loader opens config.json: old, new, or an error that says so."""
-    first, second = old_and_new()
-    for settings in (second, hf_linattn.convert(BERT.build(), BERT.settings("favor_plus"))):
-        with torch.no_grad():
-            settings.bert.embeddings.word_embeddings.weight.add_(3)
-        first.save_pretrained(tmp_path / "template", **layout)
-        expected = [state(tmp_path / "template")]
-        settings.save_pretrained(tmp_path / "new", **layout)
-        expected.append(state(tmp_path / "new"))
-        outcomes = []
-        for place in range(1, 20):
-            folder = tmp_path / "folder"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(tmp_path / "template", folder)
-            seen = 0
-
-            def on_read(path: str) -> None:
-                nonlocal seen
-                if path.startswith(str(folder)) and path.endswith("config.json"):  # noqa: B023
-                    seen += 1
-                    if seen == place:  # noqa: B023
-                        DISK.on_read = None
-                        settings.save_pretrained(folder, **layout)  # noqa: B023
-                        DISK.on_read = on_read
-
-            DISK.on_read = on_read
-            try:
-                found = state(folder, auto)
-            except CheckpointError:
-                outcomes.append("refused")
-            else:
-                outcomes.append("old" if same(found, expected[0]) else "new")
-                assert same(found, expected[0]) or same(found, expected[1]), place
-            finally:
-                DISK.on_read = None
-            if seen < place:
-                break
-        assert outcomes[-1] == "old"  # no save any more
-        assert len(outcomes) > 3
-
-
-def test_saves_at_the_same_time_wait_for_each_other(tmp_path: Path) -> None:
-    first, second = old_and_new()
-    errors: list[BaseException] = []
-
-    def save(model: Any) -> None:
-        try:
-            for _ in range(4):
-                model.save_pretrained(tmp_path)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=save, args=(model,)) for model in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert not [name for name in os.listdir(tmp_path) if name.startswith("_")]
-    loaded = type(first).from_pretrained(tmp_path).state_dict()
-    assert whole(loaded, first.state_dict(), second.state_dict())

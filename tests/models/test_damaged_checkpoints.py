@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 from cases import BERT
-from checkpoints import edit_config
+from helpers import edit_config
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForMaskedLM,
-)
+from transformers import AutoModelForMaskedLM
 
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError

@@ -12,7 +12,6 @@ MOST_CALLS = {"eva": 116, "favor_plus": 132, "favor_sharp": 153, "lara": 191}
 MOST_FILES, MOST_MOVES = 12, 40
 
 
-@pytest.mark.xfail(reason="the calls are being made fewer", strict=False)
 @pytest.mark.parametrize("kind", MOST_CALLS)
 def test_calls_of_one_attention_call(kind: str) -> None:
     assert len(count_calls(kind).whole.calls) <= MOST_CALLS[kind]

@@ -1,0 +1,174 @@
+"""Every operator of torch, with arguments to call it and its backward operator with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_linattn.kernels.decode import decode_step
+from hf_linattn.kernels.half_norm import half_norm
+
+OPERATORS = torch.ops.hf_linattn
+INF = float("inf")
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of biases and log masses."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# -- arguments of the operators, groups first ------------------------------------------------------------------------
+
+
+def attend_case(tokens: int, dtype: torch.dtype, *, bias: bool = True, visible: bool = True) -> tuple[Any, ...]:
+    """Three keys; one is hidden from all, and one query sees nothing."""
+    seen = torch.ones(2, 3, tokens, 3, dtype=torch.bool)
+    seen[0, 0, 0] = False
+    key_bias = random(2, 3, 3, seed=3, dtype=wide(dtype))
+    key_bias[:, :, 1] = -INF
+    return (
+        random(2, 3, tokens, 4, seed=0, dtype=dtype),
+        random(2, 3, 3, 4, seed=1, dtype=dtype),
+        random(2, 3, 3, 5, seed=2, dtype=dtype),
+        key_bias if bias else None,
+        seen if visible else None,
+        "torch",
+    )
+
+
+def blocks_case(tokens: int, dtype: torch.dtype, reach: tuple[int, int, int] = (1, 0, 1)) -> tuple[Any, ...]:
+    """Blocks of two queries, as many as tokens, and the units that they need."""
+    units = tokens * reach[0]
+    masks = random(2, units, 3, seed=4, dtype=wide(dtype))
+    masks[0, 0] = -INF
+    return (
+        random(2, tokens, 2, 4, seed=0, dtype=dtype),
+        random(2, 6, 4, seed=1, dtype=dtype),
+        random(2, 6, seed=2, dtype=wide(dtype)),
+        random(2, units, 3, 4, seed=3, dtype=dtype),
+        masks,
+        random(2, 6, 4, seed=5, dtype=dtype),
+        random(2, 6, seed=6, dtype=wide(dtype)),
+        random(2, units, 3, 5, seed=7, dtype=dtype),
+        list(reach),
+        "torch",
+    )
+
+
+def causal_case(tokens: int, dtype: torch.dtype, chunk: int = 4) -> tuple[Any, ...]:
+    key_bias = random(2, tokens, seed=5, dtype=wide(dtype))
+    key_bias[1, 0] = -INF
+    return (
+        random(2, tokens, 4, seed=0, dtype=dtype),
+        random(2, 6, 4, seed=2, dtype=dtype),
+        random(2, 6, seed=3, dtype=wide(dtype)),
+        random(2, tokens, 4, seed=4, dtype=dtype),
+        key_bias,
+        random(2, 6, 4, seed=6, dtype=dtype),
+        random(2, 6, seed=7, dtype=wide(dtype)),
+        random(2, tokens, 5, seed=8, dtype=dtype),
+        chunk,
+        "torch",
+    )
+
+
+def window_chunks_case(
+    tokens: int, dtype: torch.dtype, *, visible: bool = True, is_causal: bool = False
+) -> tuple[Any, ...]:
+    """Windows of three queries and four keys, as many as tokens, and two chunks."""
+    seen = torch.ones(2, tokens, 3, 4, dtype=torch.bool)
+    seen[0, 0] = False
+    bias = random(2, 2, seed=4, dtype=wide(dtype))
+    bias[0, 1] = -INF
+    number = torch.arange(tokens).expand(2, -1)
+    return (
+        random(2, tokens, 3, 4, seed=0, dtype=dtype),
+        random(2, tokens, 4, 4, seed=1, dtype=dtype),
+        random(2, tokens, 4, 5, seed=2, dtype=dtype),
+        seen if visible else None,
+        random(2, 2, 4, seed=3, dtype=dtype),
+        bias,
+        random(2, 2, 5, seed=5, dtype=dtype),
+        number % 3,
+        number % 3 + 1,
+        is_causal,
+        "torch",
+    )
+
+
+def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    assert decode_step  # its operator is defined where it is imported
+    state = wide(dtype)
+    shapes = [(1, 4), (6, 4), (6,), (1, 4), (1,), (6, 4), (6,), (1, 5), (6, 5), (6,)]
+    return (
+        *(
+            random(tokens, 3, *shape, seed=i, dtype=dtype if i in (0, 1, 3, 5, 7) else state)
+            for i, shape in enumerate(shapes)
+        ),
+        "torch",
+    )
+
+
+def half_norm_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    assert half_norm  # its operator is defined where it is imported
+    return random(tokens, 2, 3, 4, seed=0, dtype=dtype), "torch"
+
+
+CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
+    "attend": ("attend", attend_case),
+    "attend without bias": ("attend", lambda n, d: attend_case(n, d, bias=False)),
+    "attend without visible": ("attend", lambda n, d: attend_case(n, d, visible=False)),
+    "attend plain": ("attend", lambda n, d: attend_case(n, d, bias=False, visible=False)),
+    "blocks causal": ("blocks", blocks_case),
+    "blocks elsewhere": ("blocks", lambda n, d: blocks_case(n, d, (1, 0, 0))),
+    "blocks overlapping": ("blocks", lambda n, d: blocks_case(n, d, (2, 1, 0))),
+    "causal": ("causal", causal_case),
+    "causal one by one": ("causal", lambda n, d: causal_case(n, d, 1)),
+    "windows": ("window_chunks", window_chunks_case),
+    "windows causal": ("window_chunks", lambda n, d: window_chunks_case(n, d, visible=False, is_causal=True)),
+    "decode": ("decode_step", decode_case),
+    "half_norm": ("half_norm", half_norm_case),
+}
+# Of the differentiable ones: how many inputs have gradients, in the order of the backward operator's results.
+GRADIENTS = {
+    "attend": (0, 1, 2, 3),
+    "blocks": tuple(range(8)),
+    "causal": tuple(range(8)),
+    "window_chunks": (0, 1, 2, 4, 5, 6),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+differentiable_case = pytest.mark.parametrize("name", [name for name, (op, _) in CASES.items() if op in GRADIENTS])
+
+
+def operator_of(name: str, tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Any, str, tuple[Any, ...]]:
+    operator, build = CASES[name]
+    return getattr(OPERATORS, operator).default, operator, build(tokens, dtype)
+
+
+def needed(operator: str, arguments: tuple[Any, ...], *, all_of_them: bool = True) -> list[bool]:
+    """All gradients that there can be, or every second one."""
+    return [
+        arguments[place] is not None and (all_of_them or number % 2 == 0)
+        for number, place in enumerate(GRADIENTS[operator])
+    ]
+
+
+def backward_of(
+    name: str, tokens: int, dtype: torch.dtype, *, all_of_them: bool = True
+) -> tuple[Any, tuple[Any, ...]]:
+    """The backward operator and its arguments."""
+    forward, operator, arguments = operator_of(name, tokens, dtype)
+    results = forward(*arguments)
+    grads = [random(*z.shape, seed=20 + i, dtype=z.dtype) for i, z in enumerate(results[:2])]
+    tensors = [z for z in arguments if isinstance(z, Tensor) or z is None]
+    options = [z for z in arguments if not (isinstance(z, Tensor) or z is None)]
+    needs = needed(operator, arguments, all_of_them=all_of_them)
+    return getattr(OPERATORS, f"{operator}_backward").default, (*grads, *tensors, *results, needs, *options)
