@@ -41,8 +41,8 @@ class LaraConfig(AttentionConfig):
         mixing: "key" mixes the key landmarks with each other by a softmax, "key_value" also counts the size of their
             values, "none" leaves them. Landmarks only.
         proposal_map: Learned map of the queries and keys of each landmark (`modules/proposal_maps.py`). Converted
-            models only; native mode has no parameters. Calibrated proposals have no map; there any value but "none" only
-            says that the layer learns its mass offset beside exact keys.
+            models only; native mode has no parameters. Calibrated proposals have no map; there any value but "none"
+            only says that the layer learns its mass offset beside exact keys.
         map_stage: Apply the maps to the "mean" of a landmark, or to its "tokens" before averaging.
         sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
             (landmarks) or where they were drawn once (calibrated).
