@@ -32,11 +32,11 @@ def queries_and_keys(path: Path | None, text: str, tokens: int) -> list[tuple[Te
     model, tokenizer = minilm.load(path)
     model.set_attn_implementation("favor_plus")  # looked into, and not used
 
-    def show(module: nn.Module, call: Call) -> Tensor:
+    def on_call(module: nn.Module, call: Call) -> Tensor:
         found.append((call.query, call.key, call.scaling))
         return softmax_output(module, call)
 
-    with observed_attention(model, show):
+    with observed_attention(model, on_call):
         model(**tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt"))
     return found
 

@@ -63,7 +63,7 @@ def calibrate(
     layers = _calibratable(model)
     observed: dict[nn.Module, Any] = {m: layer.new_calibration(stream=_rank()) for m, layer in layers.items()}
 
-    def show(module: nn.Module, call: Call) -> Tensor:
+    def on_call(module: nn.Module, call: Call) -> Tensor:
         if module in observed:
             observed[module].update(
                 AttentionInputs(
@@ -74,7 +74,7 @@ def calibrate(
         return linear_output(module, call) if goes_linear else softmax_output(module, call)
 
     seen = 0
-    with torch.no_grad(), observed_attention(model, show):
+    with torch.no_grad(), observed_attention(model, on_call):
         model.eval()
         for batch in read_batches(batches, max_batches, progress, "Calibrating"):
             inputs, _ = prepare_inputs(model, batch)

@@ -60,7 +60,7 @@ def compare(
     layers: dict[nn.Module, _LayerSums] = {}
     total = _ModelSums()
 
-    def show(module: nn.Module, call: Call) -> Tensor:
+    def on_call(module: nn.Module, call: Call) -> Tensor:
         exact = softmax_output(module, call)
         if not (call.on_softmax or call.is_cross):
             linear = linear_output(module, call)
@@ -72,7 +72,7 @@ def compare(
         model.set_attn_implementation(kind)
         for batch in read_batches(batches, max_batches, progress, "Comparing with softmax"):
             inputs, mask = prepare_inputs(model, batch)
-            with observed_attention(model, show):
+            with observed_attention(model, on_call):
                 softmax = _run(model, inputs)
             total.add(softmax, _run(model, inputs), mask)
     if not total.rows:

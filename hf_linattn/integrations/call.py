@@ -58,7 +58,7 @@ class Call:
     group_size: int
 
 
-def decide(
+def resolve_call(
     kind: str,
     module: nn.Module,
     query: Tensor,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..modules.recorded import is_traced
 from ..modules.registry import get_kind
-from ..modules.whole import is_recorded
 from .cache import RecurrentLayer, StaticRecurrentLayer
 from .families import defaults_family, is_causal_model
 from .layers import linear_layer
@@ -36,7 +36,7 @@ def cache_layer_types(config: Any) -> list[str] | None:
     """Type of each layer's cache for a converted model's config; `None` if no layer keeps a state."""
     value = getattr(config, "linear_attention", None)
     # In a graph that is run for other inputs later, no state of this call is of use: all keys and values are kept.
-    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"] or is_recorded():
+    if value is None or not is_causal_model(config) or attention_of(config) != value["kind"] or is_traced():
         return None
     settings = parse_settings(value, family=defaults_family(config))
     if not get_kind(value["kind"]).module_cls.supports_recurrence(settings.config, is_causal=True):

@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.registry import for_each_kind
 from .attach import convert_otherwise
-from .call import Call, decide
+from .call import Call, resolve_call
 from .canary import check_model
 from .checks import warn_attention_dropout
 from .hand_over import give_back
@@ -38,10 +38,10 @@ def attention_function(kind: str) -> AttentionFunction:
 
     def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if torch.compiler.is_compiling():
-            return attend(kind, module, *inputs, **kwargs)
+            return kind_attention(kind, module, *inputs, **kwargs)
         check_model(module)  # before the arguments are looked at
         try:
-            return attend(kind, module, *inputs, **kwargs)
+            return kind_attention(kind, module, *inputs, **kwargs)
         except Exception:
             given = dict(zip(("query", "key"), inputs, strict=False)) | kwargs  # some models name all of them
             if "query" in given and "key" in given:
@@ -52,7 +52,7 @@ def attention_function(kind: str) -> AttentionFunction:
     return attention
 
 
-def attend(
+def kind_attention(
     kind: str,
     module: nn.Module,
     /,  # a batch may have keys of these names
@@ -80,7 +80,7 @@ def attend(
     Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where the result would be wrong; the
         message says what to do.
     """
-    call = decide(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    call = resolve_call(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     if call.on_softmax:
         return softmax_output(module, call), None
     if dropout:

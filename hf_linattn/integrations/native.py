@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedError
 from ..modules.config import AttentionConfig
 from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
+from ..modules.recorded import compute_or_record
 from ..modules.registry import AttentionKind, get_kind
-from ..modules.whole import attend as attend_whole
 from ..ops.tracing import known, outside_tracing
 from .advice import convert_first, converting, cross_settings, instead
 from .call import Call
@@ -68,7 +68,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     inputs = AttentionInputs(
         query, key, value, mask, scaling=call.scaling, is_causal=is_causal, grid=grid, training=module.training
     )
-    return attend_whole(declared.module_cls, settings, dict(state), inputs)
+    return compute_or_record(declared.module_cls, settings, dict(state), inputs)
 
 
 def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross: bool) -> None:

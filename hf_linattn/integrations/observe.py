@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .call import Call, decide
+from .call import Call, resolve_call
 from .families import is_converted
 from .masks import linattn_mask
 from .seams import PreTrainedModel, attention_of, parts_of_config, register_attention, select_attention
@@ -17,21 +17,21 @@ from .seams import PreTrainedModel, attention_of, parts_of_config, register_atte
 OBSERVER = "linattn_observer"
 
 # From an attention module and its call to the output with which the model goes on.
-Show = Callable[[nn.Module, Call], Tensor]
+OnCall = Callable[[nn.Module, Call], Tensor]
 
-# Attention module -> the kind to decide its calls for, and the callback.
-_observed: dict[nn.Module, tuple[str, Show]] = {}
+# Attention module -> the kind to resolve its calls for, and the callback.
+_observed: dict[nn.Module, tuple[str, OnCall]] = {}
 
 
 @contextmanager
-def observed_attention(model: PreTrainedModel, show: Show) -> Iterator[None]:
-    """Within the `with` block, the attention layers of a model call `show` in place of their attention.
+def observed_attention(model: PreTrainedModel, on_call: OnCall) -> Iterator[None]:
+    """Within the `with` block, the attention layers of a model call `on_call` in place of their attention.
 
     Everything is as before afterwards: the attention implementation and the train mode of every part of the model.
 
     Args:
         model: Converted, or a stock model with a kind as its attention implementation.
-        show: Called as `show(module, call)`, layer by layer. Returns the output with which the model goes on,
+        on_call: Called as `on_call(module, call)`, layer by layer. Returns the output with which the model goes on,
             `[batch, queries, heads, head_dim]`: as a rule `softmax_output(module, call)` or
             `linear_output(module, call)` of `interface.py`.
     """
@@ -39,7 +39,7 @@ def observed_attention(model: PreTrainedModel, show: Show) -> Iterator[None]:
     modules = list(model.modules())
     outer = {module: _observed[module] for module in modules if module in _observed}
     with restored(model):
-        _observed.update(dict.fromkeys(modules, (kind_of(model), show)))
+        _observed.update(dict.fromkeys(modules, (kind_of(model), on_call)))
         try:
             model.set_attn_implementation(OBSERVER)
             yield
@@ -61,8 +61,9 @@ def _observe(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function behind `OBSERVER`."""
-    kind, show = _observed[module]
-    return show(module, decide(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)), None
+    kind, on_call = _observed[module]
+    call = resolve_call(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    return on_call(module, call), None
 
 
 @contextmanager

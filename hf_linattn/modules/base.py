@@ -13,7 +13,7 @@ from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
-from .whole import attend
+from .recorded import compute_or_record
 
 C = TypeVar("C", bound=AttentionConfig)
 
@@ -176,7 +176,7 @@ class LinearAttention(nn.Module, Generic[C]):
             training=self.training,
         )
         if memory is None:
-            output = attend(type(self), self.config, self.tensors(), inputs)
+            output = compute_or_record(type(self), self.config, self.tensors(), inputs)
         else:
             output = memory.attend(self, inputs)
         return self.in_training(output) if self.training and torch.is_grad_enabled() else output

@@ -99,7 +99,7 @@ class AttentionConfig:
 
     kind: ClassVar[str] = ""
     _own_doc: ClassVar[str] = ""
-    # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/whole.py`). Not a field.
+    # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/recorded.py`). Not a field.
     as_json: ClassVar[str] = ""
 
     window_size: int | None = count(None, minimum=0)

@@ -15,7 +15,7 @@ from .config import AttentionConfig
 C = TypeVar("C", bound=AttentionConfig)
 
 # Families beyond the three that can be converted share the defaults of the closest one.
-FAMILIES = {
+DEFAULT_GROUPS = {
     "bert": "encoder",
     "gpt2": "decoder",
     "vit": "vision",
@@ -39,11 +39,12 @@ def resolve(config: C, family: str, *, num_global_tokens: int | None = None) -> 
         num_global_tokens: Tokens before the patches, where an image model has other ones than its family.
     Raises: `ConfigError` for an unknown family.
     """
-    if family not in FAMILIES:
+    if family not in DEFAULT_GROUPS:
         raise ConfigError(
-            f"Unknown model family {family!r}; families: {sorted(FAMILIES)}.{did_you_mean(family, FAMILIES)}"
+            f"Unknown model family {family!r}; families: {sorted(DEFAULT_GROUPS)}."
+            f"{did_you_mean(family, DEFAULT_GROUPS)}"
         )
-    group = FAMILIES[family]
+    group = DEFAULT_GROUPS[family]
     shared = _SHARED[group]
     if num_global_tokens is not None:
         shared = {**shared, "num_global_tokens": num_global_tokens}

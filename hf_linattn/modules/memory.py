@@ -21,10 +21,10 @@ from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
 from .base import LinearAttention
 from .config import AttentionConfig
 from .contract import AttentionInputs, LayerShape
-from .whole import attend
+from .recorded import compute_or_record
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
-TAKEN_BACK = 256
+CROPPABLE_TOKENS = 256
 
 
 class RecurrentMemory:
@@ -98,7 +98,7 @@ class RecurrentMemory:
         """The first tokens under autograd, as without a memory: a state is made if there is a next call."""
         self._pending = PendingTokens(inputs.query, inputs.key, inputs.value, inputs.key_mask)
         self._note(inputs)
-        return attend(type(layer), layer.config, layer.tensors(), inputs)
+        return compute_or_record(type(layer), layer.config, layer.tensors(), inputs)
 
     def _one_token(self, recurrence: Recurrence[Any], inputs: AttentionInputs) -> Tensor:
         """One more token of every row, without gradients: a few operations."""
@@ -115,7 +115,7 @@ class RecurrentMemory:
         new = PendingTokens(query, inputs.key, inputs.value, inputs.key_mask)
         tokens = new if self._pending is None else self._pending.then(new)
         if is_first:
-            output = attend(type(layer), layer.config, layer.tensors(), inputs)
+            output = compute_or_record(type(layer), layer.config, layer.tensors(), inputs)
         elif layer.training and layer.config.sample_noise:
             raise UnsupportedError(
                 "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."
@@ -133,10 +133,10 @@ class RecurrentMemory:
         pending = self._pending
         if pending is None or not self.is_recording:
             self._absorb_pending(recurrence)
-        elif pending.tokens > 2 * TAKEN_BACK:
-            self._pending = pending.cut(0, pending.tokens - TAKEN_BACK)
+        elif pending.tokens > 2 * CROPPABLE_TOKENS:
+            self._pending = pending.cut(0, pending.tokens - CROPPABLE_TOKENS)
             self._absorb_pending(recurrence)
-            self._pending = pending.cut(pending.tokens - TAKEN_BACK, pending.tokens)
+            self._pending = pending.cut(pending.tokens - CROPPABLE_TOKENS, pending.tokens)
 
     def _absorb_pending(self, recurrence: Recurrence[Any]) -> None:
         pending = self._pending
@@ -245,7 +245,7 @@ class RecurrentMemory:
     def crop(self, count: int) -> None:
         """Take the last `count` tokens back. Those before them become final.
 
-        At least the last `TAKEN_BACK` tokens read in earlier calls, and all of the last call, can be taken back.
+        At least the last `CROPPABLE_TOKENS` tokens read in earlier calls, and all of the last call, can be taken back.
 
         Raises: UnsupportedError for tokens that were not recorded (`is_recording`).
         """

@@ -91,7 +91,7 @@ class AttentionKind:
 
 
 _KINDS: dict[str, AttentionKind] = {}
-_TOLD: list[Callable[[str], None]] = []
+_LISTENERS: list[Callable[[str], None]] = []
 
 
 def register_kind(kind: AttentionKind) -> None:
@@ -102,16 +102,16 @@ def register_kind(kind: AttentionKind) -> None:
     is_new = kind.name not in list_kinds()
     _KINDS[kind.name] = kind
     if is_new:
-        for tell in _TOLD:
-            tell(kind.name)
+        for listener in _LISTENERS:
+            listener(kind.name)
 
 
-def for_each_kind(tell: Callable[[str], None]) -> None:
-    """Call `tell` with the name of every kind: of those registered now, and later of each new one."""
-    if tell not in _TOLD:
-        _TOLD.append(tell)
+def for_each_kind(listener: Callable[[str], None]) -> None:
+    """Call `listener` with the name of every kind: of those registered now, and later of each new one."""
+    if listener not in _LISTENERS:
+        _LISTENERS.append(listener)
     for name in list_kinds():
-        tell(name)
+        listener(name)
 
 
 def list_kinds() -> list[str]:

@@ -38,8 +38,8 @@ def states_around(states: AttentionState, before: Tensor, after: Tensor | None) 
 
 def _combine(states: AttentionState, visible: Tensor) -> AttentionState:
     """Block i gets the merge of the blocks k with `visible[i, k]`: a softmax over blocks, slot by slot."""
-    mass = states.lse.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]
-    merged = softmax_with_lse(mask_logits(mass, visible), states.output.transpose(-2, -3))
+    lse = states.lse.transpose(-1, -2).unsqueeze(-2)  # [..., slots, 1, blocks]
+    merged = softmax_with_lse(mask_logits(lse, visible), states.output.transpose(-2, -3))
     return AttentionState(merged.output.transpose(-2, -3), merged.lse.transpose(-1, -2))
 
 

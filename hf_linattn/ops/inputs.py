@@ -15,6 +15,9 @@ from .limits import LARGEST_COUNT, LARGEST_SCALING, check_counts
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
+# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape.
+ProposalMap = Callable[[Tensor], Tensor]
+
 
 def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.

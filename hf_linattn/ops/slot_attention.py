@@ -98,10 +98,10 @@ def slot_attention(
     elif options.is_causal:
         chunk = min(options.chunk_size or _CAUSAL_CHUNK, 1 << (num_tokens - 1).bit_length())
         keys = key_weights.masked(visible)
-        state = query_weights.biased(query_weights.causal(keys, tokens.value, chunk, query_log_bias, dropout))
+        state = query_weights.add_token_bias(query_weights.causal(keys, tokens.value, chunk, query_log_bias, dropout))
     else:
         slots = key_weights.masked(visible).summarise(tokens.value)
-        state = query_weights.biased(query_weights.read(slots, query_log_bias, dropout))
+        state = query_weights.add_token_bias(query_weights.read(slots, query_log_bias, dropout))
     return state if heavy is None else merge_states([heavy, state])
 
 
@@ -122,7 +122,7 @@ def slots_alone(
         visible = key_mask[:, None, :, None]
         key, value = without_padding(key, value, key_mask)
         query = query.masked_fill(~visible, 0.0) if is_self else query
-    slots = feature_map.key_weights(key).masked(visible).levelled().summarise(value)
+    slots = feature_map.key_weights(key).masked(visible).without_common_factor().summarise(value)
     output = feature_map.query_weights(query).read(slots, dropout=dropout).output
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 
@@ -167,7 +167,7 @@ def _disjoint(
 
     through_slots = []
     if per_group > 1:
-        query_logits, key_logits = query_weights.unbiased().dense(), key_weights.dense()
+        query_logits, key_logits = query_weights.without_token_bias().dense(), key_weights.dense()
         query_logits = query_logits if query_log_bias is None else query_logits + query_log_bias
         half = members
         while half < per_group * members:
@@ -178,7 +178,7 @@ def _disjoint(
         reach = BlockReach(is_causal=is_causal)
         through_slots.append(query_weights.inter_block(key_weights, value, reach, query_log_bias, dropout))
     if through_slots:
-        state = merge_states([state, query_weights.biased(merge_states(through_slots))])
+        state = merge_states([state, query_weights.add_token_bias(merge_states(through_slots))])
     return _joined(state, groups)
 
 
@@ -212,7 +212,7 @@ def _overlapping(
     query_log_bias = None if query_log_bias is None else blocks.split(query_log_bias)
     value = units.split(tokens.value)
     others = query_weights.inter_block(key_weights, value, reach, query_log_bias, options.dropout)
-    return _joined(merge_states([window, query_weights.biased(others)]), blocks)
+    return _joined(merge_states([window, query_weights.add_token_bias(others)]), blocks)
 
 
 def _real_keys(tokens: Tokens, visible: Tensor | None, blocks: Blocks) -> Tensor | None:

@@ -29,8 +29,9 @@ class SlotWeights:
     """Log-weights of queries or keys for slots, whatever they are a function of.
 
     The methods here evaluate them from the log-weights themselves; `LinearSlotWeights` does without these. What
-    queries read leaves out the factor that belongs to a query alone, which does not change the output. `biased` puts
-    it on, last: added to every logit, minus half the squared length of a query is all that rounding leaves of it.
+    queries read leaves out the factor that belongs to a query alone, which does not change the output.
+    `add_token_bias` puts it on, last: added to every logit, minus half the squared length of a query is all that
+    rounding leaves of it.
     """
 
     def dense(self) -> Tensor:
@@ -45,15 +46,15 @@ class SlotWeights:
         """Weight 0 for tokens where `visible` (`[batch, 1 or heads, ..., tokens, 1]`) is False."""
         raise NotImplementedError
 
-    def unbiased(self) -> SlotWeights:
+    def without_token_bias(self) -> SlotWeights:
         """Without the factors that belong to a token alone."""
         return self
 
-    def levelled(self) -> SlotWeights:
+    def without_common_factor(self) -> SlotWeights:
         """Without a factor that all slots have in common: for keys beside no exact ones."""
         return self
 
-    def biased(self, state: AttentionState) -> AttentionState:
+    def add_token_bias(self, state: AttentionState) -> AttentionState:
         """What these queries have read, with the factors that belong to them alone in its log-sum-exp."""
         return state
 
@@ -66,7 +67,7 @@ class SlotWeights:
     ) -> AttentionState:
         """Every token reads all slots. `query_log_bias` `[batch, heads, ..., tokens, slots]` is added to the
         log-weights."""
-        logits = self.unbiased().dense() + slots.lse.unsqueeze(-2)
+        logits = self.without_token_bias().dense() + slots.lse.unsqueeze(-2)
         logits = logits if query_log_bias is None else logits + query_log_bias
         return softmax_with_lse(logits, slots.output, dropout=dropout)
 
@@ -90,7 +91,7 @@ class SlotWeights:
         """Queries (`self`) read all keys up to themselves: those of their chunk (a power of 2) one by one, halves of
         a pair at a time (intra-chunk), those of earlier chunks through states of the slots (inter-chunk)."""
         blocks = Blocks(value.shape[2], chunk)
-        query, key = self.unbiased().map_tokens(blocks.split), key.map_tokens(blocks.split)
+        query, key = self.without_token_bias().map_tokens(blocks.split), key.map_tokens(blocks.split)
         if not blocks.is_whole:
             key = key.masked(blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0)
         value = blocks.split(value)
@@ -165,13 +166,13 @@ class LinearSlotWeights(SlotWeights):
         bias = self.token_bias.masked_fill(~visible, float("-inf"))
         return LinearSlotWeights(self.tokens, bias, self.slots, self.slot_bias)
 
-    def unbiased(self) -> LinearSlotWeights:
+    def without_token_bias(self) -> LinearSlotWeights:
         return replace(self, token_bias=torch.zeros_like(self.token_bias))
 
-    def biased(self, state: AttentionState) -> AttentionState:
+    def add_token_bias(self, state: AttentionState) -> AttentionState:
         return AttentionState(state.output, state.lse + self.token_bias.squeeze(-1))
 
-    def levelled(self) -> LinearSlotWeights:
+    def without_common_factor(self) -> LinearSlotWeights:
         """Without the largest factor of a token."""
         largest = self.token_bias.detach().amax(-2, keepdim=True)
         bias = self.token_bias - largest.clamp_min(torch.finfo(largest.dtype).min)

@@ -1,4 +1,4 @@
-r"""Softmax attention that keeps its log-sum-exp: the one operation behind all kinds.
+r"""The dense softmax with its log-sum-exp, in readable form; `kernels.attend` is the operation that all kinds use.
 
 Every kind is a self-normalised estimator of softmax attention and can be written as two softmaxes:
 

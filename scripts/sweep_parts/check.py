@@ -36,17 +36,17 @@ ROADS = ("from_config", "from_pretrained", "set_attn_implementation")
 def counted() -> Iterator[list[str]]:
     """The modules for which our attention function is called, call by call."""
     calls: list[str] = []
-    original = interface.attend
+    original = interface.kind_attention
 
-    def attend(kind: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def kind_attention(kind: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(type(module).__name__)
         return original(kind, module, *args, **kwargs)
 
-    interface.attend = attend
+    interface.kind_attention = kind_attention
     try:
         yield calls
     finally:
-        interface.attend = original
+        interface.kind_attention = original
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def _is_square(tensor: Any) -> bool:
 def _in_interface() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name in ("attend", "_recorder"):
+        if frame.f_code.co_name in ("kind_attention", "_recorder"):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

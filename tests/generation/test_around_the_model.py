@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import hf_linattn
 from hf_linattn.errors import InputError, UnsupportedError
-from hf_linattn.modules.memory import TAKEN_BACK
+from hf_linattn.modules.memory import CROPPABLE_TOKENS
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
 
@@ -59,8 +59,8 @@ def test_a_state_given_to_a_model_without(setting: Setting) -> None:
 @all_kinds
 def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
     """Prompt lookup gives back a cache that still records: what cannot be taken back any more is not kept either."""
-    model = decoder(GPT2, setting, config={"n_positions": 2 * TAKEN_BACK + 500})
-    ids = prompt(1, 2 * TAKEN_BACK + 400)
+    model = decoder(GPT2, setting, config={"n_positions": 2 * CROPPABLE_TOKENS + 500})
+    ids = prompt(1, 2 * CROPPABLE_TOKENS + 400)
     found = model.generate(
         ids[:, :30], prompt_lookup_num_tokens=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
     )
@@ -72,7 +72,7 @@ def test_a_cache_that_goes_on_recording(setting: Setting) -> None:
             last = model(piece, **given_cache(cache)).logits
             held.append(cache.layers[0].memory._pending.tokens)
         expected = model(text, use_cache=False).logits[:, -last.shape[1] :]
-    assert max(held) <= 2 * TAKEN_BACK + 90
+    assert max(held) <= 2 * CROPPABLE_TOKENS + 90
     assert float((last - expected).abs().max()) < TOLERANCE
 
 

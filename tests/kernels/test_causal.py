@@ -148,15 +148,15 @@ def test_chunks_are_cut_as_rarely_as_possible(nats: float, parts: int) -> None:
     inputs[KEY] *= 0
     inputs[KEY_BIAS] = torch.linspace(0, nats, 64).unsqueeze(0)
     few = SlotInputs(*inputs)
-    cuts = list(portable._cut(few, slice(0, 64), portable._empty_state(few)))
+    cuts = list(portable._safe_parts(few, slice(0, 64), portable._empty_state(few)))
     assert len(cuts) == parts
     assert [keys.part.start for keys, _ in cuts] == [0, *(keys.part.stop for keys, _ in cuts[:-1])]
     assert cuts[-1][0].part.stop == 64
     # Later keys are next to nothing: the reference does not move, and what is small may vanish.
     inputs[KEY_BIAS] = -inputs[KEY_BIAS]
     few = SlotInputs(*inputs)
-    state = [after for _, after in portable._cut(few, slice(0, 1), portable._empty_state(few))][0]
-    assert len(list(portable._cut(few, slice(1, 64), state))) == 1
+    state = [after for _, after in portable._safe_parts(few, slice(0, 1), portable._empty_state(few))][0]
+    assert len(list(portable._safe_parts(few, slice(1, 64), state))) == 1
 
 
 def test_slots_may_be_safe_for_different_reasons() -> None:
@@ -167,15 +167,15 @@ def test_slots_may_be_safe_for_different_reasons() -> None:
     inputs[KEY][0, 1:, 0] = torch.linspace(-200, -10, 63)
     inputs[KEY][0, 1:, 1] = torch.linspace(200, 240, 63)
     few = SlotInputs(*inputs)
-    state = [after for _, after in portable._cut(few, slice(0, 1), portable._empty_state(few))][0]
-    assert len(list(portable._cut(few, slice(1, 64), state))) == 1
+    state = [after for _, after in portable._safe_parts(few, slice(0, 1), portable._empty_state(few))][0]
+    assert len(list(portable._safe_parts(few, slice(1, 64), state))) == 1
 
 
 def test_padding_does_not_cut_chunks() -> None:
     inputs = [z.flatten(0, 1).float() for z in make(64, batch=1, heads=1)]
     inputs[KEY_BIAS][0, ::3] = -INF
     few = SlotInputs(*inputs)
-    assert len(list(portable._cut(few, slice(0, 64), portable._empty_state(few)))) == 1
+    assert len(list(portable._safe_parts(few, slice(0, 64), portable._empty_state(few)))) == 1
 
 
 @quick

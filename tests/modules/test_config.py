@@ -12,7 +12,7 @@ import pytest
 from hf_linattn.errors import ConfigError, LinAttnError, UnknownFieldError
 from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.config import AttentionConfig
-from hf_linattn.modules.defaults import FAMILIES, resolve
+from hf_linattn.modules.defaults import DEFAULT_GROUPS, resolve
 from hf_linattn.modules.registry import BUILTIN_KINDS, config_from_dict, default_config, get_kind, list_kinds
 
 ABSURD: list[Any] = [2**20 + 1, 2**40, 2**63, 2**64, 10**400]  # beyond what a tensor, or an int64, may hold
@@ -176,7 +176,7 @@ def test_settings_are_frozen_named_and_hashable(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list_kinds())
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DEFAULT_GROUPS))
 def test_dictionary_form_round_trips(kind: str, family: str) -> None:
     for config in (config_of(kind), default_config(kind, family), config_of(kind, seed=5, slot_dropout=0.25)):
         stored = json.loads(json.dumps(config.to_dict()))
@@ -209,7 +209,7 @@ def test_replace_and_fill(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list_kinds())
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DEFAULT_GROUPS))
 def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
     config = default_config(kind, family)
     # `None` says "never", "what is fast for the shape" and "all".

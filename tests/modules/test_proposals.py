@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_linattn.modules.base import LayerShape
-from hf_linattn.modules.proposals import PROPOSAL_MAPS, proposal_maps, proposal_spec
+from hf_linattn.modules.proposal_maps import PROPOSAL_MAPS, proposal_maps, proposal_spec
 
 SHAPE = LayerShape(num_heads=3, head_dim=4)
 MEANS = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ def _own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in registry.BUILTIN_KINDS:
         get_kind(name)
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
-    monkeypatch.setattr(registry, "_TOLD", [])
+    monkeypatch.setattr(registry, "_LISTENERS", [])
 
 
 def test_the_four_kinds() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import lara_attention, softmax_attention
-from hf_linattn.ops.lara.attention import WEIGHTINGS
+from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)
 @pytest.mark.parametrize("landmarks", [1, 5, 8, 23, 64])
 def test_lara_on_sequences(mask: str, weighting: str, landmarks: int) -> None:
     q, k, v = inputs()
@@ -23,7 +23,7 @@ def test_lara_on_sequences(mask: str, weighting: str, landmarks: int) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)
 @pytest.mark.parametrize(("window", "count"), [(3, 0), (8, 0), (64, 0), (0, 2), (3, 2), (0, 23), (4, 23)])
 def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count: int) -> None:
     q, k, v = inputs()
@@ -40,7 +40,7 @@ def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count
 @pytest.mark.parametrize(("window", "count"), [(0, 0), (2, 0), (3, 1), (9, 0)])
 def test_lara_on_images(grid: tuple[int, int], landmarks: int, window: int, count: int) -> None:
     q, k, v = inputs(grid[0] * grid[1] + count)
-    for weighting in WEIGHTINGS:
+    for weighting in IMPORTANCE_WEIGHTINGS:
         options = {"grid": grid, "weighting": weighting}
         ours = lara_attention(q, k, v, num_landmarks=landmarks, window_size=window, num_global_tokens=count, **options)
         expected = naive.per_row(naive.lara, q, k, v, landmarks=landmarks, window=window, num_global=count, **options)
@@ -49,7 +49,7 @@ def test_lara_on_images(grid: tuple[int, int], landmarks: int, window: int, coun
 
 @pytest.mark.parametrize("mask", ["none", "right", "left"])
 @pytest.mark.parametrize("window", [0, 8])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)
 def test_noise_maps_and_offset(mask: str, window: int, weighting: str) -> None:
     q, k, v = inputs()
     noise, query_map, key_map = random(2, 2, 6, 4, seed=7), random(2, 4, 4, seed=7), random(2, 4, 4, seed=7) * 0.5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara import attention as lara
-from hf_linattn.ops.lara.attention import WEIGHTINGS
+from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
 
 
 def squash(shift: float) -> Callable[[Tensor], Tensor]:
@@ -26,7 +26,7 @@ def squash(shift: float) -> Callable[[Tensor], Tensor]:
 option_cases = st.fixed_dictionaries(
     {
         "landmarks": st.sampled_from([1, 3, 4, 9, 40]),
-        "weighting": st.sampled_from(WEIGHTINGS),
+        "weighting": st.sampled_from(IMPORTANCE_WEIGHTINGS),
         "alpha_coeff": st.sampled_from([0.0, 1.0, 8.0]),
         "mixing": st.sampled_from(["none", "key", "key_value"]),
         "map_stage": st.sampled_from([None, "mean", "tokens"]),
@@ -100,7 +100,7 @@ def test_every_option_of_lara(case: dict) -> None:
 
 def test_heavy_keys_alone_put_the_slots_beside_exact_ones() -> None:
     q, k, v = inputs()
-    for weighting in WEIGHTINGS:
+    for weighting in IMPORTANCE_WEIGHTINGS:
         options = {"num_landmarks": 5, "weighting": weighting, "num_heavy_keys": 4}
         plain = lara_attention(q, k, v, **options)
         heavy_alone, slots_alone = (
@@ -117,7 +117,7 @@ def test_heavy_keys_alone_put_the_slots_beside_exact_ones() -> None:
 
 def test_several_samples_change_nothing_without_noise() -> None:
     q, k, v = inputs()
-    for weighting in WEIGHTINGS:
+    for weighting in IMPORTANCE_WEIGHTINGS:
         plain = lara_attention(q, k, v, num_landmarks=5, weighting=weighting, window_size=4)
         more = lara_attention(
             q, k, v, num_landmarks=5, weighting=weighting, window_size=4, samples_per_landmark=3, antithetic=True
@@ -161,7 +161,7 @@ def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytes
     q, k, v = (z[:1, :1, :7, :2].clone().requires_grad_() for z in inputs())
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool() if masked else None
     noise = random(1, 1, 6, 2, seed=7)
-    for weighting, mixing in itertools.product(WEIGHTINGS, ("none", "key", "key_value")):
+    for weighting, mixing in itertools.product(IMPORTANCE_WEIGHTINGS, ("none", "key", "key_value")):
         for extra in ({}, {"noise": noise, "samples_per_landmark": 2}, {"noise": noise[:, :, :3], "antithetic": True}):
             options = {"weighting": weighting, "mixing": mixing, "num_landmarks": 3, "window_size": window, **extra}
             maps = {"query_map": squash(0.2), "key_map": squash(-0.4), "map_stage": "tokens"}
@@ -172,7 +172,7 @@ def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytes
 
 def test_row_without_landmarks_is_finite_under_every_option() -> None:
     q, k, v = (z.requires_grad_() for z in inputs())
-    for weighting, mixing in itertools.product(WEIGHTINGS, ("none", "key", "key_value")):
+    for weighting, mixing in itertools.product(IMPORTANCE_WEIGHTINGS, ("none", "key", "key_value")):
         out = lara_attention(
             q,
             k,

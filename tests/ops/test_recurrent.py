@@ -63,9 +63,9 @@ def recurrent(kind: str, query: Tensor, key: Tensor, value: Tensor, window: int)
         if window:
             parts = [attend(x[:, :, t : t + 1], y[:, :, current], value[:, :, current])]
         else:
-            parts = [reader.biased(reader.read(own.summarise(value[:, :, t : t + 1])))]
+            parts = [reader.add_token_bias(reader.read(own.summarise(value[:, :, t : t + 1])))]
         if state is not None:
-            parts.append(reader.biased(reader.read(state)))
+            parts.append(reader.add_token_bias(reader.read(state)))
         outputs.append(merge_states(parts).output)
     return torch.cat(outputs, dim=2)
 

@@ -76,8 +76,8 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
                 sums[part, number // _SEGMENT] = state.sums
                 masses[part, number // _SEGMENT] = torch.cat(state[1:], -1)
             stop = min(start + chunk, tokens)
-            for keys, after in _cut(group, slice(start, stop), state):
-                _read(group, keys, output[part], lse[part])
+            for keys, after in _safe_parts(group, slice(start, stop), state):
+                _write_outputs(group, keys, output[part], lse[part])
                 state = after
     return output, lse, sums, masses
 
@@ -106,7 +106,7 @@ def causal_backward(
             start = segment * length
             state, chunks = _State(sums[part, segment], mass, top), []
             for first in range(start, min(start + length, tokens), chunk):
-                for keys, after in _cut(group, slice(first, min(first + chunk, tokens)), state):
+                for keys, after in _safe_parts(group, slice(first, min(first + chunk, tokens)), state):
                     chunks.append(keys)
                     state = after
             while chunks:
@@ -170,14 +170,14 @@ def _safe_top(c: Tensor, state: _State) -> Tensor | None:
     return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
 
 
-def _cut(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
+def _safe_parts(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
     """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
     c = _key_logits(inputs, part)
     top = _safe_top(c, state)
     if top is None:
         middle = (part.start + part.stop + 1) // 2
         for half in (slice(part.start, middle), slice(middle, part.stop)):
-            for keys, after in _cut(inputs, half, state):
+            for keys, after in _safe_parts(inputs, half, state):
                 yield keys, after
                 state = after
         return
@@ -188,19 +188,20 @@ def _cut(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys
     yield _Keys(part, features, before, decay), _State(sums, before.mass + features.sum(-1, keepdim=True), top)
 
 
-def _ask(inputs: SlotInputs, keys: _Keys) -> _Queries:
+def _query_features(inputs: SlotInputs, keys: _Keys) -> _Queries:
     # References are large where keys are long, and similar: what they have in common is added last, to the lse.
     common = keys.before.top.amax(1, keepdim=True)
     slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
     features = _query_logits(inputs, keys.part).add_((keys.before.top - common).mT + slot_bias)
     top = features.amax(-1, keepdim=True)
     features.sub_(top).exp_()
-    return _Queries(features, (features @ keys.features).tril_(), top + common)
+    product = (features @ keys.features).tril_()  # later keys have weight 0
+    return _Queries(features, product, top + common)
 
 
-def _read(inputs: SlotInputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
+def _write_outputs(inputs: SlotInputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
     """Write the results of a chunk."""
-    part, before, queries = keys.part, keys.before, _ask(inputs, keys)
+    part, before, queries = keys.part, keys.before, _query_features(inputs, keys)
     total = queries.total(before)
     result = torch.baddbmm(
         queries.features @ before.sums, queries.product, inputs.value[:, part].to(inputs.key_bias.dtype)
@@ -225,7 +226,7 @@ class _Backward:
 
     def chunk(self, keys: _Keys) -> None:
         """Gradients of a chunk."""
-        part, before, queries = keys.part, keys.before, _ask(self.inputs, keys)
+        part, before, queries = keys.part, keys.before, _query_features(self.inputs, keys)
         values = self.inputs.value[:, part].to(self.inputs.key_bias.dtype)
         grads = self.grad_output[:, part].to(values.dtype)
         shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
@@ -234,7 +235,7 @@ class _Backward:
         total = queries.total(before)
         total.masked_fill_(total == 0, 1.0)
         grads, shift = grads / total, shift / total
-        pairs = torch.baddbmm(-shift, grads, values.mT).tril_()
+        pairs = torch.baddbmm(-shift, grads, values.mT).tril_()  # later keys have weight 0
 
         grad_query = torch.baddbmm(grads @ before.sums.mT, pairs, keys.features.mT)
         grad_query.addcmul_(shift, before.mass.mT, value=-1).mul_(queries.features)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, InputError
 from ...ops.eva.attention import eva_attention
-from ...ops.eva.chunks import PROPOSALS, WEIGHTINGS
+from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS
 from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
@@ -18,7 +18,7 @@ from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
-from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
+from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
@@ -45,8 +45,8 @@ class EvaConfig(AttentionConfig):
             not at all.
         chunking: "exclusive" (every key counts once) or "published" (all chunks are visible, also those that the
             window covers).
-        proposal_map: Learned map of the mean query and key of each chunk (`modules/proposals.py`). Converted models
-            only; native mode has no parameters.
+        proposal_map: Learned map of the mean query and key of each chunk (`modules/proposal_maps.py`). Converted
+            models only; native mode has no parameters.
         relative_position: Learned bias of the window's logits, zero at first: "none", "table" (one per relative
             position and head) or "t5" (one per bucket of distances and head). Converted models only.
         relative_index: "corrected", or "published" for tables trained with the official code
@@ -66,7 +66,7 @@ class EvaConfig(AttentionConfig):
     chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
     max_chunks: int | None = count(None)
     proposals: str | None = choice(None, PROPOSALS, ("sum", "mean"))
-    weighting: str | None = choice(None, WEIGHTINGS, ("size", "none"))
+    weighting: str | None = choice(None, CHUNK_WEIGHTINGS, ("size", "none"))
     chunking: str | None = choice(None, CHUNKINGS, ("exclusive", "published"))
     proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))
     relative_position: str = choice("none", ("none", "table", "t5"))

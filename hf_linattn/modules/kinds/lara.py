@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.lara.attention import lara_attention
-from ...ops.lara.features import WEIGHTINGS
+from ...ops.lara.features import IMPORTANCE_WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
@@ -21,7 +21,7 @@ from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
-from ..proposals import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
+from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration
 
@@ -40,9 +40,9 @@ class LaraConfig(AttentionConfig):
         alpha_coeff: Strength of the correction of "optimal".
         mixing: "key" mixes the key landmarks with each other by a softmax, "key_value" also counts the size of their
             values, "none" leaves them. Landmarks only.
-        proposal_map: Learned map of the queries and keys of each landmark (`modules/proposals.py`). Converted models
-            only; native mode has no parameters. Calibrated proposals have no map; there any value but "none" only
-            says that the layer learns its mass offset beside exact keys.
+        proposal_map: Learned map of the queries and keys of each landmark (`modules/proposal_maps.py`). Converted
+            models only; native mode has no parameters. Calibrated proposals have no map; there any value but "none"
+            only says that the layer learns its mass offset beside exact keys.
         map_stage: Apply the maps to the "mean" of a landmark, or to its "tokens" before averaging.
         sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
             (landmarks) or where they were drawn once (calibrated).
@@ -58,7 +58,7 @@ class LaraConfig(AttentionConfig):
 
     num_landmarks: int = count(64)
     proposal_source: str | None = choice(None, ("landmarks", "calibrated"))
-    weighting: str | None = choice(None, WEIGHTINGS, ("balance", "optimal"))
+    weighting: str | None = choice(None, IMPORTANCE_WEIGHTINGS, ("balance", "optimal"))
     alpha_coeff: float = factor(1.0)
     mixing: str | None = choice(None, MIXINGS, ("none", "none"))
     proposal_map: str | None = choice(None, PROPOSAL_MAPS, ("residual", "linear_norm"))

@@ -16,10 +16,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import checked_attention, factor_of
+from ..inputs import ProposalMap, checked_attention, factor_of
 from ..noise import noise_factor
 from ..padding import prepare_tokens
-from .chunks import MeanMap, Summariser
+from .chunks import Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
 
@@ -42,8 +42,8 @@ def eva_attention(
     is_causal: bool = False,
     proposals: str = "sum",
     weighting: str = "size",
-    query_map: MeanMap | None = None,
-    key_map: MeanMap | None = None,
+    query_map: ProposalMap | None = None,
+    key_map: ProposalMap | None = None,
     noise: Tensor | bool = False,
     noise_scale: str = "corrected",
     window_bias: Tensor | None = None,

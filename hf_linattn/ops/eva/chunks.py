@@ -12,14 +12,14 @@ from ...errors import InputError
 from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
 from ...kernels.half_norm import half_norm
+from ..inputs import ProposalMap
 from ..layout import masked_mean
 from ..noise import add_noise
 from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 
-MeanMap = Callable[[Tensor], Tensor]
 PROPOSALS = ("sum", "mean", "key", "none")
-WEIGHTINGS = ("none", "size", "spread")
+CHUNK_WEIGHTINGS = ("none", "size", "spread")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Summariser:
 
     proposals: str
     weighting: str
-    query_map: MeanMap | None
-    key_map: MeanMap | None
+    query_map: ProposalMap | None
+    key_map: ProposalMap | None
     root: float
     noise_factor: float = 1.0
 
@@ -134,8 +134,8 @@ class Summariser:
         """Raise `InputError` for an unknown name."""
         if self.proposals not in PROPOSALS:
             raise InputError(f"proposals must be one of {list(PROPOSALS)}; got {self.proposals!r}.")
-        if self.weighting not in WEIGHTINGS:
-            raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {self.weighting!r}.")
+        if self.weighting not in CHUNK_WEIGHTINGS:
+            raise InputError(f"weighting must be one of {list(CHUNK_WEIGHTINGS)}; got {self.weighting!r}.")
 
     def __call__(
         self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False

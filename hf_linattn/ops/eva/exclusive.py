@@ -47,60 +47,62 @@ def window_reach(window_size: int, chunk: int) -> int:
     return window_size if chunk > window_size else -(-max(1, window_size // 2) // chunk) * chunk
 
 
-def exclusive_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
+def exclusive_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks that share no key, row by row."""
     num_tokens, grid, device = tokens.key.shape[2], tokens.grid, tokens.key.device
-    window = fit_window(cut.window_size, num_tokens, grid)
+    window = fit_window(options.window_size, num_tokens, grid)
     windows = Blocks(num_tokens, window, grid)
     if windows.num_blocks == 1:
         return Layout(WindowedBlocks(windows), None)
     if grid is not None:
-        chunk = cut.chunk_size or longest_chunk(window, max(1, integer_root(cut.num_chunks)), max(grid))
-        reach = window_reach(window, chunk) if cut.overlap_side else 0
+        chunk = options.chunk_size or longest_chunk(window, max(1, integer_root(options.num_chunks)), max(grid))
+        reach = window_reach(window, chunk) if options.overlap_side else 0
         visible, partly_seen_windows = grid_table(*grid, window, chunk, reach, str(device))
         chunks = even_chunks(WindowedBlocks(Blocks(num_tokens, chunk, grid)), tokens, visible, partly_seen_windows)
         return Layout(WindowedBlocks(windows, reach, reach), chunks)
 
-    chunk = cut.chunk_size or longest_chunk(window, cut.num_chunks, num_tokens)
+    chunk = options.chunk_size or longest_chunk(window, options.num_chunks, num_tokens)
     left = right = 0
-    if cut.overlap_side == "left":
+    if options.overlap_side == "left":
         left = window
-    elif cut.overlap_side:
+    elif options.overlap_side:
         left = right = window_reach(window, chunk)
-    if cut.chunk_size or tokens.valid is None:
+    if options.chunk_size or tokens.valid is None:
         blocks = Blocks(num_tokens, chunk)
         length, partly_seen_windows = torch.full((1, 1), chunk, device=device), None
-        unread_range = _unread_range(cut, windows, length, blocks.num_blocks, left, right)
+        unread_range = _unread_range(options, windows, length, blocks.num_blocks, left, right)
         if chunk > window:
-            partly_seen_windows = _partly_seen_windows(windows, length // window, chunk // window, cut)
+            partly_seen_windows = _partly_seen_windows(windows, length // window, chunk // window, options)
         # No query ever reads the chunks of the last window, if causal.
-        count = (windows.num_blocks - 1) * (window // chunk) if cut.is_causal else None
+        count = (windows.num_blocks - 1) * (window // chunk) if options.is_causal else None
         around = WindowedBlocks(blocks)
         chunks = even_chunks(around, tokens, None, partly_seen_windows, unread_range=unread_range, count=count)
         return Layout(WindowedBlocks(windows, left, right), chunks)
-    return _exclusive_rows(cut, tokens, windows, chunk)
+    return _exclusive_rows(options, tokens, windows, chunk)
 
 
-def _exclusive_rows(cut: ChunkOptions, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
+def _exclusive_rows(options: ChunkOptions, tokens: Tokens, windows: Blocks, longest: int) -> Layout:
     """Rows of different length have chunks of different length, `longest` at most."""
     num_tokens, device, window = tokens.key.shape[2], tokens.key.device, windows.size
-    length = chunk_length(window, cut.num_chunks, tokens.lengths)[:, None]  # [batch, 1]
-    start = torch.arange(min(cut.num_chunks, num_tokens), device=device) * length
+    length = chunk_length(window, options.num_chunks, tokens.lengths)[:, None]  # [batch, 1]
+    start = torch.arange(min(options.num_chunks, num_tokens), device=device) * length
     position = start[..., None] + torch.arange(longest, device=device)
     inside = (position < (start + length)[..., None]) & (position < tokens.lengths[:, None, None])
     left = right = 0
     reach = None
-    if cut.overlap_side == "left":
+    if options.overlap_side == "left":
         left = window
-    elif cut.overlap_side:
+    elif options.overlap_side:
         left = right = max(window_reach(window, c) for c in {*_divisors(window, longest), longest})
         half = max(1, window // 2)
         reach = torch.where(length > window, window, (half + length - 1) // length * length)
     near = (left, right) if reach is None else (reach, reach)
-    unread_range = _unread_range(cut, windows, length, start.shape[1], *near)
+    unread_range = _unread_range(options, windows, length, start.shape[1], *near)
     partly_seen_windows = None
     if longest > window:
-        partly_seen_windows = _partly_seen_windows(windows, (length // window).clamp_min(1), longest // window, cut)
+        partly_seen_windows = _partly_seen_windows(
+            windows, (length // window).clamp_min(1), longest // window, options
+        )
     index = torch.where(inside, position, -1)
     count = -(-num_tokens // longest)
     chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, None, partly_seen_windows, unread_range)
@@ -112,7 +114,7 @@ def _divisors(window: int, longest: int) -> list[int]:
 
 
 def _unread_range(
-    cut: ChunkOptions, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
+    options: ChunkOptions, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first chunk that a window does not read, because it sees some of it, and the first after those it sees.
 
@@ -121,15 +123,15 @@ def _unread_range(
     """
     first = torch.arange(windows.num_blocks, device=length.device)[None] * windows.size
     start = (first - left).clamp_min(0) // length
-    if cut.is_causal:
+    if options.is_causal:
         return start, torch.full_like(start, count)
     return start, (first + windows.size + right + length - 1) // length
 
 
-def _partly_seen_windows(windows: Blocks, per_chunk: Tensor, most: int, cut: ChunkOptions) -> Tensor:
+def _partly_seen_windows(windows: Blocks, per_chunk: Tensor, most: int, options: ChunkOptions) -> Tensor:
     """Windows in the chunks that a window's reach cuts, without those it sees; `per_chunk` `[batch or 1, 1]`."""
     own = torch.arange(windows.num_blocks, device=per_chunk.device)
-    left, right = int(cut.overlap_side is not None), int(cut.overlap_side == "both")
+    left, right = int(options.overlap_side is not None), int(options.overlap_side == "both")
     first = (own - left).clamp_min(0) // per_chunk * per_chunk
     stop = ((own + right).clamp_max(windows.num_blocks - 1) // per_chunk + 1) * per_chunk
     number = first[..., None] + torch.arange(most * (2 if left else 1), device=own.device)

@@ -14,36 +14,36 @@ from ..padding import Tokens
 from .layout import ChunkOptions, Chunks, Layout, even_chunks, integer_root, nominal_reach
 
 
-def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
+def published_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
     """Windows and chunks as in the official code, row by row, without losing tokens where it does."""
-    window, num_tokens, grid = cut.window_size, tokens.key.shape[2], tokens.grid
-    left = nominal_reach(window, cut.chunking, cut.overlap_side == "left") if cut.overlap_side else 0
-    right = left if cut.overlap_side == "both" else 0
+    window, num_tokens, grid = options.window_size, tokens.key.shape[2], tokens.grid
+    left = nominal_reach(window, options.chunking, options.overlap_side == "left") if options.overlap_side else 0
+    right = left if options.overlap_side == "both" else 0
     windows = WindowedBlocks(Blocks(num_tokens, window, grid), left, right)
     wider = right  # chunks grow with windows that reach to both sides
     if grid is not None:
-        chunk = cut.chunk_size or max(1, integer_root(num_tokens // cut.num_chunks))
+        chunk = options.chunk_size or max(1, integer_root(num_tokens // options.num_chunks))
         around = WindowedBlocks(Blocks(num_tokens, chunk, grid), wider, wider)
         divisor = torch.full((1, 1), (chunk + 2 * wider) ** 2, device=tokens.key.device)
         return Layout(windows, even_chunks(around, tokens, None, None, divisor=divisor))
 
     padded = -(-num_tokens // window) * window
-    longest = cut.chunk_size or max(1, padded // cut.num_chunks)
+    longest = options.chunk_size or max(1, padded // options.num_chunks)
     count = -(-padded // longest)
     if tokens.valid is None:
         around = WindowedBlocks(Blocks(padded, longest), wider, wider)
         length = torch.full((1, 1), longest, device=tokens.key.device)
-        visible = _earlier(cut, windows.blocks, length, count) if cut.is_causal else None
+        visible = _earlier(options, windows.blocks, length, count) if options.is_causal else None
         return Layout(windows, even_chunks(around, tokens, visible, None, divisor=length + 2 * wider))
 
     # Rows of different length: each is padded to whole windows of its own, and cut into chunks of its own length.
     own = -(-tokens.lengths[:, None] // window) * window  # [batch, 1]
-    length = own * 0 + cut.chunk_size if cut.chunk_size else (own // cut.num_chunks).clamp_min(1)
-    most = count if cut.chunk_size else _most_chunks(window, cut.num_chunks, padded)
+    length = own * 0 + options.chunk_size if options.chunk_size else (own // options.num_chunks).clamp_min(1)
+    most = count if options.chunk_size else _most_chunks(window, options.num_chunks, padded)
     number = torch.arange(most, device=own.device)
     visible = (number < -(-own // length))[:, None, None]
-    if cut.is_causal:
-        visible = visible & _earlier(cut, windows.blocks, length, most)
+    if options.is_causal:
+        visible = visible & _earlier(options, windows.blocks, length, most)
     position = (number * length)[..., None] - wider + torch.arange(longest + 2 * wider, device=own.device)
     inside = position < ((number + 1) * length + wider)[..., None]
     inside = inside & (position >= 0) & (position < tokens.lengths[:, None, None])
@@ -52,7 +52,7 @@ def published_layout(cut: ChunkOptions, tokens: Tokens) -> Layout:
     return Layout(windows, chunks)
 
 
-def _earlier(cut: ChunkOptions, windows: Blocks, length: Tensor, count: int) -> Tensor:
+def _earlier(options: ChunkOptions, windows: Blocks, length: Tensor, count: int) -> Tensor:
     """`[batch or 1, windows, queries, chunks]`: chunks before the query's own; `length` `[batch or 1, 1]`."""
     device = length.device
     own = torch.arange(windows.num_blocks * windows.size, device=device) // length

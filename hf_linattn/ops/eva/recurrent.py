@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..inputs import compute_dtype
+from ..inputs import ProposalMap, compute_dtype
 from ..layout import Blocks
 from ..padding import prepare_tokens
 from ..recurrent.window_tokens import Window, WindowTokens
 from ..softmax import mask_logits
-from .chunks import MeanMap, Summaries, Summariser
+from .chunks import Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, Chunks
 from .state import EvaState, may_look
@@ -33,8 +33,8 @@ def eva_recurrence(
     max_chunks: int | None = None,
     proposals: str = "sum",
     weighting: str = "size",
-    query_map: MeanMap | None = None,
-    key_map: MeanMap | None = None,
+    query_map: ProposalMap | None = None,
+    key_map: ProposalMap | None = None,
     window_bias: Tensor | None = None,
     scaling: float,
     slot_dropout: float = 0.0,

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...kernels.attend import attend
-from ..inputs import checked_attention, factor_of
+from ..inputs import ProposalMap, checked_attention, factor_of
 from ..layout import gather_tokens
 from ..limits import LARGEST_FACTOR, check_counts
 from ..noise import noise_factor
 from ..padding import Tokens, prepare_tokens
 from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
 from ..slot_weights import LinearSlotWeights
-from .features import WEIGHTINGS, importance_weights, proposal_feature_map
-from .landmarks import LandmarkMap, Landmarks, find_landmarks
+from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
+from .landmarks import Landmarks, find_landmarks
 from .proposals import CalibratedProposals, draw_samples
 
 
@@ -44,8 +44,8 @@ def lara_attention(
     is_causal: bool = False,
     weighting: str = "balance",
     alpha_coeff: float = 1.0,
-    query_map: LandmarkMap | None = None,
-    key_map: LandmarkMap | None = None,
+    query_map: ProposalMap | None = None,
+    key_map: ProposalMap | None = None,
     map_stage: str = "mean",
     mixing: str = "none",
     noise: Tensor | bool = False,
@@ -106,8 +106,8 @@ def lara_attention(
     Cost: O(tokens * samples * head_dim). Random: only through `noise` and `slot_dropout`.
     """
     check_chunk_size(chunk_size)
-    if weighting not in WEIGHTINGS:
-        raise InputError(f"weighting must be one of {list(WEIGHTINGS)}; got {weighting!r}.")
+    if weighting not in IMPORTANCE_WEIGHTINGS:
+        raise InputError(f"weighting must be one of {list(IMPORTANCE_WEIGHTINGS)}; got {weighting!r}.")
     if not 0 <= alpha_coeff <= LARGEST_FACTOR:
         raise InputError(f"alpha_coeff must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {alpha_coeff!r}.")
     if proposals is not None:
@@ -191,7 +191,7 @@ def _mass_correction(
     exact = attend(query, tokens.key, tokens.value, visible=visible).lse
     readers = replace(query_weights, tokens=query, token_bias=bias)
     slots = key_weights.masked(tokens.visible).summarise(tokens.value)
-    through_slots = readers.biased(readers.read(slots, query_log_bias=query_log_bias)).lse
+    through_slots = readers.add_token_bias(readers.read(slots, query_log_bias=query_log_bias)).lse
     used = landmarks.used.squeeze(-2)
     difference = torch.where(used, exact - through_slots, 0.0).sum(-1) / used.sum(-1).clamp_min(1)
     return difference[..., None, None].detach()  # an exported program forgets about `no_grad`

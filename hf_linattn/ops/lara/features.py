@@ -15,7 +15,7 @@ from ..softmax import mask_logits
 from .landmarks import Landmarks
 from .proposals import CalibratedProposals
 
-WEIGHTINGS = ("balance", "biased", "optimal")
+IMPORTANCE_WEIGHTINGS = ("balance", "biased", "optimal")
 _SMALLEST_ALPHA = 1e-8  # part of the published definition of the optimal weights
 
 
@@ -47,7 +47,7 @@ def importance_weights(
     Args:
         landmarks: The sum of their mean query and mean key is the mean of a proposal.
         samples: `[batch, heads, samples, dim]` from `draw_samples`.
-        weighting: One of `WEIGHTINGS`, with `alpha_coeff` for "optimal".
+        weighting: One of `IMPORTANCE_WEIGHTINGS`, with `alpha_coeff` for "optimal".
         beside_exact: The slots stand beside exact keys, so factors that belong to the query alone do not cancel.
     Returns: weights of the queries, weights of the keys, and what to add to the former.
     """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..inputs import ProposalMap
 from ..layout import gather_tokens, masked_mean
 from ..padding import Tokens
 from ..softmax import mask_logits, softmax_with_lse
@@ -17,8 +17,6 @@ from ..softmax import mask_logits, softmax_with_lse
 MIXINGS = ("none", "key", "key_value")
 MAP_STAGES = ("mean", "tokens")
 _NORM_EPSILON = 1e-4  # part of the published definition of mixing with values
-
-LandmarkMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ def find_landmarks(
     tokens: Tokens,
     num_landmarks: int,
     scaling: float,
-    query_map: LandmarkMap | None,
-    key_map: LandmarkMap | None,
+    query_map: ProposalMap | None,
+    key_map: ProposalMap | None,
     map_stage: str,
     mixing: str,
 ) -> Landmarks:
@@ -62,7 +60,7 @@ def find_landmarks(
     used = member.any(-1)[:, None, None, :]
     root = scaling**0.5  # maps live in the coordinates of the arguments
 
-    def mean_of(z: Tensor, mapping: LandmarkMap | None) -> Tensor:
+    def mean_of(z: Tensor, mapping: ProposalMap | None) -> Tensor:
         on_tokens = mapping is not None and map_stage == "tokens"
         if mapping is not None and on_tokens:
             z = mapping(z / root) * root  # no landmark has a padded token

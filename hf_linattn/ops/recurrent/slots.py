@@ -87,12 +87,12 @@ class SlotRecurrence:
         query, dtype_out = query.to(dtype), query.dtype
         key, value = joined.key.to(dtype), joined.value.to(dtype)
         tokens = prepare_tokens(query, key, value, joined.mask, scaling=self.scaling, is_causal=True)
-        reader = self._reader(tokens.query)
+        query_weights = self._query_weights(tokens.query)
         far = AttentionState(state.far.output.to(dtype), state.far.lse)
         read = merge_states(
             [
-                slot_attention(tokens, reader, self.feature_map.key_weights(tokens.key), self.options),
-                reader.biased(reader.read(far, dropout=self.options.dropout)),
+                slot_attention(tokens, query_weights, self.feature_map.key_weights(tokens.key), self.options),
+                query_weights.add_token_bias(query_weights.read(far, dropout=self.options.dropout)),
             ]
         )
         return tokens.finish(without_empty(read)).to(dtype_out)
@@ -118,25 +118,25 @@ class SlotRecurrence:
         if valid is not None:  # inf or NaN in the padding must not get into the state
             real = valid[:, None, None, None]
             query, key, value = (z.masked_fill(~real, 0.0) for z in (query, key, value))
-        reader = self._reader(query.to(dtype) * self.scaling**0.5)
+        query_weights = self._query_weights(query.to(dtype) * self.scaling**0.5)
         if not self.options.window_size:
-            output, far = self._through_slots(reader, key.to(dtype), value.to(dtype), state.far, valid)
+            output, far = self._through_slots(query_weights, key.to(dtype), value.to(dtype), state.far, valid)
             state = SlotState(state.near, far)
         else:
             near = state.near.append(None, key, value, valid)
             logits = (query.to(dtype) * self.scaling) @ near.key.to(dtype).transpose(-1, -2)
             mask = near.mask()
             near_logits = mask_logits(logits, None if mask is None else mask[:, None, None])
-            output = _read(near_logits, near.value.to(dtype), _dense(reader), state.far)
+            output = _read(near_logits, near.value.to(dtype), _dense(query_weights), state.far)
             state = self._pass_block(SlotState(near, state.far))
         if valid is not None:
             output = output.masked_fill(~valid[:, None, None, None], 0.0)
         return output.to(query.dtype), state
 
-    def _reader(self, query: Tensor) -> SlotWeights:
+    def _query_weights(self, query: Tensor) -> SlotWeights:
         """Log-weights of scaled queries, up to a factor of their own where all that they read are slots."""
-        reader = self.feature_map.query_weights(query)
-        return reader if self.options.window_size else reader.unbiased()
+        query_weights = self.feature_map.query_weights(query)
+        return query_weights if self.options.window_size else query_weights.without_token_bias()
 
     def _take_in(self, far: AttentionState, key: Tensor, value: Tensor, mask: Tensor | None) -> AttentionState:
         """Slots with more keys in them."""
@@ -164,18 +164,18 @@ class SlotRecurrence:
         return SlotState(near.drop(self.window, rows), far)
 
     def _through_slots(
-        self, reader: SlotWeights, key: Tensor, value: Tensor, far: AttentionState, valid: Tensor | None
+        self, query_weights: SlotWeights, key: Tensor, value: Tensor, far: AttentionState, valid: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
         """Without a window: the token joins the slots, then reads them."""
-        writer = self.feature_map.key_weights(key * self.scaling**0.5)
-        writer = writer.masked(None if valid is None else valid[:, None, None, None])
+        key_weights = self.feature_map.key_weights(key * self.scaling**0.5)
+        key_weights = key_weights.masked(None if valid is None else valid[:, None, None, None])
         on_triton = value.is_cuda or current_backend() == "triton"
-        if on_triton and isinstance(reader, LinearSlotWeights) and isinstance(writer, LinearSlotWeights):
-            done = decode_step(reader.slot_inputs(writer, value), far)
+        if on_triton and isinstance(query_weights, LinearSlotWeights) and isinstance(key_weights, LinearSlotWeights):
+            done = decode_step(query_weights.slot_inputs(key_weights, value), far)
             return done.output, done.state
-        own = AttentionState(value.to(far.output.dtype).expand_as(far.output), _dense(writer).squeeze(-2))
+        own = AttentionState(value.to(far.output.dtype).expand_as(far.output), _dense(key_weights).squeeze(-2))
         far = merge_states([far, own])
-        read = softmax_with_lse(_dense(reader) + far.lse.unsqueeze(-2), far.output)
+        read = softmax_with_lse(_dense(query_weights) + far.lse.unsqueeze(-2), far.output)
         return read.output, far
 
 

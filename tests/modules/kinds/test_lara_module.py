@@ -14,7 +14,7 @@ from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.kinds import lara_calibration
 from hf_linattn.modules.kinds.lara import LaraAttention, LaraConfig
 from hf_linattn.modules.kinds.lara_calibration import ProposalCalibration
-from hf_linattn.modules.proposals import proposal_maps
+from hf_linattn.modules.proposal_maps import proposal_maps
 from hf_linattn.ops.lara.proposals import sample_proposals
 
 HEADS, DIM, TOKENS = 2, 4, 13

@@ -15,17 +15,17 @@ can; the published models start from random maps, because they are trained from 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.inputs import ProposalMap
 from .base import C, LinearAttention
 from .contract import LayerShape, StateTensor, zeros
 
-ProposalMap = Callable[[Tensor], Tensor]
 PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
 _EPSILON = 1e-5  # of layer norm, as in torch
 

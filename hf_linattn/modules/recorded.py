@@ -34,12 +34,12 @@ _LIBRARY.define(
 _NAME = "hf_linattn::attention"
 
 
-def is_recorded() -> bool:
+def is_traced() -> bool:
     """Whether this call is being written down to be run later, for other inputs."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def attend(
+def compute_or_record(
     module_cls: type[LinearAttention], config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
 ) -> Tensor:
     """`module_cls.compute`, as one operator where the call is recorded."""
