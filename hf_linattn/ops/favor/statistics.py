@@ -1,7 +1,7 @@
 r"""What FAVOR# takes from the data: moments of queries and keys, and the constants of the features made from them.
 
 `exp(x . y)` stays the same when a constant is taken off queries and keys (up to a factor per token, see
-`ops.favor.attention.favor_log_features`) and when `x' = x P`, `y' = y Q` with `P Q' = I`. Such coordinates, and the
+`ops.favor.features.favor_log_features`) and when `x' = x P`, `y' = y Q` with `P Q' = I`. Such coordinates, and the
 diagonal `A` of the features in them, are chosen to make the mean log second moment of the estimate small.
 """
 
