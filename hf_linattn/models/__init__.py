@@ -46,7 +46,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "vit": vit.LinAttnViTConfig,
 }
 
-# Auto class -> stock class it picks for each model; `tests/conversion/test_conversion.py` compares this with Transformers.
+# Auto class -> stock class it picks for each model; `tests/conversion/test_conversion.py` compares this with
+# Transformers.
 AUTO_CLASSES: dict[str, tuple[str, ...]] = {
     "AutoModel": ("BertModel", "GPT2Model", "ViTModel"),
     "AutoModelForPreTraining": ("BertForPreTraining", "GPT2LMHeadModel"),
