@@ -20,6 +20,8 @@ from hf_linattn.integrations.attach import family_layers
 WINDOW = 8
 TOLERANCE = 1e-4  # of logits of a few units, in float32
 PAD = 0
+# Their proposals read queries, which a cache of keys does not hold.
+READ_QUERIES = ("eva-queries", "eva-conventions", "eva-bounded-queries")
 STATIC_KEEPS_KEYS = Version(transformers.__version__) < Version("5.14")
 
 

@@ -30,7 +30,7 @@ from cases import (
 from transformers import AutoModel, BertModel, GPT2LMHeadModel, GPT2Model, ViTModel
 
 import hf_linattn
-from hf_linattn.errors import ConfigError
+from hf_linattn.errors import ConfigError, UnsupportedError
 
 
 @pytest.mark.compat("native")
@@ -189,3 +189,19 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()].square().sum().backward()
         gradients.append(model.transformer.wte.weight.grad)
     assert largest(gradients[0] - gradients[1]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "favor_sharp", "statistics": "calibrated"},
+        {"kind": "lara", "proposal_source": "calibrated"},
+    ],
+    ids=lambda settings: settings["kind"],
+)
+def test_calibrated_settings_without_conversion(settings: dict[str, str]) -> None:
+    """The advice is one that works: converting alone would leave a model without statistics."""
+    model = BertModel(bert_config(linear_attention=settings)).eval()
+    model.set_attn_implementation(settings["kind"])
+    with pytest.raises(UnsupportedError, match=r"hf_linattn\.convert\) and calibrate it \(hf_linattn\.calibrate\)"):
+        model(torch.randint(VOCAB, (1, TOKENS)))
