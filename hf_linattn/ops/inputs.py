@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.backend import use_backend
+from ..kernels.operators import use_backend
 from .limits import LARGEST_COUNT, LARGEST_SCALING, check_counts
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
