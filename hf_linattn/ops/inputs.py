@@ -115,6 +115,20 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
 
 
+def check_causal(num_global_tokens: int, num_heavy_keys: int) -> None:
+    """Raise `UnsupportedError` for what would show a token of a causal layer later ones."""
+    if num_heavy_keys:
+        raise UnsupportedError(
+            "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about later"
+            f" tokens; got num_heavy_keys={num_heavy_keys}. Set it to 0."
+        )
+    if num_global_tokens:
+        raise UnsupportedError(
+            f"Global tokens see every token, which a causal layer forbids; got num_global_tokens={num_global_tokens}."
+            " Set it to 0."
+        )
+
+
 def check_projection(projection: Tensor, query: Tensor) -> None:
     """Raise `InputError` unless `projection` holds directions for the heads of `query`."""
     heads, head_dim = query.shape[1], query.shape[-1]
@@ -164,11 +178,8 @@ def prepare_tokens(
         causal layer.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if is_causal and num_global_tokens:
-        raise UnsupportedError(
-            f"Global tokens see every token, which a causal layer forbids; got num_global_tokens={num_global_tokens}."
-            " Set it to 0."
-        )
+    if is_causal:
+        check_causal(num_global_tokens, num_heavy_keys=0)
     if is_causal and grid is not None:
         raise UnsupportedError(f"A causal layer reads a sequence, not an image; got grid={grid!r}. Pass grid=None.")
     root = scaling**0.5

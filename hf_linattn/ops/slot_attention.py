@@ -17,6 +17,7 @@ from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
+from .inputs import check_causal
 from .layout import Blocks, WindowedBlocks, fit_window
 from .padding import Tokens, without_padding
 from .slot_weights import FeatureMap, SlotWeights
@@ -52,11 +53,8 @@ class SlotOptions(NamedTuple):
         chunk_size = self.chunk_size
         if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
             raise InputError(f"chunk_size must be a power of two, or None; got {chunk_size!r}.")
-        if self.num_heavy_keys and self.is_causal:
-            raise UnsupportedError(
-                f"Heavy keys are chosen by all queries of the row, which a causal layer forbids; got"
-                f" num_heavy_keys={self.num_heavy_keys}. Set it to 0."
-            )
+        if self.is_causal:
+            check_causal(num_global_tokens=0, num_heavy_keys=self.num_heavy_keys)
         if not self.overlap_window:
             return
         if self.window_size < 2 or self.window_size % 2:

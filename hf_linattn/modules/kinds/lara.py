@@ -19,8 +19,9 @@ from ...ops.lara.recurrent import lara_recurrence
 from ...ops.limits import LARGEST_COUNT
 from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
+from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration
