@@ -1,4 +1,4 @@
-"""What every attention function starts with: checks of its inputs, the dtype to compute in, scaled real tokens."""
+"""What every attention function starts with: checks of inputs and options, the dtype to compute in, scaled tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.operators import use_backend
-from .limits import LARGEST_COUNT, LARGEST_SCALING, check_counts
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
+
+# How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
+LARGEST_COUNT = 2**20  # of tokens, features, landmarks, samples and chunks
+LARGEST_FACTOR = 1e6  # of factors that float32 multiplies with
+LARGEST_SCALING = 1e30  # of the factor of dot products, and of its inverse
+
+NOISE_SCALES = ("corrected", "published")
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
@@ -95,6 +101,18 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
 
 
+def check_counts(options: Mapping[str, Any], *, minimum: int = 1, or_none: bool = False) -> None:
+    """Raise `InputError` for the first of `options` that is no integer from `minimum` to `LARGEST_COUNT`."""
+    note = ", or None" if or_none else ""
+    for name, value in options.items():
+        if or_none and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise InputError(f"{name} must be an integer >= {minimum}{note}; got {value!r}.")
+        if value > LARGEST_COUNT:
+            raise InputError(f"{name} must be an integer >= {minimum} and <= {LARGEST_COUNT}{note}; got {value!r}.")
+
+
 # The least value of the counts that attention functions share.
 _LEAST = {"num_landmarks": 1, "samples_per_landmark": 1, "num_chunks": 1, "chunk_size": 1, "max_chunks": 1}
 _LEAST |= {"window_size": 0, "num_global_tokens": 0, "num_heavy_keys": 0}
@@ -153,6 +171,20 @@ def factor_of(query: Tensor, scaling: float | None) -> float:
             f" {scaling!r}."
         )
     return scaling
+
+
+def noise_factor(noise_scale: str, scaling: float) -> float:
+    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
+    if noise_scale not in NOISE_SCALES:
+        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
+    return 1.0 if noise_scale == "corrected" else scaling**0.5
+
+
+def add_noise(mu: Tensor, noise: Tensor | bool, factor: float = 1.0) -> Tensor:
+    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
+    if noise is False:
+        return mu
+    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
 
 
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,12 @@ class ExactAttention:
 
 
 def exact_attention(tokens: Tokens, options: SlotOptions) -> ExactAttention:
-    """Queries read the keys in their windows and the heavy keys, if there are any. Options as they are checked."""
+    """Queries read the keys in their windows and the heavy keys, if there are any.
+
+    Args:
+        options: Some that `SlotOptions.check` lets pass.
+    Cost: O(tokens * (window_size + num_heavy_keys) * head_dim) time; memory is that of the output.
+    """
     heavy, visible = None, tokens.visible
     if options.num_heavy_keys:
         heavy, visible = heavy_keys(tokens, options.num_heavy_keys)

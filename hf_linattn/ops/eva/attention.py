@@ -16,8 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import ProposalMap, checked_attention, factor_of, prepare_tokens
-from ..noise import noise_factor
+from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
 from .chunks import Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
-from ..inputs import check_projection, checked_attention, factor_of, prepare_tokens
-from ..limits import LARGEST_FACTOR
+from ..inputs import LARGEST_FACTOR, check_projection, checked_attention, factor_of, prepare_tokens
 from ..slot_attention import SlotOptions, exact_attention, slots_alone
 from ..slot_weights import DenseSlotWeights
 from ..softmax import without_empty

@@ -19,10 +19,16 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...kernels.attend import attend
-from ..inputs import ProposalMap, checked_attention, factor_of, prepare_tokens
+from ..inputs import (
+    LARGEST_FACTOR,
+    ProposalMap,
+    check_counts,
+    checked_attention,
+    factor_of,
+    noise_factor,
+    prepare_tokens,
+)
 from ..layout import gather_tokens
-from ..limits import LARGEST_FACTOR, check_counts
-from ..noise import noise_factor
 from ..padding import Tokens
 from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import LinearSlotWeights
