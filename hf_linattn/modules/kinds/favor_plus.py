@@ -9,18 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
+from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence, started_from
 from ...ops.recurrent.slots import SlotRecurrence
+from ...ops.slot_attention import SlotOptions
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import LayerShape, StateTensor
+from ..learned_maps import learned_feature_map, learned_spec
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
+
+
+LEARNED_SLOTS = 32  # of the preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +46,17 @@ class FavorConfig(AttentionConfig):
             the slots (causal or with a window). Changes cost, never the result.
     """
 
-    num_features: int = count(256)
+    num_features: int = count(None)
     orthogonal: bool = flag(True)
     shared_projection: bool = flag(False)
     redraw_interval: int | None = None
     num_heavy_keys: int = count(0, minimum=0)
     chunk_size: int | None = count(None, maximum=4096)
+
+    def __post_init__(self) -> None:
+        if self.num_features is None:
+            object.__setattr__(self, "num_features", LEARNED_SLOTS if getattr(self, "learned", False) else 256)
+        super().__post_init__()
 
     def validate(self) -> None:
         super().validate()
@@ -77,6 +89,8 @@ class FavorPlusConfig(FavorConfig):
     regularized: bool = flag(False)
     kernel: str = choice("softmax", ("softmax", *KERNELS))
     kernel_epsilon: float = factor(1e-3)
+    learned: bool = flag(False)
+    normalizer: str = choice("slots", NORMALIZERS)
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         # Nothing exact can stand beside attention that does not estimate softmax attention.
@@ -90,12 +104,27 @@ class FavorPlusConfig(FavorConfig):
                     self.fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
             if self.overlap_window:
                 self.fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
+        if self.learned:
+            self._check_learned()
         if self.regularized and not self.orthogonal:
             self.fail(
                 "regularized",
                 "False when orthogonal=False",
                 "Fixed lengths only make sense for orthogonal directions.",
             )
+
+
+    def _check_learned(self) -> None:
+        """Learned maps take the place of directions that are drawn."""
+        for field, needed in (("kernel", "softmax"), ("redraw_interval", None), ("shared_projection", False)):
+            if getattr(self, field) != needed:
+                self.fail(field, f"{needed!r} with learned=True", "Learned maps are trained, not drawn.")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.learned:  # as before there were learned maps
+            del values["learned"], values["normalizer"]
+        return values
 
 
 def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:
@@ -134,13 +163,29 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
 
     @classmethod
     def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        return {"projection": projection_spec(config, shape, regularized=config.regularized)}
+        projection = projection_spec(config, shape, regularized=config.regularized)
+        return learned_spec(projection, shape) if config.learned else {"projection": projection}
+
+    @torch.no_grad()
+    def start_learning(self, call: Any) -> None:
+        config, state = self.config, self.tensors()
+        options = SlotOptions(self.shape.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys)
+        found = started_from(
+            learned_feature_map(state, config.normalizer), call.query, call.key, call.key_mask, options,
+            scaling=call.scaling, grid=call.grid, num_global_tokens=config.num_global_tokens or 0,
+        )
+        for name in ("query_shift", "key_shift", "far_offset"):
+            state[name].copy_(getattr(found, name))
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config = self.config
+        config, tensors = self.config, self.tensors()
+        if config.learned:
+            feature_map = learned_feature_map(tensors, config.normalizer)
+            options = self.recurrence_options()
+            return learned_recurrence(feature_map, scaling=scaling, chunk_size=config.chunk_size, **options)
         return favor_recurrence(
             query,
-            self.tensors()["projection"],
+            tensors["projection"],
             scaling=scaling,
             kernel=config.kernel,
             kernel_epsilon=config.kernel_epsilon,
@@ -158,6 +203,16 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
                 state["projection"],
                 kernel=config.kernel,
                 kernel_epsilon=config.kernel_epsilon,
+                chunk_size=config.chunk_size,
+                **inputs.options(config),
+            )
+        if config.learned:
+            return learned_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                learned_feature_map(state, config.normalizer),
+                num_heavy_keys=config.num_heavy_keys,
                 chunk_size=config.chunk_size,
                 **inputs.options(config),
             )

@@ -1,0 +1,44 @@
+"""Learned maps of queries and keys to slots: the parameters of a layer with `learned=True`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops.learned import LearnedFeatureMap
+from .contract import LayerShape, StateTensor
+
+
+def learned_spec(directions: StateTensor, shape: LayerShape) -> dict[str, StateTensor]:
+    """The tensors of the maps, which start from `directions` `[heads, slots, head_dim]` for queries and for keys."""
+    heads, slots, dim = directions.shape
+    first = StateTensor((heads, slots, dim), learned=True, draw=directions.draw)
+    return {
+        "query_directions": first,
+        "key_directions": first,
+        "query_shift": _required(heads, dim),
+        "key_shift": _required(heads, dim),
+        "slot_bias": _required(heads, slots),
+        "far_offset": _required(heads),
+        "far_slope": _required(heads, dim),
+    }
+
+
+def _required(*shape: int) -> StateTensor:
+    return StateTensor(shape, learned=True, draw=lambda: torch.zeros(shape))
+
+
+def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> LearnedFeatureMap:
+    """The feature map that a layer's tensors are."""
+    return LearnedFeatureMap(
+        query_directions=state["query_directions"],
+        key_directions=state["key_directions"],
+        query_shift=state["query_shift"],
+        key_shift=state["key_shift"],
+        slot_bias=state["slot_bias"],
+        far_offset=state["far_offset"],
+        far_slope=state["far_slope"],
+        normalizer=normalizer,
+    )

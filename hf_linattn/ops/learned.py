@@ -1,0 +1,180 @@
+r"""Attention through slots whose maps are learned, beside exact keys.
+
+Per head, with trained directions `w^q_j`, `w^k_j`, shifts `m_q`, `m_k`, a slot bias `e_j`, an offset `g_0` and a slope
+`g` of the mass that goes through the slots,
+
+    c[j, n] = w^k_j . (y_n - m_k) - logsumexp_i w^k_i . (y_n - m_k)
+    a[t, j] = w^q_j . (x_t - m_q) + e_j + g_0 + g . (x_t - m_q)
+
+for scaled queries `x` and keys `y`. Each key spreads one unit of weight over the slots (`normalizer="slots"`), so the
+slots hold the mass of all keys that they have read. `normalizer="kernel"` takes `|y|^2 / 2` in place of the
+log-sum-exp, and subtracts `|x|^2 / 2 + log M` from `a`: with the directions of FAVOR+ and all else zero that is FAVOR+.
+
+A feature map of this form, tied and of both signs, is Hedgehog's (Zhang et al. 2024, arXiv:2402.04347).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.half_norm import half_norm
+from .inputs import checked_attention, factor_of, prepare_tokens
+from .recurrent.slots import SlotRecurrence
+from .slot_attention import SlotOptions, exact_attention
+from .slot_weights import LinearSlotWeights
+
+NORMALIZERS = ("slots", "kernel")
+
+
+@dataclass(frozen=True)
+class LearnedFeatureMap:
+    """The maps of a layer.
+
+    Args:
+        query_directions, key_directions: `[heads, slots, head_dim]`.
+        query_shift, key_shift: `[heads, head_dim]`.
+        slot_bias: `[heads, slots]`.
+        far_offset: `[heads]`: added to the log-mass of the slots.
+        far_slope: `[heads, head_dim]`: what of it is linear in the query.
+        normalizer: "slots" or "kernel".
+    """
+
+    query_directions: Tensor
+    key_directions: Tensor
+    query_shift: Tensor
+    key_shift: Tensor
+    slot_bias: Tensor
+    far_offset: Tensor
+    far_slope: Tensor
+    normalizer: str = "slots"
+
+    @property
+    def num_slots(self) -> int:
+        return self.query_directions.shape[-2]
+
+    def query_weights(self, query: Tensor) -> LinearSlotWeights:
+        """Log-weights `a[t, j]` of scaled queries `[batch, heads, tokens, head_dim]`."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        directions, shift, slope = (z.to(wide) for z in (self.query_directions, self.query_shift, self.far_slope))
+        slot_bias = self.slot_bias.to(wide) - (directions * shift.unsqueeze(-2)).sum(-1)
+        offset = self.far_offset.to(wide) - (slope * shift).sum(-1)
+        bias = query.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
+        if self.normalizer == "kernel":
+            bias = bias - half_norm(query).unsqueeze(-1) - math.log(self.num_slots)
+        return LinearSlotWeights(query, bias, directions.to(query.dtype), slot_bias)
+
+    def key_weights(self, key: Tensor) -> LinearSlotWeights:
+        """Log-weights `c[j, n]` of scaled keys `[batch, heads, tokens, head_dim]`."""
+        wide = torch.promote_types(key.dtype, torch.float32)
+        directions, shift = self.key_directions.to(wide), self.key_shift.to(wide)
+        slot_bias = -(directions * shift.unsqueeze(-2)).sum(-1)
+        if self.normalizer == "kernel":
+            bias = -half_norm(key).unsqueeze(-1)
+        else:
+            logits = key.to(wide) @ directions.transpose(-1, -2) + slot_bias.unsqueeze(-2)
+            bias = -logits.logsumexp(-1, keepdim=True)
+        return LinearSlotWeights(key, bias, directions.to(key.dtype), slot_bias)
+
+
+@checked_attention(in_half=("cpu", "cuda"))
+def learned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: LearnedFeatureMap,
+    *,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool = False,
+    window_size: int = 0,
+    overlap_window: bool = False,
+    num_heavy_keys: int = 0,
+    grid: tuple[int, int] | None = None,
+    num_global_tokens: int = 0,
+    chunk_size: int | None = None,
+    slot_dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention through learned slots.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`.
+        feature_map: Of this number of heads and this head_dim.
+        The others as in `ops.favor.attention.favor_attention`.
+    Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for padded queries.
+    Raises: InputError and UnsupportedError as `favor_attention` does.
+    """
+    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
+    options.check(grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid
+    )
+    if tokens.key.shape[2] == 0:
+        return tokens.finish(None)
+    exact = exact_attention(tokens, options)
+    query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
+    return tokens.finish(exact.with_slots(query_weights, key_weights))
+
+
+@torch.no_grad()
+def started_from(
+    feature_map: LearnedFeatureMap,
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    options: SlotOptions,
+    *,
+    scaling: float,
+    grid: tuple[int, int] | None = None,
+    num_global_tokens: int = 0,
+) -> LearnedFeatureMap:
+    """The maps with shifts and offset in closed form from data: where training starts.
+
+    The shifts become the means of scaled queries and keys; the offset makes the mean log-mass of the slots that of the
+    keys outside of the window, exactly.
+
+    Args:
+        query, key: `[batch, heads, tokens, head_dim]`. key_mask: `[batch, tokens]`.
+    Cost: O(tokens^2) time and memory: for a batch of a few sequences.
+    """
+    query, key = query.float(), key.float()
+    tokens = prepare_tokens(query, key, key, key_mask, scaling, options.is_causal, num_global_tokens, grid)
+    valid = torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(tokens.key.dtype)
+    count = valid.sum()
+    means = [(z * valid).sum((0, 2)) / count for z in (tokens.query, tokens.key)]
+    feature_map = replace(
+        feature_map, query_shift=means[0], key_shift=means[1], far_offset=torch.zeros_like(feature_map.far_offset)
+    )
+    exact = exact_attention(tokens, options)
+    if exact.windows is None and exact.heavy is None:
+        return feature_map  # it would cancel
+    with_slots = exact.with_slots(feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)).lse
+    logits = tokens.query @ tokens.key.transpose(-1, -2)
+    hidden = valid.transpose(-1, -2) == 0
+    if options.is_causal:
+        hidden = hidden | torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
+    everything = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    nothing = replace(feature_map, far_offset=torch.full_like(feature_map.far_offset, float("-inf")))
+    near = exact.with_slots(nothing.query_weights(tokens.query), nothing.key_weights(tokens.key)).lse
+    far, slots = (mass + torch.log1p(-(near - mass).exp()) for mass in (everything, with_slots))
+    seen = (far > float("-inf")) & (slots > float("-inf")) & (valid.squeeze(-1) > 0)
+    off = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
+    return replace(feature_map, far_offset=off)
+
+
+def learned_recurrence(
+    feature_map: LearnedFeatureMap,
+    *,
+    scaling: float,
+    window_size: int = 0,
+    overlap_window: bool = False,
+    chunk_size: int | None = None,
+    slot_dropout: float = 0.0,
+) -> SlotRecurrence:
+    """The recurrent form of `learned_attention(..., is_causal=True)` with the same options."""
+    options = SlotOptions(True, window_size, overlap_window, chunk_size=chunk_size, dropout=slot_dropout)
+    return SlotRecurrence(feature_map, feature_map.num_slots, scaling, options, in_half=("cpu", "cuda"))
