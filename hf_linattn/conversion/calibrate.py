@@ -22,7 +22,7 @@ from ..integrations.layers import active_layers, linear_layer
 from ..integrations.observe import observed_attention
 from ..integrations.wrappers import converted_parts, inside, module_of
 from ..modules.base import AttentionInputs, LinearAttention
-from .batches import prepare_inputs, read_batches
+from ..integrations.batches import prepare_inputs, read_batches
 
 ATTENTIONS = ("softmax", "linear")
 

@@ -17,7 +17,7 @@ from ..integrations.interface import linear_output, softmax_output
 from ..integrations.observe import kind_of, observed_attention, restored
 from ..integrations.wrappers import converted_parts, inside
 from ..modules.registry import list_kinds
-from .batches import prepare_inputs, read_batches
+from ..integrations.batches import prepare_inputs, read_batches
 from .report import LayerFidelity, Report
 
 LOGITS = ("logits", "prediction_logits", "start_logits", "end_logits")

@@ -153,6 +153,10 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         return None
 
+    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
+        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts."""
+        return {}
+
     # -- shared -----------------------------------------------------------------------------------------------------
     def initial_state(self) -> dict[str, Tensor]:
         """First values of all tensors: a deterministic function of (settings, shape). float32, on the CPU."""

@@ -110,9 +110,7 @@ def learned_attention(
     """
     options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     options.check(grid)
-    tokens = prepare_tokens(
-        query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid
-    )
+    tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     exact = exact_attention(tokens, options)
@@ -143,7 +141,9 @@ def started_from(
     """
     query, key = query.float(), key.float()
     tokens = prepare_tokens(query, key, key, key_mask, scaling, options.is_causal, num_global_tokens, grid)
-    valid = torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(tokens.key.dtype)
+    valid = (
+        torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(tokens.key.dtype)
+    )
     count = valid.sum()
     means = [(z * valid).sum((0, 2)) / count for z in (tokens.query, tokens.key)]
     feature_map = replace(

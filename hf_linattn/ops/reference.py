@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .favor.statistics import FavorStatistics
 from .lara.proposals import CalibratedProposals
+from .learned import LearnedFeatureMap
 from .softmax import mask_logits, softmax_with_lse
 
 Grid = tuple[int, int] | None
@@ -118,6 +119,36 @@ def favor_reference(
         a = log_feature(x_features, shape) + query_shift - math.log(projection.shape[-2])
         c = (log_feature(y_features, shape) + key_shift).mT
         u, b = slots_read_keys(c, v, read)
+        return queries_read(x, y, v, exact, a + b, u)
+
+    return by_row(attention, query, key, value, key_mask, scaling)
+
+
+def learned_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: LearnedFeatureMap,
+    *,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **where: object,
+) -> Tensor:
+    """Learned maps (the formulas of `ops/learned.py`). `where`: `exact_and_read`."""
+
+    def attention(x: Tensor, y: Tensor, v: Tensor, row: int) -> Tensor:
+        exact, read = exact_and_read(x.shape[1], **where)  # type: ignore[arg-type]
+        maps, num_slots = feature_map, feature_map.num_slots
+        x_shifted, y_shifted = x - maps.query_shift.unsqueeze(1), y - maps.key_shift.unsqueeze(1)
+        a = x_shifted @ maps.query_directions.mT + maps.slot_bias.unsqueeze(1)
+        a = a + maps.far_offset[:, None, None] + x_shifted @ maps.far_slope.unsqueeze(-1)
+        c = y_shifted @ maps.key_directions.mT
+        if maps.normalizer == "slots":
+            c = c.log_softmax(-1)
+        else:
+            a = a - x.square().sum(-1, keepdim=True) / 2 - math.log(num_slots)
+            c = c - y.square().sum(-1, keepdim=True) / 2
+        u, b = slots_read_keys(c.mT, v, read)
         return queries_read(x, y, v, exact, a + b, u)
 
     return by_row(attention, query, key, value, key_mask, scaling)

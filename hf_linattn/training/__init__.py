@@ -1,5 +1,6 @@
-"""Training converted models: what a training loop has to tell the attention layers."""
+"""Training converted models: what a training loop has to tell the attention layers, and attention transfer."""
 
 from .callback import LinAttnCallback, redraw_projections
+from .transfer import AttentionTransferTrainer, transfer_attention
 
-__all__ = ["LinAttnCallback", "redraw_projections"]
+__all__ = ["AttentionTransferTrainer", "LinAttnCallback", "redraw_projections", "transfer_attention"]

@@ -1,70 +1,240 @@
-"""Attention transfer: a converted model's own parameters are trained towards the softmax attention it replaces."""
+"""Attention transfer: what a converted model learns by itself is trained towards the softmax attention it replaces.
+
+The teacher is the same network: every layer computes softmax attention, and its output goes on to the next layer.
+Beside it, on the same queries, keys and values, the layer computes its linear attention, whose error is the loss. No
+labels, no second copy of the weights; all weights but those of the linear attention stay as they are.
+
+Source: Zhang et al. 2024, arXiv:2402.04347 (attention weights); Zhang et al. 2024, arXiv:2410.10254 (outputs).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
-from ..conversion.batches import prepare_inputs, read_batches
+from ..errors import ConfigError, InputError
+from ..integrations.advice import convert_first
+from ..integrations.attach import family_layers
+from ..integrations.batches import prepare_inputs, read_batches
 from ..integrations.call import Call
+from ..integrations.families import is_converted
 from ..integrations.interface import linear_output, softmax_output
 from ..integrations.layers import linear_layer
 from ..integrations.observe import observed_attention
-from ..integrations.wrappers import inside
+from ..integrations.wrappers import converted_parts, inside
+from ..modules.base import AttentionInputs, LinearAttention
+
+LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class TransferStep:
+    """One step of `transfer_attention`.
+
+    Args:
+        step: From 0 on.
+        errors: Relative error of the attention output of each converted layer, in the order of the layers: the root of
+            the squared error over the variance of softmax's output, a mean over heads.
+    """
+
+    step: int
+    errors: tuple[float, ...]
 
 
 def transfer_attention(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, steps: int = 200, learning_rate: float = 1e-2
-) -> list[list[float]]:
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    steps: int = 200,
+    learning_rate: float = LEARNING_RATE,
+    progress: bool = False,
+) -> list[TransferStep]:
+    """Train what a converted model's layers learn by themselves towards softmax attention.
+
+    Adam, with a cosine decay of the learning rate to 0. Shifts and offsets of learned maps start in closed form from
+    the first batch. For mixed precision, several processes, checkpoints: `AttentionTransferTrainer`.
+
+    Args:
+        model: Converted with settings that learn something, such as `FavorPlusConfig(learned=True)`. Changed in place.
+        batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
+            when they end before the steps do.
+        steps: Batches to train on.
+        learning_rate: Of the first step.
+        progress: Show a progress bar.
+    Returns: the error of every layer at every step.
+    Raises:
+        ConfigError: The model is not converted, or its layers learn nothing.
+        InputError: No batches; one without a real token, or whose rows all fit into the window.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps must be an integer >= 1; got {steps!r}.")
     model = inside(model, "transfer_attention")
-    layers = {m: layer for m in model.modules() if (layer := linear_layer(m)) is not None}
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    parameters = learned_parameters(model)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    errors: list[Tensor] = []
-    started: set[nn.Module] = set()
+    found: list[TransferStep] = []
+    with only(model, parameters):
+        for step, batch in enumerate(_repeated(batches, steps, progress)):
+            loss = transfer_loss(model, model, batch, starts=step == 0)
+            loss.total.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(TransferStep(step, loss.errors()))
+    return found
+
+
+class AttentionTransferTrainer(Trainer):
+    """A `Trainer` whose loss is the error of the linear attention of a converted model (`transfer_attention`).
+
+    Everything is as with a Trainer: mixed precision, gradient accumulation, DDP, checkpoints, callbacks. Labels are
+    not needed. Only what the layers learn by themselves is trained; afterwards parameters require gradients as before.
+
+    Raises: ConfigError if the model is not converted, or its layers learn nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        self._parameters = learned_parameters(inside(model, "AttentionTransferTrainer"))
+        super().__init__(model, *args, **kwargs)
+        self.can_return_loss = True  # without labels too
+        self._has_started = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with only(inside(self.model, "AttentionTransferTrainer"), self._parameters):
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        starts = model.training and self.state.global_step == 0 and not self._has_started
+        self._has_started |= model.training
+        inner = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer")
+        loss = transfer_loss(model, inner, inputs, starts=starts)
+        return (loss.total, {"errors": loss.per_layer}) if return_outputs else loss.total
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+@dataclass(frozen=True)
+class TransferLoss:
+    """`total`: what is trained, a scalar. `per_layer`: `[layers]`, squared error over variance, mean over heads."""
+
+    total: Tensor
+    per_layer: Tensor
+
+    def errors(self) -> tuple[float, ...]:
+        return tuple(self.per_layer.detach().sqrt().tolist())
+
+
+def learned_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """What the layers of a converted model learn by themselves. Raises `ConfigError` if that is nothing."""
+    if not is_converted(model.config):
+        raise ConfigError(
+            f"Attention transfer needs a converted model; got {type(model).__name__}. "
+            + (converted_parts(model).strip() or convert_first(getattr(model, "config", None)))
+        )
+    found = [parameter for layer in _layers(model).values() for parameter in layer.parameters()]
+    if not found:
+        kind = model.config.linear_attention["kind"]
+        raise ConfigError(
+            f"No layer of this model has anything to train by itself (kind {kind!r}). Convert with settings that"
+            " learn, such as FavorPlusConfig(learned=True)."
+        )
+    return found
+
+
+def transfer_loss(
+    model: nn.Module, inner: PreTrainedModel, batch: Mapping[str, Any], *, starts: bool = False
+) -> TransferLoss:
+    """The error of every converted layer on one batch.
+
+    Args:
+        model: Which is called: `inner` itself, or what wraps it (DDP).
+        starts: Set what has a closed form from this batch first.
+    Raises: InputError for a batch without a real token, or whose rows all fit into the window.
+    """
+    layers, found = _layers(inner), []
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
-        target = softmax_output(module, call)
-        layer = linear_layer(module)
-        if layer is None:
-            return target
-        if module not in started:
-            layer.start_learning(call)
-            started.add(module)
-        with torch.enable_grad():
-            output = linear_output(module, call)
-            real = None if call.key_mask is None else call.key_mask[:, :, None, None]
-            off = (output.float() - target.float()).square()
-            mean = target.float().mean((0, 1), keepdim=True)
-            spread = (target.float() - mean).square()
-            if real is not None:
-                off, spread = off * real, spread * real
-            loss = off.sum((0, 1, 3)) / spread.sum((0, 1, 3))
-            loss.mean().backward()
-        errors.append(loss.detach())
+        with torch.no_grad():
+            target = softmax_output(module, call)
+        if module in layers:
+            if starts:
+                _start(layers[module], call)
+            found.append(_relative_error(linear_output(module, call), target, call.key_mask))
         return target
 
-    history = []
-    step = 0
-    with observed_attention(model, on_call):
-        model.eval()
-        while step < steps:
-            for batch in batches:
-                inputs, _ = prepare_inputs(model, batch)
-                errors.clear()
-                with torch.no_grad():
-                    model(**inputs)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-                optimizer.step()
-                optimizer.zero_grad()
-                history.append([float(e.mean()) ** 0.5 for e in errors])
-                step += 1
-                if step == steps:
-                    break
-    return history
+    inputs, _ = prepare_inputs(inner, batch)
+    with observed_attention(inner, on_call):
+        model(**inputs)
+    per_layer = torch.stack(found)
+    if not per_layer.requires_grad and torch.is_grad_enabled():
+        raise InputError("No parameter of the linear attention took part in this batch; they are all frozen.")
+    return TransferLoss(per_layer.mean(), per_layer)
+
+
+def _relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Squared error over variance of the target, `[batch, tokens, heads, head_dim]`, a mean over heads."""
+    target, output = target.float(), output.float()
+    real = torch.ones_like(target[..., :1, :1]) if key_mask is None else key_mask[:, -target.shape[1] :, None, None]
+    count = real.sum()
+    if not count:
+        raise InputError("A batch has no real token (its attention_mask is all 0). Leave such batches out.")
+    mean = (target * real).sum((0, 1), keepdim=True) / count
+    error, spread = ((target - z).square() * real for z in (output, mean))
+    return (error.sum((0, 1, 3)) / spread.sum((0, 1, 3)).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+@torch.no_grad()
+def _start(layer: LinearAttention[Any], call: Call) -> None:
+    """Values in closed form, the same on all processes."""
+    inputs = AttentionInputs(
+        call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
+    )
+    tensors = layer.tensors()
+    for name, value in layer.learning_start(inputs).items():
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(value)
+            value = value / dist.get_world_size()
+        tensors[name].copy_(value)
+
+
+def _layers(model: PreTrainedModel) -> dict[nn.Module, LinearAttention[Any]]:
+    return {module: layer for module in family_layers(model) if (layer := linear_layer(module)) is not None}
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block no other parameter of the model requires a gradient."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for parameter in parameters}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _repeated(batches: Iterable[Mapping[str, Any]], steps: int, progress: bool) -> Iterator[Mapping[str, Any]]:
+    """`steps` batches, from the start again where they end."""
+
+    def passes() -> Iterator[Mapping[str, Any]]:
+        while True:
+            any_batch = False
+            for batch in read_batches(batches, None, False, ""):
+                any_batch = True
+                yield batch
+            if not any_batch:
+                raise InputError("`batches` is empty, or an iterator that has ended: pass a list or a data loader.")
+
+    return read_batches(passes(), steps, progress, "Attention transfer")

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
@@ -113,7 +112,6 @@ class FavorPlusConfig(FavorConfig):
                 "Fixed lengths only make sense for orthogonal directions.",
             )
 
-
     def _check_learned(self) -> None:
         """Learned maps take the place of directions that are drawn."""
         for field, needed in (("kernel", "softmax"), ("redraw_interval", None), ("shared_projection", False)):
@@ -166,16 +164,22 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
         projection = projection_spec(config, shape, regularized=config.regularized)
         return learned_spec(projection, shape) if config.learned else {"projection": projection}
 
-    @torch.no_grad()
-    def start_learning(self, call: Any) -> None:
-        config, state = self.config, self.tensors()
-        options = SlotOptions(self.shape.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys)
-        found = started_from(
-            learned_feature_map(state, config.normalizer), call.query, call.key, call.key_mask, options,
-            scaling=call.scaling, grid=call.grid, num_global_tokens=config.num_global_tokens or 0,
+    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
+        config = self.config
+        if not config.learned:
+            return {}
+        options = SlotOptions(inputs.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys)
+        start = started_from(
+            learned_feature_map(self.tensors(), config.normalizer),
+            inputs.query,
+            inputs.key,
+            inputs.key_mask,
+            options,
+            scaling=inputs.scaling,
+            grid=inputs.grid,
+            num_global_tokens=config.num_global_tokens or 0,
         )
-        for name in ("query_shift", "key_shift", "far_offset"):
-            state[name].copy_(getattr(found, name))
+        return {name: getattr(start, name) for name in ("query_shift", "key_shift", "far_offset")}
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         config, tensors = self.config, self.tensors()

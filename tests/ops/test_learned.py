@@ -1,0 +1,122 @@
+"""Learned maps against the dense formulas: layouts, gradients, recurrence, and where training starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import MASKS, assert_same, inputs, random
+from torch import Tensor
+
+from hf_linattn.functional import draw_projection, favor_attention
+from hf_linattn.ops.learned import (
+    NORMALIZERS,
+    LearnedFeatureMap,
+    learned_attention,
+    learned_recurrence,
+    started_from,
+)
+from hf_linattn.ops.reference import learned_reference
+from hf_linattn.ops.slot_attention import SlotOptions
+
+HEADS, SLOTS, DIM = 2, 5, 4
+every_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
+
+
+def maps(normalizer: str = "slots") -> LearnedFeatureMap:
+    shapes = [(SLOTS, DIM), (SLOTS, DIM), (DIM,), (DIM,), (SLOTS,), (), (DIM,)]
+    tensors = [random(HEADS, *shape, seed=100 + i, scale=0.7) for i, shape in enumerate(shapes)]
+    return LearnedFeatureMap(*tensors, normalizer)
+
+
+@every_normalizer
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 3, 8, 64])
+def test_is_the_dense_formula(normalizer: str, mask: str, is_causal: bool, window: int) -> None:
+    where = {"key_mask": MASKS[mask], "is_causal": is_causal, "window_size": window}
+    tensors = inputs()
+    expected = learned_reference(*tensors, maps(normalizer), **where)
+    for chunk_size in (1, 8, 64):
+        assert_same(learned_attention(*tensors, maps(normalizer), chunk_size=chunk_size, **where), expected)
+
+
+@every_normalizer
+@pytest.mark.parametrize("window", [0, 2])
+def test_on_images_with_a_global_token(normalizer: str, window: int) -> None:
+    where = {"grid": (4, 6), "num_global_tokens": 1, "window_size": window}
+    tensors = inputs(25)
+    expected = learned_reference(*tensors, maps(normalizer), **where)
+    assert_same(learned_attention(*tensors, maps(normalizer), **where), expected)
+
+
+def test_a_key_spreads_one_unit_of_weight() -> None:
+    _, key, _ = inputs()
+    torch.testing.assert_close(
+        maps().key_weights(key).dense().exp().sum(-1), torch.ones(2, HEADS, key.shape[2]).double()
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+def test_with_the_kernel_it_starts_at_favor_plus(is_causal: bool, window: int) -> None:
+    projection = draw_projection(HEADS, SLOTS, DIM, seed=0).double()
+    zero = {name: torch.zeros_like(value) for name, value in vars(maps()).items() if name != "normalizer"}
+    start = LearnedFeatureMap(
+        **{**zero, "query_directions": projection, "key_directions": projection}, normalizer="kernel"
+    )
+    options = {"is_causal": is_causal, "window_size": window}
+    assert_same(learned_attention(*inputs(), start, **options), favor_attention(*inputs(), projection, **options))
+
+
+@every_normalizer
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [0, 2])
+def test_gradients_of_every_tensor(normalizer: str, is_causal: bool, window: int) -> None:
+    names = [name for name in vars(maps()) if name != "normalizer"]
+    learned = [getattr(maps(normalizer), name).requires_grad_() for name in names]
+    tensors = [z[:1].requires_grad_() for z in inputs(7)]
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool()
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *found: Tensor) -> Tensor:
+        feature_map = LearnedFeatureMap(*found, normalizer)
+        options = {"key_mask": mask, "is_causal": is_causal, "window_size": window}
+        return learned_attention(query, key, value, feature_map, **options)
+
+    torch.autograd.gradcheck(attention, (*tensors, *learned), fast_mode=True)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_token_by_token(window: int, overlap: bool) -> None:
+    if overlap and not window:
+        pytest.skip("no window to overlap")
+    options = {"window_size": window, "overlap_window": overlap}
+    query, key, value = inputs()
+    expected = learned_attention(query, key, value, maps(), is_causal=True, **options)
+    recurrence = learned_recurrence(maps(), scaling=DIM**-0.5, **options)
+    state, found = recurrence.start(key, value), []
+    for token in range(key.shape[2]):
+        one = [z[:, :, token : token + 1] for z in (query, key, value)]
+        output, state = recurrence.step(*one, state)
+        found.append(output)
+    assert_same(torch.cat(found, 2), expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "right", "holes"])
+def test_the_start_has_the_mass_of_the_far_keys(is_causal: bool, mask: str) -> None:
+    """The mean over queries of the log-mass outside of the window, exact and through the slots."""
+    query, key, _ = inputs(64 if mask == "none" else 23, scale=0.8)
+    options = SlotOptions(is_causal, window_size=4)
+    start = started_from(maps(), query, key, MASKS[mask], options, scaling=0.5)
+    again = started_from(start, query, key, MASKS[mask], options, scaling=0.5)
+    torch.testing.assert_close(again.far_offset, start.far_offset)  # that of the shifts it has
+    real = torch.ones(2, key.shape[2]).bool() if MASKS[mask] is None else MASKS[mask]
+    mean = (query * 0.5**0.5 * real[:, None, :, None]).sum((0, 2)) / real.sum()
+    torch.testing.assert_close(start.query_shift.double(), mean, atol=1e-6, rtol=1e-5)
+    lifted = started_from(
+        replace(start, slot_bias=start.slot_bias + 1.0), query, key, MASKS[mask], options, scaling=0.5
+    )
+    torch.testing.assert_close(lifted.far_offset, start.far_offset - 1.0, atol=1e-4, rtol=1e-4)
