@@ -14,6 +14,7 @@ from ..errors import ConfigError, InputError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
 from ..integrations.attach import family_layers
+from ..integrations.batches import prepare_inputs, read_batches
 from ..integrations.call import Call
 from ..integrations.canary import check_model
 from ..integrations.families import is_converted
@@ -22,7 +23,6 @@ from ..integrations.layers import active_layers, linear_layer
 from ..integrations.observe import observed_attention
 from ..integrations.wrappers import converted_parts, inside, module_of
 from ..modules.base import AttentionInputs, LinearAttention
-from ..integrations.batches import prepare_inputs, read_batches
 
 ATTENTIONS = ("softmax", "linear")
 

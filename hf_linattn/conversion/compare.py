@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, InputError, UnsupportedError
+from ..integrations.batches import prepare_inputs, read_batches
 from ..integrations.call import Call
 from ..integrations.canary import check_model
 from ..integrations.interface import linear_output, softmax_output
 from ..integrations.observe import kind_of, observed_attention, restored
 from ..integrations.wrappers import converted_parts, inside
 from ..modules.registry import list_kinds
-from ..integrations.batches import prepare_inputs, read_batches
 from .report import LayerFidelity, Report
 
 LOGITS = ("logits", "prediction_logits", "start_logits", "end_logits")

@@ -8,7 +8,7 @@ Per head, with trained directions `w^q_j`, `w^k_j`, shifts `m_q`, `m_k`, a slot 
 
 for scaled queries `x` and keys `y`. Each key spreads one unit of weight over the slots (`normalizer="slots"`), so the
 slots hold the mass of all keys that they have read. `normalizer="kernel"` takes `|y|^2 / 2` in place of the
-log-sum-exp, and subtracts `|x|^2 / 2 + log M` from `a`: with the directions of FAVOR+ and all else zero that is FAVOR+.
+log-sum-exp, and `|x|^2 / 2 + log M` off `a`: with the directions of FAVOR+ and all else zero that is FAVOR+.
 
 A feature map of this form, tied and of both signs, is Hedgehog's (Zhang et al. 2024, arXiv:2402.04347).
 """

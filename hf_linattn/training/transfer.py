@@ -33,6 +33,7 @@ from ..integrations.wrappers import converted_parts, inside
 from ..modules.base import AttentionInputs, LinearAttention
 
 LEARNING_RATE = 1e-2
+EXACT = 1e-9  # relative error, squared, that is no more than rounding
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def transfer_attention(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     found: list[TransferStep] = []
     with only(model, parameters):
+        model.eval()
         for step, batch in enumerate(_repeated(batches, steps, progress)):
             loss = transfer_loss(model, model, batch, starts=step == 0)
             loss.total.backward()
@@ -176,8 +178,11 @@ def transfer_loss(
     with observed_attention(inner, on_call):
         model(**inputs)
     per_layer = torch.stack(found)
-    if not per_layer.requires_grad and torch.is_grad_enabled():
-        raise InputError("No parameter of the linear attention took part in this batch; they are all frozen.")
+    if starts and bool((per_layer.detach() < EXACT).all()):
+        raise InputError(
+            "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
+            " them. Pass longer inputs, or convert with a smaller window_size."
+        )
     return TransferLoss(per_layer.mean(), per_layer)
 
 
@@ -213,7 +218,8 @@ def _layers(model: PreTrainedModel) -> dict[nn.Module, LinearAttention[Any]]:
 
 @contextlib.contextmanager
 def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block no other parameter of the model requires a gradient."""
+    """Within the block no other parameter of the model requires a gradient; the train mode is put back after it."""
+    training = [(module, module.training) for module in model.modules()]
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(parameter) for parameter in parameters}
     try:
@@ -223,6 +229,8 @@ def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+        for module, flag in training:
+            module.training = flag
 
 
 def _repeated(batches: Iterable[Mapping[str, Any]], steps: int, progress: bool) -> Iterator[Mapping[str, Any]]:

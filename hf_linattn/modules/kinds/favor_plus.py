@@ -25,7 +25,6 @@ from ..learned_maps import learned_feature_map, learned_spec
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 
-
 LEARNED_SLOTS = 32  # of the preset
 
 

@@ -1,0 +1,157 @@
+"""Attention transfer: the error falls, nothing else changes, runs resume and divide, mistakes are told."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BERT, GPT2, VIT, VOCAB, ModelCase
+from torch import Tensor
+from transformers import AutoModel, TrainingArguments
+
+import hf_linattn
+from hf_linattn import FavorPlusConfig
+from hf_linattn.errors import ConfigError, InputError
+from hf_linattn.training import AttentionTransferTrainer, transfer_attention
+
+CASES = [BERT, GPT2, VIT]
+SETTINGS = FavorPlusConfig(learned=True, num_features=8, window_size=4)
+
+
+def converted(case: ModelCase, settings: Any = SETTINGS) -> Any:
+    model = case.build(attention_probs_dropout_prob=0.0) if case is not GPT2 else case.build()
+    if case is VIT:
+        settings = settings.replace(window_size=2)
+    return hf_linattn.convert(model, settings)
+
+
+def batches(case: ModelCase, number: int = 2, rows: int = 3, tokens: int = 24) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    if case is VIT:
+        return [{"pixel_values": torch.randn(rows, 3, 24, 24, generator=generator)} for _ in range(number)]
+    found = []
+    for _ in range(number):
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[0, tokens - 5 :] = 0
+        found.append(
+            {"input_ids": torch.randint(3, VOCAB, (rows, tokens), generator=generator), "attention_mask": mask}
+        )
+    return found
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_error_falls_and_nothing_else_changes(case: ModelCase) -> None:
+    model = converted(case)
+    before, required = tensors(model), [parameter.requires_grad for parameter in model.parameters()]
+    steps = transfer_attention(model, batches(case), steps=30)
+    assert [step.step for step in steps] == list(range(30))
+    assert all(last < 0.95 * first for first, last in zip(steps[0].errors, steps[-1].errors, strict=True))
+    after = tensors(model)
+    assert all(torch.equal(before[name], after[name]) == (".linattn." not in name) for name in before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    assert all(parameter.grad is None or ".linattn." in name for name, parameter in model.named_parameters())
+
+
+def test_what_was_learned_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = converted(BERT)
+    transfer_attention(model, batches(BERT), steps=2)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    batch = batches(BERT)[0]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, loaded(**batch).logits)
+    assert loaded.config.linear_attention["learned"] is True
+
+
+def test_padding_does_not_count() -> None:
+    """Rows with padding give the errors of the rows without."""
+    short = [{"input_ids": batch["input_ids"][:, :19]} for batch in batches(BERT)]
+    padded = []
+    for batch in short:
+        ids = torch.cat([batch["input_ids"], torch.full((3, 6), 7)], 1)
+        padded.append({"input_ids": ids, "attention_mask": torch.tensor([[1] * 19 + [0] * 6] * 3)})
+    found = [transfer_attention(converted(BERT), given, steps=4)[-1].errors for given in (short, padded)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {"input_ids": torch.randint(3, VOCAB, (24,), generator=generator)}
+
+
+def train(folder: Path, resume: bool = False, **changes: Any) -> Any:
+    options = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    trainer = AttentionTransferTrainer(
+        converted(BERT), TrainingArguments(str(folder), **options), train_dataset=Rows(), eval_dataset=Rows()
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    return trainer
+
+
+def test_the_trainer_learns_and_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert whole.evaluate()["eval_loss"] < losses[0]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
+    again = train(tmp_path / "again", resume=True)
+    expected, found = tensors(whole.model), tensors(again.model)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    """The start is that of the first batch, so it is made the same first."""
+    models = [
+        train(tmp_path / name, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size).model
+        for name, size in (("one", 4), ("four", 2))
+    ]
+    for name, expected in tensors(models[0]).items():
+        if name.endswith(("directions", "slot_bias")):
+            torch.testing.assert_close(tensors(models[1])[name], expected, rtol=0, atol=0.1)
+
+
+def test_mistakes_are_told() -> None:
+    stock = BERT.build()
+    with pytest.raises(ConfigError, match="converted"):
+        transfer_attention(stock, batches(BERT))
+    plain = hf_linattn.convert(BERT.build(), FavorPlusConfig(num_features=8))
+    with pytest.raises(ConfigError, match="learned=True"):
+        transfer_attention(plain, batches(BERT))
+    model = converted(BERT)
+    before = copy.deepcopy(tensors(model))
+    for given in ([], iter([])):
+        with pytest.raises(InputError, match="empty"):
+            transfer_attention(model, given)
+    with pytest.raises(InputError, match="real token"):
+        transfer_attention(model, [{**batches(BERT)[0], "attention_mask": torch.zeros(3, 24).long()}])
+    with pytest.raises(InputError, match="steps"):
+        transfer_attention(model, batches(BERT), steps=0)
+    with pytest.raises(InputError, match="fit into the window"):
+        transfer_attention(model, [{"input_ids": batches(BERT)[0]["input_ids"][:, :4]}])
+    assert all(torch.equal(before[name], value) for name, value in tensors(model).items())
+    native = AutoModel.from_config(BERT.config(), attn_implementation="favor_plus")
+    native.config.linear_attention = {"learned": True}
+    with pytest.raises(ConfigError):
+        transfer_attention(native, batches(BERT))
