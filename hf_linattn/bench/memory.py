@@ -1,4 +1,4 @@
-"""Peak memory of one step.
+"""Peak memory of one training step.
 
 On a CPU it is the high-water mark of the process's resident memory over what it held before the step: everything
 counts, also what a library takes without telling PyTorch. The steps run in a fresh child process, whose allocator is
@@ -9,24 +9,50 @@ allocator counts.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from itertools import groupby
 from pathlib import Path
 
 import psutil
 import torch
 
+from .plan import Plan, Report, new_row
+from .results import Row
 from .timing import explain
 from .workload import Contender, Unavailable, Workload, make_inputs, make_step
 
-# glibc keeps freed blocks below a threshold that grows by itself; fixed, large tensors go back at once.
-CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGE_BLOCK = 2**17
 WARM_UP_TOKENS = 512
+
+
+def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
+    """Peak memory of a training step. Yields the rows of one contender at a time."""
+    works = plan.workloads("forward+backward")
+    for _, members in groupby(works, key=lambda work: (work.is_causal, work.dtype)):
+        group = list(members)
+        for contender in plan.contenders():
+            report(f"memory of {contender.name}, {group[0].direction}, {group[0].dtype}")
+            yield [
+                replace(new_row("memory", contender, work), peak=peak, reason=reason)
+                for work, peak, reason in measure_peaks(contender, group, plan.threads)
+            ]
+
+
+# -- this process -----------------------------------------------------------------------------------------------------
+def give_back_large_blocks() -> None:
+    """Let resident memory be what is held: glibc keeps freed blocks below a threshold that grows unless it is set."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
 def resident_bytes() -> int:
@@ -71,55 +97,33 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     return max(0, peak - before)
 
 
+# -- a child process --------------------------------------------------------------------------------------------------
 def measure_peaks(
-    contender: Contender, works: Sequence[Workload], *, threads: int = 1, timeout: float = 1800
+    contender: Contender, works: Sequence[Workload], threads: int = 1
 ) -> Iterator[tuple[Workload, int | None, str]]:
     """Peak memory of one contender for several workloads, short ones first, in a child process.
 
-    Args:
-        timeout: Seconds for one workload.
-    Yields: (workload, bytes, ""), or (workload, `None`, the reason).
+    Yields: (workload, bytes, ""), or (workload, `None`, the reason). A process that died has no more answers.
     """
-    if not works:
-        return
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(contender, list(works), threads, sender), daemon=True)
-    before = dict(os.environ)
-    os.environ.update(CHILD_ENVIRONMENT, OMP_NUM_THREADS=str(threads))
-    child.start()
-    os.environ.clear()
-    os.environ.update(before)
-    sender.close()
-    failure = ""
-    for work in works:
-        if failure:
-            yield work, None, "an earlier length failed"
-            continue
-        try:
-            if receiver.poll(timeout):
-                yield work, *receiver.recv()
-                continue
-            failure = f"longer than {timeout:.0f} s"
-        except EOFError:
-            child.join()
-            # Linux ends a process that takes too much memory with signal 9.
-            failure = "out of memory" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
-        yield work, None, failure
-    child.kill()
-    child.join()
+    with ProcessPoolExecutor(1, context, initializer=_start, initargs=(contender, works[0], threads)) as child:
+        for work in works:
+            try:
+                yield work, child.submit(_peak_of_a_step, contender, work).result(), ""
+            except BrokenProcessPool:
+                yield work, None, "the process ended, probably out of memory"
+            except Exception as error:
+                yield work, None, explain(error)
 
 
-def _answer(contender: Contender, works: list[Workload], threads: int, answers: Connection) -> None:
-    """The child's side: send (bytes, reason) for every workload."""
+def _start(contender: Contender, work: Workload, threads: int) -> None:
+    give_back_large_blocks()
     torch.set_num_threads(threads)
-    warm_up = replace(works[0], tokens=min(WARM_UP_TOKENS, works[0].tokens))
-    for index, work in enumerate([warm_up, *works]):
-        try:
-            step = make_step(contender.build(work), make_inputs(work), work)
-            step()  # what is made once, like tables and weights, is not part of a step
-            found: tuple[int | None, str] = peak_bytes(step, work.device), ""
-        except Exception as error:
-            found = None, explain(error)
-        if index:
-            answers.send(found)
+    with contextlib.suppress(Exception):  # the reason is found again
+        _peak_of_a_step(contender, replace(work, tokens=min(WARM_UP_TOKENS, work.tokens)))
+
+
+def _peak_of_a_step(contender: Contender, work: Workload) -> int:
+    step = make_step(contender.build(work), make_inputs(work), work)
+    step()  # what is made once, like tables and weights, is not part of a step
+    return peak_bytes(step, work.device)

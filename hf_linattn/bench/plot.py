@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .report import title
-from .results import BENCHMARKS, Results, Row, lengths, names
+from .results import BENCHMARKS, Results, by_name, lengths
 
 # Okabe and Ito's colours, told apart with any colour vision; black is softmax.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)))
 
 
@@ -25,20 +24,25 @@ def write_plots(results: Results, path: Path) -> list[Path]:
     except ImportError as error:
         raise ConfigError("A plot needs matplotlib: pip install 'hf-linattn[cli]'.") from error
     written: list[Path] = []
-    looks = styles(results.rows)
+    looks = styles(by_name(results.rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in BENCHMARKS:
-        panels = [(panel, rows) for panel, rows in results.panels(name).items() if any(row.cost for row in rows)]
+        panels = {panel: rows for panel, rows in results.panels(name).items() if any(row.cost for row in rows)}
         if not panels:
             continue
         figure = Figure(figsize=(15, 4.6 * len(panels)), layout="constrained")
         label, unit = ("MiB", 2.0**-20) if name == "memory" else ("milliseconds", 1e3)
-        for (left, right), (panel, rows) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
-            draw(left, rows, lambda row: row.cost, looks, unit)
-            draw(right, [row for row in rows if row.group != "softmax"], lambda row: row.ratio, looks)
+        pairs = figure.subplots(len(panels), 2, squeeze=False)
+        for (left, right), (panel, rows) in zip(pairs, panels.items(), strict=True):
+            for contender, found in by_name(rows).items():
+                _draw(left, contender, [(row.work.tokens, row.cost * unit) for row in found if row.cost], looks)
+                if found[0].group != "softmax":
+                    _draw(right, contender, [(row.work.tokens, row.ratio) for row in found if row.ratio], looks)
+            for axes in (left, right):
+                _logarithmic(axes, lengths(rows))
             right.axhline(1.0, color="black", linewidth=1)
-            left.set(title=title(panel), xlabel="tokens", ylabel=label)
-            right.set(xlabel="tokens", ylabel="times faster than the fastest softmax")
+            left.set(title=panel, ylabel=label)
+            right.set(ylabel="times faster than the fastest softmax")
             right.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
         written.append(path.with_name(f"{path.stem}_{name}{path.suffix}") if written else path)
         figure.savefig(written[-1], dpi=110)
@@ -47,29 +51,25 @@ def write_plots(results: Results, path: Path) -> list[Path]:
     return written
 
 
-def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A colour per kind and a line per variant; softmax is black."""
     families: dict[str, list[str]] = {"sdpa": []}
-    for name in names(rows):
+    for name in names:
         families.setdefault("sdpa" if name.startswith("sdpa") else name.split(",")[0], []).append(name)
-    colours = ["black", *(COLOURS[index % len(COLOURS)] for index in range(len(families)))]
     return {
-        name: {"color": colour, "linestyle": LINES[number % len(LINES)], "marker": "."}
-        for colour, members in zip(colours, families.values(), strict=False)
+        name: {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[number % len(LINES)], "marker": "."}
+        for index, members in enumerate(families.values())
         for number, name in enumerate(members)
     }
 
 
-def draw(
-    axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], looks: dict[str, Any], unit: float = 1.0
-) -> None:
-    """One line for each contender, on logarithmic axes."""
-    for name in names(rows):
-        found = ((row.work.tokens, value(row)) for row in rows if row.name == name)
-        points = sorted((tokens, number * unit) for tokens, number in found if number)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **looks[name])
-    axes.set(xscale="log", yscale="log")
-    axes.set_xticks(lengths(rows), map(str, lengths(rows)))
+def _draw(axes: Any, name: str, points: Sequence[tuple[int, float]], looks: dict[str, Any]) -> None:
+    if points:
+        axes.plot(*zip(*sorted(points), strict=True), label=name, **looks[name])
+
+
+def _logarithmic(axes: Any, ticks: list[int]) -> None:
+    axes.set(xscale="log", yscale="log", xlabel="tokens")
+    axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     axes.grid(alpha=0.25)

@@ -61,12 +61,9 @@ def test_memory_of_softmax_is_quadratic_and_of_a_kind_linear() -> None:
     assert peak < ours < long / 4
 
 
-def test_a_child_that_dies_or_takes_too_long() -> None:
+def test_a_child_that_dies() -> None:
     """What came before is kept, the rest says what happened."""
     works = [Workload(tokens, heads=1, head_dim=1) for tokens in (8, 16, 32)]
     found = list(measure_peaks(Contender("dies", "peer", dies), works))
-    assert [reason for _, _, reason in found] == ["", "out of memory", "an earlier length failed"]
+    assert [reason for _, _, reason in found] == ["", *2 * ["the process ended, probably out of memory"]]
     assert found[0][1] is not None
-    ((_, peak, reason),) = measure_peaks(Contender("dies", "peer", dies), works[:1], timeout=0.05)
-    assert (peak, reason) == (None, "longer than 0 s")
-    assert list(measure_peaks(Contender("dies", "peer", dies), [])) == []

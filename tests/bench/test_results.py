@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_linattn.bench import report
 from hf_linattn.bench.environment import describe
 from hf_linattn.bench.plot import write_plots
-from hf_linattn.bench.results import Results, Row, crossover, growth, reasons, slope, with_ratios
+from hf_linattn.bench.results import Results, Row, by_name, crossover, reasons, slope, with_ratios
 from hf_linattn.bench.workload import Workload
 from hf_linattn.errors import CheckpointError, ConfigError
 
@@ -68,18 +68,20 @@ def test_ratios_to_softmax(times: list[tuple[str, float]]) -> None:
     tokens=st.lists(st.integers(1, 10**6), min_size=2, unique=True),
 )
 def test_slope_is_the_exponent_of_a_power_law(exponent: float, factor: float, tokens: list[int]) -> None:
-    found = slope([(n, factor * n**exponent) for n in tokens])
+    rows = [row("ours", n, factor * n**exponent) for n in tokens]
+    found = slope(rows)
     spread = math.log(max(tokens) / min(tokens))
     assert found == pytest.approx(exponent, abs=1e-9 / spread + 1e-9)
-    assert slope([(tokens[0], factor)]) is None
+    assert slope(rows[:1]) is None
 
 
-def test_growth_and_crossover(results: Results) -> None:
-    rows = results.panels("attention")[("attention", "", False, "float32", "forward")]
-    assert growth(rows, "favor_plus") == pytest.approx(1.0)
-    assert growth(rows, "sdpa") is None  # not measured at all upper lengths
-    assert growth([r for r in rows if r.work.tokens < 16384], "sdpa") == pytest.approx(2.0)
-    ours = [r for r in rows if r.name == "favor_plus"]
+def test_slope_and_crossover(results: Results) -> None:
+    rows = by_name(results.panels("attention")["attention, bidirectional, float32, forward"])
+    ours, softmax = rows["favor_plus"], rows["sdpa"]
+    assert slope(ours) == pytest.approx(1.0)
+    assert slope(softmax) is None  # not measured at all lengths
+    assert slope(softmax[:2]) == pytest.approx(2.0)
+    assert slope(ours, 16384) is None
     assert crossover(ours) == 4096
     assert crossover([replace(r, ratio=0.9) for r in ours]) is None
 
