@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -73,7 +74,8 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
 
     entries: list[tuple[Row, Callable[[], object]]] = [(Row("models", "sdpa", "softmax", work, name), softmax)]
     for contender in plan.kind_contenders():
-        entries.append((new_row("models", contender, work, name), partial(kind, contender.config)))
+        row = new_row("models", replace(contender, name=f"{contender.name}, converted"), work, name)
+        entries.append((row, partial(kind, contender.config)))
     return race(entries, plan.seconds)
 
 
