@@ -54,13 +54,11 @@ def checkout(source: str, repository: Path = shared.ROOT) -> Iterator[Path]:
         yield Path(source).resolve()
         return
     git = ["git", "-C", str(repository), "archive", "--format=tar", source, "hf_linattn"]
-    archive = subprocess.run(git, capture_output=True)
+    archive = subprocess.run(git, stdout=subprocess.PIPE)  # says on stderr what is wrong
     if archive.returncode:
-        message = archive.stderr.decode(errors="replace").strip()
-        raise typer.BadParameter(f"{source!r} is neither a checkout's root nor a revision of this one: {message}")
+        raise typer.BadParameter(f"{source!r} is neither a checkout's root nor a revision of this one.")
     with tempfile.TemporaryDirectory() as target:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(target, filter="data")
+        tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(target, filter="data")
         yield Path(target).resolve()
 
 

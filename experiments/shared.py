@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import hf_linattn
+from hf_linattn.bench.generation import load_gpt2
 from hf_linattn.bench.report import rich_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,14 +51,7 @@ def decoder(path: Path | None = None, positions: int = 1024) -> Any:
     """A stock GPT-2 in float32 with at least so many positions: a checkpoint, or a small one with random weights."""
     quiet()
     torch.set_num_threads(1)
-    if path is None:
-        torch.manual_seed(0)
-        sizes = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": positions, "vocab_size": 4096}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if model.config.n_positions < positions:
-        hf_linattn.extend_positions(model, positions)
-    return model.eval()
+    return load_gpt2(path and str(path), positions).float()
 
 
 def converted(model: Any, settings: Any, batches: Iterable[dict[str, Tensor]]) -> Any:
@@ -66,6 +60,14 @@ def converted(model: Any, settings: Any, batches: Iterable[dict[str, Tensor]]) -
     if hf_linattn.needs_calibration(made):
         hf_linattn.calibrate(made, batches)
     return made.eval()
+
+
+def causal_kinds(text: str) -> list[str]:
+    """Names separated by commas. Ends the script if one is none of `CAUSAL_KINDS` or "softmax"."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := set(names) - {*CAUSAL_KINDS, "softmax"}:
+        sys.exit(f"error: kinds must be of {[*CAUSAL_KINDS, 'softmax']}; got {sorted(unknown)}.")
+    return names
 
 
 def causal_settings(kind: str, max_chunks: int) -> Any:
@@ -98,12 +100,13 @@ def rows_of(ids: Tensor, length: int, most: int | None = None) -> Tensor:
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]], caption: str = "") -> None:
-    """Rows with the same keys, which are the columns."""
+    """Rows as lines; their keys are the columns."""
 
     def cell(value: Any) -> str:
         if isinstance(value, (list, tuple)):
             return " ".join(map(cell, value))
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
-    lines = [[cell(value) for value in row.values()] for row in rows]
-    Console(width=None if sys.stdout.isatty() else 160).print(rich_table(title, list(rows[0]), lines, caption))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[cell(row.get(key)) for key in columns] for row in rows]
+    Console(width=None if sys.stdout.isatty() else 160).print(rich_table(title, columns, lines, caption))

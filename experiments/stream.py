@@ -1,18 +1,16 @@
 """Does a process that reads a long stream through one cache grow? Resident memory and bytes of the cache.
 
-    python experiments/stream.py --kind favor_plus                   # 100000 tokens in pieces of 512
-    python experiments/stream.py --kind lara --generate 5000         # and then 5000 tokens one by one
-    python experiments/stream.py --kind eva                          # summaries grow; eva-bounded does not
-    python experiments/stream.py --kind favor_sharp --model gpt2-checkpoint --text book.txt
+    python experiments/stream.py                                # every kind: 100000 tokens in pieces of 512
+    python experiments/stream.py --kinds lara --generate 5000   # and then 5000 tokens one by one
 
-The exit status is 1 if a kind with a constant state grew: its resident memory between a tenth of the stream and its
-end by more than `--allow` MiB, or its cache at all. Linux only.
+The exit status is 1 if a kind with a constant state (all but EVA without `max_chunks`) grew: its resident memory
+between a tenth of the stream and its end by more than `--allow` MiB, or its cache at all. Linux only.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,87 +26,67 @@ from hf_linattn.bench.memory import give_back_large_blocks, resident_bytes
 from hf_linattn.integrations.seams import cache_argument
 
 MIB = 2**20
-SHOWN = 12  # lines of the table
-CONSTANT = tuple(kind for kind in shared.CAUSAL_KINDS if kind != "eva")  # whose state does not grow with the text
-Sample = dict[str, Any]
 
 
 @torch.inference_mode()
-def read(model: Any, cache: Any, ids: Tensor, piece: int, every: int) -> list[Sample]:
-    """Read `[tokens]` piece by piece, with a sample of what is held after every so many of them."""
-    given = {cache_argument(model): cache}
-    samples, start = [], time.perf_counter()
+def read(model: Any, cache: Any, ids: Tensor, piece: int, every: int) -> list[tuple[int, int]]:
+    """Read `[tokens]` piece by piece. Returns: Bytes resident and in the cache, after every so many tokens."""
+    samples = []
     for number, part in enumerate(ids.split(piece), start=1):
-        model(input_ids=part[None], use_cache=True, **given)
+        model(input_ids=part[None], use_cache=True, **{cache_argument(model): cache})
         if number * piece % every == 0:
-            sizes = {"resident": resident_bytes(), "cache": held_bytes(*cache.layers, model=model)}
-            samples.append({"tokens": cache.get_seq_length(), **sizes, "seconds": time.perf_counter() - start})
-            start = time.perf_counter()
+            samples.append((resident_bytes(), held_bytes(*cache.layers, model=model)))
     return samples
 
 
-def growth(samples: list[Sample]) -> dict[str, float]:
-    """Bytes by which the last tenth of the samples is above the second tenth: medians of what is resident, and the
-    largest caches."""
+def growth(samples: list[tuple[int, int]]) -> dict[str, float]:
+    """MiB by which the last tenth is above the second: medians of what is resident, the largest of the caches."""
     tenth = max(1, len(samples) // 10)
     early, late = samples[tenth : 2 * tenth] or samples, samples[-tenth:]
-    sizes = {"resident": statistics.median, "cache": max}
-    return {name: float(most(s[name] for s in late) - most(s[name] for s in early)) for name, most in sizes.items()}
+    found = {}
+    for index, (name, typical) in enumerate({"resident": statistics.median, "cache": max}.items()):
+        before, after = (typical([sample[index] for sample in part]) for part in (early, late))
+        found |= {f"{name} MiB": after / MIB, f"{name} grew by": (after - before) / MIB}
+    return found
 
 
-def failures(kind: str, found: dict[str, float], allow: float) -> list[str]:
-    """Why a kind whose state is constant fails, if it does."""
-    limits = {"resident": allow * MIB, "cache": 0} if kind in CONSTANT else {}
-    return [f"{name} grew by {found[name] / MIB:.3f} MiB" for name, most in limits.items() if found[name] > most]
-
-
-def stream(path: Path | None, text: list[Path], count: int, vocabulary: int) -> Tensor:
-    """Tokens to read: of texts, repeated as often as it takes, or random ones."""
-    if not text:
-        return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(1))
-    if path is None:
-        raise typer.BadParameter("--text needs the tokenizer of a checkpoint: give --model too.")
-    ids = shared.read_tokens(transformers.AutoTokenizer.from_pretrained(path), text)
-    return ids.repeat(-(-count // max(1, len(ids))))[:count]
+def is_failure(row: dict[str, Any], allow: float) -> bool:
+    """Whether a kind whose state is constant grew."""
+    return row["kind"] not in ("eva", "softmax") and (row["resident grew by"] > allow or row["cache grew by"] > 0)
 
 
 def main(
-    kind: Annotated[str, typer.Option(help=f"{', '.join(shared.CAUSAL_KINDS)} or softmax.")] = "favor_plus",
+    kinds: Annotated[str, typer.Option(help="Kinds or softmax, separated by commas.")] = ",".join(shared.CAUSAL_KINDS),
     tokens: Annotated[int, typer.Option(min=64, help="Length of the stream.")] = 100_000,
     piece: Annotated[int, typer.Option(min=1, help="Tokens per call.")] = 512,
     generate: Annotated[int, typer.Option(min=0, help="Then read so many more, one by one.")] = 0,
     model: Annotated[Path | None, typer.Option(help="A GPT-2 checkpoint; a small random one by default.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Texts to read, repeated; random tokens by default.")] = None,
     max_chunks: Annotated[int, typer.Option(min=1, help="Summaries of eva-bounded.")] = 64,
     allow: Annotated[float, typer.Option(help="MiB of growth that are no failure.")] = 4.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Read the stream and print what the process held."""
-    if kind not in (kinds := [*shared.CAUSAL_KINDS, "softmax"]):
-        raise typer.BadParameter(f"--kind must be one of {kinds}; got {kind!r}.")
+    """Read random tokens and print what the process held."""
     give_back_large_blocks()
-    network = shared.decoder(model, tokens + generate)
-    ids = stream(model, text or [], tokens + generate, network.config.vocab_size)
-    window = 1
-    if kind != "softmax":
-        settings = shared.causal_settings(kind, max_chunks)
-        network = shared.converted(network, settings, [{"input_ids": ids[None, : min(1024, tokens)]}])
-        window = network.config.linear_attention["window_size"]
-    cache = transformers.DynamicCache(config=network.config)
-    parts = {"in pieces": read(network, cache, ids[:tokens], piece, piece)}
-    if generate:
-        parts["one by one"] = read(network, cache, ids[tokens:], 1, window)  # equally far into the window each time
-    found = {name: growth(samples) for name, samples in parts.items()}
-    wrong = [f"{name}: {reason}" for name in parts for reason in failures(kind, found[name], allow)]
-    for name, samples in parts.items():
-        grown = ", ".join(f"{what} {number / MIB:+.2f} MiB" for what, number in found[name].items())
-        shown = samples[:: -max(1, len(samples) // SHOWN)][::-1]
-        shared.print_table(f"{kind}, {name}, bytes", shown, f"from a tenth to the end: {grown}")
+    stock = shared.decoder(model, tokens + generate)
+    ids = torch.randint(stock.config.vocab_size, (tokens + generate,), generator=torch.Generator().manual_seed(1))
+    rows = []
+    for kind in shared.causal_kinds(kinds):
+        network, window = stock, 1
+        if kind != "softmax":
+            settings = shared.causal_settings(kind, max_chunks)
+            network = shared.converted(stock, settings, [{"input_ids": ids[None, : min(1024, tokens)]}])
+            window = network.config.linear_attention["window_size"]
+        cache = transformers.DynamicCache(config=network.config)
+        # Samples are equally far into a window each time.
+        parts = {"in pieces": (ids[:tokens], piece, piece), "one by one": (ids[tokens:], 1, window)}
+        for name, part in parts.items():
+            if len(part[0]):
+                rows.append({"kind": kind, "tokens": name, **growth(read(network, cache, *part))})
+    shared.print_table(f"{tokens} tokens in pieces of {piece}, {generate} one by one", rows)
+    wrong = [row for row in rows if is_failure(row, allow)]
     if out is not None:
-        write_experiment(out, {"kind": kind, "growth": found, "samples": parts, "failures": wrong})
-    for reason in wrong:
-        typer.echo(f"failed: {kind}, {reason}", err=True)
-    raise typer.Exit(1 if wrong else 0)
+        write_experiment(out, {"rows": rows, "failures": wrong})
+    sys.exit(f"failed: {wrong}" if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ def run_generation(plan: Plan, report: Report = lambda _: None) -> Iterator[list
     configs = _configs(plan)
     steps = WINDOWS * max((resolve(config, "gpt2").window_size or 1 for config in configs.values()), default=1)
     for dtype in plan.dtypes:
-        torch.manual_seed(0)
-        model = _model(plan, dtype, max(plan.lengths) + steps)
+        layers = LAYERS if plan.layers is None else plan.layers
+        model = load_gpt2(plan.checkpoint, max(plan.lengths) + steps, layers, plan.heads, plan.head_dim)
+        model = model.to(plan.device, DTYPES[dtype])
         ids = torch.randint(model.config.vocab_size, (plan.batch, max(plan.lengths) + steps)).to(plan.device)
         for tokens in sorted(set(plan.lengths)):
             report(f"{tokens} tokens, {dtype}")
@@ -86,20 +87,26 @@ def _configs(plan: Plan) -> dict[str, AttentionConfig]:
     return found
 
 
-def _model(plan: Plan, dtype: str, positions: int) -> PreTrainedModel:
-    """A stock GPT-2 with at least so many positions."""
-    if plan.checkpoint is None:
-        sizes = {"n_embd": plan.heads * plan.head_dim, "n_head": plan.heads, "n_layer": plan.layers or LAYERS}
+def load_gpt2(
+    checkpoint: str | None, positions: int, layers: int = LAYERS, heads: int = 4, head_dim: int = 64
+) -> PreTrainedModel:
+    """A stock GPT-2 with at least so many positions; without a checkpoint random weights of so many layers.
+
+    Raises: `ConfigError` for a checkpoint of something else.
+    """
+    if checkpoint is None:
+        torch.manual_seed(0)
+        sizes = {"n_embd": heads * head_dim, "n_head": heads, "n_layer": layers}
         config = GPT2Config(**sizes, n_positions=positions, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     else:
-        model = AutoModelForCausalLM.from_pretrained(plan.checkpoint, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
         found = model.config.model_type
         if found != "gpt2" or get_family(model.config).name != "gpt2":
-            raise ConfigError(f"The checkpoint must be a stock GPT-2; got model_type {found!r} in {plan.checkpoint}.")
+            raise ConfigError(f"The checkpoint must be a stock GPT-2; got model_type {found!r} in {checkpoint}.")
         if model.config.n_positions < positions:
             extend_positions(model, positions)
-    return model.to(plan.device, DTYPES[dtype]).eval()
+    return model.eval()
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------

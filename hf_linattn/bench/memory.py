@@ -20,7 +20,6 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import psutil
 import torch
 
 from .plan import Plan, Report, new_row
@@ -55,27 +54,12 @@ def give_back_large_blocks() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def reset_high_water() -> None:
-    """Let `high_water_bytes` start anew. Only Linux can; elsewhere longer steps have to come after shorter ones."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def high_water_bytes() -> int:
-    """The most resident memory since the last reset. Raises `Unavailable` where the system does not tell."""
-    if sys.platform == "linux":  # `getrusage` would count what the parent held
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    try:
-        import resource
-    except ImportError as error:
-        raise Unavailable("this system does not tell the peak memory of a process") from error
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def resident_bytes(*, most: bool = False) -> int:
+    """Resident memory of this process, now or at most since the mark was reset. Raises `Unavailable` without Linux."""
+    if sys.platform != "linux":
+        raise Unavailable("only Linux tells the peak memory of a process")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM" if most else "VmRSS"].split()[0]) * 1024
 
 
 def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
@@ -89,10 +73,10 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        reset_high_water()
         before = resident_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the mark
         result = step()
-        peak = high_water_bytes()
+        peak = resident_bytes(most=True)
     del result
     return max(0, peak - before)
 

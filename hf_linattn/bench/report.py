@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from .results import UPPER_SPAN, Results, Row, by_name, crossover, lengths, reasons, slope
+from .results import UPPER_SPAN, Results, Row, by_name, lengths, reasons, slope
 
 NOTHING = "–"
 Grid = tuple[list[str], list[list[str]]]  # header and lines
@@ -17,9 +17,8 @@ RATE = (("k", 1e3), ("", 1.0))
 LEGEND = (
     "Times are medians; in brackets how many times faster than the fastest softmax backend at that length (below 1:"
     " slower). The slope is the exponent of the growth with the number of tokens over the upper lengths: 0 is"
-    ' constant, 1 linear, 2 quadratic. "Wins from": the shortest length from which on it is at least as fast as'
-    " softmax. In generation lengths are those of the context, costs are per token, and times are means over whole"
-    " windows of steps."
+    " constant, 1 linear, 2 quadratic. In generation lengths are those of the context, costs are per token, and times"
+    " are means over whole windows of steps."
 )
 
 
@@ -46,12 +45,6 @@ def _cell(row: Row) -> str:
     return shown if row.ratio is None else f"{shown} ({ratio_text(row.ratio)})"
 
 
-def _wins(rows: Sequence[Row]) -> str:
-    if not any(row.ratio for row in rows):
-        return NOTHING
-    return "" if rows[0].group == "softmax" else str(crossover(rows) or "never")
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
 def grids(rows: Sequence[Row]) -> list[Grid]:
     """The tables of a panel; in generation tokens per second, and the size of the cache."""
@@ -62,16 +55,15 @@ def grids(rows: Sequence[Row]) -> list[Grid]:
 
 
 def _grid(rows: Sequence[Row], what: str = "") -> Grid:
-    """Contenders down, lengths across, then what follows from a line as a whole."""
-    columns, is_timed = lengths(rows), rows[0].benchmark != "memory"
+    """Contenders down, lengths across, and how each grows over the upper lengths."""
+    columns = lengths(rows)
     start = next(tokens for tokens in columns if tokens >= columns[-1] // UPPER_SPAN)
     lines = []
     for name, found in by_name(rows).items():
-        cells = {row.work.tokens: _cell(row) for row in found}
-        exponent = slope(found, start)
-        ends = [NOTHING if exponent is None else f"{exponent:.2f}", *([_wins(found)] if is_timed else [])]
-        lines.append([name, *(cells.get(tokens, "") for tokens in columns), *ends])
-    return [what, *map(str, columns), f"slope from {start}", *(["wins from"] if is_timed else [])], lines
+        cells, exponent = {row.work.tokens: _cell(row) for row in found}, slope(found, start)
+        growth = NOTHING if exponent is None else f"{exponent:.2f}"
+        lines.append([name, *(cells.get(tokens, "") for tokens in columns), growth])
+    return [what, *map(str, columns), f"slope from {start}"], lines
 
 
 # -- what shows them --------------------------------------------------------------------------------------------------

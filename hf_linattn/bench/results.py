@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from ..errors import CheckpointError
 from .workload import Workload
 
 SCHEMA = 1
-BENCHMARKS = ("attention", "memory", "models", "generation")
 UPPER_SPAN = 16  # a slope is over the lengths within this factor of the longest
 
 
@@ -23,7 +22,7 @@ class Row:
     """One contender at one workload.
 
     Args:
-        benchmark: One of `BENCHMARKS`.
+        benchmark: "attention", "memory", "models" or "generation".
         name, group: Those of the `Contender`.
         model: Which model, in "models" and "generation".
         median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured. In
@@ -108,13 +107,9 @@ class Results:
     options: dict[str, Any] = field(default_factory=dict)
     is_complete: bool = True
 
-    def panels(self, benchmark: str | None = None) -> dict[str, list[Row]]:
+    def panels(self) -> dict[str, list[Row]]:
         """Rows by table, in the order in which they were measured."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if benchmark in (None, row.benchmark):
-                found.setdefault(row.panel, []).append(row)
-        return found
+        return grouped(self.rows, lambda row: row.panel)
 
     def write(self, path: Path) -> None:
         content = {"schema": SCHEMA, **vars(self), "rows": [row.to_dict() for row in self.rows]}
@@ -140,12 +135,16 @@ class Results:
             raise CheckpointError(f"These benchmark results are incomplete or not of attention: {error}.") from error
 
 
-def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each contender, in order of appearance."""
+def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows with the same key, in order of appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.name, []).append(row)
+        found.setdefault(key(row), []).append(row)
     return found
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    return grouped(rows, lambda row: row.name)
 
 
 def lengths(rows: Iterable[Row]) -> list[int]:
@@ -170,22 +169,6 @@ def slope(rows: Sequence[Row], start: int = 1) -> float | None:
     return statistics.linear_regression([math.log(row.work.tokens) for row in rows], costs).slope
 
 
-def crossover(rows: Sequence[Row]) -> int | None:
-    """The shortest measured length from which on a contender is at least as fast as the best softmax."""
-    compared = {row.work.tokens: row.ratio for row in rows if row.ratio}
-    slower = max((tokens for tokens, ratio in compared.items() if ratio < 1), default=0)
-    return min((tokens for tokens in compared if tokens > slower), default=None)
-
-
-def reasons(rows: Sequence[Row]) -> list[str]:
-    """What could not be measured and why: one line per contender and reason, with the lengths if only at some."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.reason:
-            found.setdefault((row.name, row.reason), []).append(row)
-    measured = {row.name for row in rows if not row.reason}
-    made = []
-    for (name, reason), missing in found.items():
-        where = f" at {', '.join(map(str, lengths(missing)))} tokens" if name in measured else ""
-        made.append(f"{name}{where}: {reason}")
-    return made
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """What could not be measured and why, once for each contender and reason."""
+    return list(dict.fromkeys(f"{row.name}: {row.reason}" for row in rows if row.reason))

@@ -20,7 +20,7 @@ from ..bench.memory import run_memory
 from ..bench.models import run_models
 from ..bench.peers import PEERS
 from ..bench.plan import Plan
-from ..bench.plot import write_plots
+from ..bench.plot import write_plot
 from ..bench.results import Results
 from ..bench.workload import MODES, choose
 from ..errors import ConfigError, LinAttnError
@@ -104,15 +104,16 @@ def bench(
         for table in report.terminal_tables(results):
             console.print(table)
         console.print(report.setting(results), highlight=False)
-        written = [json, markdown, *(write_plots(results, plot) if plot else [])]
         if json is not None:
             results.write(json)
         if markdown is not None:
             markdown.parent.mkdir(parents=True, exist_ok=True)
             markdown.write_text(report.markdown(results), encoding="utf-8")
+        if plot is not None:
+            write_plot(results, plot)
     except (LinAttnError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    for path in filter(None, written):
+    for path in filter(None, (json, markdown, plot)):
         console.print(f"written: {path}", soft_wrap=True)
 
 

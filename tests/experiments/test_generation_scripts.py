@@ -22,6 +22,7 @@ from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig, LaraConfig
 from hf_linattn.modules.registry import list_kinds
 
 MIB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory as Linux tells it")
 
 
 @pytest.fixture
@@ -89,55 +90,51 @@ def test_settings_text_and_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 # -- stream -----------------------------------------------------------------------------------------------------------
+@linux
 def test_samples_of_a_stream(scripts: Any) -> None:
-    model, ids = gpt2(), tokens(50)
+    model = gpt2()
     cache = DynamicCache(config=model.config)
-    samples = scripts.stream.read(model, cache, ids, 17, 17)
-    assert [sample["tokens"] for sample in samples] == [17, 34, 50]
-    assert samples[-1]["cache"] == 2 * 2 * 50 * 16 * 4
-    more = scripts.stream.read(model, cache, tokens(7), 1, 3)
-    assert [sample["tokens"] for sample in more] == [53, 56]
+    samples = scripts.stream.read(model, cache, tokens(50), 17, 17)
+    assert [held for _, held in samples] == [2 * 2 * count * 16 * 4 for count in (17, 34, 50)]
+    samples = scripts.stream.read(model, cache, tokens(7), 1, 3)
+    assert [held for _, held in samples] == [2 * 2 * count * 16 * 4 for count in (53, 56)]
     assert cache.get_seq_length() == 57
-    assert all(sample["resident"] > 0 for sample in samples + more)
+    assert all(resident > 0 for resident, _ in samples)
 
 
 def test_growth_counts_from_a_tenth_on(scripts: Any) -> None:
     """What comes before is warm-up; one sample that is off does not count, but any growth of the cache does."""
-    flat = [{"tokens": number, "resident": 100 * MIB, "cache": 1000} for number in range(1, 101)]
-    flat[3]["resident"], flat[50]["resident"], flat[99]["resident"] = 0, 900 * MIB, 900 * MIB
-    assert scripts.stream.growth(flat) == {"resident": 0, "cache": 0}
-    leak = [{**sample, "resident": sample["resident"] + sample["tokens"] * MIB} for sample in flat]
-    assert scripts.stream.growth(leak)["resident"] / MIB == pytest.approx(80, abs=3)
-    assert scripts.stream.growth([*flat[:-1], {**flat[-1], "cache": 1001}])["cache"] == 1
-    assert scripts.stream.growth(flat[:1]) == {"resident": 0, "cache": 0}
+    growth = lambda samples: [scripts.stream.growth(samples)[f"{name} grew by"] for name in ("resident", "cache")]  # noqa: E731
+    flat = [(100 * MIB, MIB)] * 100
+    flat[3], flat[50], flat[99] = (0, MIB), (900 * MIB, MIB), (900 * MIB, MIB)
+    assert growth(flat) == [0, 0]
+    assert growth([(size + number * MIB, held) for number, (size, held) in enumerate(flat)]) == [pytest.approx(80), 0]
+    assert growth([*flat[:-1], (0, 2 * MIB)])[1] == 1
+    assert growth(flat[:1]) == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("found", "number"),
-    [
-        ({"resident": 4 * MIB, "cache": 0}, 0),
-        ({"resident": 5 * MIB, "cache": 1}, 2),
-        ({"resident": 0, "cache": 1}, 1),
-    ],
-)
-def test_only_a_constant_state_can_fail(scripts: Any, found: dict[str, int], number: int) -> None:
-    assert len(scripts.stream.failures("lara", found, 4.0)) == number
-    assert len(scripts.stream.failures("eva-bounded", found, 4.0)) == number
-    assert scripts.stream.failures("eva", found, 4.0) == scripts.stream.failures("softmax", found, 4.0) == []
+@pytest.mark.parametrize(("resident", "cache", "fails"), [(4.0, 0.0, False), (5.0, 0.0, True), (0.0, 1e-6, True)])
+def test_only_a_constant_state_can_fail(scripts: Any, resident: float, cache: float, fails: bool) -> None:
+    row = {"resident grew by": resident, "cache grew by": cache}
+    for kind, can_fail in {"lara": True, "eva-bounded": True, "eva": False, "softmax": False}.items():
+        assert scripts.stream.is_failure({"kind": kind, **row}, 4.0) == (fails and can_fail)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory as Linux tells it")
-@pytest.mark.parametrize("kind", ["softmax", "favor_sharp", "eva-bounded"])
-def test_the_script_about_streams(scripts: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.stream, "growth", lambda samples: {"resident": 0, "cache": 7})
+@linux
+def test_the_script_about_streams(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def growth(samples: list[tuple[int, int]]) -> dict[str, int]:
+        assert len(samples) in (4, 1, 8)  # pieces, windows, or tokens of softmax
+        return {"resident grew by": 0, "cache grew by": 7}
+
+    monkeypatch.setattr(scripts.stream, "growth", growth)
     out = tmp_path / "out.json"
-    result = run(scripts.stream, "--kind", kind, "--tokens", 64, "--piece", 16, "--generate", 8, "--out", out)
-    assert result.exit_code == (0 if kind == "softmax" else 1), result.output
+    sizes = ["--tokens", 64, "--piece", 16, "--generate", 8, "--out", out]
+    assert run(scripts.stream, *sizes, "--kinds", "softmax,favor_sharp,eva-bounded").exit_code == 1
     content = json.loads(out.read_text(encoding="utf-8"))
-    assert len(content["failures"]) == (0 if kind == "softmax" else 2)
-    ends = {name: samples[-1]["tokens"] for name, samples in content["samples"].items()}
-    assert ends == {"in pieces": 64, "one by one": 72}
-    assert run(scripts.stream, "--kind", "favour").exit_code == 2
+    assert len(content["rows"]) == 6
+    assert [row["kind"] for row in content["failures"]] == ["favor_sharp"] * 2 + ["eva-bounded"] * 2
+    assert run(scripts.stream, *sizes, "--kinds", "softmax").exit_code == 0
+    assert "error: kinds" in str(run(scripts.stream, "--kinds", "favour").exception)
 
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------
@@ -157,45 +154,54 @@ def test_recovery_lowers_the_loss(fidelity: ModuleType) -> None:
     assert not model.training
 
 
-def test_one_row_per_kind(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_each_kind(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fidelity, out = scripts.generation_fidelity, tmp_path / "out.json"
     monkeypatch.setattr(fidelity.transformers.AutoTokenizer, "from_pretrained", lambda path: None)
     monkeypatch.setattr(scripts.shared, "read_tokens", lambda tokenizer, paths: tokens(400))
     monkeypatch.setattr(fidelity, "AGREEMENT", 0.8)
     files = ["--model", tmp_path, "--train", tmp_path, "--eval", tmp_path, "--out", out]
-    sizes = ["--steps", 1, "--window", 40, "--windows", 2, "--single", 1, "--prompts", 1]
+    sizes = ["--steps", 1, "--window", 40, "--windows", 2, "--single", 1]
     result = run(fidelity, *files, *sizes, "--kinds", "favor_plus,lara")
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert [row["kind"] for row in rows] == ["softmax", "favor_plus", "lara"]
-    for row in rows:
-        assert row["difference_in_pieces"] <= 1e-4
-        assert row["difference_token_by_token"] <= 1e-4
-        assert row["greedy_equal"] == [6]
-        assert 0.8 < row["bfloat16_agreement"] <= 1
-    assert "bounded" in run(fidelity, *files[:6], "--kinds", "favour").output
+    assert [row["kind"] for row in rows] == ["softmax"] * 4 + ["favor_plus"] * 4 + ["lara"] * 4
+    assert not any(map(fidelity.is_failure, rows))
+    monkeypatch.setattr(fidelity, "greedy", lambda model, prompts: 0.9)
+    assert run(fidelity, *files, *sizes, "--kinds", "lara").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"read": "in pieces", "difference": 2e-4, "same": 1.0},
+        {"read": "token by token", "difference": float("nan"), "same": 1.0},
+        {"read": "token by token, bfloat16", "difference": 0.0, "same": 0.98},
+        {"read": "greedily", "same": 0.999},
+    ],
+)
+def test_what_fails(fidelity: ModuleType, row: dict[str, Any]) -> None:
+    assert fidelity.is_failure(row)
+    assert not fidelity.is_failure({**row, "difference": 0.0, "same": 1.0})
 
 
 @torch.inference_mode()
 def test_a_cache_that_forgets_is_seen(fidelity: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same script with logits that are off by a little, and with a cache without its first token."""
-    model, rows = gpt2(), tokens(2, 40)
-    good = {**fidelity.perplexities(model, rows, 1), "bfloat16_agreement": 1.0, "greedy_equal": [6]}
-    assert fidelity.failures(good) == []
-    bad = {"bfloat16_agreement": 0.98, "greedy_equal": [5], "difference_in_pieces": float("nan")}
-    for name, value in bad.items():
-        (only,) = fidelity.failures({**good, name: value})
-        assert name.split("_")[0] in only
-    read = fidelity.read
+    model, rows, read = gpt2(), tokens(2, 40), fidelity.read
+    right = fidelity.through_cache(model, rows, [40])
+    assert right["difference"] < 1e-4
+    assert right["same"] == 1
+    assert right["perplexity"] == pytest.approx(float(model(rows, labels=rows).loss.exp()), rel=1e-5)
 
     def forgetful(model: Any, row: Tensor, sizes: list[int] | None = None) -> Tensor:
         return read(model, row if sizes is None else torch.cat([row[:1], row[:1], row[2:]]), sizes)
 
     monkeypatch.setattr(fidelity, "read", forgetful)
-    assert len(fidelity.failures({**good, **fidelity.perplexities(model, rows, 1)})) == 2
-    assert fidelity.agreement(gpt2().to(torch.bfloat16), rows)["bfloat16_agreement"] < 0.99
+    wrong = fidelity.through_cache(model, rows, [40])
+    assert wrong["difference"] > 1e-4
+    assert wrong["same"] < 0.99
 
 
+@torch.inference_mode()
 def test_greedy_counts_up_to_the_first_other_token(fidelity: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model, generate, prompts = gpt2(), GPT2LMHeadModel.generate, tokens(1, 12)
 
@@ -205,8 +211,6 @@ def test_greedy_counts_up_to_the_first_other_token(fidelity: ModuleType, monkeyp
             out[0, 12 + 2] += 1
         return out
 
-    found = fidelity.greedy(model, prompts)
-    assert found["greedy_equal"] == [6]
-    assert 1 <= found["greedy_distinct"][0] <= 6
+    assert fidelity.greedy(model, prompts) == 1
     monkeypatch.setattr(GPT2LMHeadModel, "generate", off)
-    assert fidelity.greedy(model, prompts)["greedy_equal"] == [2]
+    assert fidelity.greedy(model, prompts) == pytest.approx(2 / 6)

@@ -67,7 +67,7 @@ def test_what_may_be_noise_is_repeated(quick: ModuleType, monkeypatch: pytest.Mo
     assert [row.verdict for row in rows] == ["fine", "fine"]
     assert len(order) == 2 * 7  # until most of them are 1.0
     values = iter([1.3, 1.3, 1.0, *[1.3] * 9])
-    rows, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0}, minutes=4.5)
+    rows, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0}, minutes=9)
     assert len(order) == 2 * 3  # no time for another session
     found, words = quick.summarize(rows)
     assert (found, "unsettled: a" in words) == (1, True)  # the mean is too large all the same
