@@ -49,6 +49,7 @@ PARTS = (
     Part("generation", "generation, one token at a time", 40, _lazily("speed", "generation")),
     Part("compiled", "torch.compile, reduce-overhead", 75, _lazily("compiled", "compiled")),
     Part("training", "the Trainer in bfloat16", 40, _lazily("training", "training")),
+    Part("recipe", "the text classification recipe", 45, _lazily("recipe", "recipe")),
     Part("profile", "where the time goes", 30, _lazily("profile", "profiled")),
     Part("lengths", "other lengths and dtypes", 40, _lazily("speed", "other_lengths")),
 )
@@ -58,7 +59,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON of the results; the table goes beside it.")] = None,
     minutes: Annotated[float, typer.Option(help="For all parts together.", min=0.05)] = 8.0,
     parts: Annotated[str, typer.Option(help="Names of parts, separated by commas.")] = "",
-    model: Annotated[Path | None, typer.Option(help="A checkpoint to train in the part 'training'.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A checkpoint for the part 'recipe'.")] = None,
     rehearse: Annotated[bool, typer.Option(help="On a CPU, in Triton's interpreter: no figure counts.")] = False,
     fail: Annotated[str, typer.Option(help="A part to fail on purpose.")] = "",
     from_json: Annotated[Path | None, typer.Option(help="Make the table of earlier results again, and end.")] = None,

@@ -23,7 +23,6 @@ import torch
 import typer
 from torch import Tensor
 
-from gpu_parts.pool import fork_server
 from hf_linattn.kernels import triton_common as _common
 from hf_linattn.kernels.attend import triton_launch as attend
 from hf_linattn.kernels.attention_state import AttentionState
@@ -172,9 +171,8 @@ def main(out: Annotated[Path, typer.Option()], seconds: Annotated[float, typer.O
     start = time.monotonic()
     chosen = list(trials())
     compiled: list[tuple[Trial, str]] = []
-    with fork_server("tune_kernels").Pool(
-        WORKERS
-    ) as pool:  # all of it before anything is timed: the workers use the GPU too
+    # All of it before anything is timed: the workers use the GPU too.
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         results = [(trial, pool.apply_async(compile_trial, (trial,))) for trial in chosen]
         for trial, result in results:
             try:

@@ -50,10 +50,12 @@ class RecurrentMemory:
         self._revision: tuple[weakref.ref[LinearAttention], int] | None = None
         self._recurrence: Recurrence[Any] | None = None
         self._made_from: Any = None  # what `_recurrence` is of
+        self._stream: torch.cuda.Stream | None = None  # on which `to` has copied last, perhaps not done yet
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do without what follows from the layer."""
-        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_revision": None}
+        self._arrive()
+        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_revision": None, "_stream": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentMemory:
         twin = type(self)(static_tokens=self.static_tokens)
@@ -71,6 +73,7 @@ class RecurrentMemory:
         Raises: InputError for another batch, layer or shape than before; UnsupportedError in training with noise.
         """
         self._check(layer, inputs)
+        self._arrive()
         is_first = self._settings is None
         if is_first:
             self._settings = (layer.config, layer.shape)
@@ -235,6 +238,7 @@ class RecurrentMemory:
         tensor = next(self._tensors(), None)
         if tensor is None:
             return
+        self._arrive()
         index = index.to(tensor.device)
         if self.state is not None:
             self._store(self.state.rows(index))
@@ -259,6 +263,7 @@ class RecurrentMemory:
             )
         if pending is None:
             return
+        self._arrive()
         kept = pending.cut(0, pending.tokens - count)
         if self._recurrence is None:
             raise UnsupportedError(
@@ -281,6 +286,7 @@ class RecurrentMemory:
             self.__init__(static_tokens=self.static_tokens)  # type: ignore[misc]
             self.is_recording = is_recording
             return
+        self._arrive()
         # The tensors stay where they are: a captured graph may know them.
         near = self.state.near
         self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
@@ -305,17 +311,45 @@ class RecurrentMemory:
             old.copy_(new)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> RecurrentMemory:
-        """Move everything to a device; returns itself, as accelerate's hooks expect of an argument that has `to`."""
+        """Move everything to a device; returns itself, as accelerate's hooks expect of an argument that has `to`.
+
+        A cache that offloads calls this on a stream of its own, and copies to pinned memory are not waited for: a copy
+        starts after the one before it, and `_arrive` makes others wait for the last one.
+        """
+        stream = _current_stream(device, next(self._tensors(), None))
+        if self._stream is not None and stream is not None:
+            stream.wait_stream(self._stream)  # also for what that stream still does with the tensors given up here
         self.state, self._pending = (
             map_state(kept, lambda z: z.to(device, non_blocking=non_blocking)) for kept in (self.state, self._pending)
         )
+        self._stream = stream
         return self
+
+    def _arrive(self) -> None:
+        """Wait for the last copy of `to` where its tensors are used next: on this stream, or on the host."""
+        if self._stream is None:
+            return
+        tensor = next(self._tensors(), None)
+        if tensor is None or tensor.device.type == "cpu":
+            self._stream.synchronize()
+            self._stream = None
+        else:  # kept: the next copy waits for what this stream is about to do
+            current = torch.cuda.current_stream(tensor.device)
+            current.wait_stream(self._stream)
+            self._stream = current
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state and of pending tokens."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
+
+
+def _current_stream(device: torch.device | str, tensor: Tensor | None) -> torch.cuda.Stream | None:
+    """The stream that copies between a tensor's device and another one; `None` if no GPU takes part."""
+    devices = (torch.device(device), *([] if tensor is None else [tensor.device]))
+    gpu = next((found for found in devices if found.type == "cuda"), None)
+    return None if gpu is None else torch.cuda.current_stream(gpu)
 
 
 def _requires_grad(layer: LinearAttention, inputs: AttentionInputs) -> bool:

@@ -14,7 +14,7 @@ class Context:
 
     Args:
         is_rehearsal: On a CPU with small sizes, kernels in Triton's interpreter: shows that parts run, nothing else.
-        model: A folder with a checkpoint to train, or `None` for a small model with random weights.
+        model: A folder with a checkpoint and its tokenizer, for the recipe.
     """
 
     is_rehearsal: bool = False

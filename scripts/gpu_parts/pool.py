@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import queue
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from hf_linattn.bench.timing import explain
@@ -14,51 +12,70 @@ from isolated import Finding
 
 Run = Callable[[Any, str], Iterator[Finding]]
 
+_NEW = multiprocessing.get_context("spawn")  # a fork of a process that has counted GPUs can use none
+
 
 def in_processes(run: Run, context: Any, names: Sequence[str], workers: int) -> Iterator[Finding]:
-    """What `run(context, name)` yields, for every name in a process of its own, as it comes.
+    """What `run(context, name)` yields, for every name in one of several processes, as it comes.
 
-    An error that breaks a process's GPU context (an illegal address) fails one name and no other. Processes are forks
-    of one that has imported everything and has not touched the GPU, since an import takes as long as some kernels.
+    A process does one name after another, since its imports take as long as some kernels. An error that breaks its
+    GPU context (an illegal address) or the process itself fails one name: after any error the next is done by a new
+    process.
 
     Args:
         run: A function of a module, since it crosses a process border.
     """
-    server = fork_server(run.__module__)
-    found: Any = server.Queue()
-    waiting, running = list(names), {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name = waiting.pop(0)
-            running[name] = server.Process(target=_work, args=(run, context, name, found), daemon=True)
-            running[name].start()
+    waiting = list(names)
+    running = dict(_start(run, context) for _ in names[:workers])
+    doing: dict[Connection, str] = {}
+    while waiting or doing:
+        for pipe in [pipe for pipe in running if pipe not in doing]:
+            if waiting:
+                doing[pipe] = waiting.pop(0)
+                pipe.send(doing[pipe])
+        for pipe in wait(list(doing)):  # type: ignore[assignment]
+            try:
+                finding, is_over = pipe.recv()
+            except EOFError:  # without a last word
+                running[pipe].join()
+                code = running[pipe].exitcode
+                reason = f"the process ended with {code}"
+                finding, is_over = {"kernel": doing[pipe], "failed": True, "reason": reason}, True
+            if finding is not None:
+                yield finding
+            if is_over:
+                del doing[pipe]
+            if is_over and finding is not None:  # an error
+                _end(pipe, running.pop(pipe))
+                running.update([_start(run, context)] if waiting else [])
+    for pipe, process in running.items():
+        _end(pipe, process)
+
+
+def _start(run: Run, context: Any) -> tuple[Connection, Any]:
+    ours, theirs = _NEW.Pipe()
+    process = _NEW.Process(target=_work, args=(run, context, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _end(pipe: Connection, process: Any) -> None:
+    pipe.close()
+    process.join(5)
+    process.kill()
+
+
+def _work(run: Run, context: Any, pipe: Connection) -> None:
+    while True:
         try:
-            name, finding = found.get(timeout=0.5)
-        except queue.Empty:
-            ended = [name for name, process in running.items() if process.exitcode is not None]
-            for name in ended if found.empty() else []:  # without a last word
-                code = running.pop(name).exitcode
-                yield {"kernel": name, "failed": True, "reason": f"the process ended with {code}"}
-            continue
-        if finding is None:
-            running.pop(name, None)
-        else:
-            yield finding
-
-
-def fork_server(module: str) -> Any:
-    """A context of `multiprocessing` whose processes have imported a module already."""
-    # Before Python 3.13 the server knows of no other places, and is silent about a module that it does not find.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([module])
-    return server
-
-
-def _work(run: Run, context: Any, name: str, found: Any) -> None:
-    try:
-        for finding in run(context, name):
-            found.put((name, finding))
-    except Exception as error:
-        found.put((name, {"kernel": name, "failed": True, "reason": explain(error)}))
-    found.put((name, None))
+            name = pipe.recv()
+        except EOFError:
+            return
+        try:
+            for finding in run(context, name):
+                pipe.send((finding, False))
+            pipe.send((None, True))
+        except Exception as error:
+            pipe.send(({"kernel": name, "failed": True, "reason": explain(error)}, True))
+            return

@@ -35,7 +35,7 @@ def _plan(context: Context, **changes: Any) -> Plan:
     if context.is_rehearsal:
         small = {"lengths": (32,), "batch": 1, "heads": 2, "head_dim": 8, "options": REHEARSED, "dtypes": ("float32",)}
         return Plan(**common | changes | small | {"seconds": 1e-3, "windows": (0,)})
-    sizes = {"batch": 8, "heads": 12, "dtypes": ("bfloat16",), "options": MANY, "seconds": 0.12}
+    sizes = {"batch": 8, "heads": 12, "dtypes": ("bfloat16",), "options": MANY, "seconds": 0.08}
     return Plan(**common | sizes | changes)
 
 
@@ -74,7 +74,8 @@ def _warm_up(context: Context, name: str) -> Iterator[Finding]:
     kind, mode, is_causal, is_few = name.split("/")
     options = {"options": FEW, "windows": (32,)} if int(is_few) else {}
     plan = _plan(context, lengths=(512, 2048, 16384), **options, kinds=(kind,), peers=())
-    plan = replace(plan, kinds=(kind,), batch=1, modes=(mode,), causal=(bool(int(is_causal)),))
+    # The batch too is that of the measurement: Triton compiles anew for sizes that are 1 or no multiple of 16.
+    plan = replace(plan, kinds=(kind,), modes=(mode,), causal=(bool(int(is_causal)),))
     start = time.perf_counter()
     for work in plan.workloads():
         for contender in plan.contenders():
@@ -132,7 +133,7 @@ def models(context: Context) -> Iterator[Finding]:
 def generation(context: Context) -> Iterator[Finding]:
     """Time per token and size of the cache behind short and long contexts, kind by kind; GPT-2's width."""
     sizes = {"layers": 1, "piece": 32} if context.is_rehearsal else {"layers": 6, "piece": 4096}
-    for number, kind in enumerate(list_kinds()):
-        plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.3, causal=(True,), kinds=(kind,), **sizes)
+    for number, kind in enumerate(("favor_plus", "lara", "favor_sharp", "eva")):
+        plan = _plan(context, lengths=(1024, 16384), batch=8, seconds=0.2, causal=(True,), kinds=(kind,), **sizes)
         for rows in run_generation(replace(plan, windows=(None,))):
             yield from _rows([row for row in rows if row.group == "linear" or not number])

@@ -15,7 +15,7 @@ from .context import Context
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "pytest.mark.gpu"
 REHEARSED = "tests/kernels/test_triton_causal.py"
-WORKERS = 4  # processes that share the GPU: most of the time goes into compiling kernels
+WORKERS = 5  # processes that share the GPU: most of the time goes into compiling kernels
 
 
 class _Recorder:
@@ -46,7 +46,7 @@ def gpu_tests(context: Context) -> Iterator[Finding]:
     if context.is_rehearsal:
         chosen, mark = [REHEARSED], "not gpu and not slow"
     else:
-        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        files = sorted((ROOT / "tests").rglob("test_*.py"), reverse=True)  # kernels before the models that use them
         chosen = [str(file.relative_to(ROOT)) for file in files if MARK in file.read_text(encoding="utf-8")]
         mark = "gpu"
     options = ["-m", mark, "-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=120", f"--rootdir={ROOT}"]

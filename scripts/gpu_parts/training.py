@@ -66,20 +66,17 @@ def training(context: Context) -> Iterator[Finding]:
 
 def _model(context: Context, kind: str | None, tokens: int) -> Any:
     torch.manual_seed(0)
-    if context.model is not None:
-        model = AutoModelForSequenceClassification.from_pretrained(context.model, num_labels=2)
-    else:
-        hidden = 32 if context.is_rehearsal else 256
-        config = BertConfig(
-            hidden_size=hidden,
-            num_attention_heads=4,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=2,
-            vocab_size=64,
-            max_position_embeddings=tokens,
-            attention_probs_dropout_prob=0.0,
-        )
-        model = AutoModelForSequenceClassification.from_config(config)
+    hidden = 32 if context.is_rehearsal else 256
+    config = BertConfig(
+        hidden_size=hidden,
+        num_attention_heads=4,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=2,
+        vocab_size=64,
+        max_position_embeddings=tokens,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
     return model if kind is None else hf_linattn.convert(model, config_from_dict({"kind": kind, **SETTINGS[kind]}))
 
 
@@ -96,7 +93,7 @@ def _train(
     options: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": batch,
-        "learning_rate": 1e-3 if context.model is None else 1e-4,
+        "learning_rate": 1e-3,
         "warmup_steps": 5,
         "bf16": True,
         "use_cpu": context.is_rehearsal,

@@ -181,6 +181,23 @@ def test_offloading_leaves_the_device(setting: Setting) -> None:
         assert all(tensor.device.type == "cpu" for tensor in tensors)
 
 
+@pytest.mark.gpu
+@all_kinds
+def test_offloading_from_a_device_that_lags(setting: Setting) -> None:
+    """Copies run on a stream of their own, and are not waited for: each has to wait for what it copies."""
+    model, ids = decoder(GPT2, setting).cuda(), prompt(2, 30).cuda()
+    expected = whole_logits(model, ids)
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda *_: torch.cuda._sleep(50_000_000))
+    cache = DynamicCache(config=model.config, offloading=True)
+    found = read(model, cache, ids[:, :20], [14, 1, 5])
+    assert largest(found - expected[:, :20]) < TOLERANCE
+    cache.batch_repeat_interleave(2)  # on the host, where the copies may not have arrived
+    with torch.no_grad():
+        rest = model(ids[:, 20:].repeat_interleave(2, 0), **given_cache(cache)).logits
+    assert largest(rest - expected[:, 20:].repeat_interleave(2, 0)) < TOLERANCE
+
+
 @all_kinds
 def test_quantized_is_refused(setting: Setting) -> None:
     """A state is no list of keys to be quantized, and says so."""

@@ -134,7 +134,10 @@ def assert_no_worse(case: Case, factor: float = 2.0) -> None:
     """Errors at most `factor` times those of plain torch in the same dtype."""
     exact, plain = dense(case, torch.float64), dense(case, case.value.dtype)
     for name, fast, other, best in zip(NAMES, ours(case), plain, exact, strict=False):
-        fast_error, plain_error = ((t.double() - best).abs().max() for t in (fast, other))
+        hidden = best == -INF  # the log mass of a row that sees no key
+        assert torch.equal(fast == -INF, hidden), name
+        fast_error, plain_error = ((t.double() - best).masked_fill(hidden, 0.0).abs().max() for t in (fast, other))
+        best = best.masked_fill(hidden, 0.0)
         limit = factor * plain_error + 1e-5 * best.abs().max()
         assert fast_error <= limit, f"{name} is off by {fast_error:.2e}, plain torch by {plain_error:.2e}"
 
@@ -325,9 +328,9 @@ def test_wide_heads_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [None, "keys", "pairs"])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 256])  # 128 and float16: `scripts/gpu_check.py`
 @pytest.mark.parametrize(("queries", "keys"), [(256, 16384), (16384, 256), (1000, 1001), (63, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_realistic_shapes(dtype: torch.dtype, queries: int, keys: int, dim: int, masked: str | None) -> None:
     case = make(queries, keys, dim, dim, groups=(2, 3), dtype=dtype, masked=masked)
     if dtype == torch.float32:
