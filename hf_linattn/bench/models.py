@@ -64,18 +64,17 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
     model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
     batch = _batch(work, config)
 
-    def softmax() -> Callable[[], object]:
-        check_length(work, plan.max_softmax_length)
-        return _step(model, batch, work)
-
-    def kind(config: AttentionConfig) -> Callable[[], object]:
+    def make(config: AttentionConfig | None) -> Callable[[], object]:
+        if config is None:
+            check_length(work, plan.max_softmax_length)
+            return _step(model, batch, work)
         ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
         return _step(converted(model, config, ids), batch, work)
 
-    entries: list[tuple[Row, Callable[[], object]]] = [(Row("models", "sdpa", "softmax", work, name), softmax)]
+    entries = [(Row("models", "sdpa", "softmax", work, name), partial(make, None))]
     for contender in plan.kind_contenders():
         row = new_row("models", replace(contender, name=f"{contender.name}, converted"), work, name)
-        entries.append((row, partial(kind, contender.config)))
+        entries.append((row, partial(make, contender.config)))
     return race(entries, plan.seconds)
 
 
