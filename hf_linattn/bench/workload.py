@@ -52,7 +52,7 @@ class Contender:
         name: Unique in a run; also what a table shows.
         group: "linear" (the kinds), "softmax" or "peer".
         build: From a workload, the function to call on query, key and value `[batch, heads, tokens, head_dim]`.
-            Raises `Unavailable` where there is none. It is pickled where memory is measured in another process.
+            Raises `Unavailable` where there is none.
         config: The settings of a kind.
     """
 
