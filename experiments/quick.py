@@ -8,8 +8,8 @@
 A figure is the time of a kind over that of softmax beside it, in the same process and in turns, which is what a busy
 machine leaves alone. Sessions, each with new processes, are repeated while a figure is in doubt, until the time is
 over. Exit status: 0 if the geometric mean of after / before is at most 1.03 and no figure's median is above 1.10; 1 if
-the mean is, or a figure in every session, or one fails now; 2 if a figure above 1.10 may be noise (run it again, on a
-quieter machine).
+the mean is above, or a figure in every session (one that fails now is infinitely slow); 2 if a figure above 1.10 may
+be noise (run it again, on a quieter machine).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -77,67 +76,49 @@ def measure(package: Path, runs: Sequence[str]) -> dict[str, float | None]:
     return found
 
 
-@dataclass
-class Comparison:
-    """One figure: after / before, session by session."""
-
-    name: str
-    sessions: list[float] = field(default_factory=list)
-    is_failing: bool = False
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.sessions)
-
-    @property
-    def verdict(self) -> str:
-        """What is "slower" than allowed is so in every session; what is so in most of them is "unsettled"."""
-        if self.is_failing:
-            return "failing after"
-        if self.ratio <= FIGURE_LIMIT:
-            return "fine"
-        return "slower" if min(self.sessions) > FIGURE_LIMIT else "unsettled"
+def verdict(ratios: Sequence[float]) -> str:
+    """Of one figure: "slower" than allowed in every session, "unsettled" if only in most of them, else "fine"."""
+    if statistics.median(ratios) <= FIGURE_LIMIT:
+        return "fine"
+    return "slower" if min(ratios) > FIGURE_LIMIT else "unsettled"
 
 
-def compare(checkouts: Sequence[Path], runs: Sequence[str], minutes: float) -> list[Comparison]:
-    """Sessions, each of both versions, until nothing is in doubt or the time does not suffice for another one."""
-    rows: dict[str, Comparison] = {}
+def compare(checkouts: Sequence[Path], runs: Sequence[str], minutes: float) -> dict[str, list[float]]:
+    """After / before of every figure, session by session; infinite where only the earlier version can be measured.
+
+    Sessions, each of both versions, end when nothing is in doubt or the time does not suffice for another one.
+    """
+    found: dict[str, list[float]] = {}
     start, number = time.monotonic(), 0
-    while number < SESSIONS or any(row.verdict == "unsettled" for row in rows.values()):
+    while number < SESSIONS or any(verdict(ratios) == "unsettled" for ratios in found.values()):
         took = (time.monotonic() - start) / 60
         if number and took * (number + 1) / number > minutes:
             break
-        sides = [measure(package, runs) for package in checkouts[:: -1 if number % 2 else 1]]
-        before, after = sides[:: -1 if number % 2 else 1]
+        turn = -1 if number % 2 else 1
+        before, after = [measure(package, runs) for package in checkouts[::turn]][::turn]
         for name in before.keys() & after.keys():
-            row = rows.setdefault(name, Comparison(name))
-            old, new = before[name], after[name]
-            row.is_failing |= old is not None and new is None
-            if old is not None and new is not None:
-                row.sessions.append(new / old)
+            if before[name] is not None:
+                found.setdefault(name, []).append((after[name] or math.inf) / before[name])
         number += 1
         print(f"session {number} is over, after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-    return [row for row in rows.values() if row.sessions or row.is_failing]
+    return found
 
 
-def summarize(rows: Sequence[Comparison]) -> tuple[int, str]:
+def summarize(found: dict[str, list[float]]) -> tuple[int, str]:
     """The exit status (0 not worse, 1 worse, 2 no verdict about some figure), and the verdict in words.
 
     Raises: ValueError if nothing was measured.
     """
-    measured = [row for row in rows if row.sessions]
-    if not measured:
+    if not found:
         raise ValueError("No figure could be measured with both versions.")
-    mean = math.exp(statistics.fmean(math.log(row.ratio) for row in measured))
-    worst = max(measured, key=lambda row: row.ratio)
-    lines = [f"geometric mean of {len(measured)} figures {mean:.3f} (at most {MEAN_LIMIT})"]
-    lines.append(f"worst figure {worst.ratio:.3f} (at most {FIGURE_LIMIT}): {worst.name}")
-    named = {
-        what: [row.name for row in rows if row.verdict == what] for what in ("slower", "failing after", "unsettled")
-    }
-    lines += [f"{what}: {'; '.join(names)}" for what, names in named.items() if names]
-    is_worse = mean > MEAN_LIMIT or named["slower"] or named["failing after"]
-    return 1 if is_worse else 2 if named["unsettled"] else 0, "\n".join(lines)
+    ratios = {name: statistics.median(sessions) for name, sessions in found.items()}
+    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+    worst = max(ratios, key=ratios.__getitem__)
+    lines = [f"geometric mean of {len(ratios)} figures {mean:.3f} (at most {MEAN_LIMIT})"]
+    lines.append(f"worst figure {ratios[worst]:.3f} (at most {FIGURE_LIMIT}): {worst}")
+    slower, unsettled = ([n for n in found if verdict(found[n]) == what] for what in ("slower", "unsettled"))
+    lines += [f"{what}: {'; '.join(names)}" for what, names in (("slower", slower), ("unsettled", unsettled)) if names]
+    return 1 if mean > MEAN_LIMIT or slower else 2 if unsettled else 0, "\n".join(lines)
 
 
 def main(
@@ -153,14 +134,14 @@ def main(
     """Compare two versions; the exit status says whether the later one is slower."""
     sources = [before, before if self_check else after]
     with ExitStack() as stack:
-        rows = compare([stack.enter_context(checkout(source)) for source in sources], runs or RUNS, minutes)
-    status, verdict = summarize(rows)
+        found = compare([stack.enter_context(checkout(source)) for source in sources], runs or RUNS, minutes)
+    status, words = summarize(found)
     lines = [
-        {"figure": row.name, "after / before": [round(ratio, 2) for ratio in row.sessions], "verdict": row.verdict}
-        for row in sorted(rows, key=lambda row: max(row.sessions, default=0), reverse=True)
+        {"figure": name, "after / before": [round(ratio, 2) for ratio in ratios], "verdict": verdict(ratios)}
+        for name, ratios in sorted(found.items(), key=lambda entry: max(entry[1]), reverse=True)
     ]
     shared.print_table("Time over that of softmax", lines)
-    print(verdict)
+    print(words)
     if out is not None:
         write_experiment(out, {"before": sources[0], "after": sources[1], "status": status, "rows": lines})
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 from pathlib import Path
@@ -23,8 +24,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return quick
 
 
-def compare(quick: ModuleType, monkeypatch: pytest.MonkeyPatch, after: Any, minutes: float = 0.0) -> tuple[list, list]:
-    """(rows, order of the versions measured) of a version whose figures are 1 and one whose figures are `after()`."""
+def compare(quick: ModuleType, monkeypatch: pytest.MonkeyPatch, after: Any, minutes: float = 0.0) -> tuple[dict, list]:
+    """(ratios, order of the versions measured): one version has figures 1 and 2, the other those of `after()`."""
     order: list[Path] = []
 
     def measure(package: Path, runs: Any) -> dict[str, float | None]:
@@ -44,10 +45,10 @@ def test_verdicts_of_quick(
     factor: float, verdict: str, status: int, quick: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mean may be too large where no figure is. Who is measured first alternates."""
-    rows, order = compare(quick, monkeypatch, lambda: {"a": factor, "b": 2 * factor})
-    assert {row.verdict for row in rows} == {verdict}
-    assert [row.ratio for row in rows] == pytest.approx([factor, factor])
-    assert quick.summarize(rows)[0] == status
+    found, order = compare(quick, monkeypatch, lambda: {"a": factor, "b": 2 * factor})
+    assert found == {name: [factor] * 3 for name in "ab"}
+    assert quick.verdict(found["a"]) == verdict
+    assert quick.summarize(found)[0] == status
     assert order == [HERE, THERE, THERE, HERE, HERE, THERE]
 
 
@@ -57,30 +58,31 @@ def test_noise_does_not_decide(seed: int, quick: ModuleType, monkeypatch: pytest
     source = random.Random(seed)
     for factor, verdict in ((1.0, "fine"), (1.5, "slower")):
         noisy = lambda factor=factor: {"a": factor * (1 + 0.3 * source.random() ** 4)}  # noqa: E731
-        (row,), _ = compare(quick, monkeypatch, noisy)
-        assert row.verdict == verdict
+        found, _ = compare(quick, monkeypatch, noisy)
+        assert quick.verdict(found["a"]) == verdict
 
 
 def test_what_may_be_noise_is_repeated(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([1.3, 1.3, 1.0, 1.3, *[1.0] * 9])
-    rows, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0})
-    assert [row.verdict for row in rows] == ["fine", "fine"]
+    found, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0})
+    assert quick.summarize(found)[0] == 0
     assert len(order) == 2 * 7  # until most of them are 1.0
     values = iter([1.3, 1.3, 1.0, *[1.3] * 9])
-    rows, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0}, minutes=9)
+    found, order = compare(quick, monkeypatch, lambda: {"a": next(values), "b": 2.0}, minutes=9)
     assert len(order) == 2 * 3  # no time for another session
-    found, words = quick.summarize(rows)
-    assert (found, "unsettled: a" in words) == (1, True)  # the mean is too large all the same
+    status, words = quick.summarize(found)
+    assert (status, "unsettled: a" in words) == (1, True)  # the mean is too large all the same
+    assert quick.summarize({**found, "c": [0.5]})[0] == 2
 
 
 def test_what_fails_is_named(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = compare(quick, monkeypatch, lambda: {"a": None, "b": 2.0, "new": 1.0})
-    assert {row.name: row.verdict for row in rows} == {"a": "failing after", "b": "fine"}
-    found, words = quick.summarize(rows)
-    assert found == 1
-    assert "failing after: a" in words
+    found, _ = compare(quick, monkeypatch, lambda: {"a": None, "b": 2.0, "new": 1.0})
+    assert found == {"a": [math.inf] * 3, "b": [1.0] * 3}
+    status, words = quick.summarize(found)
+    assert status == 1
+    assert "slower: a" in words
     with pytest.raises(ValueError, match="No figure could be measured"):
-        quick.summarize([row for row in rows if row.name == "a"])
+        quick.summarize({})
 
 
 def test_checkouts_of_quick(quick: ModuleType, tmp_path: Path) -> None:
