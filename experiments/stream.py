@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_linattn.bench.environment import write_experiment
 from hf_linattn.bench.generation import held_bytes
-from hf_linattn.bench.memory import give_back_large_blocks, resident_bytes
+from hf_linattn.bench.memory import give_back_free_memory, resident_bytes
 from hf_linattn.integrations.seams import cache_argument
 
 MIB = 2**20
@@ -66,7 +66,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Read random tokens and print what the process held."""
-    give_back_large_blocks()
+    give_back_free_memory()
     stock = shared.decoder(model, tokens + generate)
     ids = torch.randint(stock.config.vocab_size, (tokens + generate,), generator=torch.Generator().manual_seed(1))
     rows = []

@@ -6,7 +6,7 @@ import copy
 import gc
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from ..modules.config import AttentionConfig
 from ..modules.defaults import resolve
 from ..modules.registry import get_kind
 from .models import converted, quiet
-from .plan import Plan, Report, race
+from .plan import Plan, Report, new_row, race
 from .results import Row
-from .workload import DTYPES, Workload, check_length
+from .workload import DTYPES, Contender, Workload, check_length
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 LAYERS = 4
@@ -43,48 +43,41 @@ def run_generation(plan: Plan, report: Report = lambda _: None) -> Iterator[list
 
     Raises: `ConfigError` if `plan.checkpoint` is not a GPT-2.
     """
-    configs = _configs(plan)
-    steps = WINDOWS * max((resolve(config, "gpt2").window_size or 1 for config in configs.values()), default=1)
+    contenders = _contenders(plan)
+    configs = [contender.config for contender in contenders if contender.config]
+    steps = WINDOWS * max((resolve(config, "gpt2").window_size or 1 for config in configs), default=1)
     for dtype in plan.dtypes:
         layers = LAYERS if plan.layers is None else plan.layers
         model = load_gpt2(plan.checkpoint, max(plan.lengths) + steps, layers, plan.heads, plan.head_dim)
         model = model.to(plan.device, DTYPES[dtype])
         ids = torch.randint(model.config.vocab_size, (plan.batch, max(plan.lengths) + steps)).to(plan.device)
+        heads, width = model.config.n_head, model.config.n_embd
+        title = Path(plan.checkpoint or f"gpt2 ({model.config.n_layer} layers)").name
         for tokens in sorted(set(plan.lengths)):
             report(f"{tokens} tokens, {dtype}")
-            with quiet():
-                yield _run_one(plan, model, configs, ids[:, : tokens + steps], steps, dtype)
-
-
-@torch.inference_mode()
-def _run_one(
-    plan: Plan, model: PreTrainedModel, configs: dict[str, AttentionConfig], ids: Tensor, steps: int, dtype: str
-) -> list[Row]:
-    sizes = model.config
-    shape = (ids.shape[1] - steps, plan.batch, sizes.n_head, sizes.n_embd // sizes.n_head)
-    work = Workload(*shape, is_causal=True, dtype=dtype, device=plan.device)
-    title = Path(plan.checkpoint or f"gpt2 ({sizes.n_layer} layers)").name
-    entries = []
-    for name, config in {"sdpa": None, **configs}.items():
-        group, settings = ("linear", config.to_dict()) if config else ("softmax", None)
-        row = Row("generation", name, group, work, title, settings=settings)
-        entries.append((row, partial(_prepare, plan, row, model, config, ids, steps)))
-    return race(entries, plan.seconds, _time_steps)
+            work = Workload(tokens, plan.batch, heads, width // heads, True, dtype, device=plan.device)
+            entries = []
+            for contender in contenders:
+                row = new_row("generation", contender, work, title)
+                prepare = partial(_prepare, plan, row, model, contender.config, ids[:, : tokens + steps], steps)
+                entries.append((row, prepare))
+            with quiet(), torch.inference_mode():
+                rows = race(entries, plan.seconds, _time_steps)
+            yield rows
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-def _configs(plan: Plan) -> dict[str, AttentionConfig]:
-    """Settings of every row that is not softmax, by its name."""
-    found: dict[str, AttentionConfig] = {}
-    for contender in plan.kind_contenders():
-        config = contender.config
-        assert config is not None
-        found[contender.name] = config
-        kind = get_kind(config.kind)
-        if plan.max_chunks and kind.bound_field:
+def _contenders(plan: Plan) -> list[Contender]:
+    """Softmax, the kinds, and those whose state can be bounded once more with a bound."""
+    made = []
+    for contender in plan.model_contenders():
+        made.append(contender)
+        kind = get_kind(contender.config.kind) if contender.config else None
+        if contender.config and kind and kind.bound_field and plan.max_chunks:
             name = f"{contender.name}, at most {plan.max_chunks} {kind.size_word}"
-            found[name] = config.replace(**{kind.bound_field: plan.max_chunks})
-    return found
+            config = contender.config.replace(**{kind.bound_field: plan.max_chunks})
+            made.append(replace(contender, name=name, config=config))
+    return made
 
 
 def load_gpt2(

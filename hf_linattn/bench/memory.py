@@ -1,8 +1,8 @@
 """Peak memory of one training step.
 
 On a CPU it is the high-water mark of the process's resident memory over what it held before the step: everything
-counts, also what a library takes without telling PyTorch. The allocator is told to give large blocks back at once, so
-that memory that is free does not count. On CUDA it is what PyTorch's allocator counts.
+counts, also what a library takes without telling PyTorch. The C library's allocator is told to give memory back that
+is free, so that it does not count. On CUDA it is what PyTorch's allocator counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ LARGE_BLOCK = 2**17
 
 def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
     """Peak memory of a training step. Yields the rows of one workload at a time."""
-    give_back_large_blocks()
     for work in plan.workloads("forward+backward"):
         report(f"memory, {work.tokens} tokens, {work.direction}, {work.dtype}")
         rows = []
@@ -42,12 +41,16 @@ def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row
         yield rows
 
 
-def give_back_large_blocks() -> None:
-    """Let resident memory be what is held: glibc keeps freed blocks below a threshold that grows unless it is set."""
+def give_back_free_memory() -> None:
+    """Let resident memory be what is held: all that is free now, and later every large block as soon as it is free.
+
+    Left alone, glibc keeps freed blocks below a threshold that grows with them.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         libc.mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
+        libc.malloc_trim(0)
 
 
 def resident_bytes(*, most: bool = False) -> int:
@@ -69,6 +72,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
+        give_back_free_memory()
         before = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # resets the mark
         result = step()

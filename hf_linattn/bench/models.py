@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -71,9 +70,10 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
         ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
         return _step(converted(model, config, ids), batch, work)
 
-    entries = [(Row("models", "sdpa", "softmax", work, name), partial(make, None))]
-    for contender in plan.kind_contenders():
-        row = new_row("models", replace(contender, name=f"{contender.name}, converted"), work, name)
+    entries = []
+    for contender in plan.model_contenders():
+        row = new_row("models", contender, work, name)
+        row.name += ", converted" if contender.config else ""
         entries.append((row, partial(make, contender.config)))
     return race(entries, plan.seconds)
 

@@ -86,6 +86,10 @@ class Plan:
         peers = peer_contenders(self.peers, self.device, self.options.num_features, self.max_softmax_length)
         return [*peers, *self.kind_contenders()]
 
+    def model_contenders(self) -> list[Contender]:
+        """Softmax as Transformers computes it, which has no settings, then the kinds."""
+        return [peer_contenders(("sdpa",), self.device, self.options.num_features)[0], *self.kind_contenders()]
+
     def workloads(self, *modes: str) -> list[Workload]:
         """All workloads, short ones first within a direction, dtype and mode."""
         return [

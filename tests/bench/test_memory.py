@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_linattn.bench.kinds import KindOptions
-from hf_linattn.bench.memory import give_back_large_blocks, peak_bytes, run_memory
+from hf_linattn.bench.memory import peak_bytes, run_memory
 from hf_linattn.bench.plan import Plan
 
 MIB = 2**20
@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the mark can be
 @pytest.mark.parametrize("is_held", [False, True])
 def test_the_most_at_once_counts_not_the_sum(is_held: bool) -> None:
     """Three tensors one after the other, or together; also after larger ones."""
-    give_back_large_blocks()
 
     def step(size: int) -> list[torch.Tensor]:
         held: list[torch.Tensor] = []
