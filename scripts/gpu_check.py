@@ -75,6 +75,8 @@ def main(
     if from_json is not None:
         _write_table(from_json)
         return
+    # Many processes compile side by side; each with a thread per core, they would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     if child:

@@ -173,5 +173,8 @@ def test_refuses_what_it_cannot_do() -> None:
 def test_triton_block_slots_on_a_gpu(reach: BlockReach, dim: int) -> None:
     given = case(reach, 16, 130, 256, dim, scale=4.0, device="cuda")
     first, again = ours(*given, reach), ours(*given, reach)
-    assert_close(first, exact(*given, reach), 1e-4)
+    for found, expected in zip(first, exact(*given, reach), strict=True):
+        seen = expected > -INF  # sums of up to 256 terms of either sign: errors are those of the largest entry
+        assert torch.equal(found > -INF, seen)
+        assert (found.double() - expected)[seen].abs().max() <= 1e-5 * expected[seen].abs().max()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
