@@ -33,6 +33,8 @@ def write_plot(results: Results, path: Path) -> None:
         label, unit = ("MiB", 2.0**-20) if rows[0].benchmark == "memory" else ("milliseconds", 1e3)
         for name, found in by_name(rows).items():
             found = sorted((row for row in found if row.cost), key=lambda row: row.work.tokens)
+            if not found:
+                continue
             tokens, costs = [row.work.tokens for row in found], [row.cost * unit for row in found if row.cost]
             left.plot(tokens, costs, label=name, **looks[name])
             if any(row.group != "softmax" and row.ratio for row in found):
