@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_linattn.functional import favor_attention
-from hf_linattn.modules.base import LinearAttention
+from hf_linattn.modules.base import AttentionInputs, LinearAttention
 from hf_linattn.modules.config import AttentionConfig, count, flag
-from hf_linattn.modules.contract import AttentionInputs, LayerShape, StateTensor
+from hf_linattn.modules.contract import LayerShape, StateTensor
 from hf_linattn.modules.registry import AttentionKind, register_kind
 from hf_linattn.ops.favor.random_features import derive_seed, draw_projection
 from hf_linattn.ops.favor.recurrent import favor_recurrence

@@ -18,7 +18,8 @@ from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .probes import PROBES
 
 _lock = threading.RLock()
-_passed: set[str] = set()  # groups of seams, and model types for which all has been asked
+# Groups of seams, and model types for which all has been asked: every call of an attention function looks here.
+passed: set[str] = set()
 _asking: set[str] = set()
 
 
@@ -35,35 +36,32 @@ def check_seams(model_type: str | None = None) -> None:
 
 def ask_seams(model_type: str | None = None) -> None:
     """`check_seams` for code that torch calls while it traces, without tracing it."""
-    if "always" not in _passed:
+    if "always" not in passed:
         _ask("always")
     if model_type is not None:
         family = model_type.removeprefix(MODEL_TYPE_PREFIX)
-        if family in FAMILIES and family not in _passed:
+        if family in FAMILIES and family not in passed:
             _ask(family)
         if not _asking:
-            _passed.add(model_type)
+            passed.add(model_type)
 
 
 def check_model(model: Any) -> None:
     """`check_seams` for what a function of this library was given as a model, whatever that is."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model_type, str):
-        check_seams()
-    elif model_type not in _passed:  # every call of an attention function asks
-        check_seams(model_type)
+    check_seams(model_type if isinstance(model_type, str) else None)
 
 
 def check_trainer() -> None:
     """The same for what the callback needs of the Trainer."""
-    if "trainer" not in _passed:
+    if "trainer" not in passed:
         _ask("trainer")
 
 
 def _ask(group: str) -> None:
     with _lock:
         # A probe makes caches and masks of ours, which ask in turn: not what is being asked, and no family meanwhile.
-        if group in _passed or group in _asking or (_asking and group in FAMILIES):
+        if group in passed or group in _asking or (_asking and group in FAMILIES):
             return
         _asking.add(group)
         try:
@@ -72,7 +70,7 @@ def _ask(group: str) -> None:
                     _probe(seam)
                 elif seam.when == "family" and group in FAMILIES:
                     _probe(seam, group)
-            _passed.add(group)
+            passed.add(group)
         finally:
             _asking.discard(group)
 

@@ -1,25 +1,35 @@
-"""The attention function of each kind: what a model calls instead of softmax attention."""
+"""The attention function of each kind: what a model calls instead of softmax attention.
+
+Mask, causality, scaling and layer of a call are decided once and in one place (`resolve_call`); then exact or linear
+attention is computed (`softmax_output`, `linear_output`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.registry import for_each_kind
+from ..ops.tracing import known
+from . import canary
 from .attach import convert_otherwise
-from .call import Call, resolve_call
-from .canary import check_model
-from .checks import warn_attention_dropout
+from .cache import RecurrentLayer
+from .call import Call, asks_cross, check_mask, check_prefix, disagreement
+from .checks import NO_PATTERN, check_positions, require, require_order, warn_attention_dropout
+from .expected import changed
+from .families import is_converted
 from .hand_over import give_back
+from .keywords import HARMLESS, check_keywords
+from .layers import ATTRIBUTE, linear_layer
 from .masks import linattn_mask
 from .native import image_grid, native_attention
-from .seams import attempt, register_attention, softmax_attention
-from .token_mask import causal_key_mask
+from .seams import ARGUMENT, attempt, default_scaling, register_attention, softmax_attention, softmax_name
+from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -39,7 +49,8 @@ def attention_function(kind: str) -> AttentionFunction:
     def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if torch.compiler.is_compiling():
             return kind_attention(kind, module, *inputs, **kwargs)
-        check_model(module)  # before the arguments are looked at
+        if getattr(getattr(module, "config", None), "model_type", None) not in canary.passed:
+            canary.check_model(module)  # before the arguments are looked at
         try:
             return kind_attention(kind, module, *inputs, **kwargs)
         except Exception:
@@ -86,6 +97,120 @@ def kind_attention(
     if dropout:
         warn_attention_dropout(dropout)
     return linear_output(module, call), None
+
+
+def resolve_call(
+    kind: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    given: dict[str, Any],
+) -> Call:
+    """Check the arguments of an attention function and say what they ask for.
+
+    Args:
+        mask: What `linattn_mask` returned, or a tensor `[batch, tokens]`, True where a token is real.
+        given: The other keyword arguments of the call.
+    Raises: `InputError`, `UnsupportedError` and `UnsupportedTransformersError` where no kind could follow.
+    """
+    config = getattr(module, "config", None)
+    cache = given.pop(ARGUMENT, None)
+    if cache is not None:
+        if not isinstance(cache, RecurrentLayer):
+            raise InputError(
+                f"{ARGUMENT!r} is a name of this library's own; got {type(cache).__name__}. Rename the key."
+            )
+        mask = new_tokens(mask, query.shape[2], cache.memory)
+    for name in given:
+        if name not in HARMLESS:
+            check_keywords(kind, module, given)
+            break
+    is_causal = causality(module, given)
+    sizes = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
+    if torch.jit.is_tracing():
+        sizes = known(sizes[0]), known(sizes[1]), known(sizes[2]), known(sizes[3])
+    heads, key_heads, queries, keys = sizes
+    made = mask
+    if isinstance(made, TokenMask):
+        asked = given.get("is_causal") is not None  # an encoder may be asked to be causal
+        if made.is_causal not in (None, is_causal) and not (asked and is_causal):
+            raise disagreement(module, is_causal)
+        if is_causal and cache is None:
+            check_past_is_here(made, keys)
+        if not is_causal and made.tokens is None and made.shape[1] != keys:
+            found = f"{keys} keys for a mask of {made.shape[1]} tokens from {type(module).__name__}"
+            raise changed("attention modules", found)
+        if made.pattern is not None:
+            query = require(query, made.pattern, NO_PATTERN)
+        if made.refusal is not None:
+            raise UnsupportedError(made.refusal)
+        mask = None if made.tokens is None else made.tokens.to(query.device)
+    if mask is not None:
+        check_mask(mask)
+
+    layer = getattr(module, ATTRIBUTE, None)
+    if layer is not None and not isinstance(layer, LinearAttention):
+        layer = linear_layer(module)  # within what PEFT has put round it
+    on_softmax = layer is None and is_converted(config)
+    is_cross = layer is None and asks_cross(module, config, given, is_causal, queries == keys)
+    if mask is not None and mask.shape[1] != keys:
+        if not is_causal or not queries <= mask.shape[1] < keys:
+            raise InputError(
+                f"attention_mask must cover the {keys} keys; got {tuple(mask.shape)}. With past keys and values it"
+                " covers past and new tokens, without them the new ones alone."
+            )
+        # A static cache has room for keys that it has not seen.
+        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+    positions = given.get("position_ids")
+    if positions is not None and not is_cross and check_positions(positions, mask, queries):
+        query = require_order(query, made, positions, mask)
+    if scaling is None:
+        scaling = default_scaling(module, query.shape[-1])
+    if queries != keys and not is_causal and not on_softmax:
+        check_prefix(module, config, queries, keys, own_tokens=layer is not None or not is_cross)
+    return Call(
+        kind=kind,
+        query=query,
+        key=key,
+        value=value,
+        key_mask=mask,
+        is_causal=is_causal,
+        is_cross=is_cross,
+        scaling=scaling,
+        dropout=dropout,
+        layer=layer,
+        on_softmax=on_softmax,
+        cache=cache,
+        grid=given.get("grid"),
+        group_size=heads // key_heads,
+    )
+
+
+def causality(module: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether a call of an attention function is causal: what the call says, else what the module does.
+
+    Raises: `UnsupportedError` if neither says, or if the config contradicts the module.
+    """
+    is_causal = given.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", None)
+        config = getattr(module, "config", None)
+        if is_causal is None:
+            raise UnsupportedError(
+                f"{type(module).__name__} does not say whether it is causal (no attribute `is_causal`), and guessing "
+                "could let a token see later ones. Set `is_causal` on the attention modules, or use "
+                f"attn_implementation={softmax_name(config)!r}."
+            )
+        if is_causal and getattr(config, "is_causal", True) is False:
+            raise UnsupportedError(
+                f"config.is_causal is False, but {type(module).__name__} is causal. Pass is_causal=False to the "
+                "model, or set it on its attention modules."
+            )
+    return bool(is_causal)
 
 
 def softmax_output(module: nn.Module, call: Call) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
+from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
-from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
-from ..modules.recorded import compute_or_record
+from ..modules.contract import CALIBRATED_TOKENS, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..ops.tracing import known, outside_tracing
 from .advice import convert_first, converting, cross_settings, instead
@@ -68,7 +68,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     inputs = AttentionInputs(
         query, key, value, mask, scaling=call.scaling, is_causal=is_causal, grid=grid, training=module.training
     )
-    return compute_or_record(declared.module_cls, settings, dict(state), inputs)
+    return declared.module_cls.compute_or_record(settings, dict(state), inputs)
 
 
 def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross: bool) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .call import Call, resolve_call
+from .call import Call
 from .families import is_converted
+from .interface import resolve_call
 from .masks import linattn_mask
 from .seams import PreTrainedModel, attention_of, parts_of_config, register_attention, select_attention
 

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
+from ..ops.inputs import check_causal
 from ..ops.recurrent.protocol import Recurrence
 from .config import AttentionConfig
-from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
+from .contract import CALIBRATED_TOKENS, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
-from .recorded import compute_or_record
+from .recorded import record
 
 C = TypeVar("C", bound=AttentionConfig)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    is_causal: bool
+    grid: tuple[int, int] | None = None
+    training: bool = False
+
+    def options(self, config: AttentionConfig) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        return {
+            "key_mask": self.key_mask,
+            "scaling": self.scaling,
+            "is_causal": self.is_causal,
+            "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
+            "grid": self.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": config.slot_dropout if self.training else 0.0,
+        }
 
 
 class LinearAttention(nn.Module, Generic[C]):
@@ -53,16 +82,8 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def check(cls, config: C, shape: LayerShape) -> None:
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
-        if shape.is_causal and config.num_heavy_keys:
-            raise UnsupportedError(
-                "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about"
-                f" later tokens; got num_heavy_keys={config.num_heavy_keys}. Set it to 0."
-            )
-        if shape.is_causal and config.num_global_tokens:
-            raise UnsupportedError(
-                "Global tokens see every token, which a causal layer forbids; got num_global_tokens="
-                f"{config.num_global_tokens}. Set it to 0."
-            )
+        if shape.is_causal:
+            check_causal(config.num_global_tokens or 0, config.num_heavy_keys)
 
     @classmethod
     def check_grid(cls, config: C, *, is_image: bool) -> None:
@@ -96,6 +117,13 @@ class LinearAttention(nn.Module, Generic[C]):
     def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError
+
+    @classmethod
+    def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """`compute`, or one operator that does it where the call is recorded."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return record(cls, config, state, inputs)
+        return cls.compute(config, state, inputs)
 
     @classmethod
     def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
@@ -176,7 +204,7 @@ class LinearAttention(nn.Module, Generic[C]):
             training=self.training,
         )
         if memory is None:
-            output = compute_or_record(type(self), self.config, self.tensors(), inputs)
+            output = self.compute_or_record(self.config, self.tensors(), inputs)
         else:
             output = memory.attend(self, inputs)
         return self.in_training(output) if self.training and torch.is_grad_enabled() else output

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from ..errors import ConfigError, LinAttnError, UnknownFieldError, did_you_mean
-from ..ops.limits import LARGEST_COUNT, LARGEST_FACTOR
+from ..ops.inputs import LARGEST_COUNT, LARGEST_FACTOR
 
 C = TypeVar("C", bound="AttentionConfig")
 

@@ -1,15 +1,16 @@
-"""What passes between an attention layer and those who use it: shapes, tensors, a call, a calibration, a memory."""
+"""What passes between an attention layer and those who use it: shapes, tensors, a calibration, a memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import AttentionConfig
+if TYPE_CHECKING:
+    from .base import AttentionInputs
 
 # The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
 CALIBRATED_TOKENS = "calibrated_tokens"
@@ -47,33 +48,6 @@ class StateTensor:
 def zeros(*shape: int, learned: bool = False) -> StateTensor:
     """A tensor that begins with zeros; a learned one is optional, zero being as good as nothing."""
     return StateTensor(shape, learned=learned, draw=lambda: torch.zeros(shape), optional=learned)
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_mask: Tensor | None
-    scaling: float
-    is_causal: bool
-    grid: tuple[int, int] | None = None
-    training: bool = False
-
-    def options(self, config: AttentionConfig) -> dict[str, Any]:
-        """The keyword arguments that the attention functions of all kinds share."""
-        return {
-            "key_mask": self.key_mask,
-            "scaling": self.scaling,
-            "is_causal": self.is_causal,
-            "window_size": config.window_size or 0,
-            "overlap_window": config.overlap_window,
-            "grid": self.grid,
-            "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": config.slot_dropout if self.training else 0.0,
-        }
 
 
 class Calibration(Protocol):

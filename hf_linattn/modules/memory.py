@@ -18,10 +18,9 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import PendingTokens, added, fingerprint
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
-from .base import LinearAttention
+from .base import AttentionInputs, LinearAttention
 from .config import AttentionConfig
-from .contract import AttentionInputs, LayerShape
-from .recorded import compute_or_record
+from .contract import LayerShape
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
 CROPPABLE_TOKENS = 256
@@ -101,7 +100,7 @@ class RecurrentMemory:
         """The first tokens under autograd, as without a memory: a state is made if there is a next call."""
         self._pending = PendingTokens(inputs.query, inputs.key, inputs.value, inputs.key_mask)
         self._note(inputs)
-        return compute_or_record(type(layer), layer.config, layer.tensors(), inputs)
+        return layer.compute_or_record(layer.config, layer.tensors(), inputs)
 
     def _one_token(self, recurrence: Recurrence[Any], inputs: AttentionInputs) -> Tensor:
         """One more token of every row, without gradients: a few operations."""
@@ -118,7 +117,7 @@ class RecurrentMemory:
         new = PendingTokens(query, inputs.key, inputs.value, inputs.key_mask)
         tokens = new if self._pending is None else self._pending.then(new)
         if is_first:
-            output = compute_or_record(type(layer), layer.config, layer.tensors(), inputs)
+            output = layer.compute_or_record(layer.config, layer.tensors(), inputs)
         elif layer.training and layer.config.sample_noise:
             raise UnsupportedError(
                 "Continuing from a cache in training mode with sample_noise=True would mix the noise of several calls."

@@ -20,11 +20,10 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..kernels.operators import backward_of
 from .config import AttentionConfig
-from .contract import AttentionInputs
 from .registry import config_from_dict, get_kind
 
 if TYPE_CHECKING:  # for annotations alone
-    from .base import LinearAttention
+    from .base import AttentionInputs, LinearAttention
 
 _LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
 _LIBRARY.define(
@@ -39,12 +38,10 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def compute_or_record(
+def record(
     module_cls: type[LinearAttention], config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
 ) -> Tensor:
-    """`module_cls.compute`, as one operator where the call is recorded."""
-    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-        return module_cls.compute(config, state, inputs)
+    """`module_cls.compute` as one operator, for a call that is recorded (`is_traced`)."""
     if _to_onnx():
         raise UnsupportedError(
             f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no"
@@ -94,6 +91,8 @@ def _attention(
     is_causal: bool,
     grid: list[int],
 ) -> Tensor:
+    from .base import AttentionInputs  # which imports this file
+
     module_cls, config = _parsed(settings)
     size = (grid[0], grid[1]) if grid else None
     inputs = AttentionInputs(query, key, value, key_mask, scaling=scaling, is_causal=is_causal, grid=size)

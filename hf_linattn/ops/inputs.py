@@ -1,4 +1,4 @@
-"""What every public attention function starts with: checks of its inputs, the dtype to compute in, the scaling."""
+"""What every attention function starts with: checks of inputs and options, the dtype to compute in, scaled tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..errors import InputError
-from ..kernels.backend import use_backend
-from .limits import LARGEST_COUNT, LARGEST_SCALING, check_counts
+from ..errors import InputError, UnsupportedError
+from ..kernels.operators import use_backend
+from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
+
+# How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
+LARGEST_COUNT = 2**20  # of tokens, features, landmarks, samples and chunks
+LARGEST_FACTOR = 1e6  # of factors that float32 multiplies with
+LARGEST_SCALING = 1e30  # of the factor of dot products, and of its inverse
+
+NOISE_SCALES = ("corrected", "published")
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
@@ -93,6 +101,18 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
         )
 
 
+def check_counts(options: Mapping[str, Any], *, minimum: int = 1, or_none: bool = False) -> None:
+    """Raise `InputError` for the first of `options` that is no integer from `minimum` to `LARGEST_COUNT`."""
+    note = ", or None" if or_none else ""
+    for name, value in options.items():
+        if or_none and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise InputError(f"{name} must be an integer >= {minimum}{note}; got {value!r}.")
+        if value > LARGEST_COUNT:
+            raise InputError(f"{name} must be an integer >= {minimum} and <= {LARGEST_COUNT}{note}; got {value!r}.")
+
+
 # The least value of the counts that attention functions share.
 _LEAST = {"num_landmarks": 1, "samples_per_landmark": 1, "num_chunks": 1, "chunk_size": 1, "max_chunks": 1}
 _LEAST |= {"window_size": 0, "num_global_tokens": 0, "num_heavy_keys": 0}
@@ -111,6 +131,20 @@ def check_options(options: Mapping[str, Any]) -> None:
     dropout = options.get("slot_dropout", 0.0)
     if not 0 <= dropout < 1:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
+
+
+def check_causal(num_global_tokens: int, num_heavy_keys: int) -> None:
+    """Raise `UnsupportedError` for what would show a token of a causal layer later ones."""
+    if num_heavy_keys:
+        raise UnsupportedError(
+            "Heavy keys are chosen by all queries of the row, so in a causal layer every query would learn about later"
+            f" tokens; got num_heavy_keys={num_heavy_keys}. Set it to 0."
+        )
+    if num_global_tokens:
+        raise UnsupportedError(
+            f"Global tokens see every token, which a causal layer forbids; got num_global_tokens={num_global_tokens}."
+            " Set it to 0."
+        )
 
 
 def check_projection(projection: Tensor, query: Tensor) -> None:
@@ -139,7 +173,90 @@ def factor_of(query: Tensor, scaling: float | None) -> float:
     return scaling
 
 
+def noise_factor(noise_scale: str, scaling: float) -> float:
+    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
+    if noise_scale not in NOISE_SCALES:
+        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
+    return 1.0 if noise_scale == "corrected" else scaling**0.5
+
+
+def add_noise(mu: Tensor, noise: Tensor | bool, factor: float = 1.0) -> Tensor:
+    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
+    if noise is False:
+        return mu
+    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
+
+
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
     """Scaled coordinates, `x = sqrt(s) q` and `y = sqrt(s) k`, in which the weight of a key is `exp(x . y)`."""
     root = factor_of(query, scaling) ** 0.5
     return query * root, key * root
+
+
+def prepare_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    is_causal: bool,
+    num_global_tokens: int = 0,
+    grid: tuple[int, int] | None = None,
+) -> Tokens:
+    """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), take out padding and global tokens.
+
+    In a causal layer queries may be fewer than keys (decoding with a kv cache); they are then the last ones.
+    Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a
+        causal layer.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if is_causal:
+        check_causal(num_global_tokens, num_heavy_keys=0)
+    if is_causal and grid is not None:
+        raise UnsupportedError(f"A causal layer reads a sequence, not an image; got grid={grid!r}. Pass grid=None.")
+    root = scaling**0.5
+    query, key = query * root, key * root
+    if num_queries != num_keys:
+        if not is_causal or num_queries > num_keys:
+            raise InputError(
+                f"This form needs queries and keys of the same tokens; got {num_queries} queries and {num_keys} keys."
+                " Cross-attention works with FAVOR+ and FAVOR# without window and global tokens, or with softmax."
+            )
+        query = F.pad(query, (0, 0, num_keys - num_queries, 0))
+    count = min(num_global_tokens, num_keys)
+    if grid is not None:
+        check_grid(num_keys - count, grid, key_mask)
+    order = valid = visible = global_tokens = None
+    if key_mask is not None:
+        order, valid = real_tokens_first(key_mask)
+        query, key, value = (
+            reorder_tokens(query, order, valid),
+            reorder_tokens(key, order, valid),
+            reorder_tokens(value, order, valid),
+        )
+    if count:
+        global_tokens = GlobalTokens(count, query, key, value, valid)
+        query, key, value = query[:, :, count:], key[:, :, count:], value[:, :, count:]
+    if valid is None:
+        lengths = torch.full((1,), num_keys - count, device=key.device)
+    else:
+        valid = valid[:, count:]
+        visible, lengths = valid[:, None, :, None], valid.sum(-1)
+    return Tokens(query, key, value, valid, visible, lengths, grid, num_queries, global_tokens, order, key_mask)
+
+
+def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:
+    """A 2-D layout needs exactly `height * width` tokens, all of them real."""
+    if grid[0] * grid[1] != tokens:
+        raise InputError(
+            f"A grid of {grid[0]} x {grid[1]} patches needs {grid[0] * grid[1]} tokens after the global ones; got"
+            f" {tokens}. Pass the grid of these images, or grid=None to treat the tokens as a sequence."
+        )
+    if mask is None:
+        return
+    must = "A mask over a 2-D grid must be all True (a full rectangle of patches)"
+    advice = "Pass grid=None to treat the tokens as a sequence."
+    if torch.compiler.is_compiling():  # when the graph runs
+        torch._assert_async(mask.all(), f"hf_linattn: {must}. {advice}")
+    elif not bool(mask.all()):
+        raise InputError(f"{must}; got one with {int((~mask).sum())} masked patches. {advice}")

@@ -1,7 +1,12 @@
-"""Attention through slots beside exact keys (a local window, heavy keys), and causal: what FAVOR and LARA share."""
+"""Attention through slots beside exact keys (a local window, heavy keys), and causal: what FAVOR and LARA share.
+
+Queries read the exact keys first (`exact_attention`), then all others through slots (`ExactAttention.with_slots`),
+under one softmax.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +17,7 @@ from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
+from .inputs import check_causal
 from .layout import Blocks, WindowedBlocks, fit_window
 from .padding import Tokens, without_padding
 from .slot_weights import FeatureMap, SlotWeights
@@ -43,12 +49,12 @@ class SlotOptions(NamedTuple):
     dropout: float = 0.0
 
     def check(self, grid: tuple[int, int] | None) -> None:
-        """Raise InputError or UnsupportedError for options that do not go together."""
-        if self.num_heavy_keys and self.is_causal:
-            raise UnsupportedError(
-                f"Heavy keys are chosen by all queries of the row, which a causal layer forbids; got"
-                f" num_heavy_keys={self.num_heavy_keys}. Set it to 0."
-            )
+        """Raise InputError or UnsupportedError for options that are impossible or do not go together."""
+        chunk_size = self.chunk_size
+        if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+            raise InputError(f"chunk_size must be a power of two, or None; got {chunk_size!r}.")
+        if self.is_causal:
+            check_causal(num_global_tokens=0, num_heavy_keys=self.num_heavy_keys)
         if not self.overlap_window:
             return
         if self.window_size < 2 or self.window_size % 2:
@@ -60,49 +66,59 @@ class SlotOptions(NamedTuple):
             )
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise `InputError` unless `chunk_size` is `None` or a power of two."""
-    if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
-        raise InputError(f"chunk_size must be a power of two, or None; got {chunk_size!r}.")
-
-
-def slot_attention(
-    tokens: Tokens,
-    query_weights: SlotWeights,
-    key_weights: SlotWeights,
-    options: SlotOptions,
-    *,
-    query_log_bias: Tensor | None = None,
-) -> AttentionState:
-    """Attention through slots, with the keys near the query exact when there is a window.
-
-    The slots a query reads then hold the other keys only (of these the earlier ones if causal), so that no key counts
-    twice.
+@dataclass(frozen=True)
+class ExactAttention:
+    """What queries have read exactly, of heavy keys and of the keys in their windows (`exact_attention`).
 
     Args:
-        query_weights, key_weights: Log-weights `a[t, j]` and `c[j, n]`. With a window, heavy or global tokens they
-            must be on the scale of `x . y`, constants included.
-        query_log_bias: Added to `a`, `[batch, heads, tokens, slots]`, when `a` is not linear in the query.
-    Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
-    Raises: InputError, UnsupportedError for options that do not go together.
-    Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
+        heavy: What they have read of heavy keys; `None` without.
+        windows: What they have read in windows; `None` without.
+        visible: The keys that are not heavy, `[batch, heads or 1, tokens, 1]`; `None` for all.
     """
-    options.check(tokens.grid)
-    num_tokens, window_size, dropout = tokens.key.shape[2], options.window_size, options.dropout
-    visible, heavy = tokens.visible, None
+
+    tokens: Tokens
+    options: SlotOptions
+    heavy: AttentionState | None
+    windows: Windows | None
+    visible: Tensor | None
+
+    def with_slots(self, query_weights: SlotWeights, key_weights: SlotWeights) -> AttentionState:
+        """These keys, and the others (of these the earlier ones if causal) through slots: no key counts twice.
+
+        Args:
+            query_weights, key_weights: Log-weights `a[t, j]` and `c[j, n]`. With a window, heavy or global tokens they
+                must be on the scale of `x . y`, constants included.
+        Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
+        Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
+        """
+        value, dropout = self.tokens.value, self.options.dropout
+        if self.windows is not None:
+            state = self.windows.with_slots(query_weights, key_weights, self.options)
+        elif self.options.is_causal:
+            chunk = min(self.options.chunk_size or _CAUSAL_CHUNK, 1 << (value.shape[2] - 1).bit_length())
+            state = query_weights.causal(key_weights.masked(self.visible), value, chunk, dropout)
+            state = query_weights.add_token_bias(state)
+        else:
+            slots = key_weights.masked(self.visible).summarise(value)
+            state = query_weights.add_token_bias(query_weights.read(slots, dropout=dropout))
+        return state if self.heavy is None else merge_states([self.heavy, state])
+
+
+def exact_attention(tokens: Tokens, options: SlotOptions) -> ExactAttention:
+    """Queries read the keys in their windows and the heavy keys, if there are any.
+
+    Args:
+        options: Some that `SlotOptions.check` lets pass.
+    Cost: O(tokens * (window_size + num_heavy_keys) * head_dim) time; memory is that of the output.
+    """
+    heavy, visible = None, tokens.visible
     if options.num_heavy_keys:
         heavy, visible = heavy_keys(tokens, options.num_heavy_keys)
-    if window_size:
-        attention = _overlapping if options.overlap_window and window_size < num_tokens else _disjoint
-        state = attention(tokens, query_weights, key_weights, visible, options, query_log_bias)
-    elif options.is_causal:
-        chunk = min(options.chunk_size or _CAUSAL_CHUNK, 1 << (num_tokens - 1).bit_length())
-        keys = key_weights.masked(visible)
-        state = query_weights.add_token_bias(query_weights.causal(keys, tokens.value, chunk, query_log_bias, dropout))
-    else:
-        slots = key_weights.masked(visible).summarise(tokens.value)
-        state = query_weights.add_token_bias(query_weights.read(slots, query_log_bias, dropout))
-    return state if heavy is None else merge_states([heavy, state])
+    windows = None
+    if options.window_size:
+        overlap = options.overlap_window and options.window_size < tokens.key.shape[2]
+        windows = (_overlapping_windows if overlap else _disjoint_windows)(tokens, visible, options)
+    return ExactAttention(tokens, options, heavy, windows, visible)
 
 
 def slots_alone(
@@ -127,70 +143,74 @@ def slots_alone(
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 
 
-def _disjoint(
-    tokens: Tokens,
-    query_weights: SlotWeights,
-    key_weights: SlotWeights,
-    visible: Tensor | None,
-    options: SlotOptions,
-    query_log_bias: Tensor | None,
-) -> AttentionState:
-    """Disjoint windows: a query sees its own one exactly.
+@dataclass(frozen=True)
+class Windows:
+    """Queries in blocks, with what they have read of the keys in their windows.
 
-    Within groups of windows (`chunk_size` tokens) the windows read each other directly, halves of a pair at a time;
-    between groups every group's slots are summarised on their own and merged.
+    Args:
+        blocks: How queries are cut. units: How keys are cut that blocks read through slots; `reach` says which.
+        state: What the queries have read, `[batch, heads, groups, queries of a group(, head_dim)]`.
+        value: `[batch, heads, groups of units, keys of a group, head_dim]`.
+        real: Which places of the units hold a key to read, `[batch or 1, heads or 1, ..., 1]`; `None` if all do.
     """
-    is_causal, dropout = options.is_causal, options.dropout
+
+    blocks: Blocks
+    units: Blocks
+    reach: BlockReach
+    state: AttentionState
+    value: Tensor
+    real: Tensor | None
+
+    def with_slots(self, query_weights: SlotWeights, key_weights: SlotWeights, options: SlotOptions) -> AttentionState:
+        """The same with the keys outside of the windows, through slots.
+
+        Within groups of windows (`chunk_size` tokens) the windows read each other directly, halves of a pair at a
+        time; between groups every group's slots are summarised on their own and merged.
+        """
+        blocks, state, through_slots = self.blocks, self.state, []
+        query_weights = query_weights.map_tokens(blocks.split)
+        key_weights = key_weights.map_tokens(self.units.split).masked(self.real)
+        if blocks.per_group > 1:
+            logits = query_weights.without_token_bias().dense(), key_weights.dense()
+            half = blocks.members
+            while half < blocks.per_group * blocks.members:
+                halves = between_halves(
+                    *logits, self.value, half, is_causal=options.is_causal, dropout=options.dropout
+                )
+                through_slots.append(halves)
+                half *= 2
+        if blocks.num_groups > 1:
+            through_slots.append(query_weights.inter_block(key_weights, self.value, self.reach, options.dropout))
+        if through_slots:
+            state = merge_states([state, query_weights.add_token_bias(merge_states(through_slots))])
+        return AttentionState(blocks.join(state.output), blocks.join(state.lse.unsqueeze(-1)).squeeze(-1))
+
+
+def _disjoint_windows(tokens: Tokens, visible: Tensor | None, options: SlotOptions) -> Windows:
+    """A query sees its own window. Small windows form groups, whose slots are summarised together."""
     num_tokens, grid = tokens.key.shape[2], tokens.grid
     size = fit_window(options.window_size, num_tokens, grid)
     windows = Blocks(num_tokens, size, grid)
     members, count = windows.members, windows.num_blocks
     together = min((options.chunk_size or _WINDOW_CHUNK) // members, 1 << (count - 1).bit_length())
     per_group = 1 << max(0, together.bit_length() - 1)
-    groups = Blocks(num_tokens, size, grid, per_group)
+    groups = windows if per_group == 1 else Blocks(num_tokens, size, grid, per_group)
     shape = (per_group, members)
 
-    real = _real_keys(tokens, visible, groups)
-    value = groups.split(tokens.value)
-    query_weights = query_weights.map_tokens(groups.split)
-    key_weights = key_weights.map_tokens(groups.split).masked(real)
-    query_log_bias = None if query_log_bias is None else groups.split(query_log_bias)
-
+    real, value = _real_keys(tokens, visible, groups), groups.split(tokens.value)
     seen = None if real is None else real.squeeze(-1).unflatten(-1, shape).unsqueeze(-2)
-    if is_causal:
+    if options.is_causal:
         earlier = causal_visibility(members, members, value.device)
         seen = earlier if seen is None else seen & earlier
     query = groups.split(tokens.query).unflatten(-2, shape)
     key = groups.split(tokens.key).unflatten(-2, shape)
-    window = attend(query, key, value.unflatten(-2, shape), visible=seen)
-    state = AttentionState(window.output.flatten(-3, -2), window.lse.flatten(-2, -1))
-
-    through_slots = []
-    if per_group > 1:
-        query_logits, key_logits = query_weights.without_token_bias().dense(), key_weights.dense()
-        query_logits = query_logits if query_log_bias is None else query_logits + query_log_bias
-        half = members
-        while half < per_group * members:
-            halves = between_halves(query_logits, key_logits, value, half, is_causal=is_causal, dropout=dropout)
-            through_slots.append(halves)
-            half *= 2
-    if groups.num_groups > 1:
-        reach = BlockReach(is_causal=is_causal)
-        through_slots.append(query_weights.inter_block(key_weights, value, reach, query_log_bias, dropout))
-    if through_slots:
-        state = merge_states([state, query_weights.add_token_bias(merge_states(through_slots))])
-    return _joined(state, groups)
+    read = attend(query, key, value.unflatten(-2, shape), visible=seen)
+    state = AttentionState(read.output.flatten(-3, -2), read.lse.flatten(-2, -1))
+    return Windows(groups, groups, BlockReach(is_causal=options.is_causal), state, value, real)
 
 
-def _overlapping(
-    tokens: Tokens,
-    query_weights: SlotWeights,
-    key_weights: SlotWeights,
-    visible: Tensor | None,
-    options: SlotOptions,
-    query_log_bias: Tensor | None,
-) -> AttentionState:
-    """Blocks whose windows reach beyond them, to the border of a unit: slots are summarised per unit.
+def _overlapping_windows(tokens: Tokens, visible: Tensor | None, options: SlotOptions) -> Windows:
+    """Windows that reach beyond their blocks, to the border of a unit: slots are summarised per unit.
 
     Bidirectional: a unit is half a block, and block t sees units `2t - 1 .. 2t + 2`. Causal: a unit is a block, and
     block t sees units `t - 1` and `t`.
@@ -199,20 +219,14 @@ def _overlapping(
     reach = BlockReach(1, 1, True) if is_causal else BlockReach(2, 1, False)
     unit = options.window_size // reach.units
     blocks, units = Blocks(num_tokens, options.window_size), Blocks(num_tokens, unit)
-    windows = WindowedBlocks(blocks, unit, 0 if is_causal else unit)
+    around = WindowedBlocks(blocks, unit, 0 if is_causal else unit)
 
     real = tokens.key.new_ones(1, 1, num_tokens, 1) if visible is None else visible.to(tokens.key)
-    seen = (windows.split(real) > 0).transpose(-1, -2)
+    seen = (around.split(real) > 0).transpose(-1, -2)
     if is_causal:
         seen = seen & causal_visibility(blocks.size, seen.shape[-1], seen.device)
-    window = attend(blocks.split(tokens.query), windows.split(tokens.key), windows.split(tokens.value), visible=seen)
-
-    key_weights = key_weights.masked(visible).map_tokens(units.split).masked(_real_keys(tokens, None, units))
-    query_weights = query_weights.map_tokens(blocks.split)
-    query_log_bias = None if query_log_bias is None else blocks.split(query_log_bias)
-    value = units.split(tokens.value)
-    others = query_weights.inter_block(key_weights, value, reach, query_log_bias, options.dropout)
-    return _joined(merge_states([window, query_weights.add_token_bias(others)]), blocks)
+    state = attend(blocks.split(tokens.query), around.split(tokens.key), around.split(tokens.value), visible=seen)
+    return Windows(blocks, units, reach, state, units.split(tokens.value), _real_keys(tokens, visible, units))
 
 
 def _real_keys(tokens: Tokens, visible: Tensor | None, blocks: Blocks) -> Tensor | None:
@@ -220,7 +234,3 @@ def _real_keys(tokens: Tokens, visible: Tensor | None, blocks: Blocks) -> Tensor
     if visible is not None:
         return blocks.split(visible.to(tokens.key)) > 0
     return None if blocks.is_whole else blocks.split(tokens.key.new_ones(1, 1, blocks.tokens, 1)) > 0
-
-
-def _joined(state: AttentionState, blocks: Blocks) -> AttentionState:
-    return AttentionState(blocks.join(state.output), blocks.join(state.lse.unsqueeze(-1)).squeeze(-1))

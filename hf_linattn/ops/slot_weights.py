@@ -62,18 +62,12 @@ class SlotWeights:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, lse `[..., slots]`."""
         return softmax_with_lse(self.dense().transpose(-1, -2), values)
 
-    def read(
-        self, slots: AttentionState, query_log_bias: Tensor | None = None, dropout: float = 0.0
-    ) -> AttentionState:
-        """Every token reads all slots. `query_log_bias` `[batch, heads, ..., tokens, slots]` is added to the
-        log-weights."""
+    def read(self, slots: AttentionState, *, dropout: float = 0.0) -> AttentionState:
+        """Every token reads all slots."""
         logits = self.without_token_bias().dense() + slots.lse.unsqueeze(-2)
-        logits = logits if query_log_bias is None else logits + query_log_bias
         return softmax_with_lse(logits, slots.output, dropout=dropout)
 
-    def inter_block(
-        self, key: SlotWeights, value: Tensor, reach: BlockReach, query_log_bias: Tensor | None, dropout: float
-    ) -> AttentionState:
+    def inter_block(self, key: SlotWeights, value: Tensor, reach: BlockReach, dropout: float) -> AttentionState:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots.
 
         Tokens are `[batch, heads, blocks, tokens of a block, ...]`, values `[batch, heads, units, keys, head_dim]`.
@@ -83,11 +77,9 @@ class SlotWeights:
         before = block * units - reach.margin
         after = None if reach.is_causal else (block + 1) * units + reach.margin
         states = states_around(key.summarise(value), before, after)
-        return self.read(states, query_log_bias, dropout)
+        return self.read(states, dropout=dropout)
 
-    def causal(
-        self, key: SlotWeights, value: Tensor, chunk: int, query_log_bias: Tensor | None, dropout: float
-    ) -> AttentionState:
+    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropout: float) -> AttentionState:
         """Queries (`self`) read all keys up to themselves: those of their chunk (a power of 2) one by one, halves of
         a pair at a time (intra-chunk), those of earlier chunks through states of the slots (inter-chunk)."""
         blocks = Blocks(value.shape[2], chunk)
@@ -96,15 +88,12 @@ class SlotWeights:
             key = key.masked(blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0)
         value = blocks.split(value)
         query_logits, key_logits = query.dense(), key.dense()
-        if query_log_bias is not None:
-            query_log_bias = blocks.split(query_log_bias)
-            query_logits = query_logits + query_log_bias
         states, half = [own_token(query_logits, key_logits, value, dropout=dropout)], 1
         while half < chunk:
             states.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
             half *= 2
         if blocks.num_blocks > 1:
-            states.append(query.inter_block(key, value, BlockReach(is_causal=True), query_log_bias, dropout))
+            states.append(query.inter_block(key, value, BlockReach(is_causal=True), dropout))
         merged = merge_states(states)
         return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
 
@@ -142,29 +131,33 @@ class LinearSlotWeights(SlotWeights):
     tokens: `[batch, heads, ..., tokens, dim]`; token_bias: `[batch, heads, ..., tokens, 1]`.
     slots: `[heads, slots, dim]` or `[batch, heads, slots, dim]`, with dimensions of 1 where tokens have more of them.
     slot_bias: The same without `dim`.
+    pair_bias: `[batch, heads, ..., tokens, slots]`, what is not linear in the token; `None` for nothing.
     """
 
     tokens: Tensor
     token_bias: Tensor
     slots: Tensor
     slot_bias: Tensor
+    pair_bias: Tensor | None = None
 
     def dense(self) -> Tensor:
         tokens, slots = self.tokens.to(self.token_bias.dtype), self.slots.to(self.token_bias.dtype)
-        return tokens @ slots.transpose(-1, -2) + self.token_bias + self.slot_bias.unsqueeze(-2)
+        linear = tokens @ slots.transpose(-1, -2) + self.token_bias + self.slot_bias.unsqueeze(-2)
+        return linear if self.pair_bias is None else linear + self.pair_bias
 
     def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> LinearSlotWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`, also for the bias (`dim` 1)."""
         tokens, slots, slot_bias = fn(self.tokens), self.slots, self.slot_bias
         for _ in range(tokens.ndim - self.tokens.ndim):
             slots, slot_bias = slots.unsqueeze(-3), slot_bias.unsqueeze(-2)
-        return LinearSlotWeights(tokens, fn(self.token_bias), slots, slot_bias)
+        pair_bias = None if self.pair_bias is None else fn(self.pair_bias)
+        return LinearSlotWeights(tokens, fn(self.token_bias), slots, slot_bias, pair_bias)
 
     def masked(self, visible: Tensor | None) -> LinearSlotWeights:
         if visible is None:
             return self
         bias = self.token_bias.masked_fill(~visible, float("-inf"))
-        return LinearSlotWeights(self.tokens, bias, self.slots, self.slot_bias)
+        return LinearSlotWeights(self.tokens, bias, self.slots, self.slot_bias, self.pair_bias)
 
     def without_token_bias(self) -> LinearSlotWeights:
         return replace(self, token_bias=torch.zeros_like(self.token_bias))
@@ -182,11 +175,9 @@ class LinearSlotWeights(SlotWeights):
         state = attend(self.slots, self.tokens, values, bias=self.token_bias.squeeze(-1))
         return AttentionState(state.output, state.lse + self.slot_bias)
 
-    def read(
-        self, slots: AttentionState, query_log_bias: Tensor | None = None, dropout: float = 0.0
-    ) -> AttentionState:
-        if query_log_bias is not None or dropout:
-            return super().read(slots, query_log_bias, dropout)
+    def read(self, slots: AttentionState, *, dropout: float = 0.0) -> AttentionState:
+        if self.pair_bias is not None or dropout:
+            return super().read(slots, dropout=dropout)
         return attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias)
 
     def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
@@ -196,18 +187,14 @@ class LinearSlotWeights(SlotWeights):
             maps = (maps[0].squeeze(-3), maps[1].squeeze(-2), maps[2].squeeze(-3), maps[3].squeeze(-2))
         return SlotInputs(self.tokens, *maps[:2], key.tokens, key.token_bias.squeeze(-1), *maps[2:], value)
 
-    def inter_block(
-        self, key: SlotWeights, value: Tensor, reach: BlockReach, query_log_bias: Tensor | None, dropout: float
-    ) -> AttentionState:
+    def inter_block(self, key: SlotWeights, value: Tensor, reach: BlockReach, dropout: float) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
-        if query_log_bias is not None or dropout:
-            return super().inter_block(key, value, reach, query_log_bias, dropout)
+        if self.pair_bias is not None or dropout:
+            return super().inter_block(key, value, reach, dropout)
         return inter_block_attention(self.slot_inputs(key, value), reach)
 
-    def causal(
-        self, key: SlotWeights, value: Tensor, chunk: int, query_log_bias: Tensor | None, dropout: float
-    ) -> AttentionState:
+    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropout: float) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
-        if query_log_bias is not None or dropout:
-            return super().causal(key, value, chunk, query_log_bias, dropout)
+        if self.pair_bias is not None or dropout:
+            return super().causal(key, value, chunk, dropout)
         return causal_slot_attention(self.slot_inputs(key, value), chunk)

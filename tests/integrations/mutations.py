@@ -243,7 +243,7 @@ def native_call(**config: Any) -> Use:
 
 def asked(*groups: str) -> Change:
     """As if the canary had found these groups in order: what only the use itself can tell."""
-    return lambda patch: patch.setattr(canary, "_passed", set(groups))
+    return lambda patch: patch.setattr(canary, "passed", set(groups))
 
 
 def _both(*changes: Change) -> Change:

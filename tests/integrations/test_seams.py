@@ -49,7 +49,7 @@ from hf_linattn.training import LinAttnCallback
 @pytest.fixture(autouse=True)
 def _new_canary(monkeypatch: Patch) -> None:
     """As in a process in which nothing has been asked yet."""
-    monkeypatch.setattr(canary, "_passed", set())
+    monkeypatch.setattr(canary, "passed", set())
 
 
 def sentence(name: str) -> Any:
@@ -82,7 +82,7 @@ def test_a_changed_seam_ends_in_one_sentence(name: str, change: Change, use: Use
         pytest.skip("static caches of this release keep keys and values for all types")
     run = use()
     hf_linattn.models.vit._register_renaming.cache_clear()
-    monkeypatch.setattr(canary, "_passed", set())
+    monkeypatch.setattr(canary, "passed", set())
     change(monkeypatch)
     with sentence(name), torch.no_grad():
         run()
@@ -109,7 +109,7 @@ def _touches() -> Iterator[Any]:
 @pytest.mark.parametrize("touch", [pytest.param(use, id=name) for name, use in _touches()])
 def test_the_first_touch_of_a_model(touch: Use, monkeypatch: Patch) -> None:
     run = touch()
-    monkeypatch.setattr(canary, "_passed", set())
+    monkeypatch.setattr(canary, "passed", set())
     replaced(seams, "is_tracing", lambda: False)(monkeypatch)
     with sentence("tracing"):
         run()
@@ -134,7 +134,7 @@ def test_a_compiled_model_that_was_never_called(monkeypatch: Patch) -> None:
     hf_linattn.integrations.native._settings.cache_clear()
     with torch.no_grad():
         found = torch.compile(model, backend="eager", fullgraph=True)(token_ids(), use_cache=False).logits
-        assert "always" in canary._passed
+        assert "always" in canary.passed
         assert torch.allclose(found, model(token_ids(), use_cache=False).logits, atol=1e-5)
     torch._dynamo.reset()
 

@@ -21,7 +21,7 @@ from hf_linattn.functional import (
 from hf_linattn.kernels.attention_state import AttentionState, merge_states
 from hf_linattn.ops.dense_slots import states_around
 from hf_linattn.ops.heavy_keys import key_importance
-from hf_linattn.ops.padding import prepare_tokens
+from hf_linattn.ops.inputs import prepare_tokens
 
 DIM = 4
 PROJECTION = draw_projection(2, 5, DIM, seed=1).double()

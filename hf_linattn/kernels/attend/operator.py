@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..backend import current_backend
-from ..operators import register_pair
+from ..operators import current_backend, register_pair
 from . import torch_kernel
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..attention_state import AttentionState
-from ..backend import current_backend
-from ..operators import register_pair
+from ..operators import current_backend, register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 from .reach import BlockReach

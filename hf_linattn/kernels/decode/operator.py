@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ..attention_state import AttentionState
-from ..backend import current_backend
-from ..operators import dispatch, register
+from ..operators import current_backend, dispatch, register
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 

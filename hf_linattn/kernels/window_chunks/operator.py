@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attention_state import AttentionState
-from ..backend import current_backend
-from ..operators import register_pair
+from ..operators import current_backend, register_pair
 from . import torch_kernel
 from .inputs import WindowChunkInputs
 

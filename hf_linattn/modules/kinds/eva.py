@@ -14,10 +14,10 @@ from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS
 from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
-from ...ops.limits import LARGEST_COUNT
-from ...ops.noise import NOISE_SCALES
+from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
+from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
-from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
+from ..contract import LayerShape, StateTensor, zeros
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 

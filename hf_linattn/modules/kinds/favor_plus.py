@@ -16,8 +16,9 @@ from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
-from ..contract import AttentionInputs, LayerShape, StateTensor
+from ..contract import LayerShape, StateTensor
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 

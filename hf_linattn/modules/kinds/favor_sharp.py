@@ -24,8 +24,9 @@ from ...ops.favor.statistics import (
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
+from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 

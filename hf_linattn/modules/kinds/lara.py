@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
+from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
 from ...ops.lara.attention import lara_attention
 from ...ops.lara.features import IMPORTANCE_WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
-from ...ops.limits import LARGEST_COUNT
-from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
+from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
+from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration

@@ -12,7 +12,8 @@ from ...ops.favor.random_features import derive_seed
 from ...ops.inputs import scale_inputs
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
-from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
+from ..base import AttentionInputs
+from ..contract import CALIBRATED_TOKENS, LayerShape
 
 SAMPLE_SIZE = 4096
 # Queries whose weights over the keys exist at the same time.

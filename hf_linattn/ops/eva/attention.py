@@ -16,9 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import ProposalMap, checked_attention, factor_of
-from ..noise import noise_factor
-from ..padding import prepare_tokens
+from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
 from .chunks import Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk

@@ -12,9 +12,8 @@ from ...errors import InputError
 from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
 from ...kernels.half_norm import half_norm
-from ..inputs import ProposalMap
+from ..inputs import ProposalMap, add_noise
 from ..layout import masked_mean
-from ..noise import add_noise
 from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 

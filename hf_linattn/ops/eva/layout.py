@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
+from ..inputs import check_counts
 from ..layout import WindowedBlocks
-from ..limits import check_counts
 from ..padding import Tokens
 
 CHUNKINGS = ("exclusive", "published")

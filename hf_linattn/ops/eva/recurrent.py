@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..inputs import ProposalMap, compute_dtype
+from ..inputs import ProposalMap, compute_dtype, prepare_tokens
 from ..layout import Blocks
-from ..padding import prepare_tokens
 from ..recurrent.window_tokens import Window, WindowTokens
 from ..softmax import mask_logits
 from .chunks import Summaries, Summariser

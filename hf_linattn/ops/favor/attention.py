@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import check_projection, checked_attention, factor_of
-from ..padding import check_grid, prepare_tokens
-from ..slot_attention import SlotOptions, check_chunk_size, slot_attention, slots_alone
+from ..inputs import check_grid, check_projection, checked_attention, factor_of, prepare_tokens
+from ..slot_attention import SlotOptions, exact_attention, slots_alone
 from .features import favor_feature_map
 from .statistics import FavorStatistics, RowStatistics
 
@@ -78,7 +77,8 @@ def favor_attention(
     Cost: O((queries + keys) * num_features * head_dim). Random: no (but for `slot_dropout`). Epsilon: nowhere.
     """
     check_projection(projection, query)
-    check_chunk_size(chunk_size)
+    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
+    options.check(grid)
     if is_causal and isinstance(statistics, RowStatistics):
         raise InputError(
             "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"
@@ -86,7 +86,6 @@ def favor_attention(
         )
     scaling = factor_of(query, scaling)
     projection = projection.to(torch.promote_types(query.dtype, torch.float32))
-    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     if not (is_causal or window_size or num_global_tokens or num_heavy_keys or overlap_window):
         if grid is not None:
             check_grid(key.shape[2], grid, key_mask)
@@ -103,6 +102,7 @@ def favor_attention(
     tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    exact = exact_attention(tokens, options)
     feature_map = favor_feature_map(tokens.query, projection, statistics)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
-    return tokens.finish(slot_attention(tokens, query_weights, key_weights, options))
+    return tokens.finish(exact.with_slots(query_weights, key_weights))

@@ -9,18 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Any balancing factor is exact; this keeps its square finite in float32 for degenerate statistics.
-_BALANCE_LIMIT = 2.0**20
+from .moments import diagonal_balance
+
 # Second moments below this fraction of the largest one count as this fraction, which bounds the condition number of a
 # dense transform by its inverse square root: float32 products of transformed vectors keep their accuracy.
 _LEAST_MOMENT = 1e-6
-
-
-def diagonal_balance(x2: Tensor, y2: Tensor) -> Tensor:
-    """Factors of the queries with which both sides have equal second moments per coordinate; 1 where one is 0."""
-    both = (x2 > 0) & (y2 > 0)
-    ratio = torch.where(both, y2, 1.0) / torch.where(both, x2, 1.0)
-    return ratio.sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)
 
 
 def dense_transforms(variant: str, x2: Tensor, y2: Tensor, x_mean: Tensor, y_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
-from ..inputs import check_projection, checked_attention, factor_of
-from ..limits import LARGEST_FACTOR
-from ..padding import prepare_tokens
-from ..slot_attention import SlotOptions, check_chunk_size, slot_attention, slots_alone
+from ..inputs import LARGEST_FACTOR, check_projection, checked_attention, factor_of, prepare_tokens
+from ..slot_attention import SlotOptions, exact_attention, slots_alone
 from ..slot_weights import DenseSlotWeights
 from ..softmax import without_empty
 
@@ -157,7 +155,8 @@ def generalized_attention(
             f"kernel_epsilon must be a finite number >= 0 and <= {LARGEST_FACTOR:g}; got {kernel_epsilon!r}."
         )
     check_projection(projection, query)
-    check_chunk_size(chunk_size)
+    options = SlotOptions(is_causal, chunk_size=chunk_size, dropout=slot_dropout)
+    options.check(grid)
     exact = {
         "window_size": window_size,
         "overlap_window": overlap_window,
@@ -177,9 +176,7 @@ def generalized_attention(
     tokens = prepare_tokens(query, key, value, key_mask, scaling=scaling, is_causal=True, grid=grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
-    options = SlotOptions(True, chunk_size=chunk_size, dropout=slot_dropout)
-    state = slot_attention(
-        tokens, feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key), options
-    )
+    query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
+    state = exact_attention(tokens, options).with_slots(query_weights, key_weights)
     # A first token whose features do not even overlap with its own has no weight to be a mean with.
     return tokens.finish(without_empty(state))

@@ -1,4 +1,4 @@
-"""First and second moments of tokens, and their union."""
+"""First and second moments of tokens, their union, and the factors that balance those of queries and keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _PIECE = 1024  # tokens
+# Any balancing factor is exact; this keeps its square finite in float32 for degenerate statistics.
+_BALANCE_LIMIT = 2.0**20
 
 
 def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,3 +59,10 @@ def without_rounding(second: Tensor, mean: Tensor) -> Tensor:
         return second * ~(second <= noise)
     top = second.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     return second * ~(top <= noise.amax(-1, keepdim=True))
+
+
+def diagonal_balance(x2: Tensor, y2: Tensor) -> Tensor:
+    """Factors of the queries with which both sides have equal second moments per coordinate; 1 where one is 0."""
+    both = (x2 > 0) & (y2 > 0)
+    ratio = torch.where(both, y2, 1.0) / torch.where(both, x2, 1.0)
+    return ratio.sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..limits import check_counts
+from ..inputs import check_counts
 
 
 def derive_seed(*parts: object) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...errors import InputError, did_you_mean
 from ..inputs import check_inputs, factor_of
-from .balance import dense_transforms, diagonal_balance
-from .moments import merge_moments, row_moments, without_rounding
+from .balance import dense_transforms
+from .moments import diagonal_balance, merge_moments, row_moments, without_rounding
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
 DENSE_VARIANTS = ("aderf", "sderf", "dense")

@@ -19,12 +19,18 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...kernels.attend import attend
-from ..inputs import ProposalMap, checked_attention, factor_of
+from ..inputs import (
+    LARGEST_FACTOR,
+    ProposalMap,
+    check_counts,
+    checked_attention,
+    factor_of,
+    noise_factor,
+    prepare_tokens,
+)
 from ..layout import gather_tokens
-from ..limits import LARGEST_FACTOR, check_counts
-from ..noise import noise_factor
-from ..padding import Tokens, prepare_tokens
-from ..slot_attention import SlotOptions, check_chunk_size, slot_attention
+from ..padding import Tokens
+from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
@@ -105,7 +111,8 @@ def lara_attention(
     Raises: UnsupportedError if `is_causal` without `proposals`; InputError if shapes or options do not fit.
     Cost: O(tokens * samples * head_dim). Random: only through `noise` and `slot_dropout`.
     """
-    check_chunk_size(chunk_size)
+    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
+    options.check(grid)
     if weighting not in IMPORTANCE_WEIGHTINGS:
         raise InputError(f"weighting must be one of {list(IMPORTANCE_WEIGHTINGS)}; got {weighting!r}.")
     if not 0 <= alpha_coeff <= LARGEST_FACTOR:
@@ -134,7 +141,7 @@ def lara_attention(
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
-    shift, query_log_bias = None, None
+    shift = None
     if proposals is not None:
         feature_map = proposal_feature_map(tokens.query, proposals)
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
@@ -143,19 +150,18 @@ def lara_attention(
         mu = landmarks.query_mean + landmarks.key_mean
         check_counts({"samples_per_landmark * landmarks": samples_per_landmark * mu.shape[2]})
         samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
-        query_weights, key_weights, query_log_bias = importance_weights(
+        query_weights, key_weights = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )
         if beside_exact and noise is False:
-            shift = _mass_correction(tokens, landmarks, query_weights, key_weights, query_log_bias)
+            shift = _mass_correction(tokens, landmarks, query_weights, key_weights)
     if beside_exact:
         if offset is not None:
             offset = offset[None, :, None, None] if offset.ndim == 1 else offset
             shift = offset if shift is None else shift + offset
         if shift is not None:
             query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
-    options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
-    return tokens.finish(slot_attention(tokens, query_weights, key_weights, options, query_log_bias=query_log_bias))
+    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights))
 
 
 def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:
@@ -173,25 +179,17 @@ def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, o
 
 @torch.no_grad()
 def _mass_correction(
-    tokens: Tokens,
-    landmarks: Landmarks,
-    query_weights: LinearSlotWeights,
-    key_weights: LinearSlotWeights,
-    query_log_bias: Tensor | None,
+    tokens: Tokens, landmarks: Landmarks, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
 ) -> Tensor:
     """Mean over probe queries of (exact log-sum-exp - that through the slots), `[batch, heads, 1, 1]`."""
     # The middle member of a landmark, counted per row so that padding in other rows has no influence.
     size = landmarks.member.sum(-1, keepdim=True)
     probe = landmarks.index.gather(-1, size // 2 % landmarks.index.shape[-1])
-    query = gather_tokens(tokens.query, probe).squeeze(-2)
-    bias = gather_tokens(query_weights.token_bias, probe).squeeze(-2)
-    if query_log_bias is not None:
-        query_log_bias = gather_tokens(query_log_bias, probe).squeeze(-2)
+    readers = query_weights.map_tokens(lambda z: gather_tokens(z, probe).squeeze(-2))
     visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
-    exact = attend(query, tokens.key, tokens.value, visible=visible).lse
-    readers = replace(query_weights, tokens=query, token_bias=bias)
+    exact = attend(readers.tokens, tokens.key, tokens.value, visible=visible).lse
     slots = key_weights.masked(tokens.visible).summarise(tokens.value)
-    through_slots = readers.add_token_bias(readers.read(slots, query_log_bias=query_log_bias)).lse
+    through_slots = readers.add_token_bias(readers.read(slots)).lse
     used = landmarks.used.squeeze(-2)
     difference = torch.where(used, exact - through_slots, 0.0).sum(-1) / used.sum(-1).clamp_min(1)
     return difference[..., None, None].detach()  # an exported program forgets about `no_grad`

@@ -41,7 +41,7 @@ def mixture_log_ratio(mu: Tensor, samples: Tensor, used: Tensor | None = None) -
 
 def importance_weights(
     tokens: Tokens, landmarks: Landmarks, samples: Tensor, *, weighting: str, alpha_coeff: float, beside_exact: bool
-) -> tuple[LinearSlotWeights, LinearSlotWeights, Tensor | None]:
+) -> tuple[LinearSlotWeights, LinearSlotWeights]:
     """Log-weights of queries and keys for every sample, on the scale of `exp(x . y)`.
 
     Args:
@@ -49,7 +49,7 @@ def importance_weights(
         samples: `[batch, heads, samples, dim]` from `draw_samples`.
         weighting: One of `IMPORTANCE_WEIGHTINGS`, with `alpha_coeff` for "optimal".
         beside_exact: The slots stand beside exact keys, so factors that belong to the query alone do not cancel.
-    Returns: weights of the queries, weights of the keys, and what to add to the former.
+    Returns: weights of the queries and weights of the keys.
     """
     query, key, used = tokens.query, tokens.key, landmarks.used
     mu = landmarks.query_mean + landmarks.key_mean
@@ -59,7 +59,7 @@ def importance_weights(
     mixture = mixture + torch.tensor(float(repeats), dtype=query.dtype, device=query.device).log()
     # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
     used_slots = torch.cat([used.squeeze(-2)] * repeats, dim=-1)
-    directions, query_log_bias, log_density = samples, None, mixture
+    directions, pair_bias, log_density = samples, None, mixture
     token_bias = -half_norm(query).unsqueeze(-1)
     if weighting == "biased":
         directions = samples + torch.cat([mu] * repeats, dim=-2)
@@ -80,12 +80,11 @@ def importance_weights(
         centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
         balance = log_density.masked_fill(~used_slots, 0.0) - mixture.masked_fill(~used_slots, 0.0)
         alpha = balance.exp().unsqueeze(-2) + alpha_coeff * torch.cat([centred] * repeats, dim=-1)
-        query_log_bias = alpha.clamp_min(_SMALLEST_ALPHA).log()
+        pair_bias = alpha.clamp_min(_SMALLEST_ALPHA).log()
     slot_bias = torch.where(used_slots, -log_density, float("-inf"))
     return (
-        LinearSlotWeights(query, token_bias, directions, slot_bias),
+        LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias),
         LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
-        query_log_bias,
     )
 
 

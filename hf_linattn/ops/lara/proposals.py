@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..noise import add_noise
+from ..inputs import add_noise
 
 
 def draw_samples(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention_state import AttentionState, merge_states
-from ...kernels.backend import current_backend
 from ...kernels.decode import decode_step
-from ..inputs import compute_dtype
-from ..padding import prepare_tokens
-from ..slot_attention import SlotOptions, slot_attention
+from ...kernels.operators import current_backend
+from ..inputs import compute_dtype, prepare_tokens
+from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights
 from ..softmax import mask_logits, softmax_with_lse, without_empty
 from .window_tokens import Window, WindowTokens
@@ -48,7 +47,7 @@ class SlotRecurrence:
     Args:
         feature_map: Of the layer. num_slots: How many slots it has.
         scaling: Factor of the dot product.
-        options: As in `slot_attention`.
+        options: As in `exact_attention`.
         in_half: Types of devices on which many tokens are computed in half precision.
     """
 
@@ -87,11 +86,11 @@ class SlotRecurrence:
         query, dtype_out = query.to(dtype), query.dtype
         key, value = joined.key.to(dtype), joined.value.to(dtype)
         tokens = prepare_tokens(query, key, value, joined.mask, scaling=self.scaling, is_causal=True)
-        query_weights = self._query_weights(tokens.query)
+        query_weights, key_weights = self._query_weights(tokens.query), self.feature_map.key_weights(tokens.key)
         far = AttentionState(state.far.output.to(dtype), state.far.lse)
         read = merge_states(
             [
-                slot_attention(tokens, query_weights, self.feature_map.key_weights(tokens.key), self.options),
+                exact_attention(tokens, self.options).with_slots(query_weights, key_weights),
                 query_weights.add_token_bias(query_weights.read(far, dropout=self.options.dropout)),
             ]
         )
