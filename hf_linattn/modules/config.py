@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 from ..errors import ConfigError, LinAttnError, UnknownFieldError, did_you_mean
 from ..ops.limits import LARGEST_COUNT, LARGEST_FACTOR
@@ -108,31 +108,12 @@ class AttentionConfig:
     slot_dropout: float = number(0.0, "a number with 0 <= slot_dropout < 1", 1, below=True)
     seed: int = count(0, minimum=0, maximum=2**63 - 1)
 
-    # -- settings that only some kinds have: what it means not to have them -------------------------------------------
-    @property
-    def num_heavy_keys(self) -> int:
-        """Keys of the row that every query sees exactly."""
-        return 0
-
-    @property
-    def redraw_interval(self) -> int | None:
-        """Training steps after which random directions are drawn anew; `None` for never."""
-        return None
-
-    @property
-    def sample_noise(self) -> bool | None:
-        """Whether training draws new samples in every forward pass."""
-        return False
-
-    @property
-    def proposal_map(self) -> str | None:
-        """Learned map of what slots are made of; "none" for none."""
-        return "none"
-
-    @property
-    def conventions(self) -> str:
-        """Where the published code departs from its own mathematics: "corrected", or "published" as it is."""
-        return CONVENTIONS[0]
+    # Settings that only some kinds have, as what it means not to have them: not fields.
+    num_heavy_keys = 0  # keys of the row that every query sees exactly
+    redraw_interval = cast("int | None", None)  # training steps after which directions are drawn anew
+    sample_noise = cast("bool | None", False)  # whether training draws new samples in every forward pass
+    proposal_map = cast("str | None", "none")  # learned map of what slots are made of
+    conventions = CONVENTIONS[0]  # where the published code departs from its own mathematics: without that
 
     @property
     def is_random(self) -> bool:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, did_you_mean
 from .config import AttentionConfig
-from .defaults import resolve
 
 if TYPE_CHECKING:
     from .base import LinearAttention
@@ -140,8 +139,3 @@ def config_from_dict(values: Mapping[str, Any]) -> AttentionConfig:
             f"The settings of an attention kind need the key 'kind' (one of {list_kinds()}); got {dict(values)!r}."
         )
     return get_kind(values["kind"]).config_cls.from_dict(values)
-
-
-def default_config(name: str, family: str) -> AttentionConfig:
-    """The settings a kind has in a model family when the user says nothing."""
-    return resolve(get_kind(name).config_cls(), family)

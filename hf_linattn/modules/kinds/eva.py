@@ -142,50 +142,39 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
-        config, state = self.config, self.tensors()
-        query_map, key_map = proposal_maps(state)
-        table = state.get("relative_table")
-        return eva_recurrence(
-            window_size=config.window_size or 1,
-            chunk_size=config.chunk_size,  # type: ignore[arg-type]  # a number in filled-in settings
-            overlap_window=config.overlap_window,
-            chunking=config.chunking or "exclusive",
-            max_chunks=config.max_chunks,
-            proposals=config.proposals or "key",
-            weighting=config.weighting or "size",
-            query_map=query_map,
-            key_map=key_map,
-            window_bias=None if table is None else _window_bias(config, table, None, scaling, is_causal=True),
-            scaling=scaling,
-            slot_dropout=config.slot_dropout if self.training else 0.0,
-        )
+        options = _options(self.config, self.tensors(), scaling, None, is_causal=True)
+        return eva_recurrence(scaling=scaling, **options, **self.recurrence_options())
 
     @classmethod
     def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        query_map, key_map = proposal_maps(state)
-        bias = state.get("relative_table")
-        if bias is not None:
-            bias = _window_bias(config, bias, inputs.grid, inputs.scaling, is_causal=inputs.is_causal)
-        choices: dict[str, Any] = {  # all of them filled in
-            "chunk_size": config.chunk_size if inputs.is_causal else None,
-            "chunking": config.chunking,
-            "proposals": config.proposals,
-            "weighting": config.weighting,
-            "noise_scale": config.noise_scale,
-        }
         return eva_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            max_chunks=config.max_chunks,
-            query_map=query_map,
-            key_map=key_map,
             noise=bool(inputs.training and config.sample_noise),
-            window_bias=bias,
-            **choices,
+            noise_scale=config.noise_scale,
+            **_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal),
             **inputs.options(config),
         )
+
+
+def _options(
+    config: EvaConfig, state: Mapping[str, Tensor], scaling: float, grid: tuple[int, int] | None, *, is_causal: bool
+) -> dict[str, Any]:
+    """Arguments that `eva_attention` and its recurrent form share; the settings are filled in."""
+    query_map, key_map = proposal_maps(state)
+    table = state.get("relative_table")
+    return {
+        "chunk_size": config.chunk_size if is_causal else None,
+        "chunking": config.chunking,
+        "max_chunks": config.max_chunks,
+        "proposals": config.proposals,
+        "weighting": config.weighting,
+        "query_map": query_map,
+        "key_map": key_map,
+        "window_bias": None if table is None else _window_bias(config, table, grid, scaling, is_causal=is_causal),
+    }
 
 
 def _sides(config: EvaConfig, is_causal: bool) -> tuple[int, int]:

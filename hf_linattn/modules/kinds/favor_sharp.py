@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ...ops.favor.attention import favor_attention
 from ...ops.favor.moments import without_rounding
-from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -23,7 +21,6 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
-from ...ops.recurrent.slots import SlotRecurrence
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..registry import AttentionKind, register_kind
@@ -86,45 +83,26 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         return spec
 
     @classmethod
-    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def statistics(
+        cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
+    ) -> FavorStatistics:
         if config.statistics == "calibrated":
-            statistics = _stored(state)
             _warn_if_neutral(state[CALIBRATED_TOKENS])
-        else:
-            statistics = favor_statistics(
-                inputs.query,
-                inputs.key,
-                key_mask=inputs.key_mask,
-                scaling=inputs.scaling,
-                variant=config.variant,
-                centring=config.centring,
-            )
-        return favor_attention(
+            return _stored(state)
+        return favor_statistics(
             inputs.query,
             inputs.key,
-            inputs.value,
-            state["projection"],
-            statistics=statistics,
-            num_heavy_keys=config.num_heavy_keys,
-            chunk_size=config.chunk_size,
-            **inputs.options(config),
+            key_mask=inputs.key_mask,
+            scaling=inputs.scaling,
+            variant=config.variant,
+            centring=config.centring,
         )
 
-    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        state = self.tensors()
-        return favor_recurrence(
-            query,
-            state["projection"],
-            scaling=scaling,
-            statistics=_stored(state),
-            chunk_size=self.config.chunk_size,
-            **self.recurrence_options(),
-        )
+    def recurrence_options(self) -> dict[str, Any]:
+        return {**super().recurrence_options(), "statistics": _stored(self.tensors())}
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
-        if self.config.statistics != "calibrated":
-            return None
-        return FavorCalibration(self.config, self.shape)
+        return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None
 
 
 def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:

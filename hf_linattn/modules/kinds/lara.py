@@ -86,11 +86,6 @@ class LaraConfig(AttentionConfig):
             self.fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
 
 
-def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
-    """Whether the layer's proposals come from calibration."""
-    return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
-
-
 class LaraAttention(ProposalAttention[LaraConfig]):
     """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
@@ -99,7 +94,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def check(cls, config: LaraConfig, shape: LayerShape) -> None:
         super().check(config, shape)
-        if not has_calibrated_proposals(config, shape):
+        if config.proposal_source != "calibrated":
             if shape.is_causal:
                 raise UnsupportedError(
                     "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
@@ -108,14 +103,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
                 )
             return
         if config.conventions == "published":
+            other = "'favor_plus', 'favor_sharp' or 'eva'" if shape.is_causal else "proposal_source='landmarks'"
             raise UnsupportedError(
                 "The published LARA knows no calibrated proposals, and so no causal form; got conventions='published'."
-                " Use conventions='corrected'"
-                + (
-                    ", or 'favor_plus', 'favor_sharp' or 'eva'."
-                    if shape.is_causal
-                    else ", or proposal_source='landmarks'."
-                )
+                f" Use conventions='corrected', or {other}."
             )
         for field, only in (("weighting", "balance"), ("mixing", "none"), ("noise_scale", "corrected")):
             given = getattr(config, field)
@@ -128,7 +119,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
-        if has_calibrated_proposals(config, shape):
+        if config.proposal_source == "calibrated":
             spec = _calibrated_spec(config, shape)
         else:
             for side in ("query", "key"):
@@ -140,16 +131,12 @@ class LaraAttention(ProposalAttention[LaraConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        proposals = sample_proposals(
-            state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
-        )
-        return lara_recurrence(
-            query, proposals, scaling=scaling, offset=state.get("mass_offset"), **self.recurrence_options()
-        )
+        antithetic, offset = bool(self.config.antithetic), state.get("mass_offset")
+        proposals = sample_proposals(state["centroids"], state["proposal_noise"], antithetic=antithetic)
+        return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
-        """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
-        if not has_calibrated_proposals(self.config, self.shape):
+        if self.config.proposal_source != "calibrated":
             return None
         return ProposalCalibration(
             self.shape,
