@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from . import seams
-from .probes import probes, tiny_config
+from .expected import expects
+from .probes import tiny_config
 
 
 def _is_ours(layer: Any) -> bool:
@@ -22,20 +23,23 @@ def _layers(cache: Any) -> str | None:
 _MIXED = [seams.LAYER_TYPE, "full_attention"]
 
 
-@probes("dynamic cache")
-def _dynamic_cache() -> str | None:
+@expects("DynamicCache(config) to make the cache layers that config.layer_types names")
+def dynamic_cache() -> str | None:
     return _layers(seams.DynamicCache(config=tiny_config(_MIXED)))
 
 
-@probes("static cache")
-def _static_cache() -> str | None:
+@expects("StaticCache(config, max_cache_len) to make the cache layers that config.layer_types names")
+def static_cache() -> str | None:
     if not seams.has_static_layer_types():
         return None
     return _layers(seams.StaticCache(config=tiny_config(_MIXED), max_cache_len=4))
 
 
-@probes("cache layers")
-def _cache_layers() -> str | None:
+@expects(
+    "a Cache to pass update, get_seq_length, get_mask_sizes, crop, reset, reorder_cache, batch_select_indices and "
+    "batch_repeat_interleave on to its layers"
+)
+def cache_layers() -> str | None:
     cache = seams.DynamicCache(config=tiny_config(_MIXED))
     layer, keys = cache.layers[0], torch.zeros(1, 1, 3, 2)
     if cache.is_compileable or not cache.is_sliding[0]:
@@ -95,8 +99,8 @@ def _passed_on(cache: Any) -> str | None:
     return None if calls == names else f"the layer told to {calls}"
 
 
-@probes("encoder-decoder cache")
-def _encoder_decoder_cache() -> str | None:
+@expects("EncoderDecoderCache to hold self_attention_cache and cross_attention_cache")
+def encoder_decoder_cache() -> str | None:
     own, other = (seams.DynamicCache(config=tiny_config()) for _ in range(2))
     cache = seams.EncoderDecoderCache(own, other)
     if not isinstance(cache, seams.Cache):

@@ -12,10 +12,9 @@ import torch
 
 from ..errors import UnsupportedTransformersError
 from ..ops.tracing import outside_of_modes
-from . import cache_probes, family_probes  # noqa: F401  # add their probes to the others
+from . import cache_probes, family_probes, probes  # noqa: F401  # declare the seams
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
-from .probes import PROBES
 
 _lock = threading.RLock()
 _passed: set[str] = set()  # groups of seams, and model types for which all has been asked
@@ -81,7 +80,7 @@ def _probe(seam: Seam, *args: str) -> None:
     try:
         # As in a model's first call, whatever the caller's modes are: "meta" as default device, autograd, tracing.
         with outside_of_modes(), torch.no_grad(), torch.device("cpu"):
-            found = PROBES[seam.name](*args)
+            found = seam.probe(*args)
     except UnsupportedTransformersError:
         raise
     except Exception as error:

@@ -8,7 +8,6 @@ only in its modules, so these are looked at, once: when a model whose config has
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from .canary import check_seams
 from .families import is_converted
 from .model_seams import MAKERS
 from .patterns import in_config
-from .seams import PreTrainedModel, attempt, attention_of, parts_of_config, select_attention, softmax_name_of
+from .seams import PreTrainedModel, attempt, attention_of, callers, parts_of_config, select_attention, softmax_name_of
 from .users import Part, parts_of
 
 
@@ -247,13 +246,11 @@ _WATCHED = "_watched_by_hf_linattn"
 
 def _is_part(model: Any) -> bool:
     """Whether a model is made by the constructor of another one, which will be looked at as a whole."""
-    frame = sys._getframe(2)
-    while frame is not None:
+    for frame in callers():
         if frame.f_globals.get("__name__", "").startswith(f"{__package__}.canary"):
             return False  # a model that is tried out while another one is made
         if frame.f_code.co_name == "__init__":
             owner = frame.f_locals.get("self")
             if isinstance(owner, PreTrainedModel) and owner is not model:
                 return True
-        frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -321,7 +321,7 @@ MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
         (replaced(Cache, "update", lambda self, key, value, **kwargs: (key, value)), generating()),
         (dropped(Cache, "crop"), generating()),
     ],
-    "encoder-decoder cache": [
+    "encoder decoder cache": [
         (lambda p: p.setattr(EncoderDecoderCache, "self_attention_cache", property(id), raising=False), converting()),
     ],
     "cache in use": [
