@@ -11,13 +11,9 @@ from .expected import expects
 from .probes import tiny_config
 
 
-def _is_ours(layer: Any) -> bool:
-    return getattr(layer, "memory", None) is not None
-
-
 def _layers(cache: Any) -> str | None:
     found = [type(layer).__name__ for layer in cache.layers]
-    return None if [_is_ours(layer) for layer in cache.layers] == [True, False] else f"layers {found}"
+    return None if [hasattr(layer, "memory") for layer in cache.layers] == [True, False] else f"layers {found}"
 
 
 _MIXED = [seams.LAYER_TYPE, "full_attention"]
@@ -51,7 +47,8 @@ def cache_layers() -> str | None:
     sizes = int(cache.get_seq_length()), cache.get_mask_sizes(3, 0)
     if sizes != (5, (3, 5)):
         return f"get_seq_length and get_mask_sizes {sizes}"
-    mask = seams.causal_mask(tiny_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, _only(cache))
+    del cache.layers[1:]
+    mask = seams.causal_mask(tiny_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, cache)
     if getattr(mask, "shape", None) != (1, 3) or not mask.follows:
         return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5"
     mixed = seams.DynamicCache(config=tiny_config(_MIXED))
@@ -62,11 +59,6 @@ def cache_layers() -> str | None:
     if getattr(mask, "shape", None) != (1, 8) or mask.tokens.tolist() != padding.bool().tolist():
         return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5 where a layer keeps keys"
     return _passed_on(cache)
-
-
-def _only(cache: Any) -> Any:
-    del cache.layers[1:]
-    return cache
 
 
 def _passed_on(cache: Any) -> str | None:

@@ -146,20 +146,13 @@ def causal_mask(
 
 
 def softmax_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None,
-    is_causal: bool,
-    dropout: float = 0.0,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """What `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`."""
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
-    )
+    """What `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`.
+
+    Options are `dropout`, `scaling` and `is_causal`.
+    """
+    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     return output
 
 

@@ -177,30 +177,25 @@ def _options(
     }
 
 
-def _sides(config: EvaConfig, is_causal: bool) -> tuple[int, int]:
-    """Slots before and after a window that a bias has to cover."""
-    window = config.window_size or 1
-    if not config.overlap_window:
-        return 0, 0
-    reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
-    return reach, 0 if is_causal else reach
-
-
-def _index_options(config: EvaConfig, is_causal: bool) -> dict[str, int | bool | str]:
-    options: dict[str, int | bool | str] = {"is_grid": config.relative_dims == 2}
-    options["convention"] = config.relative_index or config.conventions
+def _position_options(config: EvaConfig, is_causal: bool) -> dict[str, Any]:
+    """Arguments of `table_size`, `table_index` and `t5_index`: a window with its bounds, how positions count."""
+    window, reach = config.window_size or 1, 0
+    if config.overlap_window:
+        reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
+    options: dict[str, Any] = {"window_size": window, "left": reach, "right": 0 if is_causal else reach}
+    options |= {"is_grid": config.relative_dims == 2, "convention": config.relative_index or config.conventions}
     if config.relative_position == "t5":
-        buckets, distance = t5_sizes(config.window_size or 1, _sides(config, is_causal)[0])
+        buckets, distance = t5_sizes(window, reach)
         options |= {"num_buckets": buckets, "max_distance": distance, "is_causal": is_causal}
     return options
 
 
 def _table_entries(config: EvaConfig, is_causal: bool) -> int:
-    options = _index_options(config, is_causal)
+    options = _position_options(config, is_causal)
     if config.relative_position == "t5":
-        buckets = int(options["num_buckets"])
-        return buckets**2 if options["is_grid"] and options["convention"] == "corrected" else buckets
-    return table_size(config.window_size or 1, *_sides(config, is_causal), **options)  # type: ignore[arg-type]
+        is_squared = options["is_grid"] and options["convention"] == "corrected"
+        return int(options["num_buckets"] ** (2 if is_squared else 1))
+    return table_size(**options)
 
 
 def _window_bias(
@@ -214,8 +209,8 @@ def _window_bias(
             f" grid={grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
             f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
         )
-    options, sides, kind = _index_options(config, is_causal), _sides(config, is_causal), config.relative_position
-    bias = table[:, constant_index(kind, config.window_size or 1, *sides, str(table.device), **options)]
+    options, kind = _position_options(config, is_causal), config.relative_position
+    bias = table[:, constant_index(kind, device=str(table.device), **options)]
     return bias * scaling if kind == "t5" and options["convention"] == "published" else bias
 
 

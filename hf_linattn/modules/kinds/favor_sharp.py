@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +72,19 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             )
 
     @classmethod
+    def native_refusal(cls, config: FavorSharpConfig, shape: LayerShape, *, training: bool) -> str | None:
+        """Warns for a layer that is served with neutral statistics."""
+        refusal = super().native_refusal(config, shape, training=training)
+        if refusal is None and config.statistics == "calibrated":
+            warnings.warn(
+                "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the"
+                " sequence itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
+                " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
+                stacklevel=2,
+            )
+        return refusal
+
+    @classmethod
     def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = {"projection": projection_spec(config, shape)}
         if config.statistics == "calibrated":
@@ -87,7 +99,6 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
     ) -> FavorStatistics:
         if config.statistics == "calibrated":
-            _warn_if_neutral(state[CALIBRATED_TOKENS])
             return _stored(state)
         return favor_statistics(
             inputs.query,
@@ -168,28 +179,6 @@ def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
         raise InputError(
             f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take"
             " statistics of. Calibrate with typical inputs."
-        )
-
-
-_checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-
-def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
-    """Say so if there are no statistics. Reads values: looks at each tensor once, not while compiling.
-
-    A module raises before it comes here; native mode, which keeps no state, is what this is for.
-    """
-    if torch.compiler.is_compiling() or calibrated_tokens.is_meta:
-        return
-    if _checked_statistics.get(id(calibrated_tokens)) is calibrated_tokens:
-        return
-    _checked_statistics[id(calibrated_tokens)] = calibrated_tokens
-    if not bool(calibrated_tokens):
-        warnings.warn(
-            "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
-            " itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
-            " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
-            stacklevel=2,
         )
 
 
