@@ -16,14 +16,10 @@ TESTED_RELEASES = ("5.10.4", "5.24.0")
 
 @dataclass(frozen=True)
 class Seam:
-    """One thing that this library needs Transformers to do.
+    """One thing that this library needs Transformers to do. Its probe tries it out: `None`, or what it found.
 
-    Args:
-        name: For the error.
-        expects: What is expected.
-        when: The canary asks at the first touch of a model ("always"), of a BERT, GPT-2 or ViT ("family"), when the
-            callback is made ("trainer"), or never ("use"): the code that uses it raises.
-        probe: Tries it out: `None`, or what it found. Those of families are given one.
+    `when` the canary asks: "always", at the first touch of a model; "family", at that of a BERT, GPT-2 or ViT, which
+    the probe is told; "trainer", when the callback is made; "use", never: the code that uses it raises.
     """
 
     name: str

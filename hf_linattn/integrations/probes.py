@@ -214,10 +214,8 @@ def initialisation() -> str | None:
 
 @expects("save_pretrained(is_main_process, state_dict, max_shard_size, variant, save_original_format)")
 def saving() -> str | None:
-    return lacks(
-        seams.PreTrainedModel.save_pretrained,
-        *("is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"),
-    )
+    names = "is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"
+    return lacks(seams.PreTrainedModel.save_pretrained, *names)
 
 
 @expects("AutoConfig.register and register of the Auto model classes to fill their tables")

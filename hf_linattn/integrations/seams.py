@@ -3,8 +3,8 @@
 Transformers promises little of what a plugin needs: keyword arguments are renamed, private tables move, a signature
 grows. So private names, names that differ between releases and functions whose arguments matter are used here and
 nowhere else (in `model_seams.py` those of making, saving and loading models, in `families.py` those inside the three
-architectures; `tests/integrations/test_room.py` reads the source). `expected.py` says in words what each has to do;
-`canary.py` has the probes try them out once.
+architectures; a test reads the source). Probes (`probes.py` and others) say in words what each has to do and try it
+out, once, when `canary.py` asks.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def softmax_name(config: Any) -> str:
     return "sdpa" if not models or any(model._supports_sdpa for model in models) else "eager"
 
 
-def softmax_name_of(*models: Any) -> str:
-    """The name of softmax attention for models, or classes of models, at once."""
-    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
+def softmax_name_of(*modules: Any) -> str:
+    """The name of softmax attention for all models among modules and classes of them."""
+    return "sdpa" if all(getattr(module, "_supports_sdpa", True) for module in modules) else "eager"
 
 
 # Where a config keeps it; a composite config writes there without the property.

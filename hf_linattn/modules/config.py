@@ -98,7 +98,6 @@ class AttentionConfig:
     """
 
     kind: ClassVar[str] = ""
-    _own_doc: ClassVar[str] = ""
     # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/recorded.py`). Not a field.
     as_json: ClassVar[str] = ""
 
@@ -123,13 +122,11 @@ class AttentionConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
         super().__init_subclass__(**kwargs)
-        own = cls.__dict__.get("__doc__") or ""
-        bases = [base for base in cls.__mro__[1:] if issubclass(base, AttentionConfig)]
-        inherited = [base._own_doc.partition("Args:\n")[2].rstrip() for base in bases]
-        cls._own_doc = own
-        shared = "\n".join(text for text in inherited if text)
+        docs = [base.__doc__ or "" for base in cls.__mro__ if issubclass(base, AttentionConfig)]
+        own, *inherited = [doc.partition("\n\n    Shared settings:\n")[0].rstrip() for doc in docs]
+        shared = "\n".join(args for doc in inherited if (args := doc.partition("Args:\n")[2]))
         if own and shared:
-            cls.__doc__ = f"{own.rstrip()}\n\n    Shared settings:\n{shared}\n    "
+            cls.__doc__ = f"{own}\n\n    Shared settings:\n{shared}\n    "
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         allowed = [f.name for f in dataclasses.fields(cls)]
@@ -194,6 +191,3 @@ class AttentionConfig:
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""
         return self.replace(**{k: v for k, v in defaults.items() if getattr(self, k, 0) is None})
-
-
-AttentionConfig._own_doc = AttentionConfig.__doc__ or ""

@@ -12,21 +12,9 @@ import torch
 import transformers
 from caches import cache_keyword, cache_of, given_cache
 from cases import BERT, GPT2, converted, gpt2_config, native
-from mutations import (
-    KIND,
-    MUTATIONS,
-    Change,
-    Patch,
-    Use,
-    converting,
-    dropped,
-    generating,
-    loading_stock,
-    native_call,
-    renamed,
-    replaced,
-    token_ids,
-)
+from mutations import MUTATIONS
+from release_changes import KIND, Change, Patch, dropped, renamed, replaced
+from release_uses import Use, converting, generating, loading_stock, native_call, token_ids
 from torch import nn
 from transformers import (
     DynamicCache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,13 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
         if config.proposal_source == "calibrated":
-            spec = _calibrated_spec(config, shape)
+            heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
+            rows = count * (config.samples_per_landmark or 1)
+            seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
+            draw = functools.partial(draw_projection, heads, rows, dim, seed=seed)
+            spec["centroids"] = zeros(heads, count, dim)
+            spec["proposal_noise"] = StateTensor((heads, rows, dim), learned=False, draw=draw)
+            spec[CALIBRATED_TOKENS] = zeros()
         else:
             for side in ("query", "key"):
                 spec |= proposal_spec(config.proposal_map, side, shape)
@@ -136,15 +143,8 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
-        if self.config.proposal_source != "calibrated":
-            return None
-        return ProposalCalibration(
-            self.shape,
-            self.config.num_landmarks,
-            num_global_tokens=self.config.num_global_tokens or 0,
-            seed=self.config.seed,
-            stream=stream,
-        )
+        is_calibrated = self.config.proposal_source == "calibrated"
+        return ProposalCalibration(self.config, self.shape, stream) if is_calibrated else None
 
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
@@ -178,20 +178,6 @@ class LaraAttention(ProposalAttention[LaraConfig]):
             **own,
             **inputs.options(config),
         )
-
-
-def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
-    """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
-    heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
-    rows = count * (config.samples_per_landmark or 1)
-    seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
-    return {
-        "centroids": zeros(heads, count, dim),
-        "proposal_noise": StateTensor(
-            (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
-        ),
-        CALIBRATED_TOKENS: zeros(),
-    }
 
 
 register_kind(
