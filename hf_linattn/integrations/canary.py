@@ -1,4 +1,4 @@
-"""The canary: asks the installed Transformers, once per process, whether every seam is as `expected.py` says.
+"""The canary: asks the installed Transformers, once per process, whether every seam is as expected.
 
 Nothing here depends on the version number: a newer release is refused for what it does, not for being newer.
 """

@@ -145,17 +145,16 @@ def _names_in(name: Any) -> Iterable[str]:
 
 def _check(model: Any, kind: str, told: list[Part]) -> None:
     """Raise if one of the parts that were told to use a kind does not ask for its function."""
-    title, asking = type(model).__name__, [part for part in told if part.asking]
     ignoring = next((part for part in told if part.alone and not _asks_within(part, told)), None)
-    instead = softmax_name_of(*model.modules())
-    if ignoring is None and asking:
+    if ignoring is None and any(part.asking for part in told):
         return
     check_seams()  # a release in which models ask in another way is told as such
+    instead = softmax_name_of(*model.modules())
     if ignoring is None:
         raise UnsupportedError(
-            f"{title} has no attention layer that asks Transformers' AttentionInterface for its function, so"
-            f" attn_implementation={kind!r} would change nothing. Load it without attn_implementation, or with"
-            f" {instead!r}."
+            f"{type(model).__name__} has no attention layer that asks Transformers' AttentionInterface for its"
+            f" function, so attn_implementation={kind!r} would change nothing. Load it without attn_implementation, or"
+            f" with {instead!r}."
         )
     own = type(ignoring.alone[0]).__name__
     able = _able(model, kind, told)

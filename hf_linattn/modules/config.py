@@ -112,7 +112,7 @@ class AttentionConfig:
     redraw_interval = cast("int | None", None)  # training steps after which directions are drawn anew
     sample_noise = cast("bool | None", False)  # whether training draws new samples in every forward pass
     proposal_map = cast("str | None", "none")  # learned map of what slots are made of
-    conventions = CONVENTIONS[0]  # where the published code departs from its own mathematics: without that
+    conventions = CONVENTIONS[0]  # what counts where the published code departs from its own mathematics
 
     @property
     def is_random(self) -> bool:
