@@ -15,6 +15,7 @@ from ...ops.favor.attention import favor_attention
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
+from ...ops.favor.statistics import FavorStatistics
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
@@ -91,11 +92,8 @@ class FavorPlusConfig(FavorConfig):
             if self.overlap_window:
                 self.fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
         if self.regularized and not self.orthogonal:
-            self.fail(
-                "regularized",
-                "False when orthogonal=False",
-                "Fixed lengths only make sense for orthogonal directions.",
-            )
+            why = "Fixed lengths only make sense for orthogonal directions."
+            self.fail("regularized", "False when orthogonal=False", why)
 
 
 def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:
@@ -123,50 +121,59 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: redrawn directions."""
+    """What FAVOR+ and FAVOR# share: `favor_attention` with the layer's own directions, which may be redrawn."""
 
-
-class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
-    """FAVOR+ with the layer's own directions."""
-
-    kind = "favor_plus"
     projection: Tensor
 
     @classmethod
-    def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        return {"projection": projection_spec(config, shape, regularized=config.regularized)}
-
-    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config = self.config
-        return favor_recurrence(
-            query,
-            self.tensors()["projection"],
-            scaling=scaling,
-            kernel=config.kernel,
-            kernel_epsilon=config.kernel_epsilon,
-            chunk_size=config.chunk_size,
-            **self.recurrence_options(),
-        )
+    def statistics(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> FavorStatistics | None:
+        """Of queries and keys, to which FAVOR# fits its features; `None` for FAVOR+."""
+        return None
 
     @classmethod
-    def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        if config.kernel != "softmax":
-            return generalized_attention(
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                state["projection"],
-                kernel=config.kernel,
-                kernel_epsilon=config.kernel_epsilon,
-                chunk_size=config.chunk_size,
-                **inputs.options(config),
-            )
+    def compute(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         return favor_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             state["projection"],
+            statistics=cls.statistics(config, state, inputs),
             num_heavy_keys=config.num_heavy_keys,
+            chunk_size=config.chunk_size,
+            **inputs.options(config),
+        )
+
+    def recurrence_options(self) -> dict[str, Any]:
+        return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        return favor_recurrence(query, self.tensors()["projection"], scaling=scaling, **self.recurrence_options())
+
+
+class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
+    """FAVOR+, or attention with a generalised kernel."""
+
+    kind = "favor_plus"
+
+    @classmethod
+    def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
+        return {"projection": projection_spec(config, shape, regularized=config.regularized)}
+
+    def recurrence_options(self) -> dict[str, Any]:
+        kernel = {"kernel": self.config.kernel, "kernel_epsilon": self.config.kernel_epsilon}
+        return {**super().recurrence_options(), **kernel}
+
+    @classmethod
+    def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        if config.kernel == "softmax":
+            return super().compute(config, state, inputs)
+        return generalized_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            state["projection"],
+            kernel=config.kernel,
+            kernel_epsilon=config.kernel_epsilon,
             chunk_size=config.chunk_size,
             **inputs.options(config),
         )

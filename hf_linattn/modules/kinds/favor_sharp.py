@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ...ops.favor.attention import favor_attention
 from ...ops.favor.moments import without_rounding
-from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -23,7 +20,6 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
-from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
@@ -77,6 +73,19 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             )
 
     @classmethod
+    def native_refusal(cls, config: FavorSharpConfig, shape: LayerShape, *, training: bool) -> str | None:
+        """Warns for a layer that is served with neutral statistics."""
+        refusal = super().native_refusal(config, shape, training=training)
+        if refusal is None and config.statistics == "calibrated":
+            warnings.warn(
+                "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the"
+                " sequence itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
+                " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
+                stacklevel=2,
+            )
+        return refusal
+
+    @classmethod
     def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec = {"projection": projection_spec(config, shape)}
         if config.statistics == "calibrated":
@@ -87,45 +96,25 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         return spec
 
     @classmethod
-    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def statistics(
+        cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
+    ) -> FavorStatistics:
         if config.statistics == "calibrated":
-            statistics = _stored(state)
-            _warn_if_neutral(state[CALIBRATED_TOKENS])
-        else:
-            statistics = favor_statistics(
-                inputs.query,
-                inputs.key,
-                key_mask=inputs.key_mask,
-                scaling=inputs.scaling,
-                variant=config.variant,
-                centring=config.centring,
-            )
-        return favor_attention(
+            return _stored(state)
+        return favor_statistics(
             inputs.query,
             inputs.key,
-            inputs.value,
-            state["projection"],
-            statistics=statistics,
-            num_heavy_keys=config.num_heavy_keys,
-            chunk_size=config.chunk_size,
-            **inputs.options(config),
+            key_mask=inputs.key_mask,
+            scaling=inputs.scaling,
+            variant=config.variant,
+            centring=config.centring,
         )
 
-    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        state = self.tensors()
-        return favor_recurrence(
-            query,
-            state["projection"],
-            scaling=scaling,
-            statistics=_stored(state),
-            chunk_size=self.config.chunk_size,
-            **self.recurrence_options(),
-        )
+    def recurrence_options(self) -> dict[str, Any]:
+        return {**super().recurrence_options(), "statistics": _stored(self.tensors())}
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
-        if self.config.statistics != "calibrated":
-            return None
-        return FavorCalibration(self.config, self.shape)
+        return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None
 
 
 def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
@@ -191,28 +180,6 @@ def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
         raise InputError(
             f"All {seen} tokens of the calibration data are equal in layer {layer}: there is nothing to take"
             " statistics of. Calibrate with typical inputs."
-        )
-
-
-_checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-
-def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
-    """Say so if there are no statistics. Reads values: looks at each tensor once, not while compiling.
-
-    A module raises before it comes here; native mode, which keeps no state, is what this is for.
-    """
-    if torch.compiler.is_compiling() or calibrated_tokens.is_meta:
-        return
-    if _checked_statistics.get(id(calibrated_tokens)) is calibrated_tokens:
-        return
-    _checked_statistics[id(calibrated_tokens)] = calibrated_tokens
-    if not bool(calibrated_tokens):
-        warnings.warn(
-            "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
-            " itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
-            " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
-            stacklevel=2,
         )
 
 
