@@ -1,4 +1,4 @@
+from .inter_block import BlockReach
 from .operator import inter_block_attention
-from .reach import BlockReach
 
 __all__ = ["BlockReach", "inter_block_attention"]

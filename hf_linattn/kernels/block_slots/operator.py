@@ -7,7 +7,7 @@ from ..backend import current_backend
 from ..operators import register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
-from .reach import BlockReach
+from .inter_block import BlockReach
 
 
 def inter_block_attention(inputs: SlotInputs, reach: BlockReach) -> AttentionState:
