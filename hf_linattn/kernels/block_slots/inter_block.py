@@ -76,7 +76,7 @@ class InterBlock(NamedTuple):
         return found
 
     def _states(self, inputs: SlotInputs, reach: BlockReach) -> tuple[AttentionState, Tensor, AttentionState]:
-        """Every unit's keys as the slots read them, its log-sum-exp with the slots' bias; and what each block reads."""
+        """States of the units, their log-sum-exps with the bias of the slots, and the states that each block reads."""
         slots, bias = _for_each(inputs.key, inputs.key_slots), inputs.key_slot_bias.unsqueeze(1)
         units = AttentionState(*self.attend_forward(slots, inputs.key, inputs.value, inputs.key_bias, None))
         unit_lse = units.lse + bias
