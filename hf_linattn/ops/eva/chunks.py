@@ -37,11 +37,10 @@ class Summaries:
 
     def map(self, fn: Callable[..., Tensor], *others: Summaries) -> Summaries:
         """`fn` of everything, also of `others`, as `[batch, heads, ..., chunks, dim]` (`dim` 1 for `log_weight`)."""
-        tensors = [(s.key_mean, s.value, s.log_weight.unsqueeze(-1), s.spread) for s in (self, *others)]
-        key_mean, value, log_weight, spread = (
-            None if parts[0] is None else fn(*parts) for parts in zip(*tensors, strict=True)
-        )
-        return Summaries(key_mean, value, log_weight.squeeze(-1), spread)
+        all_of = (self, *others)
+        spread = None if self.spread is None else fn(*(s.spread for s in all_of))
+        key_mean, value = fn(*(s.key_mean for s in all_of)), fn(*(s.value for s in all_of))
+        return Summaries(key_mean, value, fn(*(s.log_weight.unsqueeze(-1) for s in all_of)).squeeze(-1), spread)
 
     def then(self, others: Summaries) -> Summaries:
         """These chunks and the others behind them."""
