@@ -9,7 +9,6 @@ from ..attention_state import AttentionState
 from ..backend import current_backend
 from ..operators import register_pair
 from . import torch_kernel
-from .inputs import WindowChunkInputs
 
 
 def window_chunk_attention(
@@ -55,6 +54,6 @@ _WindowChunks = register_pair(
     "window_chunks(Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor chunk_key, Tensor chunk_bias,"
     " Tensor chunk_value, Tensor hidden_from, Tensor hidden_to, bool is_causal) -> (Tensor output, Tensor lse)",
     torch_kernel,
-    record=WindowChunkInputs,
+    record=torch_kernel.WindowChunkInputs,
     differentiable=(0, 1, 2, 4, 5, 6),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention_state import AttentionState
 from ..triton_common import CompileCases, check, launch, padded, rows, splits
 from . import triton_kernel as kernels
-from .inputs import WindowChunkInputs
+from .torch_kernel import WindowChunkInputs
 
 # (queries, keys or chunks) of a tile by bytes per element and widest padded dimension. Those of 64 were the fastest on
 # an H100 (`scripts/tune_kernels.py`) of what fits into the shared memory and registers of sm_80; the others fit there.
