@@ -287,8 +287,8 @@ class RecurrentMemory:
             return
         self._arrive()
         # The tensors stay where they are: a captured graph may know them.
-        near = self.state.near
-        self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
+        window = self.state.window
+        self._store(self._recurrence.start(window.key, window.value, static_tokens=self.static_tokens))
         self._pending = None
 
     # -- storage ----------------------------------------------------------------------------------------------------

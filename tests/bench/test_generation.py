@@ -46,8 +46,8 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class State:
-    far: tuple[torch.Tensor, ...]
-    near: dict[str, torch.Tensor | None]
+    slots: tuple[torch.Tensor, ...]
+    window: dict[str, torch.Tensor | None]
 
 
 class Layer:
@@ -57,8 +57,10 @@ class Layer:
 
 def test_bytes_are_found_wherever_they_are_held_and_count_once() -> None:
     whole = torch.zeros(10, 4)
-    state = State(far=(torch.zeros(3), torch.zeros(5, dtype=torch.float64)), near={"key": whole[:2], "value": None})
-    layer = Layer(state=state, again=[whole[5:], state.far[0]], seen=7, kind=Layer, module=nn.Linear(50, 50))
+    state = State(
+        slots=(torch.zeros(3), torch.zeros(5, dtype=torch.float64)), window={"key": whole[:2], "value": None}
+    )
+    layer = Layer(state=state, again=[whole[5:], state.slots[0]], seen=7, kind=Layer, module=nn.Linear(50, 50))
     layer.itself = layer
     wanted = 12 + 40 + 160  # a view holds all of its storage
     assert held_bytes(layer) == wanted

@@ -173,7 +173,7 @@ def not_causal(init: Any) -> Any:
 
 def asked(*groups: str) -> Change:
     """As if the canary had found these groups in order: what only the use itself can tell."""
-    return lambda patch: patch.setattr(canary, "_passed", set(groups))
+    return lambda patch: patch.setattr(canary, "passed", set(groups))
 
 
 def all_of(*changes: Change) -> Change:
