@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import shared
 import torch
 import transformers
 import typer
 from matplotlib import pyplot
 
 import hf_linattn
+from hf_linattn.bench.timing import time_calls, time_in_turns
 
 RESULTS = Path(__file__).parent / "results"
 TIMES = RESULTS / "fidelity_and_time.json"
@@ -56,65 +58,50 @@ POINTS = {
 
 
 def bert(tokens: int) -> transformers.PreTrainedModel:
-    config = transformers.BertConfig(
-        hidden_size=384,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        num_hidden_layers=2,
-        max_position_embeddings=tokens,
-    )
-    return transformers.BertModel(config).eval()
-
-
-def vit() -> transformers.PreTrainedModel:
-    return transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=2, image_size=IMAGE)).eval()
+    sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 2}
+    return transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=tokens)).eval()
 
 
 def converted(model: transformers.PreTrainedModel, settings: dict[str, Any]) -> transformers.PreTrainedModel:
-    """A converted copy; what it would take from data it takes from the first rows of noise."""
-    model = hf_linattn.convert(model, settings, copy=True)
-    if hf_linattn.needs_calibration(model):
-        hf_linattn.calibrate(model, [{"input_ids": torch.randint(1000, 2000, (1, 512))} for _ in range(4)])
-    return model
+    """A converted copy; what it would take from data it takes from rows of noise."""
+    return shared.converted(model, settings, [{"input_ids": torch.randint(1000, 2000, (1, 512))} for _ in range(4)])
 
 
 @torch.inference_mode()
 def speedups(models: dict[str, transformers.PreTrainedModel], inputs: dict[str, torch.Tensor]) -> dict[str, float]:
     """Name -> times as fast as the model called "softmax": medians of processor time, measured in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(6):
-        for name, model in models.items():
-            start = time.process_time()
-            model(**inputs)
-            if turn:  # the first turn warms up
-                seconds[name].append(time.process_time() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {name: round(medians["softmax"] / value, 3) for name, value in medians.items()}
+    calls = {name: partial(model, **inputs) for name, model in models.items()}
+    found = time_in_turns(calls, seconds=1, measure=partial(time_calls, clock=time.process_time))
+    return {name: round(found["softmax"].median / time.median, 3) for name, time in found.items()}
 
 
 def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"lengths": {}}
-    kinds = hf_linattn.list_kinds()
+    shared.quiet()
+
+    def beside_softmax(stock: Any, settings: dict[str, dict[str, Any]], inputs: dict[str, Any]) -> dict[str, float]:
+        models = {"softmax": stock, **{name: converted(stock, config) for name, config in settings.items()}}
+        typer.echo(found := speedups(models, inputs))
+        return found
+
+    default = {kind: {"kind": kind} for kind in hf_linattn.list_kinds()}
+    small = {f"{kind}, 64 slots": {"kind": kind, **SMALL[kind]} for kind in default}
+    lengths = {}
     for tokens in LENGTHS:
-        stock = bert(tokens)
-        models = {"softmax": stock, **{kind: converted(stock, {"kind": kind}) for kind in kinds}}
-        models |= {f"{kind}, 64 slots": converted(stock, {"kind": kind, **SMALL[kind]}) for kind in kinds}
         ids = torch.randint(1000, 2000, (max(1, TOKENS_OF_A_BATCH // tokens), tokens))
-        found["lengths"][tokens] = speedups(models, {"input_ids": ids})
-        typer.echo(f"{tokens} tokens: {found['lengths'][tokens]}")
-    stock = vit()
-    models = {"softmax": stock, **{kind: converted(stock, {"kind": kind}) for kind in kinds}}
-    found["vit"] = speedups(models, {"pixel_values": torch.randn(4, 3, IMAGE, IMAGE)})
-    typer.echo(f"ViT, 197 tokens: {found['vit']}")
+        lengths[tokens] = beside_softmax(bert(tokens), default | small, {"input_ids": ids})
+    vit = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=2, image_size=IMAGE)).eval()
     rows = json.loads(FIDELITY.read_text(encoding="utf-8"))["results"]
-    stock = bert(LONG)
-    models = {"softmax": stock, **{name: converted(stock, rows[name]["settings"]) for name in POINTS}}
-    found["long"] = speedups(models, {"input_ids": torch.randint(1000, 2000, (1, LONG))})
-    typer.echo(f"{LONG} tokens: {found['long']}")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"machine": platform.processor() or platform.machine(), "threads": 1, "versions": versions, **found}
+    points = {name: rows[name]["settings"] for name in POINTS}
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "threads": 1,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "lengths": lengths,
+        "vit": beside_softmax(vit, default, {"pixel_values": torch.randn(4, 3, IMAGE, IMAGE)}),
+        "long": beside_softmax(bert(LONG), points, {"input_ids": torch.randint(1000, 2000, (1, LONG))}),
+    }
 
 
 def draw() -> None:

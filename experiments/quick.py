@@ -1,22 +1,23 @@
-"""Is one version of the library slower than another? The quick set of figures, before and after, in turns.
+"""Is one version of the library slower than another? `hf-linattn bench` with either, in turns.
 
     python experiments/quick.py --before v0.1.0                     # this checkout against a revision
     python experiments/quick.py --before ../old --after ../new      # or two folders
     python experiments/quick.py --before HEAD --self-check          # a version against itself: what noise does
+    python experiments/quick.py --before HEAD "attention --kinds eva --lengths 4096 --seconds 1"
 
-Each version has a process, and they take turns at every figure: attention by itself, converted models, generation,
-import and conversion; one thread and two. Sessions, each with new processes, go through all figures; those that the
-noise leaves in doubt are repeated until the time is over. Exit status: 0 if the geometric mean of after / before is at
-most 1.03 and no figure's ratio is above 1.10; 1 if not; 2 if a ratio above 1.10 may be noise or the time was
-over before every figure was measured (run it again, on a quieter machine).
+A figure is the time of a kind over that of softmax beside it, in the same process and in turns, which is what a busy
+machine leaves alone. Sessions, each with new processes, are repeated while a figure is in doubt, until the time is
+over. Exit status: 0 if the geometric mean of after / before is at most 1.03 and no figure's median is above 1.10; 1 if
+the mean is above, or a figure in every session (one that fails now is infinitely slow); 2 if a figure above 1.10 may
+be noise (run it again, on a quieter machine).
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -25,31 +26,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import shared
 import typer
-from quick_parts.comparison import Comparison, Pair, summarize
-from quick_parts.figures import Figure, all_figures
-from rich.console import Console
 
 from hf_linattn.bench.environment import write_experiment
-from hf_linattn.bench.report import rich_table
+from hf_linattn.bench.results import Results
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "quick.json"
+RUNS = (
+    "attention --lengths 256,1024,4096 --peers sdpa --seconds 0.1",
+    "models --lengths 256 --layers 1 --models minilm,gpt2,vit --seconds 0.2",
+    "generation --lengths 1024 --layers 2 --seconds 0.4",
+)
+MEAN_LIMIT, FIGURE_LIMIT = 1.03, 1.10
 SESSIONS = 3
-SHORTEST_SAMPLE = 0.02  # seconds: a call that takes less is repeated within a sample
-FEWEST_PAIRS, MOST_PAIRS = 3, 16  # in one session
-PAUSE = 0.003  # seconds, in which threads of the other process that wait for work go to sleep
 
 
-class MeasurementError(Exception):
-    """A worker could not measure a figure; the message says why."""
-
-
-# -- two versions -----------------------------------------------------------------------------------------------------
 @contextmanager
-def checkout(source: str, repository: Path = HERE.parent) -> Iterator[Path]:
+def checkout(source: str, repository: Path = shared.ROOT) -> Iterator[Path]:
     """A folder that holds the package: the one named, or a temporary one with a revision's files.
 
     Raises: typer.BadParameter if `source` is neither.
@@ -58,156 +53,97 @@ def checkout(source: str, repository: Path = HERE.parent) -> Iterator[Path]:
         yield Path(source).resolve()
         return
     git = ["git", "-C", str(repository), "archive", "--format=tar", source, "hf_linattn"]
-    archive = subprocess.run(git, capture_output=True)
+    archive = subprocess.run(git, stdout=subprocess.PIPE)  # says on stderr what is wrong
     if archive.returncode:
-        message = archive.stderr.decode(errors="replace").strip()
-        raise typer.BadParameter(f"{source!r} is neither a checkout's root nor a revision of this one: {message}")
+        raise typer.BadParameter(f"{source!r} is neither a checkout's root nor a revision of this one.")
     with tempfile.TemporaryDirectory() as target:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(target, filter="data")
+        tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(target, filter="data")
         yield Path(target).resolve()
 
 
-def revision(source: str) -> str:
-    """What a result says about a version: its commit, marked if the folder's files may differ from it."""
-    folder, name = (source, "HEAD") if Path(source).is_dir() else (str(HERE), source)
-    git = ["git", "-C", folder, "describe", "--always", *(["--dirty"] if folder == source else [name])]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+def measure(package: Path, runs: Sequence[str]) -> dict[str, float | None]:
+    """Figures of the version in a folder; `None` for what could not be measured."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        for run in runs:
+            command = [sys.executable, "-m", "hf_linattn.cli", "bench", *run.split(), "--json", str(path)]
+            environment = {**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+            subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            for row in Results.read(path).rows:
+                if row.group == "linear":
+                    found[f"{row.panel}, {row.work.tokens}: {row.name}"] = 1 / row.ratio if row.ratio else None
+    return found
 
 
-class Worker:
-    """A process with the package of one checkout. Raises `MeasurementError` if it has another package."""
-
-    def __init__(self, package: Path, folder: str) -> None:
-        quiet = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        paths = os.pathsep.join([str(package), str(HERE)])
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "quick_parts.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            cwd=folder,
-            env={**os.environ, **quiet, "PYTHONPATH": paths},
-            text=True,
-        )
-        found = Path(self._answer()["package"])
-        if found != package / "hf_linattn":
-            raise MeasurementError(f"{package} was to be measured, but Python imports {found}.")
-
-    def ask(self, **request: Any) -> float:
-        """Seconds. Raises `MeasurementError` with what the worker says."""
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self._answer()
-        if "error" in answer:
-            raise MeasurementError(answer["error"])
-        return float(answer["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        if line := self.process.stdout.readline():
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        self.log.seek(0)
-        last = " ".join(self.log.read().decode(errors="replace").splitlines()[-3:])
-        raise MeasurementError(f"A worker ended with status {self.process.wait()}: {last}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def verdict(ratios: Sequence[float]) -> str:
+    """Of one figure: "slower" than allowed in every session, "unsettled" if only in most of them, else "fine"."""
+    if statistics.median(ratios) <= FIGURE_LIMIT:
+        return "fine"
+    return "slower" if min(ratios) > FIGURE_LIMIT else "unsettled"
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
-def take_turns(name: str, sides: dict[str, Any], seconds: float, *, swap: bool = False) -> list[Pair]:
-    """Pairs of samples of one figure, at least three; who goes first alternates.
+def compare(checkouts: Sequence[Path], runs: Sequence[str], minutes: float) -> dict[str, list[float]]:
+    """After / before of every figure, session by session; infinite where only the earlier version can be measured.
 
-    Args:
-        sides: "before" and "after", each with a method `ask`. The error of one carries its name.
-        seconds: Time for both, roughly.
-        swap: Let "after" begin.
+    Sessions, each of both versions, end when nothing is in doubt or the time does not suffice for another one.
     """
-    once = []
-    for side, worker in sides.items():
-        try:
-            once.append(worker.ask(figure=name))
-        except MeasurementError as error:
-            raise MeasurementError(side, str(error)) from error
-    calls = max(1, math.ceil(SHORTEST_SAMPLE / max(min(once), 1e-7)))
-    pairs = []
-    for index in range(max(FEWEST_PAIRS, min(MOST_PAIRS, int(seconds / (calls * sum(once)))))):
-        taken = {}
-        for side in sorted(sides, reverse=(index % 2 == 1) == swap):
-            time.sleep(PAUSE)
-            taken[side] = sides[side].ask(figure=name, calls=calls)
-        pairs.append((taken["before"], taken["after"]))
-    return pairs
-
-
-def run_session(
-    number: int, rows: Sequence[Comparison], sides: dict[str, Any], seconds: float, end: float = math.inf
-) -> None:
-    """Add one session to the rows, until the monotonic clock is past `end`. A failure is noted in its row."""
-    for row in rows:
-        if time.monotonic() > end:
-            return
-        try:
-            row.sessions[number] = take_turns(row.name, sides, seconds, swap=number % 2 == 1)
-        except MeasurementError as error:
-            row.reason[error.args[0]] = error.args[-1]
-
-
-def compare(figures: Sequence[Figure], checkouts: Sequence[Path], seconds: float, minutes: float) -> list[Comparison]:
-    """All sessions, until nothing is in doubt or the time is over."""
-    rows = [Comparison(figure.name) for figure in figures]
-    end, number, chosen = time.monotonic() + 60 * minutes, 0, rows
-    while chosen and time.monotonic() <= end:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            sides = {}
-            for side, package in zip(("before", "after"), checkouts, strict=True):
-                sides[side] = Worker(package, folder)
-                stack.callback(sides[side].close)
-            run_session(number, chosen, sides, seconds, end)
+    found: dict[str, list[float]] = {}
+    start, number = time.monotonic(), 0
+    while number < SESSIONS or any(verdict(ratios) == "unsettled" for ratios in found.values()):
+        took = (time.monotonic() - start) / 60
+        if number and took * (number + 1) / number > minutes:
+            break
+        turn = -1 if number % 2 else 1
+        before, after = [measure(package, runs) for package in checkouts[::turn]][::turn]
+        for name in before.keys() & after.keys():
+            if before[name] is not None:
+                found.setdefault(name, []).append((after[name] or math.inf) / before[name])
         number += 1
-        print(f"session {number}: {len(chosen)} figures, {(end - time.monotonic()) / 60:.1f} minutes left", flush=True)
-        chosen = [row for row in rows if not row.reason and (number < SESSIONS or row.is_doubtful)]
-    return rows
+        print(f"session {number} is over, after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+    return found
 
 
-# -- the script -------------------------------------------------------------------------------------------------------
-def lines(rows: Sequence[Comparison]) -> Iterator[list[str]]:
-    """The table's, slowest first."""
-    for row in sorted(rows, key=lambda row: row.ratio if row.sessions else math.inf, reverse=True):
-        numbers = [f"{seconds * 1e3:.2f} ms" for seconds in row.fastest] if row.sessions else ["", ""]
-        ratios = [f"{row.ratio:.3f}", " ".join(f"{ratio:.2f}" for ratio in row.ratios)] if row.sessions else ["", ""]
-        yield [row.name, *numbers, *ratios, " ".join([row.verdict, *row.reason.values()])]
+def summarize(found: dict[str, list[float]]) -> tuple[int, str]:
+    """The exit status (0 not worse, 1 worse, 2 no verdict about some figure), and the verdict in words.
+
+    Raises: ValueError if nothing was measured.
+    """
+    if not found:
+        raise ValueError("No figure could be measured with both versions.")
+    ratios = {name: statistics.median(sessions) for name, sessions in found.items()}
+    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+    worst = max(ratios, key=ratios.__getitem__)
+    lines = [f"geometric mean of {len(ratios)} figures {mean:.3f} (at most {MEAN_LIMIT})"]
+    lines.append(f"worst figure {ratios[worst]:.3f} (at most {FIGURE_LIMIT}): {worst}")
+    slower, unsettled = ([n for n in found if verdict(found[n]) == what] for what in ("slower", "unsettled"))
+    lines += [f"{what}: {'; '.join(names)}" for what, names in (("slower", slower), ("unsettled", unsettled)) if names]
+    return 1 if mean > MEAN_LIMIT or slower else 2 if unsettled else 0, "\n".join(lines)
 
 
 def main(
     before: Annotated[str, typer.Option(help="A checkout's root, or a revision of this repository.")],
-    after: Annotated[str, typer.Option(help="As --before; this checkout by default.")] = str(HERE.parent),
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="What to run instead: arguments of hf-linattn bench.")
+    ] = None,
+    after: Annotated[str, typer.Option(help="As --before; this checkout by default.")] = str(shared.ROOT),
     self_check: Annotated[bool, typer.Option(help="Compare --before with itself.")] = False,
-    only: Annotated[str, typer.Option(help="Only figures whose name contains this, e.g. '1 thread'.")] = "",
-    minutes: Annotated[float, typer.Option(help="Nothing new is begun after this time.")] = 13.0,
-    seconds: Annotated[float, typer.Option(help="Time for a figure in a session, both versions together.")] = 0.8,
-    out: Annotated[Path | None, typer.Option(help="JSON file; if everything was run, the committed one.")] = None,
+    minutes: Annotated[float, typer.Option(help="No session is begun that would end later.")] = 15.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Compare two versions; the exit status says whether the later one is slower."""
-    figures = [figure for figure in all_figures() if only in figure.name]
-    if not figures:
-        raise typer.BadParameter(f"No figure has {only!r} in its name: {[f.name for f in all_figures()]}")
-    after = before if self_check else after
+    sources = [before, before if self_check else after]
     with ExitStack() as stack:
-        rows = compare(
-            figures, [stack.enter_context(checkout(source)) for source in (before, after)], seconds, minutes
-        )
-    status, verdict = summarize(rows)
-    header = ("figure", "before", "after", "ratio", "in each session", "verdict")
-    Console(width=None if sys.stdout.isatty() else 150).print(rich_table("after / before", header, lines(rows)))
-    print(verdict)
-    target = out or (None if only or self_check else RESULTS)
-    if target is not None:
-        names = {"before": revision(before), "after": revision(after), "status": status}
-        write_experiment(target, {**names, "rows": [row.to_dict() for row in rows]})
+        found = compare([stack.enter_context(checkout(source)) for source in sources], runs or RUNS, minutes)
+    status, words = summarize(found)
+    lines = [
+        {"figure": name, "after / before": [round(ratio, 2) for ratio in ratios], "verdict": verdict(ratios)}
+        for name, ratios in sorted(found.items(), key=lambda entry: max(entry[1]), reverse=True)
+    ]
+    shared.print_table("Time over that of softmax", lines)
+    print(words)
+    if out is not None:
+        write_experiment(out, {"before": sources[0], "after": sources[1], "status": status, "rows": lines})
     sys.exit(status)
 
 

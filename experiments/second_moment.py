@@ -12,12 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import minilm
+import shared
 import torch
 import typer
 from torch import Tensor, nn
 
-from hf_linattn.bench.report import markdown_table
 from hf_linattn.integrations.call import Call
 from hf_linattn.integrations.interface import softmax_output
 from hf_linattn.integrations.observe import observed_attention
@@ -29,7 +28,7 @@ from hf_linattn.ops.favor.variance import mean_log_second_moment
 def queries_and_keys(path: Path | None, text: str, tokens: int) -> list[tuple[Tensor, Tensor, float]]:
     """Query, key and scaling of every attention layer, for the first `tokens` tokens of the text."""
     found: list[tuple[Tensor, Tensor, float]] = []
-    model, tokenizer = minilm.load(path)
+    model, tokenizer = shared.encoder(path)
     model.set_attn_implementation("favor_plus")  # looked into, and not used
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
@@ -58,14 +57,14 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Name or folder of a model (default: MiniLM-L6)")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use")] = 512,
 ) -> None:
-    """Mean log relative second moment of the kernel estimate, per layer and variant, as a Markdown table."""
+    """Mean log relative second moment of the kernel estimate, per layer and variant."""
     layers = queries_and_keys(model, text_file.read_text(encoding="utf-8"), tokens)
-    typer.echo(f"{layers[0][0].shape[2]} tokens of {text_file.name}; nats, per layer; last column: least gain\n")
-    rows, lines = measure(layers), []
-    for name, values in rows.items():
-        gain = min(base - value for base, value in zip(rows["favor+"], values, strict=True))
-        lines.append([name, *(f"{value:.1f}" for value in (*values, gain))])
-    typer.echo(markdown_table((["kind", *(f"layer {i}" for i in range(len(layers))), "over favor+"], lines)))
+    rows = []
+    for name, values in (found := measure(layers)).items():
+        gain = min(base - value for base, value in zip(found["favor+"], values, strict=True))
+        columns = {f"layer {index}": round(value, 1) for index, value in enumerate(values)}
+        rows.append({"variant": name, **columns, "least gain": round(gain, 1)})
+    shared.print_table(f"{layers[0][0].shape[2]} tokens of {text_file.name}, in nats", rows)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import minilm
+import shared
 import torch
 import typer
 from rich.progress import track
+from torch import Tensor
 
 import hf_linattn
 from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig, LaraConfig
 from hf_linattn.bench.environment import write_experiment
-from hf_linattn.bench.report import markdown_table
 
 
 def settings() -> dict[str, Any]:
@@ -37,20 +37,17 @@ def settings() -> dict[str, Any]:
     }
     window, overlap = {"window_size": 64}, {"window_size": 64, "overlap_window": True}
     heavy = {"num_heavy_keys": 32}
-    made = {}
-    for extra in ({"window_size": 0}, window, overlap, window | heavy, overlap | heavy):
-        words = [
-            word for word, field in (("overlap", "overlap_window"), ("heavy keys", "num_heavy_keys")) if field in extra
-        ]
-        for name, config in bases.items():
-            features = {"num_features": 224} if "heavy keys" in words and "FAVOR" in name else {}
-            window_word = ["window"] if extra["window_size"] and "overlap" not in words else []
-            made[", ".join([name, *window_word, *words])] = config.replace(**extra, **features)
-    few = dense.replace(num_features=64, **overlap, **heavy)
+    made = {name: config.replace(window_size=0) for name, config in bases.items()}
+    for name, config in bases.items():
+        few = config.replace(num_features=224) if "FAVOR" in name else config
+        made[f"{name}, window"] = config.replace(**window)
+        made[f"{name}, overlap"] = config.replace(**overlap)
+        made[f"{name}, window, heavy keys"] = few.replace(**window, **heavy)
+        made[f"{name}, overlap, heavy keys"] = few.replace(**overlap, **heavy)
     published = {"conventions": "published", "proposal_map": "none"}
     return {
         **made,
-        "FAVOR# dense, 64 features, overlap, heavy keys": few,
+        "FAVOR# dense, 64 features, overlap, heavy keys": dense.replace(num_features=64, **overlap, **heavy),
         "LARA as published, without maps": LaraConfig(**published),
         "EVA as published, without maps": EvaConfig(**published, num_chunks=64, **window),
         "EVA, 64 chunks": EvaConfig(num_chunks=64, **window),
@@ -59,46 +56,51 @@ def settings() -> dict[str, Any]:
     }
 
 
+def batches(tokenizer: Any, paths: list[Path], length: int) -> list[dict[str, Tensor]]:
+    """Consecutive full rows of `length` tokens, [CLS] and [SEP] included, one per batch."""
+    rows = shared.rows_of(shared.read_tokens(tokenizer, paths), length - 2)
+    first, last = (torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    ids = torch.cat([first, rows, last], dim=1)
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+
+
+def line(name: str, errors: list[float], cosine: float | None = None) -> dict[str, Any]:
+    shown = [f"{error:.2f}" for error in errors]
+    return {"attention": name, "error of layers 0 ..": shown, "cosine": cosine and round(cosine, 3)}
+
+
 def main(
     text: Annotated[list[Path] | None, typer.Option(help="Files to measure on; the licence by default.")] = None,
     calibration_text: Annotated[
         list[Path] | None, typer.Option(help="Other files to calibrate on; film reviews by default.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="A BERT checkpoint; MiniLM-L6 by default.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    length: Annotated[int, typer.Option(min=3, help="Tokens per row.")] = 512,
     only: Annotated[str, typer.Option(help="Only rows of the table whose name contains this.")] = "",
-    seeds: Annotated[int, typer.Option(help="Average over so many seeds of the random directions.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Average over so many seeds of the random directions.")] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Print the table."""
     torch.manual_seed(0)
-    bert, tokenizer = minilm.load(model)
+    bert, tokenizer = shared.encoder(model)
     chosen = {name: config for name, config in settings().items() if only.lower() in name.lower()}
-    if not chosen or seeds < 1:
-        raise typer.BadParameter(f"Nothing to measure: no row contains {only!r}, or --seeds is {seeds}.")
-    read = lambda files: [file.read_text(encoding="utf-8") for file in files]  # noqa: E731
-    batches = minilm.rows(tokenizer, read(text or [minilm.LICENCE]), length)
-    other = minilm.rows(tokenizer, read(calibration_text) if calibration_text else [minilm.reviews()], length)
-    results, lines = {}, []
+    if not chosen:
+        raise typer.BadParameter(f"Nothing to measure: no row contains {only!r}.")
+    measured = batches(tokenizer, text or [shared.LICENCE], length)
+    calibrated = batches(tokenizer, calibration_text or [shared.REVIEWS], length)
+    results, rows = {}, []
     for name, config in track(chosen.items(), description="Comparing with softmax"):
-        reports = []
-        for seed in range(seeds):
-            converted = hf_linattn.convert(bert, config.replace(seed=seed), copy=True)
-            if hf_linattn.needs_calibration(converted):
-                hf_linattn.calibrate(converted, other)
-            reports.append(hf_linattn.compare(converted, batches))
-        layers = zip(*(report.layers for report in reports), strict=True)
-        mean = [sum(layer.error for layer in column) / seeds for column in layers]
+        models = (shared.converted(bert, config.replace(seed=seed), calibrated) for seed in range(seeds))
+        reports = [hf_linattn.compare(made, measured) for made in models]
+        columns = list(zip(*(report.layers for report in reports), strict=True))
+        errors = [sum(layer.error for layer in column) / seeds for column in columns]
         cosine = sum(report.hidden_cosine for report in reports) / seeds
-        results[name] = {"layer_errors": mean, "cosine": cosine, "settings": config.to_dict()}
-        lines.append([name, " ".join(f"{error:.2f}" for error in mean), f"{cosine:.3f}"])
-    uniform = " ".join(f"{layer.uniform_error:.2f}" for layer in reports[0].layers)
-    print(
-        markdown_table((["attention", "error of layers 0 ..", "cosine"], [["uniform attention", uniform, ""], *lines]))
-    )
-    print(f"{len(batches)} rows of {length} tokens, {seeds} seed(s)")
+        results[name] = {"layer_errors": errors, "cosine": cosine, "settings": config.to_dict()}
+        rows.append(line(name, errors, cosine))
+    rows.insert(0, line("uniform attention", [layers[0].uniform_error for layers in columns]))
+    shared.print_table("Without training", rows, f"{len(measured)} rows of {length} tokens, {seeds} seed(s)")
     if out:
-        write_experiment(out, {"rows": len(batches), "length": length, "seeds": seeds, "results": results})
+        write_experiment(out, {"rows": len(measured), "length": length, "seeds": seeds, "results": results})
 
 
 if __name__ == "__main__":

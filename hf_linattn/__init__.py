@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .integrations.interface import register_kinds
 from .integrations.names import watch_names
+from .integrations.seams import attempt
 from .models import register_auto_classes
 
 if TYPE_CHECKING:  # what editors and type checkers see of the names below
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .modules.registry import list_kinds as list_kinds
 
 register_kinds()
-watch_names()
+attempt(watch_names)
 register_auto_classes()
 
 # Public name -> module that defines it.

@@ -29,7 +29,7 @@ from hf_linattn.kernels.attention_state import AttentionState
 from hf_linattn.kernels.causal_slots import triton_launch as intra_chunk
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import triton_launch as window_chunks
-from hf_linattn.kernels.window_chunks.inputs import WindowChunkInputs
+from hf_linattn.kernels.window_chunks.torch_kernel import WindowChunkInputs
 
 GROUPS, LONG, SLOTS, WINDOW = (8, 12), 8192, 256, 64
 WORKERS = 16

@@ -99,5 +99,5 @@ def calibrated_layer(config: AttentionConfig, work: Workload) -> nn.Module | Non
     query, key, value, _ = make_inputs(Workload(CALIBRATION_TOKENS, 1, work.heads, work.head_dim), seed=1)
     scaling = work.head_dim**-0.5
     calibration.update(AttentionInputs(query, key, value, key_mask=None, scaling=scaling, is_causal=True))
-    layer.set_buffers(calibration.result())
+    layer.set_tensors(calibration.result())
     return layer.to(work.device).train(work.is_training)

@@ -1,4 +1,4 @@
-"""Whole models with random weights on long inputs: softmax, native kinds and converted models."""
+"""Whole models with random weights on long inputs, under softmax and converted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,10 +18,9 @@ from transformers import AutoModel, BertConfig, GPT2Config, PreTrainedModel, ViT
 
 from ..conversion import calibrate, convert, needs_calibration
 from ..modules.config import AttentionConfig
-from ..modules.registry import get_kind
 from .plan import Plan, Report, new_row, race
 from .results import Row
-from .workload import DTYPES, Unavailable, Workload, choose
+from .workload import DTYPES, Workload, check_length, choose
 
 PATCH, CHANNELS = 16, 3
 CALIBRATION_TOKENS = 1024
@@ -65,29 +63,19 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
     model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
     batch = _batch(work, config)
 
-    def step(form: str, config: AttentionConfig | None = None) -> Callable[[], object]:
+    def make(config: AttentionConfig | None) -> Callable[[], object]:
         if config is None:
-            plan.check_length("softmax", work)
+            check_length(work, plan.max_softmax_length)
             return _step(model, batch, work)
-        if form == "native":
-            return _step(_native(model, config, work), batch, work)
         ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
         return _step(converted(model, config, ids), batch, work)
 
-    entries = [(Row("models", "sdpa", "softmax", work, name), partial(step, "stock"))]
-    for contender, form in product(plan.kind_contenders(), plan.forms):
-        row = new_row("models", replace(contender, name=f"{contender.name}, {form}"), work, name)
-        entries.append((row, partial(step, form, contender.config)))
+    entries = []
+    for contender in plan.model_contenders():
+        row = new_row("models", contender, work, name)
+        row.name += ", converted" if contender.config else ""
+        entries.append((row, partial(make, contender.config)))
     return race(entries, plan.seconds)
-
-
-def _native(model: PreTrainedModel, config: AttentionConfig, work: Workload) -> PreTrainedModel:
-    if work.is_causal and not get_kind(config.kind).native_causal:
-        raise Unavailable("a causal layer has to be converted and calibrated")
-    made = _sharing_copy(model)
-    made.config.linear_attention = config.to_dict()
-    made.set_attn_implementation(config.kind)
-    return made
 
 
 def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | None = None) -> PreTrainedModel:
@@ -96,16 +84,13 @@ def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | Non
     Args:
         ids: Tokens to calibrate on where that has to be: `[rows, tokens]`, cut to what the model has positions for.
     """
-    made = convert(_sharing_copy(model), config).to(model.device)
+    shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    made = convert(shared, config).to(model.device)
     if ids is not None and needs_calibration(made):
         row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings, ids.shape[1])
         rows = ids.flatten()[: min(CALIBRATION_TOKENS, ids.numel()) // row * row].view(-1, row)
         calibrate(made, [{"input_ids": rows.to(model.device)}])
     return made
-
-
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _batch(work: Workload, config: Any) -> dict[str, Tensor]:
@@ -120,16 +105,16 @@ def _batch(work: Workload, config: Any) -> dict[str, Tensor]:
 def _step(model: PreTrainedModel, batch: dict[str, Tensor], work: Workload) -> Callable[[], object]:
     given = {**batch, **({"use_cache": False} if work.is_causal else {})}
 
-    def forward() -> object:
-        with torch.no_grad():
-            return model(**given).last_hidden_state
-
-    def train() -> None:
-        model.zero_grad(set_to_none=True)
-        model(**given).last_hidden_state.float().square().mean().backward()
+    def step() -> object:
+        with torch.set_grad_enabled(work.is_training):
+            output = model(**given).last_hidden_state
+        if work.is_training:
+            model.zero_grad(set_to_none=True)
+            output.float().square().mean().backward()
+        return output
 
     model.train(work.is_training)
-    return train if work.is_training else forward
+    return step
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.favor.random_features import derive_seed, draw_projection
 from .kinds import layer_for, registered
-from .workload import DTYPES, AttentionCall, Contender, Unavailable, Workload, choose
+from .workload import DTYPES, AttentionCall, Contender, Unavailable, Workload, check_length, choose
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -30,20 +30,21 @@ PEERS = ("sdpa", "performer-pytorch", "flash-linear-attention")
 MEMORY_SHARE = 0.5  # of the memory that is free: what a contender with large matrices may take
 
 
-def peer_contenders(names: Sequence[str], device: str, num_features: int) -> list[Contender]:
+def peer_contenders(
+    names: Sequence[str], device: str, num_features: int, max_softmax_length: int | None = None
+) -> list[Contender]:
     """The contenders behind names of `PEERS`. Raises `ConfigError` for any other name."""
-    backends = BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS
-    found = {
-        "sdpa": [
-            Contender("sdpa", "softmax", partial(_softmax, None)),
-            *(Contender(f"sdpa:{backend}", "softmax", partial(_softmax, backend)) for backend in backends),
-        ],
-        "performer-pytorch": [Contender("performer-pytorch", "peer", partial(_performer, num_features))],
-        "flash-linear-attention": [
-            Contender("flash-linear-attention", "peer", partial(_flash_linear_attention, num_features))
-        ],
-    }
-    return [contender for name in names for contender in found[choose("peers", name, PEERS)]]
+    made = []
+    for name in names:
+        if choose("peers", name, PEERS) == "sdpa":
+            backends = [None, *(BACKENDS if torch.device(device).type == "cuda" else CPU_BACKENDS)]
+            for backend in backends:
+                build = partial(_softmax, backend, max_softmax_length)
+                made.append(Contender(f"sdpa:{backend}" if backend else "sdpa", "softmax", build))
+        else:
+            peer = {"performer-pytorch": _performer, "flash-linear-attention": _flash_linear_attention}[name]
+            made.append(Contender(name, "peer", partial(peer, num_features)))
+    return made
 
 
 def require_memory(needed: float, device: str) -> None:
@@ -54,8 +55,9 @@ def require_memory(needed: float, device: str) -> None:
         raise Unavailable(f"needs about {needed / 2**30:.1f} GiB")
 
 
-def _softmax(backend: str | None, work: Workload) -> AttentionCall:
-    """Transformers' own function, or one backend of PyTorch's."""
+def _softmax(backend: str | None, longest: int | None, work: Workload) -> AttentionCall:
+    """Transformers' own function, or one backend of PyTorch's, for inputs up to a length."""
+    check_length(work, longest)
     if backend is None:
         return registered("sdpa", layer_for(work))
     if backend == "math":

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
+
+from torch.utils.benchmark import Measurement
 
 from ..errors import ConfigError
 from ..modules.registry import list_kinds
 from .kinds import KindOptions, kind_contender
 from .peers import peer_contenders
 from .results import Row, with_ratios
-from .timing import ROUNDS, Failure, explain, time_in_turns
-from .workload import DTYPES, MODES, Contender, Unavailable, Workload, choose
+from .timing import Failure, explain, time_calls, time_in_turns
+from .workload import DTYPES, MODES, Contender, Workload, choose
 
-FORMS = ("native", "converted")
 Report = Callable[[str], None]
 
 
@@ -31,10 +32,11 @@ class Plan:
         seconds: Time for each contender at each workload.
         max_softmax_length: Longest input for softmax; `None` for no limit.
         models: Names of `models.MODELS`, with so many `layers`; `None` for their own, in `generation` for 4.
-        forms: Some of `FORMS`: how a kind gets into a model.
         checkpoint: A GPT-2 for `generation` instead of random weights; positions that it does not have are added.
         max_chunks: In `generation` also run kinds whose state can be bounded, with this bound; 0 for not.
         piece: Tokens per call while `generation` fills its caches.
+
+    Raises: `ConfigError` for impossible values and unknown names.
     """
 
     lengths: tuple[int, ...]
@@ -54,7 +56,6 @@ class Plan:
     max_softmax_length: int | None = 16384
     models: tuple[str, ...] = ("minilm", "bert", "gpt2", "vit")
     layers: int | None = None
-    forms: tuple[str, ...] = FORMS
     checkpoint: str | None = None
     max_chunks: int = 64
     piece: int = 2048
@@ -62,7 +63,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths must be integers >= 1, at least one of them; got {list(self.lengths)}.")
-        named = {"kinds": list_kinds(), "dtypes": DTYPES, "modes": MODES, "forms": FORMS}
+        named = {"kinds": list_kinds(), "dtypes": DTYPES, "modes": MODES}
         for field_name, allowed in named.items():
             for name in getattr(self, field_name):
                 choose(field_name, name, allowed)
@@ -72,7 +73,7 @@ class Plan:
                 raise ConfigError(f"{name} must be an integer >= 1; got {getattr(self, name)!r}.")
         if self.seconds <= 0:
             raise ConfigError(f"seconds must be > 0; got {self.seconds!r}.")
-        self.contenders()  # raises for impossible settings and unknown peers
+        self.contenders()
 
     def kind_contenders(self) -> list[Contender]:
         """Every kind with every window."""
@@ -82,7 +83,12 @@ class Plan:
 
     def contenders(self) -> list[Contender]:
         """Softmax and the other libraries, then the kinds."""
-        return [*peer_contenders(self.peers, self.device, self.options.num_features), *self.kind_contenders()]
+        peers = peer_contenders(self.peers, self.device, self.options.num_features, self.max_softmax_length)
+        return [*peers, *self.kind_contenders()]
+
+    def model_contenders(self) -> list[Contender]:
+        """Softmax as Transformers computes it, which has no settings, then the kinds."""
+        return [peer_contenders(("sdpa",), self.device, self.options.num_features)[0], *self.kind_contenders()]
 
     def workloads(self, *modes: str) -> list[Workload]:
         """All workloads, short ones first within a direction, dtype and mode."""
@@ -92,15 +98,6 @@ class Plan:
             for tokens in sorted(set(self.lengths))
         ]
 
-    def check_length(self, group: str, work: Workload) -> None:
-        """Raise `Unavailable` where softmax would get a longer input than it should."""
-        limit = self.max_softmax_length
-        if group == "softmax" and limit is not None and work.tokens > limit:
-            raise Unavailable(f"longer than the {limit} tokens set for softmax")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def new_row(benchmark: str, contender: Contender, work: Workload, model: str = "") -> Row:
     """The row of a contender before anything is measured."""
@@ -109,12 +106,15 @@ def new_row(benchmark: str, contender: Contender, work: Workload, model: str = "
 
 
 def race(
-    entries: Iterable[tuple[Row, Callable[[], Callable[[], object]]]], seconds: float, rounds: int = ROUNDS
+    entries: Iterable[tuple[Row, Callable[[], Any]]],
+    seconds: float,
+    measure: Callable[[Any, float], Measurement] = time_calls,
 ) -> list[Row]:
     """Time steps beside each other.
 
     Args:
-        entries: Rows, each with what makes its step. What cannot be made becomes the row's `reason`.
+        entries: Rows, each with what makes its step. What cannot be made or run becomes the row's `reason`.
+        seconds, measure: Those of `time_in_turns`.
     Returns: The rows with their times and ratios to the fastest softmax.
     """
     rows: dict[str, Row] = {}
@@ -124,11 +124,11 @@ def race(
         try:
             steps[row.name] = make()
         except Exception as error:
-            rows[row.name] = replace(row, reason=explain(error))
-    for name, found in time_in_turns(steps, seconds=seconds, rounds=rounds).items():
+            row.reason = explain(error)
+    for name, found in time_in_turns(steps, seconds=seconds, measure=measure).items():
+        row = rows[name]
         if isinstance(found, Failure):
-            rows[name] = replace(rows[name], reason=found.reason)
+            row.reason = found.reason
         else:
-            times = found.times
-            rows[name] = replace(rows[name], median=found.median, minimum=min(times), samples=len(times))
+            row.median, row.minimum, row.samples = found.median, min(found.times), len(found.times)
     return with_ratios(list(rows.values()))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
-from .results import Panel, Results, Row, crossover, growth, lengths, names, reasons
+from .results import UPPER_SPAN, Results, Row, by_name, lengths, reasons, slope
 
 NOTHING = "–"
 Grid = tuple[list[str], list[list[str]]]  # header and lines
@@ -15,11 +16,9 @@ BYTES = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
 RATE = (("k", 1e3), ("", 1.0))
 LEGEND = (
     "Times are medians; in brackets how many times faster than the fastest softmax backend at that length (below 1:"
-    " slower). The slope is the exponent of the growth with the number of tokens over the upper lengths: 1 is linear,"
-    ' 2 quadratic. "Wins from": the shortest length from which on it is at least as fast as softmax. In generation'
-    " lengths are those of the context, times are means over whole windows of steps, and in brackets behind a size is"
-    " its share of softmax's cache; the last column is time per token, or size, behind the longest context over that"
-    " behind the shortest."
+    " slower). The slope is the exponent of the growth with the number of tokens over the upper lengths: 0 is"
+    " constant, 1 linear, 2 quadratic. In generation lengths are those of the context, costs are per token, and times"
+    " are means over whole windows of steps."
 )
 
 
@@ -35,14 +34,10 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def _fraction(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
-
-
-def _cell(row: Row | None) -> str:
+def _cell(row: Row) -> str:
     """The measured number, and the ratio if there is one."""
-    if row is None or row.cost is None:
-        return NOTHING if row else ""
+    if row.cost is None:
+        return NOTHING
     if row.benchmark == "memory":
         return quantity(row.cost, BYTES)
     rate = quantity(row.tokens_per_second or 0.0, RATE)
@@ -50,62 +45,25 @@ def _cell(row: Row | None) -> str:
     return shown if row.ratio is None else f"{shown} ({ratio_text(row.ratio)})"
 
 
-def _wins(rows: Sequence[Row]) -> str:
-    compared = [row for row in rows if row.ratio is not None]
-    if not compared:
-        return NOTHING
-    return "" if compared[0].group == "softmax" else str(crossover(rows) or "never")
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
-def title(panel: Panel) -> str:
-    benchmark, model, is_causal, dtype, mode = panel
-    if benchmark == "generation":
-        return f"generation, {model}, {dtype}"
-    what = {"attention": "attention", "memory": "peak memory of a training step"}.get(benchmark, model)
-    direction = "causal" if is_causal else "bidirectional"
-    return ", ".join([what, direction, dtype, *([] if benchmark == "memory" else [mode])])
-
-
 def grids(rows: Sequence[Row]) -> list[Grid]:
-    """The tables of a panel: contenders down, lengths across, then what follows from a line as a whole."""
-    columns, is_timed = lengths(rows), rows[0].benchmark != "memory"
-    if rows[0].benchmark == "generation":
-        return _generation_grids(rows, columns)
-    start = next(tokens for tokens in columns if tokens >= columns[-1] // 16)
+    """The tables of a panel; in generation tokens per second, and the size of the cache."""
+    if rows[0].benchmark != "generation":
+        return [_grid(rows)]
+    sizes = [replace(row, benchmark="memory", peak=row.state) for row in rows]
+    return [_grid(rows, "tokens per second"), _grid(sizes, "cache per layer")]
+
+
+def _grid(rows: Sequence[Row], what: str = "") -> Grid:
+    """Contenders down, lengths across, and how each grows over the upper lengths."""
+    columns = lengths(rows)
+    start = next(tokens for tokens in columns if tokens >= columns[-1] // UPPER_SPAN)
     lines = []
-    for name in names(rows):
-        found = {row.work.tokens: row for row in rows if row.name == name}
-        ends = [_fraction(growth(rows, name)), *([_wins(list(found.values()))] if is_timed else [])]
-        lines.append([name, *(_cell(found.get(tokens)) for tokens in columns), *ends])
-    return [(["", *map(str, columns), f"slope from {start}", *(["wins from"] if is_timed else [])], lines)]
-
-
-def _generation_grids(rows: Sequence[Row], columns: list[int]) -> list[Grid]:
-    """Tokens per second, and the size of the cache beside that of softmax."""
-    softmax = {row.work.tokens: row.state for row in rows if row.group == "softmax"}
-    speeds, sizes = [], []
-    for name in names(rows):
-        found = {row.work.tokens: row for row in rows if row.name == name}
-        states = {tokens: row.state for tokens, row in found.items()}
-        seconds = {tokens: row.mean for tokens, row in found.items()}
-        shares = {} if any(row.group == "softmax" for row in found.values()) else softmax
-        speeds.append([name, *(_cell(found.get(tokens)) for tokens in columns), _last_over_first(seconds, columns)])
-        cells = (_state_cell(states.get(tokens), shares.get(tokens)) for tokens in columns)
-        sizes.append([name, *cells, _last_over_first(states, columns)])
-    header = [*map(str, columns), f"{columns[-1]} : {columns[0]}"]
-    return [(["tokens per second", *header], speeds), (["cache per layer", *header], sizes)]
-
-
-def _state_cell(state: int | None, softmax: int | None) -> str:
-    if state is None:
-        return NOTHING
-    return quantity(state, BYTES) + (f" ({state / softmax:.2%})" if softmax else "")
-
-
-def _last_over_first(values: Mapping[int, float | None], columns: list[int]) -> str:
-    first, last = values.get(columns[0]), values.get(columns[-1])
-    return _fraction(last / first if first and last else None)
+    for name, found in by_name(rows).items():
+        cells, exponent = {row.work.tokens: _cell(row) for row in found}, slope(found, start)
+        growth = NOTHING if exponent is None else f"{exponent:.2f}"
+        lines.append([name, *(cells.get(tokens, "") for tokens in columns), growth])
+    return [what, *map(str, columns), f"slope from {start}"], lines
 
 
 # -- what shows them --------------------------------------------------------------------------------------------------
@@ -121,9 +79,7 @@ def rich_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]
 
 def terminal_tables(results: Results) -> list[Table]:
     panels = results.panels().items()
-    return [
-        rich_table(title(panel), *grid, "; ".join(reasons(rows))) for panel, rows in panels for grid in grids(rows)
-    ]
+    return [rich_table(panel, *grid, "; ".join(reasons(rows))) for panel, rows in panels for grid in grids(rows)]
 
 
 def markdown_table(made: Grid) -> str:
@@ -132,13 +88,18 @@ def markdown_table(made: Grid) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
+def markdown_panels(rows: Sequence[Row], heading: str = "##") -> list[str]:
+    """Paragraphs: for each panel a heading, its tables, and what was not measured and why."""
+    parts = []
+    for panel, members in Results(tuple(rows)).panels().items():
+        parts += [f"{heading} {panel.capitalize()}", *map(markdown_table, grids(members))]
+        parts += [f"Not measured: {'; '.join(missing)}." for missing in [reasons(members)] if missing]
+    return parts
+
+
 def markdown(results: Results) -> str:
-    """Everything that was measured, table by table, with what was not and why."""
-    parts = ["# Performance", setting(results), LEGEND]
-    for panel, rows in results.panels().items():
-        parts += [f"## {title(panel).capitalize()}", *map(markdown_table, grids(rows))]
-        parts += [f"Not measured: {'; '.join(missing)}." for missing in [reasons(rows)] if missing]
-    return "\n\n".join(parts) + "\n"
+    """Everything that was measured, table by table."""
+    return "\n\n".join(["# Performance", setting(results), LEGEND, *markdown_panels(results.rows)]) + "\n"
 
 
 def setting(results: Results) -> str:

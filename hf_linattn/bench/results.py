@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,20 @@ from ..errors import CheckpointError
 from .workload import Workload
 
 SCHEMA = 1
-BENCHMARKS = ("attention", "memory", "models", "generation")
 UPPER_SPAN = 16  # a slope is over the lengths within this factor of the longest
-Panel = tuple[str, str, bool, str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One contender at one workload.
 
     Args:
-        benchmark: One of `BENCHMARKS`.
+        benchmark: "attention", "memory", "models" or "generation".
         name, group: Those of the `Contender`.
         model: Which model, in "models" and "generation".
-        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured.
-        mean: Seconds per step in "generation", where some steps do more than others: the median of the rounds' means.
-        samples: How many measurements the median or the mean is of.
+        median, minimum: Seconds per call (a training step, if the workload says so); `None` if not measured. In
+            "generation", where some steps do more than others, of the means of whole windows of steps.
+        samples: How many measurements the median is of.
         ratio: Seconds of the fastest softmax attention at the same workload over the row's: above 1 is faster.
         peak: Bytes held at most during a step, in "memory".
         state: Bytes that the cache holds at most per layer, in "generation".
@@ -47,7 +45,6 @@ class Row:
     samples: int = 0
     ratio: float | None = None
     peak: int | None = None
-    mean: float | None = None
     state: int | None = None
     reason: str = ""
     settings: dict[str, Any] | None = None
@@ -55,7 +52,7 @@ class Row:
     @property
     def cost(self) -> float | None:
         """Seconds, or bytes in "memory"; `None` if not measured."""
-        return {"memory": self.peak, "generation": self.mean}.get(self.benchmark, self.median)
+        return self.peak if self.benchmark == "memory" else self.median
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -63,9 +60,16 @@ class Row:
         return tokens / self.cost if self.cost else None
 
     @property
-    def panel(self) -> Panel:
-        """What rows of one table or plot have in common: everything but the contender and the length."""
-        return self.benchmark, self.model, self.work.is_causal, self.work.dtype, self.work.mode
+    def panel(self) -> str:
+        """The title of the table: what its rows have in common, which is all but the contender and the length."""
+        work = self.work
+        parts = {
+            "attention": ("attention", work.direction, work.dtype, work.mode),
+            "memory": ("peak memory of a training step", work.direction, work.dtype),
+            "models": (self.model, work.direction, work.dtype, work.mode),
+            "generation": ("generation", self.model, work.dtype),
+        }
+        return ", ".join(parts[self.benchmark])
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is empty."""
@@ -73,7 +77,11 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
-        return cls(**{**values, "work": Workload(**values["work"])})
+        """Inverse of `to_dict`; also reads rows of version 0.1, where `median` was that of single steps."""
+        values = {**values, "work": Workload(**values["work"])}
+        if "mean" in values:
+            values["median"] = values.pop("mean")
+        return cls(**values)
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
@@ -99,13 +107,9 @@ class Results:
     options: dict[str, Any] = field(default_factory=dict)
     is_complete: bool = True
 
-    def panels(self, benchmark: str | None = None) -> dict[Panel, list[Row]]:
+    def panels(self) -> dict[str, list[Row]]:
         """Rows by table, in the order in which they were measured."""
-        found: dict[Panel, list[Row]] = {}
-        for row in self.rows:
-            if benchmark in (None, row.benchmark):
-                found.setdefault(row.panel, []).append(row)
-        return found
+        return grouped(self.rows, lambda row: row.panel)
 
     def write(self, path: Path) -> None:
         content = {"schema": SCHEMA, **vars(self), "rows": [row.to_dict() for row in self.rows]}
@@ -131,54 +135,40 @@ class Results:
             raise CheckpointError(f"These benchmark results are incomplete or not of attention: {error}.") from error
 
 
-def names(rows: Iterable[Row]) -> list[str]:
-    """Contenders in order of appearance."""
-    return list(dict.fromkeys(row.name for row in rows))
+def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows with the same key, in order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    return grouped(rows, lambda row: row.name)
 
 
 def lengths(rows: Iterable[Row]) -> list[int]:
     return sorted({row.work.tokens for row in rows})
 
 
-def slope(points: Sequence[tuple[int, float]]) -> float | None:
+def slope(rows: Sequence[Row], start: int = 1) -> float | None:
     """Exponent p of the power law cost ~ tokens^p: least squares through the logarithms of (tokens, cost).
 
-    Returns: `None` with fewer than two different token counts.
+    Args:
+        rows: Those of one contender.
+        start: The shortest length that counts.
+    Returns: `None` if there are fewer than two lengths, or one of them was not measured: a slope over other lengths
+        is no comparison.
     """
-    if len({tokens for tokens, _ in points}) < 2:
+    rows = [row for row in rows if row.work.tokens >= start]
+    if len(lengths(rows)) < 2:
         return None
-    xs, ys = ([math.log(value) for value in side] for side in zip(*points, strict=True))
-    return statistics.linear_regression(xs, ys).slope
+    costs = [math.log(row.cost) for row in rows if row.cost]
+    if len(costs) < len(rows):
+        return None
+    return statistics.linear_regression([math.log(row.work.tokens) for row in rows], costs).slope
 
 
-def growth(rows: Sequence[Row], name: str) -> float | None:
-    """Slope of one contender's cost over the upper lengths of a panel: within a factor of 16 of the longest.
-
-    `None` if it was not measured at all of them: a slope over other lengths is no comparison.
-    """
-    start = max(lengths(rows)) // UPPER_SPAN
-    upper = [row for row in rows if row.name == name and row.work.tokens >= start]
-    points = [(row.work.tokens, row.cost) for row in upper if row.cost]
-    return slope(points) if len(points) == len(upper) else None
-
-
-def crossover(rows: Sequence[Row]) -> int | None:
-    """The shortest measured length from which on a contender is at least as fast as the best softmax."""
-    compared = {row.work.tokens: row.ratio for row in rows if row.ratio}
-    slower = max((tokens for tokens, ratio in compared.items() if ratio < 1), default=0)
-    return min((tokens for tokens in compared if tokens > slower), default=None)
-
-
-def reasons(rows: Sequence[Row]) -> list[str]:
-    """What could not be measured and why: one line per contender and reason, with the lengths if only at some."""
-    found: dict[tuple[str, str], set[int]] = {}
-    measured = {row.name for row in rows if not row.reason}
-    for row in rows:
-        if row.reason:
-            found.setdefault((row.name, row.reason), set()).add(row.work.tokens)
-    return [
-        f"{name} at {', '.join(map(str, sorted(tokens)))} tokens: {reason}"
-        if name in measured
-        else f"{name}: {reason}"
-        for (name, reason), tokens in found.items()
-    ]
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """What could not be measured and why, once for each contender and reason."""
+    return list(dict.fromkeys(f"{row.name}: {row.reason}" for row in rows if row.reason))

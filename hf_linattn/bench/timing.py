@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Measurement, Timer, timer
@@ -20,33 +21,38 @@ class Failure:
     reason: str
 
 
+def time_calls(call: Callable[[], object], seconds: float, clock: Callable[[], float] = timer) -> Measurement:
+    """Call again and again for so many seconds. The default clock is PyTorch's, which waits for a CUDA device."""
+    watch = Timer("call()", globals={"call": call}, timer=clock, num_threads=torch.get_num_threads())
+    return watch.blocked_autorange(min_run_time=seconds)
+
+
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     *,
     seconds: float,
-    rounds: int = ROUNDS,
-    clock: Callable[[], float] = timer,
+    measure: Callable[[Any, float], Measurement] = time_calls,
 ) -> dict[str, Measurement | Failure]:
     """Time callables in turns: each of them in every round, so that a disturbance meets all.
 
-    A callable is called once before anything counts. It has `seconds` altogether; one that takes longer than that for
-    a single call is timed in two rounds. One that raises is out, with the reason. The default clock is PyTorch's,
-    which waits for a CUDA device.
+    Args:
+        seconds: Time for each callable altogether. One whose first measurement takes longer is timed in two rounds.
+        measure: One measurement, from the callable and its seconds in this round.
+    Returns: All measurements of a callable as one; or, if it raised, a `Failure`.
     """
     taken: dict[str, list[Measurement]] = {name: [] for name in calls}
     failed: dict[str, Failure] = {}
-    for number in range(rounds):
-        for name, members in taken.items():
-            if name in failed or (number >= SLOW_ROUNDS and members[0].median > seconds):
+    for number in range(ROUNDS):
+        for name, found in taken.items():
+            if name in failed or (number >= SLOW_ROUNDS and sum(found[0].raw_times) > seconds):
                 continue
-            watch = Timer("call()", globals={"call": calls[name]}, timer=clock, num_threads=torch.get_num_threads())
             try:
                 if not number:
                     calls[name]()  # the first call also sets things up
-                members.append(watch.blocked_autorange(min_run_time=seconds / rounds))
+                found.append(measure(calls[name], seconds / ROUNDS))
             except Exception as error:
                 failed[name] = Failure(explain(error))
-    return {name: failed.get(name) or Measurement.merge(members)[0] for name, members in taken.items()}
+    return {name: failed.get(name) or Measurement.merge(found)[0] for name, found in taken.items()}
 
 
 def explain(error: BaseException) -> str:

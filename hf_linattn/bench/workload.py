@@ -52,7 +52,7 @@ class Contender:
         name: Unique in a run; also what a table shows.
         group: "linear" (the kinds), "softmax" or "peer".
         build: From a workload, the function to call on query, key and value `[batch, heads, tokens, head_dim]`.
-            Raises `Unavailable` where there is none. It is pickled where memory is measured in another process.
+            Raises `Unavailable` where there is none.
         config: The settings of a kind.
     """
 
@@ -60,6 +60,12 @@ class Contender:
     group: str
     build: Callable[[Workload], AttentionCall]
     config: AttentionConfig | None = None
+
+
+def check_length(work: Workload, longest: int | None) -> None:
+    """Raise `Unavailable` where softmax would get a longer input than it should."""
+    if longest is not None and work.tokens > longest:
+        raise Unavailable(f"longer than the {longest} tokens set for softmax")
 
 
 def choose(what: str, value: str, allowed: Any) -> str:
@@ -96,11 +102,3 @@ def make_step(attention: AttentionCall, inputs: Inputs, work: Workload) -> Calla
         return torch.autograd.grad(output, (query, key, value), grad.to(output.dtype))
 
     return step
-
-
-def check_output(output: Tensor, work: Workload) -> None:
-    """Raise `Unavailable` if a contender's result is not finite or has the wrong size."""
-    if output.numel() != work.batch * work.heads * work.tokens * work.head_dim:
-        raise Unavailable(f"wrong output shape {tuple(output.shape)}")
-    if not bool(torch.isfinite(output).all()):
-        raise Unavailable("output is not finite")

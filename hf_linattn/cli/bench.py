@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import report
-from ..bench.attention import run_attention, run_memory
+from ..bench.attention import run_attention
 from ..bench.environment import describe
 from ..bench.generation import CONTEXTS, LAYERS, run_generation
 from ..bench.kinds import KindOptions
+from ..bench.memory import run_memory
 from ..bench.models import run_models
 from ..bench.peers import PEERS
-from ..bench.plan import Plan, Report
-from ..bench.plot import write_plots
-from ..bench.results import BENCHMARKS, Results, Row
+from ..bench.plan import Plan
+from ..bench.plot import write_plot
+from ..bench.results import Results
 from ..bench.workload import MODES, choose
 from ..errors import ConfigError, LinAttnError
 from ..modules.registry import list_kinds
 
+RUNS = {"attention": run_attention, "memory": run_memory, "models": run_models, "generation": run_generation}
 LENGTHS = tuple(2**power for power in range(8, 17))
 CPU_SOFTMAX_LENGTH = 16384  # one core takes a minute and more for a training step beyond it
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
@@ -55,9 +55,7 @@ Count = Annotated[int, typer.Option(min=1)]
 # Parameters have the names of the fields of `Plan` and `KindOptions`, which are filled from them.
 def bench(
     context: typer.Context,
-    what: Annotated[
-        list[str] | None, typer.Argument(help=f"{', '.join(BENCHMARKS)} or all; default: attention.")
-    ] = None,
+    what: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(RUNS)} or all; default: attention.")] = None,
     lengths: Annotated[Any, _listed("Numbers of tokens", parser=_integers, show_default="256 .. 65536")] = None,
     kinds: Annotated[Any, _listed("Kinds of attention", show_default="all")] = None,
     windows: Annotated[
@@ -106,16 +104,16 @@ def bench(
         for table in report.terminal_tables(results):
             console.print(table)
         console.print(report.setting(results), highlight=False)
-        written = [json, markdown]
         if json is not None:
             results.write(json)
         if markdown is not None:
             markdown.parent.mkdir(parents=True, exist_ok=True)
             markdown.write_text(report.markdown(results), encoding="utf-8")
-        written += write_plots(results, plot) if plot else []
+        if plot is not None:
+            write_plot(results, plot)
     except (LinAttnError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    for path in filter(None, written):
+    for path in filter(None, (json, markdown, plot)):
         console.print(f"written: {path}", soft_wrap=True)
 
 
@@ -127,16 +125,14 @@ def make_plan(benchmark: str, given: dict[str, Any]) -> Plan:
         "lengths": CONTEXTS if is_generation else LENGTHS,
         "kinds": tuple(list_kinds()),
         "windows": (None,) if is_model else (0,),
-        "causal": (False, True),
         "peers": PEERS,
         "models": Plan.models,
         "max_softmax_length": limit,
     }
-    chosen = {name: defaults[name] if value is None and name in defaults else value for name, value in given.items()}
-    if isinstance(chosen["causal"], bool):
-        chosen["causal"] = (chosen["causal"],)
-    options = KindOptions(**_of(KindOptions, chosen))
-    chosen |= {"options": options, "modes": MODES if chosen["mode"] == "both" else (chosen["mode"],)}
+    chosen = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    chosen["causal"] = (False, True) if given["causal"] is None else (given["causal"],)
+    chosen["modes"] = MODES if given["mode"] == "both" else (given["mode"],)
+    chosen["options"] = KindOptions(**_of(KindOptions, chosen))
     return Plan(**_of(Plan, chosen))
 
 
@@ -147,26 +143,18 @@ def _of(record: type, given: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(given: dict[str, Any], json: Path | None) -> Results:
     """Run the benchmarks, and after every case write what there is so far: a run of an hour may be cut short."""
-    runs: dict[str, Callable[[Plan, Report], Iterator[list[Row]]]] = {
-        "attention": run_attention,
-        "memory": run_memory,
-        "models": run_models,
-        "generation": run_generation,
-    }
-    asked = [choose("what", name, [*BENCHMARKS, "all"]) for name in given["what"] or ["attention"]]
+    asked = [choose("what", name, [*RUNS, "all"]) for name in given["what"] or ["attention"]]
     choose("mode", given["mode"], [*MODES, "both"])
-    plans = {name: make_plan(name, given) for name in BENCHMARKS if name in asked or "all" in asked}
+    plans = {name: make_plan(name, given) for name in RUNS if name in asked or "all" in asked}
     if given["device"] == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that PyTorch can use, and there is none. Use --device cpu.")
     torch.set_num_threads(given["threads"])
     torch.manual_seed(0)
     first = next(iter(plans.values()))
-    results = Results((), " ".join(["hf-linattn", *sys.argv[1:]]), describe(first.device), first.to_dict())
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
+    results = Results((), " ".join(["hf-linattn", *sys.argv[1:]]), describe(first.device), asdict(first))
+    with Console(stderr=True).status("starting") as status:
         for name, plan in plans.items():
-            for rows in runs[name](plan, lambda text: progress.update(task, description=text)):
+            for rows in RUNS[name](plan, status.update):
                 results = replace(results, rows=(*results.rows, *rows))
                 if json is not None:
                     replace(results, is_complete=False).write(json)

@@ -89,7 +89,7 @@ def calibrate(
         results.append((module, calibration.result()))
     keep_in_adapters(model, lambda layer: layer in layers.values())
     for module, values in results:  # all or none
-        linear_layer(module).set_buffers(values)  # type: ignore[union-attr]
+        linear_layer(module).set_tensors(values)  # type: ignore[union-attr]
     return given
 
 

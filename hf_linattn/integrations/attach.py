@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError, ConfigError, LinAttnError, UnsupportedError
 from ..modules.base import LinearAttention
@@ -77,7 +76,7 @@ def attach(model: Any, settings: LinearAttentionSettings, built: dict[int, Linea
             setattr(layer, ATTRIBUTE, built[index])
             # Transformers initialises a model that is put into another one (EncoderDecoderModel) again, but for what
             # has this mark: statistics and trained maps would be lost. On the meta device there are no values yet.
-            mark_initialized(built[index], not any(tensor.is_meta for tensor in _tensors(built[index])))
+            mark_initialized(built[index], not any(z.is_meta for z in built[index].tensors().values()))
             set_attention_dropout(layer, 0.0)
             if built[index].supports_recurrence(settings.config, is_causal=built[index].shape.is_causal):
                 add_hook(layer)
@@ -127,19 +126,10 @@ def check_unchanged(model: Any, asked: bool | None = None) -> None:
 def convert_otherwise(config: Any, is_causal: bool) -> str:
     """How to have converted layers with the other direction."""
     if is_causal and getattr(config, "is_causal", None) is not False and get_family(config).name == "bert":
-        return (
-            "To have the other form, revert the model (`hf_linattn.revert`), save it, load it with is_decoder=True "
-            "and convert that."
-        )
-    return (
-        "To have the other form, revert the model (`hf_linattn.revert`), set config.is_causal = "
-        f"{is_causal} and convert it again."
-    )
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+        then = "save it, load it with is_decoder=True and convert that"
+    else:
+        then = f"set config.is_causal = {is_causal} and convert it again"
+    return f"To have the other form, revert the model (`hf_linattn.revert`), {then}."
 
 
 def detach(model: Any, settings: LinearAttentionSettings) -> None:

@@ -7,35 +7,35 @@ from typing import Any
 import torch
 
 from . import seams
-from .probes import probes, tiny_config
-
-
-def _is_ours(layer: Any) -> bool:
-    return getattr(layer, "memory", None) is not None
+from .expected import expects
+from .probes import tiny_config
 
 
 def _layers(cache: Any) -> str | None:
     found = [type(layer).__name__ for layer in cache.layers]
-    return None if [_is_ours(layer) for layer in cache.layers] == [True, False] else f"layers {found}"
+    return None if [hasattr(layer, "memory") for layer in cache.layers] == [True, False] else f"layers {found}"
 
 
 _MIXED = [seams.LAYER_TYPE, "full_attention"]
 
 
-@probes("dynamic cache")
-def _dynamic_cache() -> str | None:
+@expects("DynamicCache(config) to make the cache layers that config.layer_types names")
+def dynamic_cache() -> str | None:
     return _layers(seams.DynamicCache(config=tiny_config(_MIXED)))
 
 
-@probes("static cache")
-def _static_cache() -> str | None:
+@expects("StaticCache(config, max_cache_len) to make the cache layers that config.layer_types names")
+def static_cache() -> str | None:
     if not seams.has_static_layer_types():
         return None
     return _layers(seams.StaticCache(config=tiny_config(_MIXED), max_cache_len=4))
 
 
-@probes("cache layers")
-def _cache_layers() -> str | None:
+@expects(
+    "a Cache to pass update, get_seq_length, get_mask_sizes, crop, reset, reorder_cache, batch_select_indices and "
+    "batch_repeat_interleave on to its layers"
+)
+def cache_layers() -> str | None:
     cache = seams.DynamicCache(config=tiny_config(_MIXED))
     layer, keys = cache.layers[0], torch.zeros(1, 1, 3, 2)
     if cache.is_compileable or not cache.is_sliding[0]:
@@ -47,7 +47,8 @@ def _cache_layers() -> str | None:
     sizes = int(cache.get_seq_length()), cache.get_mask_sizes(3, 0)
     if sizes != (5, (3, 5)):
         return f"get_seq_length and get_mask_sizes {sizes}"
-    mask = seams.causal_mask(tiny_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, _only(cache))
+    del cache.layers[1:]
+    mask = seams.causal_mask(tiny_config(_MIXED[:1] * 2), torch.zeros(1, 3, 2), None, cache)
     if getattr(mask, "shape", None) != (1, 3) or not mask.follows:
         return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5"
     mixed = seams.DynamicCache(config=tiny_config(_MIXED))
@@ -58,11 +59,6 @@ def _cache_layers() -> str | None:
     if getattr(mask, "shape", None) != (1, 8) or mask.tokens.tolist() != padding.bool().tolist():
         return f"a mask {getattr(mask, 'shape', mask)} for 3 tokens after 5 where a layer keeps keys"
     return _passed_on(cache)
-
-
-def _only(cache: Any) -> Any:
-    del cache.layers[1:]
-    return cache
 
 
 def _passed_on(cache: Any) -> str | None:
@@ -95,8 +91,8 @@ def _passed_on(cache: Any) -> str | None:
     return None if calls == names else f"the layer told to {calls}"
 
 
-@probes("encoder-decoder cache")
-def _encoder_decoder_cache() -> str | None:
+@expects("EncoderDecoderCache to hold self_attention_cache and cross_attention_cache")
+def encoder_decoder_cache() -> str | None:
     own, other = (seams.DynamicCache(config=tiny_config()) for _ in range(2))
     cache = seams.EncoderDecoderCache(own, other)
     if not isinstance(cache, seams.Cache):

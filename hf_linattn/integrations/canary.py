@@ -1,4 +1,4 @@
-"""The canary: asks the installed Transformers, once per process, whether every seam is as `expected.py` says.
+"""The canary: asks the installed Transformers, once per process, whether every seam is as expected.
 
 Nothing here depends on the version number: a newer release is refused for what it does, not for being newer.
 """
@@ -12,10 +12,9 @@ import torch
 
 from ..errors import UnsupportedTransformersError
 from ..ops.tracing import outside_of_modes
-from . import cache_probes, family_probes  # noqa: F401  # add their probes to the others
+from . import cache_probes, family_probes, probes  # noqa: F401  # declare the seams
 from .expected import SEAMS, Seam, changed, describe
 from .families import FAMILIES, MODEL_TYPE_PREFIX
-from .probes import PROBES
 
 _lock = threading.RLock()
 # Groups of seams, and model types for which all has been asked: every call of an attention function looks here.
@@ -79,7 +78,7 @@ def _probe(seam: Seam, *args: str) -> None:
     try:
         # As in a model's first call, whatever the caller's modes are: "meta" as default device, autograd, tracing.
         with outside_of_modes(), torch.no_grad(), torch.device("cpu"):
-            found = PROBES[seam.name](*args)
+            found = seam.probe(*args)
     except UnsupportedTransformersError:
         raise
     except Exception as error:

@@ -51,15 +51,9 @@ def _require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
     return passed.clone()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Nothing is needed for the derivative."""
-
-
 _LIBRARY.impl("require", _require, "CompositeExplicitAutograd")
 _LIBRARY.impl("require", lambda passed, *_: torch.empty_like(passed), "Meta")
-torch.library.register_autograd(
-    "hf_linattn::require", lambda ctx, grad: (grad, None, None), setup_context=_keep, lib=_LIBRARY
-)
+torch.library.register_autograd("hf_linattn::require", lambda ctx, grad: (grad, None, None), lib=_LIBRARY)
 
 
 def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -17,49 +17,44 @@ from transformers import BertConfig, GPT2Config, ViTConfig
 
 from ..modules.registry import list_kinds
 from . import seams
+from .expected import expects
 from .families import layer_shape, set_attention_dropout
 from .keywords import check_keywords
-from .probes import lacks, probes
+from .probes import lacks
 
 # Name under which the attention function of the probes is registered.
 CANARY = "linattn_canary"
 
 _SIZES: dict[str, Any] = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 2}
-# Family -> module, attention class with its arguments, base model, config, inputs.
-MODULES: dict[str, tuple[str, str, dict[str, Any], str, Callable[[], Any], tuple[str, ...]]] = {
+# Family -> attention class with its arguments, base model, config.
+CLASSES: dict[str, tuple[str, dict[str, Any], str, Callable[[], Any]]] = {
     "bert": (
-        "transformers.models.bert.modeling_bert",
         "BertSelfAttention",
         {"is_causal": True, "layer_idx": 1},
         "BertModel",
         lambda: BertConfig(**_SIZES, vocab_size=2, is_decoder=True),
-        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
     ),
     "gpt2": (
-        "transformers.models.gpt2.modeling_gpt2",
         "GPT2Attention",
         {"layer_idx": 1},
         "GPT2Model",
         lambda: GPT2Config(
             n_embd=4, n_head=2, n_layer=2, bos_token_id=0, eos_token_id=0, scale_attn_by_inverse_layer_idx=True
         ),
-        ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
     ),
-    "vit": (
-        "transformers.models.vit.modeling_vit",
-        "ViTAttention",
-        {},
-        "ViTModel",
-        lambda: ViTConfig(**_SIZES),
-        ("pixel_values",),
-    ),
+    "vit": ("ViTAttention", {}, "ViTModel", lambda: ViTConfig(**_SIZES)),
 }
+_TEXT = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
-@probes("forward arguments")
-def _forward_arguments(family: str) -> str | None:
-    module, _, _, name, _, inputs = MODULES[family]
-    forward = getattr(importlib.import_module(module), name).forward
+def _class(family: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+
+
+@expects("forward of a base model to take the inputs by their names, and others", when="family")
+def forward_arguments(family: str) -> str | None:
+    name, inputs = CLASSES[family][2], ("pixel_values",) if family == "vit" else _TEXT
+    forward = _class(family, name).forward
     lacking = lacks(forward, *inputs)
     if lacking:
         return lacking
@@ -82,12 +77,15 @@ class _Updated(seams.Cache):
         return returned
 
 
-@probes("attention modules")
-def _attention_modules(family: str) -> str | None:
+@expects(
+    "a layer to update the cache, then to call the attention function with (module, query, key, value, mask, "
+    "scaling=, dropout=) and what it was passed besides",
+    when="family",
+)
+def attention_modules(family: str) -> str | None:
     """Call one attention module, without values, as a layer of a converted model is called."""
-    source, name, options, _, make_config, _ = MODULES[family]
+    name, options, _, make_config = CLASSES[family]
     config, calls = make_config(), []  # type: tuple[Any, list[Any]]
-    cls = getattr(importlib.import_module(source), name)
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         calls.append(("attention", module, query, key, value, attention_mask, kwargs))
@@ -96,7 +94,7 @@ def _attention_modules(family: str) -> str | None:
     seams.register_attention(CANARY, attention, lambda **kwargs: None)
     seams.select_attention(config, CANARY)
     with torch.device("meta"):  # no values, no random numbers drawn
-        layer = cls(config, **options).train()
+        layer = _class(family, name)(config, **options).train()
         hidden = torch.zeros(1, 3, 4)
     shape = layer_shape(layer, 1)
     if (shape.num_heads, shape.head_dim, shape.is_causal) != (2, 2, family != "vit"):
@@ -135,8 +133,12 @@ TOLERANCE = 1e-4
 _IDS = {"bert": [[0, 1, 1, 0, 1, 0], [1, 0, 1, 1, 0, 1]], "gpt2": [[3, 1, 2, 0, 5, 4], [4, 6, 2, 7, 1, 3]]}
 
 
-@probes("models")
-def _models(family: str) -> str | None:
+@expects(
+    "a model under an attention of ours to hand padding, positions and the cache to its layers, so that a row does "
+    "not depend on its padding, a token on later ones, or a continued text on the cache",
+    when="family",
+)
+def models(family: str) -> str | None:
     model = _model(family)
     if family == "vit":
         output = _output(model, pixel_values=torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8))
@@ -147,7 +149,7 @@ def _models(family: str) -> str | None:
 
 def _model(family: str) -> Any:
     """Two layers of four channels in evaluation mode, under a kind, with fixed weights (no random numbers)."""
-    source, _, _, name, make_config, _ = MODULES[family]
+    _, _, name, make_config = CLASSES[family]
     config = make_config()
     config.is_decoder = False
     if family == "gpt2":
@@ -158,7 +160,7 @@ def _model(family: str) -> Any:
     kind = "favor_plus" if "favor_plus" in list_kinds() else list_kinds()[0]
     seams.select_attention(config, kind)
     with torch.random.fork_rng(devices=[]):
-        model = getattr(importlib.import_module(source), name)(config).float().eval()
+        model = _class(family, name)(config).float().eval()
     for number, parameter in enumerate(model.parameters()):
         # Under from_pretrained nothing is initialised while a model is built.
         parameter.copy_(torch.arange(parameter.numel()).mul(2.1).add(number).sin().div(2).view_as(parameter))

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from .expected import changed, describe
 
-try:
-    from transformers import AutoConfig
+try:  # what is not used here is for the other files
+    from transformers import AutoConfig  # noqa: F401
     from transformers import initialization as init
-    from transformers.utils import CONFIG_NAME, output_capturing
+    from transformers.utils import CONFIG_NAME, output_capturing  # noqa: F401
 except ImportError as error:
     raise changed("names", describe(error)) from error
-
-__all__ = ["CONFIG_NAME", "AutoConfig"]
 
 
 def set_model_class(model: Any, cls: type) -> None:
@@ -49,13 +47,11 @@ def writes_files(model: Any, is_main_process: bool) -> bool:
 # In config.json: the weight file to load, relative to the folder, instead of those with the usual names.
 WEIGHTS_POINTER = "transformers_weights"
 
-LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")
-
 
 def loading_info(info: Any) -> tuple[set[str], set[str], list[str]]:
     """Names of missing, unexpected and mismatched tensors in what `output_loading_info=True` returns."""
     try:
-        missing, unexpected, mismatched = (info[name] for name in LOADING_INFO)
+        missing, unexpected, mismatched = (info[f"{name}_keys"] for name in ("missing", "unexpected", "mismatched"))
         return set(missing), set(unexpected), sorted(str(entry[0]) for entry in mismatched)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise changed("loading", describe(error)) from error

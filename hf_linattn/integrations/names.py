@@ -8,7 +8,6 @@ only in its modules, so these are looked at, once: when a model whose config has
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,13 +19,8 @@ from .canary import check_seams
 from .families import is_converted
 from .model_seams import MAKERS
 from .patterns import in_config
-from .seams import PreTrainedModel, attempt, attention_of, parts_of_config, select_attention, softmax_name_of
+from .seams import PreTrainedModel, attention_of, callers, parts_of_config, select_attention, softmax_name_of
 from .users import Part, parts_of
-
-
-def watch_names() -> None:
-    """Have the names that models are given checked. Repeatable."""
-    attempt(_watch_models)
 
 
 def check_built(model: Any) -> None:
@@ -96,7 +90,7 @@ def set_and_check(switch: Any, model: Any, name: Any, *args: Any, **kwargs: Any)
 def natively(model: Any, kind: str | None) -> str:
     """What can be had without conversion in a model, as a sentence; `kind`: the one that was asked for."""
     parts = parts_of(model)
-    instead = f"use attn_implementation={_softmax_name(model)!r}"
+    instead = f"use attn_implementation={softmax_name_of(*model.modules())!r}"
     why = _hindrance(parts)
     if why is not None:
         return f"No linear attention kind works in it without conversion either: {why}; {instead}."
@@ -151,17 +145,16 @@ def _names_in(name: Any) -> Iterable[str]:
 
 def _check(model: Any, kind: str, told: list[Part]) -> None:
     """Raise if one of the parts that were told to use a kind does not ask for its function."""
-    title, asking = type(model).__name__, [part for part in told if part.asking]
     ignoring = next((part for part in told if part.alone and not _asks_within(part, told)), None)
-    instead = _softmax_name(model)
-    if ignoring is None and asking:
+    if ignoring is None and any(part.asking for part in told):
         return
     check_seams()  # a release in which models ask in another way is told as such
+    instead = softmax_name_of(*model.modules())
     if ignoring is None:
         raise UnsupportedError(
-            f"{title} has no attention layer that asks Transformers' AttentionInterface for its function, so"
-            f" attn_implementation={kind!r} would change nothing. Load it without attn_implementation, or with"
-            f" {instead!r}."
+            f"{type(model).__name__} has no attention layer that asks Transformers' AttentionInterface for its"
+            f" function, so attn_implementation={kind!r} would change nothing. Load it without attn_implementation, or"
+            f" with {instead!r}."
         )
     own = type(ignoring.alone[0]).__name__
     able = _able(model, kind, told)
@@ -174,10 +167,6 @@ def _check(model: Any, kind: str, told: list[Part]) -> None:
         f"{ignoring.owner} computes softmax attention itself ({own}) instead of asking Transformers'"
         f" AttentionInterface, so attn_implementation={kind!r} would be ignored there. {advice}"
     )
-
-
-def _softmax_name(model: Any) -> str:
-    return softmax_name_of(*(module for module in model.modules() if isinstance(module, PreTrainedModel)))
 
 
 def _asks_within(part: Part, parts: list[Part]) -> bool:
@@ -201,7 +190,7 @@ def _able(model: Any, kind: str, told: list[Part]) -> dict[str, str]:
 
 
 # -- where Transformers is given a name with the model at hand: methods of all models, for want of a hook -----------
-def _watch_models() -> None:
+def watch_names() -> None:
     """Look at every new model when its modules are complete, and before `set_attn_implementation`. Repeatable."""
     post_init, set_attention = PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation
     if hasattr(post_init, _WATCHED):
@@ -247,13 +236,11 @@ _WATCHED = "_watched_by_hf_linattn"
 
 def _is_part(model: Any) -> bool:
     """Whether a model is made by the constructor of another one, which will be looked at as a whole."""
-    frame = sys._getframe(2)
-    while frame is not None:
+    for frame in callers():
         if frame.f_globals.get("__name__", "").startswith(f"{__package__}.canary"):
             return False  # a model that is tried out while another one is made
         if frame.f_code.co_name == "__init__":
             owner = frame.f_locals.get("self")
             if isinstance(owner, PreTrainedModel) and owner is not model:
                 return True
-        frame = frame.f_back  # type: ignore[assignment]
     return False

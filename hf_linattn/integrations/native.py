@@ -73,24 +73,23 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
 
 def _check_supported(kind: AttentionKind, config: Any, *, is_causal: bool, cross: bool) -> None:
     """Raise for a sort of layer that the kind cannot serve, whatever its settings."""
+    title = f"{kind.title} ({kind.name!r})"
     if is_causal and not kind.supports_causal:
-        raise UnsupportedError(
-            f"{kind.title} ({kind.name!r}) has no causal form: a token would see later ones. "
-            f"{instead(config, is_causal=True)}"
-        )
+        others = instead(config, is_causal=True)
+        raise UnsupportedError(f"{title} has no causal form: a token would see later ones. {others}")
     if not kind.native:
         raise UnsupportedError(
-            f"{kind.title} ({kind.name!r}) has parameters, which only a converted model can keep."
-            f" {convert_first(config)} {instead(config, is_causal=is_causal, cross=cross)}"
+            f"{title} has parameters, which only a converted model can keep. {convert_first(config)}"
+            f" {instead(config, is_causal=is_causal, cross=cross)}"
         )
     if is_causal and not kind.native_causal:
         raise UnsupportedError(
-            f"{kind.title} ({kind.name!r}) in a causal model works with statistics of other data, which only a"
+            f"{title} in a causal model works with statistics of other data, which only a"
             f" converted model can keep. {converting(config, kind.name)}{instead(config, is_causal=True)}"
         )
     if cross and not kind.supports_cross:
         raise UnsupportedError(
-            f"{kind.title} ({kind.name!r}) needs queries and keys of the same sequence and cannot do cross-attention. "
+            f"{title} needs queries and keys of the same sequence and cannot do cross-attention. "
             f"{instead(config, is_causal=False, cross=True)}"
         )
 

@@ -70,18 +70,16 @@ def _observe(
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[None]:
     """Put the attention implementation and train mode of every part of a model back after the block."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    parts = [module for module in modules if isinstance(module, PreTrainedModel)]
-    configs = [config for part in parts for config in parts_of_config(part.config)]
-    implementations = [attention_of(config) for config in configs]
+    training = [(module, module.training) for module in model.modules()]
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    attention = [(config, attention_of(config)) for whole in configs for config in parts_of_config(whole)]
     try:
         yield
     finally:
-        for config, implementation in zip(configs, implementations, strict=True):
+        for config, implementation in attention:
             select_attention(config, implementation, parts=False)
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
+        for module, is_training in training:
+            module.training = is_training
 
 
 def kind_of(model: PreTrainedModel) -> str:

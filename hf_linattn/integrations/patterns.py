@@ -40,7 +40,8 @@ def refusal(mask_function: Callable[..., Any] | None, config: Any, local_size: i
         shown = ", ".join(dict.fromkeys(names)) or getattr(mask_function, "__qualname__", str(mask_function))
         return f"{plain}This model or input adds one of its own to it ({shown}). Use {softmax}."
     where = _where(overlay, config, local_size)
-    return f"{plain}{_title(config)} uses {_OVERLAYS[overlay]}{where}. {_switch_off(overlay, config)}{softmax}."
+    title = "This model" if config is None else f"A model of type {stock_type(config)!r}"
+    return f"{plain}{title} uses {_OVERLAYS[overlay]}{where}. {_switch_off(overlay, config)}{softmax}."
 
 
 def _read(config: Any, name: str) -> Any:
@@ -57,10 +58,6 @@ def _takes_none(config: Any, name: str) -> bool:
     except Exception:  # of huggingface_hub, which validates
         return False
     return True
-
-
-def _title(config: Any) -> str:
-    return "This model" if config is None else f"A model of type {stock_type(config)!r}"
 
 
 def _makers(function: Any) -> Iterator[str]:

@@ -2,13 +2,12 @@
 
 Where it can, a probe uses the thing on a few numbers (a cache of two layers, a mask of three tokens; in
 `family_probes.py` an attention module of four channels) instead of comparing names: what is renamed without
-consequences passes, what does something else does not.
+consequences passes, what does something else does not. They are asked in the order in which they stand.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,21 +18,9 @@ from transformers import GPT2Config
 from ..errors import UnsupportedError
 from ..modules.registry import list_kinds
 from . import model_seams, seams
+from .expected import expects
 from .families import FAMILIES, MODEL_TYPE_PREFIX
 from .users import asks_interface
-
-# Seam -> the function that tries it out: None, or what it found. Those of families are given one.
-PROBES: dict[str, Callable[..., str | None]] = {}
-
-
-def probes(name: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
-    """Declare a function as the one that tries out a seam."""
-
-    def declare(function: Callable[..., str | None]) -> Callable[..., str | None]:
-        PROBES[name] = function
-        return function
-
-    return declare
 
 
 def lacks(function: Any, *names: str) -> str | None:
@@ -59,9 +46,22 @@ def _empty_model() -> Any:
         return transformers.GPT2Model(tiny_config(n_positions=2))
 
 
+@expects("_attn_implementation of a config to be stored as _attn_implementation_internal")
+def config() -> str | None:
+    config = tiny_config()
+    if config.__dict__.get(seams.STORED_ATTENTION) != list_kinds()[0]:
+        return f"no {seams.STORED_ATTENTION} in {sorted(name for name in config.__dict__ if 'attn' in name)}"
+    given = tiny_config(attn_implementation="eager").to_dict()
+    if "attn_implementation" in given:
+        return "attn_implementation in a saved config"
+    wanted = ("get_text_config", "output_attentions", "num_hidden_layers", "validate_layer_type", "get_config_dict")
+    missing = [name for name in wanted if not hasattr(config, name)]
+    return f"no {missing}" if missing else None
+
+
 # -- attention and masks --------------------------------------------------------------------------------------------
-@probes("attention functions")
-def _attention_functions() -> str | None:
+@expects("ALL_ATTENTION_FUNCTIONS.get_interface to give what AttentionInterface registered")
+def attention_functions() -> str | None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for kind in list_kinds():
@@ -71,8 +71,11 @@ def _attention_functions() -> str | None:
     return None
 
 
-@probes("mask functions")
-def _mask_functions() -> str | None:
+@expects(
+    "create_causal_mask and create_bidirectional_mask(config, inputs_embeds, attention_mask, cache) to call the "
+    "registered mask function with the plain pattern, and to return its mask unchanged"
+)
+def mask_functions() -> str | None:
     from transformers.masking_utils import create_bidirectional_mask
 
     config, embeds = tiny_config(), torch.zeros(1, 3, 2)
@@ -91,14 +94,14 @@ def _mask_functions() -> str | None:
     return None
 
 
-@probes("tracing")
-def _tracing() -> str | None:
+@expects("is_tracing(tensor) to say whether values can be read")
+def tracing() -> str | None:
     answers = seams.is_tracing(), seams.is_tracing(None), seams.is_tracing(torch.zeros(1))
     return None if all(isinstance(answer, bool) for answer in answers) else f"{answers}"
 
 
-@probes("softmax attention")
-def _softmax_attention() -> str | None:
+@expects("sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal)")
+def softmax_attention() -> str | None:
     lacking = lacks(seams.sdpa_attention_forward, "dropout", "scaling", "is_causal")
     if lacking:
         return lacking
@@ -114,16 +117,16 @@ def _softmax_attention() -> str | None:
     return None if got == ([1.0, 1.0], [1.0, 2.0]) else f"{got} of the values 1 and 3"
 
 
-@probes("masks of generate")
-def _masks_of_generate() -> str | None:
+@expects("create_masks_for_generate(config, inputs_embeds, attention_mask, cache)")
+def masks_of_generate() -> str | None:
     from transformers.masking_utils import create_masks_for_generate
 
     return lacks(create_masks_for_generate, "config", "inputs_embeds", "attention_mask")
 
 
 # -- models ---------------------------------------------------------------------------------------------------------
-@probes("recorded outputs")
-def _recorded_outputs() -> str | None:
+@expects("_CAN_RECORD_REGISTRY to hold by class what a model records")
+def recorded_outputs() -> str | None:
     class Recording:
         _can_record_outputs: Any = None
 
@@ -135,8 +138,51 @@ def _recorded_outputs() -> str | None:
     return None if found is recorded else f"{found!r}"
 
 
-@probes("initialisation")
-def _initialisation() -> str | None:
+@expects(
+    "set_attn_implementation, get_correct_attn_implementation, post_init and base_model of a model, and the attention "
+    "that was set to stay"
+)
+def model_methods() -> str | None:
+    wanted = ("set_attn_implementation", "get_correct_attn_implementation", "post_init", "base_model", "__call__")
+    missing = [name for name in wanted if not hasattr(seams.PreTrainedModel, name)]
+    if missing:
+        return f"no {missing}"
+    model = _empty_model()
+    for kind in list_kinds():
+        model.set_attn_implementation(kind)
+        if seams.attention_of(model.config) != kind:
+            return f"{seams.attention_of(model.config)!r} after set_attn_implementation({kind!r})"
+    return None
+
+
+@expects(
+    "the constructor of a model to call post_init, a name to be given by set_attn_implementation, and attention "
+    "modules to find their function in ALL_ATTENTION_FUNCTIONS"
+)
+def names_given_to_models() -> str | None:
+    class Deaf(seams.PreTrainedModel):
+        config_class = GPT2Config
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.post_init()
+
+    kind = list_kinds()[0]
+    stock = tiny_config()
+    seams.select_attention(stock, "eager")
+    for give in (lambda: Deaf(tiny_config()), lambda: Deaf(stock).set_attn_implementation(kind)):
+        try:
+            give()
+        except UnsupportedError:
+            continue
+        return f"a model without attention layers that takes the name {kind!r}"
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    return None if asks_interface(GPT2Attention) else "GPT2Attention, which does not"
+
+
+@expects("_init_weights(module) of a model, and initialization.copy_ to spare loaded tensors")
+def initialisation() -> str | None:
     class Target:
         """Counts what is written to it; a tensor would have to be read."""
 
@@ -166,66 +212,14 @@ def _initialisation() -> str | None:
     return lacks(seams.PreTrainedModel._init_weights, "module")
 
 
-@probes("config")
-def _config_fields() -> str | None:
-    config = tiny_config()
-    if config.__dict__.get(seams.STORED_ATTENTION) != list_kinds()[0]:
-        return f"no {seams.STORED_ATTENTION} in {sorted(name for name in config.__dict__ if 'attn' in name)}"
-    given = tiny_config(attn_implementation="eager").to_dict()
-    if "attn_implementation" in given:
-        return "attn_implementation in a saved config"
-    wanted = ("get_text_config", "output_attentions", "num_hidden_layers", "validate_layer_type", "get_config_dict")
-    missing = [name for name in wanted if not hasattr(config, name)]
-    return f"no {missing}" if missing else None
+@expects("save_pretrained(is_main_process, state_dict, max_shard_size, variant, save_original_format)")
+def saving() -> str | None:
+    names = "is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"
+    return lacks(seams.PreTrainedModel.save_pretrained, *names)
 
 
-@probes("model methods")
-def _model_methods() -> str | None:
-    wanted = ("set_attn_implementation", "get_correct_attn_implementation", "post_init", "base_model", "__call__")
-    missing = [name for name in wanted if not hasattr(seams.PreTrainedModel, name)]
-    if missing:
-        return f"no {missing}"
-    model = _empty_model()
-    for kind in list_kinds():
-        model.set_attn_implementation(kind)
-        if seams.attention_of(model.config) != kind:
-            return f"{seams.attention_of(model.config)!r} after set_attn_implementation({kind!r})"
-    return None
-
-
-@probes("names given to models")
-def _names_given() -> str | None:
-    class Deaf(seams.PreTrainedModel):
-        config_class = GPT2Config
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.post_init()
-
-    kind = list_kinds()[0]
-    stock = tiny_config()
-    seams.select_attention(stock, "eager")
-    for give in (lambda: Deaf(tiny_config()), lambda: Deaf(stock).set_attn_implementation(kind)):
-        try:
-            give()
-        except UnsupportedError:
-            continue
-        return f"a model without attention layers that takes the name {kind!r}"
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-
-    return None if asks_interface(GPT2Attention) else "GPT2Attention, which does not"
-
-
-@probes("saving")
-def _saving() -> str | None:
-    return lacks(
-        seams.PreTrainedModel.save_pretrained,
-        *("is_main_process", "state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format"),
-    )
-
-
-@probes("auto classes")
-def _auto_classes() -> str | None:
+@expects("AutoConfig.register and register of the Auto model classes to fill their tables")
+def auto_classes() -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -237,8 +231,8 @@ def _auto_classes() -> str | None:
     return None
 
 
-@probes("preprocessing")
-def _preprocessing() -> str | None:
+@expects("TOKENIZER_MAPPING and IMAGE_PROCESSOR_MAPPING to find a class by _reverse_config_mapping")
+def preprocessing() -> str | None:
     for mapping in model_seams.preprocessing_tables():
         found = mapping._reverse_config_mapping
         if found["BertConfig"] != "bert" or found["LinAttnBertConfig"] != "bert":
@@ -247,8 +241,8 @@ def _preprocessing() -> str | None:
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
-@probes("trainer events")
-def _trainer_events() -> str | None:
+@expects("TrainerCallback.on_train_begin and on_step_end with state.global_step", when="trainer")
+def trainer_events() -> str | None:
     callback, state = transformers.TrainerCallback, transformers.TrainerState()
     missing = [name for name in ("on_train_begin", "on_step_end") if not hasattr(callback, name)]
     if missing or not isinstance(state.global_step, int):

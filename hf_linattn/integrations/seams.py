@@ -3,8 +3,8 @@
 Transformers promises little of what a plugin needs: keyword arguments are renamed, private tables move, a signature
 grows. So private names, names that differ between releases and functions whose arguments matter are used here and
 nowhere else (in `model_seams.py` those of making, saving and loading models, in `families.py` those inside the three
-architectures; `tests/integrations/test_room.py` reads the source). `expected.py` says in words what each has to do;
-`canary.py` has the probes try them out once.
+architectures; a test reads the source). Probes (`probes.py` and others) say in words what each has to do and try it
+out, once, when `canary.py` asks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,15 +28,15 @@ LAYER_TYPE = "linattn"
 ARGUMENT = "linattn_cache"
 
 
-try:
-    from transformers import (
+try:  # what is not used here is for the other files
+    from transformers import (  # noqa: F401
         AttentionInterface,
         AttentionMaskInterface,
         PreTrainedConfig,
         PreTrainedModel,
         cache_utils,
     )
-    from transformers.cache_utils import (
+    from transformers.cache_utils import (  # noqa: F401
         Cache,
         CacheLayerMixin,
         DynamicCache,
@@ -45,32 +46,15 @@ try:
         StaticLayer,
     )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import (
+    from transformers.masking_utils import (  # noqa: F401
         bidirectional_mask_function,
         causal_mask_function,
         create_causal_mask,
     )
     from transformers.utils import generic
-    from transformers.utils.import_utils import is_tracing
+    from transformers.utils.import_utils import is_tracing  # noqa: F401
 except ImportError as error:
     raise changed("names", describe(error)) from error
-
-__all__ = [
-    "ARGUMENT",
-    "LAYER_TYPE",
-    "Cache",
-    "CacheLayerMixin",
-    "DynamicCache",
-    "DynamicLayer",
-    "EncoderDecoderCache",
-    "PreTrainedConfig",
-    "PreTrainedModel",
-    "StaticCache",
-    "StaticLayer",
-    "bidirectional_mask_function",
-    "causal_mask_function",
-    "is_tracing",
-]
 
 
 def attempt(register: Callable[..., None], *args: Any) -> None:
@@ -144,9 +128,9 @@ def softmax_name(config: Any) -> str:
     return "sdpa" if not models or any(model._supports_sdpa for model in models) else "eager"
 
 
-def softmax_name_of(*models: Any) -> str:
-    """The name of softmax attention for models, or classes of models, at once."""
-    return "sdpa" if all(model._supports_sdpa for model in models) else "eager"
+def softmax_name_of(*modules: Any) -> str:
+    """The name of softmax attention for all models among modules and classes of them."""
+    return "sdpa" if all(getattr(module, "_supports_sdpa", True) for module in modules) else "eager"
 
 
 # Where a config keeps it; a composite config writes there without the property.
@@ -162,20 +146,13 @@ def causal_mask(
 
 
 def softmax_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None,
-    is_causal: bool,
-    dropout: float = 0.0,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """What `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`."""
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal
-    )
+    """What `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`.
+
+    Options are `dropout`, `scaling` and `is_causal`.
+    """
+    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     return output
 
 
@@ -191,10 +168,7 @@ def default_scaling(module: nn.Module, head_dim: int) -> float:
 # -- caches ---------------------------------------------------------------------------------------------------------
 def find_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The `Cache` among the arguments of a call, whatever its place or name; `None` if there is none."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache):
-            return value
-    return None
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def cache_argument(model: Any) -> str:
@@ -209,8 +183,8 @@ def cache_argument(model: Any) -> str:
 
 def register_cache_layers(dynamic: type, static: type) -> None:
     """Name our cache layers for `LAYER_TYPE`. Up to 5.13 static caches keep keys and values for every type."""
-    names = ("DYNAMIC_LAYER_TYPE_MAPPING", dynamic), ("LAYER_TYPE_CACHE_MAPPING", dynamic)
-    for name, layer in (*names, ("STATIC_LAYER_TYPE_MAPPING", static)):
+    tables = {"DYNAMIC_LAYER_TYPE_MAPPING": dynamic, "LAYER_TYPE_CACHE_MAPPING": dynamic}
+    for name, layer in {**tables, "STATIC_LAYER_TYPE_MAPPING": static}.items():
         if hasattr(cache_utils, name):
             getattr(cache_utils, name)[LAYER_TYPE] = layer
 
@@ -220,27 +194,29 @@ def has_static_layer_types() -> bool:
     return hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING") or not hasattr(cache_utils, "LAYER_TYPE_CACHE_MAPPING")
 
 
-def calling_layer(attribute: str) -> nn.Module | None:
-    """The module with an attribute in whose forward we are; `None` if there is none. Reads the stack: for errors."""
-    frame = sys._getframe(1)
+def callers() -> Iterator[FrameType]:
+    """The calls around the caller, innermost first: for errors, and for what nothing else tells."""
+    frame = sys._getframe(2)  # not its own, which would then hold itself
     while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def calling_layer(attribute: str) -> nn.Module | None:
+    """The module in whose forward we are if it has an attribute, else `None`."""
+    for frame in callers():
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             return owner if getattr(owner, attribute, None) is not None else None
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
 def calling_cache() -> Any:
-    """The `Cache` that the attention module in whose forward we are was given. Reads the stack: for errors."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        for value in frame.f_locals.values():
-            if isinstance(value, Cache):
-                return value
-        if isinstance(frame.f_locals.get("self"), PreTrainedModel):
-            return None
-        frame = frame.f_back  # type: ignore[assignment]
+    """The `Cache` that the attention module in whose forward we are was given; `None` if there is none."""
+    for frame in callers():
+        cache = find_cache((), frame.f_locals)
+        if cache is not None or isinstance(frame.f_locals.get("self"), PreTrainedModel):
+            return cache
     return None
 
 

@@ -51,9 +51,13 @@ def product(left, right, DTYPE: tl.constexpr, PRECISION: tl.constexpr = EXACT):
 
 
 @triton.jit
-def load_tile(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `start .. start + ROWS` of a matrix of `limit` rows of `WIDTH`, as `[ROWS, PADDED]`; 0 outside of it."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+def load_tile(
+    base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, first_column=0
+):
+    """Rows `start .. start + ROWS` and columns `first_column .. first_column + PADDED` of a matrix of `limit` rows of
+    `WIDTH`, as `[ROWS, PADDED]`; 0 outside of it.
+    """
+    row, column = tl.arange(0, ROWS), first_column + tl.arange(0, PADDED)
     address = base + ((start + row).to(tl.int64) * stride)[:, None] + column[None, :]
     inside = (start + row < limit)[:, None]
     if WIDTH == PADDED:
@@ -62,11 +66,14 @@ def load_tile(base, start, stride, limit, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def store_tile(base, start, stride, limit, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, PADDED)
+def store_tile(
+    base, start, stride, limit, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, first_column=0
+):
+    """The inverse of `load_tile`, rounded to the nearest."""
+    row, column = tl.arange(0, ROWS), first_column + tl.arange(0, PADDED)
     address = base + ((start + row).to(tl.int64) * stride)[:, None] + column[None, :]
     inside = (start + row < limit)[:, None] & (column < WIDTH)[None, :]
-    tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
+    tl.store(address, narrow(tile, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

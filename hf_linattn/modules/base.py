@@ -248,16 +248,16 @@ class LinearAttention(nn.Module, Generic[C]):
         )
 
     @torch.no_grad()
-    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
-        """Overwrite some buffers in place, as after a calibration. Raises `InputError` for one that does not fit."""
+    def set_tensors(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite some tensors in place, as after a calibration. Raises `InputError` for one that does not fit."""
+        own = self.tensors()
         for name, value in values.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != value.shape:
+            if name not in own or own[name].shape != value.shape:
                 raise InputError(
-                    f"{type(self).__name__} has no buffer {name!r} of shape {tuple(value.shape)}; it has"
-                    f" { {k: tuple(v.shape) for k, v in self._buffers.items() if v is not None} }."
+                    f"{type(self).__name__} has no tensor {name!r} of shape {tuple(value.shape)}; it has"
+                    f" { {name: tuple(tensor.shape) for name, tensor in own.items()} }."
                 )
-            buffer.copy_(value)
+            own[name].copy_(value)
         self.invalidate()
 
     def invalidate(self) -> None:

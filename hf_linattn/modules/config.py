@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 from ..errors import ConfigError, LinAttnError, UnknownFieldError, did_you_mean
 from ..ops.inputs import LARGEST_COUNT, LARGEST_FACTOR
@@ -98,7 +98,6 @@ class AttentionConfig:
     """
 
     kind: ClassVar[str] = ""
-    _own_doc: ClassVar[str] = ""
     # `to_dict` as text, of each object: at hand where a graph keeps the settings (`modules/recorded.py`). Not a field.
     as_json: ClassVar[str] = ""
 
@@ -108,31 +107,12 @@ class AttentionConfig:
     slot_dropout: float = number(0.0, "a number with 0 <= slot_dropout < 1", 1, below=True)
     seed: int = count(0, minimum=0, maximum=2**63 - 1)
 
-    # -- settings that only some kinds have: what it means not to have them -------------------------------------------
-    @property
-    def num_heavy_keys(self) -> int:
-        """Keys of the row that every query sees exactly."""
-        return 0
-
-    @property
-    def redraw_interval(self) -> int | None:
-        """Training steps after which random directions are drawn anew; `None` for never."""
-        return None
-
-    @property
-    def sample_noise(self) -> bool | None:
-        """Whether training draws new samples in every forward pass."""
-        return False
-
-    @property
-    def proposal_map(self) -> str | None:
-        """Learned map of what slots are made of; "none" for none."""
-        return "none"
-
-    @property
-    def conventions(self) -> str:
-        """Where the published code departs from its own mathematics: "corrected", or "published" as it is."""
-        return CONVENTIONS[0]
+    # Settings that only some kinds have, as what it means not to have them: not fields.
+    num_heavy_keys = 0  # keys of the row that every query sees exactly
+    redraw_interval = cast("int | None", None)  # training steps after which directions are drawn anew
+    sample_noise = cast("bool | None", False)  # whether training draws new samples in every forward pass
+    proposal_map = cast("str | None", "none")  # learned map of what slots are made of
+    conventions = CONVENTIONS[0]  # what counts where the published code departs from its own mathematics
 
     @property
     def is_random(self) -> bool:
@@ -142,13 +122,11 @@ class AttentionConfig:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
         super().__init_subclass__(**kwargs)
-        own = cls.__dict__.get("__doc__") or ""
-        bases = [base for base in cls.__mro__[1:] if issubclass(base, AttentionConfig)]
-        inherited = [base._own_doc.partition("Args:\n")[2].rstrip() for base in bases]
-        cls._own_doc = own
-        shared = "\n".join(text for text in inherited if text)
+        docs = [base.__doc__ or "" for base in cls.__mro__ if issubclass(base, AttentionConfig)]
+        own, *inherited = [doc.partition("\n\n    Shared settings:\n")[0].rstrip() for doc in docs]
+        shared = "\n".join(args for doc in inherited if (args := doc.partition("Args:\n")[2]))
         if own and shared:
-            cls.__doc__ = f"{own.rstrip()}\n\n    Shared settings:\n{shared}\n    "
+            cls.__doc__ = f"{own}\n\n    Shared settings:\n{shared}\n    "
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         allowed = [f.name for f in dataclasses.fields(cls)]
@@ -213,6 +191,3 @@ class AttentionConfig:
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""
         return self.replace(**{k: v for k, v in defaults.items() if getattr(self, k, 0) is None})
-
-
-AttentionConfig._own_doc = AttentionConfig.__doc__ or ""

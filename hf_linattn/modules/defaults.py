@@ -14,22 +14,14 @@ from .config import AttentionConfig
 
 C = TypeVar("C", bound=AttentionConfig)
 
-# Families beyond the three that can be converted share the defaults of the closest one.
-DEFAULT_GROUPS = {
-    "bert": "encoder",
-    "gpt2": "decoder",
-    "vit": "vision",
-    "encoder": "encoder",
-    "decoder": "decoder",
-    "vision": "vision",
-}
-
 _SHARED: dict[str, dict[str, Any]] = {
     "encoder": {"window_size": 32, "num_global_tokens": 0},
     "decoder": {"window_size": 32, "num_global_tokens": 0},
     # In 2-D the window is the side of a square of patches: 4 x 4 = 16 of them.
     "vision": {"window_size": 4, "num_global_tokens": 1},
 }
+# Families beyond the three that can be converted share the defaults of the closest one.
+DEFAULT_GROUPS = {"bert": "encoder", "gpt2": "decoder", "vit": "vision", **{group: group for group in _SHARED}}
 
 
 def resolve(config: C, family: str, *, num_global_tokens: int | None = None) -> C:

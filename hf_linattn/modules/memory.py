@@ -8,7 +8,6 @@ a cache), and while recording until `crop` (assisted decoding takes tokens back)
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +18,7 @@ from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import PendingTokens, added, fingerprint
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
 from .base import AttentionInputs, LinearAttention
-from .config import AttentionConfig
-from .contract import LayerShape
+from .memory_reader import FirstReader, check_piece
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
 CROPPABLE_TOKENS = 256
@@ -44,9 +42,7 @@ class RecurrentMemory:
         self._pending: PendingTokens | None = None
         self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
         self._seen = 0
-        # Of the layer that has read the first tokens; and its revision then.
-        self._settings: tuple[AttentionConfig, LayerShape] | None = None
-        self._revision: tuple[weakref.ref[LinearAttention], int] | None = None
+        self._reader: FirstReader | None = None
         self._recurrence: Recurrence[Any] | None = None
         self._made_from: Any = None  # what `_recurrence` is of
         self._stream: torch.cuda.Stream | None = None  # on which `to` has copied last, perhaps not done yet
@@ -54,12 +50,13 @@ class RecurrentMemory:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do without what follows from the layer."""
         self._arrive()
-        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_revision": None, "_stream": None}
+        reader = self._reader and self._reader.without_layer()
+        return {**self.__dict__, "_recurrence": None, "_made_from": None, "_reader": reader, "_stream": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecurrentMemory:
         twin = type(self)(static_tokens=self.static_tokens)
         twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        twin._revision = self._revision
+        twin._reader = self._reader
         return twin
 
     # -- reading and taking in --------------------------------------------------------------------------------------
@@ -73,10 +70,9 @@ class RecurrentMemory:
         """
         self._check(layer, inputs)
         self._arrive()
-        is_first = self._settings is None
+        is_first = self._reader is None
         if is_first:
-            self._settings = (layer.config, layer.shape)
-            self._revision = (weakref.ref(layer), layer.revision)
+            self._reader = FirstReader.of(layer)
         learns = torch.is_grad_enabled() and _requires_grad(layer, inputs)
         if is_first and learns and not self.is_recording and self.static_tokens is None:
             return self._first_in_training(layer, inputs)
@@ -161,32 +157,14 @@ class RecurrentMemory:
         return self._recurrence
 
     def _check(self, layer: LinearAttention, inputs: AttentionInputs) -> None:
-        query, key = inputs.query, inputs.key
-        if not layer.shape.is_causal:
-            raise UnsupportedError(
-                "Only a causal layer can read a sequence piece by piece; this one sees later tokens."
-            )
-        if query.shape[:3] != key.shape[:3]:
-            raise InputError(
-                "A layer with a memory takes queries and keys of the same, new tokens; got"
-                f" {tuple(query.shape)} and {tuple(key.shape)}."
-            )
-        if self._settings is None:
+        check_piece(layer, inputs)
+        if self._reader is None:
             return
-        if self._settings != (layer.config, layer.shape):
-            found = _difference(self._settings, (layer.config, layer.shape))
-            raise InputError(f"This memory belongs to another layer: {found}. Start with a new cache.")
-        known = self._revision
-        if known is not None and known[0]() is layer and known[1] != layer.revision:
+        self._reader.check(layer)
+        if inputs.key.shape[0] != self.batch:
             raise InputError(
-                f"The directions or statistics of layer {layer.shape.layer_idx} have changed (a redraw, a calibration,"
-                " other weights) since it read the first tokens, and what it remembers of them was made with the old"
-                " ones. Start with a new cache."
-            )
-        if key.shape[0] != self.batch:
-            raise InputError(
-                f"This memory holds {self.batch} sequences; got a batch of {key.shape[0]}. Start with a new cache, or"
-                " use its batch_repeat_interleave or batch_select_indices."
+                f"This memory holds {self.batch} sequences; got a batch of {inputs.key.shape[0]}. Start with a new"
+                " cache, or use its batch_repeat_interleave or batch_select_indices."
             )
 
     # -- bookkeeping of padding -------------------------------------------------------------------------------------
@@ -287,8 +265,8 @@ class RecurrentMemory:
             return
         self._arrive()
         # The tensors stay where they are: a captured graph may know them.
-        near = self.state.near
-        self._store(self._recurrence.start(near.key, near.value, static_tokens=self.static_tokens))
+        window = self.state.window
+        self._store(self._recurrence.start(window.key, window.value, static_tokens=self.static_tokens))
         self._pending = None
 
     # -- storage ----------------------------------------------------------------------------------------------------
@@ -354,12 +332,3 @@ def _current_stream(device: torch.device | str, tensor: Tensor | None) -> torch.
 def _requires_grad(layer: LinearAttention, inputs: AttentionInputs) -> bool:
     tensors = (inputs.query, inputs.key, inputs.value, *layer.tensors().values())
     return any([tensor.requires_grad for tensor in tensors])
-
-
-def _difference(own: tuple[AttentionConfig, LayerShape], other: tuple[AttentionConfig, LayerShape]) -> str:
-    """What tells the layer that filled a memory from the one that it is given to: (settings, shape) of each."""
-    if own[0].kind != other[0].kind:
-        return f"filled by {own[0].kind!r}, given to {other[0].kind!r}"
-    filled, given = ({**settings.to_dict(), **vars(shape)} for settings, shape in (own, other))
-    names = [f"{name}={filled[name]!r} and {name}={given[name]!r}" for name in filled if filled[name] != given[name]]
-    return "filled with and given to " + ", ".join(names)

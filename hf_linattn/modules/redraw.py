@@ -65,19 +65,16 @@ class RedrawnAttention(LinearAttention[C]):
         return True
 
     def in_training(self, output: Tensor) -> Tensor:
-        self._warn_if_never_told()
-        return super().in_training(output)
-
-    def _warn_if_never_told(self) -> None:
-        """Warn once if the layer is trained for longer than its interval and nobody has told it a step."""
+        """Warns once if the layer is trained for longer than its interval and nobody has told it a step."""
         interval = self.config.redraw_interval
-        if interval is None or self._drawn is not None or torch.compiler.is_compiling():
-            return
-        self._untold_passes += 1
-        if self._untold_passes == interval + 1:
-            warnings.warn(
-                f"redraw_interval={interval}, but after {interval} training forward passes no layer has been told a"
-                " step, so its directions stay the same. Add hf_linattn.training.LinAttnCallback() to the Trainer's"
-                " callbacks, or call hf_linattn.training.redraw_projections(model, step) after every optimizer step.",
-                stacklevel=2,
-            )
+        if interval is not None and self._drawn is None and not torch.compiler.is_compiling():
+            self._untold_passes += 1
+            if self._untold_passes == interval + 1:
+                warnings.warn(
+                    f"redraw_interval={interval}, but after {interval} training forward passes no layer has been told"
+                    " a step, so its directions stay the same. Add hf_linattn.training.LinAttnCallback() to the"
+                    " Trainer's callbacks, or call hf_linattn.training.redraw_projections(model, step) after every"
+                    " optimizer step.",
+                    stacklevel=2,
+                )
+        return super().in_training(output)

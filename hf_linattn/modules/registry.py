@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, did_you_mean
 from .config import AttentionConfig
-from .defaults import resolve
 
 if TYPE_CHECKING:
     from .base import LinearAttention
 
-BUILTIN_KINDS = {
-    "favor_plus": "hf_linattn.modules.kinds.favor_plus",
-    "favor_sharp": "hf_linattn.modules.kinds.favor_sharp",
-    "lara": "hf_linattn.modules.kinds.lara",
-    "eva": "hf_linattn.modules.kinds.eva",
-}
+# Each in the file of its name in `modules/kinds`.
+BUILTIN_KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def get_kind(name: str) -> AttentionKind:
             f"The name of an attention kind must be a string; got {name!r}; registered kinds: {list_kinds()}."
         )
     if name not in _KINDS and name in BUILTIN_KINDS:
-        importlib.import_module(BUILTIN_KINDS[name])
+        importlib.import_module(f"{__package__}.kinds.{name}")
     if name not in _KINDS:
         kinds = list_kinds()
         raise ConfigError(f"Unknown attention kind {name!r}; registered kinds: {kinds}.{did_you_mean(name, kinds)}")
@@ -140,8 +135,3 @@ def config_from_dict(values: Mapping[str, Any]) -> AttentionConfig:
             f"The settings of an attention kind need the key 'kind' (one of {list_kinds()}); got {dict(values)!r}."
         )
     return get_kind(values["kind"]).config_cls.from_dict(values)
-
-
-def default_config(name: str, family: str) -> AttentionConfig:
-    """The settings a kind has in a model family when the user says nothing."""
-    return resolve(get_kind(name).config_cls(), family)

@@ -26,6 +26,7 @@ from .inputs import checked_attention, factor_of, prepare_tokens
 from .recurrent.slots import SlotRecurrence
 from .slot_attention import SlotOptions, exact_attention
 from .slot_weights import LinearSlotWeights
+from .softmax import causal_visibility, mask_logits
 
 NORMALIZERS = ("slots", "kernel")
 
@@ -119,51 +120,51 @@ def learned_attention(
 
 
 @torch.no_grad()
-def started_from(
-    feature_map: LearnedFeatureMap,
+def learning_start(
     query: Tensor,
     key: Tensor,
-    key_mask: Tensor | None,
-    options: SlotOptions,
+    feature_map: LearnedFeatureMap,
     *,
-    scaling: float,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool = False,
+    window_size: int = 0,
+    overlap_window: bool = False,
+    num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-) -> LearnedFeatureMap:
-    """The maps with shifts and offset in closed form from data: where training starts.
+) -> dict[str, Tensor]:
+    """Where training starts, in closed form: values of `query_shift`, `key_shift` and `far_offset`.
 
-    The shifts become the means of scaled queries and keys; the offset makes the mean log-mass of the slots that of the
-    keys outside of the window, exactly.
+    The shifts are the means of scaled queries and keys. With the offset the mean log-mass of the slots, over queries,
+    is that of the keys that they stand for.
 
     Args:
-        query, key: `[batch, heads, tokens, head_dim]`. key_mask: `[batch, tokens]`.
+        query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_attention`.
     Cost: O(tokens^2) time and memory: for a batch of a few sequences.
     """
     query, key = query.float(), key.float()
-    tokens = prepare_tokens(query, key, key, key_mask, scaling, options.is_causal, num_global_tokens, grid)
-    valid = (
-        torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(tokens.key.dtype)
-    )
-    count = valid.sum()
-    means = [(z * valid).sum((0, 2)) / count for z in (tokens.query, tokens.key)]
-    feature_map = replace(
-        feature_map, query_shift=means[0], key_shift=means[1], far_offset=torch.zeros_like(feature_map.far_offset)
-    )
-    exact = exact_attention(tokens, options)
+    tokens = prepare_tokens(query, key, key, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    real = torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(key.dtype)
+    query_shift, key_shift = ((z * real).sum((0, 2)) / real.sum() for z in (tokens.query, tokens.key))
+    start = {"query_shift": query_shift, "key_shift": key_shift, "far_offset": torch.zeros_like(query_shift[:, 0])}
+    exact = exact_attention(tokens, SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys))
     if exact.windows is None and exact.heavy is None:
-        return feature_map  # it would cancel
-    with_slots = exact.with_slots(feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)).lse
-    logits = tokens.query @ tokens.key.transpose(-1, -2)
-    hidden = valid.transpose(-1, -2) == 0
-    if options.is_causal:
-        hidden = hidden | torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1)
-    everything = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
-    nothing = replace(feature_map, far_offset=torch.full_like(feature_map.far_offset, float("-inf")))
-    near = exact.with_slots(nothing.query_weights(tokens.query), nothing.key_weights(tokens.key)).lse
-    far, slots = (mass + torch.log1p(-(near - mass).exp()) for mass in (everything, with_slots))
-    seen = (far > float("-inf")) & (slots > float("-inf")) & (valid.squeeze(-1) > 0)
-    off = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
-    return replace(feature_map, far_offset=off)
+        return start  # beside nothing else the mass of the slots has no effect
+
+    def mass(offset: float) -> Tensor:
+        """Log-mass of exact keys and slots together."""
+        maps = replace(feature_map, **{**start, "far_offset": start["far_offset"] + offset})
+        return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
+
+    logits = mask_logits(tokens.query @ tokens.key.mT, real.mT > 0)
+    if is_causal:
+        logits = mask_logits(logits, causal_visibility(*logits.shape[-2:], logits.device))
+    near = mass(float("-inf"))
+    far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
+    seen = far.isfinite() & slots.isfinite() & (real.squeeze(-1) > 0)
+    start["far_offset"] = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
+    return start
 
 
 def learned_recurrence(

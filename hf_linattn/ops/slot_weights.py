@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
-from ..kernels.block_slots import BlockReach, inter_block_attention
+from ..kernels.block_slots import BlockReach, block_slot_attention
 from ..kernels.causal_slots import causal_slot_attention
 from ..kernels.slot_inputs import SlotInputs
 from .dense_slots import between_halves, own_token, states_around
@@ -191,7 +191,7 @@ class LinearSlotWeights(SlotWeights):
         assert isinstance(key, LinearSlotWeights)
         if self.pair_bias is not None or dropout:
             return super().inter_block(key, value, reach, dropout)
-        return inter_block_attention(self.slot_inputs(key, value), reach)
+        return block_slot_attention(self.slot_inputs(key, value), reach)
 
     def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropout: float) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)

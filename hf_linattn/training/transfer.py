@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,9 @@ def transfer_attention(
     with only(model, parameters):
         model.eval()
         for step, batch in enumerate(_repeated(batches, steps, progress)):
-            loss = transfer_loss(model, model, batch, starts=step == 0)
+            if step == 0:
+                start(model, batch)
+            loss = transfer_loss(model, model, batch)
             loss.total.backward()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
@@ -114,10 +116,12 @@ class AttentionTransferTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        starts = model.training and self.state.global_step == 0 and not self._has_started
-        self._has_started |= model.training
         inner = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer")
-        loss = transfer_loss(model, inner, inputs, starts=starts)
+        if model.training and not self._has_started:
+            if self.state.global_step == 0:  # a resumed run has started already
+                start(inner, inputs)
+            self._has_started = True
+        loss = transfer_loss(model, inner, inputs)
         return (loss.total, {"errors": loss.per_layer}) if return_outputs else loss.total
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,37 +157,71 @@ def learned_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return found
 
 
-def transfer_loss(
-    model: nn.Module, inner: PreTrainedModel, batch: Mapping[str, Any], *, starts: bool = False
-) -> TransferLoss:
+def transfer_loss(model: nn.Module, inner: PreTrainedModel, batch: Mapping[str, Any]) -> TransferLoss:
     """The error of every converted layer on one batch.
 
     Args:
         model: Which is called: `inner` itself, or what wraps it (DDP).
-        starts: Set what has a closed form from this batch first.
-    Raises: InputError for a batch without a real token, or whose rows all fit into the window.
+    Raises: InputError for a batch without a real token.
     """
-    layers, found = _layers(inner), []
+    found: list[Tensor] = []
+
+    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> None:
+        found.append(_relative_error(linear_output(module, call), target, call.key_mask))
+
+    _run(model, inner, batch, on_layer)
+    per_layer = torch.stack(found)
+    return TransferLoss(per_layer.mean(), per_layer)
+
+
+@torch.no_grad()
+def start(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Set what has a closed form from one batch: shifts and offsets of learned maps. The same on all processes.
+
+    Raises: InputError for a batch whose rows all fit into the window, or without a real token.
+    """
+    found: list[tuple[LinearAttention[Any], dict[str, Tensor], Tensor]] = []
+
+    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> None:
+        error = _relative_error(linear_output(module, call), target, call.key_mask)
+        inputs = AttentionInputs(
+            call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
+        )
+        found.append((layer, layer.learning_start(inputs), error))
+
+    _run(model, model, batch, on_layer)
+    if all(bool(error < EXACT) for _, _, error in found):
+        raise InputError(
+            "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
+            " them. Pass longer inputs, or convert with a smaller window_size."
+        )
+    for layer, values, _ in found:
+        if dist.is_available() and dist.is_initialized():
+            for value in values.values():
+                dist.all_reduce(value)
+                value /= dist.get_world_size()
+        layer.set_tensors(values)
+
+
+def _run(
+    model: nn.Module,
+    inner: PreTrainedModel,
+    batch: Mapping[str, Any],
+    on_layer: Callable[[LinearAttention[Any], nn.Module, Call, Tensor], None],
+) -> None:
+    """Run a model on softmax attention, and tell what its converted layers are called with and should give."""
+    layers = _layers(inner)
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
         with torch.no_grad():
             target = softmax_output(module, call)
         if module in layers:
-            if starts:
-                _start(layers[module], call)
-            found.append(_relative_error(linear_output(module, call), target, call.key_mask))
+            on_layer(layers[module], module, call, target)
         return target
 
     inputs, _ = prepare_inputs(inner, batch)
     with observed_attention(inner, on_call):
         model(**inputs)
-    per_layer = torch.stack(found)
-    if starts and bool((per_layer.detach() < EXACT).all()):
-        raise InputError(
-            "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
-            " them. Pass longer inputs, or convert with a smaller window_size."
-        )
-    return TransferLoss(per_layer.mean(), per_layer)
 
 
 def _relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -196,20 +234,6 @@ def _relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> 
     mean = (target * real).sum((0, 1), keepdim=True) / count
     error, spread = ((target - z).square() * real for z in (output, mean))
     return (error.sum((0, 1, 3)) / spread.sum((0, 1, 3)).clamp_min(torch.finfo(torch.float32).tiny)).mean()
-
-
-@torch.no_grad()
-def _start(layer: LinearAttention[Any], call: Call) -> None:
-    """Values in closed form, the same on all processes."""
-    inputs = AttentionInputs(
-        call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
-    )
-    tensors = layer.tensors()
-    for name, value in layer.learning_start(inputs).items():
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(value)
-            value = value / dist.get_world_size()
-        tensors[name].copy_(value)
 
 
 def _layers(model: PreTrainedModel) -> dict[nn.Module, LinearAttention[Any]]:

@@ -15,7 +15,7 @@ from hf_linattn.bench.workload import DTYPES, Workload, make_inputs
 from hf_linattn.functional import use_backend
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.attention_state import AttentionState
-from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.slot_inputs import SlotInputs
@@ -104,7 +104,7 @@ def case(name: str, device: str, dim: int, small: bool) -> Case:
         inputs = tokens_and_value(*lead, units, length) | maps
         reach = BlockReach(1, 0, is_causal)
         return Case(
-            name, lambda *z: inter_block_attention(SlotInputs(*z), reach), {name: inputs[name] for name in order}
+            name, lambda *z: block_slot_attention(SlotInputs(*z), reach), {name: inputs[name] for name in order}
         )
     if name.startswith("window_chunks"):
         start = torch.arange(units, device=device)

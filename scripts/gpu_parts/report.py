@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_linattn.bench.report import LEGEND, grids, markdown_table, title
-from hf_linattn.bench.results import Results, Row, reasons
+from hf_linattn.bench.report import LEGEND, markdown_panels, markdown_table
+from hf_linattn.bench.results import Row
 
 Content = dict[str, Any]
 
@@ -50,10 +50,7 @@ def _findings(part: Content) -> list[str]:
     rows = [Row.from_dict(f["row"]) for f in findings if "row" in f]
     if rows:
         made.append(LEGEND if part["name"] == "attention" else "")
-        for panel, members in Results(tuple(rows)).panels().items():
-            made.append(f"### {title(panel).capitalize()}")
-            made += [markdown_table(table) for table in grids(members)]
-            made += [f"Not measured: {'; '.join(missing)}." for missing in [reasons(members)] if missing]
+        made += markdown_panels(rows, "###")
     for key, header, line in (
         ("kernel", ["kernel", "head_dim", "float32", "bfloat16", "float16"], None),
         ("compiled", ["what", "attention", "eager", "compiled", "difference or same tokens", "failure"], _compiled),

@@ -123,7 +123,7 @@ def other_lengths(context: Context) -> Iterator[Finding]:
 def models(context: Context) -> Iterator[Finding]:
     """Training step and forward pass of BERT-base, GPT-2 and ViT-base sizes, converted."""
     plan = _plan(context, lengths=(512, 4096), options=FEW, seconds=0.08, models=("bert", "gpt2", "vit"))
-    plan = replace(plan, forms=("converted",), layers=1 if context.is_rehearsal else None)
+    plan = replace(plan, layers=1 if context.is_rehearsal else None)
     plan = replace(plan, windows=(16,) if context.is_rehearsal else (32,))
     for mode in reversed(MODES):
         for rows in run_models(replace(plan, modes=(mode,))):

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,7 +54,6 @@ def counted() -> Iterator[list[str]]:
 def exact(kind: str) -> Iterator[None]:
     """The kind's mathematics replaced by softmax: for cross-attention, which has no window and so no exact limit."""
     cls = get_kind(kind).module_cls
-    original = cls.__dict__["compute"]
 
     def compute(config: Any, state: Any, given: Any, *args: Any, **kwargs: Any) -> Tensor:
         logits = given.query @ given.key.transpose(-1, -2) * given.scaling
@@ -65,11 +65,8 @@ def exact(kind: str) -> Iterator[None]:
             logits = logits.masked_fill(~seen, -torch.inf)
         return logits.softmax(-1).nan_to_num() @ given.value
 
-    cls.compute = staticmethod(compute)
-    try:
+    with mock.patch.object(cls, "compute", staticmethod(compute)):
         yield
-    finally:
-        cls.compute = original
 
 
 def settings(kind: str, window: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hf_linattn.bench.kinds import KindOptions, kind_contender
 from hf_linattn.bench.models import MODELS, run_models
 from hf_linattn.bench.peers import peer_contenders
 from hf_linattn.bench.plan import Plan
-from hf_linattn.bench.workload import Unavailable, Workload, check_output, make_inputs, make_step
+from hf_linattn.bench.workload import Unavailable, Workload, make_inputs, make_step
 from hf_linattn.errors import ConfigError
 from hf_linattn.modules.registry import list_kinds
 from hf_linattn.ops.favor.attention import favor_attention
@@ -101,12 +101,6 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         peer("performer-pytorch").build(SMALL)
 
 
-@pytest.mark.parametrize("output", [torch.full((2, 65, 2, 16), torch.nan), torch.zeros(2, 65, 2, 15)])
-def test_a_wrong_output_is_no_result(output: torch.Tensor) -> None:
-    with pytest.raises(Unavailable, match="not finite|wrong output shape"):
-        check_output(output, SMALL)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,19 +137,10 @@ def test_softmax_stops_where_told() -> None:
 def test_whole_models(name: str) -> None:
     plan = Plan((36,), ("favor_plus", "lara"), seconds=1e-3, options=OPTIONS, modes=("forward+backward",))
     (rows,) = run_models(replace(plan, models=(name,), layers=1))
-    assert [row.name for row in rows] == [
-        "sdpa",
-        "favor_plus, native",
-        "favor_plus, converted",
-        "lara, native",
-        "lara, converted",
-    ]
+    assert [row.name for row in rows] == ["sdpa", "favor_plus, converted", "lara, converted"]
     for row in rows:
-        if name == "gpt2" and row.name == "lara, native":
-            assert "calibrated" in row.reason
-        else:
-            assert row.tokens_per_second > 0, row
-            assert row.ratio > 0
+        assert row.tokens_per_second > 0, row
+        assert row.ratio > 0
     assert rows[0].work.tokens == (37 if name == "vit" else 36)
 
 

@@ -9,15 +9,18 @@ import pytest
 import torch
 from caches import given_cache
 from torch import nn
+from torch.utils.benchmark import Measurement
+from torch.utils.benchmark.utils.common import TaskSpec
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_linattn import FavorPlusConfig
 from hf_linattn.bench import generation, report
-from hf_linattn.bench.generation import fill, fill_at_random, held_bytes, run_generation
+from hf_linattn.bench.generation import GenerationRun, fill, fill_at_random, held_bytes, run_generation
 from hf_linattn.bench.kinds import KindOptions
 from hf_linattn.bench.models import converted
 from hf_linattn.bench.plan import Plan
 from hf_linattn.bench.results import Results, Row, with_ratios
+from hf_linattn.bench.timing import ROUNDS, SLOW_ROUNDS
 from hf_linattn.bench.workload import Workload
 from hf_linattn.errors import ConfigError
 from hf_linattn.modules.registry import list_kinds
@@ -43,8 +46,8 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class State:
-    far: tuple[torch.Tensor, ...]
-    near: dict[str, torch.Tensor | None]
+    slots: tuple[torch.Tensor, ...]
+    window: dict[str, torch.Tensor | None]
 
 
 class Layer:
@@ -54,8 +57,10 @@ class Layer:
 
 def test_bytes_are_found_wherever_they_are_held_and_count_once() -> None:
     whole = torch.zeros(10, 4)
-    state = State(far=(torch.zeros(3), torch.zeros(5, dtype=torch.float64)), near={"key": whole[:2], "value": None})
-    layer = Layer(state=state, again=[whole[5:], state.far[0]], seen=7, kind=Layer, module=nn.Linear(50, 50))
+    state = State(
+        slots=(torch.zeros(3), torch.zeros(5, dtype=torch.float64)), window={"key": whole[:2], "value": None}
+    )
+    layer = Layer(state=state, again=[whole[5:], state.slots[0]], seen=7, kind=Layer, module=nn.Linear(50, 50))
     layer.itself = layer
     wanted = 12 + 40 + 160  # a view holds all of its storage
     assert held_bytes(layer) == wanted
@@ -100,15 +105,15 @@ def test_every_kind_at_every_length(rows: list[Row]) -> None:
     names = {"sdpa", *(f"{kind}, window 8" for kind in KINDS), "eva, window 8, at most 4 chunks"}
     assert {(row.name, row.work.tokens) for row in rows} == {(name, n) for name in names for n in LENGTHS}
     for row in rows:
-        assert row.mean
-        assert row.minimum <= row.mean
-        assert row.samples >= generation.MIN_ROUNDS
-        assert row.tokens_per_second == 1 / row.mean
+        assert row.median
+        assert row.minimum <= row.median
+        assert row.samples >= SLOW_ROUNDS
+        assert row.tokens_per_second == 1 / row.median
         assert row.settings is None or row.settings["window_size"] == WINDOW
         assert row.work.is_causal
         assert (row.settings or {}).get("max_chunks") == (4 if "at most" in row.name else None)
         softmax = next(r for r in rows if r.group == "softmax" and r.work.tokens == row.work.tokens)
-        assert row.ratio == pytest.approx(softmax.mean / row.mean)
+        assert row.ratio == pytest.approx(softmax.median / row.median)
 
 
 def test_the_size_of_the_cache_is_the_largest_in_a_window(rows: list[Row]) -> None:
@@ -118,49 +123,40 @@ def test_the_size_of_the_cache_is_the_largest_in_a_window(rows: list[Row]) -> No
             assert row.state == 2 * (row.work.tokens + WINDOW) * 16 * 4
 
 
-def test_rounds_go_through_all_lengths_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row has the median of its rounds' means."""
-    calls: list[tuple[str, int]] = []
+def test_a_row_has_the_median_of_the_means_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is two windows of steps behind the whole context; all rows of a length take turns."""
+    calls: list[str] = []
 
-    def mean_seconds(case: Any, ids: Any) -> float:
-        calls.append((case.row.group, case.row.work.tokens))
-        assert case.steps == 2 * WINDOW
-        assert case.cache.get_seq_length() == case.row.work.tokens
-        return 2.0 if len(calls) > 4 else 900.0
+    def time_steps(run: GenerationRun, seconds: float) -> Measurement:
+        calls.append("linear" if run.model.config.model_type == "linattn_gpt2" else "softmax")
+        assert run.steps == run.ids.shape[1] == 2 * WINDOW
+        assert run.cache.get_seq_length() == 24
+        return Measurement(run.steps, [run.steps * float(len(calls))], TaskSpec("", ""))
 
-    monkeypatch.setattr(generation, "_mean_seconds", mean_seconds)
-    found = [row for part in run_generation(tiny_plan(kinds=("favor_plus",))) for row in part]
-    round = [(group, tokens) for group in ("softmax", "linear") for tokens in LENGTHS]
-    assert calls[:12] == [*round, *round[::-1], *round]
-    assert {(row.mean, row.minimum) for row in found} == {(2.0, 2.0)}
+    monkeypatch.setattr(generation, "_time_steps", time_steps)
+    (rows,) = run_generation(tiny_plan(kinds=("favor_plus",), lengths=(24,), seconds=1e3))
+    assert calls == ["softmax", "linear"] * ROUNDS
+    assert [(row.group, row.median, row.minimum) for row in rows] == [("softmax", 5.0, 1.0), ("linear", 6.0, 2.0)]
 
 
+@torch.inference_mode()
 def test_a_step_leaves_the_filled_cache_alone() -> None:
     ids, model = torch.randint(40, (1, 40)), gpt2()
-    case = generation._Case(Row("generation", "ours", "linear", Workload(24)), model, steps=16)
-    with torch.inference_mode():
-        generation._fill(case, ids, 8, tiny_plan(lengths=(24,)))
-        assert generation._mean_seconds(case, ids) > 0
-    assert case.cache.get_seq_length() == 24
+    run = GenerationRun(model, fill(model, ids[:, :24], 8), ids[:, 24:], steps=16)
+    assert generation._time_steps(run, 1.0).mean > 0
+    assert run.most_bytes(16) == 2 * 40 * 16 * 4
+    assert run.cache.get_seq_length() == 24
 
 
-def test_a_slow_row_takes_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        generation, "_mean_seconds", lambda case, ids: (5.0 if case.row.group == "softmax" else 0.1) / case.steps
-    )
-    rows = [row for part in run_generation(tiny_plan(kinds=("favor_plus",), seconds=1.0)) for row in part]
-    assert {(row.group, row.samples) for row in rows} == {("softmax", 3), ("linear", 10)}
-
-
-@pytest.mark.parametrize("where", ["fill", "_mean_seconds"])
+@pytest.mark.parametrize("where", ["fill", "_time_steps"])
 def test_what_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     original = getattr(generation, where)
 
-    def failing(case_or_model: Any, ids: torch.Tensor, *rest: Any) -> Any:
-        tokens = ids.shape[1] if where == "fill" else case_or_model.row.work.tokens
-        if tokens == LENGTHS[1] and (where == "fill" or case_or_model.row.group == "linear"):
+    def failing(given: Any, *rest: Any) -> Any:
+        tokens = rest[0].shape[1] if where == "fill" else given.cache.get_seq_length()
+        if tokens == LENGTHS[1]:
             raise RuntimeError("no room")
-        return original(case_or_model, ids, *rest)
+        return original(given, *rest)
 
     monkeypatch.setattr(generation, where, failing)
     plan = tiny_plan(kinds=("favor_plus",), max_softmax_length=LENGTHS[0])
@@ -188,17 +184,17 @@ def test_a_checkpoint(tmp_path: Any) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def results() -> Results:
-    """Softmax slows down with the context and its cache grows; ours does neither. Medians are not what counts."""
+    """Softmax slows down with the context and its cache grows; ours does neither."""
     made: list[Row] = []
-    for tokens in (1024, 65536):
-        blank = Row("generation", "sdpa", "softmax", Workload(tokens, is_causal=True), "gpt2 (4 layers)", median=1e-9)
+    for tokens in (4096, 65536):
+        blank = Row("generation", "sdpa", "softmax", Workload(tokens, is_causal=True), "gpt2 (4 layers)")
         made += with_ratios(
             [
-                replace(blank, mean=tokens * 1e-6, state=tokens * 2048),
+                replace(blank, median=tokens * 1e-6, state=tokens * 2048),
                 replace(
-                    blank, name="favor_plus", group="linear", mean=2e-3 if tokens == 1024 else 2.2e-3, state=2**18
+                    blank, name="favor_plus", group="linear", median=2e-3 if tokens == 4096 else 2.2e-3, state=2**18
                 ),
-                replace(blank, name="eva", group="linear", median=None, reason="out of memory"),
+                replace(blank, name="eva", group="linear", reason="out of memory"),
             ]
         )
     return Results(tuple(made), "hf-linattn bench generation", {}, {})
@@ -207,11 +203,10 @@ def results() -> Results:
 def test_tables_of_decoding(results: Results) -> None:
     text = report.markdown(results)
     assert "## Generation, gpt2 (4 layers), float32" in text
-    assert "| sdpa | 977 (1.0x) | 15.3 (1.0x) | 64.00 |" in text
-    assert "| favor_plus | 500 (0.51x) | 455 (30x) | 1.10 |" in text
-    assert "| sdpa | 2.00 MiB | 128 MiB | 64.00 |" in text
-    assert "| favor_plus | 256 KiB (12.50%) | 256 KiB (0.20%) | 1.00 |" in text
+    assert "| sdpa | 244 (1.0x) | 15.3 (1.0x) | 1.00 |" in text
+    assert "| favor_plus | 500 (2.0x) | 455 (30x) | 0.03 |" in text
+    assert "| sdpa | 8.00 MiB | 128 MiB | 1.00 |" in text
+    assert "| favor_plus | 256 KiB | 256 KiB | 0.00 |" in text
     assert "Not measured: eva: out of memory." in text
     assert len(report.terminal_tables(results)) == 2
-    assert results.rows[0].cost == results.rows[0].mean
     assert results.rows[2].tokens_per_second is None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from hf_linattn.bench.timing import Failure, explain, time_in_turns
+from hf_linattn.bench.timing import Failure, explain, time_calls, time_in_turns
 from hf_linattn.bench.workload import Unavailable
 
 
@@ -33,7 +34,7 @@ class Clock:
 def test_every_round_times_everything() -> None:
     clock = Clock()
     calls = {"slow": clock.call("slow", 0.5), "fast": clock.call("fast", 0.01)}
-    found = time_in_turns(calls, seconds=4.0, clock=clock)
+    found = time_in_turns(calls, seconds=4.0, measure=partial(time_calls, clock=clock))
     assert list(found) == ["slow", "fast"]
     assert found["slow"].median == pytest.approx(0.5)
     assert found["fast"].median == pytest.approx(0.01)
@@ -44,7 +45,7 @@ def test_every_round_times_everything() -> None:
 
 def test_slow_calls_are_timed_in_two_rounds() -> None:
     clock = Clock()
-    found = time_in_turns({"slow": clock.call("slow", 100.0)}, seconds=1.0, clock=clock)
+    found = time_in_turns({"slow": clock.call("slow", 100.0)}, seconds=1.0, measure=partial(time_calls, clock=clock))
     assert len(found["slow"].times) == 2
     assert len(clock.log) <= 5
 
@@ -53,7 +54,7 @@ def test_slow_calls_are_timed_in_two_rounds() -> None:
 def test_a_failure_is_a_result(fails_at: int) -> None:
     clock = Clock()
     calls = {"bad": clock.call("bad", 0.1, fails_at), "good": clock.call("good", 0.1)}
-    found = time_in_turns(calls, seconds=1.0, clock=clock)
+    found = time_in_turns(calls, seconds=1.0, measure=partial(time_calls, clock=clock))
     assert found["bad"] == Failure("RuntimeError: broken")
     assert found["good"].median == pytest.approx(0.1)
     assert time_in_turns({}, seconds=1.0) == {}

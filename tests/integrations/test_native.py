@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import pytest
@@ -68,10 +67,8 @@ def test_native_equals_converted_before_training(kind: str, case: ModelCase) -> 
     assert largest(logits(ours, **inputs) - logits(native(case, kind), **inputs)) < 1e-4
 
 
-def test_causal_favor_sharp_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hf_linattn.modules.kinds.favor_sharp as module
-
-    monkeypatch.setattr(module, "_checked_statistics", weakref.WeakValueDictionary())
+def test_causal_favor_sharp_warns_once() -> None:
+    hf_linattn.integrations.native._settings.cache_clear()
     model = GPT2.build()
     model.set_attn_implementation("favor_sharp")
     with pytest.warns(UserWarning, match="behaves like FAVOR\\+"):

@@ -12,21 +12,9 @@ import torch
 import transformers
 from caches import cache_keyword, cache_of, given_cache
 from cases import BERT, GPT2, converted, gpt2_config, native
-from mutations import (
-    KIND,
-    MUTATIONS,
-    Change,
-    Patch,
-    Use,
-    converting,
-    dropped,
-    generating,
-    loading_stock,
-    native_call,
-    renamed,
-    replaced,
-    token_ids,
-)
+from mutations import MUTATIONS
+from release_changes import KIND, Change, Patch, dropped, renamed, replaced
+from release_uses import Use, converting, generating, loading_stock, native_call, token_ids
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -42,7 +30,6 @@ from hf_linattn.errors import InputError, UnsupportedTransformersError
 from hf_linattn.integrations import canary, seams
 from hf_linattn.integrations.expected import SEAMS, TESTED_RELEASES
 from hf_linattn.integrations.masks import linattn_mask
-from hf_linattn.integrations.probes import PROBES
 from hf_linattn.training import LinAttnCallback
 
 
@@ -73,7 +60,7 @@ CASES = [
 
 def test_every_seam_has_a_mutation() -> None:
     assert set(MUTATIONS) == set(SEAMS)
-    assert set(PROBES) == {seam.name for seam in SEAMS.values() if seam.when != "use"}
+    assert all((seam.probe is None) == (seam.when == "use") for seam in SEAMS.values())
 
 
 @pytest.mark.parametrize(("name", "change", "use"), CASES)

@@ -31,7 +31,7 @@ from hf_linattn.functional import (
 )
 from hf_linattn.kernels import operators
 from hf_linattn.kernels.attend import attend
-from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
@@ -196,7 +196,7 @@ def _attend() -> tuple[Callable[..., Any], list[Tensor]]:
 
 def _blocks() -> tuple[Callable[..., Any], list[Tensor]]:
     shapes = [(1, 1, 3, 4, 4), (1, 5, 4), (1, 5), (1, 1, 3, 4, 4), (1, 1, 3, 4), (1, 5, 4), (1, 5), (1, 1, 3, 4, 4)]
-    return lambda *z: inter_block_attention(SlotInputs(*z), BlockReach()), [
+    return lambda *z: block_slot_attention(SlotInputs(*z), BlockReach()), [
         tokens(*shape, seed=i) for i, shape in enumerate(shapes)
     ]
 

@@ -10,7 +10,7 @@ from references import INF, assert_no_worse, assert_same, cotangents, dense_bloc
 from torch import Tensor
 
 from hf_linattn.kernels.attend import torch_kernel as portable_attend
-from hf_linattn.kernels.block_slots import BlockReach, inter_block, inter_block_attention
+from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention, inter_block
 from hf_linattn.kernels.block_slots import torch_kernel as portable_scan
 from hf_linattn.kernels.operators import use_backend
 from hf_linattn.kernels.slot_inputs import SlotInputs
@@ -62,7 +62,7 @@ def make(
 
 
 def ours(reach: BlockReach) -> Any:
-    return lambda *tensors: inter_block_attention(SlotInputs(*tensors), reach)
+    return lambda *tensors: block_slot_attention(SlotInputs(*tensors), reach)
 
 
 def dense(reach: BlockReach) -> Any:
@@ -89,13 +89,13 @@ def test_results_and_gradients(
 def test_reach_says_what_is_read() -> None:
     reach = BlockReach(1, 0, True)
     inputs = make(reach, 3)
-    output, mass = inter_block_attention(SlotInputs(*inputs), reach)
+    output, mass = block_slot_attention(SlotInputs(*inputs), reach)
     assert (mass[:, :, 0] == -INF).all()
     assert (output[:, :, 0] == 0).all()
     assert (mass[:, :, 1:] > -INF).all()
     changed = [z.clone() for z in inputs]
     changed[VALUE][:, :, 1] += 1.0
-    moved = (inter_block_attention(SlotInputs(*changed), reach).output != output).flatten(3).any(-1)
+    moved = (block_slot_attention(SlotInputs(*changed), reach).output != output).flatten(3).any(-1)
     assert moved[0, 0].tolist() == [False, False, True]
 
 
@@ -150,7 +150,7 @@ def test_gradients_of_queries_that_read_nothing(reach: BlockReach) -> None:
     inputs = make(reach)
     inputs[KEY_BIAS][0, 0, :4] = -INF
     leaves = [z.requires_grad_() for z in inputs]
-    result = inter_block_attention(SlotInputs(*leaves), reach)
+    result = block_slot_attention(SlotInputs(*leaves), reach)
     grads = cotangents(*result)
     expected = torch.autograd.grad(tuple(result), leaves, grads, retain_graph=True)
     grads[1][result.lse == -INF] = float("nan")
@@ -191,7 +191,7 @@ def test_gradients_one_at_a_time(needed: int, reach: BlockReach) -> None:
     inputs = make(reach)
     every = differentiated(ours(reach), inputs)[2 + needed]
     inputs[needed].requires_grad_()
-    result = inter_block_attention(SlotInputs(*inputs), reach)
+    result = block_slot_attention(SlotInputs(*inputs), reach)
     (alone,) = torch.autograd.grad(tuple(result), inputs[needed], cotangents(*result))
     assert torch.equal(alone, every)
 
@@ -199,7 +199,7 @@ def test_gradients_one_at_a_time(needed: int, reach: BlockReach) -> None:
 @every_reach
 def test_a_second_backward_pass_gives_the_same(reach: BlockReach) -> None:
     inputs = [z.requires_grad_() for z in make(reach)]
-    result = inter_block_attention(SlotInputs(*inputs), reach)
+    result = block_slot_attention(SlotInputs(*inputs), reach)
     grads = cotangents(*result)
     first = torch.autograd.grad(tuple(result), inputs, grads, retain_graph=True)
     assert all(map(torch.equal, torch.autograd.grad(tuple(result), inputs, grads), first))
@@ -210,7 +210,7 @@ def test_strides_change_nothing() -> None:
 
     def turned(*tensors: Tensor) -> Any:
         moved = SlotInputs(*(z.transpose(0, -1).contiguous().transpose(0, -1) for z in tensors))
-        return inter_block_attention(moved, BlockReach())
+        return block_slot_attention(moved, BlockReach())
 
     assert_same(differentiated(turned, inputs), differentiated(ours(BlockReach()), inputs), 1e-13)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_linattn.errors import UnsupportedError
 from hf_linattn.kernels.attend import attend
-from hf_linattn.kernels.block_slots import BlockReach, inter_block_attention
+from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
@@ -24,7 +24,7 @@ def _attend(*tensors: Tensor) -> Any:
 
 
 def _blocks(*tensors: Tensor) -> Any:
-    return inter_block_attention(_one_row(*tensors), BlockReach(is_causal=True))
+    return block_slot_attention(_one_row(*tensors), BlockReach(is_causal=True))
 
 
 def _causal(*tensors: Tensor) -> Any:

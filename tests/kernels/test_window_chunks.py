@@ -12,7 +12,7 @@ from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.kernels.operators import use_backend
 from hf_linattn.kernels.window_chunks import torch_kernel as portable
 from hf_linattn.kernels.window_chunks import window_chunk_attention
-from hf_linattn.kernels.window_chunks.inputs import WindowChunkInputs
+from hf_linattn.kernels.window_chunks.torch_kernel import WindowChunkInputs
 
 INF = float("inf")
 NAMES = ("output", "mass", "query", "key", "value", "chunk key", "chunk bias", "chunk value")

@@ -51,7 +51,7 @@ def build(name: str) -> LinearAttention:
     if calibration is not None:
         parts = (torch.randn(4, HEADS, 100, DIM, generator=generator).double() for _ in range(3))
         calibration.update(AttentionInputs(*parts, None, scaling=SCALING, is_causal=True))
-        layer.set_buffers(calibration.result())
+        layer.set_tensors(calibration.result())
     for buffer in list(layer._buffers):
         layer._buffers[buffer] = layer._buffers[buffer].double()  # type: ignore[union-attr]
     with torch.no_grad():

@@ -13,7 +13,7 @@ from hf_linattn.errors import ConfigError, LinAttnError, UnknownFieldError
 from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.modules.defaults import DEFAULT_GROUPS, resolve
-from hf_linattn.modules.registry import BUILTIN_KINDS, config_from_dict, default_config, get_kind, list_kinds
+from hf_linattn.modules.registry import BUILTIN_KINDS, config_from_dict, get_kind, list_kinds
 
 ABSURD: list[Any] = [2**20 + 1, 2**40, 2**63, 2**64, 10**400]  # beyond what a tensor, or an int64, may hold
 NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan, math.inf, -(2**70), *ABSURD]
@@ -178,7 +178,7 @@ def test_settings_are_frozen_named_and_hashable(kind: str) -> None:
 @pytest.mark.parametrize("kind", list_kinds())
 @pytest.mark.parametrize("family", sorted(DEFAULT_GROUPS))
 def test_dictionary_form_round_trips(kind: str, family: str) -> None:
-    for config in (config_of(kind), default_config(kind, family), config_of(kind, seed=5, slot_dropout=0.25)):
+    for config in (config_of(kind), resolve(config_of(kind), family), config_of(kind, seed=5, slot_dropout=0.25)):
         stored = json.loads(json.dumps(config.to_dict()))
         assert stored["kind"] == kind
         assert config_from_dict(stored) == config
@@ -211,7 +211,7 @@ def test_replace_and_fill(kind: str) -> None:
 @pytest.mark.parametrize("kind", list_kinds())
 @pytest.mark.parametrize("family", sorted(DEFAULT_GROUPS))
 def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
-    config = default_config(kind, family)
+    config = resolve(config_of(kind), family)
     # `None` says "never", "what is fast for the shape" and "all".
     open_fields = {name for name, value in config.to_dict().items() if value is None}
     assert open_fields <= {"redraw_interval", "chunk_size", "max_chunks"}
@@ -219,9 +219,9 @@ def test_family_defaults_leave_nothing_open(kind: str, family: str) -> None:
 
 
 def test_family_defaults() -> None:
-    assert default_config("eva", "bert").proposals == "sum"
-    assert default_config("eva", "gpt2").proposals == "key"
-    assert default_config("lara", "vit").num_global_tokens == 1
-    assert default_config("lara", "bert").num_global_tokens == 0
+    assert resolve(config_of("eva"), "bert").proposals == "sum"
+    assert resolve(config_of("eva"), "gpt2").proposals == "key"
+    assert resolve(config_of("lara"), "vit").num_global_tokens == 1
+    assert resolve(config_of("lara"), "bert").num_global_tokens == 0
     with pytest.raises(ConfigError, match="Did you mean 'gpt2'"):
-        default_config("eva", "gpt-2")
+        resolve(config_of("eva"), "gpt-2")

@@ -78,7 +78,7 @@ def test_gradients_through_pieces(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_memory_in_half_precision(name: str) -> None:
-    """bfloat16 inputs: near tokens stay bfloat16, slots float32; as close to the whole as rounding allows."""
+    """bfloat16 inputs: the window's tokens stay bfloat16, slots float32; as close to the whole as rounding allows."""
     layer = copy.deepcopy(get_layer(name)).float()
     layer._buffers = {k: None if b is None else b.float() for k, b in layer._buffers.items()}
     parts = inputs(dtype=torch.float32)
@@ -87,7 +87,7 @@ def test_memory_in_half_precision(name: str) -> None:
     read, memory = in_pieces(layer, half, [20] + [1] * 25)
     whole = layer(*half, scaling=SCALING)
     assert read.dtype == torch.bfloat16
-    assert memory.state.near.key.dtype == torch.bfloat16
+    assert memory.state.window.key.dtype == torch.bfloat16
     error = (whole.float() - exact).norm() / exact.norm()
     assert (read.float() - exact).norm() / exact.norm() < 1.5 * error + 1e-3
     huge, _ = in_pieces(layer, [100 * z for z in half], [20] + [1] * 25)

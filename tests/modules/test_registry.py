@@ -87,7 +87,7 @@ def test_kinds_are_imported_on_first_use(monkeypatch: pytest.MonkeyPatch) -> Non
     assert imported == ["hf_linattn.modules.kinds.eva"]
 
 
-def test_rooms_outside_the_kinds_do_not_know_them_by_name() -> None:
+def test_other_files_do_not_know_kinds_by_name() -> None:
     """What others want to know of a kind is on its record. (The canary's own model has a kind of its choice.)"""
     package = Path(hf_linattn.__file__).parent
     found = set()

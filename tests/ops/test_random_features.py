@@ -64,8 +64,8 @@ def test_blocks_are_orthogonal_and_independent() -> None:
     same = (block[:, None] == block) & ~torch.eye(10, dtype=torch.bool)
     assert gram[:, same].abs().max() < 1e-5
     assert gram[:, block[:, None] != block].abs().max() > 0.1
-    inter_block = haar(4, 6)
-    assert z_score(inter_block[:, 0] * inter_block[:, 5], 0.0).abs().max() < 5
+    several = haar(4, 6)
+    assert z_score(several[:, 0] * several[:, 5], 0.0).abs().max() < 5
 
 
 def test_regularised_lengths_and_independent_rows() -> None:

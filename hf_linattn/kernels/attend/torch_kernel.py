@@ -210,14 +210,14 @@ def _tiles(query: Tensor, key: Tensor, *, by_keys: bool) -> Iterator[_Tile]:
     """Tiles of at most so many logits (or of one query or key), cut along the keys or the queries, then the heads."""
     batch, heads, queries, keys = *query.shape[:3], key.shape[2]
     budget = _TILE.get(query.device.type, _LARGE_TILE)
-    along, inter_block = (keys, queries) if by_keys else (queries, keys)
-    alone = min(along, _TILE_ALONE // inter_block)
-    if suits_onednn(query, alone * inter_block * query.shape[-1]):
+    along, across = (keys, queries) if by_keys else (queries, keys)
+    alone = min(along, _TILE_ALONE // across)
+    if suits_onednn(query, alone * across * query.shape[-1]):
         steps = budget = alone  # products of one head at a time
     else:
-        steps = max(1, min(along, max(64, budget // (inter_block * min(heads, 4)))))
-    per_head = min(heads, max(1, budget // (steps * inter_block)))
-    per_batch = min(batch, max(1, budget // (steps * inter_block * per_head))) if per_head == heads else 1
+        steps = max(1, min(along, max(64, budget // (across * min(heads, 4)))))
+    per_head = min(heads, max(1, budget // (steps * across)))
+    per_batch = min(batch, max(1, budget // (steps * across * per_head))) if per_head == heads else 1
     everything = slice(None)
     for b in range(0, batch, per_batch):
         for h in range(0, heads, per_head):

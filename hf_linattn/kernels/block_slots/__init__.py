@@ -1,4 +1,4 @@
-from .operator import inter_block_attention
-from .reach import BlockReach
+from .inter_block import BlockReach
+from .operator import block_slot_attention
 
-__all__ = ["BlockReach", "inter_block_attention"]
+__all__ = ["BlockReach", "block_slot_attention"]

@@ -6,10 +6,10 @@ from ..attention_state import AttentionState
 from ..operators import current_backend, register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
-from .reach import BlockReach
+from .inter_block import BlockReach
 
 
-def inter_block_attention(inputs: SlotInputs, reach: BlockReach) -> AttentionState:
+def block_slot_attention(inputs: SlotInputs, reach: BlockReach) -> AttentionState:
     """What every query reads through slots from the units of keys that its block reaches.
 
     Args:
@@ -22,11 +22,11 @@ def inter_block_attention(inputs: SlotInputs, reach: BlockReach) -> AttentionSta
     """
     lead = inputs.query.shape[:2]
     options = [reach.units, reach.margin, int(reach.is_causal)]
-    output, lse = _Blocks.apply(*inputs.grouped(), options, current_backend())
+    output, lse = _BlockSlots.apply(*inputs.grouped(), options, current_backend())
     return AttentionState(output.unflatten(0, lead), lse.unflatten(0, lead))
 
 
-_Blocks = register_pair(
+_BlockSlots = register_pair(
     "blocks(Tensor query, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias, Tensor key_slots,"
     " Tensor key_slot_bias, Tensor value, int[] reach) -> (Tensor output, Tensor lse)",
     torch_kernel,

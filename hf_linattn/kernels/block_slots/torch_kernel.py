@@ -7,55 +7,49 @@ relative to the largest so far: added up as logs, small ones would vanish beside
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from ..attend.torch_kernel import attend_backward, attend_forward
-from .inter_block import InterBlock
-from .reach import BlockReach
+from ..attention_state import AttentionState, merge_states
+from .inter_block import BlockReach, InterBlock
 
 
 def scan_forward(output: Tensor, lse: Tensor, blocks: int, reach: BlockReach) -> tuple[Tensor, Tensor]:
     """Merged states `[groups, blocks, slots, ...]`; a block that reads nothing gets output 0 and lse `-inf`."""
-    groups, _, slots, head_dim = output.shape
+    groups, num_units, slots, head_dim = output.shape
     merged, merged_lse = output.new_empty(groups, blocks, slots, head_dim), lse.new_empty(groups, blocks, slots)
-    _walk(output, lse, merged, merged_lse, reach, backwards=False)
+    units, results = _unbound(output, lse), _unbound(merged, merged_lse)
+    stops = [block * reach.units - reach.margin for block in range(blocks)]
+    for result, before in zip(results, _prefixes(units, stops), strict=True):
+        result.output.copy_(before.output)
+        result.lse.copy_(before.lse)
     if not reach.is_causal:
-        _walk(output, lse, merged, merged_lse, reach, backwards=True)
+        stops = [num_units - (block + 1) * reach.units - reach.margin for block in reversed(range(blocks))]
+        for result, after in zip(reversed(results), _prefixes(units[::-1], stops), strict=True):
+            both = merge_states([result, after])
+            result.output.copy_(both.output)
+            result.lse.copy_(both.lse)
     return merged, merged_lse
 
 
-def _walk(
-    output: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor, reach: BlockReach, *, backwards: bool
-) -> None:
-    """Give every block the units before it, or, walking backwards, merge those after it with what it has."""
-    units, blocks = output.shape[1], merged.shape[1]
-    mean = torch.zeros_like(output[:, 0], dtype=lse.dtype)
+def _prefixes(units: Sequence[AttentionState], stops: Sequence[int]) -> Iterator[AttentionState]:
+    """The units before each stop, merged; stops rise. What is yielded changes with the next step."""
+    mean = torch.zeros_like(units[0].output, dtype=units[0].lse.dtype)
     # The weights so far, relative to the largest.
-    total, top = torch.zeros_like(lse[:, 0]), torch.full_like(lse[:, 0], torch.finfo(lse.dtype).min)
+    total, top = torch.zeros_like(units[0].lse), torch.full_like(units[0].lse, torch.finfo(mean.dtype).min)
     passed = 0
-    for number in range(blocks):
-        block = blocks - 1 - number if backwards else number
-        edge = (units - (block + 1) * reach.units if backwards else block * reach.units) - reach.margin
-        for place in range(passed, edge):
-            unit = units - 1 - place if backwards else place
-            new_top = torch.maximum(top, lse[:, unit])
-            new = (lse[:, unit] - new_top).exp_()
+    for stop in stops:
+        for unit in units[passed : max(passed, stop)]:
+            new_top = torch.maximum(top, unit.lse)
+            new = (unit.lse - new_top).exp_()
             total.mul_(top.sub_(new_top).exp_()).add_(new)
             top = new_top
-            mean.lerp_(output[:, unit].to(new.dtype), (new / total.masked_fill(total == 0, 1.0)).unsqueeze(-1))
-        passed = max(passed, edge)
-        state_lse = total.log().add_(top)
-        if not backwards:
-            merged[:, block], merged_lse[:, block] = mean, state_lse
-            continue
-        result, result_lse = merged[:, block], merged_lse[:, block]
-        largest = torch.maximum(result_lse, state_lse).clamp_min_(torch.finfo(lse.dtype).min)
-        new = (state_lse - largest).exp_()
-        whole = (result_lse - largest).exp_().add_(new)
-        share = new / whole.masked_fill(whole == 0, 1.0)
-        result.lerp_(mean.to(result.dtype), share.unsqueeze(-1).to(result.dtype))
-        result_lse.copy_(whole.log_().add_(largest))
+            mean.lerp_(unit.output.to(new.dtype), (new / total.masked_fill(total == 0, 1.0)).unsqueeze(-1))
+        passed = max(passed, stop)
+        yield AttentionState(mean, total.log().add_(top))
 
 
 def scan_backward(
@@ -79,46 +73,48 @@ def scan_backward(
     # A block that reads nothing adds nothing, whatever its gradients are.
     merged_lse = merged_lse.masked_fill(merged_lse == float("-inf"), float("inf"))
     grads = torch.zeros(output.shape, dtype=lse.dtype, device=output.device), torch.zeros_like(lse)
-    _walk_back(grad_output, shift, merged_lse, lse, grads, reach, backwards=True)
+    (_, num_units, _), blocks = lse.shape, range(merged_lse.shape[1])
+    readers = list(zip(*(z.unbind(1) for z in (grad_output, shift, merged_lse)), strict=True))
+    units = list(zip(lse.unbind(1), *(z.unbind(1) for z in grads), strict=True))
+    firsts = [num_units - block * reach.units + reach.margin for block in reversed(blocks)]
+    _add_readers(units[::-1], readers[::-1], firsts)
     if not reach.is_causal:
-        _walk_back(grad_output, shift, merged_lse, lse, grads, reach, backwards=False)
+        _add_readers(units, readers, [(block + 1) * reach.units + reach.margin for block in blocks])
     return grads[0].to(output.dtype), _dot(output, grads[0], lse.dtype) - grads[1]
 
 
-def _walk_back(
-    grad_output: Tensor,
-    shift: Tensor,
-    merged_lse: Tensor,
-    lse: Tensor,
-    grads: tuple[Tensor, Tensor],
-    reach: BlockReach,
-    *,
-    backwards: bool,
+def _add_readers(
+    units: Sequence[tuple[Tensor, ...]], readers: Sequence[tuple[Tensor, ...]], firsts: Sequence[int]
 ) -> None:
-    """Give every unit the sums over the blocks after it that read it, or those before it, walking forwards.
+    """Add the sums over the blocks that read a unit to its gradients.
 
     `exp(-B_i)` may be anything, so the running sums `sum_i exp(low - B_i) dO_i` and the same of the shifts are
     relative to the smallest `B_i` so far, `low`, which is at least `b_k`.
+
+    Args:
+        units: Of each its `b_k` and the two tensors that are added to.
+        readers: Of each block `dO_i`, its shift and `B_i`. It reads the units from the number in `firsts` on.
     """
-    blocks, units = merged_lse.shape[1], lse.shape[1]
-    total, total_shift = torch.zeros_like(grads[0][:, 0]), torch.zeros_like(grads[1][:, 0])
-    low, passed = torch.full_like(total_shift, float("inf")), 0
-    for place in range(units):
-        unit = units - 1 - place if backwards else place
-        while passed < blocks:
-            block = blocks - 1 - passed if backwards else passed
-            before, after = block * reach.units - reach.margin, (block + 1) * reach.units + reach.margin
-            if before <= unit if backwards else after > unit:
-                break
-            new_low = torch.minimum(low, merged_lse[:, block])
+    lse, *grads = units[0]
+    total, total_shift = (torch.zeros_like(z) for z in grads)
+    low, passed = torch.full_like(lse, float("inf")), 0
+    for number, (lse, of_output, of_lse) in enumerate(units):
+        while passed < len(readers) and firsts[passed] <= number:
+            grad_output, shift, block_lse = readers[passed]
+            new_low = torch.minimum(low, block_lse)
             finite = new_low.clamp_max(torch.finfo(low.dtype).max)
-            old, new = (finite - low).exp_(), (finite - merged_lse[:, block]).exp_()
-            total.mul_(old.unsqueeze(-1)).addcmul_(grad_output[:, block].to(low.dtype), new.unsqueeze(-1))
-            total_shift.mul_(old).addcmul_(shift[:, block], new)
+            old, new = (finite - low).exp_(), (finite - block_lse).exp_()
+            total.mul_(old.unsqueeze(-1)).addcmul_(grad_output.to(low.dtype), new.unsqueeze(-1))
+            total_shift.mul_(old).addcmul_(shift, new)
             low, passed = new_low, passed + 1
-        weight = (lse[:, unit] - low).exp_()
-        grads[0][:, unit].addcmul_(total, weight.unsqueeze(-1))
-        grads[1][:, unit].addcmul_(total_shift, weight)
+        weight = (lse - low).exp_()
+        of_output.addcmul_(total, weight.unsqueeze(-1))
+        of_lse.addcmul_(total_shift, weight)
+
+
+def _unbound(output: Tensor, lse: Tensor) -> list[AttentionState]:
+    """The states of every unit or block, as views."""
+    return [AttentionState(*pair) for pair in zip(output.unbind(1), lse.unbind(1), strict=True)]
 
 
 def _dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

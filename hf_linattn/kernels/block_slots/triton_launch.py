@@ -9,8 +9,7 @@ from torch import Tensor
 from ..attend.triton_launch import attend_backward, attend_forward
 from ..triton_common import CompileCases, check, launch, padded
 from . import triton_kernel as kernels
-from .inter_block import InterBlock
-from .reach import BlockReach
+from .inter_block import BlockReach, InterBlock
 
 # Entries of a tile of slots: few enough that prefetching the next unit hides its latency.
 _TILE_ENTRIES = 1024

@@ -27,6 +27,8 @@ _TILE = {"cpu": 1 << 16}
 _LARGE_TILE = 1 << 25
 # A state is kept for the backward pass every so many chunks; those in between are computed again.
 _SEGMENT = 16
+# Places in `SlotInputs` of what all tokens share: gradients are summed over them.
+_SLOTS = (1, 2, 5, 6)
 
 
 class _State(NamedTuple):
@@ -93,7 +95,7 @@ def causal_backward(
     """
     output, lse, sums, masses = results
     found = [
-        _like(z, lse.dtype, sums_up=i in (1, 2, 5, 6)) if needed else None
+        (torch.zeros if i in _SLOTS else torch.empty)(z.shape, dtype=lse.dtype, device=z.device) if needed else None
         for i, (z, needed) in enumerate(zip(inputs, needs, strict=True))
     ]
     tokens, length = inputs.query.shape[1], chunk * _SEGMENT
@@ -119,10 +121,6 @@ def kept_states(tokens: int, chunk: int) -> int:
     return -(-tokens // (chunk * _SEGMENT))
 
 
-def _like(z: Tensor, dtype: torch.dtype, *, sums_up: bool) -> Tensor:
-    return (torch.zeros if sums_up else torch.empty)(z.shape, dtype=dtype, device=z.device)
-
-
 # -- inputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,18 +135,6 @@ def _empty_state(inputs: SlotInputs) -> _State:
     sums = inputs.key_bias.new_zeros(groups, slots, inputs.value.shape[-1])
     mass = sums.new_zeros(groups, slots, 1)
     return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
-
-
-def _query_logits(inputs: SlotInputs, part: slice) -> Tensor:
-    """`[groups, tokens, slots]`, without the bias."""
-    wide = inputs.key_bias.dtype
-    return inputs.query[:, part].to(wide) @ inputs.query_slots.to(wide).mT
-
-
-def _key_logits(inputs: SlotInputs, part: slice) -> Tensor:
-    """`[groups, slots, tokens]`, without the bias of the slots, which may as well go to the query's side."""
-    bias = inputs.key_bias[:, part].unsqueeze(1)
-    return (inputs.key_slots.to(bias.dtype) @ inputs.key[:, part].to(bias.dtype).mT).add_(bias)
 
 
 # -- one chunk -------------------------------------------------------------------------------------------------------
@@ -172,7 +158,9 @@ def _safe_top(c: Tensor, state: _State) -> Tensor | None:
 
 def _safe_parts(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
     """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
-    c = _key_logits(inputs, part)
+    # Without the bias of the slots, which may as well go to the query's side.
+    bias = inputs.key_bias[:, part].unsqueeze(1)
+    c = (inputs.key_slots.to(bias.dtype) @ inputs.key[:, part].to(bias.dtype).mT).add_(bias)
     top = _safe_top(c, state)
     if top is None:
         middle = (part.start + part.stop + 1) // 2
@@ -190,9 +178,10 @@ def _safe_parts(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tupl
 
 def _query_features(inputs: SlotInputs, keys: _Keys) -> _Queries:
     # References are large where keys are long, and similar: what they have in common is added last, to the lse.
-    common = keys.before.top.amax(1, keepdim=True)
+    common, wide = keys.before.top.amax(1, keepdim=True), inputs.key_bias.dtype
     slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
-    features = _query_logits(inputs, keys.part).add_((keys.before.top - common).mT + slot_bias)
+    features = inputs.query[:, keys.part].to(wide) @ inputs.query_slots.to(wide).mT
+    features.add_((keys.before.top - common).mT + slot_bias)
     top = features.amax(-1, keepdim=True)
     features.sub_(top).exp_()
     product = (features @ keys.features).tril_()  # later keys have weight 0

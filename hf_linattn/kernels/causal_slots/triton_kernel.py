@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ..triton_common import IEEE
-from ..triton_tiles import dot, narrow, product
-from .triton_tiles import add_tile, first_keys, grad_tile, load_part, logits, store_part
+from ..triton_tiles import dot, load_tile, product, store_tile
+from .triton_tiles import add_tile, first_keys, grad_tile, logits
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def forward(
     weights /= whole[:, None]
     tl.store(lse + at, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)))
     for e in range(0, WIDTH, BLOCK_E):
-        values = load_part(value + group * value_g, start, value_t, tokens, e, CHUNK, WIDTH, BLOCK_E)
+        values = load_tile(value + group * value_g, start, value_t, tokens, CHUNK, WIDTH, BLOCK_E, e)
         result = product(weights, values, DTYPE)
-        store_part(output + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
+        store_tile(output + group * tokens * WIDTH, start, WIDTH, tokens, result, CHUNK, WIDTH, BLOCK_E, e)
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def _score_gradients(
     shift = tl.load(grad_lse + at)
     grads = tl.zeros([CHUNK, CHUNK], tl.float32)
     for e in range(0, WIDTH, BLOCK_E):
-        grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
-        result = load_part(output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
-        values = load_part(value + group * value_g, start, value_t, tokens, e, CHUNK, WIDTH, BLOCK_E)
+        grad = load_tile(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, CHUNK, WIDTH, BLOCK_E, e)
+        result = load_tile(output + group * tokens * WIDTH, start, WIDTH, tokens, CHUNK, WIDTH, BLOCK_E, e)
+        values = load_tile(value + group * value_g, start, value_t, tokens, CHUNK, WIDTH, BLOCK_E, e)
         shift -= tl.sum(grad.to(tl.float32) * result.to(tl.float32), 1)
         grads = dot(grad, tl.trans(values), grads, IEEE)
     grads = tl.where(visible & seen[:, None], grads + shift[:, None], 0.0)
@@ -111,7 +111,8 @@ def backward_tokens(
         grad_output, grad_lse, value, output, lse, group, start, tokens, value_g, value_t, visible,
         WIDTH, BLOCK_E, CHUNK,
     )  # fmt: skip
-    column = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_column = part * BLOCK_D
+    column = first_column + tl.arange(0, BLOCK_D)
     shares = tl.zeros([CHUNK, CHUNK], tl.float32)
     total_query, total_key = tl.zeros([CHUNK, BLOCK_D], tl.float32), tl.zeros([CHUNK, BLOCK_D], tl.float32)
     total_bias = tl.zeros([CHUNK], tl.float32)
@@ -133,19 +134,17 @@ def backward_tokens(
         total_key += product(grad_c, vectors, DTYPE, IEEE)
         total_bias += tl.sum(grad_c, 1)
 
-    inside = (column < DIM)[None, :]
-    tl.store(
-        grad_query + at[:, None] * DIM + column[None, :], narrow(total_query, grad_query.dtype.element_ty), mask=inside
-    )
-    tl.store(grad_key + at[:, None] * DIM + column[None, :], narrow(total_key, grad_key.dtype.element_ty), mask=inside)
+    to = group * tokens * DIM
+    store_tile(grad_query + to, start, DIM, tokens, total_query, CHUNK, DIM, BLOCK_D, first_column)
+    store_tile(grad_key + to, start, DIM, tokens, total_key, CHUNK, DIM, BLOCK_D, first_column)
     if part == 0:
         tl.store(grad_key_bias + at, total_bias)
         shares = tl.trans(tl.where(visible, shares, 0.0))
         for e in range(0, WIDTH, BLOCK_E):
-            grad = load_part(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, e, CHUNK, WIDTH, BLOCK_E)
+            grad = load_tile(grad_output + group * tokens * WIDTH, start, WIDTH, tokens, CHUNK, WIDTH, BLOCK_E, e)
             grad = tl.where((row_lse < float("inf"))[:, None], grad, 0.0)
             result = product(shares, grad, DTYPE, IEEE)
-            store_part(grad_value + group * tokens * WIDTH, start, WIDTH, tokens, e, result, CHUNK, WIDTH, BLOCK_E)
+            store_tile(grad_value + group * tokens * WIDTH, start, WIDTH, tokens, result, CHUNK, WIDTH, BLOCK_E, e)
 
 
 @triton.jit
@@ -170,7 +169,8 @@ def backward_slots(
     part, group = program % num_parts, (program // num_parts).to(tl.int64)
     groups = tl.num_programs(0) // (columns * tiles * num_parts)
     row = tl.arange(0, CHUNK)
-    column = of_column * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_column = of_column * BLOCK_D
+    column = first_column + tl.arange(0, BLOCK_D)
     query += group * query_g
     key += group * key_g
     query_slots += group * query_slots_g
@@ -210,12 +210,10 @@ def backward_slots(
         total_query_bias += tl.sum(grad_a, 0)
         total_key_bias += tl.sum(grad_c, 0)
 
-    number = slot + tl.arange(0, TILE)
-    to_bias = (part * groups + group) * slots + number
-    inside = (number < slots)[:, None] & (column < DIM)[None, :]
-    to = to_bias[:, None] * DIM + column[None, :]
-    tl.store(grad_query_slots + to, total_query, mask=inside)
-    tl.store(grad_key_slots + to, total_key, mask=inside)
+    to = (part * groups + group) * slots
+    store_tile(grad_query_slots + to * DIM, slot, DIM, slots, total_query, TILE, DIM, BLOCK_D, first_column)
+    store_tile(grad_key_slots + to * DIM, slot, DIM, slots, total_key, TILE, DIM, BLOCK_D, first_column)
     if of_column == 0:
-        tl.store(grad_query_slot_bias + to_bias, total_query_bias, mask=number < slots)
-        tl.store(grad_key_slot_bias + to_bias, total_key_bias, mask=number < slots)
+        number = slot + tl.arange(0, TILE)
+        tl.store(grad_query_slot_bias + to + number, total_query_bias, mask=number < slots)
+        tl.store(grad_key_slot_bias + to + number, total_key_bias, mask=number < slots)

@@ -1,8 +1,7 @@
 """Causal attention through slots without a window, in Triton: inter-chunk by states and their scan, and intra-chunk.
 
-Keys of earlier chunks are read through merged states of slots, those of the query's own chunk pair by pair. Both are
-one softmax, so the gradients of either part follow from the joint output and log-sum-exp. States are as large as
-`tokens / chunk * slots` keys. They are computed for some groups at a time and again in the backward pass.
+Keys of earlier chunks are read as blocks (`block_slots`), through merged states of slots, those of the query's own
+chunk pair by pair. Both are one softmax, so the gradients of either part follow from the joint output and log-sum-exp.
 
 Inside a chunk a query reads a key with weight `exp(l[t, n])`, `l[t, n] = logsumexp_j(a[t, j] + c[n, j])`: one softmax
 over pairs of a key and a slot. A program owns one chunk and walks over tiles of slots; features are never stored.
@@ -22,10 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError
-from ..attend.triton_launch import attend_backward, attend_forward
 from ..attention_state import AttentionState, merge_states
-from ..block_slots.reach import BlockReach
-from ..block_slots.triton_launch import scan_backward, scan_forward
+from ..block_slots import BlockReach
+from ..block_slots.triton_launch import blocks_backward, blocks_forward
 from ..slot_inputs import SlotInputs
 from ..triton_common import TL_TYPES, CompileCases, check, launch, padded, rows, splits
 from . import triton_kernel as kernels
@@ -38,9 +36,7 @@ _CHUNK = 64
 _SEGMENT = 16
 # Fewest chunks of a part when the gradients of slots are summed over chunks.
 _LEAST_CHUNKS = 8
-# Elements of the states that are computed at a time (at least those of one group).
-_STATES = 1 << 29
-_BEFORE = BlockReach(is_causal=True)
+_EARLIER_CHUNKS = BlockReach(is_causal=True)
 
 
 def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,87 +44,30 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
 
     The last two results stand for the states that `torch_kernel` keeps: of the same shape, all 0.
     """
-    query, value = inputs.query, inputs.value
-    groups, tokens, _ = query.shape
-    output = value.new_empty(groups, tokens, value.shape[-1])
-    lse = output.new_empty(groups, tokens, dtype=torch.float32)
-    for part, group in _whole_chunks(inputs).in_groups(_size_of_states(inputs), _STATES):
-        merged, _, reading_lse = _prefix_states(group, _chunk_states(group))
-        inter = attend_forward(_cut(group.query), _by_chunk(group, group.query_slots), merged, reading_lse, None)
-        intra = AttentionState(*intra_chunk_forward(group, _CHUNK))
-        both = merge_states([AttentionState(inter[0].flatten(1, 2), inter[1].flatten(1, 2)), intra])
-        output[part], lse[part] = both.output[:, :tokens], both.lse[:, :tokens]
+    groups, tokens, _ = inputs.query.shape
     kept = groups, kept_states(tokens, chunk), inputs.key_slots.shape[1]
-    return output, lse, lse.new_zeros(*kept, value.shape[-1]), lse.new_zeros(*kept, 2)
+    inputs = _whole_chunks(inputs)
+    output, lse = blocks_forward(_by_chunk(inputs), _EARLIER_CHUNKS)
+    inter = AttentionState(output.flatten(1, 2), lse.flatten(1, 2))
+    both = merge_states([inter, AttentionState(*intra_chunk_forward(inputs, _CHUNK))])
+    output, lse = (z[:, :tokens].contiguous() for z in both)
+    return output, lse, lse.new_zeros(*kept, output.shape[-1]), lse.new_zeros(*kept, 2)
 
 
 def causal_backward(
     grads: AttentionState, inputs: SlotInputs, results: Sequence[Tensor], needs: Sequence[bool], chunk: int
 ) -> list[Tensor | None]:
     """Gradients of the eight tensors of `inputs`, where `needs` says so. `chunk` is not used."""
-    tokens, extra = inputs.query.shape[1], -inputs.query.shape[1] % _CHUNK
-    found = [z.new_empty(z.shape) if needed else None for z, needed in zip(inputs, needs, strict=True)]
-    grad_output, output = (F.pad(z, (0, 0, 0, extra)) for z in (grads.output, results[0]))
-    grad_lse, lse = F.pad(grads.lse, (0, extra)), F.pad(results[1], (0, extra), value=float("-inf"))
-    for part, group in _whole_chunks(inputs).in_groups(_size_of_states(inputs), _STATES):
-        upstream = AttentionState(grad_output[part], grad_lse[part])
-        result = AttentionState(output[part], lse[part])
-        intra = intra_chunk_backward(upstream, group, result, needs, _CHUNK)
-        inter = _inter_chunk_backward(upstream, group, result, needs)
-        for total, one, other in zip(found, intra, inter, strict=True):
-            if total is not None and one is not None:
-                both = one if other is None else one + other
-                total[part] = both[:, :tokens] if both.shape[1] != total.shape[1] else both
-    return found
-
-
-# -- inter-chunk -----------------------------------------------------------------------------------------------------
-
-
-def _inter_chunk_backward(
-    grads: AttentionState, inputs: SlotInputs, result: AttentionState, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of what queries read from earlier chunks."""
-    states = _chunk_states(inputs)
-    merged, merged_lse, reading_lse = _prefix_states(inputs, states)
-    key_side = any(needs[3:])
-    query, query_slots, grad_merged, grad_reading = attend_backward(
-        _cut(grads.output),
-        _cut(grads.lse),
-        _cut(inputs.query),
-        _by_chunk(inputs, inputs.query_slots),
-        merged,
-        reading_lse,
-        None,
-        _cut(result.output),
-        _cut(result.lse),
-        (needs[0], needs[1], key_side, key_side or needs[2]),
-    )
-    found: list[Tensor | None] = [None] * 8
-    found[0] = None if query is None else query.flatten(1, 2)
-    found[1] = None if query_slots is None else query_slots.sum(1)
-    found[2] = grad_reading.sum(1) if needs[2] and grad_reading is not None else None
-    if not key_side or grad_merged is None or grad_reading is None:
-        return found
-    state_lse = states[1] + inputs.key_slot_bias.unsqueeze(1)
-    grad_states, grad_state_lse = scan_backward(
-        grad_merged, grad_reading, states[0], state_lse, merged, merged_lse, _BEFORE
-    )
-    key_slots, key, value, key_bias = attend_backward(
-        grad_states,
-        grad_state_lse,
-        _by_chunk(inputs, inputs.key_slots),
-        _cut(inputs.key),
-        _cut(inputs.value),
-        _cut(inputs.key_bias),
-        None,
-        *states,
-        (needs[5], needs[3], needs[7], needs[4]),
-    )
-    found[3], found[4], found[7] = (None if z is None else z.flatten(1, 2) for z in (key, key_bias, value))
-    found[5] = None if key_slots is None else key_slots.sum(1)
-    found[6] = grad_state_lse.sum(1) if needs[6] else None
-    return found
+    extra, whole = -inputs.query.shape[1] % _CHUNK, _whole_chunks(inputs)
+    grads = AttentionState(F.pad(grads.output, (0, 0, 0, extra)), F.pad(grads.lse, (0, extra)))
+    result = AttentionState(F.pad(results[0], (0, 0, 0, extra)), F.pad(results[1], (0, extra), value=float("-inf")))
+    intra = intra_chunk_backward(grads, whole, result, needs, _CHUNK)
+    grads, result = (AttentionState(_cut(state.output), _cut(state.lse)) for state in (grads, result))
+    inter = blocks_backward(grads, _by_chunk(whole), result, needs, _EARLIER_CHUNKS)
+    return [
+        None if one is None or other is None else (one + other.view_as(one))[:, : given.shape[1]].contiguous()
+        for given, one, other in zip(inputs, intra, inter, strict=True)
+    ]
 
 
 def _whole_chunks(inputs: SlotInputs) -> SlotInputs:
@@ -141,31 +80,15 @@ def _whole_chunks(inputs: SlotInputs) -> SlotInputs:
     return inputs._replace(query=query, key=key, value=value, key_bias=key_bias)
 
 
-def _size_of_states(inputs: SlotInputs) -> int:
-    return triton.cdiv(inputs.query.shape[1], _CHUNK) * inputs.key_slots.shape[1] * inputs.value.shape[-1]
-
-
 def _cut(x: Tensor) -> Tensor:
     """`[groups, tokens, ...]` -> `[groups, chunks, tokens of a chunk, ...]`."""
     return x.unflatten(1, (-1, _CHUNK))
 
 
-def _by_chunk(inputs: SlotInputs, slots: Tensor) -> Tensor:
-    """`[groups, slots, dim]` -> `[groups, chunks, slots, dim]`."""
-    return slots.unsqueeze(1).expand(-1, inputs.query.shape[1] // _CHUNK, -1, -1)
-
-
-def _chunk_states(inputs: SlotInputs) -> tuple[Tensor, Tensor]:
-    """Every chunk's keys as the slots read them, without the bias of the slots."""
-    keys, values, bias = _cut(inputs.key), _cut(inputs.value), _cut(inputs.key_bias)
-    return attend_forward(_by_chunk(inputs, inputs.key_slots), keys, values, bias, None)
-
-
-def _prefix_states(inputs: SlotInputs, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The states of all chunks before each; their log-sum-exps without and with the bias of the reading slots."""
-    state_lse = states[1] + inputs.key_slot_bias.unsqueeze(1)
-    merged, lse = scan_forward(states[0], state_lse, state_lse.shape[1], _BEFORE)
-    return merged, lse, lse + inputs.query_slot_bias.unsqueeze(1)
+def _by_chunk(inputs: SlotInputs) -> SlotInputs:
+    """Every chunk of queries as a block, every chunk of keys as a unit."""
+    query, key, key_bias, value = (_cut(z) for z in (inputs.query, inputs.key, inputs.key_bias, inputs.value))
+    return inputs._replace(query=query, key=key, key_bias=key_bias, value=value)
 
 
 # -- intra-chunk -----------------------------------------------------------------------------------------------------

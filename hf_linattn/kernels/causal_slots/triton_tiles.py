@@ -17,26 +17,9 @@ import triton
 import triton.language as tl
 
 from ..triton_common import EXACT, IEEE
-from ..triton_tiles import dot, narrow, product
+from ..triton_tiles import dot, load_tile, product
 
 ROOM = tl.constexpr(40.0)
-
-
-@triton.jit
-def load_part(base, first, stride, limit, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns `start .. start + BLOCK` of rows of `WIDTH`, `[ROWS, BLOCK]`; 0 outside of the matrix."""
-    row, column = first + tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
-    inside = (row < limit)[:, None] & (column < WIDTH)[None, :]
-    return tl.load(base + (row.to(tl.int64) * stride)[:, None] + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_part(base, first, stride, limit, start, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of `load_part`."""
-    row, column = first + tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
-    inside = (row < limit)[:, None] & (column < WIDTH)[None, :]
-    tile = narrow(tile, base.dtype.element_ty)
-    tl.store(base + (row.to(tl.int64) * stride)[:, None] + column[None, :], tile, mask=inside)
 
 
 @triton.jit
@@ -49,8 +32,8 @@ def logits(
     slot = first_slot + tl.arange(0, TILE)
     total = tl.zeros([CHUNK, TILE], tl.float32)
     for start in range(0, DIM, BLOCK_D):
-        left = load_part(tokens, first_token, token_stride, end, start, CHUNK, DIM, BLOCK_D)
-        right = load_part(slots, first_slot, slot_stride, num_slots, start, TILE, DIM, BLOCK_D)
+        left = load_tile(tokens, first_token, token_stride, end, CHUNK, DIM, BLOCK_D, start)
+        right = load_tile(slots, first_slot, slot_stride, num_slots, TILE, DIM, BLOCK_D, start)
         if left.dtype != right.dtype:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = dot(left, tl.trans(right), total, PRECISION)

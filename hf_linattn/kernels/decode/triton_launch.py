@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...errors import InputError
 from ..attention_state import AttentionState
 from ..slot_inputs import SlotInputs
 from ..triton_common import CompileCases, check, launch, padded, rows
@@ -20,15 +19,11 @@ _TILE_ENTRIES = 4096
 def decode_step(inputs: SlotInputs, state: AttentionState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As in torch, with exactly two leading dimensions, batch and heads, written out or expanded.
 
-    Raises: UnsupportedError, InputError for inputs that the kernel does not take (a state that is not float32).
+    Raises: UnsupportedError, InputError for inputs that the kernel does not take.
     """
     batch, heads, slots, head_dim = state.output.shape
     dim = inputs.query.shape[-1]
     check(*inputs, *state, head_dims=(dim, head_dim))
-    if state.output.dtype != torch.float32 or state.lse.dtype != torch.float32:
-        raise InputError(
-            f"The state must be float32; got {state.output.dtype} and {state.lse.dtype}. Keep it in float32."
-        )
     query, query_slots, query_slot_bias, key, key_bias, key_slots, key_slot_bias, value = inputs
     query, key, key_bias, value = query.contiguous(), key.contiguous(), key_bias.contiguous(), value.contiguous()
     query_slots, key_slots = rows(query_slots), rows(key_slots)

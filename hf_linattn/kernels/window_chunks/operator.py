@@ -8,7 +8,6 @@ from ...errors import InputError
 from ..attention_state import AttentionState
 from ..operators import current_backend, register_pair
 from . import torch_kernel
-from .inputs import WindowChunkInputs
 
 
 def window_chunk_attention(
@@ -54,6 +53,6 @@ _WindowChunks = register_pair(
     "window_chunks(Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor chunk_key, Tensor chunk_bias,"
     " Tensor chunk_value, Tensor hidden_from, Tensor hidden_to, bool is_causal) -> (Tensor output, Tensor lse)",
     torch_kernel,
-    record=WindowChunkInputs,
+    record=torch_kernel.WindowChunkInputs,
     differentiable=(0, 1, 2, 4, 5, 6),
 )

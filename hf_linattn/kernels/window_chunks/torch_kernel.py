@@ -10,11 +10,24 @@ from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..cpu_matmul import product
-from .inputs import WindowChunkInputs
 
 # Logits of a tile, per thread.
 _TILE = {"cpu": 1 << 19}
 _LARGE_TILE = 1 << 26
+
+
+class WindowChunkInputs(NamedTuple):
+    """Tensors of `window_chunk_attention`, all with their dimension of groups."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None
+    chunk_key: Tensor
+    chunk_bias: Tensor
+    chunk_value: Tensor
+    hidden_from: Tensor
+    hidden_to: Tensor
 
 
 class _Tile(NamedTuple):

@@ -56,59 +56,6 @@ def _score_gradients(logits, values, grad, lse, shift):
 
 
 @triton.jit
-def forward(
-    query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, output, lse,
-    windows, length, keys, chunks,
-    query_g, query_w, query_l, key_g, key_w, key_k, value_g, value_w, value_k,
-    visible_g, visible_w, visible_l, visible_k,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Output and log-sum-exp of some queries of a window."""
-    tiles = tl.cdiv(length, BLOCK_Q)
-    program = tl.program_id(0)
-    start, place = (program % tiles) * BLOCK_Q, program // tiles
-    window, group = (place % windows).to(tl.int64), (place // windows).to(tl.int64)
-    key += group * key_g + window * key_w
-    value += group * value_g + window * value_w
-    if MASK:
-        visible += group * visible_g + window * visible_w
-    chunk_key += group * chunks * DIM
-    chunk_value += group * chunks * WIDTH
-    chunk_bias += group * chunks
-    q = load_tile(query + group * query_g + window * query_w, start, query_l, length, BLOCK_Q, DIM, DIM_P)
-
-    total, top = tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    mean = tl.zeros([BLOCK_Q, WIDTH_P], tl.float32)
-    for first in range(0, keys, BLOCK_K):
-        k = load_tile(key, first, key_k, keys, BLOCK_K, DIM, DIM_P)
-        logits = _window_logits(
-            q, k, start, first, length, keys, visible, visible_l, visible_k, MASK, CAUSAL, BLOCK_Q, BLOCK_K
-        )
-        values = load_tile(value, first, value_k, keys, BLOCK_K, WIDTH, WIDTH_P)
-        total, top, mean = _add(total, top, mean, logits, values)
-    # Tiles of chunks that are hidden as a whole are skipped: `skipped` of them from tile `before` on.
-    hide_from, hide_to = tl.load(hidden_from + place), tl.load(hidden_to + place)
-    before = tl.cdiv(tl.minimum(tl.maximum(hide_from, 0), chunks), BLOCK_K)
-    skipped = tl.maximum(tl.minimum(tl.maximum(hide_to, 0), chunks) // BLOCK_K - before, 0)
-    if hide_to >= chunks:
-        skipped = tl.maximum(tl.cdiv(chunks, BLOCK_K) - before, 0)
-    for tile in range(0, tl.cdiv(chunks, BLOCK_K) - skipped):
-        first = (tile + tl.where(tile >= before, skipped, 0)) * BLOCK_K
-        k = load_tile(chunk_key, first, DIM, chunks, BLOCK_K, DIM, DIM_P)
-        logits = _chunk_logits(q, k, start, first, length, chunks, chunk_bias, hide_from, hide_to, BLOCK_Q, BLOCK_K)
-        values = load_tile(chunk_value, first, WIDTH, chunks, BLOCK_K, WIDTH, WIDTH_P)
-        total, top, mean = _add(total, top, mean, logits, values)
-
-    whole = tl.where(total == 0.0, 1.0, total)
-    result = narrow(mean / whole[:, None], output.dtype.element_ty)
-    at = place.to(tl.int64) * length
-    store_tile(output + at * WIDTH, start, WIDTH, length, result, BLOCK_Q, WIDTH, WIDTH_P)
-    row = start + tl.arange(0, BLOCK_Q)
-    tl.store(lse + at + row, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)), mask=row < length)
-
-
-@triton.jit
 def _results(
     grad_output, shift, lse, place, start, length, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
@@ -122,16 +69,16 @@ def _results(
 
 
 @triton.jit
-def backward_queries(
+def of_queries(
     query, key, value, visible, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, lse,
-    grad_query,
+    result,
     windows, length, keys, chunks,
     query_g, query_w, query_l, key_g, key_w, key_k, value_g, value_w, value_k,
     visible_g, visible_w, visible_l, visible_k,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BACKWARD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some queries of a window, which walk over the keys and chunks as `forward` does."""
+    """The output of some queries of a window and its log-sum-exp; with BACKWARD the gradient of these queries."""
     tiles = tl.cdiv(length, BLOCK_Q)
     program = tl.program_id(0)
     start, place = (program % tiles) * BLOCK_Q, program // tiles
@@ -144,17 +91,25 @@ def backward_queries(
     chunk_value += group * chunks * WIDTH
     chunk_bias += group * chunks
     q = load_tile(query + group * query_g + window * query_w, start, query_l, length, BLOCK_Q, DIM, DIM_P)
-    grad, shifts, row_lse = _results(grad_output, shift, lse, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
+    if BACKWARD:
+        grad, shifts, row_lse = _results(grad_output, shift, lse, place, start, length, WIDTH, WIDTH_P, BLOCK_Q)
+        summed = tl.zeros([BLOCK_Q, DIM_P], tl.float32)
+    else:
+        total, top = tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        summed = tl.zeros([BLOCK_Q, WIDTH_P], tl.float32)
 
-    result = tl.zeros([BLOCK_Q, DIM_P], tl.float32)
     for first in range(0, keys, BLOCK_K):
         k = load_tile(key, first, key_k, keys, BLOCK_K, DIM, DIM_P)
         logits = _window_logits(
             q, k, start, first, length, keys, visible, visible_l, visible_k, MASK, CAUSAL, BLOCK_Q, BLOCK_K
         )
         values = load_tile(value, first, value_k, keys, BLOCK_K, WIDTH, WIDTH_P)
-        _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
-        result = dot(narrow(grad_logits, k.dtype), k, result)
+        if BACKWARD:
+            _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
+            summed = dot(narrow(grad_logits, k.dtype), k, summed)
+        else:
+            total, top, summed = _add(total, top, summed, logits, values)
+    # Tiles of chunks that are hidden as a whole are skipped: `skipped` of them from tile `before` on.
     hide_from, hide_to = tl.load(hidden_from + place), tl.load(hidden_to + place)
     before = tl.cdiv(tl.minimum(tl.maximum(hide_from, 0), chunks), BLOCK_K)
     skipped = tl.maximum(tl.minimum(tl.maximum(hide_to, 0), chunks) // BLOCK_K - before, 0)
@@ -165,14 +120,24 @@ def backward_queries(
         k = load_tile(chunk_key, first, DIM, chunks, BLOCK_K, DIM, DIM_P)
         logits = _chunk_logits(q, k, start, first, length, chunks, chunk_bias, hide_from, hide_to, BLOCK_Q, BLOCK_K)
         values = load_tile(chunk_value, first, WIDTH, chunks, BLOCK_K, WIDTH, WIDTH_P)
-        _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
-        result = dot(narrow(grad_logits, k.dtype), k, result)
-    result = narrow(result, grad_query.dtype.element_ty)
-    store_tile(grad_query + place.to(tl.int64) * length * DIM, start, DIM, length, result, BLOCK_Q, DIM, DIM_P)
+        if BACKWARD:
+            _, grad_logits = _score_gradients(logits, values, grad, row_lse, shifts)
+            summed = dot(narrow(grad_logits, k.dtype), k, summed)
+        else:
+            total, top, summed = _add(total, top, summed, logits, values)
+
+    at = place.to(tl.int64) * length
+    if BACKWARD:
+        store_tile(result + at * DIM, start, DIM, length, summed, BLOCK_Q, DIM, DIM_P)
+    else:
+        whole = tl.where(total == 0.0, 1.0, total)
+        store_tile(result + at * WIDTH, start, WIDTH, length, summed / whole[:, None], BLOCK_Q, WIDTH, WIDTH_P)
+        row = start + tl.arange(0, BLOCK_Q)
+        tl.store(lse + at + row, tl.where(total == 0.0, float("-inf"), top + tl.log(whole)), mask=row < length)
 
 
 @triton.jit
-def backward_keys(
+def of_keys(
     query, key, value, visible, grad_output, shift, lse, grad_key, grad_value,
     windows, length, keys,
     query_g, query_w, query_l, key_g, key_w, key_k, value_g, value_w, value_k,
@@ -202,13 +167,12 @@ def backward_keys(
         of_value = dot(tl.trans(narrow(weights, grad.dtype)), grad, of_value)
         of_key = dot(tl.trans(narrow(grad_logits, q.dtype)), q, of_key)
     at = place.to(tl.int64) * keys
-    of_key, of_value = narrow(of_key, grad_key.dtype.element_ty), narrow(of_value, grad_value.dtype.element_ty)
     store_tile(grad_key + at * DIM, first, DIM, keys, of_key, BLOCK_K, DIM, DIM_P)
     store_tile(grad_value + at * WIDTH, first, WIDTH, keys, of_value, BLOCK_K, WIDTH, WIDTH_P)
 
 
 @triton.jit
-def backward_chunks(
+def of_chunks(
     query, chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to, grad_output, shift, lse,
     grad_key, grad_bias, grad_value,
     windows, length, chunks, query_g, query_w, query_l, num_parts, windows_each,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention_state import AttentionState
 from ..triton_common import CompileCases, check, launch, padded, rows, splits
 from . import triton_kernel as kernels
-from .inputs import WindowChunkInputs
+from .torch_kernel import WindowChunkInputs
 
 # (queries, keys or chunks) of a tile by bytes per element and widest padded dimension. Those of 64 were the fastest on
 # an H100 (`scripts/tune_kernels.py`) of what fits into the shared memory and registers of sm_80; the others fit there.
@@ -102,9 +102,10 @@ def window_chunks_forward(inputs: WindowChunkInputs, is_causal: bool) -> tuple[T
     sizes = _sizes(inputs)
     constants = _constants(inputs, _FORWARD, length, max(sizes[2:]))
     launch(
-        kernels.forward,
+        kernels.of_queries,
         groups * windows * triton.cdiv(length, constants["BLOCK_Q"]),
-        *(*inputs, output, lse, *sizes, *_strides(inputs)),
+        *(*inputs, None, None, lse, output, *sizes, *_strides(inputs)),
+        BACKWARD=False,
         MASK=inputs.visible is not None,
         CAUSAL=is_causal,
         **constants,
@@ -140,13 +141,13 @@ def window_chunks_backward(
         constants = _constants(inputs, _BACKWARD, length, max(keys, chunks))
         programs = groups * windows * triton.cdiv(length, constants["BLOCK_Q"])
         arguments = (*inputs, *upstream, found[0], *sizes, *strides)
-        launch(kernels.backward_queries, programs, *arguments, **flags, **constants)
+        launch(kernels.of_queries, programs, *arguments, BACKWARD=True, **flags, **constants)
     if needs[1] or needs[2]:
         of_keys = key.new_empty(key.shape), value.new_empty(value.shape)
         constants = _constants(inputs, _BACKWARD, length, keys)
         programs = groups * windows * triton.cdiv(keys, constants["BLOCK_K"])
         arguments = (*inputs[:4], *upstream, *of_keys, *sizes[:3], *strides)
-        launch(kernels.backward_keys, programs, *arguments, **flags, **constants)
+        launch(kernels.of_keys, programs, *arguments, **flags, **constants)
         found[1:3] = [grad if needed else None for grad, needed in zip(of_keys, needs[1:3], strict=True)]
     if needs[3] or needs[4] or needs[5]:
         constants = _constants(inputs, _BACKWARD, length, chunks)
@@ -155,7 +156,7 @@ def window_chunks_backward(
         of_chunks = [inputs.chunk_bias.new_empty(parts, *z.shape, dtype=torch.float32) for z in inputs[4:7]]
         of_parts = (windows, length, chunks, *inputs.query.stride()[:3], parts, triton.cdiv(windows, parts))
         arguments = (inputs.query, *inputs[4:], *upstream, *of_chunks, *of_parts)
-        launch(kernels.backward_chunks, programs * parts, *arguments, **constants)
+        launch(kernels.of_chunks, programs * parts, *arguments, **constants)
         for i, (grad, like) in enumerate(zip(of_chunks, given[4:7], strict=True), start=3):
             found[i] = grad.sum(0).to(like.dtype) if needs[i] else None
     return found

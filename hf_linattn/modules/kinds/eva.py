@@ -142,76 +142,60 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
-        config, state = self.config, self.tensors()
-        query_map, key_map = proposal_maps(state)
-        table = state.get("relative_table")
-        return eva_recurrence(
-            window_size=config.window_size or 1,
-            chunk_size=config.chunk_size,  # type: ignore[arg-type]  # a number in filled-in settings
-            overlap_window=config.overlap_window,
-            chunking=config.chunking or "exclusive",
-            max_chunks=config.max_chunks,
-            proposals=config.proposals or "key",
-            weighting=config.weighting or "size",
-            query_map=query_map,
-            key_map=key_map,
-            window_bias=None if table is None else _window_bias(config, table, None, scaling, is_causal=True),
-            scaling=scaling,
-            slot_dropout=config.slot_dropout if self.training else 0.0,
-        )
+        options = _options(self.config, self.tensors(), scaling, None, is_causal=True)
+        return eva_recurrence(scaling=scaling, **options, **self.recurrence_options())
 
     @classmethod
     def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        query_map, key_map = proposal_maps(state)
-        bias = state.get("relative_table")
-        if bias is not None:
-            bias = _window_bias(config, bias, inputs.grid, inputs.scaling, is_causal=inputs.is_causal)
-        choices: dict[str, Any] = {  # all of them filled in
-            "chunk_size": config.chunk_size if inputs.is_causal else None,
-            "chunking": config.chunking,
-            "proposals": config.proposals,
-            "weighting": config.weighting,
-            "noise_scale": config.noise_scale,
-        }
         return eva_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             num_chunks=config.num_chunks,
-            max_chunks=config.max_chunks,
-            query_map=query_map,
-            key_map=key_map,
             noise=bool(inputs.training and config.sample_noise),
-            window_bias=bias,
-            **choices,
+            noise_scale=config.noise_scale,
+            **_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal),
             **inputs.options(config),
         )
 
 
-def _sides(config: EvaConfig, is_causal: bool) -> tuple[int, int]:
-    """Slots before and after a window that a bias has to cover."""
-    window = config.window_size or 1
-    if not config.overlap_window:
-        return 0, 0
-    reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
-    return reach, 0 if is_causal else reach
+def _options(
+    config: EvaConfig, state: Mapping[str, Tensor], scaling: float, grid: tuple[int, int] | None, *, is_causal: bool
+) -> dict[str, Any]:
+    """Arguments that `eva_attention` and its recurrent form share; the settings are filled in."""
+    query_map, key_map = proposal_maps(state)
+    table = state.get("relative_table")
+    return {
+        "chunk_size": config.chunk_size if is_causal else None,
+        "chunking": config.chunking,
+        "max_chunks": config.max_chunks,
+        "proposals": config.proposals,
+        "weighting": config.weighting,
+        "query_map": query_map,
+        "key_map": key_map,
+        "window_bias": None if table is None else _window_bias(config, table, grid, scaling, is_causal=is_causal),
+    }
 
 
-def _index_options(config: EvaConfig, is_causal: bool) -> dict[str, int | bool | str]:
-    options: dict[str, int | bool | str] = {"is_grid": config.relative_dims == 2}
-    options["convention"] = config.relative_index or config.conventions
+def _position_options(config: EvaConfig, is_causal: bool) -> dict[str, Any]:
+    """Arguments of `table_size`, `table_index` and `t5_index`: a window with its bounds, how positions count."""
+    window, reach = config.window_size or 1, 0
+    if config.overlap_window:
+        reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
+    options: dict[str, Any] = {"window_size": window, "left": reach, "right": 0 if is_causal else reach}
+    options |= {"is_grid": config.relative_dims == 2, "convention": config.relative_index or config.conventions}
     if config.relative_position == "t5":
-        buckets, distance = t5_sizes(config.window_size or 1, _sides(config, is_causal)[0])
+        buckets, distance = t5_sizes(window, reach)
         options |= {"num_buckets": buckets, "max_distance": distance, "is_causal": is_causal}
     return options
 
 
 def _table_entries(config: EvaConfig, is_causal: bool) -> int:
-    options = _index_options(config, is_causal)
+    options = _position_options(config, is_causal)
     if config.relative_position == "t5":
-        buckets = int(options["num_buckets"])
-        return buckets**2 if options["is_grid"] and options["convention"] == "corrected" else buckets
-    return table_size(config.window_size or 1, *_sides(config, is_causal), **options)  # type: ignore[arg-type]
+        is_squared = options["is_grid"] and options["convention"] == "corrected"
+        return int(options["num_buckets"] ** (2 if is_squared else 1))
+    return table_size(**options)
 
 
 def _window_bias(
@@ -225,8 +209,8 @@ def _window_bias(
             f" grid={grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
             f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
         )
-    options, sides, kind = _index_options(config, is_causal), _sides(config, is_causal), config.relative_position
-    bias = table[:, constant_index(kind, config.window_size or 1, *sides, str(table.device), **options)]
+    options, kind = _position_options(config, is_causal), config.relative_position
+    bias = table[:, constant_index(kind, device=str(table.device), **options)]
     return bias * scaling if kind == "t5" and options["convention"] == "published" else bias
 
 

@@ -15,9 +15,9 @@ from ...ops.favor.attention import favor_attention
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
-from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence, started_from
+from ...ops.favor.statistics import FavorStatistics
+from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence, learning_start
 from ...ops.recurrent.slots import SlotRecurrence
-from ...ops.slot_attention import SlotOptions
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import LayerShape, StateTensor
@@ -25,7 +25,8 @@ from ..learned_maps import learned_feature_map, learned_spec
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 
-LEARNED_SLOTS = 32  # of the preset
+# Slots per head: random features, and learned ones.
+RANDOM_FEATURES, LEARNED_FEATURES = 256, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class FavorConfig(AttentionConfig):
     """Settings shared by FAVOR+ and FAVOR#.
 
     Args:
-        num_features: Random features per head (M). Cost grows with it, error falls like its square root.
+        num_features: Features per head (M); `None` is 256, or 32 learned ones. Cost grows with it, the error of random
+            features falls like its square root.
         orthogonal: Orthogonal directions; False draws them independently.
         shared_projection: One set of directions for all heads of a layer instead of one per head.
         redraw_interval: New directions every so many training (optimizer) steps, `None` for never. They follow from
@@ -42,6 +44,10 @@ class FavorConfig(AttentionConfig):
         num_heavy_keys: Keys of the row that every query sees exactly (bidirectional only); 0 for none.
         chunk_size: Tokens, a power of two, within which queries and keys meet directly rather than through a state of
             the slots (causal or with a window). Changes cost, never the result.
+        learned: Maps of queries and keys to the slots that are trained, of their own for each
+            (`hf_linattn.training.transfer_attention`), instead of random directions, from which they start.
+        normalizer: Of the key weights of learned maps. "slots": each key spreads one unit of weight over the slots.
+            "kernel": that of random features, `exp(-|y|^2 / 2)`.
     """
 
     num_features: int = count(None)
@@ -50,15 +56,31 @@ class FavorConfig(AttentionConfig):
     redraw_interval: int | None = None
     num_heavy_keys: int = count(0, minimum=0)
     chunk_size: int | None = count(None, maximum=4096)
+    learned: bool = flag(False)
+    normalizer: str = choice("slots", NORMALIZERS)
 
     def __post_init__(self) -> None:
         if self.num_features is None:
-            object.__setattr__(self, "num_features", LEARNED_SLOTS if getattr(self, "learned", False) else 256)
+            object.__setattr__(self, "num_features", LEARNED_FEATURES if self.learned else RANDOM_FEATURES)
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.learned:  # as a version without learned maps wrote and reads it
+            del values["learned"], values["normalizer"]
+        return values
 
     def validate(self) -> None:
         super().validate()
         self._check_even_overlap()
+        if self.learned and self.redraw_interval is not None:
+            self.fail("redraw_interval", "None with learned=True", "Learned maps are trained, not drawn.")
+        if self.learned and self.shared_projection:
+            self.fail("shared_projection", "False with learned=True", "Every head learns maps of its own.")
+        if not self.learned and self.normalizer != "slots":
+            self.fail(
+                "normalizer", "'slots' (the default) without learned=True", "Random features have one normaliser."
+            )
         if self.chunk_size is not None and self.chunk_size & (self.chunk_size - 1):
             self.fail("chunk_size", "a power of two, or None")
         interval = self.redraw_interval
@@ -87,8 +109,6 @@ class FavorPlusConfig(FavorConfig):
     regularized: bool = flag(False)
     kernel: str = choice("softmax", ("softmax", *KERNELS))
     kernel_epsilon: float = factor(1e-3)
-    learned: bool = flag(False)
-    normalizer: str = choice("slots", NORMALIZERS)
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         # Nothing exact can stand beside attention that does not estimate softmax attention.
@@ -100,28 +120,12 @@ class FavorPlusConfig(FavorConfig):
             for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
                 if getattr(self, field):
                     self.fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
-            if self.overlap_window:
-                self.fail("overlap_window", f"False with kernel={self.kernel!r}", NO_SOFTMAX)
-        if self.learned:
-            self._check_learned()
+            for field in ("overlap_window", "learned"):
+                if getattr(self, field):
+                    self.fail(field, f"False with kernel={self.kernel!r}", NO_SOFTMAX)
         if self.regularized and not self.orthogonal:
-            self.fail(
-                "regularized",
-                "False when orthogonal=False",
-                "Fixed lengths only make sense for orthogonal directions.",
-            )
-
-    def _check_learned(self) -> None:
-        """Learned maps take the place of directions that are drawn."""
-        for field, needed in (("kernel", "softmax"), ("redraw_interval", None), ("shared_projection", False)):
-            if getattr(self, field) != needed:
-                self.fail(field, f"{needed!r} with learned=True", "Learned maps are trained, not drawn.")
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        if not self.learned:  # as before there were learned maps
-            del values["learned"], values["normalizer"]
-        return values
+            why = "Fixed lengths only make sense for orthogonal directions."
+            self.fail("regularized", "False when orthogonal=False", why)
 
 
 def projection_spec(config: FavorConfig, shape: LayerShape, *, regularized: bool = False) -> StateTensor:
@@ -149,82 +153,77 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: redrawn directions."""
+    """What FAVOR+ and FAVOR# share: `favor_attention` with the layer's own directions, which may be redrawn.
+
+    With `learned=True` the layer has maps of its own in their place (`modules/learned_maps.py`).
+    """
+
+    projection: Tensor
+
+    @classmethod
+    def statistics(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> FavorStatistics | None:
+        """Of queries and keys, to which FAVOR# fits its features; `None` for FAVOR+."""
+        return None
+
+    @classmethod
+    def compute(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        tokens = inputs.query, inputs.key, inputs.value
+        options = {
+            **inputs.options(config),
+            "num_heavy_keys": config.num_heavy_keys,
+            "chunk_size": config.chunk_size,
+        }
+        if config.learned:
+            return learned_attention(*tokens, learned_feature_map(state, config.normalizer), **options)
+        return favor_attention(
+            *tokens, state["projection"], statistics=cls.statistics(config, state, inputs), **options
+        )
+
+    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
+        if not self.config.learned:
+            return {}
+        options = inputs.options(self.config)
+        del options["slot_dropout"]
+        feature_map = learned_feature_map(self.tensors(), self.config.normalizer)
+        return learning_start(
+            inputs.query, inputs.key, feature_map, num_heavy_keys=self.config.num_heavy_keys, **options
+        )
+
+    def recurrence_options(self) -> dict[str, Any]:
+        return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}
+
+    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
+        if self.config.learned:
+            feature_map = learned_feature_map(self.tensors(), self.config.normalizer)
+            return learned_recurrence(feature_map, scaling=scaling, **FavorAttention.recurrence_options(self))
+        return favor_recurrence(query, self.tensors()["projection"], scaling=scaling, **self.recurrence_options())
 
 
 class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
-    """FAVOR+ with the layer's own directions."""
+    """FAVOR+, or attention with a generalised kernel."""
 
     kind = "favor_plus"
-    projection: Tensor
 
     @classmethod
     def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
         projection = projection_spec(config, shape, regularized=config.regularized)
         return learned_spec(projection, shape) if config.learned else {"projection": projection}
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        config = self.config
-        if not config.learned:
-            return {}
-        options = SlotOptions(inputs.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys)
-        start = started_from(
-            learned_feature_map(self.tensors(), config.normalizer),
-            inputs.query,
-            inputs.key,
-            inputs.key_mask,
-            options,
-            scaling=inputs.scaling,
-            grid=inputs.grid,
-            num_global_tokens=config.num_global_tokens or 0,
-        )
-        return {name: getattr(start, name) for name in ("query_shift", "key_shift", "far_offset")}
-
-    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        config, tensors = self.config, self.tensors()
-        if config.learned:
-            feature_map = learned_feature_map(tensors, config.normalizer)
-            options = self.recurrence_options()
-            return learned_recurrence(feature_map, scaling=scaling, chunk_size=config.chunk_size, **options)
-        return favor_recurrence(
-            query,
-            tensors["projection"],
-            scaling=scaling,
-            kernel=config.kernel,
-            kernel_epsilon=config.kernel_epsilon,
-            chunk_size=config.chunk_size,
-            **self.recurrence_options(),
-        )
+    def recurrence_options(self) -> dict[str, Any]:
+        kernel = {"kernel": self.config.kernel, "kernel_epsilon": self.config.kernel_epsilon}
+        return {**super().recurrence_options(), **kernel}
 
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        if config.kernel != "softmax":
-            return generalized_attention(
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                state["projection"],
-                kernel=config.kernel,
-                kernel_epsilon=config.kernel_epsilon,
-                chunk_size=config.chunk_size,
-                **inputs.options(config),
-            )
-        if config.learned:
-            return learned_attention(
-                inputs.query,
-                inputs.key,
-                inputs.value,
-                learned_feature_map(state, config.normalizer),
-                num_heavy_keys=config.num_heavy_keys,
-                chunk_size=config.chunk_size,
-                **inputs.options(config),
-            )
-        return favor_attention(
+        if config.kernel == "softmax":
+            return super().compute(config, state, inputs)
+        return generalized_attention(
             inputs.query,
             inputs.key,
             inputs.value,
             state["projection"],
-            num_heavy_keys=config.num_heavy_keys,
+            kernel=config.kernel,
+            kernel_epsilon=config.kernel_epsilon,
             chunk_size=config.chunk_size,
             **inputs.options(config),
         )
@@ -240,7 +239,7 @@ register_kind(
         size_field="num_features",
         causal="yes",
         supports_cross=True,
-        checkpoint_fields=("kernel",),
+        checkpoint_fields=("kernel", "learned", "normalizer"),
         example={"num_features": 32},
     )
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ...ops.favor.attention import favor_attention
 from ...ops.favor.moments import without_rounding
-from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -23,10 +20,10 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
-from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
+from ..learned_maps import learned_spec
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
@@ -44,7 +41,8 @@ class FavorSharpConfig(FavorConfig):
         centring: Take the mean query and key off first: exact, and less variance.
         statistics: Where the statistics come from: "row", the real tokens of each row (bidirectional only: a causal
             layer must not look at later tokens), or "calibrated", buffers that `hf_linattn.calibrate` sets. `None`
-            is "row" in a bidirectional layer and "calibrated" in a causal one.
+            is "row" in a bidirectional layer and "calibrated" in a causal one, and with learned maps: these start from
+            the calibrated coordinates.
     """
 
     kind = "favor_sharp"
@@ -54,7 +52,14 @@ class FavorSharpConfig(FavorConfig):
     statistics: str | None = choice(None, ("row", "calibrated"))
 
     def own_defaults(self, group: str) -> dict[str, Any]:
-        return {"statistics": "calibrated" if group == "decoder" else "row"}
+        return {"statistics": "calibrated" if group == "decoder" or self.learned else "row"}
+
+    def validate(self) -> None:
+        super().validate()
+        if self.learned and self.statistics == "row":
+            self.fail("statistics", "'calibrated' (or None) with learned=True", "Learned maps start from them.")
+        if self.learned and self.normalizer != "slots":
+            self.fail("normalizer", "'slots' in FAVOR#", "FavorPlusConfig has both.")
 
 
 class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
@@ -77,8 +82,24 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             )
 
     @classmethod
+    def native_refusal(cls, config: FavorSharpConfig, shape: LayerShape, *, training: bool) -> str | None:
+        """Warns for a layer that is served with neutral statistics."""
+        refusal = super().native_refusal(config, shape, training=training)
+        if refusal is None and config.statistics == "calibrated":
+            warnings.warn(
+                "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the"
+                " sequence itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
+                " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
+                stacklevel=2,
+            )
+        return refusal
+
+    @classmethod
     def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        spec = {"projection": projection_spec(config, shape)}
+        projection = projection_spec(config, shape)
+        if config.learned:
+            return {**learned_spec(projection, shape), CALIBRATED_TOKENS: zeros()}
+        spec = {"projection": projection}
         if config.statistics == "calibrated":
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
@@ -87,45 +108,27 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         return spec
 
     @classmethod
-    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    def statistics(
+        cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
+    ) -> FavorStatistics:
         if config.statistics == "calibrated":
-            statistics = _stored(state)
-            _warn_if_neutral(state[CALIBRATED_TOKENS])
-        else:
-            statistics = favor_statistics(
-                inputs.query,
-                inputs.key,
-                key_mask=inputs.key_mask,
-                scaling=inputs.scaling,
-                variant=config.variant,
-                centring=config.centring,
-            )
-        return favor_attention(
+            return _stored(state)
+        return favor_statistics(
             inputs.query,
             inputs.key,
-            inputs.value,
-            state["projection"],
-            statistics=statistics,
-            num_heavy_keys=config.num_heavy_keys,
-            chunk_size=config.chunk_size,
-            **inputs.options(config),
+            key_mask=inputs.key_mask,
+            scaling=inputs.scaling,
+            variant=config.variant,
+            centring=config.centring,
         )
 
-    def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
-        state = self.tensors()
-        return favor_recurrence(
-            query,
-            state["projection"],
-            scaling=scaling,
-            statistics=_stored(state),
-            chunk_size=self.config.chunk_size,
-            **self.recurrence_options(),
-        )
+    def recurrence_options(self) -> dict[str, Any]:
+        if self.config.learned:
+            return super().recurrence_options()
+        return {**super().recurrence_options(), "statistics": _stored(self.tensors())}
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
-        if self.config.statistics != "calibrated":
-            return None
-        return FavorCalibration(self.config, self.shape)
+        return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None
 
 
 def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
@@ -163,7 +166,28 @@ class FavorCalibration:
         for name in ("statistics_query_transform", "statistics_key_transform"):
             if values[name].shape[-2] == 1:
                 values[name] = torch.diag_embed(values[name].squeeze(-2))
-        return {**values, CALIBRATED_TOKENS: self.moments.key_count.float().reshape(())}
+        calibrated = {CALIBRATED_TOKENS: self.moments.key_count.float().reshape(())}
+        if self.config.learned:
+            return {**_learned_start(self.config, self.shape, statistics), **calibrated}
+        return {**values, **calibrated}
+
+
+def _learned_start(config: FavorSharpConfig, shape: LayerShape, statistics: FavorStatistics) -> dict[str, Tensor]:
+    """Learned maps that are the directions in the coordinates of statistics, about their means."""
+    directions = projection_spec(config, shape).draw().to(statistics.shape)
+    stretched = directions * (1 - 4 * statistics.shape[0]).sqrt()
+
+    def in_coordinates(transform: Tensor) -> Tensor:
+        is_diagonal = transform.shape[-2] == 1
+        return (stretched * transform[0] if is_diagonal else stretched @ transform[0].mT).float()
+
+    size = shape.num_heads, shape.head_dim
+    return {
+        "query_directions": in_coordinates(statistics.query_transform),
+        "key_directions": in_coordinates(statistics.key_transform),
+        "query_shift": statistics.query_mean.expand(1, size[0], 1, size[1]).reshape(size).float(),
+        "key_shift": statistics.key_mean.expand(1, size[0], 1, size[1]).reshape(size).float(),
+    }
 
 
 def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
@@ -194,28 +218,6 @@ def check_calibration(moments: FavorMoments, variant: str, layer: int) -> None:
         )
 
 
-_checked_statistics: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-
-def _warn_if_neutral(calibrated_tokens: Tensor) -> None:
-    """Say so if there are no statistics. Reads values: looks at each tensor once, not while compiling.
-
-    A module raises before it comes here; native mode, which keeps no state, is what this is for.
-    """
-    if torch.compiler.is_compiling() or calibrated_tokens.is_meta:
-        return
-    if _checked_statistics.get(id(calibrated_tokens)) is calibrated_tokens:
-        return
-    _checked_statistics[id(calibrated_tokens)] = calibrated_tokens
-    if not bool(calibrated_tokens):
-        warnings.warn(
-            "FAVOR# has no calibrated statistics here and therefore behaves like FAVOR+: statistics of the sequence"
-            " itself would let a token of a causal model look ahead. A BERT or GPT-2 can be converted"
-            " (hf_linattn.convert) and calibrated (hf_linattn.calibrate); other models have FAVOR+ here.",
-            stacklevel=2,
-        )
-
-
 register_kind(
     AttentionKind(
         name="favor_sharp",
@@ -228,7 +230,7 @@ register_kind(
         causal_uncalibrated=True,
         supports_cross=True,
         calibrated_field="statistics",
-        checkpoint_fields=("statistics", "variant", "centring"),
+        checkpoint_fields=("statistics", "variant", "centring", "learned", "normalizer"),
         example={"num_features": 32},
     )
 )

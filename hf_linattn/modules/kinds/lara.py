@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,11 +87,6 @@ class LaraConfig(AttentionConfig):
             self.fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
 
 
-def has_calibrated_proposals(config: LaraConfig, shape: LayerShape) -> bool:
-    """Whether the layer's proposals come from calibration."""
-    return config.proposal_source == "calibrated" or (config.proposal_source is None and shape.is_causal)
-
-
 class LaraAttention(ProposalAttention[LaraConfig]):
     """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
 
@@ -99,7 +95,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def check(cls, config: LaraConfig, shape: LayerShape) -> None:
         super().check(config, shape)
-        if not has_calibrated_proposals(config, shape):
+        if config.proposal_source != "calibrated":
             if shape.is_causal:
                 raise UnsupportedError(
                     "LARA has no causal form with landmarks: they are means over the whole sequence, so every query"
@@ -108,14 +104,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
                 )
             return
         if config.conventions == "published":
+            other = "'favor_plus', 'favor_sharp' or 'eva'" if shape.is_causal else "proposal_source='landmarks'"
             raise UnsupportedError(
                 "The published LARA knows no calibrated proposals, and so no causal form; got conventions='published'."
-                " Use conventions='corrected'"
-                + (
-                    ", or 'favor_plus', 'favor_sharp' or 'eva'."
-                    if shape.is_causal
-                    else ", or proposal_source='landmarks'."
-                )
+                f" Use conventions='corrected', or {other}."
             )
         for field, only in (("weighting", "balance"), ("mixing", "none"), ("noise_scale", "corrected")):
             given = getattr(config, field)
@@ -128,8 +120,14 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
-        if has_calibrated_proposals(config, shape):
-            spec = _calibrated_spec(config, shape)
+        if config.proposal_source == "calibrated":
+            heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
+            rows = count * (config.samples_per_landmark or 1)
+            seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
+            draw = functools.partial(draw_projection, heads, rows, dim, seed=seed)
+            spec["centroids"] = zeros(heads, count, dim)
+            spec["proposal_noise"] = StateTensor((heads, rows, dim), learned=False, draw=draw)
+            spec[CALIBRATED_TOKENS] = zeros()
         else:
             for side in ("query", "key"):
                 spec |= proposal_spec(config.proposal_map, side, shape)
@@ -140,24 +138,13 @@ class LaraAttention(ProposalAttention[LaraConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
-        proposals = sample_proposals(
-            state["centroids"], state["proposal_noise"], antithetic=bool(self.config.antithetic)
-        )
-        return lara_recurrence(
-            query, proposals, scaling=scaling, offset=state.get("mass_offset"), **self.recurrence_options()
-        )
+        antithetic, offset = bool(self.config.antithetic), state.get("mass_offset")
+        proposals = sample_proposals(state["centroids"], state["proposal_noise"], antithetic=antithetic)
+        return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
-        """A sample of the layer's proposals on data; `None` with landmarks. `stream` is the process's rank."""
-        if not has_calibrated_proposals(self.config, self.shape):
-            return None
-        return ProposalCalibration(
-            self.shape,
-            self.config.num_landmarks,
-            num_global_tokens=self.config.num_global_tokens or 0,
-            seed=self.config.seed,
-            stream=stream,
-        )
+        is_calibrated = self.config.proposal_source == "calibrated"
+        return ProposalCalibration(self.config, self.shape, stream) if is_calibrated else None
 
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
@@ -191,20 +178,6 @@ class LaraAttention(ProposalAttention[LaraConfig]):
             **own,
             **inputs.options(config),
         )
-
-
-def _calibrated_spec(config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
-    """Centroids (from calibration), the fixed noise around them, and how many tokens they come from."""
-    heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
-    rows = count * (config.samples_per_landmark or 1)
-    seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
-    return {
-        "centroids": zeros(heads, count, dim),
-        "proposal_noise": StateTensor(
-            (heads, rows, dim), learned=False, draw=lambda: draw_projection(heads, rows, dim, seed=seed)
-        ),
-        CALIBRATED_TOKENS: zeros(),
-    }
 
 
 register_kind(

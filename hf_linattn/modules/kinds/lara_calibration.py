@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
 from ..base import AttentionInputs
 from ..contract import CALIBRATED_TOKENS, LayerShape
+
+if TYPE_CHECKING:
+    from .lara import LaraConfig
 
 SAMPLE_SIZE = 4096
 # Queries whose weights over the keys exist at the same time.
@@ -27,27 +31,19 @@ class ProposalCalibration:
     tokens of both. The positions are the same for all heads. Memory is O(points * heads * head_dim), on the CPU.
 
     Args:
-        shape: Of the layer.
-        num_proposals: Centroids per head.
-        num_global_tokens: Leading tokens that the slots do not hold.
-        seed: Of the layer's settings. stream: The process's rank: ranks must not draw the same priorities.
+        config, shape: Of the layer.
+        stream: The process's rank: ranks must not draw the same priorities.
     """
 
-    def __init__(
-        self, shape: LayerShape, num_proposals: int, *, num_global_tokens: int = 0, seed: int = 0, stream: int = 0
-    ) -> None:
-        self._shape = shape
-        self._num_proposals = num_proposals
-        self._num_global = num_global_tokens
-        self._seed = seed
-        size = max(SAMPLE_SIZE, 16 * num_proposals)
+    def __init__(self, config: LaraConfig, shape: LayerShape, stream: int = 0) -> None:
+        self._config, self._shape = config, shape
+        size = max(SAMPLE_SIZE, 16 * config.num_landmarks)
         self._points = torch.zeros(shape.num_heads, size, shape.head_dim)
         self._priorities = torch.full((size,), float("-inf"), dtype=torch.float64)
         self._seen = torch.zeros(1, dtype=torch.int64)
         self._broken = torch.zeros(1, dtype=torch.int64)
-        self._generator = torch.Generator(device="cpu").manual_seed(
-            derive_seed(seed, shape.layer_idx, "lara-sample", stream)
-        )
+        seed = derive_seed(config.seed, shape.layer_idx, "lara-sample", stream)
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
 
     @torch.no_grad()
     def update(self, inputs: AttentionInputs) -> None:
@@ -55,7 +51,7 @@ class ProposalCalibration:
         mask = inputs.key_mask
         for row in range(inputs.key.shape[0]):
             real = torch.ones_like(inputs.key[row, 0, :, 0], dtype=torch.bool) if mask is None else mask[row]
-            places = real.nonzero().squeeze(-1)[self._num_global :]
+            places = real.nonzero().squeeze(-1)[self._config.num_global_tokens or 0 :]  # slots hold the others
             # Queries may be fewer than keys: they are the last ones.
             skipped = inputs.key.shape[2] - inputs.query.shape[2]
             asked = (places >= skipped).nonzero().squeeze(-1)
@@ -110,24 +106,25 @@ class ProposalCalibration:
         Raises: `InputError` for fewer tokens than centroids, for equal ones, and for some that are not finite.
         """
         points, layer = self._points[:, self._priorities > float("-inf")], self._shape.layer_idx
+        needed = self._config.num_landmarks
         if int(self._broken):
             raise InputError(
                 f"The queries or keys of the calibration data are not all finite (inf or NaN) in layer {layer}."
             )
-        if points.shape[1] < self._num_proposals:
+        if points.shape[1] < needed:
             raise InputError(
-                f"Calibrating {self._num_proposals} proposals needs at least as many real tokens (beside global"
+                f"Calibrating {needed} proposals needs at least as many real tokens (beside global"
                 f" ones); got {points.shape[1]}. Pass more batches (some tens of thousands of tokens), or set a"
                 " smaller num_landmarks."
             )
         spread = (points - points[:, :1]).abs().amax()
-        if self._num_proposals > 1 and bool(spread <= 16 * torch.finfo(points.dtype).eps * points.abs().amax()):
+        if needed > 1 and bool(spread <= 16 * torch.finfo(points.dtype).eps * points.abs().amax()):
             raise InputError(
                 f"All {points.shape[1]} tokens of the calibration data are equal in layer {layer}: there is nothing to"
                 " take proposals from. Calibrate with typical inputs."
             )
-        seed = derive_seed(self._seed, layer, "lara-kmeans")
+        seed = derive_seed(self._config.seed, layer, "lara-kmeans")
         return {
-            "centroids": kmeans(points, self._num_proposals, seed=seed),
+            "centroids": kmeans(points, needed, seed=seed),
             CALIBRATED_TOKENS: self._seen.sum().float(),
         }

@@ -10,6 +10,7 @@ they do not vanish in the squares of a large common part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,35 +58,33 @@ def latest_chunks(
     if past is None and (num_windows - 1 - skipped) * per_window <= max_chunks:
         return None
     passed = (torch.arange(num_windows, device=summaries.value.device) - skipped).clamp_min(0) * per_window
+    missing = max_chunks if past is None else 0
     if past is None:
-        missing, older = max_chunks, _prefixes(summaries, (passed - max_chunks).clamp_min(0))
+        older = _merge_prefixes(summaries, (passed - max_chunks).clamp_min(0))
     else:
-        missing, summaries = 0, past.latest.then(summaries)
-        older = _prefixes(summaries, passed)
-        if past.older is not None:
-            older = merge_summaries(past.older.map(lambda z: z.expand(-1, -1, num_windows, -1)), older)
-    front = missing + skipped * per_window
+        older = _merge_prefixes(past.together().then(summaries), 1 + passed)
+        summaries = past.latest.then(summaries)
 
     def latest(z: Tensor) -> Tensor:
         return z.unfold(-2, max_chunks, per_window)[:, :, :num_windows].transpose(-1, -2)
 
-    weight = F.pad(summaries.log_weight, (front, 0), value=float("-inf"))
-    chunks = Summaries(
-        latest(F.pad(summaries.key_mean, (0, 0, front, 0))),
-        latest(F.pad(summaries.value, (0, 0, front, 0))),
-        latest(weight.unsqueeze(-1)).squeeze(-1),
-        None if summaries.spread is None else latest(F.pad(summaries.spread, (0, 0, front, 0))),
-    )
+    chunks = summaries.padded(missing + skipped * per_window, 0).map(latest)
     return older.map(lambda z: z.unsqueeze(-2)).then(chunks)
 
 
-def _prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
+def _merge_prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
     """The first `lengths[w]` chunks merged, for every w: `[batch, heads, windows(, head_dim)]`."""
+    return _merge(summaries, lambda z: F.pad(z.cumsum(-2), (0, 0, 1, 0)).index_select(-2, lengths))
+
+
+def merge_all(summaries: Summaries) -> Summaries:
+    """All chunks as one, `[batch, heads, 1(, head_dim)]`."""
+    return _merge(summaries, lambda z: z.sum(-2, keepdim=True))
+
+
+def _merge(summaries: Summaries, sums: Callable[[Tensor], Tensor]) -> Summaries:
+    """Chunks merged, given which sums over them to take. Variances are around the first chunk that there is."""
     weight = summaries.log_weight.exp().unsqueeze(-1)
-
-    def sums(z: Tensor) -> Tensor:
-        return F.pad(z.cumsum(-2), (0, 0, 1, 0)).index_select(-2, lengths)
-
     total, log_total = log_or_minus_inf(sums(weight))
 
     def mean(z: Tensor) -> Tensor:
@@ -98,36 +97,3 @@ def _prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
         apart = summaries.key_mean - centre
         spread = mean(summaries.spread + apart.square()) - mean(apart).square()
     return Summaries(mean(summaries.key_mean), mean(summaries.value), log_total.squeeze(-1), spread)
-
-
-def merge_all(summaries: Summaries) -> Summaries:
-    """All chunks as one, `[batch, heads, 1(, head_dim)]`."""
-    weight = summaries.log_weight.exp().unsqueeze(-1)
-    total, log_total = log_or_minus_inf(weight.sum(-2, keepdim=True))
-    weight = weight / total
-
-    def mean(z: Tensor) -> Tensor:
-        return (weight * z).sum(-2, keepdim=True)
-
-    key_mean, spread = mean(summaries.key_mean), None
-    if summaries.spread is not None:
-        spread = mean(summaries.spread + (summaries.key_mean - key_mean).square())
-    return Summaries(key_mean, mean(summaries.value), log_total.squeeze(-1), spread)
-
-
-def merge_summaries(first: Summaries, second: Summaries) -> Summaries:
-    """Two of the same shape as one, element by element."""
-    top = torch.maximum(first.log_weight, second.log_weight).clamp_min(torch.finfo(first.log_weight.dtype).min)
-    weight = (second.log_weight - top).exp()
-    total, log_total = log_or_minus_inf((first.log_weight - top).exp() + weight)
-    share = (weight / total).unsqueeze(-1)
-    spread = None
-    if first.spread is not None and second.spread is not None:
-        between = share * (1 - share) * (second.key_mean - first.key_mean).square()
-        spread = torch.lerp(first.spread, second.spread, share) + between
-    return Summaries(
-        torch.lerp(first.key_mean, second.key_mean, share),
-        torch.lerp(first.value, second.value, share),
-        log_total + top,
-        spread,
-    )

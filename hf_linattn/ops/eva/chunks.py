@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import InputError
 from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
 from ...kernels.half_norm import half_norm
 from ..inputs import ProposalMap, add_noise
-from ..layout import masked_mean
+from ..layout import gather_tokens, masked_mean
 from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 
@@ -36,15 +37,9 @@ class Summaries:
     def map(self, fn: Callable[..., Tensor], *others: Summaries) -> Summaries:
         """`fn` of everything, also of `others`, as `[batch, heads, ..., chunks, dim]` (`dim` 1 for `log_weight`)."""
         all_of = (self, *others)
-        spread = None
-        if self.spread is not None:
-            spread = fn(*[summaries.spread for summaries in all_of])
-        return Summaries(
-            fn(*[summaries.key_mean for summaries in all_of]),
-            fn(*[summaries.value for summaries in all_of]),
-            fn(*[summaries.log_weight.unsqueeze(-1) for summaries in all_of]).squeeze(-1),
-            spread,
-        )
+        spread = None if self.spread is None else fn(*(s.spread for s in all_of))
+        key_mean, value = fn(*(s.key_mean for s in all_of)), fn(*(s.value for s in all_of))
+        return Summaries(key_mean, value, fn(*(s.log_weight.unsqueeze(-1) for s in all_of)).squeeze(-1), spread)
 
     def then(self, others: Summaries) -> Summaries:
         """These chunks and the others behind them."""
@@ -57,15 +52,13 @@ class Summaries:
 
     def select(self, index: Tensor) -> Summaries:
         """Pick chunks per group: `index` `[batch or 1, groups, members]`, negative for none."""
-        batch, heads = self.key_mean.shape[:2]
-        flat = index.clamp_min(0).flatten(1).expand(batch, -1)
-
-        def pick(z: Tensor) -> Tensor:
-            rows = flat[:, None, :, None].expand(-1, heads, -1, z.shape[-1])
-            return z.gather(2, rows).unflatten(2, tuple(index.shape[1:]))
-
-        picked = self.map(pick)
+        picked = self.map(lambda z: gather_tokens(z, index))
         return replace(picked, log_weight=mask_logits(picked.log_weight, (index >= 0)[:, None]))
+
+    def padded(self, before: int, after: int) -> Summaries:
+        """With places before and after them that hold no chunk."""
+        log_weight = F.pad(self.log_weight, (before, after), value=float("-inf"))
+        return replace(self.map(lambda z: F.pad(z, (0, 0, before, after))), log_weight=log_weight)
 
     def factors(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The estimated log-weight of a chunk, `x . key_mean + log_weight (+ x^2 . spread / 2)`, as dot products.
@@ -187,5 +180,5 @@ class Summariser:
                     f"noise must be [batch, heads, chunks, head_dim] with at least {count} chunks here and head_dim"
                     f" {mu.shape[-1]}; got {tuple(noise.shape)}."
                 )
-            noise = torch.nn.functional.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
+            noise = F.pad(noise.to(mu), (0, 0, 0, mu.shape[2] - noise.shape[2]))
         return add_noise(mu, noise, self.noise_factor)

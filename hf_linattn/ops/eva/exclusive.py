@@ -23,7 +23,7 @@ def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
 
     It divides `window_size`, or is a multiple of it.
     """
-    divisors = torch.tensor([d for d in range(1, window_size + 1) if window_size % d == 0], device=tokens.device)
+    divisors = torch.tensor(_divisors(window_size), device=tokens.device)
     wanted = (-(-tokens // num_chunks)).clamp_min(1)
     within = divisors[torch.searchsorted(divisors, wanted.clamp_max(window_size))]
     return torch.where(wanted <= window_size, within, -(-wanted // window_size) * window_size)
@@ -93,11 +93,12 @@ def _exclusive_rows(options: ChunkOptions, tokens: Tokens, windows: Blocks, long
     if options.overlap_side == "left":
         left = window
     elif options.overlap_side:
-        left = right = max(window_reach(window, c) for c in {*_divisors(window, longest), longest})
+        lengths = [longest, *(c for c in _divisors(window) if c < longest)]
+        left = right = max(window_reach(window, c) for c in lengths)
         half = max(1, window // 2)
         reach = torch.where(length > window, window, (half + length - 1) // length * length)
-    near = (left, right) if reach is None else (reach, reach)
-    unread_range = _unread_range(options, windows, length, start.shape[1], *near)
+    reaches = (left, right) if reach is None else (reach, reach)
+    unread_range = _unread_range(options, windows, length, start.shape[1], *reaches)
     partly_seen_windows = None
     if longest > window:
         partly_seen_windows = _partly_seen_windows(
@@ -109,8 +110,8 @@ def _exclusive_rows(options: ChunkOptions, tokens: Tokens, windows: Blocks, long
     return Layout(WindowedBlocks(windows, left, right), chunks, reach)
 
 
-def _divisors(window: int, longest: int) -> list[int]:
-    return [d for d in range(1, min(window, longest) + 1) if window % d == 0]
+def _divisors(window: int) -> list[int]:
+    return [d for d in range(1, window + 1) if window % d == 0]
 
 
 def _unread_range(

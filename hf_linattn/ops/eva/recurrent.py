@@ -1,13 +1,13 @@
 r"""Causal EVA token by token: summaries of the chunks that have left the window, and the tokens that have not.
 
-Windows and chunks are those of a row's real tokens, and what is near begins with a window; so the parallel form on
-[near | new] tokens, reading the earlier chunks as well, gives what it gives on the whole sequence. With `max_chunks`
-the state does not grow: the latest summaries, and one of all that are older.
+Windows and chunks are those of a row's real tokens, and the tokens of the state begin with a window; so the parallel
+form on these and the new tokens, reading the earlier chunks as well, gives what it gives on the whole sequence. With
+`max_chunks` the state does not grow: the latest summaries, and one of all that are older.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedError
 from ..inputs import ProposalMap, compute_dtype, prepare_tokens
 from ..layout import Blocks
-from ..recurrent.window_tokens import Window, WindowTokens
-from ..softmax import mask_logits
+from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of
 from .chunks import Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, Chunks
@@ -75,8 +74,8 @@ class EvaRecurrence:
         return self.summarise.uses_queries
 
     @property
-    def window(self) -> Window:
-        return Window(self.options.window_size, self.options.overlap_side is not None)
+    def window_shape(self) -> WindowShape:
+        return WindowShape(self.options.window_size, self.options.overlap_side is not None)
 
     @property
     def _chunk(self) -> int:
@@ -89,15 +88,11 @@ class EvaRecurrence:
         Args:
             static_tokens: Shapes stay the same from here on, with room for the chunks of so many tokens.
         """
-        is_static, bound = static_tokens is not None, self.options.max_chunks
-        near = WindowTokens.empty(
-            key,
-            value,
-            with_queries=self.keeps_queries,
-            static_places=self.window.places if is_static else None,
-        )
-        places = bound or (-(-static_tokens // self._chunk) if static_tokens is not None else 0)
-        return EvaState.empty(near, places, bound, has_spread=self.summarise.weighting == "spread")
+        bound = self.options.max_chunks
+        static_places = None if static_tokens is None else self.window_shape.places
+        window = WindowTokens.empty(key, value, with_queries=self.keeps_queries, static_places=static_places)
+        places = 0 if static_tokens is None else -(-static_tokens // self._chunk)
+        return EvaState.empty(window, places, bound, has_spread=self.summarise.weighting == "spread")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState) -> Tensor:
         """What the last tokens read, in the parallel form.
@@ -107,7 +102,7 @@ class EvaRecurrence:
             key, value: `[batch, heads, tokens, head_dim]`, all new tokens. key_mask: `[batch, tokens]`.
         Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
         """
-        joined = state.near.join(query, key, value, key_mask)
+        joined = state.window.join(query, key, value, key_mask)
         dtype = compute_dtype(query, joined.key, joined.value, ("cuda",))
         queries = query if joined.query is None else joined.query
         inputs = queries.to(dtype), joined.key.to(dtype), joined.value.to(dtype)
@@ -127,12 +122,12 @@ class EvaRecurrence:
         self, query: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState
     ) -> EvaState:
         """The state after these tokens as well."""
-        passed, near = state.near.move_on(query, key, value, key_mask, self.window)
+        passed, window = state.window.move_on(query, key, value, key_mask, self.window_shape)
         if not passed.key.shape[2]:
-            return EvaState(near, state.chunks, state.counts, state.older)
+            return replace(state, window=window)
         number = None if passed.filled is None else passed.filled // self._chunk
         fresh = self._summaries(passed.query, passed.key, passed.value)
-        return state.grown(near, fresh, number, self._chunk)
+        return state.grown(window, fresh, number, self._chunk)
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, state: EvaState, valid: Tensor | None = None
@@ -143,61 +138,54 @@ class EvaRecurrence:
             valid: `[batch]`, False for a row whose token is padding; static shapes only.
         """
         dtype = compute_dtype(query, key, value)
-        near = state.near.append(query if self.keeps_queries else None, key, value, valid)
-        logits = (query.to(dtype) * self.scaling) @ near.key.to(dtype).transpose(-1, -2)
+        window = state.window.append(query if self.keeps_queries else None, key, value, valid)
+        logits = window.logits(query.to(dtype) * self.scaling)
         if self.window_bias is not None:
-            logits = logits + self._bias(near).to(dtype)
-        mask = near.mask()
-        logits = mask_logits(logits, None if mask is None else mask[:, None, None])
-        groups = [(logits, near.value.to(dtype))]
-        far = [state.past(dtype).together(), *self._inside(near)]
+            logits = logits + self._bias(window).to(dtype)
+        groups = [(logits, window.value.to(dtype))]
         x = query.to(dtype) * self.scaling**0.5
-        groups += [_read(x, chunks) for chunks in far if chunks.value.shape[2]]
+        earlier = [state.past(dtype).together(), *self._inside(window)]
+        groups += [_read(x, chunks) for chunks in earlier if chunks.value.shape[2]]
         output = _joint(groups)
-        state = self._pass_block(EvaState(near, state.chunks, state.counts, state.older))
+        state = self._pass_block(replace(state, window=window))
         if valid is not None:
             output = output.masked_fill(~valid[:, None, None, None], 0.0)
         return output.to(query.dtype), state
 
     # -- one token --------------------------------------------------------------------------------------------------
-    def _bias(self, near: WindowTokens) -> Tensor:
-        """`[batch or 1, heads or 1, 1, places]`: the bias of the last token's window at the places of near tokens."""
+    def _bias(self, window: WindowTokens) -> Tensor:
+        """`[batch or 1, heads or 1, 1, places]`: the bias of the last token's window at the places of its tokens."""
         assert self.window_bias is not None
-        size, bias, places = self.options.window_size, self.window_bias, near.key.shape[2]
+        size, bias, places = self.options.window_size, self.window_bias, window.key.shape[2]
         reach = bias.shape[-1] - size
-        if near.even is not None:
-            place, begin = (near.even - 1) % size, reach - (near.even - 1) // size * size
+        if window.even is not None:
+            place, begin = (window.even - 1) % size, reach - (window.even - 1) // size * size
             return bias[None, :, place : place + 1, begin : begin + places]
-        last = (near.count() - 1).clamp_min(0)
+        last = (window.count() - 1).clamp_min(0)
         first = reach - last // size * size
         slot = (first[:, None] + torch.arange(places, device=first.device)).clamp_max(bias.shape[-1] - 1)
         return bias[:, (last % size)[:, None], slot].transpose(0, 1).unsqueeze(2)
 
-    def _inside(self, near: WindowTokens) -> list[Summaries]:
-        """Published: the chunks of near tokens before the last one's own, which it reads as well."""
-        most = (near.key.shape[2] - 1) // self._chunk
+    def _inside(self, window: WindowTokens) -> list[Summaries]:
+        """Published: the chunks of the window's tokens before the last one's own, which it reads as well."""
+        most = (window.key.shape[2] - 1) // self._chunk
         if self.options.chunking != "published" or not most:
             return []
-        parts = (near.query, near.key, near.value)
-        chunks = self._summaries(*(None if z is None else z[:, :, : most * self._chunk] for z in parts))  # type: ignore[arg-type]
-        if near.even is not None:
-            return [chunks]
-        return [chunks.first((near.count() - 1) // self._chunk)]
+        chunks = self._summaries(*each_of(window, lambda z: z[:, :, : most * self._chunk]))
+        return [chunks if window.even is not None else chunks.first((window.count() - 1) // self._chunk)]
 
     def _pass_block(self, state: EvaState) -> EvaState:
         """Summarise the first block of those rows where it has left the window."""
-        near, size = state.near, self.options.window_size
-        rows = near.full(self.window)
+        window, size = state.window, self.options.window_size
+        rows = window.full(self.window_shape)
         if rows is not None and not rows:
             return state
-        if rows is None and may_look(near.key) and not bool((near.count() == self.window.places).any()):
+        if rows is None and may_look(window.key) and not bool((window.count() == self.window_shape.places).any()):
             return state
-        parts = (near.query, near.key, near.value)
-        fresh = self._summaries(*(None if z is None else z[:, :, :size] for z in parts))  # type: ignore[arg-type]
-        number = None
-        if rows is None or len(rows) < near.key.shape[0]:
-            number = (near.count() == self.window.places).long() * (size // self._chunk)
-        return state.grown(near.drop(self.window, rows), fresh, number, self._chunk)
+        fresh, number = self._summaries(*each_of(window, lambda z: z[:, :, :size])), None
+        if rows is None or len(rows) < window.key.shape[0]:
+            number = (window.count() == self.window_shape.places).long() * (size // self._chunk)
+        return state.grown(window.drop(self.window_shape), fresh, number, self._chunk)
 
     # -- summaries --------------------------------------------------------------------------------------------------
     def _summaries(self, query: Tensor | None, key: Tensor, value: Tensor) -> Summaries:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Moments = tuple[Tensor, Tensor, Tensor]  # count, mean and scatter
+
 _PIECE = 1024  # tokens
 # Any balancing factor is exact; this keeps its square finite in float32 for degenerate statistics.
 _BALANCE_LIMIT = 2.0**20
 
 
-def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> Moments:
     """Count, mean and scatter (sum of outer products about the mean) of the real tokens of each row.
 
     Args:
@@ -43,8 +45,8 @@ def row_moments(z: Tensor, mask: Tensor | None, dense: bool) -> tuple[Tensor, Te
     return count, mean, scatter
 
 
-def merge_moments(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two disjoint sets of tokens, each (count, mean, scatter); Chan, Golub and LeVeque 1979."""
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Of two disjoint sets of tokens together; Chan, Golub and LeVeque 1979."""
     total = a[0] + b[0]
     share = b[0] / total.clamp_min(1)
     step = b[1] - a[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import InputError, did_you_mean
 from ..inputs import check_inputs, factor_of
 from .balance import dense_transforms
-from .moments import diagonal_balance, merge_moments, row_moments, without_rounding
+from .moments import Moments, diagonal_balance, merge_moments, row_moments, without_rounding
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
 DENSE_VARIANTS = ("aderf", "sderf", "dense")
@@ -140,19 +140,20 @@ class FavorMoments:
                 f"query and key must have {expected[0]} heads of dimension {expected[1]}, like the tokens before; got"
                 f" query {tuple(query.shape)} and key {tuple(key.shape)}."
             )
-        query_mask = None if is_cross else _query_mask(query, key, key_mask, is_causal)
-        pooled = _pooled(query), _pooled(key), _pooled_mask(query_mask), _pooled_mask(key_mask)
-        new = _scaled(_gather(*pooled, dense=True), factor_of(query, scaling))
+        masks = None if is_cross else _query_mask(query, key, key_mask, is_causal), key_mask
+        # All tokens of the batch as one row.
+        query_row, key_row = (z.transpose(0, 1).flatten(1, 2).unsqueeze(0) for z in (query, key))
+        query_mask, key_mask = (None if mask is None else mask.reshape(1, -1) for mask in masks)
+        new = _scaled(_gather(query_row, key_row, query_mask, key_mask, dense=True), factor_of(query, scaling))
         return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
         """The moments of all tokens of both."""
-        query = merge_moments(self._side("query"), other._side("query"))
-        key = merge_moments(self._side("key"), other._side("key"))
-        return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+        return _of_sides(*(merge_moments(*pair) for pair in zip(self._sides(), other._sides(), strict=True)))
 
-    def _side(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
-        return getattr(self, f"{side}_count"), getattr(self, f"{side}_mean"), getattr(self, f"{side}_scatter")
+    def _sides(self) -> tuple[Moments, Moments]:
+        query = self.query_count, self.query_mean, self.query_scatter
+        return query, (self.key_count, self.key_mean, self.key_scatter)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""
@@ -236,15 +237,6 @@ def _query_mask(x: Tensor, y: Tensor, key_mask: Tensor | None, is_causal: bool) 
     return key_mask[:, -x.shape[2] :] if is_causal else None
 
 
-def _pooled(z: Tensor) -> Tensor:
-    """All tokens of the batch as one row."""
-    return z.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-
-
-def _pooled_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(1, -1)
-
-
 def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorStatistics:
     is_dense = variant in DENSE_VARIANTS
     x2, y2 = moments.query_scatter, moments.key_scatter
@@ -286,18 +278,14 @@ def token_moments(
 
 def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
     with torch.autocast(x.device.type, enabled=False):
-        query, key = row_moments(x, query_mask, dense), row_moments(y, key_mask, dense)
-    return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])
+        return _of_sides(row_moments(x, query_mask, dense), row_moments(y, key_mask, dense))
 
 
 def _scaled(moments: FavorMoments, scaling: float) -> FavorMoments:
     """The moments of scaled tokens from those of unscaled ones."""
     root = scaling**0.5
-    return FavorMoments(
-        moments.query_count,
-        moments.key_count,
-        moments.query_mean * root,
-        moments.key_mean * root,
-        moments.query_scatter * root * root,
-        moments.key_scatter * root * root,
-    )
+    return _of_sides(*((count, mean * root, scatter * root * root) for count, mean, scatter in moments._sides()))
+
+
+def _of_sides(query: Moments, key: Moments) -> FavorMoments:
+    return FavorMoments(query[0], key[0], query[1], key[1], query[2], key[2])

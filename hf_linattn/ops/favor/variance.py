@@ -50,7 +50,7 @@ def log_relative_moment(
     rooted = weight.abs().sqrt()
     sign = 1.0 if order * (order - 1) >= 0 else -1.0
     x, y = x * rooted, y * rooted
-    squares = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] + 2 * x @ y.mT
+    squares = _squared_sums(x, y)
     return constant[..., None] + sign * squares
 
 
@@ -133,7 +133,7 @@ def kernel_relative_variance(
     dim = x.shape[-1]
     whole, rest = divmod(num_features, dim)
     pairs = whole * dim * (dim - 1) + rest * (rest - 1)
-    half = (x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] + 2 * x @ y.mT).clamp_min(0) / 2
+    half = _squared_sums(x, y).clamp_min(0) / 2
     return own + torch.expm1(_log_orthogonal_pair(half, dim)) * (pairs / num_features**2)
 
 
@@ -200,6 +200,11 @@ def _coordinates(
     if statistics is None:
         return x, y, x.new_zeros(1, 1, 1, x.shape[-1])
     return *statistics.transform(x, y), statistics.shape.to(x)
+
+
+def _squared_sums(x: Tensor, y: Tensor) -> Tensor:
+    """`|x + y|^2` of all pairs, `[..., queries, keys]`."""
+    return x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] + 2 * x @ y.mT
 
 
 def _coefficients(shape: Tensor, order: float) -> tuple[Tensor, Tensor]:

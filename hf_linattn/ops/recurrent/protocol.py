@@ -15,7 +15,7 @@ class State(Protocol):
     """What is kept of the tokens seen so far: a frozen dataclass of tensors, rows first."""
 
     @property
-    def near(self) -> WindowTokens: ...
+    def window(self) -> WindowTokens: ...
 
     def rows(self, index: Tensor) -> State:
         """Pick rows `[rows]`, as beam search does."""

@@ -18,7 +18,7 @@ from hf_linattn.functional import derive_seed, draw_projection, favor_attention
 from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.kinds.favor_plus import FavorPlusConfig
-from hf_linattn.modules.registry import config_from_dict, default_config, get_kind
+from hf_linattn.modules.registry import config_from_dict, get_kind
 from hf_linattn.ops.favor.generalized import KERNELS, generalized_attention
 
 HEADS, DIM, TOKENS, FEATURES = 2, 4, 13, 6  # FEATURES is no multiple of DIM
@@ -226,8 +226,8 @@ def test_kernels_have_no_window_and_no_global_tokens_by_default(family: str) -> 
     assert (config.window_size, config.num_global_tokens) == (0, 0)
     assert config_from_dict(config.to_dict()) == config
     assert resolve(config, family) == config
-    assert default_config("favor_plus", family).kernel == "softmax"
-    assert default_config("favor_plus", family).window_size
+    assert resolve(FavorPlusConfig(), family).kernel == "softmax"
+    assert resolve(FavorPlusConfig(), family).window_size
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_nothing_exact_beside_a_kernel(fields: dict[str, Any], message: str) -> 
         FavorPlusConfig(kernel="relu", **fields)
     FavorPlusConfig(kernel="relu", window_size=0, num_global_tokens=0)
     with pytest.raises(ConfigError):
-        default_config("favor_plus", "bert").replace(kernel="relu")
+        resolve(FavorPlusConfig(), "bert").replace(kernel="relu")
 
 
 def test_kernels_redraw_share_and_regularise_too() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 from hf_linattn.errors import ConfigError, InputError, UncalibratedError, UnsupportedError
 from hf_linattn.functional import FavorStatistics, favor_attention, favor_statistics
 from hf_linattn.modules.base import AttentionInputs, LayerShape
-from hf_linattn.modules.kinds import favor_sharp
 from hf_linattn.modules.kinds.favor_sharp import FavorSharpAttention, FavorSharpConfig
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 
@@ -40,7 +38,7 @@ def calibrate(layer: FavorSharpAttention, *batches: AttentionInputs) -> FavorSha
     assert calibration is not None
     for batch in batches:
         calibration.update(batch)
-    layer.set_buffers(calibration.result())
+    layer.set_tensors(calibration.result())
     return layer
 
 
@@ -156,18 +154,15 @@ def test_heavy_keys_reach_the_function() -> None:
     assert not torch.equal(build()(q, k, v), expected)
 
 
-def test_native_causal_favor_sharp_is_favor_plus_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native mode: `attend` with the first state, which nothing calibrates."""
-    monkeypatch.setattr(favor_sharp, "_checked_statistics", {})
+def test_native_causal_favor_sharp_is_favor_plus_and_says_so() -> None:
+    """Native mode: `compute` with the first state, which nothing calibrates."""
     layer = build(True)
     state = layer.initial_state()
     q, k, v = tensors()
     inputs = as_inputs(q, k, v, is_causal=True)
     with pytest.warns(UserWarning, match="no calibrated statistics.*FAVOR\\+"):
-        out = layer.compute(layer.config, state, inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        layer.compute(layer.config, state, inputs)
+        assert layer.native_refusal(layer.config, layer.shape, training=False) is None
+    out = layer.compute(layer.config, state, inputs)
     expected = favor_attention(q, k, v, layer.projection, scaling=0.7, is_causal=True, chunk_size=4)
     torch.testing.assert_close(out, expected)
 

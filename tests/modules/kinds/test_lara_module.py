@@ -39,8 +39,15 @@ def calibrated(module: LaraAttention, seed: int = 5) -> LaraAttention:
     calibration = module.new_calibration()
     assert calibration is not None
     calibration.update(call(seed, is_causal=module.shape.is_causal))
-    module.set_buffers(calibration.result())
+    module.set_tensors(calibration.result())
     return module
+
+
+def new_calibration(
+    num_landmarks: int, is_causal: bool = True, stream: int = 0, **settings: Any
+) -> ProposalCalibration:
+    config = LaraConfig(num_landmarks=num_landmarks, **settings)
+    return ProposalCalibration(config, LayerShape(HEADS, DIM, 0, is_causal), stream)
 
 
 def state_of(module: LaraAttention) -> dict[str, Tensor]:
@@ -177,7 +184,7 @@ def assert_same_points(state: dict[str, Tensor], expected: Tensor) -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("num_global", [0, 2])
 def test_the_sample_holds_the_means_of_real_tokens(is_causal: bool, num_global: int) -> None:
-    calibration = ProposalCalibration(LayerShape(HEADS, DIM, 0, is_causal), 3, num_global_tokens=num_global)
+    calibration = new_calibration(3, is_causal, num_global_tokens=num_global)
     mask = torch.tensor([[0] * 4 + [1] * 9, [1, 0, 1] * 4 + [1], [0] * 13]).bool()
     given = call(1, mask, is_causal, batch=3)
     given.query[:, :, 0][~mask[:, 0]] = float("nan")  # padding is not read
@@ -191,7 +198,7 @@ def test_the_sample_holds_the_means_of_real_tokens(is_causal: bool, num_global: 
 
 
 def test_queries_of_the_last_tokens_only() -> None:
-    calibration = ProposalCalibration(LayerShape(HEADS, DIM, 0, True), 3)
+    calibration = new_calibration(3)
     given = call(1)
     short = AttentionInputs(given.query[:, :, -4:], given.key, given.value, None, scaling=SCALE, is_causal=True)
     calibration.update(short)
@@ -202,8 +209,7 @@ def test_queries_of_the_last_tokens_only() -> None:
 def test_the_sample_is_bounded_uniform_and_mergeable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lara_calibration, "SAMPLE_SIZE", 50)
     monkeypatch.setattr(lara_calibration, "_QUERIES_AT_ONCE", 5)
-    shape = LayerShape(HEADS, DIM, 3, True)
-    ranks = [ProposalCalibration(shape, 3, seed=7, stream=rank) for rank in (0, 1)]
+    ranks = [new_calibration(3, stream=rank, seed=7) for rank in (0, 1)]
     everything, seen, origin = [], [], []
     for step in range(6):
         for rank, calibration in enumerate(ranks):
@@ -216,7 +222,7 @@ def test_the_sample_is_bounded_uniform_and_mergeable(monkeypatch: pytest.MonkeyP
     shapes = [{name: (z.shape, z.dtype) for name, z in state.items()} for state in everything]
     assert all(shape == shapes[0] for shape in shapes)
     assert not torch.equal(states[0]["priorities"], states[1]["priorities"])
-    merged = [ProposalCalibration(shape, 3, seed=7, stream=rank) for rank in (0, 1)]
+    merged = [new_calibration(3, stream=rank, seed=7) for rank in (0, 1)]
     for calibration in merged:
         calibration.merge(states)
     assert all(torch.equal(a, b) for a, b in zip(merged[0].state().values(), merged[1].state().values(), strict=True))
@@ -246,7 +252,7 @@ def test_calibration_is_repeatable_and_depends_on_seed_and_layer() -> None:
 
 
 def test_too_few_or_bad_tokens_are_refused() -> None:
-    calibration = ProposalCalibration(LayerShape(HEADS, DIM, 0, True), 30)
+    calibration = new_calibration(30)
     with pytest.raises(InputError, match=r"30 proposals needs.*got 0.*num_landmarks"):
         calibration.result()
     calibration.update(call())
@@ -265,7 +271,7 @@ def test_calibration_in_half_precision_is_that_of_float32() -> None:
     inputs = call()
     points = []
     for dtype in (torch.float32, torch.bfloat16):
-        calibration = ProposalCalibration(LayerShape(HEADS, DIM, 0, True), 3)
+        calibration = new_calibration(3)
         tensors = (z.bfloat16().to(dtype) for z in (inputs.query, inputs.key, inputs.value))
         calibration.update(AttentionInputs(*tensors, None, scaling=SCALE, is_causal=True))
         points.append(calibration.state()["points"])
@@ -289,6 +295,6 @@ def test_calibration_brings_the_layer_closer_to_softmax() -> None:
     exact = softmax_attention(q, k, v, is_causal=True)
     errors = []
     for centroids in (torch.zeros_like(values["centroids"]), values["centroids"]):
-        module.set_buffers({**values, "centroids": centroids})
+        module.set_tensors({**values, "centroids": centroids})
         errors.append(float((module(q, k, v) - exact).norm() / exact.norm()))
     assert errors[1] < 0.6 * errors[0]

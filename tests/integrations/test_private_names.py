@@ -1,4 +1,4 @@
-"""Private names of Transformers are used in one room."""
+"""Private names of Transformers are used in a few files only, and not elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import hf_linattn
 
 PACKAGE = Path(hf_linattn.__file__).parent
 # Where Transformers' modules and private names may be used. `families.py` holds the names within the architectures.
-ROOM = {"integrations/seams.py", "integrations/model_seams.py", "integrations/probes.py"}
-# Public, but ours alone to reach through the room: what they do has changed, or may.
+FILES = {"integrations/seams.py", "integrations/model_seams.py", "integrations/probes.py"}
+# Public, but ours alone to reach through these files: what they do has changed, or may.
 OURS = {"AttentionInterface", "AttentionMaskInterface", "EncoderDecoderCache", "cache_utils", "initialization"}
 PRIVATE = {
     "_attn_implementation",
@@ -46,9 +46,9 @@ def leaks(path: Path) -> list[str]:
     return found
 
 
-def test_the_seams_are_in_one_room() -> None:
+def test_the_seams_are_in_a_few_files() -> None:
     files = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-    assert set(files) >= ROOM
-    assert all(leaks(files[name]) for name in ROOM), "the reader finds nothing"
-    found = [leak for name, path in files.items() if name not in ROOM for leak in leaks(path)]
+    assert set(files) >= FILES
+    assert all(leaks(files[name]) for name in FILES), "the reader finds nothing"
+    found = [leak for name, path in files.items() if name not in FILES for leak in leaks(path)]
     assert not found, "\n".join(found)
