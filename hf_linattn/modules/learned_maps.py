@@ -1,4 +1,4 @@
-"""Learned maps of queries and keys to slots: the parameters of a layer with `learned=True`."""
+"""The parameters of a layer with `learned=True`: maps of queries and keys to slots, or summaries of chunks (EVA)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..ops.eva.learned import LearnedSummariser
 from ..ops.learned import LearnedFeatureMap
 from .contract import LayerShape, StateTensor
 
@@ -41,4 +42,31 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_offset=state["far_offset"],
         far_slope=state["far_slope"],
         normalizer=normalizer,
+    )
+
+
+def summariser_spec(shape: LayerShape) -> dict[str, StateTensor]:
+    """The tensors of learned summaries, which start as the mean key and value of a chunk."""
+    heads, dim = shape.num_heads, shape.head_dim
+    return {
+        "key_pooling": _required(heads, dim),
+        "value_pooling": _required(heads, dim),
+        "key_adapter": _required(heads, dim, dim),
+        "query_adapter": _required(heads, dim, dim),
+        "far_offset": _required(heads),
+        "far_slope": _required(heads, dim),
+        "key_slope": _required(heads, dim),
+    }
+
+
+def learned_summariser(state: Mapping[str, Tensor]) -> LearnedSummariser:
+    """How a layer's tensors summarise chunks."""
+    return LearnedSummariser(
+        key_pooling=state["key_pooling"],
+        value_pooling=state["value_pooling"],
+        key_adapter=state["key_adapter"],
+        query_adapter=state["query_adapter"],
+        far_offset=state["far_offset"],
+        far_slope=state["far_slope"],
+        key_slope=state["key_slope"],
     )

@@ -16,6 +16,7 @@ A feature map of this form, tied and of both signs, is Hedgehog's (Zhang et al. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..kernels.half_norm import half_norm
 from .inputs import checked_attention, factor_of, prepare_tokens
+from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
 from .slot_attention import SlotOptions, exact_attention
 from .slot_weights import LinearSlotWeights
@@ -145,7 +147,7 @@ def learning_start(
     """
     query, key = query.float(), key.float()
     tokens = prepare_tokens(query, key, key, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
-    real = torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(key.dtype)
+    real = _real(tokens).to(key.dtype)
     query_shift, key_shift = ((z * real).sum((0, 2)) / real.sum() for z in (tokens.query, tokens.key))
     start = {"query_shift": query_shift, "key_shift": key_shift, "far_offset": torch.zeros_like(query_shift[:, 0])}
     exact = exact_attention(tokens, SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys))
@@ -153,18 +155,35 @@ def learning_start(
         return start  # beside nothing else the mass of the slots has no effect
 
     def mass(offset: float) -> Tensor:
-        """Log-mass of exact keys and slots together."""
         maps = replace(feature_map, **{**start, "far_offset": start["far_offset"] + offset})
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
-    logits = mask_logits(tokens.query @ tokens.key.mT, real.mT > 0)
+    start["far_offset"] = matching_offset(tokens, mass, is_causal=is_causal)
+    return start
+
+
+def matching_offset(tokens: Tokens, mass: Callable[[float], Tensor], *, is_causal: bool) -> Tensor:
+    """The offset of the slots' log-mass with which its mean over queries is that of the keys that they stand for.
+
+    Args:
+        mass: Log-mass of exact keys and slots together, `[batch, heads, tokens]`, given the offset.
+    Returns: `[heads]`; 0 where no query reads a slot.
+    """
+    real = _real(tokens)
+    logits = mask_logits(tokens.query @ tokens.key.mT, real.mT)
     if is_causal:
         logits = mask_logits(logits, causal_visibility(*logits.shape[-2:], logits.device))
     near = mass(float("-inf"))
     far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
-    seen = far.isfinite() & slots.isfinite() & (real.squeeze(-1) > 0)
-    start["far_offset"] = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
-    return start
+    seen = far.isfinite() & slots.isfinite() & real.squeeze(-1)
+    return torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
+
+
+def _real(tokens: Tokens) -> Tensor:
+    """`[batch or 1, 1, tokens, 1]`, True where a token is real."""
+    if tokens.visible is not None:
+        return tokens.visible
+    return torch.ones_like(tokens.key[:, :1, :, :1], dtype=torch.bool)
 
 
 def learned_recurrence(

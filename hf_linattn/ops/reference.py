@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .eva.learned import LearnedSummariser
 from .favor.statistics import FavorStatistics
 from .lara.proposals import CalibratedProposals
 from .learned import LearnedFeatureMap
@@ -236,5 +237,43 @@ def eva_reference(
         u, _ = slots_read_keys(c, v, torch.ones_like(read))
         whole = (read.unsqueeze(1) | ~member).all(-1)  # [queries, chunks]: a chunk is read as a whole or not at all
         return queries_read(x, y, v, exact, mask_logits(x @ key_mean.mT + size.squeeze(-1).log(), whole), u)
+
+    return by_row(attention, query, key, value, key_mask, scaling)
+
+
+def learned_eva_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summarise: LearnedSummariser,
+    *,
+    window_size: int,
+    chunk_size: int,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **where: object,
+) -> Tensor:
+    """EVA with learned summaries (the formulas of `ops/eva/learned.py`). `where`: the rest of `exact_and_read`.
+
+    Chunks divide windows here; on a grid both are squares.
+    """
+
+    def attention(x: Tensor, y: Tensor, v: Tensor, row: int) -> Tensor:
+        maps, tokens = summarise, x.shape[1]
+        exact, read = exact_and_read(tokens, window_size, **where)  # type: ignore[arg-type]
+        same_chunk, _ = exact_and_read(tokens, chunk_size, **{**where, "is_causal": False})  # type: ignore[arg-type]
+        first = int(where.get("num_global_tokens", 0))  # type: ignore[call-overload]
+        member = same_chunk[first:].unique(dim=0)  # [chunks, tokens]
+        member[:, :first] = False
+        key_pool = mask_logits((y @ maps.key_pooling.unsqueeze(-1)).mT, member).softmax(-1)
+        value_pool = mask_logits((y @ maps.value_pooling.unsqueeze(-1)).mT, member).softmax(-1)
+        key_mean = key_pool @ y
+        key_mean = key_mean + key_mean @ maps.key_adapter
+        logits = (x + x @ maps.query_adapter) @ key_mean.mT + member.sum(-1).to(x).log()
+        logits = logits + maps.far_offset[:, None, None] + x @ maps.far_slope.unsqueeze(-1)
+        logits = logits + (key_mean @ maps.key_slope.unsqueeze(-1)).mT
+        whole = (read.unsqueeze(1) | ~member).all(-1)  # [queries, chunks]: a chunk is read as a whole or not at all
+        u = (value_pool @ v).unsqueeze(1).expand(-1, tokens, -1, -1)
+        return queries_read(x, y, v, exact, mask_logits(logits, whole), u)
 
     return by_row(attention, query, key, value, key_mask, scaling)

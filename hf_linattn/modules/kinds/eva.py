@@ -12,16 +12,28 @@ from ...errors import ConfigError, InputError
 from ...ops.eva.attention import eva_attention
 from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS
 from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
+from ...ops.eva.learned import eva_learning_start, learned_eva_attention, learned_eva_recurrence
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
 from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
 from ..contract import LayerShape, StateTensor, zeros
+from ..learned_maps import learned_summariser, summariser_spec
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
+# With learned summaries these settings have one value: a control variate is not made.
+LEARNED_VALUES = {
+    "proposals": "key",
+    "weighting": "size",
+    "chunking": "exclusive",
+    "proposal_map": "none",
+    "sample_noise": False,
+    "noise_scale": "corrected",
+    "conventions": "corrected",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,9 @@ class EvaConfig(AttentionConfig):
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `head_dim ** -0.25`.
         conventions: "corrected" or "published": the defaults of the fields that are `None`. Published causal proposals
             need the queries of all tokens: in native mode generate with `use_cache=False`, or set proposals="key".
+        learned: Summaries of chunks with pooling weights, residual maps and a mass that are trained
+            (`hf_linattn.training.transfer_attention`) instead of control variates. They start as mean keys and mean
+            values, weighed by size; `proposals`, `weighting` and `proposal_map` do not apply. Converted models only.
     """
 
     kind = "eva"
@@ -75,13 +90,26 @@ class EvaConfig(AttentionConfig):
     sample_noise: bool | None = flag(None, (False, True))
     noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     conventions: str = choice("corrected", CONVENTIONS)
+    learned: bool = flag(False)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.learned:  # as a version without learned summaries wrote and reads it
+            del values["learned"]
+        return values
+
+    def validate(self) -> None:
+        super().validate()
+        for field, value in LEARNED_VALUES.items():
+            if self.learned and getattr(self, field) not in (None, value):
+                self.fail(field, f"{value!r} with learned=True", "Learned summaries are pooled, from the keys alone.")
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         values = {**super().own_defaults(group), "relative_dims": 2 if group == "vision" else 1}
         if group == "decoder":
             # A decoder's cache holds no queries, so its proposals come from the keys alone.
             values["proposals"] = "key" if self.conventions == "corrected" else "sum"
-        return values
+        return values | LEARNED_VALUES if self.learned else values
 
     def filled(self, defaults: Mapping[str, Any]) -> EvaConfig:
         config = super().filled(defaults)
@@ -91,7 +119,7 @@ class EvaConfig(AttentionConfig):
 
 
 class EvaAttention(ProposalAttention[EvaConfig]):
-    """EVA with learned maps of the chunk means."""
+    """EVA with learned maps of the chunk means, or with learned summaries of the chunks."""
 
     kind = "eva"
 
@@ -129,7 +157,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
 
     @classmethod
     def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        spec = proposal_spec(config.proposal_map, "key", shape)
+        spec = summariser_spec(shape) if config.learned else proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
@@ -142,38 +170,59 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         return super().supports_recurrence(config, is_causal=is_causal) and config.chunk_size is not None
 
     def recurrence(self, query: Tensor, *, scaling: float) -> EvaRecurrence:
-        options = _options(self.config, self.tensors(), scaling, None, is_causal=True)
-        return eva_recurrence(scaling=scaling, **options, **self.recurrence_options())
+        state, shared = self.tensors(), self.recurrence_options()
+        options = _layout_options(self.config, state, scaling, None, is_causal=True)
+        if self.config.learned:
+            return learned_eva_recurrence(learned_summariser(state), scaling=scaling, **options, **shared)
+        return eva_recurrence(scaling=scaling, **options, **_variate_options(self.config, state), **shared)
 
     @classmethod
     def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        tokens = inputs.query, inputs.key, inputs.value
+        options = _layout_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
+        options |= {"num_chunks": config.num_chunks, **inputs.options(config)}
+        if config.learned:
+            return learned_eva_attention(*tokens, learned_summariser(state), **options)
         return eva_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            num_chunks=config.num_chunks,
+            *tokens,
             noise=bool(inputs.training and config.sample_noise),
             noise_scale=config.noise_scale,
-            **_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal),
-            **inputs.options(config),
+            **_variate_options(config, state),
+            **options,
         )
 
+    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
+        if not self.config.learned:
+            return {}
+        state = self.tensors()
+        options = _layout_options(self.config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
+        options |= {"num_chunks": self.config.num_chunks, **inputs.options(self.config)}
+        # Softmax has neither: the offset is that of the layer without them.
+        del options["window_bias"], options["slot_dropout"]
+        return eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)
 
-def _options(
+
+def _layout_options(
     config: EvaConfig, state: Mapping[str, Tensor], scaling: float, grid: tuple[int, int] | None, *, is_causal: bool
 ) -> dict[str, Any]:
-    """Arguments that `eva_attention` and its recurrent form share; the settings are filled in."""
-    query_map, key_map = proposal_maps(state)
+    """Arguments about chunks and windows that all forms share; the settings are filled in."""
     table = state.get("relative_table")
     return {
         "chunk_size": config.chunk_size if is_causal else None,
-        "chunking": config.chunking,
         "max_chunks": config.max_chunks,
+        "window_bias": None if table is None else _window_bias(config, table, grid, scaling, is_causal=is_causal),
+    }
+
+
+def _variate_options(config: EvaConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `eva_attention` and its recurrent form about control variates."""
+    query_map, key_map = proposal_maps(state)
+    return {
+        "chunking": config.chunking,
         "proposals": config.proposals,
         "weighting": config.weighting,
         "query_map": query_map,
         "key_map": key_map,
-        "window_bias": None if table is None else _window_bias(config, table, grid, scaling, is_causal=is_causal),
     }
 
 
@@ -225,7 +274,7 @@ register_kind(
         causal="yes",
         overlap_on_grids=True,
         needs_window=True,
-        checkpoint_fields=("relative_index", "relative_dims"),
+        checkpoint_fields=("relative_index", "relative_dims", "learned"),
         bound_field="max_chunks",
         cost="linearly with the number of tokens for a given window and number of chunks",
         example={"num_chunks": 8, "chunk_size": 4},

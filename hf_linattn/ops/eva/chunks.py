@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +105,23 @@ class Summaries:
         return merge_logits(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
 
 
+class MakesSummaries(Protocol):
+    """From tokens to the summaries of chunks: `Summariser`, or a learned one (`learned.py`)."""
+
+    @property
+    def uses_queries(self) -> bool:
+        """Whether summaries depend on the chunk's queries."""
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether summaries have a `spread`."""
+
+    def __call__(
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+    ) -> Summaries:
+        """Summaries of all chunks."""
+
+
 @dataclass(frozen=True)
 class Summariser:
     """The options of `eva_attention` that decide what a chunk's summary is.
@@ -121,6 +139,10 @@ class Summariser:
     @property
     def uses_queries(self) -> bool:
         return self.proposals in ("sum", "mean")
+
+    @property
+    def has_spread(self) -> bool:
+        return self.weighting == "spread"
 
     def check(self) -> None:
         """Raise `InputError` for an unknown name."""

@@ -13,7 +13,7 @@ from ..layout import WindowedBlocks
 from ..padding import Tokens
 from ..softmax import causal_visibility, mask_logits, softmax_with_lse
 from .bounded import EarlierChunks, latest_chunks
-from .chunks import Summaries, Summariser
+from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
 from .layout import ChunkOptions, Chunks, Layout, integer_root
 from .published import published_layout
@@ -22,7 +22,7 @@ from .published import published_layout
 def eva_estimate(
     tokens: Tokens,
     options: ChunkOptions,
-    summarise: Summariser,
+    summarise: MakesSummaries,
     *,
     noise: Tensor | bool = False,
     window_bias: Tensor | None = None,

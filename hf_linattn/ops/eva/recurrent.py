@@ -16,7 +16,7 @@ from ...errors import InputError, UnsupportedError
 from ..inputs import ProposalMap, compute_dtype, prepare_tokens
 from ..layout import Blocks
 from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of
-from .chunks import Summaries, Summariser
+from .chunks import MakesSummaries, Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, Chunks
 from .state import EvaState, may_look
@@ -49,14 +49,27 @@ def eva_recurrence(
             " so that every new token changes the chunks of all others. Set chunk_size, or recompute without a cache"
             " (use_cache=False)."
         )
+    options = recurrent_options(window_size, chunk_size, overlap_window, chunking, max_chunks, window_bias)
+    summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5)
+    summarise.check()
+    return EvaRecurrence(options, summarise, scaling, window_bias, slot_dropout)
+
+
+def recurrent_options(
+    window_size: int,
+    chunk_size: int,
+    overlap_window: bool,
+    chunking: str,
+    max_chunks: int | None,
+    window_bias: Tensor | None,
+) -> ChunkOptions:
+    """The layout of a recurrent form, checked."""
     if window_bias is not None and window_bias.ndim != 3:
         raise InputError(f"window_bias must be [heads or 1, window_size, slots] here; got {tuple(window_bias.shape)}.")
     side = "left" if overlap_window else None
     options = ChunkOptions(window_size, 1, chunk_size, chunking, side, is_causal=True, max_chunks=max_chunks)
     options.check(None)
-    summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5)
-    summarise.check()
-    return EvaRecurrence(options, summarise, scaling, window_bias, slot_dropout)
+    return options
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class EvaRecurrence:
     """Causal EVA a piece at a time. No method changes the state it is given. Made by `eva_recurrence`."""
 
     options: ChunkOptions
-    summarise: Summariser
+    summarise: MakesSummaries
     scaling: float
     window_bias: Tensor | None = None
     dropout: float = 0.0
@@ -92,7 +105,7 @@ class EvaRecurrence:
         static_places = None if static_tokens is None else self.window_shape.places
         window = WindowTokens.empty(key, value, with_queries=self.keeps_queries, static_places=static_places)
         places = 0 if static_tokens is None else -(-static_tokens // self._chunk)
-        return EvaState.empty(window, places, bound, has_spread=self.summarise.weighting == "spread")
+        return EvaState.empty(window, places, bound, has_spread=self.summarise.has_spread)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, state: EvaState) -> Tensor:
         """What the last tokens read, in the parallel form.

@@ -1,0 +1,178 @@
+r"""EVA with learned summaries: each chunk is one key and one value, pooled with weights that are trained.
+
+Per head, with pooling weights `u` and `w`, residual maps `A` and `B`, an offset `g_0` and slopes `g` and `m` of the
+mass of the chunks, for scaled queries `x` and keys `y`:
+
+    chunk key     ybar_c = (I + A)^T sum_n softmax_n(u . y_n) y_n     over the C tokens of the chunk
+    chunk value   u_c = sum_n softmax_n(w . y_n) v_n
+    chunk logit   ((I + B)^T x_t) . ybar_c + log C + g_0 + g . x_t + m . ybar_c
+
+and one softmax runs over the window's keys and the chunks. With all of them zero a chunk is its mean key and its mean
+value, with the mass of its tokens. The logit is linear in `x_t`, so for the kernels a chunk has the key
+`(I + B) ybar_c + g`, and the rest is its log-weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..inputs import checked_attention, factor_of, prepare_tokens
+from ..learned import matching_offset
+from ..softmax import mask_logits, softmax_with_lse
+from .chunks import Summaries
+from .estimate import eva_estimate
+from .layout import ChunkOptions, Chunks, default_chunk
+from .recurrent import EvaRecurrence, recurrent_options
+
+
+@dataclass(frozen=True)
+class LearnedSummariser:
+    """How the chunks of a layer are summarised.
+
+    Args:
+        key_pooling, value_pooling: `[heads, head_dim]`: `u` and `w`.
+        key_adapter, query_adapter: `[heads, head_dim, head_dim]`: `A` of the pooled key and `B` of the query.
+        far_offset: `[heads]`: `g_0`, added to the log-mass of the chunks.
+        far_slope, key_slope: `[heads, head_dim]`: what of it is linear in the query, and in the pooled key.
+    """
+
+    key_pooling: Tensor
+    value_pooling: Tensor
+    key_adapter: Tensor
+    query_adapter: Tensor
+    far_offset: Tensor
+    far_slope: Tensor
+    key_slope: Tensor
+
+    uses_queries = False
+    has_spread = False
+
+    def __call__(
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+    ) -> Summaries:
+        """Summaries of all chunks, in float32 or wider; queries and noise are not used."""
+        wide = torch.promote_types(key.dtype, torch.float32)
+        maps = replace(self, **{name: tensor.to(wide) for name, tensor in vars(self).items()})
+        keys, values = chunks.take(key).to(wide), chunks.take(value).to(wide)
+        pooled = _pool(keys, keys, maps.key_pooling, chunks.member)
+        pooled = pooled + pooled @ maps.key_adapter
+        key_mean = pooled + pooled @ maps.query_adapter.mT + maps.far_slope.unsqueeze(1)
+        log_weight = chunks.member.sum(-1).to(wide).log()[:, None] + maps.far_offset.unsqueeze(1)
+        log_weight = log_weight + (pooled @ maps.key_slope.unsqueeze(-1)).squeeze(-1)
+        return Summaries(key_mean, _pool(values, keys, maps.value_pooling, chunks.member), log_weight, None)
+
+
+def _pool(tokens: Tensor, keys: Tensor, weights: Tensor, member: Tensor) -> Tensor:
+    """Means of `tokens` `[batch, heads, chunks, members, dim]`, weighted by a softmax of the keys; 0 for no member."""
+    logits = mask_logits(keys @ weights[:, None, :, None], member[:, None, ..., None])
+    return softmax_with_lse(logits.mT, tokens).output.squeeze(-2)
+
+
+@checked_attention(in_half=("cuda",))
+def learned_eva_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summarise: LearnedSummariser,
+    *,
+    window_size: int = 64,
+    overlap_window: bool = False,
+    num_chunks: int = 128,
+    chunk_size: int | None = None,
+    max_chunks: int | None = None,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool = False,
+    window_bias: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    num_global_tokens: int = 0,
+    slot_dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """EVA with learned summaries.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`. In the causal form queries may be fewer than keys.
+        summarise: Of this number of heads and this head_dim.
+        max_chunks: As in `eva_attention`; the earlier chunks are merged with the weights `C exp(g_0 + m . ybar_c)`.
+        The others as in `eva_attention`, with its chunking "exclusive".
+    Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
+    Raises: InputError and UnsupportedError as `eva_attention` does.
+    Cost: As `eva_attention`.
+    """
+    options = _chunk_options(window_size, overlap_window, num_chunks, chunk_size, max_chunks, is_causal)
+    options.check(grid)
+    tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    if tokens.key.shape[2] == 0:
+        return tokens.finish(None)
+    return tokens.finish(eva_estimate(tokens, options, summarise, window_bias=window_bias, dropout=slot_dropout))
+
+
+def _chunk_options(
+    window_size: int,
+    overlap_window: bool,
+    num_chunks: int,
+    chunk_size: int | None,
+    max_chunks: int | None,
+    is_causal: bool,
+) -> ChunkOptions:
+    if is_causal and chunk_size is None:
+        chunk_size = default_chunk(window_size)
+    side = ("left" if is_causal else "both") if overlap_window else None
+    return ChunkOptions(window_size, num_chunks, chunk_size, "exclusive", side, is_causal, max_chunks)
+
+
+@torch.no_grad()
+def eva_learning_start(
+    query: Tensor,
+    key: Tensor,
+    summarise: LearnedSummariser,
+    *,
+    window_size: int = 64,
+    overlap_window: bool = False,
+    num_chunks: int = 128,
+    chunk_size: int | None = None,
+    max_chunks: int | None = None,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    is_causal: bool = False,
+    grid: tuple[int, int] | None = None,
+    num_global_tokens: int = 0,
+) -> dict[str, Tensor]:
+    """Where training starts, in closed form: `far_offset`.
+
+    With it the mean log-mass of the chunks, over queries, is that of the keys that they stand for.
+
+    Args:
+        query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_eva_attention`.
+    Cost: O(tokens^2) time and memory: for a batch of a few sequences.
+    """
+    query, key = query.float(), key.float()
+    options = _chunk_options(window_size, overlap_window, num_chunks, chunk_size, max_chunks, is_causal)
+    options.check(grid)
+    tokens = prepare_tokens(query, key, key, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    none = torch.zeros_like(summarise.far_offset, dtype=torch.float32)
+
+    def mass(offset: float) -> Tensor:
+        return eva_estimate(tokens, options, replace(summarise, far_offset=none + offset)).lse
+
+    return {"far_offset": matching_offset(tokens, mass, is_causal=is_causal)}
+
+
+def learned_eva_recurrence(
+    summarise: LearnedSummariser,
+    *,
+    window_size: int,
+    chunk_size: int,
+    overlap_window: bool = False,
+    max_chunks: int | None = None,
+    window_bias: Tensor | None = None,
+    scaling: float,
+    slot_dropout: float = 0.0,
+) -> EvaRecurrence:
+    """The recurrent form of `learned_eva_attention(..., is_causal=True)` with the same options."""
+    options = recurrent_options(window_size, chunk_size, overlap_window, "exclusive", max_chunks, window_bias)
+    return EvaRecurrence(options, summarise, scaling, window_bias, slot_dropout)
