@@ -155,7 +155,8 @@ def learning_start(
         return start  # beside nothing else the mass of the slots has no effect
 
     def mass(offset: float) -> Tensor:
-        maps = replace(feature_map, **{**start, "far_offset": start["far_offset"] + offset})
+        far_offset = start["far_offset"] + offset
+        maps = replace(feature_map, query_shift=query_shift, key_shift=key_shift, far_offset=far_offset)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     start["far_offset"] = matching_offset(tokens, mass, is_causal=is_causal)
@@ -172,7 +173,7 @@ def matching_offset(tokens: Tokens, mass: Callable[[float], Tensor], *, is_causa
     real = _real(tokens)
     logits = mask_logits(tokens.query @ tokens.key.mT, real.mT)
     if is_causal:
-        logits = mask_logits(logits, causal_visibility(*logits.shape[-2:], logits.device))
+        logits = mask_logits(logits, causal_visibility(logits.shape[-2], logits.shape[-1], logits.device))
     near = mass(float("-inf"))
     far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
     seen = far.isfinite() & slots.isfinite() & real.squeeze(-1)
