@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-overlap": ("eva", {"window_size": 4, "chunk_size": 2, "overlap_window": True}),
     "eva-sum-spread": ("eva", {"window_size": 6, "chunk_size": 3, "proposals": "sum", "weighting": "spread"}),
     "eva-bounded": ("eva", {"window_size": 4, "chunk_size": 2, "max_chunks": 3}),
+    "eva-learned": ("eva", {"window_size": 4, "chunk_size": 2, "learned": True}),
     "eva-positions": ("eva", {"window_size": 4, "chunk_size": 2, "relative_position": "table"}),
     "eva-published": ("eva", {"window_size": 4, "chunk_size": 2, "conventions": "published"}),
 }

@@ -74,6 +74,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "relative_position": ["rope", None, 1],
         "relative_index": ["official", 1],
         "relative_dims": [0, 3, 2**64, "2"],
+        "learned": NOT_BOOLS,
         **PROPOSALS,
     },
 }

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import AutoModel, TrainingArguments
 
 import hf_linattn
-from hf_linattn import FavorPlusConfig
+from hf_linattn import EvaConfig, FavorPlusConfig
 from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.training import AttentionTransferTrainer, transfer_attention
 
 CASES = [BERT, GPT2, VIT]
 SETTINGS = FavorPlusConfig(learned=True, num_features=8, window_size=4)
+EVERY_KIND = [SETTINGS, EvaConfig(learned=True, num_chunks=8, chunk_size=2, window_size=4)]
+every_kind = pytest.mark.parametrize("settings", EVERY_KIND, ids=lambda settings: settings.kind)
 
 
 def converted(case: ModelCase, settings: Any = SETTINGS) -> Any:
@@ -46,9 +48,10 @@ def tensors(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+@every_kind
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_error_falls_and_nothing_else_changes(case: ModelCase) -> None:
-    model = converted(case)
+def test_the_error_falls_and_nothing_else_changes(case: ModelCase, settings: Any) -> None:
+    model = converted(case, settings)
     before, required = tensors(model), [parameter.requires_grad for parameter in model.parameters()]
     steps = transfer_attention(model, batches(case), steps=31)  # the last on the first batch again
     assert [step.step for step in steps] == list(range(31))
@@ -59,8 +62,9 @@ def test_the_error_falls_and_nothing_else_changes(case: ModelCase) -> None:
     assert all(parameter.grad is None or ".linattn." in name for name, parameter in model.named_parameters())
 
 
-def test_what_was_learned_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = converted(BERT)
+@every_kind
+def test_what_was_learned_is_saved_and_loaded(tmp_path: Path, settings: Any) -> None:
+    model = converted(BERT, settings)
     transfer_attention(model, batches(BERT), steps=2)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
@@ -70,14 +74,15 @@ def test_what_was_learned_is_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.config.linear_attention["learned"] is True
 
 
-def test_padding_does_not_count() -> None:
+@every_kind
+def test_padding_does_not_count(settings: Any) -> None:
     """Rows with padding give the errors of the rows without."""
     short = [{"input_ids": batch["input_ids"][:, :19]} for batch in batches(BERT)]
     padded = []
     for batch in short:
         ids = torch.cat([batch["input_ids"], torch.full((3, 6), 7)], 1)
         padded.append({"input_ids": ids, "attention_mask": torch.tensor([[1] * 19 + [0] * 6] * 3)})
-    found = [transfer_attention(converted(BERT), given, steps=4)[-1].errors for given in (short, padded)]
+    found = [transfer_attention(converted(BERT, settings), given, steps=4)[-1].errors for given in (short, padded)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
