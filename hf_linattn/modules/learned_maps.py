@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops.learned import LearnedFeatureMap
+from ..ops.learned import LearnedFeatureMap, learning_start
+from .base import AttentionInputs
+from .config import AttentionConfig
 from .contract import LayerShape, StateTensor
 
 
@@ -30,11 +32,11 @@ def _required(*shape: int) -> StateTensor:
     return StateTensor(shape, learned=True, draw=lambda: torch.zeros(shape))
 
 
-def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> LearnedFeatureMap:
-    """The feature map that a layer's tensors are."""
+def learned_feature_map(state: Mapping[str, Tensor], normalizer: str = "slots") -> LearnedFeatureMap:
+    """The feature map that a layer's tensors are, among them perhaps residual maps (`modules/proposal_maps.py`)."""
     return LearnedFeatureMap(
-        query_directions=state["query_directions"],
-        key_directions=state["key_directions"],
+        query_directions=_directions(state, "query"),
+        key_directions=_directions(state, "key"),
         query_shift=state["query_shift"],
         key_shift=state["key_shift"],
         slot_bias=state["slot_bias"],
@@ -42,3 +44,19 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_slope=state["far_slope"],
         normalizer=normalizer,
     )
+
+
+def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
+    """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
+    directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
+    return directions if adapter is None else directions + directions @ adapter.mT
+
+
+def learned_start(
+    config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, normalizer: str = "slots"
+) -> dict[str, Tensor]:
+    """`LinearAttention.learning_start` of a layer whose tensors are a learned feature map."""
+    options = inputs.options(config)
+    del options["slot_dropout"]
+    feature_map = learned_feature_map(state, normalizer)
+    return learning_start(inputs.query, inputs.key, feature_map, num_heavy_keys=config.num_heavy_keys, **options)

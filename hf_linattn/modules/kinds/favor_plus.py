@@ -16,12 +16,12 @@ from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import FavorStatistics
-from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence, learning_start
+from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import LayerShape, StateTensor
-from ..learned_maps import learned_feature_map, learned_spec
+from ..learned_maps import learned_feature_map, learned_spec, learned_start
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 
@@ -182,12 +182,7 @@ class FavorAttention(RedrawnAttention[F]):
     def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         if not self.config.learned:
             return {}
-        options = inputs.options(self.config)
-        del options["slot_dropout"]
-        feature_map = learned_feature_map(self.tensors(), self.config.normalizer)
-        return learning_start(
-            inputs.query, inputs.key, feature_map, num_heavy_keys=self.config.num_heavy_keys, **options
-        )
+        return learned_start(self.config, self.tensors(), inputs, self.config.normalizer)
 
     def recurrence_options(self) -> dict[str, Any]:
         return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}
