@@ -49,7 +49,10 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str = "slots") 
 def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
     """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
     directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
-    return directions if adapter is None else directions + directions @ adapter.mT
+    if adapter is None:
+        return directions
+    # Copies, because the rounding of a product depends on where its factors lie in memory, which loading changes.
+    return directions + directions.clone() @ adapter.clone().mT
 
 
 def learned_start(

@@ -13,19 +13,23 @@ from torch import Tensor
 from transformers import AutoModel, TrainingArguments
 
 import hf_linattn
-from hf_linattn import FavorPlusConfig
+from hf_linattn import FavorPlusConfig, LaraConfig
+from hf_linattn.conversion.calibrate import needs_calibration
 from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.training import AttentionTransferTrainer, transfer_attention
 
 CASES = [BERT, GPT2, VIT]
 SETTINGS = FavorPlusConfig(learned=True, num_features=8, window_size=4)
+LARA = LaraConfig(learned=True, num_landmarks=8, window_size=4)
+every_kind = pytest.mark.parametrize("settings", [SETTINGS, LARA], ids=lambda settings: settings.kind)
 
 
 def converted(case: ModelCase, settings: Any = SETTINGS) -> Any:
     model = case.build(attention_probs_dropout_prob=0.0) if case is not GPT2 else case.build()
     if case is VIT:
         settings = settings.replace(window_size=2)
-    return hf_linattn.convert(model, settings)
+    model = hf_linattn.convert(model, settings)
+    return hf_linattn.calibrate(model, batches(case)) if needs_calibration(model) else model
 
 
 def batches(case: ModelCase, number: int = 2, rows: int = 3, tokens: int = 24) -> list[dict[str, Tensor]]:
@@ -46,21 +50,24 @@ def tensors(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+@every_kind
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_error_falls_and_nothing_else_changes(case: ModelCase) -> None:
-    model = converted(case)
+def test_the_error_falls_and_nothing_else_changes(case: ModelCase, settings: Any) -> None:
+    model = converted(case, settings)
     before, required = tensors(model), [parameter.requires_grad for parameter in model.parameters()]
     steps = transfer_attention(model, batches(case), steps=30)
     assert [step.step for step in steps] == list(range(30))
     assert all(last < 0.95 * first for first, last in zip(steps[0].errors, steps[-1].errors, strict=True))
     after = tensors(model)
-    assert all(torch.equal(before[name], after[name]) == (".linattn." not in name) for name in before)
+    learned = {name for name, _ in model.named_parameters() if ".linattn." in name}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == learned
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     assert all(parameter.grad is None or ".linattn." in name for name, parameter in model.named_parameters())
 
 
-def test_what_was_learned_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = converted(BERT)
+@every_kind
+def test_what_was_learned_is_saved_and_loaded(tmp_path: Path, settings: Any) -> None:
+    model = converted(BERT, settings)
     transfer_attention(model, batches(BERT), steps=2)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
@@ -70,14 +77,15 @@ def test_what_was_learned_is_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.config.linear_attention["learned"] is True
 
 
-def test_padding_does_not_count() -> None:
+@every_kind
+def test_padding_does_not_count(settings: Any) -> None:
     """Rows with padding give the errors of the rows without."""
     short = [{"input_ids": batch["input_ids"][:, :19]} for batch in batches(BERT)]
     padded = []
     for batch in short:
         ids = torch.cat([batch["input_ids"], torch.full((3, 6), 7)], 1)
         padded.append({"input_ids": ids, "attention_mask": torch.tensor([[1] * 19 + [0] * 6] * 3)})
-    found = [transfer_attention(converted(BERT), given, steps=4)[-1].errors for given in (short, padded)]
+    found = [transfer_attention(converted(BERT, settings), given, steps=4)[-1].errors for given in (short, padded)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
