@@ -15,7 +15,6 @@ from ...ops.favor.attention import favor_attention
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
-from ...ops.favor.statistics import FavorStatistics
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
@@ -121,27 +120,9 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: `favor_attention` with the layer's own directions, which may be redrawn."""
+    """What FAVOR+ and FAVOR# share: the layer's own directions, which may be redrawn, and their recurrent form."""
 
     projection: Tensor
-
-    @classmethod
-    def statistics(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> FavorStatistics | None:
-        """Of queries and keys, to which FAVOR# fits its features; `None` for FAVOR+."""
-        return None
-
-    @classmethod
-    def compute(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        return favor_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            state["projection"],
-            statistics=cls.statistics(config, state, inputs),
-            num_heavy_keys=config.num_heavy_keys,
-            chunk_size=config.chunk_size,
-            **inputs.options(config),
-        )
 
     def recurrence_options(self) -> dict[str, Any]:
         return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}
@@ -166,7 +147,15 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.kernel == "softmax":
-            return super().compute(config, state, inputs)
+            return favor_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                state["projection"],
+                num_heavy_keys=config.num_heavy_keys,
+                chunk_size=config.chunk_size,
+                **inputs.options(config),
+            )
         return generalized_attention(
             inputs.query,
             inputs.key,
