@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.learned import LearnedFeatureMap
+from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
+from .base import AttentionInputs
 from .contract import LayerShape, StateTensor
 
 
@@ -42,3 +44,24 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_slope=state["far_slope"],
         normalizer=normalizer,
     )
+
+
+def learned_output(config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    """The attention of a layer with learned maps; `config` of a kind with `normalizer` and slots beside a window."""
+    return learned_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        learned_feature_map(state, config.normalizer),
+        num_heavy_keys=config.num_heavy_keys,
+        chunk_size=config.chunk_size,
+        **inputs.options(config),
+    )
+
+
+def learned_start(config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> dict[str, Tensor]:
+    """Shifts and offset in closed form from one call."""
+    options = inputs.options(config)
+    del options["slot_dropout"]
+    feature_map = learned_feature_map(state, config.normalizer)
+    return learning_start(inputs.query, inputs.key, feature_map, num_heavy_keys=config.num_heavy_keys, **options)
