@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops.learned import LearnedFeatureMap, learning_start
+from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from .base import AttentionInputs
 from .config import AttentionConfig
 from .contract import LayerShape, StateTensor
@@ -32,7 +32,7 @@ def _required(*shape: int) -> StateTensor:
     return StateTensor(shape, learned=True, draw=lambda: torch.zeros(shape))
 
 
-def learned_feature_map(state: Mapping[str, Tensor], normalizer: str = "slots") -> LearnedFeatureMap:
+def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> LearnedFeatureMap:
     """The feature map that a layer's tensors are, among them perhaps residual maps (`modules/proposal_maps.py`)."""
     return LearnedFeatureMap(
         query_directions=_directions(state, "query"),
@@ -55,11 +55,22 @@ def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
     return directions + directions.clone() @ adapter.clone().mT
 
 
-def learned_start(
-    config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, normalizer: str = "slots"
-) -> dict[str, Tensor]:
-    """`LinearAttention.learning_start` of a layer whose tensors are a learned feature map."""
+def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    """The attention of a layer with learned maps."""
+    return learned_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        learned_feature_map(state, config.normalizer),
+        num_heavy_keys=config.num_heavy_keys,
+        chunk_size=config.chunk_size,
+        **inputs.options(config),
+    )
+
+
+def learned_start(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> dict[str, Tensor]:
+    """Shifts and offset in closed form from one call."""
     options = inputs.options(config)
     del options["slot_dropout"]
-    feature_map = learned_feature_map(state, normalizer)
+    feature_map = learned_feature_map(state, config.normalizer)
     return learning_start(inputs.query, inputs.key, feature_map, num_heavy_keys=config.num_heavy_keys, **options)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,12 +155,13 @@ def learning_start(
 
     def mass(offset: float) -> Tensor:
         """Log-mass of exact keys and slots together."""
-        maps = replace(feature_map, **{**start, "far_offset": start["far_offset"] + offset})
+        values: dict[str, Any] = {**start, "far_offset": start["far_offset"] + offset}
+        maps = replace(feature_map, **values)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     logits = mask_logits(tokens.query @ tokens.key.mT, real.mT > 0)
     if is_causal:
-        logits = mask_logits(logits, causal_visibility(*logits.shape[-2:], logits.device))
+        logits = mask_logits(logits, causal_visibility(logits.shape[-2], logits.shape[-1], logits.device))
     near = mass(float("-inf"))
     far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
     seen = far.isfinite() & slots.isfinite() & (real.squeeze(-1) > 0)

@@ -18,12 +18,12 @@ from ...ops.lara.features import IMPORTANCE_WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
-from ...ops.learned import learned_attention, learned_recurrence
+from ...ops.learned import learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
-from ..learned_maps import learned_feature_map, learned_spec, learned_start
+from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration
@@ -188,7 +188,8 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
         if self.config.learned:
-            return learned_recurrence(learned_feature_map(state), scaling=scaling, **self.recurrence_options())
+            feature_map = learned_feature_map(state, self.config.normalizer)
+            return learned_recurrence(feature_map, scaling=scaling, **self.recurrence_options())
         antithetic, offset = bool(self.config.antithetic), state.get("mass_offset")
         proposals = sample_proposals(state["centroids"], state["proposal_noise"], antithetic=antithetic)
         return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
@@ -203,8 +204,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.learned:
-            options = {**inputs.options(config), "num_heavy_keys": config.num_heavy_keys}
-            return learned_attention(inputs.query, inputs.key, inputs.value, learned_feature_map(state), **options)
+            return learned_output(config, state, inputs)
         draw_noise = bool(inputs.training and config.sample_noise)
         own: dict[str, Any]
         if "centroids" in state:
