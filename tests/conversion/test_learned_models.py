@@ -17,7 +17,7 @@ from hf_linattn.errors import ConfigError, LinAttnError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
 
-KINDS = ["favor_plus", "favor_sharp"]
+KINDS = {"favor_plus": 256, "favor_sharp": 256, "lara": 64}  # with their number of slots without learned maps
 CASES = [BERT, GPT2, VIT]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -25,7 +25,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 def model_of(kind: str, case: ModelCase) -> Any:
     """A converted model, calibrated where it has to be, with random values for what it learns."""
-    model = hf_linattn.convert(case.build(), case.settings(kind, learned=True, num_features=6))
+    model = hf_linattn.convert(case.build(), case.settings(kind, learned=True, **{get_kind(kind).size_field: 6}))
     if hf_linattn.needs_calibration(model):
         hf_linattn.calibrate(model, [case.inputs(4)])
     generator = torch.Generator().manual_seed(5)
@@ -91,10 +91,11 @@ def test_native_mode_says_that_it_has_no_parameters(kind: str) -> None:
 
 @every_kind
 def test_without_learned_maps_the_settings_are_as_they_were(kind: str) -> None:
-    settings = get_kind(kind).config_cls()
-    assert settings.num_features == 256
+    declared = get_kind(kind)
+    settings = declared.config_cls()
+    assert getattr(settings, declared.size_field) == KINDS[kind]
     assert not {"learned", "normalizer"} & set(settings.to_dict())
-    assert get_kind(kind).config_cls(learned=True).num_features == 32
+    assert getattr(declared.config_cls(learned=True), declared.size_field) == 32
 
 
 @pytest.mark.parametrize(
