@@ -153,8 +153,13 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         return None
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts."""
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts.
+
+        `average` makes of a mean over these tokens that over the tokens of all processes.
+        """
         return {}
 
     # -- shared -----------------------------------------------------------------------------------------------------

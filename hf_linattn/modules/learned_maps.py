@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
+from ..ops.slot_attention import SlotOptions
 from .base import AttentionInputs
 from .config import AttentionConfig
 from .contract import LayerShape, StateTensor
@@ -68,9 +69,18 @@ def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs:
     )
 
 
-def learned_start(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> dict[str, Tensor]:
+def learned_start(
+    config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, average: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Shifts and offset in closed form from one call."""
-    options = inputs.options(config)
-    del options["slot_dropout"]
-    feature_map = learned_feature_map(state, config.normalizer)
-    return learning_start(inputs.query, inputs.key, feature_map, num_heavy_keys=config.num_heavy_keys, **options)
+    return learning_start(
+        inputs.query,
+        inputs.key,
+        learned_feature_map(state, config.normalizer),
+        SlotOptions(inputs.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys),
+        key_mask=inputs.key_mask,
+        scaling=inputs.scaling,
+        grid=inputs.grid,
+        num_global_tokens=config.num_global_tokens or 0,
+        average=average,
+    )

@@ -16,6 +16,7 @@ A feature map of this form, tied and of both signs, is Hedgehog's (Zhang et al. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,15 +126,13 @@ def learning_start(
     query: Tensor,
     key: Tensor,
     feature_map: LearnedFeatureMap,
+    options: SlotOptions,
     *,
     key_mask: Tensor | None = None,
     scaling: float | None = None,
-    is_causal: bool = False,
-    window_size: int = 0,
-    overlap_window: bool = False,
-    num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
+    average: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> dict[str, Tensor]:
     """Where training starts, in closed form: values of `query_shift`, `key_shift` and `far_offset`.
 
@@ -142,14 +141,16 @@ def learning_start(
 
     Args:
         query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_attention`.
+        average: Of a mean over these tokens, that over the tokens of all processes.
     Cost: O(tokens^2) time and memory: for a batch of a few sequences.
     """
     query, key = query.float(), key.float()
-    tokens = prepare_tokens(query, key, key, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    factor = factor_of(query, scaling)
+    tokens = prepare_tokens(query, key, key, key_mask, factor, options.is_causal, num_global_tokens, grid)
     real = torch.ones_like(tokens.key[:, :1, :, :1]) if tokens.visible is None else tokens.visible.to(key.dtype)
-    query_shift, key_shift = ((z * real).sum((0, 2)) / real.sum() for z in (tokens.query, tokens.key))
+    query_shift, key_shift = (average((z * real).sum((0, 2)) / real.sum()) for z in (tokens.query, tokens.key))
     start = {"query_shift": query_shift, "key_shift": key_shift, "far_offset": torch.zeros_like(query_shift[:, 0])}
-    exact = exact_attention(tokens, SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys))
+    exact = exact_attention(tokens, options)
     if exact.windows is None and exact.heavy is None:
         return start  # beside nothing else the mass of the slots has no effect
 
@@ -160,13 +161,13 @@ def learning_start(
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     logits = mask_logits(tokens.query @ tokens.key.mT, real.mT > 0)
-    if is_causal:
+    if options.is_causal:
         logits = mask_logits(logits, causal_visibility(logits.shape[-2], logits.shape[-1], logits.device))
     near = mass(float("-inf"))
     far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
     seen = far.isfinite() & slots.isfinite() & (real.squeeze(-1) > 0)
-    start["far_offset"] = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
-    return start
+    offset = torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
+    return start | {"far_offset": average(offset)}
 
 
 def learned_recurrence(

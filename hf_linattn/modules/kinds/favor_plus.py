@@ -5,7 +5,7 @@ arXiv:2009.14794.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -159,8 +159,10 @@ class FavorAttention(RedrawnAttention[F]):
 
     projection: Tensor
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        return learned_start(self.config, self.tensors(), inputs) if self.config.learned else {}
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
 
     def recurrence_options(self) -> dict[str, Any]:
         return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}

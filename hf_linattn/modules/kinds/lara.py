@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,8 +198,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         is_calibrated = self.config.proposal_source == "calibrated"
         return ProposalCalibration(self.config, self.shape, stream) if is_calibrated else None
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        return learned_start(self.config, self.tensors(), inputs) if self.config.learned else {}
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
 
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
