@@ -111,12 +111,12 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def state_spec(cls, config: C, shape: LayerShape) -> dict[str, StateTensor]:
         """Names and shapes of the layer's tensors, and how each gets its first value."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every registered kind has its own
 
     @classmethod
     def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every registered kind has its own
 
     @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
