@@ -24,7 +24,10 @@ class UnknownFieldError(ConfigError, TypeError):
 
 
 class UnsupportedError(LinAttnError, NotImplementedError, ValueError):
-    """The combination of model, attention kind and request has no correct answer here."""
+    """The combination of model, attention kind and request has no correct answer here.
+
+    Also the two built-in types that torch and Transformers raise for that, which callers catch.
+    """
 
 
 class InputError(LinAttnError, ValueError):

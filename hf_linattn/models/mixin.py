@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -233,7 +234,8 @@ def _check_loaded(
     if saved is not None:
         # Tensors of the same names and shapes may mean something else.
         fields = ("kind", "layers", "seed", *get_kind(saved.config.kind).checkpoint_fields)
-        old, new = saved.to_dict(), asked.to_dict()
+        # What settings leave out of their dictionary has its default.
+        old, new = ({**dataclasses.asdict(s.config), **s.to_dict()} for s in (saved, asked))
         found = [f"{name} {old[name]!r} in config.json" for name in fields if old.get(name) != new.get(name)] + found
     if found:
         raise CheckpointError(

@@ -111,12 +111,12 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def state_spec(cls, config: C, shape: LayerShape) -> dict[str, StateTensor]:
         """Names and shapes of the layer's tensors, and how each gets its first value."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every registered kind has its own
 
     @classmethod
     def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every registered kind has its own
 
     @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
@@ -153,8 +153,13 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         return None
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts."""
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts.
+
+        `average` makes of a mean over these tokens that over the tokens of all processes.
+        """
         return {}
 
     # -- shared -----------------------------------------------------------------------------------------------------

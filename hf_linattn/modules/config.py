@@ -112,6 +112,8 @@ class AttentionConfig:
     redraw_interval = cast("int | None", None)  # training steps after which directions are drawn anew
     sample_noise = cast("bool | None", False)  # whether training draws new samples in every forward pass
     proposal_map = cast("str | None", "none")  # learned map of what slots are made of
+    chunk_size = cast("Any", None)  # tokens within which queries and keys meet directly (in EVA, of a chunk)
+    normalizer = "slots"  # of the key weights of learned maps
     conventions = CONVENTIONS[0]  # what counts where the published code departs from its own mathematics
 
     @property

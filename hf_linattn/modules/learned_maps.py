@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..ops.eva.learned import LearnedSummariser
-from ..ops.learned import LearnedFeatureMap
+from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
+from ..ops.slot_attention import SlotOptions
+from .base import AttentionInputs
+from .config import AttentionConfig
 from .contract import LayerShape, StateTensor
 
 
@@ -32,10 +35,10 @@ def _required(*shape: int) -> StateTensor:
 
 
 def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> LearnedFeatureMap:
-    """The feature map that a layer's tensors are."""
+    """The feature map that a layer's tensors are, among them perhaps residual maps (`modules/proposal_maps.py`)."""
     return LearnedFeatureMap(
-        query_directions=state["query_directions"],
-        key_directions=state["key_directions"],
+        query_directions=_directions(state, "query"),
+        key_directions=_directions(state, "key"),
         query_shift=state["query_shift"],
         key_shift=state["key_shift"],
         slot_bias=state["slot_bias"],
@@ -69,4 +72,43 @@ def learned_summariser(state: Mapping[str, Tensor]) -> LearnedSummariser:
         far_offset=state["far_offset"],
         far_slope=state["far_slope"],
         key_slope=state["key_slope"],
+    )
+
+
+def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
+    """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
+    directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
+    if adapter is None:
+        return directions
+    # Copies, because the rounding of a product depends on where its factors lie in memory, which loading changes.
+    return directions + directions.clone() @ adapter.clone().mT
+
+
+def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    """The attention of a layer with learned maps."""
+    return learned_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        learned_feature_map(state, config.normalizer),
+        num_heavy_keys=config.num_heavy_keys,
+        chunk_size=config.chunk_size,
+        **inputs.options(config),
+    )
+
+
+def learned_start(
+    config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, average: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Shifts and offset in closed form from one call."""
+    return learning_start(
+        inputs.query,
+        inputs.key,
+        learned_feature_map(state, config.normalizer),
+        SlotOptions(inputs.is_causal, config.window_size or 0, config.overlap_window, config.num_heavy_keys),
+        key_mask=inputs.key_mask,
+        scaling=inputs.scaling,
+        grid=inputs.grid,
+        num_global_tokens=config.num_global_tokens or 0,
+        average=average,
     )

@@ -126,15 +126,13 @@ def learning_start(
     query: Tensor,
     key: Tensor,
     feature_map: LearnedFeatureMap,
+    options: SlotOptions,
     *,
     key_mask: Tensor | None = None,
     scaling: float | None = None,
-    is_causal: bool = False,
-    window_size: int = 0,
-    overlap_window: bool = False,
-    num_heavy_keys: int = 0,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
+    average: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> dict[str, Tensor]:
     """Where training starts, in closed form: values of `query_shift`, `key_shift` and `far_offset`.
 
@@ -143,24 +141,26 @@ def learning_start(
 
     Args:
         query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_attention`.
+        average: Of a mean over these tokens, that over the tokens of all processes.
     Cost: O(tokens^2) time and memory: for a batch of a few sequences.
     """
     query, key = query.float(), key.float()
-    tokens = prepare_tokens(query, key, key, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    factor = factor_of(query, scaling)
+    tokens = prepare_tokens(query, key, key, key_mask, factor, options.is_causal, num_global_tokens, grid)
     real = _real(tokens).to(key.dtype)
-    query_shift, key_shift = ((z * real).sum((0, 2)) / real.sum() for z in (tokens.query, tokens.key))
+    query_shift, key_shift = (average((z * real).sum((0, 2)) / real.sum()) for z in (tokens.query, tokens.key))
     start = {"query_shift": query_shift, "key_shift": key_shift, "far_offset": torch.zeros_like(query_shift[:, 0])}
-    exact = exact_attention(tokens, SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys))
+    exact = exact_attention(tokens, options)
     if exact.windows is None and exact.heavy is None:
         return start  # beside nothing else the mass of the slots has no effect
 
     def mass(offset: float) -> Tensor:
+        """Log-mass of exact keys and slots together."""
         far_offset = start["far_offset"] + offset
         maps = replace(feature_map, query_shift=query_shift, key_shift=key_shift, far_offset=far_offset)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
-    start["far_offset"] = matching_offset(tokens, mass, is_causal=is_causal)
-    return start
+    return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}
 
 
 def matching_offset(tokens: Tokens, mass: Callable[[float], Tensor], *, is_causal: bool) -> Tensor:

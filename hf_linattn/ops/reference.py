@@ -131,19 +131,26 @@ def learned_reference(
     value: Tensor,
     feature_map: LearnedFeatureMap,
     *,
+    query_adapter: Tensor | None = None,
+    key_adapter: Tensor | None = None,
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     **where: object,
 ) -> Tensor:
-    """Learned maps (the formulas of `ops/learned.py`). `where`: `exact_and_read`."""
+    """Learned maps (the formulas of `ops/learned.py`). `where`: `exact_and_read`.
+
+    Residual maps (`adapter`, `[heads, head_dim, head_dim]`) make `z + z A` of what the directions meet.
+    """
 
     def attention(x: Tensor, y: Tensor, v: Tensor, row: int) -> Tensor:
         exact, read = exact_and_read(x.shape[1], **where)  # type: ignore[arg-type]
         maps, num_slots = feature_map, feature_map.num_slots
         x_shifted, y_shifted = x - maps.query_shift.unsqueeze(1), y - maps.key_shift.unsqueeze(1)
-        a = x_shifted @ maps.query_directions.mT + maps.slot_bias.unsqueeze(1)
+        x_mapped = x_shifted if query_adapter is None else x_shifted + x_shifted @ query_adapter
+        y_mapped = y_shifted if key_adapter is None else y_shifted + y_shifted @ key_adapter
+        a = x_mapped @ maps.query_directions.mT + maps.slot_bias.unsqueeze(1)
         a = a + maps.far_offset[:, None, None] + x_shifted @ maps.far_slope.unsqueeze(-1)
-        c = y_shifted @ maps.key_directions.mT
+        c = y_mapped @ maps.key_directions.mT
         if maps.normalizer == "slots":
             c = c.log_softmax(-1)
         else:

@@ -8,6 +8,7 @@ backward pass.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,7 +26,7 @@ from .layout import Blocks
 from .softmax import mask_logits, softmax_with_lse
 
 
-class SlotWeights:
+class SlotWeights(ABC):
     """Log-weights of queries or keys for slots, whatever they are a function of.
 
     The methods here evaluate them from the log-weights themselves; `LinearSlotWeights` does without these. What
@@ -34,17 +35,17 @@ class SlotWeights:
     rounding leaves of it.
     """
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """All log-weights, `[batch, heads, ..., tokens, slots]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def map_tokens(self, fn: Callable[[Tensor], Tensor]) -> SlotWeights:
         """Rearrange the tokens: `fn` gets `[batch, heads, tokens, dim]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def masked(self, visible: Tensor | None) -> SlotWeights:
         """Weight 0 for tokens where `visible` (`[batch, 1 or heads, ..., tokens, 1]`) is False."""
-        raise NotImplementedError
 
     def without_token_bias(self) -> SlotWeights:
         """Without the factors that belong to a token alone."""

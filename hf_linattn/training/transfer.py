@@ -109,6 +109,7 @@ class AttentionTransferTrainer(Trainer):
         self._parameters = learned_parameters(inside(model, "AttentionTransferTrainer"))
         super().__init__(model, *args, **kwargs)
         self.can_return_loss = True  # without labels too
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps divide it
         self._has_started = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,9 +166,14 @@ def transfer_loss(model: nn.Module, inner: PreTrainedModel, batch: Mapping[str, 
     Raises: InputError for a batch without a real token.
     """
     found: list[Tensor] = []
+    number = len(_layers(inner))
 
-    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> None:
+    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> Tensor:
         found.append(_relative_error(linear_output(module, call), target, call.key_mask))
+        if model is inner or len(found) < number:
+            return target
+        # DDP looks for the parameters that take part in a step in the graph of what the model returns.
+        return target + 0.0 * torch.stack(found).sum().to(target.dtype)
 
     _run(model, inner, batch, on_layer)
     per_layer = torch.stack(found)
@@ -182,12 +188,13 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """
     found: list[tuple[LinearAttention[Any], dict[str, Tensor], Tensor]] = []
 
-    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> None:
+    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> Tensor:
         error = _relative_error(linear_output(module, call), target, call.key_mask)
         inputs = AttentionInputs(
             call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
         )
-        found.append((layer, layer.learning_start(inputs), error))
+        found.append((layer, layer.learning_start(inputs, _average), error))
+        return target
 
     _run(model, model, batch, on_layer)
     if all(bool(error < EXACT) for _, _, error in found):
@@ -196,10 +203,6 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             " them. Pass longer inputs, or convert with a smaller window_size."
         )
     for layer, values, _ in found:
-        if dist.is_available() and dist.is_initialized():
-            for value in values.values():
-                dist.all_reduce(value)
-                value /= dist.get_world_size()
         layer.set_tensors(values)
 
 
@@ -207,17 +210,20 @@ def _run(
     model: nn.Module,
     inner: PreTrainedModel,
     batch: Mapping[str, Any],
-    on_layer: Callable[[LinearAttention[Any], nn.Module, Call, Tensor], None],
+    on_layer: Callable[[LinearAttention[Any], nn.Module, Call, Tensor], Tensor],
 ) -> None:
-    """Run a model on softmax attention, and tell what its converted layers are called with and should give."""
+    """Run a model on softmax attention.
+
+    Args:
+        on_layer: From a converted layer, its module, what it is called with and what softmax gives, to what the model
+            goes on with.
+    """
     layers = _layers(inner)
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
         with torch.no_grad():
             target = softmax_output(module, call)
-        if module in layers:
-            on_layer(layers[module], module, call, target)
-        return target
+        return on_layer(layers[module], module, call, target) if module in layers else target
 
     inputs, _ = prepare_inputs(inner, batch)
     with observed_attention(inner, on_call):
@@ -225,15 +231,28 @@ def _run(
 
 
 def _relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Squared error over variance of the target, `[batch, tokens, heads, head_dim]`, a mean over heads."""
+    """Squared error over variance of the target, `[batch, tokens, heads, head_dim]`, a mean over heads.
+
+    The variance is that of the tokens of all processes, so that a mean over processes is the error of their batches
+    together.
+    """
     target, output = target.float(), output.float()
     real = torch.ones_like(target[..., :1, :1]) if key_mask is None else key_mask[:, -target.shape[1] :, None, None]
-    count = real.sum()
-    if not count:
+    if not real.sum():
         raise InputError("A batch has no real token (its attention_mask is all 0). Leave such batches out.")
-    mean = (target * real).sum((0, 1), keepdim=True) / count
-    error, spread = ((target - z).square() * real for z in (output, mean))
-    return (error.sum((0, 1, 3)) / spread.sum((0, 1, 3)).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+    count = _average(real.sum(dtype=torch.float32))
+    mean = _average((target * real).sum((0, 1), keepdim=True)) / count
+    error, spread = (((target - z).square() * real).sum((0, 1, 3)) for z in (output, mean))
+    return (error / _average(spread.detach()).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+def _average(z: Tensor) -> Tensor:
+    """The mean of a tensor without gradient over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return z
+    z = z.clone()
+    dist.all_reduce(z)
+    return z / dist.get_world_size()
 
 
 def _layers(model: PreTrainedModel) -> dict[nn.Module, LinearAttention[Any]]:

@@ -53,8 +53,10 @@ SETTINGS = [
     Setting("favor_plus", "favor_plus", {}),
     Setting("favor_plus-no-window", "favor_plus", {"window_size": 0}),
     Setting("favor_plus-overlap", "favor_plus", {"overlap_window": True}),
+    Setting("favor_plus-learned", "favor_plus", {"learned": True, "overlap_window": True}),
     Setting("favor_plus-relu", "favor_plus", {"kernel": "relu", "window_size": 0}),
     Setting("favor_sharp", "favor_sharp", {}),
+    Setting("favor_sharp-learned", "favor_sharp", {"learned": True}),
     Setting("favor_sharp-no-window", "favor_sharp", {"window_size": 0, "variant": "dense"}),
     Setting("lara", "lara", {}),
     Setting("lara-no-window", "lara", {"window_size": 0}),
@@ -77,6 +79,7 @@ KINDS = [setting for setting in SETTINGS if setting.name == setting.kind]
 # All windows, all kinds of slots and chunks, but not each with each: the others take part in the slow tests.
 QUICK = {
     "favor_plus",
+    "favor_plus-learned",
     "favor_plus-relu",
     "favor_sharp-no-window",
     "lara-overlap",

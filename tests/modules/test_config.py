@@ -18,6 +18,7 @@ from hf_linattn.modules.registry import BUILTIN_KINDS, config_from_dict, get_kin
 ABSURD: list[Any] = [2**20 + 1, 2**40, 2**63, 2**64, 10**400]  # beyond what a tensor, or an int64, may hold
 NOT_COUNTS: list[Any] = [0, -1, 2.0, "8", True, None, math.nan, math.inf, -(2**70), *ABSURD]
 NOT_BOOLS: list[Any] = [0, 1, "true", None]
+NOT_NUMBERS = [v for v in NOT_COUNTS if v is not None]  # where None is the default
 NOT_SIZES = [v for v in NOT_COUNTS if v != 0 or isinstance(v, bool)]  # 0 is a size
 PROPOSALS: dict[str, list[Any]] = {  # LARA and EVA
     "proposal_map": ["learned", 1],
@@ -34,12 +35,14 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "seed": [-1, 2**63, 2**70, math.nan, 1.0, None, "0", True],
     },
     "favor": {
-        "num_features": NOT_COUNTS,
-        "chunk_size": [*(v for v in NOT_COUNTS if v is not None), 3, 96, 8192],
+        "num_features": NOT_NUMBERS,
+        "chunk_size": [*NOT_NUMBERS, 3, 96, 8192],
         "orthogonal": NOT_BOOLS,
         "shared_projection": NOT_BOOLS,
         "redraw_interval": [0, -1, 2.0, "8", True, math.nan, 2**63],
         "num_heavy_keys": NOT_SIZES,
+        "learned": NOT_BOOLS,
+        "normalizer": ["kernel", "slot", "", None, 1],
     },
     "favor_plus": {
         "regularized": NOT_BOOLS,
@@ -52,22 +55,23 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "statistics": ["batch", "", 1, True],
     },
     "lara": {
-        "num_landmarks": NOT_COUNTS,
+        "num_landmarks": NOT_NUMBERS,
         "proposal_source": ["data", 1, True],
         "weighting": ["bias", "", 1],
         "alpha_coeff": [-1.0, math.inf, math.nan, 1e300, 10**400, "1", None, True],
         "mixing": ["value", 1],
         "map_stage": ["sum", 1],
-        "samples_per_landmark": [v for v in NOT_COUNTS if v is not None],
+        "samples_per_landmark": NOT_NUMBERS,
         "antithetic": [0, 1, "true"],
         "num_heavy_keys": NOT_SIZES,
+        "learned": NOT_BOOLS,
         **PROPOSALS,
     },
     "eva": {
         "window_size": [0],
         "num_chunks": NOT_COUNTS,
-        "chunk_size": [v for v in NOT_COUNTS if v is not None],
-        "max_chunks": [v for v in NOT_COUNTS if v is not None],
+        "chunk_size": NOT_NUMBERS,
+        "max_chunks": NOT_NUMBERS,
         "proposals": ["queries", 1],
         "weighting": ["mass", ""],
         "chunking": ["corrected", 1],

@@ -18,6 +18,7 @@ from hf_linattn.ops.learned import (
     learning_start,
 )
 from hf_linattn.ops.reference import learned_reference
+from hf_linattn.ops.slot_attention import SlotOptions
 
 HEADS, SLOTS, DIM = 2, 5, 4
 every_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -108,14 +109,14 @@ def test_token_by_token(window: int, overlap: bool) -> None:
 def test_the_start_has_the_mass_of_the_far_keys(is_causal: bool, mask: str) -> None:
     """The mean over queries of the log-mass outside of the window, exact and through the slots."""
     query, key, _ = inputs(64 if mask == "none" else 23, scale=0.8)
-    options = {"key_mask": MASKS[mask], "scaling": 0.5, "is_causal": is_causal, "window_size": 4}
-    start = learning_start(query, key, maps(), **options)
+    windows, options = SlotOptions(is_causal, window_size=4), {"key_mask": MASKS[mask], "scaling": 0.5}
+    start = learning_start(query, key, maps(), windows, **options)
     real = torch.ones(2, key.shape[2]).bool() if MASKS[mask] is None else MASKS[mask]
     mean = (query * 0.5**0.5 * real[:, None, :, None]).sum((0, 2)) / real.sum()
     torch.testing.assert_close(start["query_shift"].double(), mean, atol=1e-6, rtol=1e-5)
-    again = learning_start(query, key, replace(maps(), **start), **options)
+    again = learning_start(query, key, replace(maps(), **start), windows, **options)
     torch.testing.assert_close(again, start)
-    lifted = learning_start(query, key, replace(maps(), slot_bias=maps().slot_bias + 1.0), **options)
+    lifted = learning_start(query, key, replace(maps(), slot_bias=maps().slot_bias + 1.0), windows, **options)
     torch.testing.assert_close(lifted["far_offset"], start["far_offset"] - 1.0, atol=1e-4, rtol=1e-4)
 
 
@@ -123,6 +124,6 @@ def test_the_start_makes_uniform_attention_exact() -> None:
     """Keys that are all alike: every query's far mass is the number of far keys times that of one."""
     query, key, value = inputs(32, batch=1)
     query, key = query[:, :, :1].expand_as(query), key[:, :, :1].expand_as(key)
-    feature_map = replace(maps(), **learning_start(query, key, maps(), window_size=4))
+    feature_map = replace(maps(), **learning_start(query, key, maps(), SlotOptions(False, window_size=4)))
     ours = learned_attention(query, key, value, feature_map, window_size=4)
     torch.testing.assert_close(ours, value.mean(2, keepdim=True).expand_as(ours), atol=1e-4, rtol=1e-4)

@@ -168,7 +168,7 @@ def test_global_tokens_heavy_keys_and_window_share_one_softmax() -> None:
         (InputError, {"window_size": 3, "overlap_window": True}, "even window_size >= 2; got 3"),
         (InputError, {"window_size": 0, "overlap_window": True}, "even window_size >= 2; got 0"),
         (InputError, {"num_heavy_keys": -1}, "num_heavy_keys must be an integer >= 0; got -1"),
-        (UnsupportedError, {"num_heavy_keys": 2, "is_causal": True}, "causal layer forbids"),
+        (UnsupportedError, {"num_heavy_keys": 2, "is_causal": True}, "every query would learn about later tokens"),
         (UnsupportedError, {"window_size": 2, "overlap_window": True, "grid": (3, 4)}, "not on a grid"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,7 +191,9 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             **options,
         )
 
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
         if not self.config.learned:
             return {}
         state = self.tensors()
@@ -199,7 +201,8 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         options |= {"num_chunks": self.config.num_chunks, **inputs.options(self.config)}
         # Softmax has neither: the offset is that of the layer without them.
         del options["window_bias"], options["slot_dropout"]
-        return eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)
+        start = eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)
+        return {name: average(value) for name, value in start.items()}
 
 
 def _layout_options(

@@ -5,7 +5,7 @@ arXiv:2009.14794.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,13 +15,12 @@ from ...ops.favor.attention import favor_attention
 from ...ops.favor.generalized import KERNELS, NO_SOFTMAX, generalized_attention
 from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
-from ...ops.favor.statistics import FavorStatistics
-from ...ops.learned import NORMALIZERS, learned_attention, learned_recurrence, learning_start
+from ...ops.learned import NORMALIZERS, learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import AttentionConfig, choice, count, factor, flag
 from ..contract import LayerShape, StateTensor
-from ..learned_maps import learned_feature_map, learned_spec
+from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 
@@ -153,41 +152,17 @@ F = TypeVar("F", bound=FavorConfig)
 
 
 class FavorAttention(RedrawnAttention[F]):
-    """What FAVOR+ and FAVOR# share: `favor_attention` with the layer's own directions, which may be redrawn.
+    """What FAVOR+ and FAVOR# share: the layer's own directions, which may be redrawn, and their recurrent form.
 
     With `learned=True` the layer has maps of its own in their place (`modules/learned_maps.py`).
     """
 
     projection: Tensor
 
-    @classmethod
-    def statistics(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> FavorStatistics | None:
-        """Of queries and keys, to which FAVOR# fits its features; `None` for FAVOR+."""
-        return None
-
-    @classmethod
-    def compute(cls, config: F, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        tokens = inputs.query, inputs.key, inputs.value
-        options = {
-            **inputs.options(config),
-            "num_heavy_keys": config.num_heavy_keys,
-            "chunk_size": config.chunk_size,
-        }
-        if config.learned:
-            return learned_attention(*tokens, learned_feature_map(state, config.normalizer), **options)
-        return favor_attention(
-            *tokens, state["projection"], statistics=cls.statistics(config, state, inputs), **options
-        )
-
-    def learning_start(self, inputs: AttentionInputs) -> dict[str, Tensor]:
-        if not self.config.learned:
-            return {}
-        options = inputs.options(self.config)
-        del options["slot_dropout"]
-        feature_map = learned_feature_map(self.tensors(), self.config.normalizer)
-        return learning_start(
-            inputs.query, inputs.key, feature_map, num_heavy_keys=self.config.num_heavy_keys, **options
-        )
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
 
     def recurrence_options(self) -> dict[str, Any]:
         return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}
@@ -215,8 +190,18 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
 
     @classmethod
     def compute(cls, config: FavorPlusConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        if config.learned:
+            return learned_output(config, state, inputs)
         if config.kernel == "softmax":
-            return super().compute(config, state, inputs)
+            return favor_attention(
+                inputs.query,
+                inputs.key,
+                inputs.value,
+                state["projection"],
+                num_heavy_keys=config.num_heavy_keys,
+                chunk_size=config.chunk_size,
+                **inputs.options(config),
+            )
         return generalized_attention(
             inputs.query,
             inputs.key,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
+from ...ops.favor.attention import favor_attention
 from ...ops.favor.moments import without_rounding
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
@@ -23,7 +24,7 @@ from ...ops.favor.statistics import (
 from ..base import AttentionInputs
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
-from ..learned_maps import learned_spec
+from ..learned_maps import learned_output, learned_spec
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
@@ -108,18 +109,29 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         return spec
 
     @classmethod
-    def statistics(
-        cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
-    ) -> FavorStatistics:
+    def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        if config.learned:
+            return learned_output(config, state, inputs)
         if config.statistics == "calibrated":
-            return _stored(state)
-        return favor_statistics(
+            statistics = _stored(state)
+        else:
+            statistics = favor_statistics(
+                inputs.query,
+                inputs.key,
+                key_mask=inputs.key_mask,
+                scaling=inputs.scaling,
+                variant=config.variant,
+                centring=config.centring,
+            )
+        return favor_attention(
             inputs.query,
             inputs.key,
-            key_mask=inputs.key_mask,
-            scaling=inputs.scaling,
-            variant=config.variant,
-            centring=config.centring,
+            inputs.value,
+            state["projection"],
+            statistics=statistics,
+            num_heavy_keys=config.num_heavy_keys,
+            chunk_size=config.chunk_size,
+            **inputs.options(config),
         )
 
     def recurrence_options(self) -> dict[str, Any]:

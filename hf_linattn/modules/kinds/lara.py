@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,34 @@ from ...ops.lara.features import IMPORTANCE_WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
+from ...ops.learned import learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
 from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
+from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from .lara_calibration import ProposalCalibration
+
+# Slots per head: landmarks (or calibrated proposals), and learned proposals.
+LANDMARKS, LEARNED_PROPOSALS = 64, 32
+_TRAINED = "Learned proposals are trained, not drawn."
+_WEIGHED = "Every learned proposal has a log-weight of its own."
+# Fields that learned proposals leave no or less choice in: what is possible, and why.
+_LEARNED = {
+    "proposal_source": (("calibrated",), "Learned proposals start from calibrated ones."),
+    "proposal_map": (("residual", "none"), "Learned proposals have residual maps, or none."),
+    "weighting": (("balance",), _WEIGHED),
+    "alpha_coeff": ((1.0,), _WEIGHED),
+    "mixing": (("none",), "There are no landmarks to mix."),
+    "map_stage": (("mean",), "There are no landmarks; the maps are of all tokens."),
+    "sample_noise": ((False,), _TRAINED),
+    "noise_scale": (("corrected",), _TRAINED),
+    "samples_per_landmark": ((1,), _TRAINED),
+    "antithetic": ((False,), _TRAINED),
+    "conventions": (("corrected",), "The published LARA has no learned proposals."),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +54,10 @@ class LaraConfig(AttentionConfig):
 
     Args:
         num_landmarks: Proposals per row: segments of the sequence, or (rounded down to a square) bins of the image.
-            Of calibrated proposals the number of centroids per head.
+            Of calibrated proposals the number of centroids per head. `None`: 64, or 32 learned ones.
         proposal_source: "landmarks" of the row itself, or proposals "calibrated" on data (`hf_linattn.calibrate`) and
-            fixed. `None`: calibrated in a causal layer, where landmarks would see later tokens, landmarks otherwise.
+            fixed. `None`: calibrated in a causal layer, where landmarks would see later tokens, and where proposals
+            are learned, which start from them; landmarks otherwise.
         weighting: How samples are weighed: "balance" (balance heuristic), "biased" (towards the query's own
             proposals) or "optimal" (plus a per-query correction). Calibrated proposals know "balance" only.
         alpha_coeff: Strength of the correction of "optimal".
@@ -43,7 +65,8 @@ class LaraConfig(AttentionConfig):
             values, "none" leaves them. Landmarks only.
         proposal_map: Learned map of the queries and keys of each landmark (`modules/proposal_maps.py`). Converted
             models only; native mode has no parameters. Calibrated proposals have no map; there any value but "none"
-            only says that the layer learns its mass offset beside exact keys.
+            only says that the layer learns its mass offset beside exact keys. Learned proposals: "residual" (the
+            default) or "none"; the maps are of all queries and keys.
         map_stage: Apply the maps to the "mean" of a landmark, or to its "tokens" before averaging.
         sample_noise: Draw the samples around the proposals in training. In evaluation they are at the means
             (landmarks) or where they were drawn once (calibrated).
@@ -52,12 +75,15 @@ class LaraConfig(AttentionConfig):
             `None`: 2 of calibrated proposals, 1 of landmarks.
         antithetic: Every sample also with the opposite noise: twice as many. `None`: if calibrated.
         num_heavy_keys: Keys per head and row that every query sees exactly. Bidirectional only.
+        learned: Proposals that are trained (`hf_linattn.training.transfer_attention`), of their own for queries and
+            keys, with a log-weight for each; they start from the calibrated ones. Each key spreads one unit of weight
+            over them.
         conventions: "corrected" or "published": the defaults of the fields that are `None`.
     """
 
     kind = "lara"
 
-    num_landmarks: int = count(64)
+    num_landmarks: int = count(None)
     proposal_source: str | None = choice(None, ("landmarks", "calibrated"))
     weighting: str | None = choice(None, IMPORTANCE_WEIGHTINGS, ("balance", "optimal"))
     alpha_coeff: float = factor(1.0)
@@ -69,15 +95,28 @@ class LaraConfig(AttentionConfig):
     samples_per_landmark: int | None = count(None)
     antithetic: bool | None = flag(None)
     num_heavy_keys: int = count(0, minimum=0)
+    learned: bool = flag(False)
     conventions: str = choice("corrected", CONVENTIONS)
 
+    def __post_init__(self) -> None:
+        if self.num_landmarks is None:
+            object.__setattr__(self, "num_landmarks", LEARNED_PROPOSALS if self.learned else LANDMARKS)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.learned:  # as a version without learned proposals wrote and reads it
+            del values["learned"]
+        return values
+
     def own_defaults(self, group: str) -> dict[str, Any]:
-        source = self.proposal_source or ("calibrated" if group == "decoder" else "landmarks")
+        is_calibrated = group == "decoder" or self.learned
+        source = self.proposal_source or ("calibrated" if is_calibrated else "landmarks")
         values = {**super().own_defaults(group), "proposal_source": source}
         if self.conventions == "published":
             values |= {"window_size": 0, **({"map_stage": "mean"} if group == "vision" else {})}
         # Samples of fixed proposals are drawn once, and several are needed; those of landmarks only with noise.
-        is_fixed = source == "calibrated"
+        is_fixed = source == "calibrated" and not self.learned
         return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
 
     def validate(self) -> None:
@@ -85,10 +124,18 @@ class LaraConfig(AttentionConfig):
         self._check_even_overlap()
         if self.num_landmarks * (self.samples_per_landmark or 1) > LARGEST_COUNT:
             self.fail("samples_per_landmark", f"such that num_landmarks * samples_per_landmark <= {LARGEST_COUNT}")
+        if self.learned:
+            for field, (allowed, why) in _LEARNED.items():
+                if getattr(self, field) not in (None, *allowed):
+                    words = " or ".join(repr(value) for value in allowed)
+                    self.fail(field, f"{words} with learned=True", why)
 
 
 class LaraAttention(ProposalAttention[LaraConfig]):
-    """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys."""
+    """LARA with learned maps of the landmarks, or calibrated proposals; a learned offset beside exact keys.
+
+    With `learned=True` the proposals are trained (`modules/learned_maps.py`).
+    """
 
     kind = "lara"
 
@@ -120,17 +167,19 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     @classmethod
     def state_spec(cls, config: LaraConfig, shape: LayerShape) -> dict[str, StateTensor]:
         spec: dict[str, StateTensor] = {}
+        if config.learned or config.proposal_source != "calibrated":
+            for side in ("query", "key"):
+                spec |= proposal_spec(config.proposal_map, side, shape)
         if config.proposal_source == "calibrated":
             heads, dim, count = shape.num_heads, shape.head_dim, config.num_landmarks
             rows = count * (config.samples_per_landmark or 1)
             seed = derive_seed(config.seed, shape.layer_idx, "lara-noise")
             draw = functools.partial(draw_projection, heads, rows, dim, seed=seed)
-            spec["centroids"] = zeros(heads, count, dim)
-            spec["proposal_noise"] = StateTensor((heads, rows, dim), learned=False, draw=draw)
+            noise = StateTensor((heads, rows, dim), learned=False, draw=draw)
             spec[CALIBRATED_TOKENS] = zeros()
-        else:
-            for side in ("query", "key"):
-                spec |= proposal_spec(config.proposal_map, side, shape)
+            if config.learned:
+                return spec | learned_spec(noise, shape)
+            spec |= {"centroids": zeros(heads, count, dim), "proposal_noise": noise}
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
             spec["mass_offset"] = zeros(shape.num_heads, learned=True)
@@ -138,6 +187,9 @@ class LaraAttention(ProposalAttention[LaraConfig]):
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         state = self.tensors()
+        if self.config.learned:
+            feature_map = learned_feature_map(state, self.config.normalizer)
+            return learned_recurrence(feature_map, scaling=scaling, **self.recurrence_options())
         antithetic, offset = bool(self.config.antithetic), state.get("mass_offset")
         proposals = sample_proposals(state["centroids"], state["proposal_noise"], antithetic=antithetic)
         return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
@@ -146,8 +198,15 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         is_calibrated = self.config.proposal_source == "calibrated"
         return ProposalCalibration(self.config, self.shape, stream) if is_calibrated else None
 
+    def learning_start(
+        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+    ) -> dict[str, Tensor]:
+        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
+
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        if config.learned:
+            return learned_output(config, state, inputs)
         draw_noise = bool(inputs.training and config.sample_noise)
         own: dict[str, Any]
         if "centroids" in state:
@@ -190,7 +249,7 @@ register_kind(
         size_field="num_landmarks",
         causal="calibrated",
         calibrated_field="proposal_source",
-        checkpoint_fields=("proposal_source",),
+        checkpoint_fields=("proposal_source", "learned"),
         example={"num_landmarks": 8},
     )
 )

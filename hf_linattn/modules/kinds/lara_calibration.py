@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...ops.favor.random_features import derive_seed
 from ...ops.inputs import scale_inputs
+from ...ops.lara.features import mixture_log_ratio
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
 from ..base import AttentionInputs
@@ -101,7 +102,7 @@ class ProposalCalibration:
         self._broken = torch.stack([s["broken"] for s in states]).sum(0)
 
     def result(self) -> dict[str, Tensor]:
-        """The layer's `centroids` and `calibrated_tokens`.
+        """The layer's `centroids`, or learned proposals that start there, and `calibrated_tokens`.
 
         Raises: `InputError` for fewer tokens than centroids, for equal ones, and for some that are not finite.
         """
@@ -124,7 +125,10 @@ class ProposalCalibration:
                 " take proposals from. Calibrate with typical inputs."
             )
         seed = derive_seed(self._config.seed, layer, "lara-kmeans")
-        return {
-            "centroids": kmeans(points, needed, seed=seed),
-            CALIBRATED_TOKENS: self._seen.sum().float(),
-        }
+        centroids = kmeans(points, needed, seed=seed)
+        calibrated = {CALIBRATED_TOKENS: self._seen.sum().float()}
+        if not self._config.learned:
+            return {"centroids": centroids, **calibrated}
+        _, mixture = mixture_log_ratio(centroids, centroids)
+        start = {"query_directions": centroids, "key_directions": centroids, "slot_bias": -mixture}
+        return {**start, **calibrated}
