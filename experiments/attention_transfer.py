@@ -26,7 +26,7 @@ from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
 from hf_linattn.training import transfer_attention
 
-KINDS = ("favor_plus", "favor_sharp", "lara")
+KINDS = ("favor_plus", "favor_sharp", "lara")  # EVA has chunks instead of slots
 ROWS = 4  # of a batch
 
 

@@ -12,12 +12,17 @@ from torch import Tensor
 from transformers import AutoModel
 
 import hf_linattn
-from hf_linattn import FavorPlusConfig, FavorSharpConfig
+from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig
 from hf_linattn.errors import ConfigError, LinAttnError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
 
-KINDS = {"favor_plus": 256, "favor_sharp": 256, "lara": 64}  # with their number of slots without learned maps
+KINDS = {
+    "favor_plus": 256,
+    "favor_sharp": 256,
+    "lara": 64,
+    "eva": 128,
+}  # with their number of slots without learned maps
 CASES = [BERT, GPT2, VIT]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -108,6 +113,7 @@ def test_without_learned_maps_the_settings_are_as_they_were(kind: str) -> None:
         (lambda: FavorPlusConfig(learned=True, normalizer="slot"), "one of .*slots.*kernel"),
         (lambda: FavorSharpConfig(learned=True, normalizer="kernel"), "'slots' in FAVOR#"),
         (lambda: FavorSharpConfig(learned=True, statistics="row"), "'calibrated'"),
+        (lambda: EvaConfig(learned=True, proposals="sum"), "proposals must be 'key' with learned=True"),
     ],
 )
 def test_settings_that_contradict_each_other(make: Any, message: str) -> None:

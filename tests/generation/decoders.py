@@ -62,6 +62,7 @@ SETTINGS = [
     Setting("lara-no-window", "lara", {"window_size": 0}),
     Setting("lara-overlap", "lara", {"overlap_window": True}),
     Setting("eva", "eva", {}),
+    Setting("eva-learned", "eva", {"learned": True, "overlap_window": True}),
     Setting("eva-overlap", "eva", {"overlap_window": True}),
     Setting("eva-published", "eva", {"chunking": "published"}),
     Setting("eva-spread-table", "eva", {"weighting": "spread", "relative_position": "table"}),
@@ -85,6 +86,7 @@ QUICK = {
     "lara-overlap",
     "eva",
     "eva-bounded",
+    "eva-learned",
     "eva-overlap-t5",
     "eva-queries",
 }

@@ -69,7 +69,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
     },
     "eva": {
         "window_size": [0],
-        "num_chunks": NOT_COUNTS,
+        "num_chunks": NOT_NUMBERS,
         "chunk_size": NOT_NUMBERS,
         "max_chunks": NOT_NUMBERS,
         "proposals": ["queries", 1],

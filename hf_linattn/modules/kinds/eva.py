@@ -24,6 +24,8 @@ from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, pro
 from ..registry import AttentionKind, register_kind
 
 AUTO = "auto"
+# Chunks of a row (bidirectional), and with learned summaries.
+CHUNKS, LEARNED_CHUNKS = 128, 32
 # With learned summaries these settings have one value: a control variate is not made.
 LEARNED_VALUES = {
     "proposals": "key",
@@ -41,8 +43,9 @@ class EvaConfig(AttentionConfig):
     """Settings of EVA. See `AttentionConfig` for the shared ones; `window_size` must be at least 1.
 
     Args:
-        num_chunks: Upper bound of the number of chunks in a bidirectional layer. "published" chunking: chunks have
-            `tokens // num_chunks` tokens, also in a causal layer without `chunk_size`.
+        num_chunks: Upper bound of the number of chunks in a bidirectional layer; `None` is 128, or 32 learned ones.
+            "published" chunking: chunks have `tokens // num_chunks` tokens, also in a causal layer without
+            `chunk_size`.
         chunk_size: Tokens per chunk in a causal layer, a divisor of `window_size`; "auto" is the largest up to 16.
             `None` only with "published" chunking: a prefix then does not give what it gives inside a longer sequence,
             and there is no cache of constant cost.
@@ -77,7 +80,7 @@ class EvaConfig(AttentionConfig):
     kind = "eva"
 
     window_size: int | None = count(None)
-    num_chunks: int = count(128)
+    num_chunks: int = count(None)
     chunk_size: int | str | None = count(AUTO, words=(AUTO, None))
     max_chunks: int | None = count(None)
     proposals: str | None = choice(None, PROPOSALS, ("sum", "mean"))
@@ -91,6 +94,11 @@ class EvaConfig(AttentionConfig):
     noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     conventions: str = choice("corrected", CONVENTIONS)
     learned: bool = flag(False)
+
+    def __post_init__(self) -> None:
+        if self.num_chunks is None:
+            object.__setattr__(self, "num_chunks", LEARNED_CHUNKS if self.learned else CHUNKS)
+        super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
