@@ -20,9 +20,9 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,12 +52,12 @@ def checkout(source: str, repository: Path = shared.ROOT) -> Iterator[Path]:
     if (Path(source) / "hf_linattn" / "__init__.py").is_file():
         yield Path(source).resolve()
         return
-    git = ["git", "-C", str(repository), "archive", "--format=tar", source, "hf_linattn"]
+    git = ["git", "-C", str(repository), "archive", "--format=zip", source, "hf_linattn"]
     archive = subprocess.run(git, stdout=subprocess.PIPE)  # says on stderr what is wrong
     if archive.returncode:
         raise typer.BadParameter(f"{source!r} is neither a checkout's root nor a revision of this one.")
     with tempfile.TemporaryDirectory() as target:
-        tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(target, filter="data")
+        zipfile.ZipFile(io.BytesIO(archive.stdout)).extractall(target)
         yield Path(target).resolve()
 
 
