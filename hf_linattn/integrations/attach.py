@@ -55,7 +55,7 @@ def build_layers(layers: list[nn.Module], settings: LinearAttentionSettings) -> 
                 f"{kind.title} ({kind.name!r}) has no causal form, and layer {index} is causal: a token would see "
                 f"later ones. Use one of {able}."
             )
-        is_image = defaults_family(layer.config) == "vit"
+        is_image = defaults_family(layer.config) in ("vit", "vision")
         if is_image and settings.config.overlap_window and not kind.overlap_on_grids:
             able = [get_kind(name).title for name in list_kinds() if get_kind(name).overlap_on_grids]
             raise UnsupportedError(

@@ -253,7 +253,7 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         if call.cache is not None:
             output = call.cache.attend(held, query, key, value, mask, call.scaling)
         else:
-            grid = _converted_grid(config, layer, key, call) if config.model_type == "linattn_vit" else None
+            grid = _converted_grid(config, layer, key, call) if hasattr(config, "image_size") else None
             output = held(query, key, value, mask, scaling=call.scaling, grid=grid)
     return output.transpose(1, 2).contiguous()  # models take views of it
 
