@@ -92,6 +92,7 @@ def untrained(seed: int) -> GPT2LMHeadModel:
         n_embd=128,
         n_layer=2,
         n_head=4,
+        initializer_range=128**-0.5,  # a smaller one hides the keys from each other for hundreds of steps
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -129,7 +130,7 @@ def train(model: GPT2LMHeadModel, steps: int, learning_rate: float, rows: int, s
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
-    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
     learning_rate: float = 2e-3,
     rows: Annotated[int, typer.Option(min=1, help="Of a batch.")] = 32,
     seed: int = 0,
