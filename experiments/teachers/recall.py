@@ -25,7 +25,7 @@ import typer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-KEYS, VALUES, NOISE = 64, 64, 8  # words
+KEYS, VALUES, NOISE = 128, 64, 8  # words: more keys than slots
 WORDS = KEYS + VALUES + NOISE  # then the same once more, as words before others
 PAIRS, ASKED = 32, 8
 FACTS, GAP, QUESTIONS = 2 * PAIRS, 64, 2 * ASKED  # tokens
