@@ -5,18 +5,17 @@
     python experiments/attention_transfer.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
 
 Tasks are the files of `transfer_tasks`; each names the rows that it has. Of a row with learned maps only these are
-trained, without labels. Controls: the same maps untrained; after training, their slots shuffled (each query reads the
-slots of others) and the window alone; rows with random features. `--fine-tune` then trains the whole model with
-labels, the rows with random features too. A control is scored on a part of the test data, as is the trained model once
-more.
+trained, without labels. Controls: the same maps untrained; after training, the window alone and shuffled slots
+(`hf_linattn.conversion.ablation`); rows with random features. `--fine-tune` then trains the whole model with labels,
+the rows with random features too. A control is scored on a part of the test data, as is the trained model once more.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import sys
 import time
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,40 +26,13 @@ import typer
 from transfer_tasks import TASKS, BaseTask, Files, load_task
 
 from hf_linattn.bench.environment import write_experiment
-from hf_linattn.modules.base import LinearAttention
+from hf_linattn.conversion.ablation import ablated
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.training import transfer_attention
 
 CALIBRATION_BATCHES = 4
+CONTROLS = ("window_alone", "shuffled_slots")
 FINE_TUNING_RATE = 1e-3
-
-
-def layers(model: Any) -> list[LinearAttention[Any]]:
-    return [module for module in model.modules() if isinstance(module, LinearAttention)]
-
-
-def without_slots(model: Any) -> Any:
-    """A copy whose slots or chunks hold no mass: the window alone."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in layers(made):
-            layer.tensors()["far_offset"].fill_(-1e4)
-            for name in {"far_slope", "key_slope"} & set(layer.tensors()):
-                layer.tensors()[name].zero_()
-    return made
-
-
-def shuffled(model: Any) -> Any | None:
-    """A copy in which the directions of queries belong to other slots; `None` for chunks."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in layers(made):
-            if "query_directions" not in layer.tensors():
-                return None
-            for name in ("query_directions", "slot_bias"):
-                tensor = layer.tensors()[name]
-                tensor.copy_(tensor.roll(1, dims=1))
-    return made
 
 
 def fine_tune(task: BaseTask, model: Any, steps: int, seed: int) -> None:
@@ -77,33 +49,47 @@ def fine_tune(task: BaseTask, model: Any, steps: int, seed: int) -> None:
     model.eval()
 
 
-def measure(
-    task: BaseTask, settings: AttentionConfig, seed: int, transfer: dict[str, Any], steps: int
-) -> dict[str, Any]:
-    """The scores of one row.
+@dataclass(frozen=True)
+class Plan:
+    """What is done with the maps of a row: arguments of `transfer_attention`, and steps of the stages after it."""
 
-    Args:
-        transfer: Arguments of `transfer_attention`.
-        steps: Of fine-tuning.
-    """
+    steps: int
+    learning_rate: float
+    row_weight: float
+    second_stage: int
+    fine_tune: int
+
+
+def measure(task: BaseTask, settings: Any, seed: int, plan: Plan) -> dict[str, Any]:
+    """The scores of one row."""
     calibration = list(islice(task.batches(1000 + seed), CALIBRATION_BATCHES))
     model = shared.converted(task.model, settings.replace(seed=seed), calibration)
     row: dict[str, Any] = {"seed": seed, "settings": model.config.linear_attention}
     row["untrained, few"] = task.score(model, few=True)
     if settings.learned:
-        start = time.perf_counter()
-        done = transfer_attention(model, task.batches(seed), **transfer)
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        row["errors"] = [round(error, 3) for error in done[-1].errors]
+        clocks = time.perf_counter(), time.process_time()
+        row["errors"] = transfer(task, model, seed, plan)
+        row["seconds"], row["CPU seconds"] = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
         row["trained"], row["trained, few"] = task.score(model), task.score(model, few=True)
-        for name, control in {"window alone": without_slots(model), "shuffled slots": shuffled(model)}.items():
-            row[f"{name}, few"] = control and task.score(control, few=True)
+        for control in CONTROLS:
+            with ablated(model, control):
+                row[f"{control}, few"] = task.score(model, few=True)
     else:
         row["untrained"] = task.score(model)
-    if steps:
-        fine_tune(task, model, steps, seed)
+    if plan.fine_tune:
+        fine_tune(task, model, plan.fine_tune, seed)
         row["fine-tuned"] = task.score(model)
     return row
+
+
+def transfer(task: BaseTask, model: Any, seed: int, plan: Plan) -> list[float]:
+    """Train the maps. Returns: relative error of the attention output, layer by layer."""
+    batches = task.batches(seed)
+    rates: dict[str, Any] = {"learning_rate": plan.learning_rate}
+    done = transfer_attention(model, batches, steps=plan.steps, row_weight=plan.row_weight, **rates)
+    if plan.second_stage:
+        transfer_attention(model, batches, steps=plan.second_stage, target="hidden_states", **rates)
+    return [round(error, 3) for error in done[-1].errors]
 
 
 def chosen_rows(task: BaseTask, patterns: str) -> dict[str, AttentionConfig]:
@@ -125,7 +111,9 @@ def main(
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 100,
     learning_rate: float = 1e-2,
-    fine_tune: Annotated[int, typer.Option(min=0, help="Steps of training everything with labels after that.")] = 0,
+    row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
+    second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
+    fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON of the results, written after every row.")] = None,
 ) -> None:
     """Scores of softmax, of the controls, and of learned maps after transfer."""
@@ -134,17 +122,15 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     it = load_task(task, Files(model, tuple(train or ()), tuple(test or ()), train_rows))
-    chosen = chosen_rows(it, rows)
-    transfer = {"steps": steps, "learning_rate": learning_rate}
+    plan = Plan(steps, learning_rate, row_weight, second_stage, fine_tune)
     softmax = {"attention": "softmax", "trained": it.score(it.model), "trained, few": it.score(it.model, few=True)}
-    found = [softmax]
-    for name, settings in chosen.items():
+    found: list[dict[str, Any]] = [softmax]
+    for name, settings in chosen_rows(it, rows).items():
         for seed in map(int, seeds.split(",")):
-            found.append({"attention": name, **measure(it, settings, seed, transfer, fine_tune)})
+            found.append({"attention": name, **measure(it, settings, seed, plan)})
             shared.print_table(f"{task}, {steps} steps", [_short(row) for row in found], it.about)
             if out is not None:
-                plan = {"task": task, "about": it.about, "transfer": transfer, "fine_tune_steps": fine_tune}
-                write_experiment(out, {**plan, "rows": found})
+                write_experiment(out, {"task": task, "about": it.about, **asdict(plan), "rows": found})
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hf_linattn.modules.config import AttentionConfig
 
 from . import BaseTask, Files
 
-ROWS = 32  # of a batch
+ROWS = 16  # of a batch
 
 
 class Task(BaseTask):
@@ -29,7 +29,7 @@ class Task(BaseTask):
         self.model = shared.decoder(files.model, recall.LENGTH)
         self.about = (
             f"share of {self.rows * recall.ASKED} questions answered right (few: {self.few_rows * recall.ASKED});"
-            " cached: the same rows read token by token through a cache"
+            " cached: token by token through a cache, with the largest difference of a logit to the parallel form"
         )
 
     def settings(self) -> dict[str, AttentionConfig]:
@@ -47,30 +47,29 @@ class Task(BaseTask):
         }
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        for batch in self.labelled_batches(seed):
-            yield recall.inputs(batch["input_ids"])
-
-    def labelled_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Rows that ask in the gap too: other tokens have little to look for far away."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield recall.sample(ROWS, generator)
+            yield recall.inputs(recall.sample(ROWS, generator, ask_in_gap=True)["input_ids"])
+
+    def labelled_batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        return recall.batches(ROWS, seed)
 
     def score(self, model: Any, few: bool = False) -> dict[str, float]:
-        if few:
-            return {"recall": recall.recall(model, recall.test_rows(self.few_rows))}
-        rows = recall.test_rows(self.rows)
-        return {"recall": recall.recall(model, rows), "cached": cached_recall(model, rows)}
+        rows = recall.test_rows(self.few_rows if few else self.rows)
+        score = {"recall": recall.recall(model, rows)}
+        return score if few else {**score, **cached(model, rows)}
 
 
 @torch.inference_mode()
-def cached_recall(model: Any, rows: Tensor) -> float:
-    """The share of questions answered right by a model that reads one token after the other."""
-    found = []
+def cached(model: Any, rows: Tensor) -> dict[str, float]:
+    """Recall of a model that reads one token after the other, and how far its logits are from the parallel form's."""
+    found, difference = [], 0.0
     for part in rows.split(128):
+        words = recall.inputs(part)
         given = {cache_argument(model): DynamicCache(config=model.config)}
-        tokens = zip(*(z.split(1, dim=1) for z in recall.inputs(part).values()), strict=True)
-        logits = [
-            model(input_ids=token, token_type_ids=before, use_cache=True, **given).logits for token, before in tokens
-        ]
-        found.append(recall.answers(torch.cat(logits, 1), part))
-    return float(torch.cat(found).float().mean())
+        steps = [{name: ids[:, t : t + 1] for name, ids in words.items()} for t in range(part.shape[1])]
+        logits = torch.cat([model(**step, use_cache=True, **given).logits for step in steps], 1)
+        found.append(recall.answers(logits, part))
+        difference = max(difference, float((logits - model(**words, use_cache=False).logits).abs().max()))
+    return {"cached": float(torch.cat(found).float().mean()), "largest difference of a logit": difference}
