@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ def learned_attention(
     tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    tokens = tokens.packed()
     exact = exact_attention(tokens, options)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(exact.with_slots(query_weights, key_weights))
@@ -183,7 +185,8 @@ def learning_start(
 
     def mass(offset: float) -> Tensor:
         """Log-mass of exact keys and slots together."""
-        maps = replace(feature_map, **start | {"far_offset": start["far_offset"] + offset})
+        changes: dict[str, Any] = start | {"far_offset": start["far_offset"] + offset}
+        maps = replace(feature_map, **changes)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}
