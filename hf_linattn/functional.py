@@ -10,7 +10,7 @@ Queries and keys of equal number count as the same tokens: the kinds then give 0
 
 from __future__ import annotations
 
-from .kernels.operators import current_backend, set_backend, use_backend
+from .kernels.backends import current_backend, set_backend, use_backend
 from .ops.eva.attention import eva_attention
 from .ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 from .ops.favor.attention import favor_attention

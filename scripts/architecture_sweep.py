@@ -1,4 +1,4 @@
-"""What every kind does in every model type of Transformers, each built tiny: docs/architectures.md.
+"""What every kind does in every model type of Transformers, each built tiny: docs/model_types.md.
 
     python scripts/architecture_sweep.py                     # all types, and the page: some six minutes on one core
     python scripts/architecture_sweep.py --types bert,llama  # these anew, the others as they were found before
@@ -35,8 +35,8 @@ from rich.console import Console
 from isolated import write_atomically
 from sweep_parts import check, configs, table
 
-RESULTS = ROOT / "experiments" / "results" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
+RESULTS = ROOT / "experiments" / "results" / "model_types.json"
+PAGE = ROOT / "docs" / "model_types.md"
 SECONDS, BYTES = 60, 12 << 30
 
 

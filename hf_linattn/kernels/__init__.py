@@ -8,6 +8,6 @@ decode          one token of generation through slots
 half_norm       |x|^2 / 2 of every token
 
 In each folder `operator` has the public function and its torch operators, `torch_kernel` and `triton_launch` (with
-`triton_kernel`) the two implementations. `operators` registers them and decides which one runs. `slot_inputs`
+`triton_kernel`) the two implementations. `backends` registers them and decides which one runs. `slot_inputs`
 is what goes into attention through slots, and `attention_state` what comes out of a softmax.
 """

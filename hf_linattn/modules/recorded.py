@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..kernels.operators import backward_of
+from ..kernels.backends import backward_of
 from .config import AttentionConfig
 from .registry import config_from_dict, get_kind
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
-from ..kernels.operators import use_backend
+from ..kernels.backends import use_backend
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.

@@ -1,4 +1,4 @@
-"""The page docs/architectures.md from the results of the sweep."""
+"""The page docs/model_types.md from the results of the sweep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REASONS = (
     (r"Packed sequences", "packed sequences"),
 )
 
-HEAD = """# Architectures
+HEAD = """# Model types
 
     python scripts/architecture_sweep.py            # some six minutes on one core; --resume goes on where a run ended
 

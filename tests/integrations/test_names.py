@@ -270,8 +270,8 @@ def test_convert_and_native_do_not_send_each_other_round() -> None:
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    found = json.loads((ROOT / "experiments" / "results" / "architectures.json").read_text())
-    assert (ROOT / "docs" / "architectures.md").read_text() == table.render(found, tolerance=check.TOLERANCE)
+    found = json.loads((ROOT / "experiments" / "results" / "model_types.json").read_text())
+    assert (ROOT / "docs" / "model_types.md").read_text() == table.render(found, tolerance=check.TOLERANCE)
 
 
 @pytest.mark.slow

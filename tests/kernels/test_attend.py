@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.attend import torch_kernel as portable
-from hf_linattn.kernels.operators import use_backend
+from hf_linattn.kernels.backends import use_backend
 
 NAMES = ("output", "mass", "query", "key", "value", "bias")
 # Keys and values of the same dimension take torch's flash kernel on a CPU, others tiles.

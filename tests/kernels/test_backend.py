@@ -29,7 +29,7 @@ from hf_linattn.functional import (
     softmax_attention,
     use_backend,
 )
-from hf_linattn.kernels import operators
+from hf_linattn.kernels import backends
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
@@ -39,7 +39,7 @@ from hf_linattn.ops.lara.proposals import CalibratedProposals
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(
-    not operators.triton_interpreted() or importlib.util.find_spec("triton") is None,
+    not backends.triton_interpreted() or importlib.util.find_spec("triton") is None,
     reason="Triton's interpreter is off",
 )
 
@@ -99,7 +99,7 @@ def test_compiled_functions_see_the_choice() -> None:
     compiled(*tensors)
 
 
-@pytest.mark.parametrize("choose", [set_backend, lambda name: use_backend(name).__enter__(), operators.check_backend])
+@pytest.mark.parametrize("choose", [set_backend, lambda name: use_backend(name).__enter__(), backends.check_backend])
 @pytest.mark.parametrize("name", ["Triton", "cuda", "", None])
 def test_unknown_names_are_refused(choose: Callable[[Any], Any], name: Any) -> None:
     with pytest.raises(InputError, match=r"\['auto', 'torch', 'triton'\]; got " + repr(name)):
@@ -173,14 +173,14 @@ def test_auto_takes_triton_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     class OnGpu:
         dtype, is_cuda, device = torch.float32, True, torch.device("cuda")
 
-    assert operators.runs_on_triton("auto", OnGpu())  # type: ignore[arg-type]
-    assert operators.runs_on_triton("triton", OnGpu())  # type: ignore[arg-type]
-    assert not operators.runs_on_triton("torch", OnGpu())  # type: ignore[arg-type]
+    assert backends.runs_on_triton("auto", OnGpu())  # type: ignore[arg-type]
+    assert backends.runs_on_triton("triton", OnGpu())  # type: ignore[arg-type]
+    assert not backends.runs_on_triton("torch", OnGpu())  # type: ignore[arg-type]
     OnGpu.dtype = torch.float64
-    assert not operators.runs_on_triton("auto", OnGpu())  # type: ignore[arg-type]
+    assert not backends.runs_on_triton("auto", OnGpu())  # type: ignore[arg-type]
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for tests: by name only
-    assert not operators.runs_on_triton("auto", torch.zeros(1))
-    assert operators.runs_on_triton("triton", torch.zeros(1))
+    assert not backends.runs_on_triton("auto", torch.zeros(1))
+    assert backends.runs_on_triton("triton", torch.zeros(1))
 
 
 # -- each operator, forward and backward -----------------------------------------------------------------------------
@@ -219,13 +219,13 @@ def _window_chunks() -> tuple[Callable[..., Any], list[Tensor]]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """What operators asked for, and whether they got Triton."""
     found: list[tuple[str, bool]] = []
-    decide = operators.runs_on_triton
+    decide = backends.runs_on_triton
 
     def recorded(backend: str, tensor: Tensor) -> bool:
         found.append((backend, decide(backend, tensor)))
         return found[-1][1]
 
-    monkeypatch.setattr("hf_linattn.kernels.operators.runs_on_triton", recorded)
+    monkeypatch.setattr("hf_linattn.kernels.backends.runs_on_triton", recorded)
     return found
 
 

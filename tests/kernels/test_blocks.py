@@ -10,9 +10,9 @@ from references import INF, assert_no_worse, assert_same, cotangents, dense_bloc
 from torch import Tensor
 
 from hf_linattn.kernels.attend import torch_kernel as portable_attend
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention, inter_block
 from hf_linattn.kernels.block_slots import torch_kernel as portable_scan
-from hf_linattn.kernels.operators import use_backend
 from hf_linattn.kernels.slot_inputs import SlotInputs
 
 NAMES = (

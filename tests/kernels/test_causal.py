@@ -20,9 +20,9 @@ from references import (
 )
 from torch import Tensor
 
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.causal_slots import torch_kernel as portable
-from hf_linattn.kernels.operators import use_backend
 from hf_linattn.kernels.slot_inputs import SlotInputs
 
 NAMES = (

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.kernels.attention_state import AttentionState
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.decode import Decoded, decode_step
 from hf_linattn.kernels.decode.operator import _fold, _step
-from hf_linattn.kernels.operators import use_backend
 from hf_linattn.kernels.slot_inputs import SlotInputs
 
 INF = float("inf")

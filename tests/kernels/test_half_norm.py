@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.half_norm import half_norm
-from hf_linattn.kernels.operators import use_backend
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.errors import InputError, UnsupportedError
-from hf_linattn.kernels.operators import use_backend
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.window_chunks import torch_kernel as portable
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 from hf_linattn.kernels.window_chunks.torch_kernel import WindowChunkInputs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memory_layers import BATCH, CASES, DIM, HEADS, SCALING, TOKENS, build, get_layer, in_pieces, inputs
 from torch import Tensor
 
-from hf_linattn.kernels.operators import use_backend
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.modules.memory import RecurrentMemory
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..operators import current_backend, register_pair
+from ..backends import current_backend, register_pair
 from . import torch_kernel
 
 

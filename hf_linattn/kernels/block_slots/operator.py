@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..attention_state import AttentionState
-from ..operators import current_backend, register_pair
+from ..backends import current_backend, register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 from .inter_block import BlockReach

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..operators import current_backend, register_pair
+from ..backends import current_backend, register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import current_backend, dispatch, register, runs_on_triton
+from ..backends import current_backend, dispatch, register, runs_on_triton
 from . import torch_kernel
 
 # Of the Triton kernel, whose tile is a whole row.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attention_state import AttentionState
-from ..operators import current_backend, register_pair
+from ..backends import current_backend, register_pair
 from . import torch_kernel
 
 

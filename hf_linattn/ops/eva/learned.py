@@ -62,7 +62,8 @@ class LearnedSummariser:
         key_mean = pooled + pooled @ maps.query_adapter.mT + maps.far_slope.unsqueeze(1)
         log_weight = chunks.member.sum(-1).to(wide).log()[:, None] + maps.far_offset.unsqueeze(1)
         log_weight = log_weight + (pooled @ maps.key_slope.unsqueeze(-1)).squeeze(-1)
-        return Summaries(key_mean, _pool(values, keys, maps.value_pooling, chunks.member), log_weight, None)
+        value_mean = _pool(values, keys, maps.value_pooling, chunks.member)
+        return Summaries(key_mean, value_mean, log_weight, None, learned=True)
 
 
 def _pool(tokens: Tensor, keys: Tensor, weights: Tensor, member: Tensor) -> Tensor:
@@ -108,6 +109,7 @@ def learned_eva_attention(
     tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    tokens = tokens.packed()
     return tokens.finish(eva_estimate(tokens, options, summarise, window_bias=window_bias, dropout=slot_dropout))
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention_state import AttentionState, merge_states
+from ...kernels.backends import current_backend
 from ...kernels.decode import decode_step
-from ...kernels.operators import current_backend
 from ..inputs import compute_dtype, prepare_tokens
 from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights
