@@ -29,6 +29,7 @@ from hf_linattn.bench.environment import write_experiment
 from hf_linattn.conversion.ablation import ablated
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.training import transfer_attention
+from hf_linattn.training.transfer import LEARNING_RATE
 
 CALIBRATION_BATCHES = 4
 CONTROLS = ("window_alone", "shuffled_slots")
@@ -110,7 +111,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Patterns of names of rows, separated by commas.")] = "*",
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 100,
-    learning_rate: float = 1e-2,
+    learning_rate: float = LEARNING_RATE,
     row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
     second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
     fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,
