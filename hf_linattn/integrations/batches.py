@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,9 +23,7 @@ def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: s
         from tqdm.auto import tqdm
 
         batches = tqdm(batches, desc=doing, total=max_batches)
-    for number, batch in enumerate(batches):
-        if max_batches is not None and number >= max_batches:
-            return
+    for batch in itertools.islice(batches, max_batches):  # leaves the next one in an iterator
         if not isinstance(batch, Mapping):
             raise InputError(f"Every batch must be a dictionary of model inputs; got {type(batch).__name__}.")
         yield batch

@@ -137,7 +137,7 @@ def test_batches_are_streamed_and_limited(capsys: pytest.CaptureFixture[str]) ->
 
     model = hf_linattn.convert(BERT.build(), "eva")
     assert hf_linattn.compare(model, endless(), max_batches=2, progress=True).rows == 2
-    assert len(taken) <= 3
+    assert len(taken) == 2  # the next one is still in the iterator
     assert "Comparing with softmax" in capsys.readouterr().err
 
 
