@@ -84,10 +84,18 @@ class LinearAttention(nn.Module, Generic[C]):
         """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
         if shape.is_causal:
             check_causal(config.num_global_tokens or 0, config.num_heavy_keys)
+            if config.value_convolution:
+                where = "False in a causal layer, which reads a sequence"
+                config.fail("value_convolution", where, "A convolution of the values is for images.")
 
     @classmethod
     def check_grid(cls, config: C, *, is_image: bool) -> None:
-        """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence."""
+        """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence.
+
+        Extends this one.
+        """
+        if config.value_convolution and not is_image:
+            config.fail("value_convolution", "False in a model of sequences", "Its filters are those of patches.")
 
     @classmethod
     def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:

@@ -113,7 +113,9 @@ class AttentionConfig:
     sample_noise = cast("bool | None", False)  # whether training draws new samples in every forward pass
     proposal_map = cast("str | None", "none")  # learned map of what slots are made of
     chunk_size = cast("Any", None)  # tokens within which queries and keys meet directly (in EVA, of a chunk)
+    learned = False  # whether maps of queries and keys are trained
     normalizer = "slots"  # of the key weights of learned maps
+    value_convolution = False  # whether the values of an image are convolved beside attention
     conventions = CONVENTIONS[0]  # what counts where the published code departs from its own mathematics
 
     @property
@@ -193,3 +195,28 @@ class AttentionConfig:
     def filled(self: C, defaults: Mapping[str, Any]) -> C:
         """A copy in which every field that is `None` takes its value from `defaults`, if it has one there."""
         return self.replace(**{k: v for k, v in defaults.items() if getattr(self, k, 0) is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedConfig(AttentionConfig):
+    """Settings of the kinds whose maps can be trained; each says what `learned=True` makes of it.
+
+    Args:
+        value_convolution: Add to the output a depthwise 3 x 3 convolution of the values over the patches of an image,
+            trained with the maps and zero at first. With `learned=True`, in models of images only.
+    """
+
+    learned: bool = flag(False)
+    value_convolution: bool = flag(False)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.value_convolution and not self.learned:
+            self.fail("value_convolution", "False without learned=True", "It is trained with the learned maps.")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in ("learned", "value_convolution"):
+            if not getattr(self, name):  # as a version without the field wrote and reads it
+                del values[name]
+        return values

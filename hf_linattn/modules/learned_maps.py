@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from ..ops.eva.learned import LearnedSummariser
+from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from ..ops.slot_attention import SlotOptions
+from ..ops.value_convolution import SIZE, value_convolution
 from .base import AttentionInputs
 from .config import AttentionConfig
 from .contract import LayerShape, StateTensor
 
+VALUE_CONVOLUTION = "value_convolution_weight"
 
-def learned_spec(directions: StateTensor, shape: LayerShape) -> dict[str, StateTensor]:
+
+def learned_spec(config: AttentionConfig, directions: StateTensor) -> dict[str, StateTensor]:
     """The tensors of the maps, which start from `directions` `[heads, slots, head_dim]` for queries and for keys."""
     heads, slots, dim = directions.shape
     first = StateTensor((heads, slots, dim), learned=True, draw=directions.draw)
@@ -27,7 +31,12 @@ def learned_spec(directions: StateTensor, shape: LayerShape) -> dict[str, StateT
         "slot_bias": _required(heads, slots),
         "far_offset": _required(heads),
         "far_slope": _required(heads, dim),
+        **_convolution_spec(config, heads, dim),
     }
+
+
+def _convolution_spec(config: AttentionConfig, heads: int, dim: int) -> dict[str, StateTensor]:
+    return {VALUE_CONVOLUTION: _required(heads, dim, SIZE, SIZE)} if config.value_convolution else {}
 
 
 def _required(*shape: int) -> StateTensor:
@@ -35,7 +44,8 @@ def _required(*shape: int) -> StateTensor:
 
 
 def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> LearnedFeatureMap:
-    """The feature map that a layer's tensors are, among them perhaps residual maps (`modules/proposal_maps.py`)."""
+    """The feature map that a layer's tensors are, among them perhaps residual maps (`modules/proposal_maps.py`) and,
+    with the normaliser "kernel", statistics of FAVOR#."""
     return LearnedFeatureMap(
         query_directions=_directions(state, "query"),
         key_directions=_directions(state, "key"),
@@ -45,10 +55,11 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_offset=state["far_offset"],
         far_slope=state["far_slope"],
         normalizer=normalizer,
+        statistics=stored_statistics(state) if "statistics_shape" in state else None,
     )
 
 
-def summariser_spec(shape: LayerShape) -> dict[str, StateTensor]:
+def summariser_spec(config: AttentionConfig, shape: LayerShape) -> dict[str, StateTensor]:
     """The tensors of learned summaries, which start as the mean key and value of a chunk."""
     heads, dim = shape.num_heads, shape.head_dim
     return {
@@ -59,6 +70,7 @@ def summariser_spec(shape: LayerShape) -> dict[str, StateTensor]:
         "far_offset": _required(heads),
         "far_slope": _required(heads, dim),
         "key_slope": _required(heads, dim),
+        **_convolution_spec(config, heads, dim),
     }
 
 
@@ -75,6 +87,11 @@ def learned_summariser(state: Mapping[str, Tensor]) -> LearnedSummariser:
     )
 
 
+def stored_statistics(state: Mapping[str, Tensor]) -> FavorStatistics:
+    """The calibrated statistics among the tensors of a layer of FAVOR#."""
+    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
+
+
 def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
     """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
     directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
@@ -86,7 +103,7 @@ def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
 
 def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
     """The attention of a layer with learned maps."""
-    return learned_attention(
+    output = learned_attention(
         inputs.query,
         inputs.key,
         inputs.value,
@@ -95,12 +112,24 @@ def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs:
         chunk_size=config.chunk_size,
         **inputs.options(config),
     )
+    return with_value_convolution(output, config, state, inputs)
+
+
+def with_value_convolution(
+    output: Tensor, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
+) -> Tensor:
+    """The output of attention, with the convolution of the values added if the layer has one."""
+    if not config.value_convolution:
+        return output
+    count = config.num_global_tokens or 0
+    mixed = value_convolution(inputs.value, state[VALUE_CONVOLUTION], grid=inputs.grid, num_global_tokens=count)
+    return (output + mixed).to(output.dtype)
 
 
 def learned_start(
     config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, average: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Shifts and offset in closed form from one call."""
+    """Shifts, slot bias and offset in closed form from one call."""
     return learning_start(
         inputs.query,
         inputs.key,

@@ -8,7 +8,9 @@ Per head, with trained directions `w^q_j`, `w^k_j`, shifts `m_q`, `m_k`, a slot 
 
 for scaled queries `x` and keys `y`. Each key spreads one unit of weight over the slots (`normalizer="slots"`), so the
 slots hold the mass of all keys that they have read. `normalizer="kernel"` takes `|y|^2 / 2` in place of the
-log-sum-exp, and `|x|^2 / 2 + log M` off `a`: with the directions of FAVOR+ and all else zero that is FAVOR+.
+log-sum-exp, and `|x|^2 / 2 + log M` off `a`: with the directions of FAVOR+ and all else zero that is FAVOR+. With
+statistics of FAVOR#, `x` and `y` are tokens in its coordinates and its centring terms are added to `a` and `c`: with
+the stretched directions of FAVOR# and twice its feature bias as `e_j` that is FAVOR#.
 
 A feature map of this form, tied and of both signs, is Hedgehog's (Zhang et al. 2024, arXiv:2402.04347).
 """
@@ -22,7 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.half_norm import half_norm
+from .favor.features import FavorFeatureMap
+from .favor.statistics import FavorStatistics
 from .inputs import checked_attention, factor_of, prepare_tokens
 from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
@@ -44,6 +47,8 @@ class LearnedFeatureMap:
         far_offset: `[heads]`: added to the log-mass of the slots.
         far_slope: `[heads, head_dim]`: what of it is linear in the query.
         normalizer: "slots" or "kernel".
+        statistics: With the normaliser "kernel" those of FAVOR#: directions, shifts and slope are then in its
+            coordinates. `None` for tokens as they are.
     """
 
     query_directions: Tensor
@@ -54,6 +59,7 @@ class LearnedFeatureMap:
     far_offset: Tensor
     far_slope: Tensor
     normalizer: str = "slots"
+    statistics: FavorStatistics | None = None
 
     @property
     def num_slots(self) -> int:
@@ -63,24 +69,39 @@ class LearnedFeatureMap:
         """Log-weights `a[t, j]` of scaled queries `[batch, heads, tokens, head_dim]`."""
         wide = torch.promote_types(query.dtype, torch.float32)
         directions, shift, slope = (z.to(wide) for z in (self.query_directions, self.query_shift, self.far_slope))
-        slot_bias = self.slot_bias.to(wide) - (directions * shift.unsqueeze(-2)).sum(-1)
+        slot_bias = self.slot_bias.to(wide) - moved_by(directions, shift)
         offset = self.far_offset.to(wide) - (slope * shift).sum(-1)
-        bias = query.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
         if self.normalizer == "kernel":
-            bias = bias - half_norm(query).unsqueeze(-1) - math.log(self.num_slots)
-        return LinearSlotWeights(query, bias, directions.to(query.dtype), slot_bias)
+            weights = self._features(directions, slot_bias).query_weights(query)
+            far_mass = weights.tokens.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
+            return replace(weights, token_bias=weights.token_bias + far_mass)
+        far_mass = query.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
+        return LinearSlotWeights(query, far_mass, directions.to(query.dtype), slot_bias)
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights `c[j, n]` of scaled keys `[batch, heads, tokens, head_dim]`."""
         wide = torch.promote_types(key.dtype, torch.float32)
-        directions, shift = self.key_directions.to(wide), self.key_shift.to(wide)
-        slot_bias = -(directions * shift.unsqueeze(-2)).sum(-1)
+        directions = self.key_directions.to(wide)
+        slot_bias = -moved_by(directions, self.key_shift.to(wide))
         if self.normalizer == "kernel":
-            bias = -half_norm(key).unsqueeze(-1)
-        else:
-            logits = key.to(wide) @ directions.transpose(-1, -2) + slot_bias.unsqueeze(-2)
-            bias = -logits.logsumexp(-1, keepdim=True)
+            return self._features(directions, slot_bias).key_weights(key)
+        logits = key.to(wide) @ directions.transpose(-1, -2) + slot_bias.unsqueeze(-2)
+        bias = -logits.logsumexp(-1, keepdim=True)
         return LinearSlotWeights(key, bias, directions.to(key.dtype), slot_bias)
+
+    def in_coordinates(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled tokens as the directions meet them."""
+        return (query, key) if self.statistics is None else self.statistics.transform(query, key)
+
+    def _features(self, directions: Tensor, slot_bias: Tensor) -> FavorFeatureMap:
+        statistics, log_count = self.statistics, math.log(self.num_slots)
+        statistics = None if statistics is None else statistics.to(dtype=slot_bias.dtype, device=slot_bias.device)
+        return FavorFeatureMap(directions, slot_bias, statistics, log_count)
+
+
+def moved_by(directions: Tensor, shift: Tensor) -> Tensor:
+    """What a shift `[heads, head_dim]` of the tokens takes off the log-weights of every slot, `[heads, slots]`."""
+    return (directions * shift.unsqueeze(-2)).sum(-1)
 
 
 @checked_attention(in_half=("cpu", "cuda"))
@@ -134,10 +155,11 @@ def learning_start(
     num_global_tokens: int = 0,
     average: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> dict[str, Tensor]:
-    """Where training starts, in closed form: values of `query_shift`, `key_shift` and `far_offset`.
+    """Where training starts, in closed form: values of `query_shift`, `key_shift`, `slot_bias` and `far_offset`.
 
-    The shifts are the means of scaled queries and keys. With the offset the mean log-mass of the slots, over queries,
-    is that of the keys that they stand for.
+    The shifts are the means of scaled queries and keys. The slot bias makes up for that of queries, so that their
+    log-weights stay as they are (and with the normaliser "kernel" for that of keys). With the offset the mean log-mass
+    of the slots, over queries, is that of the keys that they stand for.
 
     Args:
         query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_attention`.
@@ -148,16 +170,20 @@ def learning_start(
     factor = factor_of(query, scaling)
     tokens = prepare_tokens(query, key, key, key_mask, factor, options.is_causal, num_global_tokens, grid)
     real = _real(tokens).to(key.dtype)
-    query_shift, key_shift = (average((z * real).sum((0, 2)) / real.sum()) for z in (tokens.query, tokens.key))
-    start = {"query_shift": query_shift, "key_shift": key_shift, "far_offset": torch.zeros_like(query_shift[:, 0])}
+    seen = feature_map.in_coordinates(tokens.query, tokens.key)
+    query_shift, key_shift = (average((z * real).sum((0, 2)) / real.sum()) for z in seen)
+    slot_bias = feature_map.slot_bias + moved_by(feature_map.query_directions, query_shift - feature_map.query_shift)
+    if feature_map.normalizer == "kernel":
+        slot_bias = slot_bias + moved_by(feature_map.key_directions, key_shift - feature_map.key_shift)
+    start = {"query_shift": query_shift, "key_shift": key_shift, "slot_bias": slot_bias}
+    start["far_offset"] = torch.zeros_like(query_shift[:, 0])
     exact = exact_attention(tokens, options)
     if exact.windows is None and exact.heavy is None:
         return start  # beside nothing else the mass of the slots has no effect
 
     def mass(offset: float) -> Tensor:
         """Log-mass of exact keys and slots together."""
-        far_offset = start["far_offset"] + offset
-        maps = replace(feature_map, query_shift=query_shift, key_shift=key_shift, far_offset=far_offset)
+        maps = replace(feature_map, **start | {"far_offset": start["far_offset"] + offset})
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}

@@ -145,7 +145,10 @@ def learned_reference(
     def attention(x: Tensor, y: Tensor, v: Tensor, row: int) -> Tensor:
         exact, read = exact_and_read(x.shape[1], **where)  # type: ignore[arg-type]
         maps, num_slots = feature_map, feature_map.num_slots
-        x_shifted, y_shifted = x - maps.query_shift.unsqueeze(1), y - maps.key_shift.unsqueeze(1)
+        x_features, y_features = x, y
+        if maps.statistics is not None:
+            x_features, y_features = (z.squeeze(0) for z in maps.statistics.transform(x[None], y[None]))
+        x_shifted, y_shifted = x_features - maps.query_shift.unsqueeze(1), y_features - maps.key_shift.unsqueeze(1)
         x_mapped = x_shifted if query_adapter is None else x_shifted + x_shifted @ query_adapter
         y_mapped = y_shifted if key_adapter is None else y_shifted + y_shifted @ key_adapter
         a = x_mapped @ maps.query_directions.mT + maps.slot_bias.unsqueeze(1)
@@ -154,8 +157,12 @@ def learned_reference(
         if maps.normalizer == "slots":
             c = c.log_softmax(-1)
         else:
-            a = a - x.square().sum(-1, keepdim=True) / 2 - math.log(num_slots)
-            c = c - y.square().sum(-1, keepdim=True) / 2
+            a = a - x_features.square().sum(-1, keepdim=True) / 2 - math.log(num_slots)
+            c = c - y_features.square().sum(-1, keepdim=True) / 2
+        if maps.statistics is not None:
+            query_mean, key_mean = maps.statistics.query_mean.squeeze(0), maps.statistics.key_mean.squeeze(0)
+            a = a + ((x - query_mean) * key_mean).sum(-1, keepdim=True)
+            c = c + (y * query_mean).sum(-1, keepdim=True)
         u, b = slots_read_keys(c.mT, v, read)
         return queries_read(x, y, v, exact, a + b, u)
 

@@ -16,6 +16,8 @@ from hf_linattn import EvaConfig, FavorPlusConfig, FavorSharpConfig
 from hf_linattn.errors import ConfigError, LinAttnError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
+from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
+from hf_linattn.training.transfer import start, transfer_attention
 
 KINDS = {
     "favor_plus": 256,
@@ -28,9 +30,10 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def model_of(kind: str, case: ModelCase) -> Any:
+def model_of(kind: str, case: ModelCase, **settings: Any) -> Any:
     """A converted model, calibrated where it has to be, with random values for what it learns."""
-    model = hf_linattn.convert(case.build(), case.settings(kind, learned=True, **{get_kind(kind).size_field: 6}))
+    settings = {"learned": True, get_kind(kind).size_field: 6, **settings}
+    model = hf_linattn.convert(case.build(), case.settings(kind, **settings))
     if hf_linattn.needs_calibration(model):
         hf_linattn.calibrate(model, [case.inputs(4)])
     generator = torch.Generator().manual_seed(5)
@@ -46,16 +49,71 @@ def logits(model: Any, **inputs: Tensor) -> Tensor:
         return model(**inputs).logits
 
 
-@every_kind
-@every_case
-def test_saved_loaded_and_reverted(kind: str, case: ModelCase, tmp_path: Path) -> None:
-    model, inputs = model_of(kind, case), case.inputs()
+@pytest.mark.parametrize(
+    ("kind", "case", "settings"),
+    [(kind, case, {}) for kind in KINDS for case in CASES]
+    + [(kind, VIT, {"value_convolution": True}) for kind in KINDS]
+    + [("favor_sharp", case, {"normalizer": "kernel"}) for case in CASES],
+    ids=lambda z: z if isinstance(z, str) else "-".join(z) if isinstance(z, dict) else z.name,
+)
+def test_saved_loaded_and_reverted(kind: str, case: ModelCase, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, inputs = model_of(kind, case, **settings), case.inputs()
     expected = logits(model, **inputs)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded, **inputs), expected)
     assert loaded.config.linear_attention["learned"] is True
     assert torch.equal(logits(hf_linattn.revert(loaded), **inputs), logits(case.build(), **inputs))
+
+
+@every_kind
+def test_a_convolution_of_the_values_starts_as_nothing(kind: str) -> None:
+    with_it, without = (
+        ready_on(VIT, hf_linattn.convert(VIT.build(), VIT.settings(kind, learned=True, value_convolution=flag)))
+        for flag in (True, False)
+    )
+    names = set(with_it.state_dict()) - set(without.state_dict())
+    assert {name.rpartition(".")[2] for name in names} == {"value_convolution_weight"}
+    assert torch.equal(logits(with_it, **VIT.inputs()), logits(without, **VIT.inputs()))
+    transfer_attention(with_it, [VIT.inputs(4)], steps=1, learning_rate=1e-6)  # the closed form leaves it as it is
+    weights = [with_it.state_dict()[name] for name in sorted(names)]
+    assert all(0 < largest(weight) < 1e-5 for weight in weights)
+    with torch.no_grad():
+        for name in names:
+            with_it.get_parameter(name).normal_()
+    assert largest(logits(with_it, **VIT.inputs()) - logits(without, **VIT.inputs())) > 1e-3
+
+
+@every_kind
+@pytest.mark.parametrize("case", [BERT, GPT2], ids=lambda case: case.name)
+def test_a_convolution_of_the_values_needs_an_image(kind: str, case: ModelCase) -> None:
+    model = case.build()
+    with pytest.raises(ConfigError, match="value_convolution must be False in a model of sequences; got True"):
+        hf_linattn.convert(model, case.settings(kind, learned=True, value_convolution=True))
+    assert type(model) is case.stock
+
+
+@pytest.mark.parametrize("variant", FAVOR_VARIANTS)
+@every_case
+def test_sharp_with_the_kernel_starts_at_calibrated_sharp(variant: str, case: ModelCase) -> None:
+    """Beside a window, where the mass of the far part counts; and again where training starts, but for the offset."""
+    fields = {"num_features": 6, "variant": variant, "statistics": "calibrated"}
+    plain, learned = (
+        ready_on(case, hf_linattn.convert(case.build(), case.settings("favor_sharp", **fields, **more)))
+        for more in ({}, {"learned": True, "normalizer": "kernel"})
+    )
+    expected = logits(plain, **case.inputs())
+    torch.testing.assert_close(logits(learned, **case.inputs()), expected, rtol=1e-4, atol=1e-4)
+    start(learned, case.inputs(4))
+    layers = [module for module in learned.modules() if isinstance(module, LinearAttention)]
+    assert all(bool(layer.far_offset.any()) for layer in layers)
+    for layer in layers:
+        layer.set_tensors({"far_offset": torch.zeros_like(layer.far_offset)})
+    torch.testing.assert_close(logits(learned, **case.inputs()), expected, rtol=1e-4, atol=1e-4)
+
+
+def ready_on(case: ModelCase, model: Any) -> Any:
+    return hf_linattn.calibrate(model, [case.inputs(4)]) if hf_linattn.needs_calibration(model) else model
 
 
 @every_kind
@@ -111,7 +169,6 @@ def test_without_learned_maps_the_settings_are_as_they_were(kind: str) -> None:
         (lambda: FavorPlusConfig(learned=True, kernel="relu"), "learned must be False with kernel='relu'"),
         (lambda: FavorPlusConfig(normalizer="kernel"), "without learned=True"),
         (lambda: FavorPlusConfig(learned=True, normalizer="slot"), "one of .*slots.*kernel"),
-        (lambda: FavorSharpConfig(learned=True, normalizer="kernel"), "'slots' in FAVOR#"),
         (lambda: FavorSharpConfig(learned=True, statistics="row"), "'calibrated'"),
         (lambda: EvaConfig(learned=True, proposals="sum"), "proposals must be 'key' with learned=True"),
     ],

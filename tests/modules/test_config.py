@@ -42,6 +42,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "redraw_interval": [0, -1, 2.0, "8", True, math.nan, 2**63],
         "num_heavy_keys": NOT_SIZES,
         "learned": NOT_BOOLS,
+        "value_convolution": [True, *NOT_BOOLS],  # without learned=True
         "normalizer": ["kernel", "slot", "", None, 1],
     },
     "favor_plus": {
@@ -65,6 +66,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "antithetic": [0, 1, "true"],
         "num_heavy_keys": NOT_SIZES,
         "learned": NOT_BOOLS,
+        "value_convolution": [True, *NOT_BOOLS],  # without learned=True
         **PROPOSALS,
     },
     "eva": {
@@ -79,6 +81,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "relative_index": ["official", 1],
         "relative_dims": [0, 3, 2**64, "2"],
         "learned": NOT_BOOLS,
+        "value_convolution": [True, *NOT_BOOLS],  # without learned=True
         **PROPOSALS,
     },
 }

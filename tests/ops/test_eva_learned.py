@@ -1,4 +1,4 @@
-"""EVA with learned summaries against the dense formulas: layouts, gradients, recurrence, and where training starts."""
+"""EVA with learned trained against the dense formulas: layouts, gradients, recurrence, and where training starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = {
     "far_slope": (DIM,),
     "key_slope": (DIM,),
 }
-summaries = LearnedSummariser(
+trained = LearnedSummariser(
     **{name: random(HEADS, *shape, seed=100 + i, scale=0.7) for i, (name, shape) in enumerate(SHAPES.items())}
 )
 untrained = LearnedSummariser(**{name: torch.zeros(HEADS, *shape).double() for name, shape in SHAPES.items()})
@@ -40,9 +40,7 @@ untrained = LearnedSummariser(**{name: torch.zeros(HEADS, *shape).double() for n
 def test_is_the_dense_formula(mask: str, is_causal: bool, window: int, chunk: int) -> None:
     where = {"key_mask": MASKS[mask], "is_causal": is_causal, "window_size": window, "chunk_size": chunk}
     tensors = inputs()
-    assert_same(
-        learned_eva_attention(*tensors, summaries, **where), learned_eva_reference(*tensors, summaries, **where)
-    )
+    assert_same(learned_eva_attention(*tensors, trained, **where), learned_eva_reference(*tensors, trained, **where))
 
 
 @pytest.mark.parametrize(("window", "chunk"), [(2, 1), (2, 2), (4, 2)])
@@ -50,9 +48,7 @@ def test_is_the_dense_formula(mask: str, is_causal: bool, window: int, chunk: in
 def test_on_images(window: int, chunk: int, num_global_tokens: int) -> None:
     where = {"grid": (4, 6), "num_global_tokens": num_global_tokens, "window_size": window, "chunk_size": chunk}
     tensors = inputs(24 + num_global_tokens)
-    assert_same(
-        learned_eva_attention(*tensors, summaries, **where), learned_eva_reference(*tensors, summaries, **where)
-    )
+    assert_same(learned_eva_attention(*tensors, trained, **where), learned_eva_reference(*tensors, trained, **where))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -76,17 +72,17 @@ def test_padding_changes_nothing(mask: str, options: dict[str, int], is_causal: 
     options = {**options, "window_size": 4, "is_causal": is_causal}
     query, key, value = inputs()
     key_mask = MASKS[mask]
-    output = learned_eva_attention(query, key, value, summaries, key_mask=key_mask, **options)
+    output = learned_eva_attention(query, key, value, trained, key_mask=key_mask, **options)
     for row, real in enumerate(key_mask):
         alone = [z[row : row + 1, :, real] for z in (query, key, value)]
-        assert_same(output[row : row + 1, :, real], learned_eva_attention(*alone, summaries, **options))
+        assert_same(output[row : row + 1, :, real], learned_eva_attention(*alone, trained, **options))
         assert not output[row, :, ~real].any()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("options", [{"chunk_size": 2}, {"chunk_size": 1, "overlap_window": True}], ids=str)
 def test_gradients_of_every_tensor(is_causal: bool, options: dict[str, int]) -> None:
-    learned = [getattr(summaries, name).clone().requires_grad_() for name in SHAPES]
+    learned = [getattr(trained, name).clone().requires_grad_() for name in SHAPES]
     tensors = [z[:1].requires_grad_() for z in inputs(9)]
     mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()
 
@@ -98,7 +94,7 @@ def test_gradients_of_every_tensor(is_causal: bool, options: dict[str, int]) -> 
 
 
 def test_gradients_on_an_image() -> None:
-    learned = [getattr(summaries, name).clone().requires_grad_() for name in SHAPES]
+    learned = [getattr(trained, name).clone().requires_grad_() for name in SHAPES]
     tensors = [z[:1].requires_grad_() for z in inputs(13)]
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *found: Tensor) -> Tensor:
@@ -110,8 +106,11 @@ def test_gradients_on_an_image() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("max_chunks", [None, 2])
-def test_token_by_token(overlap: bool, max_chunks: int | None) -> None:
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_token_by_token(overlap: bool, max_chunks: int | None, scale: int) -> None:
+    """Also with chunks that weigh more than e^1000 times as much as others."""
     options = {"window_size": 4, "chunk_size": 2, "overlap_window": overlap, "max_chunks": max_chunks}
+    summaries = replace(trained, key_slope=trained.key_slope * scale)
     query, key, value = inputs()
     expected = learned_eva_attention(query, key, value, summaries, is_causal=True, **options)
     recurrence = learned_eva_recurrence(summaries, scaling=DIM**-0.5, **options)
@@ -128,8 +127,8 @@ def test_in_pieces(mask: str) -> None:
     options = {"window_size": 4, "chunk_size": 2}
     query, key, value = inputs()
     key_mask = torch.ones(2, 23).bool() if MASKS[mask] is None else MASKS[mask]
-    expected = learned_eva_attention(query, key, value, summaries, key_mask=key_mask, is_causal=True, **options)
-    recurrence = learned_eva_recurrence(summaries, scaling=DIM**-0.5, **options)
+    expected = learned_eva_attention(query, key, value, trained, key_mask=key_mask, is_causal=True, **options)
+    recurrence = learned_eva_recurrence(trained, scaling=DIM**-0.5, **options)
     state, found = recurrence.start(key, value), []
     for part in (slice(0, 11), slice(11, 12), slice(12, 23)):
         piece = query[:, :, part], key[:, :, part], value[:, :, part], key_mask[:, part]
@@ -144,14 +143,14 @@ def test_the_start_has_the_mass_of_the_far_keys(is_causal: bool, mask: str) -> N
     """Whatever else the mass depends on: the offset makes up for it, and is found again."""
     query, key, _ = inputs(64 if mask == "none" else 23, scale=0.8)
     options = {"key_mask": MASKS[mask], "is_causal": is_causal, "window_size": 4, "chunk_size": 2}
-    start = eva_learning_start(query, key, summaries, **options)
-    again = eva_learning_start(query, key, replace(summaries, **start), **options)
+    start = eva_learning_start(query, key, trained, **options)
+    again = eva_learning_start(query, key, replace(trained, **start), **options)
     torch.testing.assert_close(again, start)
     slope = random(HEADS, DIM, seed=7)
     real = torch.ones(2, 1, key.shape[2], 1) if MASKS[mask] is None else MASKS[mask][:, None, :, None]
     reads = torch.ones_like(real) if not is_causal else real.cumsum(2) > 4  # beyond the first window
     reads = (real * reads).double()
-    lifted = eva_learning_start(query, key, replace(summaries, far_slope=summaries.far_slope + slope), **options)
+    lifted = eva_learning_start(query, key, replace(trained, far_slope=trained.far_slope + slope), **options)
     mean = (query * DIM**-0.25 * reads).sum((0, 2)) / reads.sum()
     expected = start["far_offset"].double() - (mean * slope).sum(-1)
     torch.testing.assert_close(lifted["far_offset"].double(), expected, atol=1e-4, rtol=1e-4)
@@ -160,7 +159,7 @@ def test_the_start_has_the_mass_of_the_far_keys(is_causal: bool, mask: str) -> N
 def test_the_start_makes_uniform_attention_exact() -> None:
     query, key, value = inputs(32, batch=1)
     query, key = query[:, :, :1].expand_as(query), key[:, :, :1].expand_as(key)
-    started = replace(summaries, value_pooling=torch.zeros(HEADS, DIM).double())
+    started = replace(trained, value_pooling=torch.zeros(HEADS, DIM).double())
     started = replace(started, **eva_learning_start(query, key, started, window_size=4))
     ours = learned_eva_attention(query, key, value, started, window_size=4)
     torch.testing.assert_close(ours, value.mean(2, keepdim=True).expand_as(ours), atol=1e-4, rtol=1e-4)
@@ -168,4 +167,4 @@ def test_the_start_makes_uniform_attention_exact() -> None:
 
 def test_the_start_of_rows_that_fit_into_the_window() -> None:
     query, key, _ = inputs()
-    assert not eva_learning_start(query, key, summaries, window_size=32)["far_offset"].any()
+    assert not eva_learning_start(query, key, trained, window_size=32)["far_offset"].any()

@@ -17,9 +17,9 @@ from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
 from ..base import AttentionInputs
-from ..config import CONVENTIONS, AttentionConfig, choice, count, flag
+from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
 from ..contract import LayerShape, StateTensor, zeros
-from ..learned_maps import learned_summariser, summariser_spec
+from ..learned_maps import learned_summariser, summariser_spec, with_value_convolution
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 
@@ -39,7 +39,7 @@ LEARNED_VALUES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaConfig(AttentionConfig):
+class EvaConfig(LearnedConfig):
     """Settings of EVA. See `AttentionConfig` for the shared ones; `window_size` must be at least 1.
 
     Args:
@@ -93,18 +93,11 @@ class EvaConfig(AttentionConfig):
     sample_noise: bool | None = flag(None, (False, True))
     noise_scale: str | None = choice(None, NOISE_SCALES, NOISE_SCALES)
     conventions: str = choice("corrected", CONVENTIONS)
-    learned: bool = flag(False)
 
     def __post_init__(self) -> None:
         if self.num_chunks is None:
             object.__setattr__(self, "num_chunks", LEARNED_CHUNKS if self.learned else CHUNKS)
         super().__post_init__()
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        if not self.learned:  # as a version without learned summaries wrote and reads it
-            del values["learned"]
-        return values
 
     def validate(self) -> None:
         super().validate()
@@ -160,12 +153,13 @@ class EvaAttention(ProposalAttention[EvaConfig]):
 
     @classmethod
     def check_grid(cls, config: EvaConfig, *, is_image: bool) -> None:
+        super().check_grid(config, is_image=is_image)
         if config.relative_position != "none" and config.relative_dims == 2 and not is_image:
             config.fail("relative_dims", "1 in a model of sequences")
 
     @classmethod
     def state_spec(cls, config: EvaConfig, shape: LayerShape) -> dict[str, StateTensor]:
-        spec = summariser_spec(shape) if config.learned else proposal_spec(config.proposal_map, "key", shape)
+        spec = summariser_spec(config, shape) if config.learned else proposal_spec(config.proposal_map, "key", shape)
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
@@ -190,7 +184,8 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         options = _layout_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
         options |= {"num_chunks": config.num_chunks, **inputs.options(config)}
         if config.learned:
-            return learned_eva_attention(*tokens, learned_summariser(state), **options)
+            output = learned_eva_attention(*tokens, learned_summariser(state), **options)
+            return with_value_convolution(output, config, state, inputs)
         return eva_attention(
             *tokens,
             noise=bool(inputs.training and config.sample_noise),
@@ -285,7 +280,7 @@ register_kind(
         causal="yes",
         overlap_on_grids=True,
         needs_window=True,
-        checkpoint_fields=("relative_index", "relative_dims", "learned"),
+        checkpoint_fields=("relative_index", "relative_dims", "learned", "value_convolution"),
         bound_field="max_chunks",
         cost="linearly with the number of tokens for a given window and number of chunks",
         example={"num_chunks": 8, "chunk_size": 4},

@@ -18,7 +18,7 @@ from ...ops.favor.recurrent import favor_recurrence
 from ...ops.learned import NORMALIZERS, learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
-from ..config import AttentionConfig, choice, count, factor, flag
+from ..config import LearnedConfig, choice, count, factor, flag
 from ..contract import LayerShape, StateTensor
 from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..redraw import RedrawnAttention
@@ -29,7 +29,7 @@ RANDOM_FEATURES, LEARNED_FEATURES = 256, 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class FavorConfig(AttentionConfig):
+class FavorConfig(LearnedConfig):
     """Settings shared by FAVOR+ and FAVOR#.
 
     Args:
@@ -46,7 +46,8 @@ class FavorConfig(AttentionConfig):
         learned: Maps of queries and keys to the slots that are trained, of their own for each
             (`hf_linattn.training.transfer_attention`), instead of random directions, from which they start.
         normalizer: Of the key weights of learned maps. "slots": each key spreads one unit of weight over the slots.
-            "kernel": that of random features, `exp(-|y|^2 / 2)`.
+            "kernel": that of random features, `exp(-|y|^2 / 2)`: training then starts from exactly what random
+            features give, but for the offset of the far mass.
     """
 
     num_features: int = count(None)
@@ -55,7 +56,6 @@ class FavorConfig(AttentionConfig):
     redraw_interval: int | None = None
     num_heavy_keys: int = count(0, minimum=0)
     chunk_size: int | None = count(None, maximum=4096)
-    learned: bool = flag(False)
     normalizer: str = choice("slots", NORMALIZERS)
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class FavorConfig(AttentionConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if not self.learned:  # as a version without learned maps wrote and reads it
-            del values["learned"], values["normalizer"]
+            del values["normalizer"]
         return values
 
     def validate(self) -> None:
@@ -182,7 +182,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
     @classmethod
     def state_spec(cls, config: FavorPlusConfig, shape: LayerShape) -> dict[str, StateTensor]:
         projection = projection_spec(config, shape, regularized=config.regularized)
-        return learned_spec(projection, shape) if config.learned else {"projection": projection}
+        return learned_spec(config, projection) if config.learned else {"projection": projection}
 
     def recurrence_options(self) -> dict[str, Any]:
         kernel = {"kernel": self.config.kernel, "kernel_epsilon": self.config.kernel_epsilon}
@@ -224,7 +224,7 @@ register_kind(
         size_field="num_features",
         causal="yes",
         supports_cross=True,
-        checkpoint_fields=("kernel", "learned", "normalizer"),
+        checkpoint_fields=("kernel", "learned", "normalizer", "value_convolution"),
         example={"num_features": 32},
     )
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
+from ...ops.favor.features import favor_feature_map
 from ...ops.favor.moments import without_rounding
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
@@ -24,7 +25,7 @@ from ...ops.favor.statistics import (
 from ..base import AttentionInputs
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
-from ..learned_maps import learned_output, learned_spec
+from ..learned_maps import learned_output, learned_spec, stored_statistics
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
@@ -59,8 +60,6 @@ class FavorSharpConfig(FavorConfig):
         super().validate()
         if self.learned and self.statistics == "row":
             self.fail("statistics", "'calibrated' (or None) with learned=True", "Learned maps start from them.")
-        if self.learned and self.normalizer != "slots":
-            self.fail("normalizer", "'slots' in FAVOR#", "FavorPlusConfig has both.")
 
 
 class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
@@ -98,9 +97,9 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
     @classmethod
     def state_spec(cls, config: FavorSharpConfig, shape: LayerShape) -> dict[str, StateTensor]:
         projection = projection_spec(config, shape)
-        if config.learned:
-            return {**learned_spec(projection, shape), CALIBRATED_TOKENS: zeros()}
-        spec = {"projection": projection}
+        if config.learned and config.normalizer == "slots":  # its maps hold what it needs of the statistics
+            return {**learned_spec(config, projection), CALIBRATED_TOKENS: zeros()}
+        spec = learned_spec(config, projection) if config.learned else {"projection": projection}
         if config.statistics == "calibrated":
             neutral = neutral_statistics(shape.num_heads, shape.head_dim, dense=True)
             for name, tensor in neutral._asdict().items():
@@ -113,7 +112,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         if config.learned:
             return learned_output(config, state, inputs)
         if config.statistics == "calibrated":
-            statistics = _stored(state)
+            statistics = stored_statistics(state)
         else:
             statistics = favor_statistics(
                 inputs.query,
@@ -137,14 +136,10 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
     def recurrence_options(self) -> dict[str, Any]:
         if self.config.learned:
             return super().recurrence_options()
-        return {**super().recurrence_options(), "statistics": _stored(self.tensors())}
+        return {**super().recurrence_options(), "statistics": stored_statistics(self.tensors())}
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None
-
-
-def _stored(state: Mapping[str, Tensor]) -> FavorStatistics:
-    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
 
 
 class FavorCalibration:
@@ -179,12 +174,24 @@ class FavorCalibration:
             if values[name].shape[-2] == 1:
                 values[name] = torch.diag_embed(values[name].squeeze(-2))
         calibrated = {CALIBRATED_TOKENS: self.moments.key_count.float().reshape(())}
-        if self.config.learned:
-            return {**_learned_start(self.config, self.shape, statistics), **calibrated}
-        return {**values, **calibrated}
+        if not self.config.learned:
+            return {**values, **calibrated}
+        if self.config.normalizer == "kernel":
+            return {**_kernel_start(self.config, self.shape, statistics), **values, **calibrated}
+        return {**_slots_start(self.config, self.shape, statistics), **calibrated}
 
 
-def _learned_start(config: FavorSharpConfig, shape: LayerShape, statistics: FavorStatistics) -> dict[str, Tensor]:
+def _kernel_start(config: FavorSharpConfig, shape: LayerShape, statistics: FavorStatistics) -> dict[str, Tensor]:
+    """Learned maps that are the features of FAVOR# with these statistics."""
+    directions = projection_spec(config, shape).draw().to(statistics.shape)
+    features = favor_feature_map(directions.unsqueeze(0), directions, statistics)
+    stretched = features.directions.squeeze(0).float()
+    # The bias of a feature enters the log-weights of queries and of keys.
+    slot_bias = 2 * features.feature_bias.squeeze(0).float()
+    return {"query_directions": stretched, "key_directions": stretched, "slot_bias": slot_bias}
+
+
+def _slots_start(config: FavorSharpConfig, shape: LayerShape, statistics: FavorStatistics) -> dict[str, Tensor]:
     """Learned maps that are the directions in the coordinates of statistics, about their means."""
     directions = projection_spec(config, shape).draw().to(statistics.shape)
     stretched = directions * (1 - 4 * statistics.shape[0]).sqrt()
@@ -242,7 +249,7 @@ register_kind(
         causal_uncalibrated=True,
         supports_cross=True,
         calibrated_field="statistics",
-        checkpoint_fields=("statistics", "variant", "centring", "learned", "normalizer"),
+        checkpoint_fields=("statistics", "variant", "centring", "learned", "normalizer", "value_convolution"),
         example={"num_features": 32},
     )
 )

@@ -21,7 +21,7 @@ from ...ops.lara.recurrent import lara_recurrence
 from ...ops.learned import learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
 from ..base import AttentionInputs
-from ..config import CONVENTIONS, AttentionConfig, choice, count, factor, flag
+from ..config import CONVENTIONS, LearnedConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
@@ -49,7 +49,7 @@ _LEARNED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaraConfig(AttentionConfig):
+class LaraConfig(LearnedConfig):
     """Settings of LARA. See `AttentionConfig` for the shared ones.
 
     Args:
@@ -95,19 +95,12 @@ class LaraConfig(AttentionConfig):
     samples_per_landmark: int | None = count(None)
     antithetic: bool | None = flag(None)
     num_heavy_keys: int = count(0, minimum=0)
-    learned: bool = flag(False)
     conventions: str = choice("corrected", CONVENTIONS)
 
     def __post_init__(self) -> None:
         if self.num_landmarks is None:
             object.__setattr__(self, "num_landmarks", LEARNED_PROPOSALS if self.learned else LANDMARKS)
         super().__post_init__()
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        if not self.learned:  # as a version without learned proposals wrote and reads it
-            del values["learned"]
-        return values
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         is_calibrated = group == "decoder" or self.learned
@@ -178,7 +171,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
             noise = StateTensor((heads, rows, dim), learned=False, draw=draw)
             spec[CALIBRATED_TOKENS] = zeros()
             if config.learned:
-                return spec | learned_spec(noise, shape)
+                return spec | learned_spec(config, noise)
             spec |= {"centroids": zeros(heads, count, dim), "proposal_noise": noise}
         exact = config.window_size or config.num_global_tokens or config.num_heavy_keys
         if config.proposal_map != "none" and exact:
@@ -249,7 +242,7 @@ register_kind(
         size_field="num_landmarks",
         causal="calibrated",
         calibrated_field="proposal_source",
-        checkpoint_fields=("proposal_source", "learned"),
+        checkpoint_fields=("proposal_source", "learned", "value_convolution"),
         example={"num_landmarks": 8},
     )
 )

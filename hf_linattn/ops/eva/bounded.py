@@ -11,13 +11,13 @@ they do not vanish in the squares of a large common part.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels.attention_state import log_or_minus_inf
+from ...kernels.attention_state import AttentionState, log_or_minus_inf, merge_states, shifted_exp
 from .chunks import Summaries
 
 
@@ -74,12 +74,35 @@ def latest_chunks(
 
 def _merge_prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
     """The first `lengths[w]` chunks merged, for every w: `[batch, heads, windows(, head_dim)]`."""
+    if summaries.learned:
+        return _scanned(summaries).padded(1, 0).map(lambda z: z.index_select(-2, lengths))
     return _merge(summaries, lambda z: F.pad(z.cumsum(-2), (0, 0, 1, 0)).index_select(-2, lengths))
 
 
 def merge_all(summaries: Summaries) -> Summaries:
     """All chunks as one, `[batch, heads, 1(, head_dim)]`."""
+    if summaries.learned:
+        weights, top = shifted_exp(summaries.log_weight)
+        total, log_total = log_or_minus_inf(weights.sum(-1, keepdim=True))
+        shares = (weights / total).unsqueeze(-2)
+        key_mean, value = shares @ summaries.key_mean, shares @ summaries.value
+        return replace(summaries, key_mean=key_mean, value=value, log_weight=log_total + top.unsqueeze(-1))
     return _merge(summaries, lambda z: z.sum(-2, keepdim=True))
+
+
+def _scanned(summaries: Summaries) -> Summaries:
+    """Every prefix of the chunks merged, of any log-weights: no sum of weights, which would overflow.
+
+    Merged pairs, then pairs of these, and so on (Hillis and Steele's scan): a prefix knows its own chunks alone.
+    """
+    count, step = summaries.value.shape[2], 1
+    while step < count:
+        before = summaries.padded(step, 0).map(lambda z: z[:, :, :count])
+        key_mean = merge_states([AttentionState(s.key_mean, s.log_weight) for s in (before, summaries)])
+        value = merge_states([AttentionState(s.value, s.log_weight) for s in (before, summaries)])
+        summaries = replace(summaries, key_mean=key_mean.output, value=value.output, log_weight=value.lse)
+        step *= 2
+    return summaries
 
 
 def _merge(summaries: Summaries, sums: Callable[[Tensor], Tensor]) -> Summaries:

@@ -27,20 +27,22 @@ CHUNK_WEIGHTINGS = ("none", "size", "spread")
 class Summaries:
     """What a query needs of the chunks: mean key, value, weight, spread; `[batch, heads, chunks(, head_dim)]`.
 
-    `log_weight` is `-inf` for a chunk that no query reads.
+    `log_weight` is `-inf` for a chunk that no query reads; if it is `learned`, no log of a size but any number.
     """
 
     key_mean: Tensor
     value: Tensor
     log_weight: Tensor
     spread: Tensor | None
+    learned: bool = False
 
     def map(self, fn: Callable[..., Tensor], *others: Summaries) -> Summaries:
         """`fn` of everything, also of `others`, as `[batch, heads, ..., chunks, dim]` (`dim` 1 for `log_weight`)."""
         all_of = (self, *others)
         spread = None if self.spread is None else fn(*(s.spread for s in all_of))
         key_mean, value = fn(*(s.key_mean for s in all_of)), fn(*(s.value for s in all_of))
-        return Summaries(key_mean, value, fn(*(s.log_weight.unsqueeze(-1) for s in all_of)).squeeze(-1), spread)
+        log_weight = fn(*(s.log_weight.unsqueeze(-1) for s in all_of)).squeeze(-1)
+        return Summaries(key_mean, value, log_weight, spread, learned=any(s.learned for s in all_of))
 
     def then(self, others: Summaries) -> Summaries:
         """These chunks and the others behind them."""

@@ -62,7 +62,8 @@ class LearnedSummariser:
         key_mean = pooled + pooled @ maps.query_adapter.mT + maps.far_slope.unsqueeze(1)
         log_weight = chunks.member.sum(-1).to(wide).log()[:, None] + maps.far_offset.unsqueeze(1)
         log_weight = log_weight + (pooled @ maps.key_slope.unsqueeze(-1)).squeeze(-1)
-        return Summaries(key_mean, _pool(values, keys, maps.value_pooling, chunks.member), log_weight, None)
+        value_mean = _pool(values, keys, maps.value_pooling, chunks.member)
+        return Summaries(key_mean, value_mean, log_weight, None, learned=True)
 
 
 def _pool(tokens: Tensor, keys: Tensor, weights: Tensor, member: Tensor) -> Tensor:

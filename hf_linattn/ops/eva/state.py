@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,4 +122,5 @@ def _narrowed(chunks: Summaries, window: WindowTokens) -> Summaries:
     key_dtype, spread = window.key.dtype, chunks.spread
     if spread is not None:
         spread = spread.to(torch.bfloat16 if key_dtype == torch.float16 else key_dtype)
-    return Summaries(chunks.key_mean.to(key_dtype), chunks.value.to(window.value.dtype), chunks.log_weight, spread)
+    key_mean, value = chunks.key_mean.to(key_dtype), chunks.value.to(window.value.dtype)
+    return replace(chunks, key_mean=key_mean, value=value, spread=spread)
