@@ -22,7 +22,8 @@ from ..integrations.interface import linear_output, softmax_output
 from ..integrations.layers import active_layers, linear_layer
 from ..integrations.observe import observed_attention
 from ..integrations.wrappers import converted_parts, inside, module_of
-from ..modules.base import AttentionInputs, LinearAttention
+from ..modules.base import LinearAttention
+from ..modules.contract import AttentionInputs
 
 ATTENTIONS = ("softmax", "linear")
 

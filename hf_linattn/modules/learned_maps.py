@@ -12,9 +12,8 @@ from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from ..ops.slot_attention import SlotOptions
 from ..ops.value_convolution import SIZE, value_convolution
-from .base import AttentionInputs
 from .config import AttentionConfig
-from .contract import LayerShape, StateTensor
+from .contract import AttentionInputs, LayerShape, StateTensor
 
 VALUE_CONVOLUTION = "value_convolution_weight"
 

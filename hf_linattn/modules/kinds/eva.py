@@ -16,9 +16,8 @@ from ...ops.eva.learned import eva_learning_start, learned_eva_attention, learne
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
-from ..base import AttentionInputs
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
-from ..contract import LayerShape, StateTensor, zeros
+from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_summariser, summariser_spec, with_value_convolution
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind

@@ -22,9 +22,8 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
-from ..base import AttentionInputs
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_output, learned_spec, stored_statistics
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
