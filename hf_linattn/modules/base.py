@@ -101,6 +101,20 @@ class LinearAttention(nn.Module, Generic[C]):
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError  # abstract: every registered kind has its own
 
+    @staticmethod
+    def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        return {
+            "key_mask": inputs.key_mask,
+            "scaling": inputs.scaling,
+            "is_causal": inputs.is_causal,
+            "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
+            "grid": inputs.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": config.slot_dropout if inputs.training else 0.0,
+        }
+
     @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """`compute`, or one operator that does it where the call is recorded."""

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .config import AttentionConfig
-
 # The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
 CALIBRATED_TOKENS = "calibrated_tokens"
 
@@ -27,19 +25,6 @@ class AttentionInputs:
     is_causal: bool
     grid: tuple[int, int] | None = None
     training: bool = False
-
-    def options(self, config: AttentionConfig) -> dict[str, Any]:
-        """The keyword arguments that the attention functions of all kinds share."""
-        return {
-            "key_mask": self.key_mask,
-            "scaling": self.scaling,
-            "is_causal": self.is_causal,
-            "window_size": config.window_size or 0,
-            "overlap_window": config.overlap_window,
-            "grid": self.grid,
-            "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": config.slot_dropout if self.training else 0.0,
-        }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from ..ops.slot_attention import SlotOptions
 from ..ops.value_convolution import SIZE, value_convolution
+from .base import LinearAttention
 from .config import AttentionConfig
 from .contract import AttentionInputs, LayerShape, StateTensor
 
@@ -54,7 +55,7 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_offset=state["far_offset"],
         far_slope=state["far_slope"],
         normalizer=normalizer,
-        statistics=stored_statistics(state) if "statistics_shape" in state else None,
+        statistics=FavorStatistics.among(state) if "statistics_shape" in state else None,
     )
 
 
@@ -86,11 +87,6 @@ def learned_summariser(state: Mapping[str, Tensor]) -> LearnedSummariser:
     )
 
 
-def stored_statistics(state: Mapping[str, Tensor]) -> FavorStatistics:
-    """The calibrated statistics among the tensors of a layer of FAVOR#."""
-    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
-
-
 def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
     """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
     directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
@@ -109,7 +105,7 @@ def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs:
         learned_feature_map(state, config.normalizer),
         num_heavy_keys=config.num_heavy_keys,
         chunk_size=config.chunk_size,
-        **inputs.options(config),
+        **LinearAttention.call_options(config, inputs),
     )
     return with_value_convolution(output, config, state, inputs)
 

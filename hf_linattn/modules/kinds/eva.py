@@ -181,7 +181,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
     def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         tokens = inputs.query, inputs.key, inputs.value
         options = _layout_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
-        options |= {"num_chunks": config.num_chunks, **inputs.options(config)}
+        options |= {"num_chunks": config.num_chunks, **cls.call_options(config, inputs)}
         if config.learned:
             output = learned_eva_attention(*tokens, learned_summariser(state), **options)
             return with_value_convolution(output, config, state, inputs)
@@ -200,7 +200,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             return {}
         state = self.tensors()
         options = _layout_options(self.config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
-        options |= {"num_chunks": self.config.num_chunks, **inputs.options(self.config)}
+        options |= {"num_chunks": self.config.num_chunks, **self.call_options(self.config, inputs)}
         # Softmax has neither: the offset is that of the layer without them.
         del options["window_bias"], options["slot_dropout"]
         start = eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)

@@ -199,7 +199,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
                 state["projection"],
                 num_heavy_keys=config.num_heavy_keys,
                 chunk_size=config.chunk_size,
-                **inputs.options(config),
+                **cls.call_options(config, inputs),
             )
         return generalized_attention(
             inputs.query,
@@ -209,7 +209,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
             kernel=config.kernel,
             kernel_epsilon=config.kernel_epsilon,
             chunk_size=config.chunk_size,
-            **inputs.options(config),
+            **cls.call_options(config, inputs),
         )
 
 

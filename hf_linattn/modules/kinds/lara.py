@@ -228,7 +228,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
             offset=state.get("mass_offset"),
             num_heavy_keys=config.num_heavy_keys,
             **own,
-            **inputs.options(config),
+            **cls.call_options(config, inputs),
         )
 
 
