@@ -35,7 +35,7 @@ SLOT_SHARE = "slot_share"
 class Ablation:
     """What is asked for within `ablate`, and whether an attention function has followed."""
 
-    name: str
+    names: frozenset[str]
     was_followed: bool = False
 
 
@@ -45,59 +45,60 @@ ABLATED: dict[int, Ablation] = {}
 
 @contextmanager
 def ablate(name: str) -> Iterator[Ablation]:
-    """Attention functions called in the `with` block, by this thread, go without a part of theirs.
+    """Attention functions called in the `with` block, by this thread, go without a part of theirs. Blocks add up.
 
     Args:
         name: One of `ABLATIONS`, or `SLOT_SHARE`.
     """
     thread = threading.get_ident()
     before = ABLATED.get(thread)
-    ABLATED[thread] = asked = Ablation(name)
+    ABLATED[thread] = asked = Ablation(frozenset({name}) if before is None else before.names | {name})
     try:
         yield asked
     finally:
         if before is None:
             del ABLATED[thread]
         else:
+            before.was_followed |= asked.was_followed
             ABLATED[thread] = before
 
 
-def current_ablation() -> str | None:
-    """What this thread's attention functions go without; `None` for nothing."""
+def current_ablations() -> frozenset[str]:
+    """What this thread's attention functions go without."""
     asked = ABLATED.get(threading.get_ident())
     if asked is None:
-        return None
+        return frozenset()
     asked.was_followed = True
-    return asked.name
+    return asked.names
 
 
 def ablated_slots(exact: ExactAttention, query_weights: SlotWeights) -> tuple[ExactAttention, SlotWeights]:
     """What stands in place of exact keys and of the queries' weights for slots."""
-    name = current_ablation()
-    if name == SHUFFLED_SLOTS:
-        return exact, query_weights.shuffled()
-    if name == WINDOW_ALONE:
-        return exact, query_weights.without_mass()
-    if name == SLOT_SHARE:
+    names = current_ablations()
+    if SHUFFLED_SLOTS in names:
+        query_weights = query_weights.shuffled()
+    if WINDOW_ALONE in names:
+        query_weights = query_weights.without_mass()
+    if SLOT_SHARE in names:
         tokens, windows, heavy = exact.tokens, exact.windows, exact.heavy
         if windows is not None:
             windows = replace(windows, state=_valued(windows.state, 0.0), value=torch.ones_like(windows.value))
         heavy = None if heavy is None else _valued(heavy, 0.0)
         tokens = replace(tokens, value=torch.ones_like(tokens.value))
-        return replace(exact, tokens=tokens, windows=windows, heavy=heavy), query_weights
+        exact = replace(exact, tokens=tokens, windows=windows, heavy=heavy)
     return exact, query_weights
 
 
 def ablated_slots_alone(query_weights: SlotWeights, value: Tensor) -> tuple[SlotWeights, Tensor]:
     """The same without exact keys: what stands in place of the queries' weights and of the values."""
-    name = current_ablation()
-    query_weights = query_weights.shuffled() if name == SHUFFLED_SLOTS else query_weights
-    return query_weights, torch.ones_like(value) if name == SLOT_SHARE else value
+    names = current_ablations()
+    query_weights = query_weights.shuffled() if SHUFFLED_SLOTS in names else query_weights
+    return query_weights, torch.ones_like(value) if SLOT_SHARE in names else value
 
 
 def exact_value(value: Tensor) -> Tensor:
     """The values of keys that are read exactly."""
-    return torch.zeros_like(value) if current_ablation() == SLOT_SHARE else value
+    return torch.zeros_like(value) if SLOT_SHARE in current_ablations() else value
 
 
 def _valued(state: AttentionState, value: float) -> AttentionState:
