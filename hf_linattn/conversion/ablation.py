@@ -28,7 +28,7 @@ def ablated(model: PreTrainedModel, what: str) -> Iterator[None]:
       global tokens.
     * "slots_alone": nothing is read exactly, every key goes through slots. EVA: a query reads all chunks or, in a
       decoder, those that end before its own begins (the first tokens then read nothing, and `max_chunks` has no
-      effect).
+      effect); global tokens, which are in no chunk, stay exact.
     * "shuffled_slots": a query reads slot j + 1 where it should read slot j. EVA: every chunk has the value of the
       chunk before it; the first that of the last or, in a decoder, its own.
 
@@ -79,6 +79,19 @@ def _layers(model: PreTrainedModel) -> list[LinearAttention[Any]]:
             f" converted to {kind!r}. Call model.set_attn_implementation({kind!r})."
         )
     return list(active_layers(model))
+
+
+def possible_ablations(model: PreTrainedModel) -> list[str]:
+    """The names that `ablated` takes for a converted model. Raises `ConfigError` as it does."""
+    found = []
+    for name in ABLATIONS:
+        try:
+            for layer in _layers(model):
+                _check(layer, name)
+        except UnsupportedError:
+            continue
+        found.append(name)
+    return found
 
 
 def _check(layer: LinearAttention[Any], what: str) -> None:

@@ -28,7 +28,7 @@ SLOT_SHARE = "slot_share"
 class Ablation:
     """What is asked for within `ablate`, and whether an attention function has followed."""
 
-    name: str
+    names: frozenset[str]
     was_followed: bool = False
 
 
@@ -38,32 +38,33 @@ ABLATED: dict[int, Ablation] = {}
 
 @contextmanager
 def ablate(name: str) -> Iterator[Ablation]:
-    """Attention functions called in the `with` block, by this thread, go without a part of theirs.
+    """Attention functions called in the `with` block, by this thread, go without a part of theirs. Blocks add up.
 
     Args:
         name: One of `ABLATIONS`, or `SLOT_SHARE`.
     """
     thread = threading.get_ident()
     before = ABLATED.get(thread)
-    ABLATED[thread] = asked = Ablation(name)
+    ABLATED[thread] = asked = Ablation(frozenset({name}) if before is None else before.names | {name})
     try:
         yield asked
     finally:
         if before is None:
             del ABLATED[thread]
         else:
+            before.was_followed |= asked.was_followed
             ABLATED[thread] = before
 
 
-def current_ablation() -> str | None:
-    """What this thread's attention functions go without; `None` for nothing."""
+def current_ablations() -> frozenset[str]:
+    """What this thread's attention functions go without."""
     asked = ABLATED.get(threading.get_ident())
     if asked is None:
-        return None
+        return frozenset()
     asked.was_followed = True
-    return asked.name
+    return asked.names
 
 
 def exact_value(value: Tensor) -> Tensor:
     """The values of keys that are read exactly."""
-    return torch.zeros_like(value) if current_ablation() == SLOT_SHARE else value
+    return torch.zeros_like(value) if SLOT_SHARE in current_ablations() else value

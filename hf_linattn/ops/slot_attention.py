@@ -16,7 +16,7 @@ from ..errors import InputError, UnsupportedError
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach
-from .ablation import ABLATED, SHUFFLED_SLOTS, SLOT_SHARE, WINDOW_ALONE, current_ablation
+from .ablation import ABLATED, SHUFFLED_SLOTS, SLOT_SHARE, WINDOW_ALONE, current_ablations
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .inputs import check_causal
@@ -247,26 +247,26 @@ def _real_keys(tokens: Tokens, visible: Tensor | None, blocks: Blocks) -> Tensor
 # -- of which a part is taken away (ops/ablation.py) -----------------------------------------------------------------
 def _ablated(exact: ExactAttention, query_weights: SlotWeights) -> tuple[ExactAttention, SlotWeights]:
     """What stands in place of exact keys and of the queries' weights for slots."""
-    name = current_ablation()
-    if name == SHUFFLED_SLOTS:
-        return exact, query_weights.shuffled()
-    if name == WINDOW_ALONE:
-        return exact, query_weights.without_mass()
-    if name == SLOT_SHARE:
+    names = current_ablations()
+    if SHUFFLED_SLOTS in names:
+        query_weights = query_weights.shuffled()
+    if WINDOW_ALONE in names:
+        query_weights = query_weights.without_mass()
+    if SLOT_SHARE in names:
         tokens, windows, heavy = exact.tokens, exact.windows, exact.heavy
         if windows is not None:
             windows = replace(windows, state=_valued(windows.state, 0.0), value=torch.ones_like(windows.value))
         heavy = None if heavy is None else _valued(heavy, 0.0)
         tokens = replace(tokens, value=torch.ones_like(tokens.value))
-        return replace(exact, tokens=tokens, windows=windows, heavy=heavy), query_weights
+        exact = replace(exact, tokens=tokens, windows=windows, heavy=heavy)
     return exact, query_weights
 
 
 def _ablated_alone(query_weights: SlotWeights, value: Tensor) -> tuple[SlotWeights, Tensor]:
     """The same without exact keys: what stands in place of the queries' weights and of the values."""
-    name = current_ablation()
-    query_weights = query_weights.shuffled() if name == SHUFFLED_SLOTS else query_weights
-    return query_weights, torch.ones_like(value) if name == SLOT_SHARE else value
+    names = current_ablations()
+    query_weights = query_weights.shuffled() if SHUFFLED_SLOTS in names else query_weights
+    return query_weights, torch.ones_like(value) if SLOT_SHARE in names else value
 
 
 def _valued(state: AttentionState, value: float) -> AttentionState:
