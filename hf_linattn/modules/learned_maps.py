@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.eva.learned import LearnedSummariser
 from ..ops.favor.statistics import FavorStatistics
@@ -17,6 +18,17 @@ from .config import AttentionConfig
 from .contract import AttentionInputs, LayerShape, StateTensor
 
 VALUE_CONVOLUTION = "value_convolution_weight"
+# Residual maps of whole tokens learn best with a smaller rate than everything else (docs/decisions.md).
+_RATES = {"query_adapter": 0.3, "key_adapter": 0.3}
+
+
+def parameter_groups(layers: Iterable[LinearAttention[Any]], learning_rate: float) -> list[dict[str, Any]]:
+    """What layers learn by themselves, as groups of an optimizer with the learning rate of each."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            groups.setdefault(_RATES.get(name.rpartition(".")[2], 1.0), []).append(parameter)
+    return [{"params": group, "lr": rate * learning_rate} for rate, group in groups.items()]
 
 
 def learned_spec(config: AttentionConfig, directions: StateTensor) -> dict[str, StateTensor]:

@@ -23,13 +23,14 @@ from transformers import PreTrainedModel, Trainer
 from ..errors import ConfigError, InputError
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
+from ..modules.learned_maps import parameter_groups
 from .objective import Objective, average
 from .teacher import layer_errors
-from .trained_layers import learned_parameters, only, start, trained_layers
+from .trained_layers import learned_parameters, linear_layers, only, start, trained_layers
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 3e-2
 TEACHES_NOTHING = (
     "All rows of a batch fit into the window, where attention is exact: it teaches nothing. Leave out short inputs, or"
     " put several into one row. (Told once; there may be more.)"
@@ -76,7 +77,7 @@ def transfer_attention(
         batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
             when they end before the steps do.
         steps: Batches to train on.
-        learning_rate: Of the first step.
+        learning_rate: Of the first step; residual maps (LARA, EVA) take 0.3 of it.
         target: "attention": every layer by itself, towards the output of softmax on the inputs that it has under
             softmax. "hidden_states": a second stage, all layers together on linear attention end to end, towards the
             hidden states of softmax.
@@ -98,7 +99,8 @@ def transfer_attention(
     model = inside(model, "transfer_attention")
     chosen = trained_layers(model, layers)
     parameters = learned_parameters(chosen)
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameter_groups(linear_layers(chosen), learning_rate))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     found: list[TransferStep] = []
     told = False
     with only(model, parameters), _ProgressBar(steps, progress) as bar:
@@ -106,9 +108,8 @@ def transfer_attention(
             if step == 0:
                 start(model, batch, chosen)
             errors = layer_errors(model, model, batch, chosen, objective, backward=True)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             if not told and bool(errors.is_exact.all()):
                 logger.warning(TEACHES_NOTHING)

@@ -102,7 +102,7 @@ def test_the_first_batch_sets_what_has_a_closed_form() -> None:
     start(model, batch, trained_layers(model, None))
     first = own(model)
     for name, value in first.items():
-        assert bool(value.abs().sum() > 0) == name.endswith(("directions", "shift", "far_offset")), name
+        assert bool(value.abs().sum() > 0) == name.endswith(("directions", "shift", "slot_bias", "far_offset")), name
     start(model, batch, trained_layers(model, None))  # from where it has been put, nothing is left to do
     torch.testing.assert_close(own(model), first)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_linattn.errors import ConfigError
 from hf_linattn.modules.base import AttentionInputs, LayerShape, LinearAttention
 from hf_linattn.modules.config import LearnedConfig
+from hf_linattn.modules.learned_maps import parameter_groups
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 HEADS, DIM = 2, 4
@@ -137,3 +138,13 @@ def test_without_the_convolution_settings_are_as_they_were(kind: str) -> None:
     assert "value_convolution" not in settings.to_dict()
     again = settings.replace(value_convolution=True)
     assert type(again).from_dict(again.to_dict()) == again
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("-window")])
+def test_residual_maps_learn_with_a_smaller_rate(case: str) -> None:
+    layers = [build(case) for _ in range(2)]
+    groups = parameter_groups(layers, 0.1)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    named = [pair for layer in layers for pair in layer.named_parameters()]
+    expected = {id(parameter): 0.1 * (0.3 if name.endswith("adapter") else 1.0) for name, parameter in named}
+    assert rates == pytest.approx(expected)
