@@ -1,117 +1,145 @@
-"""What a few steps of attention transfer do to the perplexity of a converted decoder, beside its controls.
+"""What attention transfer gives back of what a converted model loses, beside its controls.
 
-    python experiments/attention_transfer.py --model GPT2 --train train.parquet --test test.parquet
+    python experiments/attention_transfer.py gpt2 --model GPT2 --train validation.parquet --train-rows 3380 \
+        --test test.parquet --rows "favor_plus*" --seeds 0,1 --out favor_plus.json
+    python experiments/attention_transfer.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
 
-Only the maps are trained, without labels. Controls: the same maps untrained, their slots shuffled after training (each
-query then reads the slots of others), the window alone, and random features.
+Tasks are the files of `transfer_tasks`; each names the rows that it has. Of a row with learned maps only these are
+trained, without labels. Controls: the same maps untrained; after training, the window alone and shuffled slots
+(`hf_linattn.conversion.ablation`); rows with random features. `--fine-tune` then trains the whole model with labels,
+the rows with random features too. A control is scored on a part of the test data, as is the trained model once more.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+import fnmatch
+import sys
 import time
-from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import shared
 import torch
 import typer
-from torch import Tensor
-from transformers import AutoTokenizer
+from transfer_tasks import TASKS, BaseTask, Files, load_task
 
 from hf_linattn.bench.environment import write_experiment
-from hf_linattn.modules.base import LinearAttention
-from hf_linattn.modules.registry import get_kind
+from hf_linattn.conversion.ablation import ablated
+from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.training import transfer_attention
 
-KINDS = ("favor_plus", "favor_sharp", "lara")  # EVA has chunks instead of slots
-ROWS = 4  # of a batch
+CALIBRATION_BATCHES = 4
+CONTROLS = ("window_alone", "shuffled_slots")
+FINE_TUNING_RATE = 1e-3
 
 
-def perplexity(model: Any, rows: Tensor) -> float:
-    with torch.no_grad():
-        losses = [float(model(part, labels=part).loss) * len(part) for part in rows.split(ROWS)]
-    return math.exp(sum(losses) / len(rows))
+def fine_tune(task: BaseTask, model: Any, steps: int, seed: int) -> None:
+    """Train a whole model with labels: AdamW, a cosine decay of the learning rate to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FINE_TUNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for batch in islice(task.labelled_batches(seed), steps):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
 
 
-def layers(model: Any) -> list[LinearAttention[Any]]:
-    return [module for module in model.modules() if isinstance(module, LinearAttention)]
+@dataclass(frozen=True)
+class Plan:
+    """What is done with the maps of a row: arguments of `transfer_attention`, and steps of the stages after it."""
+
+    steps: int
+    learning_rate: float
+    row_weight: float
+    second_stage: int
+    fine_tune: int
 
 
-def without_slots(model: Any) -> Any:
-    """A copy whose slots hold no mass: the window alone."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in layers(made):
-            layer.tensors()["far_offset"].fill_(-1e4)
-            layer.tensors()["far_slope"].zero_()
-    return made
+def measure(task: BaseTask, settings: Any, seed: int, plan: Plan) -> dict[str, Any]:
+    """The scores of one row."""
+    calibration = list(islice(task.batches(1000 + seed), CALIBRATION_BATCHES))
+    model = shared.converted(task.model, settings.replace(seed=seed), calibration)
+    row: dict[str, Any] = {"seed": seed, "settings": model.config.linear_attention}
+    row["untrained, few"] = task.score(model, few=True)
+    if settings.learned:
+        clocks = time.perf_counter(), time.process_time()
+        row["errors"] = transfer(task, model, seed, plan)
+        row["seconds"], row["CPU seconds"] = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+        row["trained"], row["trained, few"] = task.score(model), task.score(model, few=True)
+        for control in CONTROLS:
+            with ablated(model, control):
+                row[f"{control}, few"] = task.score(model, few=True)
+    else:
+        row["untrained"] = task.score(model)
+    if plan.fine_tune:
+        fine_tune(task, model, plan.fine_tune, seed)
+        row["fine-tuned"] = task.score(model)
+    return row
 
 
-def shuffled(model: Any) -> Any:
-    """A copy in which the directions of queries belong to other slots."""
-    made = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in layers(made):
-            for name in ("query_directions", "slot_bias"):
-                tensor = layer.tensors()[name]
-                tensor.copy_(tensor.roll(1, dims=1))
-    return made
+def transfer(task: BaseTask, model: Any, seed: int, plan: Plan) -> list[float]:
+    """Train the maps. Returns: relative error of the attention output, layer by layer."""
+    batches = task.batches(seed)
+    rates: dict[str, Any] = {"learning_rate": plan.learning_rate}
+    done = transfer_attention(model, batches, steps=plan.steps, row_weight=plan.row_weight, **rates)
+    if plan.second_stage:
+        transfer_attention(model, batches, steps=plan.second_stage, target="hidden_states", **rates)
+    return [round(error, 3) for error in done[-1].errors]
 
 
-def sampled(ids: Tensor, length: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of random pieces of a text, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(ids) - length, (ROWS,), generator=generator)
-        yield {"input_ids": torch.stack([ids[start : start + length] for start in starts])}
+def chosen_rows(task: BaseTask, patterns: str) -> dict[str, AttentionConfig]:
+    """The rows whose names match one of the patterns. Ends the script if that is none."""
+    settings = task.settings()
+    found = {name: settings[name] for pattern in patterns.split(",") for name in fnmatch.filter(settings, pattern)}
+    if not found:
+        sys.exit(f"error: --rows must match one of {sorted(settings)}; got {patterns!r}.")
+    return found
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A GPT-2 with its tokenizer.")],
-    train: Annotated[Path, typer.Option(help="Text to train on.")],
-    test: Annotated[Path, typer.Option(help="Text to measure on.")],
-    slots: Annotated[str, typer.Option(help="Numbers of slots, separated by commas.")] = "16,64",
-    steps: Annotated[int, typer.Option(min=1)] = 100,
-    length: Annotated[int, typer.Option(min=64, help="Tokens of a row.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Rows of the test text.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON of the results.")] = None,
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
+    model: Annotated[Path | None, typer.Option(help="A softmax model, with its tokenizer or image processor.")] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="Files to transfer on; may be repeated.")] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="Files to score on; may be repeated.")] = None,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of a training file.")] = None,
+    rows: Annotated[str, typer.Option(help="Patterns of names of rows, separated by commas.")] = "*",
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
+    steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 100,
+    learning_rate: float = 1e-2,
+    row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
+    second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
+    fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON of the results, written after every row.")] = None,
 ) -> None:
-    """Perplexity of softmax, of the controls, and of learned maps after transfer."""
-    stock = shared.decoder(model, length)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = shared.read_tokens(tokenizer, [train])
-    rows = shared.rows_of(shared.read_tokens(tokenizer, [test]), length, windows)
-    found: list[dict[str, Any]] = [{"attention": "softmax", "perplexity": perplexity(stock, rows)}]
-    random_features = shared.converted(stock, "favor_plus", [])
-    found.append({"attention": "favor_plus, 256 random", "perplexity": perplexity(random_features, rows)})
-    for kind in KINDS:
-        config = get_kind(kind)
-        for number in map(int, slots.split(",")):
-            for seed in range(seeds):
-                settings = config.config_cls(learned=True, seed=seed, **{config.size_field: number})
-                made = shared.converted(stock, settings, [next(sampled(ids, length, 100 + seed)) for _ in range(4)])
-                before = perplexity(made, rows)
-                start = time.perf_counter()
-                done = transfer_attention(made, sampled(ids, length, seed), steps=steps)
-                found.append(
-                    {
-                        "attention": f"{kind}, {number} learned",
-                        "seed": seed,
-                        "untrained": before,
-                        "perplexity": perplexity(made, rows),
-                        "shuffled": perplexity(shuffled(made), rows),
-                        "window alone": perplexity(without_slots(made), rows),
-                        "errors": [round(error, 3) for error in done[-1].errors],
-                        "seconds": round(time.perf_counter() - start, 1),
-                    }
-                )
-                shared.print_table(f"After {steps} steps", found)
-    if out is not None:
-        write_experiment(out, {"steps": steps, "length": length, "windows": windows, "rows": found})
+    """Scores of softmax, of the controls, and of learned maps after transfer."""
+    if task not in TASKS:
+        sys.exit(f"error: the task must be one of {list(TASKS)}; got {task!r}.")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    it = load_task(task, Files(model, tuple(train or ()), tuple(test or ()), train_rows))
+    plan = Plan(steps, learning_rate, row_weight, second_stage, fine_tune)
+    softmax = {"attention": "softmax", "trained": it.score(it.model), "trained, few": it.score(it.model, few=True)}
+    found: list[dict[str, Any]] = [softmax]
+    for name, settings in chosen_rows(it, rows).items():
+        for seed in map(int, seeds.split(",")):
+            found.append({"attention": name, **measure(it, settings, seed, plan)})
+            shared.print_table(f"{task}, {steps} steps", [_short(row) for row in found], it.about)
+            if out is not None:
+                write_experiment(out, {"task": task, "about": it.about, **asdict(plan), "rows": found})
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: of each score the main figure."""
+    return {
+        key: next(iter(value.values())) if isinstance(value, dict) else value
+        for key, value in row.items()
+        if key != "settings"
+    }
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def causal_settings(kind: str, max_chunks: int) -> Any:
     return hf_linattn.EvaConfig(max_chunks=max_chunks) if kind == BOUNDED else {"kind": kind}
 
 
-def read_tokens(tokenizer: Any, paths: Iterable[Path]) -> Tensor:
-    """Texts one after the other as tokens `[count]`: text files, or parquet files with a column of text."""
+def read_tokens(tokenizer: Any, paths: Iterable[Path], rows: int | None = None) -> Tensor:
+    """Texts one after the other as tokens `[count]`: text files, or the first `rows` of parquet files with text."""
     found: list[int] = []
     for path in paths:
         if path.suffix == ".parquet":
@@ -84,7 +84,7 @@ def read_tokens(tokenizer: Any, paths: Iterable[Path]) -> Tensor:
 
             table = pyarrow.parquet.read_table(path)
             column = next(name for name in ("text", "sentence") if name in table.column_names)
-            text = ("" if column == "text" else " ").join(table[column].to_pylist())
+            text = ("" if column == "text" else " ").join(table[column].to_pylist()[:rows])
         else:
             text = path.read_text(encoding="utf-8")
         found += tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,18 +1,20 @@
-"""The controls of the experiment on attention transfer are what they say."""
+"""The experiment on attention transfer: what its tasks score, what it trains, and its teacher."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import GPT2
-from torch import Tensor
 
 import hf_linattn
 from hf_linattn import FavorPlusConfig
-from hf_linattn.training import transfer_attention
+
+SMALL = {"window_size": 4, "num_features": 4}
 
 
 @pytest.fixture
@@ -24,39 +26,103 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def model() -> Any:
-    """One layer, so that a window is all that a token sees."""
-    settings = FavorPlusConfig(learned=True, num_features=4, window_size=4)
-    made = hf_linattn.convert(GPT2.build(n_layer=1), settings)
-    transfer_attention(made, [GPT2.inputs(2)], steps=2)
-    return made.eval()
+def teacher(script: Any) -> Any:
+    from teachers import recall
+
+    return recall
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
+@pytest.fixture
+def task(script: Any, teacher: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Recall by an untrained teacher, with few rows."""
+    import transfer_tasks.recall
+
+    teacher.untrained(0).save_pretrained(tmp_path / "teacher")
+    for name, value in {"few_rows": 2, "rows": 4}.items():
+        monkeypatch.setattr(transfer_tasks.recall.Task, name, value)
+    monkeypatch.setattr(transfer_tasks.recall, "ROWS", 2)
+    made = script.load_task("recall", script.Files(tmp_path / "teacher"))
+    settings = {"learned": FavorPlusConfig(learned=True, **SMALL), "random": FavorPlusConfig(**SMALL)}
+    monkeypatch.setattr(made, "settings", lambda: settings)
+    monkeypatch.setattr(script, "load_task", lambda name, files: made)
+    return made
 
 
-def test_without_slots_a_token_sees_its_window_alone(script: Any, model: Any) -> None:
-    ids = GPT2.inputs(1)["input_ids"]
-    changed = ids.clone()
-    changed[:, :4] = 3
-    assert not torch.allclose(logits(model, changed)[:, 4:], logits(model, ids)[:, 4:], atol=1e-3)
-    alone = script.without_slots(model)
-    torch.testing.assert_close(logits(alone, changed)[:, 4:], logits(alone, ids)[:, 4:])
+def test_every_task_is_a_file(script: Any) -> None:
+    folder = Path(script.__file__).parent / "transfer_tasks"
+    assert sorted(script.TASKS) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
-def test_shuffled_slots_are_those_of_others(script: Any, model: Any) -> None:
-    ids = GPT2.inputs(1)["input_ids"]
-    made = script.shuffled(model)
-    assert not torch.allclose(logits(made, ids)[:, 4:], logits(model, ids)[:, 4:], atol=1e-3)
-    for _ in range(3):
-        made = script.shuffled(made)  # four slots: round to where they were
-    assert torch.equal(logits(made, ids), logits(model, ids))
+def test_perplexity_is_that_of_all_rows(script: Any) -> None:
+    from transfer_tasks.gpt2 import perplexity
 
-
-def test_perplexity_is_that_of_all_rows(script: Any, model: Any) -> None:
-    rows = GPT2.inputs(5)["input_ids"]
+    model, rows = GPT2.build(), GPT2.inputs(5)["input_ids"]
     with torch.no_grad():
         expected = float(model(rows, labels=rows).loss.exp())
-    assert script.perplexity(model, rows) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, rows) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ask_in_gap", [False, True])
+def test_facts_are_named_once_and_asked_for_later(teacher: Any, ask_in_gap: bool) -> None:
+    batch = teacher.sample(3, torch.Generator().manual_seed(0), ask_in_gap=ask_in_gap)
+    for ids, before, labels in zip(*(batch[key] for key in ("input_ids", "token_type_ids", "labels")), strict=True):
+        facts = dict(ids[: teacher.FACTS].view(-1, 2).tolist())
+        assert len(facts) == teacher.PAIRS
+        asked = labels != teacher.IGNORED
+        assert int(asked.sum()) == teacher.ASKED + (teacher.PAIRS if ask_in_gap else 0)
+        for place in asked.nonzero().flatten().tolist():
+            assert int(labels[place]) == int(ids[place]) == facts[int(ids[place - 1])]
+            assert place - 1 - (ids[: teacher.FACTS] == ids[place - 1]).nonzero()[0] > 0
+        assert torch.equal(before[1:], ids[:-1] + teacher.WORDS)
+
+
+def test_only_right_answers_are_counted(teacher: Any) -> None:
+    ids = teacher.test_rows(2)
+    logits = torch.nn.functional.one_hot(ids.roll(-1, 1), 2 * teacher.WORDS).float()
+    assert bool(teacher.answers(logits, ids).all())
+    logits[0, teacher.FACTS + teacher.GAP] = 0
+    assert int(teacher.answers(logits, ids).sum()) == 2 * teacher.ASKED - 1
+
+
+def test_teacher_is_deterministic(teacher: Any) -> None:
+    def trained(seed: int) -> dict[str, torch.Tensor]:
+        model = teacher.untrained(seed)
+        teacher.train(model, steps=2, learning_rate=1e-3, rows=2, seed=seed)
+        return dict(model.state_dict())
+
+    first, second, other = trained(0), trained(0), trained(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_cached_recall_is_recall(task: Any) -> None:
+    score = task.score(hf_linattn.convert(task.model, task.settings()["learned"], copy=True).eval())
+    assert score["cached"] == score["recall"]
+    assert score["largest difference of a logit"] < 1e-4
+
+
+def test_results(script: Any, task: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    script.main("recall", steps=2, second_stage=1, fine_tune=1, seeds="0,1", rows="learned,random", out=out)
+    softmax, *rows = json.loads(out.read_text())["rows"]
+    assert set(softmax) == {"attention", "trained", "trained, few"}
+    assert [(row["attention"], row["seed"], row["settings"]["seed"]) for row in rows] == [
+        (name, seed, seed) for name, seed in itertools.product(("learned", "random"), (0, 1))
+    ]
+    learned, random = rows[0], rows[2]
+    assert {"untrained, few", "window_alone, few", "shuffled_slots, few", "trained", "fine-tuned"} <= set(learned)
+    assert len(learned["errors"]) == 2
+    assert "trained" not in random
+    assert {"untrained", "fine-tuned"} <= set(random)
+
+
+def test_softmax_is_left_alone(script: Any, task: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    script.main("recall", steps=1, fine_tune=1, rows="learned")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(("gpt3",), "gpt3"), (("recall", "lara*"), "lara")])
+def test_unknown_names(script: Any, task: Any, arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        script.main(arguments[0], rows=arguments[1] if arguments[1:] else "*")
