@@ -99,6 +99,12 @@ def rows_of(ids: Tensor, length: int, most: int | None = None) -> Tensor:
     return ids[: count * length].view(count, length)[:most]
 
 
+def with_ends(tokenizer: Any, rows: Tensor) -> Tensor:
+    """Rows of tokens between [CLS] and [SEP], as a BERT reads them: `[rows, tokens + 2]`."""
+    first, last = (torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    return torch.cat([first, rows, last], dim=1)
+
+
 def print_table(title: str, rows: Sequence[dict[str, Any]], caption: str = "") -> None:
     """Rows as lines; their keys are the columns."""
 

@@ -59,8 +59,7 @@ def settings() -> dict[str, Any]:
 def batches(tokenizer: Any, paths: list[Path], length: int) -> list[dict[str, Tensor]]:
     """Consecutive full rows of `length` tokens, [CLS] and [SEP] included, one per batch."""
     rows = shared.rows_of(shared.read_tokens(tokenizer, paths), length - 2)
-    first, last = (torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    ids = torch.cat([first, rows, last], dim=1)
+    ids = shared.with_ends(tokenizer, rows)
     return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_linattn.modules.config import AttentionConfig
 
-TASKS = ("gpt2", "recall")
+TASKS = ("gpt2", "recall", "vit", "minilm")
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _prepare(
         check_length(row.work, plan.max_softmax_length)
         run = GenerationRun(model, fill_at_random(model, read), rest, min(steps, SOFTMAX_STEPS))
     else:
-        model = converted(model, config, ids).eval()
+        model = converted(model, config, {"input_ids": ids}).eval()
         run = GenerationRun(model, fill(model, read, plan.piece), rest, steps)
     row.state = run.most_bytes(steps // WINDOWS)
     return run

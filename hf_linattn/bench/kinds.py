@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config
 
 from ..integrations.seams import attention_named
+from ..modules.base import LinearAttention
 from ..modules.config import AttentionConfig
 from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.defaults import resolve
@@ -17,6 +18,8 @@ from ..modules.registry import config_from_dict, get_kind
 from .workload import AttentionCall, Contender, Unavailable, Workload, make_inputs
 
 CALIBRATION_TOKENS = 2048
+# Of random features; peers have as many. Learned maps have the number of their kind's preset.
+SIZES = {"num_features": 256, "num_landmarks": 64, "num_chunks": 64}
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,33 @@ class KindOptions:
     """Settings that a run gives to every kind that has them.
 
     Args:
+        num_features, num_landmarks, num_chunks: `None` for those of `SIZES`, or of the kinds' presets if `learned`.
         window_size: Tokens of the exact window, `None` for the default of the model family. A kind that cannot be
             without a window (EVA) takes `eva_window` instead of 0.
         eva_chunk_size: Tokens per chunk in a causal layer that keeps a summary per chunk; a divisor of the window.
+        learned: Learned maps, not trained: what they cost does not depend on their values.
     """
 
-    num_features: int = 256
-    num_landmarks: int = 64
-    num_chunks: int = 64
+    num_features: int | None = None
+    num_landmarks: int | None = None
+    num_chunks: int | None = None
     window_size: int | None = 0
     eva_window: int = 64
     eva_chunk_size: int = 16
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        for name, size in SIZES.items():
+            if getattr(self, name) is None and not self.learned:
+                object.__setattr__(self, name, size)
 
     def config(self, kind: str) -> AttentionConfig:
         """The settings object of a kind. Raises `ConfigError` for an unknown kind or an impossible value."""
         declared = get_kind(kind)
         values: dict[str, Any] = {"kind": kind, "window_size": self.window_size}
-        if hasattr(self, declared.size_field):
+        if self.learned:
+            values["learned"] = True
+        if getattr(self, declared.size_field, None) is not None:
             values[declared.size_field] = getattr(self, declared.size_field)
         if declared.bound_field is not None:
             values["chunk_size"] = self.eva_chunk_size
@@ -52,8 +65,9 @@ class KindOptions:
 def kind_contender(kind: str, options: KindOptions) -> Contender:
     """A kind under the settings of a run."""
     config = options.config(kind)
+    learned = ", learned" if options.learned else ""
     window = f", window {config.window_size}" if config.window_size else ""
-    return Contender(f"{kind}{window}", "linear", partial(_build, config), config)
+    return Contender(f"{kind}{learned}{window}", "linear", partial(_build, config, options.learned), config)
 
 
 def registered(name: str, module: nn.Module) -> AttentionCall:
@@ -78,26 +92,28 @@ def layer_for(work: Workload, settings: dict[str, Any] | None = None) -> Any:
     return layer
 
 
-def _build(config: AttentionConfig, work: Workload) -> AttentionCall:
+def _build(config: AttentionConfig, learned: bool, work: Workload) -> AttentionCall:
     if work.is_causal and not get_kind(config.kind).supports_causal:
         raise Unavailable("no causal form")
     module = layer_for(work, config.to_dict())
-    if work.is_causal and (layer := calibrated_layer(config, work)) is not None:
-        # As in a converted model: native mode has nowhere to keep statistics of other data.
-        module.config.model_type = "linattn_gpt2"
-        module.linattn = layer
+    if learned or work.is_causal:
+        layer = converted_layer(config, work)
+        if learned or layer.new_calibration() is not None:
+            # As in a converted model: native mode has nowhere to keep parameters, or statistics of other data.
+            module.config.model_type = f"linattn_{module.config.model_type}"
+            module.linattn = layer
     return registered(config.kind, module)
 
 
-def calibrated_layer(config: AttentionConfig, work: Workload) -> nn.Module | None:
-    """A converted causal layer, calibrated on other random tokens; `None` for a kind without statistics of data."""
-    shape = LayerShape(work.heads, work.head_dim, is_causal=True)
-    layer = get_kind(config.kind).module_cls(resolve(config, "gpt2"), shape)
+def converted_layer(config: AttentionConfig, work: Workload) -> LinearAttention[Any]:
+    """A layer as in a converted model, calibrated on other random tokens if it has to be."""
+    shape = LayerShape(work.heads, work.head_dim, is_causal=work.is_causal)
+    layer = get_kind(config.kind).module_cls(resolve(config, "gpt2" if work.is_causal else "bert"), shape)
     calibration = layer.new_calibration()
-    if calibration is None:
-        return None
-    query, key, value, _ = make_inputs(Workload(CALIBRATION_TOKENS, 1, work.heads, work.head_dim), seed=1)
-    scaling = work.head_dim**-0.5
-    calibration.update(AttentionInputs(query, key, value, key_mask=None, scaling=scaling, is_causal=True))
-    layer.set_tensors(calibration.result())
+    if calibration is not None:
+        query, key, value, _ = make_inputs(Workload(CALIBRATION_TOKENS, 1, work.heads, work.head_dim), seed=1)
+        scaling = work.head_dim**-0.5
+        inputs = AttentionInputs(query, key, value, key_mask=None, scaling=scaling, is_causal=work.is_causal)
+        calibration.update(inputs)
+        layer.set_tensors(calibration.result())
     return layer.to(work.device).train(work.is_training)

@@ -67,8 +67,7 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
         if config is None:
             check_length(work, plan.max_softmax_length)
             return _step(model, batch, work)
-        ids = torch.randint(model.config.vocab_size, (1, CALIBRATION_TOKENS)) if work.is_causal else None
-        return _step(converted(model, config, ids), batch, work)
+        return _step(converted(model, config, batch), batch, work)
 
     entries = []
     for contender in plan.model_contenders():
@@ -78,19 +77,26 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
     return race(entries, plan.seconds)
 
 
-def converted(model: PreTrainedModel, config: AttentionConfig, ids: Tensor | None = None) -> PreTrainedModel:
+def converted(model: PreTrainedModel, config: AttentionConfig, batch: dict[str, Tensor]) -> PreTrainedModel:
     """A copy of a model around the same weights, converted.
 
     Args:
-        ids: Tokens to calibrate on where that has to be: `[rows, tokens]`, cut to what the model has positions for.
+        batch: To calibrate on where that has to be: images, or tokens `[rows, tokens]`, of which some are enough.
     """
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     made = convert(shared, config).to(model.device)
-    if ids is not None and needs_calibration(made):
-        row = min(CALIBRATION_TOKENS, model.config.max_position_embeddings, ids.shape[1])
-        rows = ids.flatten()[: min(CALIBRATION_TOKENS, ids.numel()) // row * row].view(-1, row)
-        calibrate(made, [{"input_ids": rows.to(model.device)}])
+    if needs_calibration(made):
+        calibrate(made, [_few(batch, model.config)])
     return made
+
+
+def _few(batch: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """At most `CALIBRATION_TOKENS` tokens of a batch, in rows that the model has positions for."""
+    if "input_ids" not in batch:
+        return batch
+    ids = batch["input_ids"]
+    row = min(CALIBRATION_TOKENS, config.max_position_embeddings, ids.shape[1])
+    return {"input_ids": ids.flatten()[: min(CALIBRATION_TOKENS, ids.numel()) // row * row].view(-1, row)}
 
 
 def _batch(work: Workload, config: Any) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.utils.benchmark import Measurement
 
 from ..errors import ConfigError
 from ..modules.registry import list_kinds
-from .kinds import KindOptions, kind_contender
+from .kinds import SIZES, KindOptions, kind_contender
 from .peers import peer_contenders
 from .results import Row, with_ratios
 from .timing import Failure, explain, time_calls, time_in_turns
@@ -81,14 +81,18 @@ class Plan:
         made = [kind_contender(kind, replace(self.options, window_size=window)) for kind, window in both]
         return list({contender.name: contender for contender in made}.values())
 
+    @property
+    def peer_features(self) -> int:
+        return self.options.num_features or SIZES["num_features"]
+
     def contenders(self) -> list[Contender]:
         """Softmax and the other libraries, then the kinds."""
-        peers = peer_contenders(self.peers, self.device, self.options.num_features, self.max_softmax_length)
+        peers = peer_contenders(self.peers, self.device, self.peer_features, self.max_softmax_length)
         return [*peers, *self.kind_contenders()]
 
     def model_contenders(self) -> list[Contender]:
         """Softmax as Transformers computes it, which has no settings, then the kinds."""
-        return [peer_contenders(("sdpa",), self.device, self.options.num_features)[0], *self.kind_contenders()]
+        return [peer_contenders(("sdpa",), self.device, self.peer_features)[0], *self.kind_contenders()]
 
     def workloads(self, *modes: str) -> list[Workload]:
         """All workloads, short ones first within a direction, dtype and mode."""

@@ -108,7 +108,7 @@ def setting(results: Results) -> str:
     place = hardware.get("gpu") or f"{hardware.get('cpu', 'unknown processor')}, {hardware.get('threads')} thread(s)"
     options = {**results.options, **results.options.get("options", {})}
     shown = ("batch", "heads", "head_dim", "num_features", "num_landmarks", "num_chunks")
-    shape = ", ".join(f"{name} {options[name]}" for name in shown if name in options)
+    shape = ", ".join(f"{name} {options[name]}" for name in shown if options.get(name) is not None)
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
     end = "" if results.is_complete else " The run was cut short: cases at its end are missing."
     return f"{place}; {software}; {shape}. Made by `{results.command}`.{end}"

@@ -15,7 +15,7 @@ from ..bench import report
 from ..bench.attention import run_attention
 from ..bench.environment import describe
 from ..bench.generation import CONTEXTS, LAYERS, run_generation
-from ..bench.kinds import KindOptions
+from ..bench.kinds import SIZES, KindOptions
 from ..bench.memory import run_memory
 from ..bench.models import run_models
 from ..bench.peers import PEERS
@@ -49,6 +49,11 @@ def _listed(help: str, *names: str, parser: Any = _names, **options: Any) -> Any
     return typer.Option(*names, help=f"{help}, separated by commas.", parser=parser, metavar=metavar, **options)
 
 
+def _size(help: str, name: str) -> Any:
+    """An option for a number of slots."""
+    return typer.Option(min=1, help=help, show_default=f"{SIZES[name]}, or the preset's if --learned")
+
+
 Count = Annotated[int, typer.Option(min=1)]
 
 
@@ -68,9 +73,10 @@ def bench(
     batch: Count = 1,
     heads: Count = 4,
     head_dim: Count = 64,
-    num_features: Annotated[int, typer.Option(min=1, help="Of FAVOR+, FAVOR# and the peers.")] = 256,
-    num_landmarks: Annotated[int, typer.Option(min=1, help="Of LARA.")] = 64,
-    num_chunks: Annotated[int, typer.Option(min=1, help="Of bidirectional EVA.")] = 64,
+    learned: Annotated[bool, typer.Option("--learned", help="Learned maps in place of random ones.")] = False,
+    num_features: Annotated[int | None, _size("Of FAVOR+, FAVOR# and the peers.", "num_features")] = None,
+    num_landmarks: Annotated[int | None, _size("Of LARA.", "num_landmarks")] = None,
+    num_chunks: Annotated[int | None, _size("Of bidirectional EVA.", "num_chunks")] = None,
     eva_chunk_size: Annotated[
         int, typer.Option("--chunk-size", min=1, help="Of causal EVA; a divisor of its window.")
     ] = 16,

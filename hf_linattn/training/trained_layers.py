@@ -64,7 +64,12 @@ def _not_converted(model: PreTrainedModel) -> str:
 
 def learned_parameters(layers: Mapping[int, nn.Module]) -> list[nn.Parameter]:
     """What layers learn by themselves."""
-    return [parameter for module in layers.values() for parameter in _layer(module).parameters()]
+    return [parameter for layer in linear_layers(layers) for parameter in layer.parameters()]
+
+
+def linear_layers(layers: Mapping[int, nn.Module]) -> list[LinearAttention[Any]]:
+    """The linear attention of attention modules."""
+    return [_layer(module) for module in layers.values()]
 
 
 def _layer(module: nn.Module) -> LinearAttention[Any]:

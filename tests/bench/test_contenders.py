@@ -11,29 +11,31 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_linattn.bench import peers
 from hf_linattn.bench.attention import run_attention
-from hf_linattn.bench.kinds import KindOptions, kind_contender
+from hf_linattn.bench.kinds import SIZES, KindOptions, kind_contender
 from hf_linattn.bench.models import MODELS, run_models
 from hf_linattn.bench.peers import peer_contenders
 from hf_linattn.bench.plan import Plan
 from hf_linattn.bench.workload import Unavailable, Workload, make_inputs, make_step
 from hf_linattn.errors import ConfigError
-from hf_linattn.modules.registry import list_kinds
+from hf_linattn.modules.registry import get_kind, list_kinds
 from hf_linattn.ops.favor.attention import favor_attention
 
 SMALL = Workload(65, batch=2, heads=2, head_dim=16)
 OPTIONS = KindOptions(num_features=32, num_landmarks=8, num_chunks=8)
+LEARNED = KindOptions(num_features=8, window_size=None, learned=True)
 
 
 def peer(name: str):
     return next(p for p in peer_contenders(peers.PEERS, "cpu", 32) if p.name == name)
 
 
+@pytest.mark.parametrize("options", [OPTIONS, LEARNED], ids=["random", "learned"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", list_kinds())
-def test_a_training_step_gives_finite_gradients(kind: str, is_causal: bool) -> None:
+def test_a_training_step_gives_finite_gradients(kind: str, is_causal: bool, options: KindOptions) -> None:
     work = replace(SMALL, is_causal=is_causal, mode="forward+backward")
     inputs = make_inputs(work)
-    grads = make_step(kind_contender(kind, OPTIONS).build(work), inputs, work)()
+    grads = make_step(kind_contender(kind, options).build(work), inputs, work)()
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in inputs[:3]]
     assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
@@ -142,6 +144,24 @@ def test_whole_models(name: str) -> None:
         assert row.tokens_per_second > 0, row
         assert row.ratio > 0
     assert rows[0].work.tokens == (37 if name == "vit" else 36)
+
+
+@pytest.mark.parametrize("name", ["minilm", "vit"])
+def test_learned_maps_in_whole_models(name: str) -> None:
+    plan = Plan((65,), tuple(list_kinds()), windows=(None,), seconds=1e-3, options=LEARNED, modes=("forward",))
+    (rows,) = run_models(replace(plan, models=(name,), layers=1))
+    assert [row.name for row in rows[1:]] == [f"{kind}, learned, converted" for kind in list_kinds()]
+    assert all(row.ratio > 0 and row.settings["learned"] for row in rows[1:])
+
+
+@pytest.mark.parametrize("kind", list_kinds())
+def test_sizes_are_the_presets(kind: str) -> None:
+    """Those of the bench, or of learned maps, unless they are given."""
+    record = get_kind(kind)
+    learned = KindOptions(learned=True).config(kind)
+    assert getattr(learned, record.size_field) == getattr(record.config_cls(learned=True), record.size_field)
+    assert getattr(KindOptions().config(kind), record.size_field) == SIZES[record.size_field]
+    assert getattr(KindOptions(**{record.size_field: 7}, learned=True).config(kind), record.size_field) == 7
 
 
 def test_unknown_model() -> None:

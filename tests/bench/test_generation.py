@@ -85,7 +85,7 @@ def test_a_cache_of_keys_and_values() -> None:
 def test_a_cache_filled_piece_by_piece_knows_all_tokens(kind: str | None) -> None:
     model, ids = gpt2(initializer_range=0.2), torch.randint(40, (1, 41))
     if kind is not None:
-        model = converted(model, FavorPlusConfig(num_features=8, window_size=WINDOW), ids)
+        model = converted(model, FavorPlusConfig(num_features=8, window_size=WINDOW), {"input_ids": ids})
     whole = model(ids).logits[:, -1]
     cache = fill(model, ids[:, :40], piece=17)
     last = model(ids[:, 40:], **given_cache(cache), use_cache=True).logits[:, -1]
