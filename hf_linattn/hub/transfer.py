@@ -1,0 +1,105 @@
+"""The section of a model card on attention transfer: what was trained on what, and how close to softmax it came."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import StrictUndefined, Template
+
+from ..modules.registry import AttentionKind
+from .markup import code, text
+
+# What `compare` found -> how it is shown. A column without any value is left out.
+COLUMNS = {
+    "hidden_cosine": ("cosine of hidden states", "{:.4f}"),
+    "logits_kl": ("KL of predictions, nats", "{:.4f}"),
+    "argmax_agreement": ("equal predictions", "{:.1%}"),
+    "score": ("score", "{:.4g}"),
+}
+CONTROLS = {
+    "window_alone": "window alone",
+    "slots_alone": "slots alone",
+    "shuffled_slots": "slots shuffled",
+}
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """What an attention transfer did, for the model card (`write_card(..., transfer=...)`).
+
+    Args:
+        steps: Towards the attention output of softmax.
+        second_stage_steps: Towards its hidden states, after these.
+        rows_per_step: Rows in a batch, of all processes together.
+        rows: What a row is, such as "rows of 512 tokens" or "images".
+        data: What the rows are from, by name.
+        layers: Indices of the layers that were trained; `None` for all converted ones.
+        learning_rate: Of the first step.
+        seed: Of the order of the data.
+        before, after: What `hf_linattn.compare` found on rows that were not trained on (`Report.to_dict()`).
+    """
+
+    steps: int
+    rows_per_step: int
+    rows: str
+    data: str
+    learning_rate: float
+    seed: int
+    second_stage_steps: int = 0
+    layers: Sequence[int] | None = None
+    before: Mapping[str, Any] | None = None
+    after: Mapping[str, Any] | None = None
+
+
+def transfer_section(record: TransferRecord, kind: AttentionKind, settings: Mapping[str, Any]) -> str:
+    """The section, as Markdown.
+
+    Args:
+        settings: `config.linear_attention`.
+    """
+    template = importlib.resources.files(__package__).joinpath("transfer.md.jinja").read_text(encoding="utf-8")
+    after = record.after or {}
+    return Template(template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).render(
+        text=text,
+        code=code,
+        record=record,
+        layers=", ".join(map(str, record.layers or settings["layers"])),
+        size_field=kind.size_field,
+        size=settings.get(kind.size_field),
+        maps_seed=settings.get("seed"),
+        compared=after,
+        layer_rows=_layer_rows(record.before, after),
+        model_columns=[title for name, (title, _) in COLUMNS.items() if after.get(name) is not None],
+        model_rows=_model_rows(record.before, after),
+    )
+
+
+def _layer_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Name, errors before and after, share of the mass that goes through slots: of every layer."""
+    rows = []
+    for number, layer in enumerate(after.get("layers", [])):
+        shares = layer.get("slot_shares")
+        rows.append(
+            (
+                layer["name"],
+                f"{before['layers'][number]['error']:.3f}" if before else "",
+                f"{layer['error']:.3f}",
+                f"{sum(shares) / len(shares):.1%}" if shares else "",
+            )
+        )
+    return rows
+
+
+def _model_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Title and values of every form of the model that was compared with softmax."""
+    forms = {"before transfer": before, "**after transfer**": after}
+    forms |= {title: (after.get("ablations") or {}).get(name) for name, title in CONTROLS.items()}
+    shown = [name for name in COLUMNS if after.get(name) is not None]
+    return [
+        (title, ["" if found.get(name) is None else COLUMNS[name][1].format(found[name]) for name in shown])
+        for title, found in forms.items()
+        if found
+    ]
