@@ -1,39 +1,39 @@
 """Attention transfer: what a converted model learns by itself is trained towards the softmax attention it replaces.
 
 The teacher is the same network: every layer computes softmax attention, and its output goes on to the next layer.
-Beside it, on the same queries, keys and values, the layer computes its linear attention, whose error is the loss. No
-labels, no second copy of the weights; all weights but those of the linear attention stay as they are.
+Beside it, on the same queries, keys and values, the layer computes its linear attention, whose error is the loss. A
+second stage trains all layers together, end to end, towards the hidden states of softmax. No labels, no second copy of
+the weights; all weights but those of the linear attention stay as they are.
 
-Source: Zhang et al. 2024, arXiv:2402.04347 (attention weights); Zhang et al. 2024, arXiv:2410.10254 (outputs).
+Source: Zhang et al. 2024, arXiv:2402.04347 (attention rows); Zhang et al. 2024, arXiv:2410.10254 (outputs).
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import ConfigError, InputError
-from ..integrations.advice import convert_first
-from ..integrations.attach import family_layers
-from ..integrations.batches import prepare_inputs, read_batches
-from ..integrations.call import Call
-from ..integrations.families import is_converted
-from ..integrations.interface import linear_output, softmax_output
-from ..integrations.layers import linear_layer
-from ..integrations.observe import observed_attention
-from ..integrations.wrappers import converted_parts, inside
-from ..modules.base import AttentionInputs, LinearAttention
+from ..integrations.batches import read_batches
+from ..integrations.wrappers import inside
+from .objective import Objective, average, is_exact
+from .teacher import layer_errors
+from .trained_layers import learned_parameters, only, start, trained_layers
+
+logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 1e-2
-EXACT = 1e-9  # relative error, squared, that is no more than rounding
+TEACHES_NOTHING = (
+    "All rows of a batch fit into the window, where attention is exact: it teaches nothing. Leave out short inputs, or"
+    " put several into one row. (Told once; there may be more.)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,15 @@ class TransferStep:
 
     Args:
         step: From 0 on.
-        errors: Relative error of the attention output of each converted layer, in the order of the layers: the root of
-            the squared error over the variance of softmax's output, a mean over heads.
+        errors: Relative error of each trained layer, in the order of the layers: the root of the squared error over
+            the variance under softmax. Of the attention output, a mean over heads; with target="hidden_states" of the
+            hidden states after the layer.
+        layers: Indices of these layers.
     """
 
     step: int
     errors: tuple[float, ...]
+    layers: tuple[int, ...]
 
 
 def transfer_attention(
@@ -56,43 +59,62 @@ def transfer_attention(
     *,
     steps: int = 200,
     learning_rate: float = LEARNING_RATE,
+    target: str = "attention",
+    layers: Sequence[int] | None = None,
+    row_weight: float = 0.0,
     progress: bool = False,
 ) -> list[TransferStep]:
     """Train what a converted model's layers learn by themselves towards softmax attention.
 
-    Adam, with a cosine decay of the learning rate to 0. Shifts and offsets of learned maps start in closed form from
-    the first batch. For mixed precision, several processes, checkpoints: `AttentionTransferTrainer`.
+    Adam, with a cosine decay of the learning rate to 0, in evaluation mode. Shifts and offsets of learned maps that
+    have not been trained yet start in closed form from the first batch. For mixed precision, several processes,
+    checkpoints: `AttentionTransferTrainer`.
 
     Args:
         model: Converted with settings that learn something, such as `FavorPlusConfig(learned=True)`. Changed in place.
+            Its own weights under softmax are the teacher, so transfer comes before any other training.
         batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
             when they end before the steps do.
         steps: Batches to train on.
         learning_rate: Of the first step.
-        progress: Show a progress bar.
-    Returns: the error of every layer at every step.
+        target: "attention": every layer by itself, towards the output of softmax on the inputs that it has under
+            softmax. "hidden_states": a second stage, all layers together on linear attention end to end, towards the
+            hidden states of softmax.
+        layers: Indices of the layers to train; `None` for all converted ones. With target="attention" the network runs
+            no further than the last of them, so several calls, each with a few layers, cost less than one.
+        row_weight: Weight of the cross-entropy between the attention rows of softmax and of linear attention, added to
+            the error (target="attention"). For inputs of at most 512 tokens: it takes
+            `[batch, heads, tokens, tokens]` memory.
+        progress: Show a progress bar with the error of every layer.
+    Returns: the error of every trained layer at every step.
     Raises:
-        ConfigError: The model is not converted, or its layers learn nothing.
-        InputError: No batches; one without a real token, or whose rows all fit into the window.
+        ConfigError: The model is not converted, its layers learn nothing, `layers` are no converted layers, or the
+            other settings contradict each other.
+        InputError: No batches; one without a real token; a first one whose rows all fit into the window.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be an integer >= 1; got {steps!r}.")
+    objective = Objective(target, row_weight)
     model = inside(model, "transfer_attention")
-    parameters = learned_parameters(model)
+    chosen = trained_layers(model, layers)
+    parameters = learned_parameters(chosen)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     found: list[TransferStep] = []
-    with only(model, parameters):
-        model.eval()
-        for step, batch in enumerate(_repeated(batches, steps, progress)):
+    told = False
+    with only(model, parameters), _ProgressBar(steps, progress) as bar:
+        for step, batch in enumerate(_repeated(batches, steps)):
             if step == 0:
-                start(model, batch)
-            loss = transfer_loss(model, model, batch)
-            loss.total.backward()
+                start(model, batch, chosen)
+            errors = layer_errors(model, model, batch, chosen, objective, backward=True).error
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
             optimizer.zero_grad()
-            found.append(TransferStep(step, loss.errors()))
+            if not told and bool(is_exact(errors)):
+                logger.warning(TEACHES_NOTHING)
+                told = True
+            found.append(TransferStep(step, tuple(errors.sqrt().tolist()), tuple(chosen)))
+            bar.show(found[-1])
     return found
 
 
@@ -100,183 +122,109 @@ class AttentionTransferTrainer(Trainer):
     """A `Trainer` whose loss is the error of the linear attention of a converted model (`transfer_attention`).
 
     Everything is as with a Trainer: mixed precision, gradient accumulation, DDP, checkpoints, callbacks. Labels are
-    not needed. Only what the layers learn by themselves is trained; afterwards parameters require gradients as before.
+    not needed. Passes are in evaluation mode, without dropout. Only what the layers learn by themselves is trained;
+    afterwards parameters require gradients as before. Logs have the loss, `error` and `error_layer_<index>`: relative
+    errors, as in `TransferStep`.
 
-    Raises: ConfigError if the model is not converted, or its layers learn nothing.
+    Args:
+        target, layers, row_weight: As in `transfer_attention`.
+        The others as in `Trainer`.
+    Raises: ConfigError if the model is not converted, its layers learn nothing, or the arguments contradict each
+        other; for `torch_compile` and for several GPUs in one process.
     """
 
-    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        self._parameters = learned_parameters(inside(model, "AttentionTransferTrainer"))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        target: str = "attention",
+        layers: Sequence[int] | None = None,
+        row_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self._objective = Objective(target, row_weight)
+        self._layers = trained_layers(inside(model, "AttentionTransferTrainer"), layers)
         super().__init__(model, *args, **kwargs)
+        _check_arguments(self.args)
         self.can_return_loss = True  # without labels too
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps divide it
         self._has_started = False
+        self._has_told = False
+        self._errors: list[Tensor] = []  # since the last log
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with only(inside(self.model, "AttentionTransferTrainer"), self._parameters):
+        with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        inner = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer")
-        if model.training and not self._has_started:
+        inner, is_training = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer"), model.training
+        if is_training and not self._has_started:
             if self.state.global_step == 0:  # a resumed run has started already
-                start(inner, inputs)
+                start(inner, inputs, self._layers)
             self._has_started = True
-        loss = transfer_loss(model, inner, inputs)
-        return (loss.total, {"errors": loss.per_layer}) if return_outputs else loss.total
+        found = layer_errors(model, inner, inputs, self._layers, self._objective)
+        if is_training:
+            self._errors.append(found.error)
+        return (found.loss.mean(), {"errors": found.error}) if return_outputs else found.loss.mean()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._errors:
+            errors = torch.stack(self._errors)
+            self._errors = []
+            if not self._has_told and any(map(is_exact, errors)):
+                logger.warning(TEACHES_NOTHING)
+                self._has_told = True
+            layers = average(errors.mean(0)).sqrt().tolist()
+            logs["error"] = sum(layers) / len(layers)
+            logs |= {f"error_layer_{index}": error for index, error in zip(self._layers, layers, strict=True)}
+        super().log(logs, *args, **kwargs)
 
-@dataclass(frozen=True)
-class TransferLoss:
-    """`total`: what is trained, a scalar. `per_layer`: `[layers]`, squared error over variance, mean over heads."""
 
-    total: Tensor
-    per_layer: Tensor
-
-    def errors(self) -> tuple[float, ...]:
-        return tuple(self.per_layer.detach().sqrt().tolist())
-
-
-def learned_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """What the layers of a converted model learn by themselves. Raises `ConfigError` if that is nothing."""
-    if not is_converted(model.config):
+def _check_arguments(args: Any) -> None:
+    """Raise `ConfigError` for arguments of a Trainer with which layers cannot be looked into."""
+    if args.torch_compile:
         raise ConfigError(
-            f"Attention transfer needs a converted model; got {type(model).__name__}. "
-            + (converted_parts(model).strip() or convert_first(getattr(model, "config", None)))
+            "torch_compile must be False for attention transfer, which looks into the layers while the model runs."
+            " Compile the model afterwards."
         )
-    found = [parameter for layer in _layers(model).values() for parameter in layer.parameters()]
-    if not found:
-        kind = model.config.linear_attention["kind"]
+    if args.n_gpu > 1:
         raise ConfigError(
-            f"No layer of this model has anything to train by itself (kind {kind!r}). Convert with settings that"
-            " learn, such as FavorPlusConfig(learned=True)."
+            f"Attention transfer needs a process for each GPU; got one process with {args.n_gpu}. Launch it with"
+            " torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    return found
 
 
-def transfer_loss(model: nn.Module, inner: PreTrainedModel, batch: Mapping[str, Any]) -> TransferLoss:
-    """The error of every converted layer on one batch.
+class _ProgressBar:
+    """A bar of steps, with the error of every layer."""
 
-    Args:
-        model: Which is called: `inner` itself, or what wraps it (DDP).
-    Raises: InputError for a batch without a real token.
-    """
-    found: list[Tensor] = []
-    number = len(_layers(inner))
+    def __init__(self, steps: int, is_shown: bool) -> None:
+        self._steps, self._is_shown = steps, is_shown
 
-    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> Tensor:
-        found.append(_relative_error(linear_output(module, call), target, call.key_mask))
-        if model is inner or len(found) < number:
-            return target
-        # DDP looks for the parameters that take part in a step in the graph of what the model returns.
-        return target + 0.0 * torch.stack(found).sum().to(target.dtype)
+    def __enter__(self) -> _ProgressBar:
+        self._bar: Any = None
+        if self._is_shown:
+            from tqdm.auto import tqdm
 
-    _run(model, inner, batch, on_layer)
-    per_layer = torch.stack(found)
-    return TransferLoss(per_layer.mean(), per_layer)
+            self._bar = tqdm(total=self._steps, desc="Attention transfer")
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-@torch.no_grad()
-def start(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Set what has a closed form from one batch: shifts and offsets of learned maps. The same on all processes.
-
-    Raises: InputError for a batch whose rows all fit into the window, or without a real token.
-    """
-    found: list[tuple[LinearAttention[Any], dict[str, Tensor], Tensor]] = []
-
-    def on_layer(layer: LinearAttention[Any], module: nn.Module, call: Call, target: Tensor) -> Tensor:
-        error = _relative_error(linear_output(module, call), target, call.key_mask)
-        inputs = AttentionInputs(
-            call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
-        )
-        found.append((layer, layer.learning_start(inputs, _average), error))
-        return target
-
-    _run(model, model, batch, on_layer)
-    if all(bool(error < EXACT) for _, _, error in found):
-        raise InputError(
-            "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
-            " them. Pass longer inputs, or convert with a smaller window_size."
-        )
-    for layer, values, _ in found:
-        layer.set_tensors(values)
+    def show(self, step: TransferStep) -> None:
+        if self._bar is not None:
+            mean = sum(step.errors) / len(step.errors)
+            layers = " ".join(f"{error:.2f}".removeprefix("0") for error in step.errors)
+            self._bar.set_postfix_str(f"error {mean:.3f}, by layer {layers}", refresh=False)
+            self._bar.update()
 
 
-def _run(
-    model: nn.Module,
-    inner: PreTrainedModel,
-    batch: Mapping[str, Any],
-    on_layer: Callable[[LinearAttention[Any], nn.Module, Call, Tensor], Tensor],
-) -> None:
-    """Run a model on softmax attention.
-
-    Args:
-        on_layer: From a converted layer, its module, what it is called with and what softmax gives, to what the model
-            goes on with.
-    """
-    layers = _layers(inner)
-
-    def on_call(module: nn.Module, call: Call) -> Tensor:
-        with torch.no_grad():
-            target = softmax_output(module, call)
-        return on_layer(layers[module], module, call, target) if module in layers else target
-
-    inputs, _ = prepare_inputs(inner, batch)
-    with observed_attention(inner, on_call):
-        model(**inputs)
-
-
-def _relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Squared error over variance of the target, `[batch, tokens, heads, head_dim]`, a mean over heads.
-
-    The variance is that of the tokens of all processes, so that a mean over processes is the error of their batches
-    together.
-    """
-    target, output = target.float(), output.float()
-    real = torch.ones_like(target[..., :1, :1]) if key_mask is None else key_mask[:, -target.shape[1] :, None, None]
-    if not real.sum():
-        raise InputError("A batch has no real token (its attention_mask is all 0). Leave such batches out.")
-    count = _average(real.sum(dtype=torch.float32))
-    mean = _average((target * real).sum((0, 1), keepdim=True)) / count
-    error, spread = (((target - z).square() * real).sum((0, 1, 3)) for z in (output, mean))
-    return (error / _average(spread.detach()).clamp_min(torch.finfo(torch.float32).tiny)).mean()
-
-
-def _average(z: Tensor) -> Tensor:
-    """The mean of a tensor without gradient over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return z
-    z = z.clone()
-    dist.all_reduce(z)
-    return z / dist.get_world_size()
-
-
-def _layers(model: PreTrainedModel) -> dict[nn.Module, LinearAttention[Any]]:
-    return {module: layer for module in family_layers(model) if (layer := linear_layer(module)) is not None}
-
-
-@contextlib.contextmanager
-def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block no other parameter of the model requires a gradient; the train mode is put back after it."""
-    training = [(module, module.training) for module in model.modules()]
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    chosen = {id(parameter) for parameter in parameters}
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        for module, flag in training:
-            module.training = flag
-
-
-def _repeated(batches: Iterable[Mapping[str, Any]], steps: int, progress: bool) -> Iterator[Mapping[str, Any]]:
+def _repeated(batches: Iterable[Mapping[str, Any]], steps: int) -> Iterator[Mapping[str, Any]]:
     """`steps` batches, from the start again where they end."""
 
     def passes() -> Iterator[Mapping[str, Any]]:
@@ -288,4 +236,4 @@ def _repeated(batches: Iterable[Mapping[str, Any]], steps: int, progress: bool) 
             if not any_batch:
                 raise InputError("`batches` is empty, or an iterator that has ended: pass a list or a data loader.")
 
-    return read_batches(passes(), steps, progress, "Attention transfer")
+    return read_batches(passes(), steps, False, "")

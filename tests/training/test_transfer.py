@@ -21,7 +21,7 @@ from hf_linattn import EvaConfig, FavorPlusConfig, LaraConfig
 from hf_linattn.conversion.calibrate import needs_calibration
 from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.training import AttentionTransferTrainer, transfer_attention
-from hf_linattn.training.transfer import start
+from hf_linattn.training.trained_layers import start, trained_layers
 
 CASES = [BERT, GPT2, VIT]
 SETTINGS = FavorPlusConfig(learned=True, num_features=8, window_size=4)
@@ -73,11 +73,11 @@ def test_the_error_falls_and_nothing_else_changes(case: ModelCase, settings: Any
 
 def test_the_first_batch_sets_what_has_a_closed_form() -> None:
     model, batch = converted(BERT), batches(BERT)[0]
-    start(model, batch)
+    start(model, batch, trained_layers(model, None))
     first = own(model)
     for name, value in first.items():
         assert bool(value.abs().sum() > 0) == name.endswith(("directions", "shift", "far_offset")), name
-    start(model, batch)  # from where it has been put, nothing is left to do
+    start(model, batch, trained_layers(model, None))  # from where it has been put, nothing is left to do
     torch.testing.assert_close(own(model), first)
 
 
@@ -152,8 +152,7 @@ def close(one: Any, other: Any) -> bool:
 def test_the_trainer_learns_and_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", dropout=0.1)
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert whole.evaluate()["eval_loss"] < losses[0]
+    assert whole.evaluate()["eval_loss"] < sum(losses) / len(losses)
     (tmp_path / "again").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
     again = train(tmp_path / "again", resume=True, dropout=0.1)

@@ -1,0 +1,184 @@
+"""The teacher of attention transfer is the network itself under softmax: its passes, and the errors of the layers.
+
+Both passes are in evaluation mode: dropout and the noise of kinds would only blur what is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..integrations.batches import prepare_inputs
+from ..integrations.call import Call
+from ..integrations.interface import softmax_output
+from ..integrations.layers import linear_layer
+from ..integrations.observe import observed_attention, restored
+from ..modules.base import LinearAttention
+from .objective import Objective, relative_error
+
+# What a model's own forward is called with.
+Forward = Callable[..., Any]
+# From a layer's attention module, its call and what softmax gives, to what is asked of the layer.
+OnLayer = Callable[[nn.Module, Call, Tensor], None]
+
+
+class LayerErrors(NamedTuple):
+    """Of one batch, `[layers]` each.
+
+    Args:
+        loss: What is minimised; without a graph if its gradients have been accumulated already.
+        error: Squared error over variance, without a graph.
+    """
+
+    loss: Tensor
+    error: Tensor
+
+
+def layer_errors(
+    model: nn.Module,
+    inner: PreTrainedModel,
+    batch: Mapping[str, Any],
+    layers: Mapping[int, nn.Module],
+    objective: Objective,
+    *,
+    backward: bool = False,
+) -> LayerErrors:
+    """The errors of some layers on one batch.
+
+    Args:
+        model: What is called: `inner` itself, or what wraps it. DDP looks for the parameters that take part in a step
+            in the graph of what the model returns; here that is the errors.
+        layers: Attention modules of `inner` by index, ascending.
+        backward: Accumulate the gradients of the mean loss, at once where layers do not depend on each other: then
+            the memory of one layer is enough.
+    Raises: InputError for a batch without a real token, or one that is too long for the objective.
+    """
+    inputs, key_mask = prepare_inputs(inner, batch)
+
+    def errors(forward: Forward, **inputs: Any) -> LayerErrors:
+        if objective.target == "attention":
+            return _attention_errors(inner, forward, inputs, layers, objective, backward)
+        return _hidden_state_errors(inner, forward, inputs, layers, key_mask, backward)
+
+    with restored(inner), in_place_of_forward(inner, errors):
+        inner.eval()
+        found: LayerErrors = model(**inputs)
+    return found
+
+
+def _attention_errors(
+    model: PreTrainedModel,
+    forward: Forward,
+    inputs: dict[str, Any],
+    layers: Mapping[int, nn.Module],
+    objective: Objective,
+    backward: bool,
+) -> LayerErrors:
+    """Every layer on what softmax attends to."""
+    found: list[tuple[Tensor, Tensor]] = []
+    with_graph = torch.is_grad_enabled()
+
+    def on_layer(module: nn.Module, call: Call, target: Tensor) -> None:
+        with torch.set_grad_enabled(with_graph):
+            loss, error = objective.of_layer(module, call, target)
+            loss = in_graph(module, loss)
+            if backward:
+                (loss / len(layers)).backward()
+                loss = loss.detach()
+            found.append((loss, error))
+
+    softmax_pass(model, forward, inputs, layers.values(), on_layer)
+    return LayerErrors(*(torch.stack(each) for each in zip(*found, strict=True)))
+
+
+def _hidden_state_errors(
+    model: PreTrainedModel,
+    forward: Forward,
+    inputs: dict[str, Any],
+    layers: Mapping[int, nn.Module],
+    key_mask: Tensor | None,
+    backward: bool,
+) -> LayerErrors:
+    """The hidden states after every layer, of linear attention end to end beside those of softmax."""
+    run = functools.partial(_hidden_states, model, forward, inputs, layers)
+    with torch.no_grad(), observed_attention(model, softmax_output):
+        targets = run()
+    errors = [relative_error(*pair, key_mask) for pair in zip(run(), targets, strict=True)]
+    loss = torch.stack([in_graph(module, error) for module, error in zip(layers.values(), errors, strict=True)])
+    if backward:
+        loss.mean().backward()
+        loss = loss.detach()
+    return LayerErrors(loss, torch.stack(errors).detach())
+
+
+def softmax_pass(
+    model: PreTrainedModel, forward: Forward, inputs: dict[str, Any], layers: Iterable[nn.Module], on_layer: OnLayer
+) -> None:
+    """Run a model under softmax, without gradients and no further than some of its layers.
+
+    Args:
+        on_layer: Called for each of `layers`, in the order of the model.
+    """
+    waiting = set(layers)
+
+    def on_call(module: nn.Module, call: Call) -> Tensor:
+        target = softmax_output(module, call)
+        if module in waiting:
+            waiting.remove(module)
+            on_layer(module, call, target)
+            if not waiting:
+                raise _Finished
+        return target
+
+    with torch.no_grad(), observed_attention(model, on_call), contextlib.suppress(_Finished):
+        forward(**inputs)
+
+
+def _hidden_states(
+    model: PreTrainedModel, forward: Forward, inputs: dict[str, Any], layers: Mapping[int, nn.Module]
+) -> list[Tensor]:
+    """Hidden states after some layers, `[batch, tokens, 1, dim]`: what `output_hidden_states` returns of them."""
+    outputs: list[Any] = []
+
+    def finish(module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs.append(output)
+        raise _Finished  # before the head
+
+    handle = model.base_model.register_forward_hook(finish)
+    try:
+        with contextlib.suppress(_Finished):
+            outputs.append(forward(**{**inputs, "output_hidden_states": True, "return_dict": True}))
+    finally:
+        handle.remove()
+    hidden_states = outputs[0].hidden_states
+    return [hidden_states[index + 1].unsqueeze(2) for index in layers]
+
+
+def in_graph(module: nn.Module, z: Tensor) -> Tensor:
+    """`z`, with all that a layer learns in its graph: rows that fit into one window use no slots."""
+    layer: LinearAttention[Any] = linear_layer(module)  # type: ignore[assignment]
+    return layer.in_training(z) if torch.is_grad_enabled() else z
+
+
+class _Finished(Exception):
+    """What a pass was for has been found."""
+
+
+@contextlib.contextmanager
+def in_place_of_forward(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block a call of the model, or of what wraps it, returns `function(own_forward, **inputs)`."""
+    own, had = model.forward, vars(model).get("forward")
+    model.forward = functools.partial(function, own)
+    try:
+        yield
+    finally:
+        if had is None:
+            del model.forward
+        else:
+            model.forward = had

@@ -1,0 +1,135 @@
+"""Which layers attention transfer trains, what they learn by themselves, and where that starts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, InputError
+from ..integrations.advice import convert_first
+from ..integrations.attach import family_layers
+from ..integrations.batches import prepare_inputs
+from ..integrations.call import Call
+from ..integrations.families import is_converted
+from ..integrations.interface import linear_output
+from ..integrations.layers import linear_layer
+from ..integrations.observe import kind_of, restored
+from ..integrations.settings import check_layers
+from ..integrations.wrappers import converted_parts
+from ..modules.base import AttentionInputs, LinearAttention
+from ..modules.registry import list_kinds
+from .objective import average, is_exact, relative_error
+from .teacher import softmax_pass
+
+
+def trained_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[int, nn.Module]:
+    """The attention modules to train, by index, ascending.
+
+    Args:
+        layers: Indices of converted layers; `None` for all of them.
+    Raises: ConfigError if the model is not converted, `layers` are no indices of converted layers, or there is nothing
+        that the layers learn by themselves.
+    """
+    if not is_converted(model.config):
+        raise ConfigError(_not_converted(model))
+    found = {index: module for index, module in enumerate(family_layers(model)) if linear_layer(module) is not None}
+    if layers is not None:
+        asked = check_layers(layers, model.config.num_hidden_layers) or ()
+        on_softmax = [index for index in asked if index not in found]
+        if on_softmax:
+            raise ConfigError(
+                f"layers must be among the converted ones, {list(found)}; conversion left {on_softmax} on softmax."
+            )
+        found = {index: found[index] for index in asked}
+    if not learned_parameters(found):
+        raise ConfigError(
+            f"No layer of this model has anything to train by itself (kind {kind_of(model)!r}). Convert the model with"
+            " settings that learn, such as FavorPlusConfig(learned=True)."
+        )
+    return found
+
+
+def _not_converted(model: PreTrainedModel) -> str:
+    kind = kind_of(model)
+    has = f", whose attention is linear without conversion ({kind!r}) and" if kind in list_kinds() else ", which"
+    return f"Attention transfer needs a converted model; got {type(model).__name__}{has} learns no maps. " + (
+        converted_parts(model).strip() or convert_first(getattr(model, "config", None))
+    )
+
+
+def learned_parameters(layers: Mapping[int, nn.Module]) -> list[nn.Parameter]:
+    """What layers learn by themselves."""
+    return [parameter for module in layers.values() for parameter in _layer(module).parameters()]
+
+
+def _layer(module: nn.Module) -> LinearAttention[Any]:
+    layer = linear_layer(module)
+    assert layer is not None
+    return layer
+
+
+@torch.no_grad()
+def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int, nn.Module]) -> None:
+    """Set what has a closed form from one batch: shifts and offsets of learned maps, in layers that are not trained.
+
+    The same on all processes.
+
+    Raises: InputError for a batch whose rows all fit into the window, or without a real token.
+    """
+    errors: list[Tensor] = []
+    starts: list[tuple[LinearAttention[Any], dict[str, Tensor]]] = []
+
+    def on_layer(module: nn.Module, call: Call, target: Tensor) -> None:
+        layer = _layer(module)
+        errors.append(relative_error(linear_output(module, call), target, call.key_mask))
+        inputs = AttentionInputs(
+            call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
+        )
+        values = layer.learning_start(inputs, average)
+        if not is_trained(layer, values):
+            starts.append((layer, values))
+
+    inputs, _ = prepare_inputs(model, batch)
+    with restored(model):
+        model.eval()
+        softmax_pass(model, model, inputs, layers.values(), on_layer)
+    if bool(is_exact(torch.stack(errors))):
+        raise InputError(
+            "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
+            " them. Pass longer inputs, or convert with a smaller window_size."
+        )
+    for layer, values in starts:
+        layer.set_tensors(values)
+
+
+def is_trained(layer: LinearAttention[Any], starts: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has been trained: something it learns begins with zeros and has other values now.
+
+    Args:
+        starts: What `start` sets does not count.
+    """
+    spec, tensors = layer.state_spec(layer.config, layer.shape), layer.tensors()
+    zeros = [name for name, each in spec.items() if each.learned and name not in starts and not each.draw().any()]
+    return any(bool(tensors[name].any()) for name in zeros)
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block no other parameter of the model requires a gradient; the train mode is put back after it."""
+    training = [(module, module.training) for module in model.modules()]
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for parameter in parameters}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        for module, flag in training:
+            module.training = flag
