@@ -33,6 +33,7 @@ class UnlabelledArguments:
     validation_file: str | None = field(default=None, metadata={"help": FILE_HELP})
     train_dir: str | None = field(default=None, metadata={"help": "A folder of images, with folders in it or without"})
     validation_dir: str | None = field(default=None, metadata={"help": "A folder of images"})
+    data_name: str | None = field(default=None, metadata={"help": "For the model card, if the data is local"})
     text_column: str | None = field(default=None, metadata={"help": f"Default: the first of {', '.join(TEXT_NAMES)}"})
     image_column: str | None = field(
         default=None, metadata={"help": f"Default: the first of {', '.join(IMAGE_NAMES)}"}
@@ -44,10 +45,8 @@ class UnlabelledArguments:
     shuffle_buffer: int = field(default=1000, metadata={"help": "With --streaming: rows that are shuffled at a time"})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows"})
     max_eval_samples: int = field(
-        default=64,
-        metadata={
-            "help": "Rows that are compared. Without validation data the first so many are kept out of training"
-        },
+        default=32,
+        metadata={"help": "Rows to compare on; without validation data the first so many, kept out of training"},
     )
     calibration_samples: int = field(
         default=64, metadata={"help": "Training rows that set the statistics of a kind that needs them"}
@@ -63,9 +62,9 @@ class UnlabelledArguments:
     @property
     def source(self) -> str:
         """The data by name, for people: without the folders of this machine."""
-        given = [self.dataset_name, self.train_file, self.train_dir]
-        name = Path(next(filter(None, given))).name if not self.dataset_name else self.dataset_name
-        return f"{name} ({self.dataset_config_name})" if self.dataset_config_name else name
+        if self.data_name or not self.dataset_name:
+            return self.data_name or Path(self.train_file or self.train_dir or "").name
+        return f"{self.dataset_name} ({self.dataset_config_name})" if self.dataset_config_name else self.dataset_name
 
 
 @dataclass

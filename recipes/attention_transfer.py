@@ -108,6 +108,7 @@ class TransferTrainingArguments(RecipeTrainingArguments):
     train_sampling_strategy: str = field(
         default="random", metadata={"help": "'random' or 'sequential': all rows have the same length"}
     )
+    logging_steps: float = field(default=10, metadata={"help": "The errors of the layers are logged so often"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The rows hold inputs of the model alone"})
 
     def __post_init__(self) -> None:
@@ -142,16 +143,17 @@ def load(args: ModelArguments, attention: AttentionArguments) -> tuple[PreTraine
 
 # -- training ---------------------------------------------------------------------------------------------------------
 class SecondStage(TrainerCallback):
-    """From one step on the target is the hidden states, and the optimizer begins anew."""
+    """From one step on the target is the hidden states. The optimizer begins anew there."""
 
     def __init__(self, trainer: AttentionTransferTrainer, first: int) -> None:
         self.trainer = trainer
         self.first = first
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= self.first:
+            self.trainer.set_target("hidden_states")
         if state.global_step == self.first:
             optimizer.state.clear()
-        self.trainer.target = "hidden_states" if state.global_step >= self.first else "attention"
 
 
 class TransferTrainer(RecipeTrainer, AttentionTransferTrainer):
@@ -220,7 +222,7 @@ def compare(model: PreTrainedModel, rows: Rows, training: TransferTrainingArgume
     """The report on the held-out rows."""
     loader = DataLoader(rows.held_out, batch_size=training.per_device_eval_batch_size, collate_fn=rows.collate)
     model.to(training.device)
-    return hf_linattn.compare(model, loader, ablations=ablations, progress=not training.disable_tqdm)
+    return hf_linattn.compare(model, loader, progress=not training.disable_tqdm)
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -251,8 +253,10 @@ def main(
     checkpoint = None
     if training_args.do_train:
         checkpoint = find_checkpoint(training_args, linear_attention_of(model), data_args.from_scratch)
+    calibration_rows = 0
     if hf_linattn.needs_calibration(model):
         calibrate(model, rows.calibration, rows.collate, training_args)
+        calibration_rows = len(rows.calibration)
 
     trainer = TransferTrainer(
         model=model,
@@ -314,6 +318,7 @@ def main(
             layers=layer_list(transfer_args.transfer_layers, "transfer_layers"),
             learning_rate=training_args.learning_rate,
             seed=seed,
+            calibration_rows=calibration_rows,
             **fidelity,
         )
         trainer.create_model_card()

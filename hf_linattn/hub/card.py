@@ -169,7 +169,7 @@ def render_card(
         metrics=shown,
         dataset=dataset,
         split=split,
-        transfer=None if transfer is None else transfer_section(transfer, kind, settings),
+        transfer=None if transfer is None else transfer_section(transfer, model, kind),
         is_compared=transfer is not None and transfer.after is not None,
         notes=notes,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import StrictUndefined, Template
+from torch import nn
 
+from ..modules.base import LinearAttention
 from ..modules.registry import AttentionKind
 from .markup import code, text
 
@@ -39,6 +41,7 @@ class TransferRecord:
         layers: Indices of the layers that were trained; `None` for all converted ones.
         learning_rate: Of the first step.
         seed: Of the order of the data.
+        calibration_rows: Rows that set statistics before; 0 for a kind without any.
         before, after: What `hf_linattn.compare` found on rows that were not trained on (`Report.to_dict()`).
     """
 
@@ -48,33 +51,44 @@ class TransferRecord:
     data: str
     learning_rate: float
     seed: int
+    calibration_rows: int = 0
     second_stage_steps: int = 0
     layers: Sequence[int] | None = None
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
 
 
-def transfer_section(record: TransferRecord, kind: AttentionKind, settings: Mapping[str, Any]) -> str:
-    """The section, as Markdown.
-
-    Args:
-        settings: `config.linear_attention`.
-    """
+def transfer_section(record: TransferRecord, model: Any, kind: AttentionKind) -> str:
+    """The section, as Markdown."""
+    settings = model.config.linear_attention
+    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    trained = [layer for layer in layers if record.layers is None or layer.shape.layer_idx in record.layers]
     template = importlib.resources.files(__package__).joinpath("transfer.md.jinja").read_text(encoding="utf-8")
     after = record.after or {}
     return Template(template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).render(
         text=text,
         code=code,
         record=record,
-        layers=", ".join(map(str, record.layers or settings["layers"])),
-        size_field=kind.size_field,
-        size=settings.get(kind.size_field),
+        layers=", ".join(map(str, settings["layers"] if record.layers is None else record.layers)),
+        trained=f"{_count_parameters(trained):,}",
+        parameters=f"{_count_parameters([model]):,}",
+        slots=_slots(kind, settings, any(layer.shape.is_causal for layer in layers)),
         maps_seed=settings.get("seed"),
         compared=after,
         layer_rows=_layer_rows(record.before, after),
         model_columns=[title for name, (title, _) in COLUMNS.items() if after.get(name) is not None],
         model_rows=_model_rows(record.before, after),
     )
+
+
+def _count_parameters(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _slots(kind: AttentionKind, settings: Mapping[str, Any], is_causal: bool) -> str:
+    """How many there are."""
+    chunk = settings.get("chunk_size") if is_causal and kind.bound_field else None
+    return f"one for every {chunk} tokens" if chunk else f"{settings.get(kind.size_field)} per head"
 
 
 def _layer_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[tuple[str, ...]]:

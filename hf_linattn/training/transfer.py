@@ -152,6 +152,12 @@ class AttentionTransferTrainer(Trainer):
         self._has_told = False
         self._errors: list[Tensor] = []  # since the last log
 
+    def set_target(self, target: str, row_weight: float = 0.0) -> None:
+        """Train towards another target from the next step on, as in `transfer_attention`: two stages in one run."""
+        objective = Objective(target, row_weight)
+        if objective != self._objective:
+            self._objective, self._errors = objective, []
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
             return super().train(*args, **kwargs)
