@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from _common import FORMATS, RecipeError, find_column, load_splits
@@ -204,7 +205,7 @@ def _only_images(data: Data, column: str | None) -> Data:
     data = data.select_columns([column])
     try:
         data = data.cast_column(column, datasets.Image())
-    except (TypeError, ValueError) as error:  # of pyarrow
+    except (pa.ArrowException, TypeError) as error:
         raise RecipeError(f"Column {column!r} does not hold images: {error}") from error
     return data if column == "image" else data.rename_column(column, "image")
 
@@ -220,11 +221,13 @@ def _is_stream(data: Data) -> bool:
 
 
 def _take(data: Data, number: int) -> Data:
-    return data.take(number) if _is_stream(data) else data.select(range(min(number, len(data))))
+    if _is_stream(data):
+        return data.take(number)
+    return data.select(range(min(number, len(data))) or [])  # an empty range is refused
 
 
 def _skip(data: Data, number: int) -> Data:
-    return data.skip(number) if _is_stream(data) else data.select(range(min(number, len(data)), len(data)))
+    return data.skip(number) if _is_stream(data) else data.select(range(number, len(data)) or [])
 
 
 def _first(data: Data, number: int) -> Sequence[Any]:
