@@ -14,12 +14,12 @@ from ..modules.base import LinearAttention
 from ..modules.registry import AttentionKind
 from .markup import code, text
 
-# What `compare` found -> how it is shown. A column without any value is left out.
+# What `compare` found -> title and format of its column. Scores have the title that the record gives them.
 COLUMNS = {
     "hidden_cosine": ("cosine of hidden states", "{:.4f}"),
     "logits_kl": ("KL of predictions, nats", "{:.4f}"),
     "argmax_agreement": ("equal predictions", "{:.1%}"),
-    "score": ("score", "{:.4g}"),
+    "score": ("", "{:.4g}"),
 }
 CONTROLS = {
     "window_alone": "window alone",
@@ -43,6 +43,8 @@ class TransferRecord:
         seed: Of the order of the data.
         calibration_rows: Rows that set statistics before; 0 for a kind without any.
         before, after: What `hf_linattn.compare` found on rows that were not trained on (`Report.to_dict()`).
+        score_name: What the scores in it are, such as "perplexity".
+        verdict: In words, whether the slots matter (`Report.verdict()`).
     """
 
     steps: int
@@ -56,6 +58,8 @@ class TransferRecord:
     layers: Sequence[int] | None = None
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
+    score_name: str = "score"
+    verdict: str | None = None
 
 
 def transfer_section(record: TransferRecord, model: Any, kind: AttentionKind) -> str:
@@ -73,10 +77,12 @@ def transfer_section(record: TransferRecord, model: Any, kind: AttentionKind) ->
         trained=f"{_count_parameters(trained):,}",
         parameters=f"{_count_parameters([model]):,}",
         slots=_slots(kind, settings, any(layer.shape.is_causal for layer in layers)),
+        has_controls=bool(after.get("ablations")),
         maps_seed=settings.get("seed"),
         compared=after,
         layer_rows=_layer_rows(record.before, after),
-        model_columns=[title for name, (title, _) in COLUMNS.items() if after.get(name) is not None],
+        has_shares=any(layer.get("slot_shares") for layer in after.get("layers", [])),
+        model_columns=[title or record.score_name for title, _ in _columns(after).values()],
         model_rows=_model_rows(record.before, after),
     )
 
@@ -111,9 +117,17 @@ def _model_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> l
     """Title and values of every form of the model that was compared with softmax."""
     forms = {"before transfer": before, "**after transfer**": after}
     forms |= {title: (after.get("ablations") or {}).get(name) for name, title in CONTROLS.items()}
-    shown = [name for name in COLUMNS if after.get(name) is not None]
+    if after.get("softmax_score") is not None:
+        same = {"hidden_cosine": 1.0, "logits_kl": 0.0, "argmax_agreement": 1.0, "score": after["softmax_score"]}
+        forms = {"softmax": same, **forms}
+    columns = _columns(after).items()
     return [
-        (title, ["" if found.get(name) is None else COLUMNS[name][1].format(found[name]) for name in shown])
+        (title, ["" if found.get(name) is None else shown.format(found[name]) for name, (_, shown) in columns])
         for title, found in forms.items()
         if found
     ]
+
+
+def _columns(after: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Those of `COLUMNS` that have a value."""
+    return {name: column for name, column in COLUMNS.items() if after.get(name) is not None}

@@ -306,10 +306,13 @@ def test_mistakes_get_a_clear_error(
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_nothing_to_do(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "message"), [([], "give --do_train"), (["--do_train", "--ablations"], "--ablations needs --do_eval")]
+)
+def test_what_is_to_be_done(folder: Path, tmp_path: Path, given: list[str], message: str) -> None:
     argv = [argument for argument in arguments(folder, tmp_path) if not argument.startswith("--do_")]
-    with pytest.raises(RecipeError, match="give --do_train"):
-        transfer(argv)
+    with pytest.raises(RecipeError, match=message):
+        transfer([*argv, *given])
 
 
 def test_epochs_in_place_of_steps(folder: Path, tmp_path: Path) -> None:
