@@ -43,7 +43,7 @@ class Objective:
             )
 
     def of_layer(self, module: nn.Module, call: Call, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of one layer on what softmax attends to, and the relative error, squared, that is part of it."""
+        """The loss of one layer on what softmax attends to, and the squared relative error that is part of it."""
         error = relative_error(linear_output(module, call), target, call.key_mask)
         loss = error + self.row_weight * row_divergence(module, call) if self.row_weight else error
         return loss, error.detach()
@@ -127,9 +127,9 @@ def _real(key_mask: Tensor | None, like: Tensor) -> Tensor:
     return real
 
 
-def is_exact(errors: Tensor) -> Tensor:
-    """Whether squared relative errors `[layers]` are no more than rounding: all rows fit into the window."""
-    return (errors < 1e-9).all()
+def is_exact(error: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether squared relative errors are no more than the rounding of outputs in `dtype`."""
+    return error < max(1e-9, torch.finfo(dtype).eps ** 2)
 
 
 def average(z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..integrations.interface import softmax_output
 from ..integrations.layers import linear_layer
 from ..integrations.observe import observed_attention, restored
 from ..modules.base import LinearAttention
-from .objective import Objective, relative_error
+from .objective import Objective, is_exact, relative_error
 
 # What a model's own forward is called with.
 Forward = Callable[..., Any]
@@ -34,10 +34,12 @@ class LayerErrors(NamedTuple):
     Args:
         loss: What is minimised; without a graph if its gradients have been accumulated already.
         error: Squared error over variance, without a graph.
+        is_exact: Whether that is no more than rounding: linear attention was softmax.
     """
 
     loss: Tensor
     error: Tensor
+    is_exact: Tensor
 
 
 def layer_errors(
@@ -55,8 +57,8 @@ def layer_errors(
         model: What is called: `inner` itself, or what wraps it. DDP looks for the parameters that take part in a step
             in the graph of what the model returns; here that is the errors.
         layers: Attention modules of `inner` by index, ascending.
-        backward: Accumulate the gradients of the mean loss, at once where layers do not depend on each other: then
-            the memory of one layer is enough.
+        backward: Accumulate the gradients of the sum of the losses, at once where layers do not depend on each other:
+            then the memory of one layer is enough.
     Raises: InputError for a batch without a real token, or one that is too long for the objective.
     """
     inputs, key_mask = prepare_inputs(inner, batch)
@@ -81,7 +83,7 @@ def _attention_errors(
     backward: bool,
 ) -> LayerErrors:
     """Every layer on what softmax attends to."""
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     with_graph = torch.is_grad_enabled()
 
     def on_layer(module: nn.Module, call: Call, target: Tensor) -> None:
@@ -89,9 +91,9 @@ def _attention_errors(
             loss, error = objective.of_layer(module, call, target)
             loss = in_graph(module, loss)
             if backward:
-                (loss / len(layers)).backward()
+                loss.backward()
                 loss = loss.detach()
-            found.append((loss, error))
+            found.append((loss, error, is_exact(error, target.dtype)))
 
     softmax_pass(model, forward, inputs, layers.values(), on_layer)
     return LayerErrors(*(torch.stack(each) for each in zip(*found, strict=True)))
@@ -112,9 +114,10 @@ def _hidden_state_errors(
     errors = [relative_error(*pair, key_mask) for pair in zip(run(), targets, strict=True)]
     loss = torch.stack([in_graph(module, error) for module, error in zip(layers.values(), errors, strict=True)])
     if backward:
-        loss.mean().backward()
+        loss.sum().backward()
         loss = loss.detach()
-    return LayerErrors(loss, torch.stack(errors).detach())
+    error = torch.stack(errors).detach()
+    return LayerErrors(loss, error, is_exact(error, targets[0].dtype))
 
 
 def softmax_pass(

@@ -75,30 +75,30 @@ def _layer(module: nn.Module) -> LinearAttention[Any]:
 
 @torch.no_grad()
 def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int, nn.Module]) -> None:
-    """Set what has a closed form from one batch: shifts and offsets of learned maps, in layers that are not trained.
+    """Set what has a closed form from one batch: shifts and offsets of learned maps, in layers without any.
 
     The same on all processes.
 
     Raises: InputError for a batch whose rows all fit into the window, or without a real token.
     """
-    errors: list[Tensor] = []
+    exact: list[Tensor] = []
     starts: list[tuple[LinearAttention[Any], dict[str, Tensor]]] = []
 
     def on_layer(module: nn.Module, call: Call, target: Tensor) -> None:
         layer = _layer(module)
-        errors.append(relative_error(linear_output(module, call), target, call.key_mask))
+        exact.append(is_exact(relative_error(linear_output(module, call), target, call.key_mask), target.dtype))
         inputs = AttentionInputs(
             call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
         )
         values = layer.learning_start(inputs, average)
-        if not is_trained(layer, values):
+        if not has_started(layer, values):
             starts.append((layer, values))
 
     inputs, _ = prepare_inputs(model, batch)
     with restored(model):
         model.eval()
         softmax_pass(model, model, inputs, layers.values(), on_layer)
-    if bool(is_exact(torch.stack(errors))):
+    if all(map(bool, exact)):
         raise InputError(
             "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
             " them. Pass longer inputs, or convert with a smaller window_size."
@@ -107,29 +107,34 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int,
         layer.set_tensors(values)
 
 
-def is_trained(layer: LinearAttention[Any], starts: Mapping[str, Tensor]) -> bool:
-    """Whether a layer has been trained: something it learns begins with zeros and has other values now.
-
-    Args:
-        starts: What `start` sets does not count.
-    """
-    spec, tensors = layer.state_spec(layer.config, layer.shape), layer.tensors()
-    zeros = [name for name, each in spec.items() if each.learned and name not in starts and not each.draw().any()]
-    return any(bool(tensors[name].any()) for name in zeros)
+def has_started(layer: LinearAttention[Any], values: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has left the zeros it begins with: an earlier call has set it, or trained it since."""
+    tensors = layer.tensors()
+    return all(bool(tensors[name].any()) for name, value in values.items() if value.any())
 
 
 @contextlib.contextmanager
 def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block no other parameter of the model requires a gradient; the train mode is put back after it."""
+    """Within the block no other parameter of the model requires a gradient.
+
+    They begin and end without any; what required gradients before, and the train mode, are put back after it.
+    """
     training = [(module, module.training) for module in model.modules()]
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(parameter) for parameter in parameters}
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in chosen)
+        _forget_gradients(parameters)
         yield
     finally:
+        _forget_gradients(parameters)
         for parameter, required in before:
             parameter.requires_grad_(required)
         for module, flag in training:
             module.training = flag
+
+
+def _forget_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

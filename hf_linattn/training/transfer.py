@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from ..errors import ConfigError, InputError
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
-from .objective import Objective, average, is_exact
+from .objective import Objective, average
 from .teacher import layer_errors
 from .trained_layers import learned_parameters, only, start, trained_layers
 
@@ -105,15 +105,15 @@ def transfer_attention(
         for step, batch in enumerate(_repeated(batches, steps)):
             if step == 0:
                 start(model, batch, chosen)
-            errors = layer_errors(model, model, batch, chosen, objective, backward=True).error
+            errors = layer_errors(model, model, batch, chosen, objective, backward=True)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
             optimizer.zero_grad()
-            if not told and bool(is_exact(errors)):
+            if not told and bool(errors.is_exact.all()):
                 logger.warning(TEACHES_NOTHING)
                 told = True
-            found.append(TransferStep(step, tuple(errors.sqrt().tolist()), tuple(chosen)))
+            found.append(TransferStep(step, tuple(errors.error.sqrt().tolist()), tuple(chosen)))
             bar.show(found[-1])
     return found
 
@@ -150,7 +150,9 @@ class AttentionTransferTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps divide it
         self._has_started = False
         self._has_told = False
-        self._errors: list[Tensor] = []  # since the last log
+        self._error_sum: Tensor | float = 0.0  # of the batches since the last log
+        self._any_exact: Tensor | bool = False
+        self._batches = 0
 
     def set_target(self, target: str, row_weight: float = 0.0) -> None:
         """Train towards another target from the next step on, as in `transfer_attention`: two stages in one run."""
@@ -170,7 +172,9 @@ class AttentionTransferTrainer(Trainer):
             self._has_started = True
         found = layer_errors(model, inner, inputs, self._layers, self._objective)
         if is_training:
-            self._errors.append(found.error)
+            self._batches += 1
+            self._error_sum = self._error_sum + found.error
+            self._any_exact = self._any_exact | found.is_exact.all()
         return (found.loss.mean(), {"errors": found.error}) if return_outputs else found.loss.mean()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,15 +182,14 @@ class AttentionTransferTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._errors:
-            errors = torch.stack(self._errors)
-            self._errors = []
-            if not self._has_told and any(map(is_exact, errors)):
+        if "loss" in logs and self._batches:
+            error = average(torch.as_tensor(self._error_sum) / self._batches).sqrt().tolist()
+            logs["error"] = sum(error) / len(error)
+            logs |= {f"error_layer_{index}": each for index, each in zip(self._layers, error, strict=True)}
+            if self._any_exact and not self._has_told:
                 logger.warning(TEACHES_NOTHING)
                 self._has_told = True
-            layers = average(errors.mean(0)).sqrt().tolist()
-            logs["error"] = sum(layers) / len(layers)
-            logs |= {f"error_layer_{index}": error for index, error in zip(self._layers, layers, strict=True)}
+            self._error_sum, self._any_exact, self._batches = 0.0, False, 0
         super().log(logs, *args, **kwargs)
 
 

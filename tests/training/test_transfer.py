@@ -1,84 +1,74 @@
-"""Attention transfer: the error falls, nothing else changes, runs resume and divide, mistakes are told."""
+"""Attention transfer: the error falls, nothing else changes, layers by themselves or all together."""
 
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, VIT, VOCAB, ModelCase
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModel, TrainingArguments
+from cases import BERT, GPT2, ModelCase
+from transfer_runs import (
+    CASES,
+    EVA,
+    LARA,
+    SETTINGS,
+    batches,
+    converted,
+    every_case,
+    every_kind,
+    every_target,
+    own,
+    short,
+    tensors,
+)
 
-import hf_linattn
-from hf_linattn import EvaConfig, FavorPlusConfig, LaraConfig
-from hf_linattn.conversion.calibrate import needs_calibration
-from hf_linattn.errors import ConfigError, InputError
-from hf_linattn.training import AttentionTransferTrainer, transfer_attention
+from hf_linattn.integrations.attach import family_layers
+from hf_linattn.training import transfer_attention
 from hf_linattn.training.trained_layers import start, trained_layers
 
-CASES = [BERT, GPT2, VIT]
-SETTINGS = FavorPlusConfig(learned=True, num_features=8, window_size=4)
-LARA = LaraConfig(learned=True, num_landmarks=8, window_size=4)
-EVA = EvaConfig(learned=True, num_chunks=8, chunk_size=2, window_size=4)
-every_kind = pytest.mark.parametrize("settings", [SETTINGS, LARA, EVA], ids=lambda settings: settings.kind)
+
+def str_of(value: Any) -> str:
+    return getattr(value, "name", None) or getattr(value, "kind", value)
 
 
-def converted(case: ModelCase, settings: Any = SETTINGS) -> Any:
-    model = case.build(attention_probs_dropout_prob=0.0) if case is not GPT2 else case.build()
-    if case is VIT:
-        settings = settings.replace(window_size=2)
-    model = hf_linattn.convert(model, settings)
-    return hf_linattn.calibrate(model, batches(case)) if needs_calibration(model) else model
+# Every kind with every family once, and both targets.
+RUNS = [(case, kind, "attention") for case in CASES for kind in (SETTINGS, LARA, EVA)]
+RUNS += [(case, kind, "hidden_states") for case, kind in zip(CASES, (LARA, EVA, SETTINGS), strict=True)]
 
 
-def batches(case: ModelCase, number: int = 2, rows: int = 3, tokens: int = 24) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    if case is VIT:
-        return [{"pixel_values": torch.randn(rows, 3, 24, 24, generator=generator)} for _ in range(number)]
-    found = []
-    for _ in range(number):
-        mask = torch.ones(rows, tokens, dtype=torch.long)
-        mask[0, tokens - 5 :] = 0
-        found.append(
-            {"input_ids": torch.randint(3, VOCAB, (rows, tokens), generator=generator), "attention_mask": mask}
-        )
-    return found
-
-
-def tensors(model: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-@every_kind
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_error_falls_and_nothing_else_changes(case: ModelCase, settings: Any) -> None:
-    model = converted(case, settings)
+@pytest.mark.parametrize(
+    ("case", "settings", "target"),
+    RUNS,
+    ids=lambda value: getattr(value, "name", None) or getattr(value, "kind", value),
+)
+def test_the_error_falls_and_nothing_else_changes(case: ModelCase, settings: Any, target: str) -> None:
+    model = converted(case, settings).train()
     before, required = tensors(model), [parameter.requires_grad for parameter in model.parameters()]
-    steps = transfer_attention(model, batches(case), steps=31)  # the last on the first batch again
-    assert [step.step for step in steps] == list(range(31))
+    steps = transfer_attention(model, batches(case), steps=31, target=target)  # the last on the first batch again
+    assert [(step.step, step.layers) for step in steps] == [(step, (0, 1)) for step in range(31)]
     assert all(last < 0.95 * first for first, last in zip(steps[0].errors, steps[-1].errors, strict=True))
     after = tensors(model)
     learned = {name for name, _ in model.named_parameters() if ".linattn." in name}
     assert {name for name in before if not torch.equal(before[name], after[name])} == learned
     assert [parameter.requires_grad for parameter in model.parameters()] == required
-    assert all(parameter.grad is None or ".linattn." in name for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_the_first_batch_sets_what_has_a_closed_form() -> None:
-    model, batch = converted(BERT), batches(BERT)[0]
-    start(model, batch, trained_layers(model, None))
-    first = own(model)
-    for name, value in first.items():
-        assert bool(value.abs().sum() > 0) == name.endswith(("directions", "shift", "far_offset")), name
-    start(model, batch, trained_layers(model, None))  # from where it has been put, nothing is left to do
-    torch.testing.assert_close(own(model), first)
+@every_target
+def test_gradients_only_where_something_is_learned(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    with_gradient: set[str] = set()
+    model = converted(BERT)
+
+    def step(self: Any, *arguments: Any) -> None:
+        with_gradient.update(name for name, each in model.named_parameters() if each.grad is not None)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    transfer_attention(model, batches(BERT), steps=1, target=target, layers=[1])
+    assert with_gradient == set(own(model, 1))
 
 
 @every_kind
@@ -93,146 +83,121 @@ def test_what_was_learned_is_saved_and_loaded(tmp_path: Path, settings: Any) -> 
     assert loaded.config.linear_attention["learned"] is True
 
 
+@every_target
 @every_kind
-def test_padding_does_not_count(settings: Any) -> None:
+def test_padding_does_not_count(settings: Any, target: str) -> None:
     """Rows with padding give the errors of the rows without."""
-    short = [{"input_ids": batch["input_ids"][:, :19]} for batch in batches(BERT)]
+    rows = [{"input_ids": batch["input_ids"][:, :19]} for batch in batches(BERT)]
     padded = []
-    for batch in short:
+    for batch in rows:
         ids = torch.cat([batch["input_ids"], torch.full((3, 6), 7)], 1)
         padded.append({"input_ids": ids, "attention_mask": torch.tensor([[1] * 19 + [0] * 6] * 3)})
-    found = [transfer_attention(converted(BERT, settings), given, steps=4)[-1].errors for given in (short, padded)]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    runs = [transfer_attention(converted(BERT, settings), given, steps=4, target=target) for given in (rows, padded)]
+    assert runs[0][-1].errors == pytest.approx(runs[1][-1].errors, rel=1e-4)
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        return {"input_ids": torch.randint(3, VOCAB, (24,), generator=generator)}
-
-
-def train(
-    folder: Path, resume: bool = False, case: ModelCase = BERT, rows: Any = None, dropout: float = 0.0, **changes: Any
-) -> Any:
-    """A trained `AttentionTransferTrainer`; `dropout` is that of the hidden states."""
-    options = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    rows = rows or Rows()
-    names = ("resid_pdrop", "embd_pdrop") if case is GPT2 else ("hidden_dropout_prob",)
-    model = hf_linattn.convert(case.build(**dict.fromkeys(names, dropout)), SETTINGS)
-    trainer = AttentionTransferTrainer(
-        model, TrainingArguments(str(folder), **options), train_dataset=rows, eval_dataset=rows
-    )
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
-    return trainer
+# -- where it starts ------------------------------------------------------------------------------------------------
+def test_the_first_batch_sets_what_has_a_closed_form() -> None:
+    model, batch = converted(BERT), batches(BERT)[0]
+    start(model, batch, trained_layers(model, None))
+    first = own(model)
+    for name, value in first.items():
+        assert bool(value.abs().sum() > 0) == name.endswith(("directions", "shift", "far_offset")), name
+    start(model, batch, trained_layers(model, None))  # from where it has been put, nothing is left to do
+    torch.testing.assert_close(own(model), first)
 
 
-def own(model: Any) -> dict[str, Tensor]:
-    """What the layers have learned."""
-    return {name: value for name, value in tensors(model).items() if ".linattn." in name}
+@every_kind
+def test_trained_layers_do_not_start_again(settings: Any) -> None:
+    model = converted(BERT, settings)
+    transfer_attention(model, batches(BERT), steps=2, layers=[0])
+    trained, other = own(model, 0), own(model, 1)
+    start(model, batches(BERT, number=3)[2], trained_layers(model, None))
+    assert all(torch.equal(trained[name], value) for name, value in own(model, 0).items())
+    assert any(not torch.equal(other[name], value) for name, value in own(model, 1).items())
 
 
-def close(one: Any, other: Any) -> bool:
-    pairs = zip(own(one).values(), own(other).values(), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+# -- some layers ----------------------------------------------------------------------------------------------------
+@every_case
+def test_layers_one_by_one_are_layers_together(case: ModelCase) -> None:
+    together, blocks = converted(case), converted(case)
+    expected = transfer_attention(together, batches(case), steps=3)
+    found = [transfer_attention(blocks, batches(case), steps=3, layers=[layer]) for layer in (0, 1)]
+    assert [step.layers for run in found for step in run] == [(0,)] * 3 + [(1,)] * 3
+    errors = [(first.errors[0], second.errors[0]) for first, second in zip(*found, strict=True)]
+    assert errors == [step.errors for step in expected]
+    assert all(torch.equal(value, own(together)[name]) for name, value in own(blocks).items())
 
 
-def test_the_trainer_learns_and_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", dropout=0.1)
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert whole.evaluate()["eval_loss"] < sum(losses) / len(losses)
-    (tmp_path / "again").mkdir()
-    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
-    again = train(tmp_path / "again", resume=True, dropout=0.1)
-    expected, found = tensors(whole.model), tensors(again.model)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+@every_target
+def test_other_layers_stay_as_they_are(target: str) -> None:
+    model = converted(GPT2)
+    before = own(model)
+    transfer_attention(model, batches(GPT2), steps=2, target=target, layers=[1])
+    changed = {name for name, value in own(model).items() if not torch.equal(before[name], value)}
+    assert changed == set(own(model, 1))
 
 
-class EqualRows(Rows):
-    """So that parts of a batch have the variance of the whole."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = super().__getitem__(0)
-        return {**row, "labels": row["input_ids"]}
-
-
-@pytest.mark.parametrize("case", [BERT, GPT2], ids=lambda case: case.name)  # GPT-2 scales a loss of labels by itself
-def test_accumulated_batches_are_one_batch(case: ModelCase, tmp_path: Path) -> None:
-    fields = {"case": case, "rows": EqualRows(), "max_steps": 3}
-    one = train(tmp_path / "one", **fields)
-    two = train(tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **fields)
-    assert one.state.log_history[0]["loss"] == pytest.approx(two.state.log_history[0]["loss"], rel=1e-5)
-    assert one.state.log_history[0]["grad_norm"] == pytest.approx(two.state.log_history[0]["grad_norm"], rel=1e-4)
-    assert close(one.model, two.model)
-
-
-def test_in_bfloat16(tmp_path: Path) -> None:
-    trained = train(tmp_path, bf16=True, max_steps=12, rows=EqualRows())
-    losses = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert all(parameter.dtype == torch.float32 for parameter in trained.model.parameters())
-
-
-ON_TWO = """
-import sys
-from pathlib import Path
-from safetensors.torch import save_file
-from test_transfer import own, train
-trainer = train(Path(sys.argv[1]), per_device_train_batch_size=2, save_strategy="no")
-if trainer.is_world_process_zero():
-    save_file(own(trainer.accelerator.unwrap_model(trainer.model)), sys.argv[1] + "/two.safetensors")
-"""
-
-
-def test_two_processes_are_one_with_the_same_batches(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    script = tmp_path / "on_two.py"
-    script.write_text(ON_TWO)
-    places = map(str, (root, root / "tests", root / "tests" / "training"))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = load_file(tmp_path / "two.safetensors")
-    one = own(train(tmp_path / "one", save_strategy="no").model)
-    assert one.keys() == two.keys()
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_mistakes_are_told() -> None:
-    stock = BERT.build()
-    with pytest.raises(ConfigError, match="converted"):
-        transfer_attention(stock, batches(BERT))
-    plain = hf_linattn.convert(BERT.build(), FavorPlusConfig(num_features=8))
-    with pytest.raises(ConfigError, match="learned=True"):
-        transfer_attention(plain, batches(BERT))
+@pytest.mark.parametrize(("layers", "target"), [([0], "attention"), (None, "attention"), (None, "hidden_states")])
+def test_the_network_runs_no_further_than_it_has_to(layers: Any, target: str) -> None:
+    """Up to the attention of the last layer that is trained; towards hidden states, up to the head."""
     model = converted(BERT)
-    before = copy.deepcopy(tensors(model))
-    for given in ([], iter([])):
-        with pytest.raises(InputError, match="empty"):
-            transfer_attention(model, given)
-    with pytest.raises(InputError, match="real token"):
-        transfer_attention(model, [{**batches(BERT)[0], "attention_mask": torch.zeros(3, 24).long()}])
-    with pytest.raises(InputError, match="steps"):
-        transfer_attention(model, batches(BERT), steps=0)
-    with pytest.raises(InputError, match="fit into the window"):
-        transfer_attention(model, [{"input_ids": batches(BERT)[0]["input_ids"][:, :4]}])
-    assert all(torch.equal(before[name], value) for name, value in tensors(model).items())
-    native = AutoModel.from_config(BERT.config(), attn_implementation="favor_plus")
-    native.config.linear_attention = {"learned": True}
-    with pytest.raises(ConfigError):
-        transfer_attention(native, batches(BERT))
+    first, second = family_layers(model)
+    block = model.bert.encoder.layer[1]
+    parts = {"0": first, "1": second, "output": block.output, "head": model.cls}
+    called = dict.fromkeys(parts, False)
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda module, args, name=name: called.update({name: True}))
+    transfer_attention(model, batches(BERT), steps=1, layers=layers, target=target)
+    assert called == {"0": True, "1": layers is None, "output": target == "hidden_states", "head": False}
+
+
+# -- both stages ----------------------------------------------------------------------------------------------------
+@every_case
+def test_errors_are_those_of_the_hidden_states(case: ModelCase) -> None:
+    model, batch = converted(case), batches(case)[0]
+    step = transfer_attention(model, [batch], steps=1, learning_rate=0.0, target="hidden_states")[0]
+    with torch.no_grad():
+        softmax, linear = (
+            each.eval()(**batch, output_hidden_states=True).hidden_states[1:]
+            for each in (case.build(attention_probs_dropout_prob=0.0), model)
+        )
+    real = batch.get("attention_mask", torch.ones(softmax[0].shape[:2])).bool()
+    for found, one, other in zip(step.errors, linear, softmax, strict=True):
+        one, other = one[real], other[real]
+        expected = (one - other).square().sum() / (other - other.mean(0)).square().sum()
+        assert found == pytest.approx(math.sqrt(expected), rel=1e-4)
+
+
+def test_the_second_stage_goes_on_from_the_first() -> None:
+    model = converted(GPT2)
+    transfer_attention(model, batches(GPT2), steps=40)
+    before = transfer_attention(model, batches(GPT2), steps=1, learning_rate=0.0, target="hidden_states")[0]
+    steps = transfer_attention(model, batches(GPT2), steps=31, learning_rate=3e-3, target="hidden_states")
+    assert steps[0].errors == before.errors
+    assert steps[-1].errors[-1] < 0.97 * before.errors[-1]
+
+
+def test_runs_are_deterministic_without_dropout_and_noise() -> None:
+    settings = SETTINGS.replace(slot_dropout=0.5)
+    for target in ("attention", "hidden_states"):
+        runs = [transfer_attention(converted(BERT, settings).train(), batches(BERT), steps=2, target=target)]
+        runs += [transfer_attention(converted(BERT), batches(BERT), steps=2, target=target)]
+        assert runs[0] == runs[1]
+
+
+# -- reports --------------------------------------------------------------------------------------------------------
+def test_the_progress_bar_has_the_error_of_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = transfer_attention(converted(BERT), batches(BERT), steps=2, progress=True)
+    shown = capsys.readouterr().err
+    errors = " ".join(f"{error:.2f}".removeprefix("0") for error in steps[-1].errors)
+    assert "2/2" in shown
+    assert f"by layer {errors}" in shown
+
+
+def test_a_later_batch_that_teaches_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    given = [batches(BERT)[0], short(BERT)]
+    steps = transfer_attention(converted(BERT), given, steps=4)
+    assert max(steps[1].errors) < 1e-5
+    assert [record.message for record in caplog.records if "teaches nothing" in record.message][1:] == []
+    assert any("teaches nothing" in record.message for record in caplog.records)
