@@ -156,9 +156,7 @@ class AttentionTransferTrainer(Trainer):
 
     def set_target(self, target: str, row_weight: float = 0.0) -> None:
         """Train towards another target from the next step on, as in `transfer_attention`: two stages in one run."""
-        objective = Objective(target, row_weight)
-        if objective != self._objective:
-            self._objective, self._errors = objective, []
+        self._objective = Objective(target, row_weight)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
