@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.inputs import check_causal
 from ..ops.recurrent.protocol import Recurrence
+from .ablation import ablated_output
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
@@ -61,6 +62,8 @@ class LinearAttention(nn.Module, Generic[C]):
     revision = 0
     # Whether the layer needs statistics of data and is not known to have them: known also while compiling.
     _lacks_statistics = False
+    # What is taken away from the layer (`conversion/ablation.py`): a name of `ops.ablation.ABLATIONS`.
+    ablation: str | None = None
 
     def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
@@ -212,7 +215,13 @@ class LinearAttention(nn.Module, Generic[C]):
             grid=grid,
             training=self.training,
         )
-        if memory is None:
+        if self.ablation is not None:
+            if memory is not None:
+                raise UnsupportedError(
+                    f"Within ablated(model, {self.ablation!r}) a model reads whole sequences: pass use_cache=False."
+                )
+            output = ablated_output(self, inputs)
+        elif memory is None:
             output = self.compute_or_record(self.config, self.tensors(), inputs)
         else:
             output = memory.attend(self, inputs)

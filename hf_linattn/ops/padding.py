@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
+from .ablation import ABLATED, exact_value
 
 
 def without_padding(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,6 +51,8 @@ class GlobalTokens(NamedTuple):
     def join(self, rest: AttentionState | None) -> Tensor:
         """Outputs of all tokens, from what the others have read of each other (`None` if there are none)."""
         query, key, value, number = self.query, self.key, self.value, self.number
+        if ABLATED:
+            value = exact_value(value)
         visible = None if self.valid is None else self.valid[:, None, None, :]
         output = attend(query[:, :, :number], key, value, visible=visible).output
         if rest is None:

@@ -15,6 +15,7 @@ from ..errors import InputError, UnsupportedError
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach
+from .ablation import ABLATED, ablated_slots, ablated_slots_alone
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .inputs import check_causal
@@ -91,17 +92,20 @@ class ExactAttention:
         Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
         Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
         """
-        value, dropout = self.tokens.value, self.options.dropout
-        if self.windows is not None:
-            state = self.windows.with_slots(query_weights, key_weights, self.options)
-        elif self.options.is_causal:
-            chunk = min(self.options.chunk_size or _CAUSAL_CHUNK, 1 << (value.shape[2] - 1).bit_length())
-            state = query_weights.causal(key_weights.masked(self.visible), value, chunk, dropout)
+        exact = self
+        if ABLATED:
+            exact, query_weights = ablated_slots(self, query_weights)
+        value, options = exact.tokens.value, exact.options
+        if exact.windows is not None:
+            state = exact.windows.with_slots(query_weights, key_weights, options)
+        elif options.is_causal:
+            chunk = min(options.chunk_size or _CAUSAL_CHUNK, 1 << (value.shape[2] - 1).bit_length())
+            state = query_weights.causal(key_weights.masked(exact.visible), value, chunk, options.dropout)
             state = query_weights.add_token_bias(state)
         else:
-            slots = key_weights.masked(self.visible).summarise(value)
-            state = query_weights.add_token_bias(query_weights.read(slots, dropout=dropout))
-        return state if self.heavy is None else merge_states([self.heavy, state])
+            slots = key_weights.masked(exact.visible).summarise(value)
+            state = query_weights.add_token_bias(query_weights.read(slots, dropout=options.dropout))
+        return state if exact.heavy is None else merge_states([exact.heavy, state])
 
 
 def exact_attention(tokens: Tokens, options: SlotOptions) -> ExactAttention:
@@ -138,8 +142,11 @@ def slots_alone(
         visible = key_mask[:, None, :, None]
         key, value = without_padding(key, value, key_mask)
         query = query.masked_fill(~visible, 0.0) if is_self else query
+    query_weights = feature_map.query_weights(query)
+    if ABLATED:
+        query_weights, value = ablated_slots_alone(query_weights, value)
     slots = feature_map.key_weights(key).masked(visible).without_common_factor().summarise(value)
-    output = feature_map.query_weights(query).read(slots, dropout=dropout).output
+    output = query_weights.read(slots, dropout=dropout).output
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 
 

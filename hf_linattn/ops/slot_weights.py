@@ -59,6 +59,14 @@ class SlotWeights(ABC):
         """What these queries have read, with the factors that belong to them alone in its log-sum-exp."""
         return state
 
+    @abstractmethod
+    def shuffled(self) -> SlotWeights:
+        """The weight for slot j as that for slot j + 1, for the last as that for the first."""
+
+    @abstractmethod
+    def without_mass(self) -> SlotWeights:
+        """Weight 0 for all tokens: as queries, they read nothing through slots."""
+
     def summarise(self, values: Tensor) -> AttentionState:
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, lse `[..., slots]`."""
         return softmax_with_lse(self.dense().transpose(-1, -2), values)
@@ -124,6 +132,12 @@ class DenseSlotWeights(SlotWeights):
     def masked(self, visible: Tensor | None) -> DenseSlotWeights:
         return DenseSlotWeights(mask_logits(self.log_weights, visible))
 
+    def shuffled(self) -> DenseSlotWeights:
+        return DenseSlotWeights(self.log_weights.roll(1, dims=-1))
+
+    def without_mass(self) -> DenseSlotWeights:
+        return DenseSlotWeights(torch.full_like(self.log_weights, float("-inf")))
+
 
 @dataclass(frozen=True)
 class LinearSlotWeights(SlotWeights):
@@ -159,6 +173,14 @@ class LinearSlotWeights(SlotWeights):
             return self
         bias = self.token_bias.masked_fill(~visible, float("-inf"))
         return LinearSlotWeights(self.tokens, bias, self.slots, self.slot_bias, self.pair_bias)
+
+    def shuffled(self) -> LinearSlotWeights:
+        pair_bias = None if self.pair_bias is None else self.pair_bias.roll(1, dims=-1)
+        slots, slot_bias = self.slots.roll(1, dims=-2), self.slot_bias.roll(1, dims=-1)
+        return replace(self, slots=slots, slot_bias=slot_bias, pair_bias=pair_bias)
+
+    def without_mass(self) -> LinearSlotWeights:
+        return replace(self, token_bias=torch.full_like(self.token_bias, float("-inf")))
 
     def without_token_bias(self) -> LinearSlotWeights:
         return replace(self, token_bias=torch.zeros_like(self.token_bias))

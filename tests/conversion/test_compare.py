@@ -156,6 +156,10 @@ def test_report_forms(tmp_path: Path) -> None:
 
 
 def test_bad_input_of_compare() -> None:
+    native = BERT.build()
+    native.set_attn_implementation("favor_plus")
+    with pytest.raises(ConfigError, match="needs a converted model"):
+        hf_linattn.compare(native, batches(BERT), ablations=True)
     stock = BERT.build()
     with pytest.raises(ConfigError, match="needs a model with linear attention"):
         hf_linattn.compare(stock, batches(BERT))

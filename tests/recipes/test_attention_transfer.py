@@ -203,10 +203,11 @@ def test_two_processes(folder: Path, tmp_path: Path, changes: list[str]) -> None
     one = transfer(arguments(folder, tmp_path / "one", "gpt2", "favor_plus", *flags))
     found = results(tmp_path / "two")
     assert (one["processes"], found["processes"]) == (1, 2)
-    assert found["fidelity"]["before"] == one["fidelity"]["before"]
+    before, after = (found["fidelity"][name]["mean_layer_error"] for name in ("before", "after"))
+    assert before == pytest.approx(one["fidelity"]["before"]["mean_layer_error"], rel=1e-4)
     if not changes:  # of a stream each process takes other rows
         assert logged(found, "error") == pytest.approx(logged(one, "error"), rel=1e-3)
-    assert found["fidelity"]["after"]["mean_layer_error"] < found["fidelity"]["before"]["mean_layer_error"]
+    assert after < before
 
 
 # -- data ---------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from ...errors import InputError
 from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.window_chunks import window_chunk_attention
+from ..ablation import ABLATED
 from ..layout import WindowedBlocks
 from ..padding import Tokens
 from ..softmax import causal_visibility, mask_logits, softmax_with_lse
+from .ablation import ablated_chunks
 from .bounded import EarlierChunks, latest_chunks
 from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
@@ -39,6 +41,8 @@ def eva_estimate(
     """
     is_causal = options.is_causal
     layout = (published_layout if options.chunking == "published" else exclusive_layout)(options, tokens)
+    if ABLATED:
+        tokens, options, summarise, layout = ablated_chunks(tokens, options, summarise, layout)
     blocks = layout.windows.blocks
     block_query = blocks.split(tokens.query)
     bias = None

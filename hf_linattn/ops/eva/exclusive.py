@@ -47,12 +47,16 @@ def window_reach(window_size: int, chunk: int) -> int:
     return window_size if chunk > window_size else -(-max(1, window_size // 2) // chunk) * chunk
 
 
-def exclusive_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
-    """Windows and chunks that share no key, row by row."""
+def exclusive_layout(options: ChunkOptions, tokens: Tokens, *, always_chunks: bool = False) -> Layout:
+    """Windows and chunks that share no key, row by row.
+
+    Args:
+        always_chunks: Make chunks also where one window holds all tokens, so that no query reads any.
+    """
     num_tokens, grid, device = tokens.key.shape[2], tokens.grid, tokens.key.device
-    window = fit_window(options.window_size, num_tokens, grid)
+    window = options.window_size if always_chunks else fit_window(options.window_size, num_tokens, grid)
     windows = Blocks(num_tokens, window, grid)
-    if windows.num_blocks == 1:
+    if windows.num_blocks == 1 and not always_chunks:
         return Layout(WindowedBlocks(windows), None)
     if grid is not None:
         chunk = options.chunk_size or longest_chunk(window, max(1, integer_root(options.num_chunks)), max(grid))

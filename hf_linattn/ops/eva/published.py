@@ -33,7 +33,7 @@ def published_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
     if tokens.valid is None:
         around = WindowedBlocks(Blocks(padded, longest), wider, wider)
         length = torch.full((1, 1), longest, device=tokens.key.device)
-        visible = _earlier(options, windows.blocks, length, count) if options.is_causal else None
+        visible = earlier_chunks(windows.blocks, length, count) if options.is_causal else None
         return Layout(windows, even_chunks(around, tokens, visible, None, divisor=length + 2 * wider))
 
     # Rows of different length: each is padded to whole windows of its own, and cut into chunks of its own length.
@@ -43,7 +43,7 @@ def published_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
     number = torch.arange(most, device=own.device)
     visible = (number < -(-own // length))[:, None, None]
     if options.is_causal:
-        visible = visible & _earlier(options, windows.blocks, length, most)
+        visible = visible & earlier_chunks(windows.blocks, length, most)
     position = (number * length)[..., None] - wider + torch.arange(longest + 2 * wider, device=own.device)
     inside = position < ((number + 1) * length + wider)[..., None]
     inside = inside & (position >= 0) & (position < tokens.lengths[:, None, None])
@@ -52,7 +52,7 @@ def published_layout(options: ChunkOptions, tokens: Tokens) -> Layout:
     return Layout(windows, chunks)
 
 
-def _earlier(options: ChunkOptions, windows: Blocks, length: Tensor, count: int) -> Tensor:
+def earlier_chunks(windows: Blocks, length: Tensor, count: int) -> Tensor:
     """`[batch or 1, windows, queries, chunks]`: chunks before the query's own; `length` `[batch or 1, 1]`."""
     device = length.device
     own = torch.arange(windows.num_blocks * windows.size, device=device) // length
