@@ -155,6 +155,10 @@ class AttentionTransferTrainer(Trainer):
         self._any_exact: Tensor | bool = False
         self._batches = 0
 
+    def set_target(self, target: str, row_weight: float = 0.0) -> None:
+        """Train towards another target from the next step on, as in `transfer_attention`: two stages in one run."""
+        self._objective = Objective(target, row_weight)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
             return super().train(*args, **kwargs)
