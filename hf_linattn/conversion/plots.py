@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
 
-if TYPE_CHECKING:
-    from .report import Report
 
-
-def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
+def plot_report(report: Any, path: str | os.PathLike[str]) -> Path:
     """Save heat maps of layers and heads: errors, and the shares of the slots where they are known."""
     layers = report.layers
     maps = {"relative error": [(*layer.head_errors, layer.error) for layer in layers]}
@@ -34,7 +31,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 def plot_error_against_cost(
-    points: Iterable[tuple[str, float, Report]], path: str | os.PathLike[str], *, cost: str = "slots"
+    points: Iterable[tuple[str, float, Any]], path: str | os.PathLike[str], *, cost: str = "slots"
 ) -> Path:
     """Save a picture of error against cost, of several reports.
 

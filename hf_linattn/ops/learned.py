@@ -181,9 +181,11 @@ def learning_start(
     if exact.windows is None and exact.heavy is None:
         return start  # beside nothing else the mass of the slots has no effect
 
+    started = replace(feature_map, query_shift=query_shift, key_shift=key_shift, slot_bias=slot_bias)
+
     def mass(offset: float) -> Tensor:
         """Log-mass of exact keys and slots together."""
-        maps = replace(feature_map, **start | {"far_offset": start["far_offset"] + offset})
+        maps = replace(started, far_offset=torch.zeros_like(started.far_offset) + offset)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, Trainer
 from ..errors import ConfigError, InputError
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
+from ..modules.base import LinearAttention
 from ..modules.learned_maps import parameter_groups
 from .objective import Objective, average
 from .teacher import layer_errors
@@ -31,6 +33,7 @@ from .trained_layers import learned_parameters, linear_layers, only, start, trai
 logger = logging.getLogger(__name__)
 
 LEARNING_RATE = 3e-2
+TRAINER_RATE = 5e-5  # what TrainingArguments have if nothing is said
 TEACHES_NOTHING = (
     "All rows of a batch fit into the window, where attention is exact: it teaches nothing. Leave out short inputs, or"
     " put several into one row. (Told once; there may be more.)"
@@ -159,9 +162,20 @@ class AttentionTransferTrainer(Trainer):
         """Train towards another target from the next step on, as in `transfer_attention`: two stages in one run."""
         self._objective = Objective(target, row_weight)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_given = self.optimizer is not None
+        with self._only_learned():
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if not is_given:
+            _set_learning_rates(optimizer, linear_layers(self._layers), self.args.learning_rate)
+        return optimizer
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
+        with self._only_learned():
             return super().train(*args, **kwargs)
+
+    def _only_learned(self) -> AbstractContextManager[None]:
+        return only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         inner, is_training = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer"), model.training
@@ -190,6 +204,25 @@ class AttentionTransferTrainer(Trainer):
                 self._has_told = True
             self._error_sum, self._any_exact, self._batches = 0.0, False, 0
         super().log(logs, *args, **kwargs)
+
+
+def _set_learning_rates(
+    optimizer: torch.optim.Optimizer, layers: Sequence[LinearAttention[Any]], learning_rate: float
+) -> None:
+    """Split groups of parameters by the learning rates of `parameter_groups`."""
+    if learning_rate <= TRAINER_RATE:
+        logger.warning(
+            "learning_rate is %g, the default of TrainingArguments: learned maps hardly move with it. The default of"
+            " transfer_attention is %g.",
+            learning_rate,
+            LEARNING_RATE,
+        )
+    rates = {id(p): group["lr"] for group in parameter_groups(layers, learning_rate) for p in group["params"]}
+    found = []
+    for group in optimizer.param_groups:
+        for rate in dict.fromkeys(rates[id(p)] for p in group["params"]):
+            found.append({**group, "lr": rate, "params": [p for p in group["params"] if rates[id(p)] == rate]})
+    optimizer.param_groups[:] = found
 
 
 def _check_arguments(args: Any) -> None:
