@@ -137,6 +137,7 @@ def learned_attention(
     tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    tokens = tokens.packed()
     exact = exact_attention(tokens, options)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(exact.with_slots(query_weights, key_weights))

@@ -7,7 +7,7 @@ know only how many tokens of a row are real.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -83,6 +83,14 @@ class Tokens:
     _global: GlobalTokens | None
     _order: Tensor | None
     _mask: Tensor | None
+
+    def packed(self) -> Tokens:
+        """On a CPU with the tokens of a head next to each other: projections leave them between those of other heads,
+        and every kernel would copy them, forward and backward."""
+        if self.key.device.type != "cpu":
+            return self
+        query, key, value = (z.contiguous() for z in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
 
     def finish(self, estimate: AttentionState | None) -> Tensor:
         """The attention output for all queries that were asked for: global tokens and padding put back."""

@@ -109,6 +109,7 @@ def learned_eva_attention(
     tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    tokens = tokens.packed()
     return tokens.finish(eva_estimate(tokens, options, summarise, window_bias=window_bias, dropout=slot_dropout))
 
 
