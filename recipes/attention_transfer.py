@@ -106,6 +106,11 @@ def perplexity(batches: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> 
     return math.exp(losses / rows)
 
 
+def verdict(report: Any) -> str | None:
+    """Whether the slots matter, in words; None if that is not known."""
+    return None if report is None or report.is_window_in_disguise is None else report.verdict()
+
+
 # -- the run ----------------------------------------------------------------------------------------------------------
 def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
@@ -203,7 +208,7 @@ def main(
             seed=seed,
             calibration_rows=calibration_rows,
             score_name="perplexity",
-            verdict=reports["after"].verdict() if transfer_args.ablations and compares else None,
+            verdict=verdict(reports.get("after")),
             **fidelity,
         )
         trainer.create_model_card()

@@ -68,8 +68,8 @@ def transfer_section(record: TransferRecord, model: Any, kind: AttentionKind) ->
     layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
     trained = [layer for layer in layers if record.layers is None or layer.shape.layer_idx in record.layers]
     template = importlib.resources.files(__package__).joinpath("transfer.md.jinja").read_text(encoding="utf-8")
-    after = record.after or {}
-    return Template(template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).render(
+    after: Mapping[str, Any] = {"is_window_in_disguise": None, **record.after} if record.after else {}
+    section = Template(template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).render(
         text=text,
         code=code,
         record=record,
@@ -85,6 +85,7 @@ def transfer_section(record: TransferRecord, model: Any, kind: AttentionKind) ->
         model_columns=[title or record.score_name for title, _ in _columns(after).values()],
         model_rows=_model_rows(record.before, after),
     )
+    return section.strip()
 
 
 def _count_parameters(modules: Iterable[nn.Module]) -> int:

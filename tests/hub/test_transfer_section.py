@@ -92,6 +92,8 @@ def test_controls_scores_and_the_verdict() -> None:
     assert "| slots shuffled | 0.5000 | 2.0000 |  | 99 |" in text
     assert "slots alone |" not in text
     assert f"\n{verdict}\n" in text
+    text = body(replace(RECORD, after={**after, "is_window_in_disguise": True}, verdict=verdict))
+    assert f"\n**{verdict}**\n" in text
 
 
 def test_nothing_was_compared() -> None:
