@@ -22,7 +22,7 @@ ROWS = 4  # of a batch
 class Task(BaseTask):
     """Rows of 512 tokens; windows of 32 tokens (the default), at most 64 slots."""
 
-    length, few_windows, windows = 512, 64, 256
+    length, few_windows, windows = 512, 32, 256
 
     def __init__(self, files: Files) -> None:
         self.model = shared.decoder(files.model, self.length)

@@ -23,7 +23,7 @@ ROWS = 16  # of a batch
 class Task(BaseTask):
     """Windows of 16 tokens, at most 64 slots."""
 
-    few_rows, rows = 128, 512
+    few_rows, rows = 64, 256
 
     def __init__(self, files: Files) -> None:
         self.model = shared.decoder(files.model, recall.LENGTH)
@@ -65,7 +65,7 @@ class Task(BaseTask):
 def cached(model: Any, rows: Tensor) -> dict[str, float]:
     """Recall of a model that reads one token after the other, and how far its logits are from the parallel form's."""
     found, difference = [], 0.0
-    for part in rows.split(128):
+    for part in rows.split(256):
         words = recall.inputs(part)
         given = {cache_argument(model): DynamicCache(config=model.config)}
         steps = [{name: ids[:, t : t + 1] for name, ids in words.items()} for t in range(part.shape[1])]
