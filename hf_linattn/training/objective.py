@@ -84,7 +84,7 @@ def row_divergence(module: nn.Module, call: Call) -> Tensor:
             f"row_weight compares attention rows key by key, for inputs of at most {MAX_ROW_TOKENS} tokens; got"
             f" {tokens}. Pass shorter inputs, or row_weight=0."
         )
-    if call.layer is not None and getattr(call.layer.config, "value_convolution", False):
+    if call.layer is not None and call.layer.config.value_convolution:
         raise ConfigError(
             "row_weight must be 0 with value_convolution=True: a convolution of the values beside attention has no"
             " attention rows."
