@@ -100,7 +100,7 @@ def _slots(kind: AttentionKind, settings: Mapping[str, Any], is_causal: bool) ->
 
 def _layer_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Name, errors before and after, share of the mass that goes through slots: of every layer."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, layer in enumerate(after.get("layers", [])):
         shares = layer.get("slot_shares")
         rows.append(

@@ -31,6 +31,7 @@ import attention_transfer
 import hf_linattn
 from _common import RecipeError
 from _unlabelled import UnlabelledArguments, read_rows
+from hf_linattn.modules.registry import get_kind
 
 STOCK = {**{name: case.stock for name, case in BY_NAME.items()}, "bert": BertModel}
 CONVERTED = {name: getattr(hf_linattn, f"LinAttn{stock.__name__}") for name, stock in STOCK.items()}
@@ -104,7 +105,7 @@ def test_only_the_maps_are_trained(folder: Path, tmp_path: Path, family: str, ki
         "by as much as is said above",
     ):
         assert said in card.text
-    assert ("calibrated before on | 12" in card.text) == (kind == "favor_sharp" and family == "gpt2" or kind == "lara")
+    assert ("calibrated before on | 12" in card.text) == (get_kind(kind).calibrated_field is not None)
     for number, layer in enumerate(fidelity["after"]["layers"]):
         before = fidelity["before"]["layers"][number]["error"]
         assert f"| `{layer['name']}` | {before:.3f} | {layer['error']:.3f} |" in card.text
