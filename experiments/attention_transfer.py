@@ -54,7 +54,7 @@ class Plan:
     """What is done with the maps of a row: arguments of `transfer_attention`, and steps of the stages after it."""
 
     steps: int
-    learning_rate: float
+    learning_rate: float | None
     row_weight: float
     second_stage: int
     fine_tune: int
@@ -110,7 +110,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Patterns of names of rows, separated by commas.")] = "*",
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 100,
-    learning_rate: float = 1e-2,
+    learning_rate: Annotated[float | None, typer.Option(help="Of both stages; unless said, the library's.")] = None,
     row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
     second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
     fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,

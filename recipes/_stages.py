@@ -11,6 +11,7 @@ from transformers import TrainerCallback, get_scheduler
 from _common import RecipeError
 from _training import RecipeTrainer, RecipeTrainingArguments
 from hf_linattn.training import AttentionTransferTrainer
+from hf_linattn.training.transfer import LEARNING_RATES
 
 STEPS = 200
 
@@ -25,7 +26,7 @@ class TransferArguments:
         metadata={"help": "Steps after --max_steps that train all layers together towards the hidden states"},
     )
     second_stage_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the first of these steps (default: --learning_rate)"}
+        default=None, metadata={"help": "Of the first of these steps (default: a third of --learning_rate)"}
     )
     transfer_layers: str | None = field(
         default=None, metadata={"help": "Layers to train, for example '0,1,4-5' (default: all converted ones)"}
@@ -48,7 +49,7 @@ class TransferArguments:
 class TransferTrainingArguments(RecipeTrainingArguments):
     """`TrainingArguments` with the steps and the optimizer of `hf_linattn.training.transfer_attention`."""
 
-    learning_rate: float = field(default=1e-2, metadata={"help": "Of the first step"})
+    learning_rate: float = field(default=LEARNING_RATES["attention"], metadata={"help": "Of the first step"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Decay of the learning rate"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0 does not clip gradients"})
     num_train_epochs: float | None = field(
@@ -98,7 +99,7 @@ class TransferTrainer(RecipeTrainer, AttentionTransferTrainer):
     def __init__(self, *, second_stage_steps: int, second_stage_learning_rate: float | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.second_stage_steps = second_stage_steps
-        self.second_stage_learning_rate = second_stage_learning_rate or self.args.learning_rate
+        self.second_stage_learning_rate = second_stage_learning_rate or self.args.learning_rate / 3
         if second_stage_steps:
             self.add_callback(SecondStage(self, self.args.max_steps - second_stage_steps))
 

@@ -32,7 +32,7 @@ from .trained_layers import learned_parameters, linear_layers, only, start, trai
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = 3e-2
+LEARNING_RATES = {"attention": 3e-2, "hidden_states": 1e-2}  # of the targets
 TRAINER_RATE = 5e-5  # what TrainingArguments have if nothing is said
 TEACHES_NOTHING = (
     "All rows of a batch fit into the window, where attention is exact: it teaches nothing. Leave out short inputs, or"
@@ -62,7 +62,7 @@ def transfer_attention(
     batches: Iterable[Mapping[str, Any]],
     *,
     steps: int = 200,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     target: str = "attention",
     layers: Sequence[int] | None = None,
     row_weight: float = 0.0,
@@ -80,7 +80,8 @@ def transfer_attention(
         batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
             when they end before the steps do.
         steps: Batches to train on.
-        learning_rate: Of the first step; residual maps (LARA, EVA) take 0.3 of it.
+        learning_rate: Of the first step; residual maps (LARA, EVA) take 0.3 of it. `None`: 3e-2, or 1e-2 for hidden
+            states.
         target: "attention": every layer by itself, towards the output of softmax on the inputs that it has under
             softmax. "hidden_states": a second stage, all layers together on linear attention end to end, towards the
             hidden states of softmax.
@@ -102,6 +103,7 @@ def transfer_attention(
     model = inside(model, "transfer_attention")
     chosen = trained_layers(model, layers)
     parameters = learned_parameters(chosen)
+    learning_rate = LEARNING_RATES[target] if learning_rate is None else learning_rate
     optimizer = torch.optim.Adam(parameter_groups(linear_layers(chosen), learning_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     found: list[TransferStep] = []
@@ -215,7 +217,7 @@ def _set_learning_rates(
             "learning_rate is %g, the default of TrainingArguments: learned maps hardly move with it. The default of"
             " transfer_attention is %g.",
             learning_rate,
-            LEARNING_RATE,
+            LEARNING_RATES["attention"],
         )
     rates = {id(p): group["lr"] for group in parameter_groups(layers, learning_rate) for p in group["params"]}
     found = []
