@@ -136,7 +136,7 @@ def test_second_stage(folder: Path, tmp_path: Path) -> None:
     found = transfer([*arguments(folder, tmp_path), *flags], None, Watch())
     assert targets == [1, 2, 3, 4, 1, 2, 3]  # the optimizer begins anew
     rates = logged(found, "learning_rate")
-    assert rates[0] == 1e-2
+    assert rates[0] == 3e-2
     assert rates[3] < rates[2] < rates[1] < rates[0]
     assert rates[4] == 1e-3
     assert rates[6] < rates[5] < rates[4]
