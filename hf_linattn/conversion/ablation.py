@@ -26,9 +26,9 @@ def ablated(model: PreTrainedModel, what: str) -> Iterator[None]:
 
     * "window_alone": slots hold no mass. Queries read what they read exactly: the keys of their window, heavy keys,
       global tokens.
-    * "slots_alone": nothing is read exactly, every key goes through slots. EVA: a query reads all chunks or, in a
-      decoder, those that end before its own begins (the first tokens then read nothing, and `max_chunks` has no
-      effect); global tokens, which are in no chunk, stay exact.
+    * "slots_alone": nothing is read exactly, every key goes through slots, and no values are convolved. EVA: a query
+      reads all chunks or, in a decoder, those that end before its own begins (the first tokens then read nothing, and
+      `max_chunks` has no effect); global tokens, which are in no chunk, stay exact.
     * "shuffled_slots": a query reads slot j + 1 where it should read slot j. EVA: every chunk has the value of the
       chunk before it; the first that of the last or, in a decoder, its own.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.ablation import ABLATED, SLOT_SHARE, SLOTS_ALONE, current_ablations
 from ..ops.eva.learned import LearnedSummariser
 from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
@@ -127,6 +128,8 @@ def with_value_convolution(
 ) -> Tensor:
     """The output of attention, with the convolution of the values added if the layer has one."""
     if not config.value_convolution:
+        return output
+    if ABLATED and current_ablations() & {SLOTS_ALONE, SLOT_SHARE}:  # it goes beside the slots
         return output
     count = config.num_global_tokens or 0
     mixed = value_convolution(inputs.value, state[VALUE_CONVOLUTION], grid=inputs.grid, num_global_tokens=count)
