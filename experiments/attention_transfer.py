@@ -114,6 +114,7 @@ def main(
     row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
     second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
     fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,
+    softmax: Annotated[bool, typer.Option(help="Score the softmax model too, as the first row.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON of the results, written after every row.")] = None,
 ) -> None:
     """Scores of softmax, of the controls, and of learned maps after transfer."""
@@ -123,8 +124,10 @@ def main(
     torch.manual_seed(0)
     it = load_task(task, Files(model, tuple(train or ()), tuple(test or ()), train_rows))
     plan = Plan(steps, learning_rate, row_weight, second_stage, fine_tune)
-    softmax = {"attention": "softmax", "trained": it.score(it.model), "trained, few": it.score(it.model, few=True)}
-    found: list[dict[str, Any]] = [softmax]
+    found: list[dict[str, Any]] = []
+    if softmax:
+        scores = {"trained": it.score(it.model), "trained, few": it.score(it.model, few=True)}
+        found.append({"attention": "softmax", **scores})
     for name, settings in chosen_rows(it, rows).items():
         for seed in map(int, seeds.split(",")):
             found.append({"attention": name, **measure(it, settings, seed, plan)})
