@@ -39,16 +39,14 @@ class Task(BaseTask):
         )
 
     def settings(self) -> dict[str, AttentionConfig]:
-        sharp = FavorSharpConfig(learned=True, num_features=64)
         lara = LaraConfig(learned=True, num_landmarks=64)
-        exact: dict[str, Any] = {"overlap_window": True, "num_heavy_keys": 32}
+        exact: dict[str, Any] = {"overlap_window": True, "num_heavy_keys": 64}
         return {
             "favor_plus-256-random": FavorPlusConfig(),
             "favor_plus-64": FavorPlusConfig(learned=True, num_features=64),
-            "favor_sharp-64": sharp,
+            "favor_sharp-64": FavorSharpConfig(learned=True, num_features=64),
             "lara-64": lara,
             "eva-64": EvaConfig(learned=True, num_chunks=64),
-            "favor_sharp-64-overlap-heavy": sharp.replace(**exact),
             "lara-64-overlap-heavy": lara.replace(**exact),
         }
 
