@@ -29,7 +29,6 @@ from hf_linattn.bench.environment import write_experiment
 from hf_linattn.conversion.ablation import ablated
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.training import transfer_attention
-from hf_linattn.training.transfer import LEARNING_RATE
 
 CALIBRATION_BATCHES = 4
 CONTROLS = ("window_alone", "shuffled_slots")
