@@ -22,13 +22,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import ConfigError, InputError
+from ..integrations.adapters import keep_in_adapters
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
 from ..modules.base import LinearAttention
 from ..modules.learned_maps import parameter_groups
-from .objective import Objective, average
+from .objective import Objective, average, check_finite
 from .teacher import layer_errors
-from .trained_layers import learned_parameters, linear_layers, only, start, trained_layers
+from .trained_layers import (
+    check_learning_rate,
+    check_trains,
+    learned_parameters,
+    linear_layers,
+    only,
+    start,
+    trained_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +85,8 @@ def transfer_attention(
 
     Args:
         model: Converted with settings that learn something, such as `FavorPlusConfig(learned=True)`. Changed in place.
+            With an adapter (PEFT) in it, the maps are those of the adapter from then on, as with
+            `modules_to_save=["linattn"]`.
             Its own weights under softmax are the teacher, so transfer comes before any other training.
         batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
             when they end before the steps do.
@@ -92,25 +103,32 @@ def transfer_attention(
         progress: Show a progress bar with the error of every layer.
     Returns: the error of every trained layer at every step.
     Raises:
-        ConfigError: The model is not converted, its layers learn nothing, `layers` are no converted layers, or the
-            other settings contradict each other.
-        InputError: No batches; one without a real token; a first one whose rows all fit into the window.
+        ConfigError: The model is not converted, its layers learn nothing or are in float16, `layers` are no converted
+            layers, or the other settings contradict each other.
+        InputError: No batches; one without a real token, or with errors that are not finite; a first one whose rows
+            all fit into the window; no number of steps; within `torch.inference_mode()`.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be an integer >= 1; got {steps!r}.")
+    if torch.is_inference_mode_enabled():
+        raise InputError("transfer_attention needs gradients: call it outside of torch.inference_mode().")
+    check_learning_rate(learning_rate)
     objective = Objective(target, row_weight)
     model = inside(model, "transfer_attention")
     chosen = trained_layers(model, layers)
+    keep_in_adapters(model, lambda layer: layer in linear_layers(chosen))
     parameters = learned_parameters(chosen)
     optimizer = torch.optim.Adam(parameter_groups(linear_layers(chosen), learning_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     found: list[TransferStep] = []
     told = False
-    with only(model, parameters), _ProgressBar(steps, progress) as bar:
+    # A caller's no_grad() is about what the model is used for afterwards.
+    with torch.enable_grad(), only(model, parameters), _ProgressBar(steps, progress) as bar:
         for step, batch in enumerate(_repeated(batches, steps)):
             if step == 0:
                 start(model, batch, chosen)
             errors = layer_errors(model, model, batch, chosen, objective, backward=True)
+            check_finite(errors.error)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -147,7 +165,9 @@ class AttentionTransferTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._objective = Objective(target, row_weight)
-        self._layers = trained_layers(inside(model, "AttentionTransferTrainer"), layers)
+        inner = inside(model, "AttentionTransferTrainer")
+        self._layers = trained_layers(inner, layers)
+        keep_in_adapters(inner, lambda layer: layer in linear_layers(self._layers))
         super().__init__(model, *args, **kwargs)
         _check_arguments(self.args)
         self.can_return_loss = True  # without labels too
@@ -164,10 +184,14 @@ class AttentionTransferTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_given = self.optimizer is not None
+        if is_given:
+            check_trains(self.optimizer, learned_parameters(self._layers))
+        elif self.optimizer_cls_and_kwargs is None:
+            check_learning_rate(self.args.learning_rate)
         with self._only_learned():
             optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if not is_given:
-            _set_learning_rates(optimizer, linear_layers(self._layers), self.args.learning_rate)
+            _set_learning_rates(optimizer, linear_layers(self._layers))
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +209,7 @@ class AttentionTransferTrainer(Trainer):
             self._has_started = True
         found = layer_errors(model, inner, inputs, self._layers, self._objective)
         if is_training:
+            check_finite(found.error)
             self._batches += 1
             self._error_sum = self._error_sum + found.error
             self._any_exact = self._any_exact | found.is_exact.all()
@@ -206,22 +231,25 @@ class AttentionTransferTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _set_learning_rates(
-    optimizer: torch.optim.Optimizer, layers: Sequence[LinearAttention[Any]], learning_rate: float
-) -> None:
+def _set_learning_rates(optimizer: torch.optim.Optimizer, layers: Sequence[LinearAttention[Any]]) -> None:
     """Split groups of parameters by the learning rates of `parameter_groups`."""
-    if learning_rate <= TRAINER_RATE:
-        logger.warning(
-            "learning_rate is %g, the default of TrainingArguments: learned maps hardly move with it. The default of"
-            " transfer_attention is %g.",
-            learning_rate,
-            LEARNING_RATE,
-        )
-    rates = {id(p): group["lr"] for group in parameter_groups(layers, learning_rate) for p in group["params"]}
+    factors = {id(p): group["lr"] for group in parameter_groups(layers, 1.0) for p in group["params"]}
     found = []
     for group in optimizer.param_groups:
-        for rate in dict.fromkeys(rates[id(p)] for p in group["params"]):
-            found.append({**group, "lr": rate, "params": [p for p in group["params"] if rates[id(p)] == rate]})
+        rate = group["lr"]
+        if not isinstance(rate, (int, float)):  # an optimizer with a schedule of its own
+            return
+        if rate <= TRAINER_RATE:
+            logger.warning(
+                "learning_rate is %g: learned maps hardly move with it. TrainingArguments have %g by default,"
+                " transfer_attention %g.",
+                rate,
+                TRAINER_RATE,
+                LEARNING_RATE,
+            )
+        for factor in dict.fromkeys(factors[id(p)] for p in group["params"]):
+            parameters = [p for p in group["params"] if factors[id(p)] == factor]
+            found.append({**group, "lr": factor * rate, "params": parameters})
     optimizer.param_groups[:] = found
 
 
