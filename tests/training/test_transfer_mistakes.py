@@ -10,14 +10,14 @@ import pytest
 import torch
 from cases import BERT, GPT2, VIT
 from torch import Tensor
-from transfer_runs import LARA, batches, converted, short, tensors, trainer_of
+from transfer_runs import LARA, Rows, batches, converted, short, tensors, trainer_of
 from transformers import AutoModel, EncoderDecoderModel
 
 import hf_linattn
 from hf_linattn import FavorPlusConfig
 from hf_linattn.conversion.ablation import ablated
 from hf_linattn.errors import ConfigError, InputError, UnsupportedError
-from hf_linattn.training import transfer_attention
+from hf_linattn.training import AttentionTransferTrainer, transfer_attention
 
 SETTINGS = [
     ({"steps": 0}, InputError, "steps must be an integer >= 1; got 0"),
@@ -182,3 +182,24 @@ def test_an_optimizer_without_the_maps(tmp_path: Path) -> None:
     trainer.optimizer = torch.optim.Adam(trainer.model.get_input_embeddings().parameters())
     with pytest.raises(ConfigError, match="lacks 14 of the 14 parameters"):
         trainer.train()
+
+
+def test_an_adapter_holds_the_maps() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(converted(BERT), peft.LoraConfig(target_modules=["query"]))
+    transfer_attention(model, batches(BERT), steps=1)
+    assert any("linattn" in name for name in peft.get_peft_model_state_dict(model))
+
+
+def test_a_comparison_of_what_is_not_finite() -> None:
+    given = batches(VIT)
+    given[0]["pixel_values"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="not all finite"):
+        hf_linattn.compare(converted(VIT), given)
+
+
+def test_the_learning_rate_of_an_optimizer_class(tmp_path: Path) -> None:
+    given = trainer_of(tmp_path)
+    options = {"train_dataset": Rows(), "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})}
+    optimizer = AttentionTransferTrainer(given.model, given.args, **options).create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
