@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def compare(
             for softmax, and for what is left with `ablations`, with the model in eval mode. It must not use a cache.
     Raises:
         ConfigError: The model uses softmax attention: there is nothing to compare. `ablations` of one not converted.
-        InputError: No batches, or not a series of dictionaries.
+        InputError: No batches, or not a series of dictionaries; outputs that are not finite.
     """
     model = inside(model, "compare")
     check_model(model)
@@ -95,6 +96,11 @@ def compare(
                     sums.add(reference, found, mask)
         if not total.rows:
             raise InputError("`batches` is empty: compare needs at least one batch of inputs.")
+        if not math.isfinite(total.cosine):
+            raise InputError(
+                "The outputs of the model are not all finite (inf or NaN) on these batches: there is nothing to"
+                " compare. Look at the inputs, or load the model in float32."
+            )
         if not layers:
             raise UnsupportedError(
                 f"No layer of {type(model).__name__} ran under {kind!r}: both runs were softmax, and there is nothing"

@@ -133,6 +133,15 @@ def _real(key_mask: Tensor | None, like: Tensor) -> Tensor:
     return real
 
 
+def check_finite(errors: Tensor) -> None:
+    """Raise `InputError` before a step with errors that are not finite, after which learned maps would be NaN."""
+    if not bool(errors.isfinite().all()):
+        raise InputError(
+            f"The errors of the layers are {errors.tolist()} on a batch: its inputs, or what the model makes of them,"
+            " are not finite. Nothing was learned from it. Leave it out, or load the model in float32."
+        )
+
+
 def is_exact(error: Tensor, dtype: torch.dtype) -> Tensor:
     """Whether squared relative errors are no more than the rounding of outputs in `dtype`."""
     return error < max(1e-9, torch.finfo(dtype).eps ** 2)

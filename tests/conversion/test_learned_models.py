@@ -17,8 +17,8 @@ from hf_linattn.errors import ConfigError, LinAttnError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
-from hf_linattn.training import transfer_attention
 from hf_linattn.training.trained_layers import start, trained_layers
+from hf_linattn.training.transfer import transfer_attention
 
 KINDS = {
     "favor_plus": 256,
