@@ -33,7 +33,7 @@ def ablated(model: PreTrainedModel, what: str) -> Iterator[None]:
       chunk before it; the first that of the last or, in a decoder, its own.
 
     Parameters and buffers stay as they are, and everything is as before afterwards. In the block the model keeps no
-    cache (`config.use_cache` is False), and cannot be compiled.
+    cache (`config.use_cache` is False; pass `use_cache=False` to `generate`), and cannot be compiled.
 
     Args:
         model: Converted, of any kind, with its kind as the attention implementation.
@@ -92,6 +92,13 @@ def possible_ablations(model: PreTrainedModel) -> list[str]:
             continue
         found.append(name)
     return found
+
+
+def check_whole(model: PreTrainedModel, caller: str) -> None:
+    """Raise `ConfigError` if something is taken away from a model at present."""
+    for module in model.modules():
+        if isinstance(module, LinearAttention) and module.ablation is not None:
+            raise ConfigError(f"{caller} reads whole layers: call it outside of ablated(model, {module.ablation!r}).")
 
 
 def _check(layer: LinearAttention[Any], what: str) -> None:

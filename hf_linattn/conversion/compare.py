@@ -20,7 +20,7 @@ from ..integrations.seams import softmax_name
 from ..integrations.wrappers import converted_parts, inside
 from ..modules.registry import list_kinds
 from ..ops.ablation import SLOT_SHARE, ablate
-from .ablation import ablated, possible_ablations
+from .ablation import ablated, check_whole, possible_ablations
 from .report import AblatedFidelity, Report
 from .sums import LOGITS, LayerSums, ModelSums
 
@@ -52,7 +52,8 @@ def compare(
             for softmax, and for what is left with `ablations`, with the model in eval mode. It must not use a cache.
     Raises:
         ConfigError: The model uses softmax attention: there is nothing to compare. `ablations` of one not converted.
-        InputError: No batches, or not a series of dictionaries; outputs that are not finite.
+            Within `ablated`. A score that is no number.
+        InputError: No batches, or not a series of dictionaries; one without a real token; outputs that are not finite.
     """
     model = inside(model, "compare")
     check_model(model)
@@ -66,6 +67,7 @@ def compare(
                 f"{list_kinds()}."
             )
         )
+    check_whole(model, "compare")
     layers: dict[nn.Module, LayerSums] = {}
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
@@ -85,6 +87,8 @@ def compare(
         left = {name: (ModelSums(), ModelSums()) for name in parts}  # beside softmax, and beside linear attention
         for batch in read_batches(batches, max_batches, progress, "Comparing with softmax"):
             inputs, mask = prepare_inputs(model, batch)
+            if mask is not None and not mask.any():
+                raise InputError("A batch has no real token (its attention_mask is all 0). Leave such batches out.")
             with observed_attention(model, on_call):
                 softmax = _run(model, inputs)
             linear = _run(model, inputs)
@@ -138,14 +142,21 @@ def _left(softmax: ModelSums, linear: ModelSums, score: float | None) -> Ablated
 def _scores(model: PreTrainedModel, score: Callable[[PreTrainedModel], float], parts: list[str]) -> dict[str, float]:
     """The user's measure by name: of softmax, of linear attention, and of what is left."""
     kind = kind_of(model)
-    found = {kind: float(score(model))}
+    found = {kind: _number(score(model))}
     for name in parts:
         with ablated(model, name):
-            found[name] = float(score(model))
+            found[name] = _number(score(model))
     with restored(model):
         model.set_attn_implementation(softmax_name(model.config))
-        found["softmax"] = float(score(model))
+        found["softmax"] = _number(score(model))
     return found
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"score(model) must return a number; got {type(score).__name__}.") from None
 
 
 # -- one batch -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from cases import BERT, BY_NAME, GPT2, MODELS, VIT, ModelCase, converted, matrix
 from transformers import AutoModelForMaskedLM
 
 import hf_linattn
+from hf_linattn.conversion.ablation import ablated
 from hf_linattn.errors import ConfigError, InputError
 
 
@@ -170,3 +171,13 @@ def test_bad_input_of_compare() -> None:
         hf_linattn.compare(model, BERT.inputs())
     with pytest.raises(InputError, match="must be a dictionary"):
         hf_linattn.compare(model, [torch.ones(1, 3)])
+
+
+def test_what_compare_cannot_read() -> None:
+    model, inputs = hf_linattn.convert(BERT.build(), "favor_plus"), BERT.inputs()
+    with ablated(model, "shuffled_slots"), pytest.raises(ConfigError, match="outside of ablated"):
+        hf_linattn.compare(model, [inputs])
+    with pytest.raises(InputError, match="no real token"):
+        hf_linattn.compare(model, [{**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}])
+    with pytest.raises(ConfigError, match="must return a number; got NoneType"):
+        hf_linattn.compare(model, [inputs], score=lambda model: None)
