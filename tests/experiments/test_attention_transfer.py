@@ -101,7 +101,10 @@ def test_cached_recall_is_recall(task: Any) -> None:
     assert score["largest difference of a logit"] < 1e-4
 
 
-def test_results(script: Any, task: Any, tmp_path: Path) -> None:
+def test_results(script: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transfer_tasks.recall
+
+    monkeypatch.setattr(transfer_tasks.recall, "cached", lambda model, rows: {})  # token by token is slow
     out = tmp_path / "out.json"
     script.main("recall", steps=2, second_stage=1, fine_tune=1, seeds="0,1", rows="learned,random", out=out)
     softmax, *rows = json.loads(out.read_text())["rows"]
