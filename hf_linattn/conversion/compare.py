@@ -52,7 +52,7 @@ def compare(
             for softmax, and for what is left with `ablations`, with the model in eval mode. It must not use a cache.
     Raises:
         ConfigError: The model uses softmax attention: there is nothing to compare. `ablations` of one not converted.
-            Within `ablated`. A score that is no number.
+            `ablations` within `ablated`. A score that is no number.
         InputError: No batches, or not a series of dictionaries; one without a real token; outputs that are not finite.
     """
     model = inside(model, "compare")
@@ -67,7 +67,8 @@ def compare(
                 f"{list_kinds()}."
             )
         )
-    check_whole(model, "compare")
+    if ablations:
+        check_whole(model, "compare(ablations=True)")
     layers: dict[nn.Module, LayerSums] = {}
 
     def on_call(module: nn.Module, call: Call) -> Tensor:

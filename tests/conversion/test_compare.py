@@ -176,7 +176,7 @@ def test_bad_input_of_compare() -> None:
 def test_what_compare_cannot_read() -> None:
     model, inputs = hf_linattn.convert(BERT.build(), "favor_plus"), BERT.inputs()
     with ablated(model, "shuffled_slots"), pytest.raises(ConfigError, match="outside of ablated"):
-        hf_linattn.compare(model, [inputs])
+        hf_linattn.compare(model, [inputs], ablations=True)
     with pytest.raises(InputError, match="no real token"):
         hf_linattn.compare(model, [{**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}])
     with pytest.raises(ConfigError, match="must return a number; got NoneType"):
