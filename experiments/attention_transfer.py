@@ -1,7 +1,7 @@
-"""What attention transfer gives back of what a converted model loses, beside its controls.
+r"""What attention transfer gives back of what a converted model loses, beside its controls.
 
     python experiments/attention_transfer.py gpt2 --model GPT2 --train validation.parquet --train-rows 3380 \
-        --test test.parquet --rows "favor_plus*" --seeds 0,1 --out favor_plus.json
+        --test test.parquet --rows "favor_plus-16,eva-chunk16" --seeds 0,1 --out gpt2.json
     python experiments/attention_transfer.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
 
 Tasks are the files of `transfer_tasks`; each names the rows that it has. Of a row with learned maps only these are
@@ -123,6 +123,8 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     it = load_task(task, Files(model, tuple(train or ()), tuple(test or ()), train_rows))
+    if fine_tune and type(it).labelled_batches is BaseTask.labelled_batches:
+        sys.exit(f"error: --fine-tune must be 0 with the task {task!r}, which has no labels; got {fine_tune}.")
     plan = Plan(steps, learning_rate, row_weight, second_stage, fine_tune)
     found: list[dict[str, Any]] = []
     if softmax:
