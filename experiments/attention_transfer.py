@@ -1,7 +1,7 @@
-"""What attention transfer gives back of what a converted model loses, beside its controls.
+r"""What attention transfer gives back of what a converted model loses, beside its controls.
 
     python experiments/attention_transfer.py gpt2 --model GPT2 --train validation.parquet --train-rows 3380 \
-        --test test.parquet --rows "favor_plus*" --seeds 0,1 --out favor_plus.json
+        --test test.parquet --rows "favor_plus-16,eva-chunk16" --seeds 0,1 --out gpt2.json
     python experiments/attention_transfer.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
 
 Tasks are the files of `transfer_tasks`; each names the rows that it has. Of a row with learned maps only these are
@@ -29,7 +29,6 @@ from hf_linattn.bench.environment import write_experiment
 from hf_linattn.conversion.ablation import ablated
 from hf_linattn.modules.config import AttentionConfig
 from hf_linattn.training import transfer_attention
-from hf_linattn.training.transfer import LEARNING_RATE
 
 CALIBRATION_BATCHES = 4
 CONTROLS = ("window_alone", "shuffled_slots")
@@ -55,7 +54,7 @@ class Plan:
     """What is done with the maps of a row: arguments of `transfer_attention`, and steps of the stages after it."""
 
     steps: int
-    learning_rate: float
+    learning_rate: float | None
     row_weight: float
     second_stage: int
     fine_tune: int
@@ -111,7 +110,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Patterns of names of rows, separated by commas.")] = "*",
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 100,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: Annotated[float | None, typer.Option(help="Of both stages; unless said, the library's.")] = None,
     row_weight: Annotated[float, typer.Option(min=0, help="Of the cross-entropy between attention rows.")] = 0.0,
     second_stage: Annotated[int, typer.Option(min=0, help="Then so many steps towards hidden states.")] = 0,
     fine_tune: Annotated[int, typer.Option(min=0, help="Then so many steps of training everything, labelled.")] = 0,
@@ -124,6 +123,8 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     it = load_task(task, Files(model, tuple(train or ()), tuple(test or ()), train_rows))
+    if fine_tune and type(it).labelled_batches is BaseTask.labelled_batches:
+        sys.exit(f"error: --fine-tune must be 0 with the task {task!r}, which has no labels; got {fine_tune}.")
     plan = Plan(steps, learning_rate, row_weight, second_stage, fine_tune)
     found: list[dict[str, Any]] = []
     if softmax:

@@ -29,6 +29,8 @@ STATE, CONFIG, WEIGHTS, INDEX = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
+# Of the tokenizer of a model for text, of the image processor of one for images: a checkpoint has one of them.
+PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
 # Of FSDP and DeepSpeed: weights and optimizer are in folders of their own, which are not looked into.
 PARTITIONED = re.compile(r"pytorch_model_fsdp|global_step\d")
 
@@ -43,7 +45,8 @@ def damage(folder: Path, only_model: bool = False) -> str | None:
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     needed = [STATE]  # what Trainer writes last
     if not any(PARTITIONED.match(path.name) for path in folder.iterdir()):
-        needed += [CONFIG, "tokenizer_config.json", INDEX if INDEX in files else WEIGHTS]
+        needed += [CONFIG, INDEX if INDEX in files else WEIGHTS]
+        needed += [] if any(name in files for name in PROCESSORS) else [" or ".join(PROCESSORS)]
         needed += [] if only_model else ["optimizer.pt", "scheduler.pt"]
     for name in needed:
         if name not in files:

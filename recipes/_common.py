@@ -26,6 +26,7 @@ logger = logging.getLogger("hf_linattn.recipes")
 
 KEEP, SOFTMAX = "keep", "softmax"
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+BUILDER_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"keep_linebreaks": True}}
 
 
 class RecipeError(ValueError):
@@ -79,18 +80,19 @@ class AttentionArguments:
             values[name] = value
         return values
 
-    def layer_list(self) -> list[int] | None:
-        """`layers` as a list of indices; None for all."""
-        if self.layers is None:
-            return None
-        chosen: set[int] = set()
-        try:
-            for part in self.layers.split(","):
-                first, _, last = part.partition("-")
-                chosen.update(range(int(first), int(last or first) + 1))
-        except ValueError:
-            raise RecipeError(f"--layers must look like '0,1,4-5'; got {self.layers!r}.") from None
-        return sorted(chosen)
+
+def layer_list(layers: str | None, flag: str) -> list[int] | None:
+    """Layers as the user wrote them, as a list of indices; None for all."""
+    if layers is None:
+        return None
+    chosen: set[int] = set()
+    try:
+        for part in layers.split(","):
+            first, _, last = part.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise RecipeError(f"--{flag} must look like '0,1,4-5'; got {layers!r}.") from None
+    return sorted(chosen)
 
 
 def linear_attention_of(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -98,8 +100,8 @@ def linear_attention_of(model: PreTrainedModel) -> dict[str, Any] | None:
     return getattr(model.config, "linear_attention", None)
 
 
-def apply_attention(model: PreTrainedModel, args: AttentionArguments) -> PreTrainedModel:
-    """Convert, revert or leave the model, as `args` says."""
+def apply_attention(model: PreTrainedModel, args: AttentionArguments, **defaults: Any) -> PreTrainedModel:
+    """Convert, revert or leave the model, as `args` says; `defaults` are settings that it does not name."""
     present = linear_attention_of(model)
     if args.attention == KEEP:
         return model
@@ -110,37 +112,47 @@ def apply_attention(model: PreTrainedModel, args: AttentionArguments) -> PreTrai
             f"The checkpoint is converted to {present['kind']!r} already. Use --attention {KEEP} to go on with it, or "
             f"--attention {SOFTMAX} to go back to softmax."
         )
-    config = get_kind(args.attention).config_cls(**args.settings())
-    return hf_linattn.convert(model, config, layers=args.layer_list())
+    config = get_kind(args.attention).config_cls(**{**defaults, **args.settings()})
+    return hf_linattn.convert(model, config, layers=layer_list(args.layers, "layers"))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
 def load_splits(
-    files: Mapping[str, str | None], dataset_name: str | None = None, dataset_config: str | None = None
-) -> datasets.DatasetDict:
-    """Splits from the Hub (`dataset_name`) or from local files (split name -> path; None entries are left out)."""
+    files: Mapping[str, str | None],
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    *,
+    formats: Mapping[str, str] = FORMATS,
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Splits from the Hub (`dataset_name`) or from local files (split name -> path; None entries are left out).
+
+    Args:
+        formats: Suffix of a file -> the builder of `datasets` that reads it.
+        streaming: Read rows when they are needed, and store none.
+    """
     given = {split: path for split, path in files.items() if path}
     if dataset_name and given:
         raise RecipeError(f"Give --dataset_name or files, not both; got {dataset_name!r} and {given}.")
     if dataset_name:
-        return datasets.load_dataset(dataset_name, dataset_config)
+        return datasets.load_dataset(dataset_name, dataset_config, streaming=streaming)
     if not given:
         raise RecipeError("No data: give --dataset_name or at least one of " + ", ".join(f"--{s}_file" for s in files))
     splits = {}
     for split, path in given.items():
         suffix = Path(path).suffix.lower()
-        if suffix not in FORMATS:
-            raise RecipeError(f"--{split}_file must be one of {sorted(FORMATS)}; got {path!r}.")
+        if suffix not in formats:
+            raise RecipeError(f"--{split}_file must be one of {sorted(formats)}; got {path!r}.")
         if not Path(path).is_file():
             raise RecipeError(f"--{split}_file {path!r} does not exist.")
-        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
         try:
-            splits[split] = datasets.load_dataset(FORMATS[suffix], data_files=path, split="train", **options)
+            splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise RecipeError(
-                f"--{split}_file {path!r} cannot be read as {FORMATS[suffix]}: {error.__cause__ or error}"
+                f"--{split}_file {path!r} cannot be read as {formats[suffix]}: {error.__cause__ or error}"
             ) from error
-    return datasets.DatasetDict(splits)
+    return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
 
 
 def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str) -> str:

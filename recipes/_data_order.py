@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -20,23 +20,25 @@ class EpochSampler(Sampler[int]):
     """Every row once an epoch, in an order drawn from (seed, epoch): the same on every rank and after every resume.
 
     Args:
-        lengths: Of the rows, in tokens.
-        group: Rows of similar length follow each other, in groups of so many; None for a plain permutation.
+        rows: How many there are.
+        lengths: Of the rows, in tokens: rows of similar length follow each other. None for a plain permutation.
+        group: In groups of so many.
     """
 
-    def __init__(self, lengths: Sequence[int], seed: int, group: int | None) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, rows: int, seed: int, lengths: Sequence[int] | None = None, group: int = 1) -> None:
+        self.rows = rows
         self.seed = seed
+        self.lengths = None if lengths is None else list(lengths)
         self.group = group
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.group is None:
-            return iter(torch.randperm(len(self), generator=generator).tolist())
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
         return iter(LengthGroupedSampler(self.group, lengths=self.lengths, generator=generator))
 
 
@@ -66,6 +68,8 @@ class RepeatableTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         args = self.args
+        if isinstance(self.train_dataset, IterableDataset):  # a stream has one order
+            return loader
         if args.train_sampling_strategy not in (GROUPED, RANDOM):
             return loader
         if not hasattr(loader, "set_sampler"):
@@ -75,12 +79,11 @@ class RepeatableTrainer(Trainer):
                 type(loader).__name__,
             )
             return loader
-        lengths = self.train_dataset[args.length_column_name]
-        group = args.train_batch_size * args.gradient_accumulation_steps
         sampler = EpochSampler(
-            lengths,
+            len(self.train_dataset),
             seed=args.seed if args.data_seed is None else args.data_seed,
-            group=group if args.train_sampling_strategy == GROUPED else None,
+            lengths=self.train_dataset[args.length_column_name] if args.train_sampling_strategy == GROUPED else None,
+            group=args.train_batch_size * args.gradient_accumulation_steps,
         )
         loader.set_sampler(sampler)
         self._tell_epoch.sampler = sampler

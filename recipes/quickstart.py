@@ -1,4 +1,4 @@
-"""The whole path on real weights, without the Hugging Face Hub: swap, compare, fine-tune, save, push, load back.
+"""The whole path on real weights, without the Hub: swap, compare, transfer, fine-tune, save, push, load back.
 
     make quickstart            # or: python recipes/quickstart.py --kind favor_sharp
 
@@ -43,6 +43,8 @@ SHORT_TEXTS = {
     "lara": {"window_size": 8, "num_landmarks": 8},
 }
 
+LEARNED = "favor_plus, 32 learned slots"
+
 console = Console()
 
 
@@ -77,26 +79,55 @@ def progress_bar(title: str, total: int | None) -> Iterator[Any]:
         yield lambda done, of=None: progress.update(task, completed=done, total=of or total)
 
 
-def zero_shot(weights: Path, texts: int) -> dict[str, Any]:
-    """Swap the attention by each kind, without any training, and compare with softmax on long texts."""
+def long_texts(weights: Path, split: str, texts: int) -> list[Any]:
+    """Batches of 4 texts of 16 sentences each."""
     import pyarrow.parquet as pq
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import hf_linattn
     from build_documents import build_documents
 
-    table = pq.read_table(DATA / "train.parquet")
+    table = pq.read_table(DATA / f"{split}.parquet")
     documents, _ = build_documents(table["sentence"].to_pylist(), table["label"].to_pylist(), documents=texts)
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    batches = [tokenizer(documents[i : i + 4], padding=True, return_tensors="pt") for i in range(0, texts, 4)]
+    return [tokenizer(documents[i : i + 4], padding=True, return_tensors="pt") for i in range(0, texts, 4)]
+
+
+def zero_shot(weights: Path, batches: list[Any]) -> dict[str, Any]:
+    """Swap the attention by each kind, without any training, and compare with softmax on long texts."""
+    from transformers import AutoModel
+
+    import hf_linattn
+
     reports = {}
     kinds = hf_linattn.list_kinds()
-    with progress_bar("2/5  swap by each kind, compare with softmax", len(kinds)) as done:
+    with progress_bar("2/6  swap by each kind, compare with softmax", len(kinds)) as done:
         for number, kind in enumerate(kinds):
             model = hf_linattn.convert(AutoModel.from_pretrained(weights), kind)
             reports[kind] = hf_linattn.compare(model, batches)
             done(number + 1)
     return reports
+
+
+def transfer(weights: Path, batches: list[Any], steps: int) -> Any:
+    """Learned slots, trained towards softmax on unlabelled texts, and compared with it on others."""
+    from transformers import AutoModel
+
+    import hf_linattn
+    from hf_linattn import FavorPlusConfig
+    from hf_linattn.training import transfer_attention
+
+    model = hf_linattn.convert(AutoModel.from_pretrained(weights), FavorPlusConfig(learned=True))
+    texts = long_texts(weights, "train", 4 * steps)
+    with progress_bar("3/6  attention transfer, without labels", steps) as done:
+
+        def counted() -> Iterator[Any]:
+            for number, batch in enumerate(texts):
+                done(number)
+                yield batch
+
+        transfer_attention(model, counted(), steps=steps)
+        done(steps)
+    return hf_linattn.compare(model, batches)
 
 
 def fine_tune(weights: Path, attention: str, out: Path, epochs: float, title: str, push: bool) -> dict[str, Any]:
@@ -178,6 +209,7 @@ def main() -> None:
     parser.add_argument("--kind", default="eva", help="attention to fine-tune (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=8, help="long texts to compare on (default: %(default)s)")
+    parser.add_argument("--transfer_steps", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="default: %(default)s")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -189,31 +221,34 @@ def main() -> None:
         # Read when huggingface_hub is imported: before that, and before anything that imports it.
         os.environ.pop("HF_HUB_OFFLINE", None)
         os.environ.update(hub.environment(home), TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        with console.status("  1/5  importing"):
+        with console.status("  1/6  importing"):
             be_quiet()
             import hf_linattn
         if args.kind not in hf_linattn.list_kinds():
             sys.exit(f"error: --kind must be one of {hf_linattn.list_kinds()}; got {args.kind!r}.")
-        console.print(f"  1/5  imported hf_linattn {hf_linattn.__version__}; the demo's Hub is at {hub.endpoint}")
-        reports = zero_shot(weights, args.texts)
+        console.print(f"  1/6  imported hf_linattn {hf_linattn.__version__}; the demo's Hub is at {hub.endpoint}")
+        batches = long_texts(weights, "validation", args.texts)
+        reports = zero_shot(weights, batches)
+        reports[LEARNED] = transfer(weights, batches, args.transfer_steps)
         tuned = {}
-        for step, attention in ((3, "softmax"), (4, args.kind)):
+        for step, attention in ((4, "softmax"), (5, args.kind)):
             results = fine_tune(
                 weights,
                 attention,
                 args.output / attention,
                 args.epochs,
-                f"{step}/5  fine-tune with {attention}",
+                f"{step}/6  fine-tune with {attention}",
                 push=attention == args.kind,
             )
             tuned[attention] = results["metrics"]["eval"]["eval_accuracy"]
-        with console.status(f"  5/5  loading {REPO} from the Hub"):
+        with console.status(f"  6/6  loading {REPO} from the Hub"):
             same = load_back(args.output / args.kind)
-        console.print(f"  5/5  pushed {len(hub.files(REPO, 'main')[1])} files to {REPO} and loaded it back")
+        console.print(f"  6/6  pushed {len(hub.files(REPO, 'main')[1])} files to {REPO} and loaded it back")
 
     console.print(summary(reports, tuned, args.kind, same))
     console.print(
-        f"Cosine: mean-pooled embeddings of {args.texts} texts of 16 sentences, attention swapped, nothing trained.\n"
+        f"Cosine: mean-pooled embeddings of {args.texts} texts of 16 sentences, attention swapped, nothing trained;\n"
+        f"the learned slots after {args.transfer_steps} steps of attention transfer on other texts, without labels.\n"
         "Error: of the attention output of a layer, relative to softmax, on the same inputs.\n"
         f"Accuracy: after {args.epochs:g} epoch of 1,500 sentences with {SHORT_TEXTS.get(args.kind)}:\n"
         "a demonstration, not a comparison of kinds. Loaded back: bit for bit the logits of the pushed model.\n"

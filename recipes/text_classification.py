@@ -12,9 +12,7 @@ is started again.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -53,8 +47,6 @@ from _common import (
     versions,
     write_json,
 )
-from _data_order import RepeatableTrainer
-from _publish import Publisher
 from _text import (
     ColumnArguments,
     Columns,
@@ -65,21 +57,17 @@ from _text import (
     label_names,
     tokenizer_function,
 )
+from _training import (
+    ModelArguments,
+    RecipeTrainer,
+    RecipeTrainingArguments,
+    calibrate,
+    parse_flags,
+    start_logging,
+)
 from hf_linattn.training import LinAttnCallback
 
 logger = logging.getLogger("hf_linattn.recipes")
-
-
-@dataclass
-class ModelArguments:
-    """Which model."""
-
-    model_name_or_path: str = field(metadata={"help": "Hub name or local folder; stock or already converted"})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "If it is not with the model"})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub"})
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub name for the model card, if the path is local"}
-    )
 
 
 @dataclass
@@ -100,63 +88,6 @@ class DataArguments(ColumnArguments):
         default=256, metadata={"help": "Training rows that set the statistics of a kind that needs them"}
     )
     from_scratch: bool = field(default=False, metadata={"help": "Ignore checkpoints that are in the output folder"})
-
-
-@dataclass
-class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` that put texts of similar length into a batch, and need no `--use_cpu` without a GPU."""
-
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "'group_by_length' or 'random' (or another that Trainer knows)"}
-    )
-
-    def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise --bf16 is refused
-            self.dataloader_pin_memory = False
-        super().__post_init__()
-
-
-class RecipeTrainer(RepeatableTrainer):
-    """A `Trainer` with the model card of the library, which uploads nothing but model, tokenizer and card."""
-
-    card_facts: dict[str, Any]
-
-    def __init__(self, *, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
-        self.publisher = Publisher(args)
-        super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
-        self.publisher.trainer = self
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if self.hub_model_id is None:
-            self.args.hub_private_repo = self.args.hub_private_repo if private is None else private
-            self.init_hf_repo(token=token)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self.publisher.finish()
-        return self.publisher.push(blocking, commit_message=commit_message, token=token, revision=revision)
-
-    def create_model_card(self, **kwargs: Any) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if linear_attention_of(model) is None:
-            path = Path(self.args.output_dir, "README.md")
-            if self.is_world_process_zero() and path.is_symlink():  # Trainer would write to its target
-                path.unlink()
-            super().create_model_card(**kwargs)
-        elif self.is_world_process_zero():
-            from hf_linattn.hub import write_card
-
-            write_card(model, self.args.output_dir, **self.card_facts)
 
 
 # -- the run's data ---------------------------------------------------------------------------------------------------
@@ -207,27 +138,6 @@ def load(
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
-def parse(argv: Sequence[str] | None) -> tuple[Any, ...]:
-    parser = HfArgumentParser(
-        (ModelArguments, AttentionArguments, DataArguments, RecipeTrainingArguments), description=__doc__
-    )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
-def calibrate(
-    model: PreTrainedModel, rows: datasets.Dataset, collate: DataCollatorWithPadding, training: TrainingArguments
-) -> None:
-    """Set the statistics of the attention layers; every process reads its share of the rows."""
-    names = [name for name in rows.column_names if name in collate.tokenizer.model_input_names]
-    own = rows.select_columns(names).shard(training.world_size, training.process_index)
-    loader = DataLoader(own, batch_size=training.per_device_eval_batch_size, collate_fn=collate)
-    hf_linattn.calibrate(model.to(training.device), loader)
-    logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
-
-
 def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
@@ -239,12 +149,9 @@ def main(
         quiet: Print nothing but warnings (a caller shows progress through a callback).
     """
     started = time.perf_counter()
-    model_args, attention_args, data_args, training_args = parse(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.ERROR if not training_args.should_log else logging.WARNING if quiet else logging.INFO)
-    if not training_args.should_log:
-        transformers.utils.logging.set_verbosity_error()
-        datasets.utils.disable_progress_bars()
+    parts = (ModelArguments, AttentionArguments, DataArguments, RecipeTrainingArguments)
+    model_args, attention_args, data_args, training_args = parse_flags(parts, argv, __doc__)
+    start_logging(training_args, quiet)
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="reading the data"):
@@ -279,7 +186,8 @@ def main(
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None)
     if training_args.do_train and hf_linattn.needs_calibration(model):
         rows = encoded["train"].select(range(min(data_args.calibration_samples, len(encoded["train"]))))
-        calibrate(model, rows, collate, training_args)
+        names = [name for name in rows.column_names if name in tokenizer.model_input_names]
+        calibrate(model, rows.select_columns(names), collate, training_args)
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
@@ -296,7 +204,7 @@ def main(
     # scale gradients by the number of processes and of accumulation steps.
     trainer.model_accepts_loss_kwargs = False
     trainer.card_facts = {
-        "base_model": model_args.base_model or _hub_name(model_args.model_name_or_path),
+        "base_model": model_args.base_on_hub,
         "repo_id": training_args.hub_model_id,
     }
 
@@ -321,10 +229,7 @@ def main(
             "labels": {str(k): v for k, v in index.items()},
             **asdict(columns),
         },
-        "training": {
-            **json.loads(training_args.to_json_string()),
-            "hub_strategy": trainer.publisher.strategy.value,
-        },
+        "training": trainer.settings(),
         "metrics": metrics,
         "log": trainer.state.log_history,
         "processes": training_args.world_size,
@@ -346,10 +251,6 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return results
-
-
-def _hub_name(name_or_path: str) -> str | None:
-    return None if Path(name_or_path).exists() else name_or_path
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ class FifthAttention(LinearAttention[FifthConfig]):
 
     @classmethod
     def compute(cls, config: FifthConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        return favor_attention(inputs.query, inputs.key, inputs.value, state["directions"], **inputs.options(config))
+        return favor_attention(
+            inputs.query, inputs.key, inputs.value, state["directions"], **cls.call_options(config, inputs)
+        )
 
     def recurrence(self, query: Tensor, *, scaling: float) -> SlotRecurrence:
         directions = self.tensors()["directions"]

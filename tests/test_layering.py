@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_linattn"
@@ -41,9 +42,17 @@ def imports(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*base, *([node.module] if node.module else [])))
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "hf_linattn" else [module]
-            found += [(node.lineno, name) for name in names]
+            for alias in node.names:
+                # What is taken from a package is one of its files, or what its `__init__.py` hands on.
+                name = f"{module}.{alias.name}"
+                found.append((node.lineno, name if file_of(name) or module == "hf_linattn" else module))
     return found
+
+
+def file_of(name: str) -> Path | None:
+    """The file of a module of the package."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def test_imports_go_one_way() -> None:
@@ -63,3 +72,11 @@ def test_imports_go_one_way() -> None:
             if parts[0] in ("recipes", "tests", "experiments"):
                 wrong.append(where)
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Also not for annotations alone (TYPE_CHECKING) or inside functions. Raises CycleError with the circle."""
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    graph = {path: {file_of(name) for _, name in imports(path)} - {None, PACKAGE / "__init__.py"} for path in files}
+    assert sum(map(len, graph.values())) > len(files)
+    TopologicalSorter(graph).prepare()

@@ -63,8 +63,8 @@ class BaseTask(ABC):
         """
 
     def labelled_batches(self, seed: int) -> Iterator[Mapping[str, Tensor]]:
-        """Inputs with labels, without end, for tasks whose models can be fine-tuned."""
-        raise NotImplementedError(f"{type(self).__module__} has no labels to fine-tune on.")
+        """Inputs with labels, without end, of tasks whose models can be fine-tuned; the others leave this as it is."""
+        raise NotImplementedError
 
 
 def load_task(name: str, files: Files) -> BaseTask:

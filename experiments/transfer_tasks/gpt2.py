@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ class Task(BaseTask):
     length, few_windows, windows = 512, 32, 256
 
     def __init__(self, files: Files) -> None:
+        if not (files.model and files.train and files.test):
+            sys.exit("error: the task 'gpt2' needs --model, --train and --test.")
         self.model = shared.decoder(files.model, self.length)
         tokenizer = AutoTokenizer.from_pretrained(files.model)
         self.ids = shared.read_tokens(tokenizer, files.train, files.train_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ class Task(BaseTask):
     few_rows, rows = 64, 256
 
     def __init__(self, files: Files) -> None:
+        if files.model is None:
+            sys.exit("error: the task 'recall' needs --model, which experiments/teachers/recall.py trains.")
         self.model = shared.decoder(files.model, recall.LENGTH)
         self.about = (
             f"share of {self.rows * recall.ASKED} questions answered right (few: {self.few_rows * recall.ASKED});"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, GPT2Config
 
 from ..integrations.seams import attention_named
-from ..modules.base import AttentionInputs, LayerShape, LinearAttention
+from ..modules.base import LinearAttention
 from ..modules.config import AttentionConfig
+from ..modules.contract import AttentionInputs, LayerShape
 from ..modules.defaults import resolve
 from ..modules.registry import config_from_dict, get_kind
 from .workload import AttentionCall, Contender, Unavailable, Workload, make_inputs

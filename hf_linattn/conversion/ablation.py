@@ -26,14 +26,14 @@ def ablated(model: PreTrainedModel, what: str) -> Iterator[None]:
 
     * "window_alone": slots hold no mass. Queries read what they read exactly: the keys of their window, heavy keys,
       global tokens.
-    * "slots_alone": nothing is read exactly, every key goes through slots. EVA: a query reads all chunks or, in a
-      decoder, those that end before its own begins (the first tokens then read nothing, and `max_chunks` has no
-      effect).
+    * "slots_alone": nothing is read exactly, every key goes through slots, and no values are convolved. EVA: a query
+      reads all chunks or, in a decoder, those that end before its own begins (the first tokens then read nothing, and
+      `max_chunks` has no effect); global tokens, which are in no chunk, stay exact.
     * "shuffled_slots": a query reads slot j + 1 where it should read slot j. EVA: every chunk has the value of the
       chunk before it; the first that of the last or, in a decoder, its own.
 
     Parameters and buffers stay as they are, and everything is as before afterwards. In the block the model keeps no
-    cache (`config.use_cache` is False), and cannot be compiled.
+    cache (`config.use_cache` is False; pass `use_cache=False` to `generate`), and cannot be compiled.
 
     Args:
         model: Converted, of any kind, with its kind as the attention implementation.
@@ -79,6 +79,26 @@ def _layers(model: PreTrainedModel) -> list[LinearAttention[Any]]:
             f" converted to {kind!r}. Call model.set_attn_implementation({kind!r})."
         )
     return list(active_layers(model))
+
+
+def possible_ablations(model: PreTrainedModel) -> list[str]:
+    """The names that `ablated` takes for a converted model. Raises `ConfigError` as it does."""
+    found = []
+    for name in ABLATIONS:
+        try:
+            for layer in _layers(model):
+                _check(layer, name)
+        except UnsupportedError:
+            continue
+        found.append(name)
+    return found
+
+
+def check_whole(model: PreTrainedModel, caller: str) -> None:
+    """Raise `ConfigError` if something is taken away from a model at present."""
+    for module in model.modules():
+        if isinstance(module, LinearAttention) and module.ablation is not None:
+            raise ConfigError(f"{caller} reads whole layers: call it outside of ablated(model, {module.ablation!r}).")
 
 
 def _check(layer: LinearAttention[Any], what: str) -> None:

@@ -22,7 +22,8 @@ from ..integrations.interface import linear_output, softmax_output
 from ..integrations.layers import active_layers, linear_layer
 from ..integrations.observe import observed_attention
 from ..integrations.wrappers import converted_parts, inside, module_of
-from ..modules.base import AttentionInputs, LinearAttention
+from ..modules.base import LinearAttention
+from ..modules.contract import AttentionInputs
 
 ATTENTIONS = ("softmax", "linear")
 
@@ -52,7 +53,8 @@ def calibrate(
         progress: Show a progress bar.
     Returns: `model`.
     Raises:
-        ConfigError: The model is not converted, or no layer of it has statistics to set.
+        ConfigError: The model is not converted, no layer of it has statistics to set, or its learned maps, which
+            start from these statistics, have been trained.
         UnsupportedError: `model` holds no model, or several; see `integrations/wrappers.py`.
         InputError: No batches, not a series of dictionaries, or too few tokens.
     """
@@ -87,6 +89,8 @@ def calibrate(
         if _world_size() > 1:
             calibration.merge(_all_states(calibration.state(), model.device))
         results.append((module, calibration.result()))
+    for module, values in results:
+        _refuse_trained_maps(layers[module], values)
     keep_in_adapters(model, lambda layer: layer in layers.values())
     for module, values in results:  # all or none
         linear_layer(module).set_tensors(values)  # type: ignore[union-attr]
@@ -116,6 +120,17 @@ def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
             " LaraConfig(proposal_source='calibrated')."
         )
     return layers
+
+
+def _refuse_trained_maps(layer: LinearAttention, values: Mapping[str, Tensor]) -> None:
+    """Raise `ConfigError` for learned maps that have left where they start, which `values` would put them back to."""
+    others = [parameter for name, parameter in layer.named_parameters() if name not in values]  # 0 at the start
+    if layer.config.learned and layer.is_calibrated and any(bool(parameter.any()) for parameter in others):
+        raise ConfigError(
+            f"The learned maps of this model (kind {layer.kind!r}) have been trained, and calibrate() would put a part"
+            " of them back to where they started. Calibrate before transfer_attention. To begin anew, revert the model"
+            " (hf_linattn.revert), convert and calibrate it."
+        )
 
 
 # -- several processes ----------------------------------------------------------------------------------------------

@@ -2,5 +2,6 @@
 
 from .card import card_for, render_card, write_card
 from .header import BrokenCardError, add_tags, read_card
+from .transfer import TransferRecord
 
-__all__ = ["BrokenCardError", "add_tags", "card_for", "read_card", "render_card", "write_card"]
+__all__ = ["BrokenCardError", "TransferRecord", "add_tags", "card_for", "read_card", "render_card", "write_card"]

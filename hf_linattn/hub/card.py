@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..modules.registry import get_kind
 from .header import BrokenCardError, add_tags, is_hub_name, join_card, read_card, source_metadata, split_card
 from .markup import code, links, string, text
+from .transfer import TransferRecord, transfer_section
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def render_card(
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     split: str | None = None,
+    transfer: TransferRecord | None = None,
     notes: str | None = None,
 ) -> str:
     """The model card (YAML header and text) of a converted model.
@@ -104,6 +106,7 @@ def render_card(
         license, language: Default: those of the card of the base model, where that is at hand without a download.
         metrics: Name -> value, shown as a table and listed in the header.
         dataset, split: What the metrics were measured on; `dataset` is a name on the Hub or plain text.
+        transfer: What an attention transfer did; a section of its own.
         notes: More text (Markdown), put after the results.
     Raises: ConfigError if the model is not converted.
     """
@@ -166,6 +169,8 @@ def render_card(
         metrics=shown,
         dataset=dataset,
         split=split,
+        transfer=None if transfer is None else transfer_section(transfer, model, kind),
+        is_compared=transfer is not None and transfer.after is not None,
         notes=notes,
     )
     return str(card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+
+# What a model cannot do without.
+_MAIN = ("input_ids", "inputs_embeds", "pixel_values")
 
 
 def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: str) -> Iterator[Mapping[str, Any]]:
@@ -22,9 +26,7 @@ def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: s
         from tqdm.auto import tqdm
 
         batches = tqdm(batches, desc=doing, total=max_batches)
-    for number, batch in enumerate(batches):
-        if max_batches is not None and number >= max_batches:
-            return
+    for batch in itertools.islice(batches, max_batches):  # leaves the next one in an iterator
         if not isinstance(batch, Mapping):
             raise InputError(f"Every batch must be a dictionary of model inputs; got {type(batch).__name__}.")
         yield batch
@@ -38,6 +40,13 @@ def prepare_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[di
             raise InputError(
                 f"{name!r} of a batch must be a tensor; got {type(value).__name__}. Collate the rows first."
             )
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            raise InputError(
+                f"{name!r} of a batch must be a tensor; got {type(value).__name__}. Use torch.as_tensor, or"
+                " return_tensors='pt'."
+            )
+        if name in _MAIN and value is not None and not value.numel():
+            raise InputError(f"{name!r} of a batch is empty; got shape {tuple(value.shape)}. Leave such batches out.")
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False

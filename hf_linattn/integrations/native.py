@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..modules.base import AttentionInputs
 from ..modules.config import AttentionConfig
-from ..modules.contract import CALIBRATED_TOKENS, LayerShape
+from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
 from ..modules.registry import AttentionKind, get_kind
 from ..ops.tracing import known, outside_tracing
 from .advice import convert_first, converting, cross_settings, instead

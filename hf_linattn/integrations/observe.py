@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .call import Call
@@ -39,7 +40,8 @@ def observed_attention(model: PreTrainedModel, on_call: OnCall) -> Iterator[None
     register_attention(OBSERVER, _observe, linattn_mask)
     modules = list(model.modules())
     outer = {module: _observed[module] for module in modules if module in _observed}
-    with restored(model):
+    # A compiled model would be compiled with what `on_call` does, some of it at compile time.
+    with restored(model), torch.compiler.set_stance("force_eager"):
         _observed.update(dict.fromkeys(modules, (kind_of(model), on_call)))
         try:
             model.set_attn_implementation(OBSERVER)

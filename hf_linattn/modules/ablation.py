@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..ops.ablation import SLOTS_ALONE, ablate
+from .contract import AttentionInputs
 from .recorded import is_traced
 from .registry import get_kind
 
-if TYPE_CHECKING:  # which imports this file
-    from .base import AttentionInputs, LinearAttention
 
-
-def ablated_output(layer: LinearAttention[Any], inputs: AttentionInputs) -> Tensor:
+def ablated_output(layer: Any, inputs: AttentionInputs) -> Tensor:
     """What a layer computes without the part that `layer.ablation` names.
 
     Raises: UnsupportedError where the call is compiled or recorded, or the kind does not ask what is taken away.

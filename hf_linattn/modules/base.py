@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -14,38 +13,11 @@ from ..ops.inputs import check_causal
 from ..ops.recurrent.protocol import Recurrence
 from .ablation import ablated_output
 from .config import AttentionConfig
-from .contract import CALIBRATED_TOKENS, Calibration, LayerShape, Memory, StateTensor
+from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
 from .recorded import record
 
 C = TypeVar("C", bound=AttentionConfig)
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_mask: Tensor | None
-    scaling: float
-    is_causal: bool
-    grid: tuple[int, int] | None = None
-    training: bool = False
-
-    def options(self, config: AttentionConfig) -> dict[str, Any]:
-        """The keyword arguments that the attention functions of all kinds share."""
-        return {
-            "key_mask": self.key_mask,
-            "scaling": self.scaling,
-            "is_causal": self.is_causal,
-            "window_size": config.window_size or 0,
-            "overlap_window": config.overlap_window,
-            "grid": self.grid,
-            "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": config.slot_dropout if self.training else 0.0,
-        }
 
 
 class LinearAttention(nn.Module, Generic[C]):
@@ -129,11 +101,25 @@ class LinearAttention(nn.Module, Generic[C]):
         """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
         raise NotImplementedError  # abstract: every registered kind has its own
 
+    @staticmethod
+    def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        return {
+            "key_mask": inputs.key_mask,
+            "scaling": inputs.scaling,
+            "is_causal": inputs.is_causal,
+            "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
+            "grid": inputs.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": config.slot_dropout if inputs.training else 0.0,
+        }
+
     @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """`compute`, or one operator that does it where the call is recorded."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return record(cls, config, state, inputs)
+            return record(config, state, inputs)
         return cls.compute(config, state, inputs)
 
     @classmethod

@@ -1,19 +1,30 @@
-"""What passes between an attention layer and those who use it: shapes, tensors, a calibration, a memory."""
+"""What passes between an attention layer and those who use it: calls, shapes, tensors, a calibration, a memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .base import AttentionInputs
-
 # The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
 CALIBRATED_TOKENS = "calibrated_tokens"
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    is_causal: bool
+    grid: tuple[int, int] | None = None
+    training: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,3 +86,23 @@ class Memory(Protocol):
 
     def attend(self, layer: Any, inputs: AttentionInputs) -> Tensor:
         """What the queries of the new tokens read; the tokens are part of the memory afterwards."""
+
+
+class LayerClass(Protocol):
+    """What the library asks of the class of a kind's layers, a subclass of `modules.base.LinearAttention`."""
+
+    def __call__(self, config: Any, shape: LayerShape) -> Any: ...
+
+    def check(self, config: Any, shape: LayerShape) -> None: ...
+
+    def check_grid(self, config: Any, *, is_image: bool) -> None: ...
+
+    def native_refusal(self, config: Any, shape: LayerShape, *, training: bool) -> str | None: ...
+
+    def state_spec(self, config: Any, shape: LayerShape) -> dict[str, StateTensor]: ...
+
+    def compute(self, config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor: ...
+
+    def compute_or_record(self, config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor: ...
+
+    def supports_recurrence(self, config: Any, *, is_causal: bool) -> bool: ...

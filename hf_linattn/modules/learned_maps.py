@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.ablation import ABLATED, SLOT_SHARE, SLOTS_ALONE, current_ablations
 from ..ops.eva.learned import LearnedSummariser
 from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from ..ops.slot_attention import SlotOptions
 from ..ops.value_convolution import SIZE, value_convolution
-from .base import AttentionInputs, LinearAttention
+from .base import LinearAttention
 from .config import AttentionConfig
-from .contract import LayerShape, StateTensor
+from .contract import AttentionInputs, LayerShape, StateTensor
 
 VALUE_CONVOLUTION = "value_convolution_weight"
 # Residual maps of whole tokens learn best with a smaller rate than everything else (docs/decisions.md).
@@ -67,7 +68,7 @@ def learned_feature_map(state: Mapping[str, Tensor], normalizer: str) -> Learned
         far_offset=state["far_offset"],
         far_slope=state["far_slope"],
         normalizer=normalizer,
-        statistics=stored_statistics(state) if "statistics_shape" in state else None,
+        statistics=FavorStatistics.among(state) if "statistics_shape" in state else None,
     )
 
 
@@ -99,11 +100,6 @@ def learned_summariser(state: Mapping[str, Tensor]) -> LearnedSummariser:
     )
 
 
-def stored_statistics(state: Mapping[str, Tensor]) -> FavorStatistics:
-    """The calibrated statistics among the tensors of a layer of FAVOR#."""
-    return FavorStatistics(*(state[f"statistics_{name}"] for name in FavorStatistics._fields))
-
-
 def _directions(state: Mapping[str, Tensor], side: str) -> Tensor:
     """A residual map `z + z A` of the tokens is one of the directions: `w . (z + z A) = (w + w A^T) . z`."""
     directions, adapter = state[f"{side}_directions"], state.get(f"{side}_adapter")
@@ -122,7 +118,7 @@ def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs:
         learned_feature_map(state, config.normalizer),
         num_heavy_keys=config.num_heavy_keys,
         chunk_size=config.chunk_size,
-        **inputs.options(config),
+        **LinearAttention.call_options(config, inputs),
     )
     return with_value_convolution(output, config, state, inputs)
 
@@ -132,6 +128,8 @@ def with_value_convolution(
 ) -> Tensor:
     """The output of attention, with the convolution of the values added if the layer has one."""
     if not config.value_convolution:
+        return output
+    if ABLATED and current_ablations() & {SLOTS_ALONE, SLOT_SHARE}:  # it goes beside the slots
         return output
     count = config.num_global_tokens or 0
     mixed = value_convolution(inputs.value, state[VALUE_CONVOLUTION], grid=inputs.grid, num_global_tokens=count)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import PendingTokens, added, fingerprint
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
-from .base import AttentionInputs, LinearAttention
+from .base import LinearAttention
+from .contract import AttentionInputs
 from .memory_reader import FirstReader, check_piece
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.

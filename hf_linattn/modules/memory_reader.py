@@ -6,9 +6,9 @@ import weakref
 from typing import NamedTuple
 
 from ..errors import InputError, UnsupportedError
-from .base import AttentionInputs, LinearAttention
+from .base import LinearAttention
 from .config import AttentionConfig
-from .contract import LayerShape
+from .contract import AttentionInputs, LayerShape
 
 
 class FirstReader(NamedTuple):

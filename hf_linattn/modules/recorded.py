@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..kernels.backends import backward_of
 from .config import AttentionConfig
+from .contract import AttentionInputs, LayerClass
 from .registry import config_from_dict, get_kind
-
-if TYPE_CHECKING:  # for annotations alone
-    from .base import AttentionInputs, LinearAttention
 
 _LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
 _LIBRARY.define(
@@ -38,10 +36,8 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def record(
-    module_cls: type[LinearAttention], config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
-) -> Tensor:
-    """`module_cls.compute` as one operator, for a call that is recorded (`is_traced`)."""
+def record(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+    """`LinearAttention.compute` as one operator, for a call that is recorded (`is_traced`)."""
     if _to_onnx():
         raise UnsupportedError(
             f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no"
@@ -74,7 +70,7 @@ def _to_onnx() -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _parsed(settings: str) -> tuple[type[LinearAttention], AttentionConfig]:
+def _parsed(settings: str) -> tuple[LayerClass, AttentionConfig]:
     config = config_from_dict(json.loads(settings))
     return get_kind(config.kind).module_cls, config
 
@@ -91,8 +87,6 @@ def _attention(
     is_causal: bool,
     grid: list[int],
 ) -> Tensor:
-    from .base import AttentionInputs  # which imports this file
-
     module_cls, config = _parsed(settings)
     size = (grid[0], grid[1]) if grid else None
     inputs = AttentionInputs(query, key, value, key_mask, scaling=scaling, is_causal=is_causal, grid=size)

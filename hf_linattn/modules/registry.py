@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import ConfigError, did_you_mean
 from .config import AttentionConfig
-
-if TYPE_CHECKING:
-    from .base import LinearAttention
+from .contract import LayerClass
 
 # Each in the file of its name in `modules/kinds`.
 BUILTIN_KINDS = ("favor_plus", "favor_sharp", "lara", "eva")
@@ -55,7 +53,7 @@ class AttentionKind:
     title: str
     paper: str
     config_cls: type[AttentionConfig]
-    module_cls: type[LinearAttention[Any]]
+    module_cls: LayerClass
     size_field: str
     causal: Literal["yes", "calibrated", "no"]
     causal_uncalibrated: bool = False

@@ -10,17 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ..kernels.attention_state import AttentionState
-
-if TYPE_CHECKING:  # which import this file
-    from .slot_attention import ExactAttention
-    from .slot_weights import SlotWeights
 
 WINDOW_ALONE = "window_alone"  # slots hold no mass
 SLOTS_ALONE = "slots_alone"  # no key is exact: all go through slots
@@ -35,7 +28,7 @@ SLOT_SHARE = "slot_share"
 class Ablation:
     """What is asked for within `ablate`, and whether an attention function has followed."""
 
-    name: str
+    names: frozenset[str]
     was_followed: bool = False
 
 
@@ -45,60 +38,33 @@ ABLATED: dict[int, Ablation] = {}
 
 @contextmanager
 def ablate(name: str) -> Iterator[Ablation]:
-    """Attention functions called in the `with` block, by this thread, go without a part of theirs.
+    """Attention functions called in the `with` block, by this thread, go without a part of theirs. Blocks add up.
 
     Args:
         name: One of `ABLATIONS`, or `SLOT_SHARE`.
     """
     thread = threading.get_ident()
     before = ABLATED.get(thread)
-    ABLATED[thread] = asked = Ablation(name)
+    ABLATED[thread] = asked = Ablation(frozenset({name}) if before is None else before.names | {name})
     try:
         yield asked
     finally:
         if before is None:
             del ABLATED[thread]
         else:
+            before.was_followed |= asked.was_followed
             ABLATED[thread] = before
 
 
-def current_ablation() -> str | None:
-    """What this thread's attention functions go without; `None` for nothing."""
+def current_ablations() -> frozenset[str]:
+    """What this thread's attention functions go without."""
     asked = ABLATED.get(threading.get_ident())
     if asked is None:
-        return None
+        return frozenset()
     asked.was_followed = True
-    return asked.name
-
-
-def ablated_slots(exact: ExactAttention, query_weights: SlotWeights) -> tuple[ExactAttention, SlotWeights]:
-    """What stands in place of exact keys and of the queries' weights for slots."""
-    name = current_ablation()
-    if name == SHUFFLED_SLOTS:
-        return exact, query_weights.shuffled()
-    if name == WINDOW_ALONE:
-        return exact, query_weights.without_mass()
-    if name == SLOT_SHARE:
-        tokens, windows, heavy = exact.tokens, exact.windows, exact.heavy
-        if windows is not None:
-            windows = replace(windows, state=_valued(windows.state, 0.0), value=torch.ones_like(windows.value))
-        heavy = None if heavy is None else _valued(heavy, 0.0)
-        tokens = replace(tokens, value=torch.ones_like(tokens.value))
-        return replace(exact, tokens=tokens, windows=windows, heavy=heavy), query_weights
-    return exact, query_weights
-
-
-def ablated_slots_alone(query_weights: SlotWeights, value: Tensor) -> tuple[SlotWeights, Tensor]:
-    """The same without exact keys: what stands in place of the queries' weights and of the values."""
-    name = current_ablation()
-    query_weights = query_weights.shuffled() if name == SHUFFLED_SLOTS else query_weights
-    return query_weights, torch.ones_like(value) if name == SLOT_SHARE else value
+    return asked.names
 
 
 def exact_value(value: Tensor) -> Tensor:
     """The values of keys that are read exactly."""
-    return torch.zeros_like(value) if current_ablation() == SLOT_SHARE else value
-
-
-def _valued(state: AttentionState, value: float) -> AttentionState:
-    return AttentionState(torch.full_like(state.output, value), state.lse)
+    return torch.zeros_like(value) if SLOT_SHARE in current_ablations() else value

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,10 +182,11 @@ def learning_start(
     if exact.windows is None and exact.heavy is None:
         return start  # beside nothing else the mass of the slots has no effect
 
+    started = replace(feature_map, query_shift=query_shift, key_shift=key_shift, slot_bias=slot_bias)
+
     def mass(offset: float) -> Tensor:
         """Log-mass of exact keys and slots together."""
-        changes: dict[str, Any] = start | {"far_offset": start["far_offset"] + offset}
-        maps = replace(feature_map, **changes)
+        maps = replace(started, far_offset=torch.zeros_like(started.far_offset) + offset)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
     return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}

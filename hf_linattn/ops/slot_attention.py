@@ -6,16 +6,17 @@ under one softmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, merge_states
 from ..kernels.block_slots import BlockReach
-from .ablation import ABLATED, ablated_slots, ablated_slots_alone
+from .ablation import ABLATED, SHUFFLED_SLOTS, SLOT_SHARE, WINDOW_ALONE, current_ablations
 from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .inputs import check_causal
@@ -94,7 +95,7 @@ class ExactAttention:
         """
         exact = self
         if ABLATED:
-            exact, query_weights = ablated_slots(self, query_weights)
+            exact, query_weights = _ablated(self, query_weights)
         value, options = exact.tokens.value, exact.options
         if exact.windows is not None:
             state = exact.windows.with_slots(query_weights, key_weights, options)
@@ -144,7 +145,7 @@ def slots_alone(
         query = query.masked_fill(~visible, 0.0) if is_self else query
     query_weights = feature_map.query_weights(query)
     if ABLATED:
-        query_weights, value = ablated_slots_alone(query_weights, value)
+        query_weights, value = _ablated_alone(query_weights, value)
     slots = feature_map.key_weights(key).masked(visible).without_common_factor().summarise(value)
     output = query_weights.read(slots, dropout=dropout).output
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
@@ -241,3 +242,32 @@ def _real_keys(tokens: Tokens, visible: Tensor | None, blocks: Blocks) -> Tensor
     if visible is not None:
         return blocks.split(visible.to(tokens.key)) > 0
     return None if blocks.is_whole else blocks.split(tokens.key.new_ones(1, 1, blocks.tokens, 1)) > 0
+
+
+# -- of which a part is taken away (ops/ablation.py) -----------------------------------------------------------------
+def _ablated(exact: ExactAttention, query_weights: SlotWeights) -> tuple[ExactAttention, SlotWeights]:
+    """What stands in place of exact keys and of the queries' weights for slots."""
+    names = current_ablations()
+    if SHUFFLED_SLOTS in names:
+        query_weights = query_weights.shuffled()
+    if WINDOW_ALONE in names:
+        query_weights = query_weights.without_mass()
+    if SLOT_SHARE in names:
+        tokens, windows, heavy = exact.tokens, exact.windows, exact.heavy
+        if windows is not None:
+            windows = replace(windows, state=_valued(windows.state, 0.0), value=torch.ones_like(windows.value))
+        heavy = None if heavy is None else _valued(heavy, 0.0)
+        tokens = replace(tokens, value=torch.ones_like(tokens.value))
+        exact = replace(exact, tokens=tokens, windows=windows, heavy=heavy)
+    return exact, query_weights
+
+
+def _ablated_alone(query_weights: SlotWeights, value: Tensor) -> tuple[SlotWeights, Tensor]:
+    """The same without exact keys: what stands in place of the queries' weights and of the values."""
+    names = current_ablations()
+    query_weights = query_weights.shuffled() if SHUFFLED_SLOTS in names else query_weights
+    return query_weights, torch.ones_like(value) if SLOT_SHARE in names else value
+
+
+def _valued(state: AttentionState, value: float) -> AttentionState:
+    return AttentionState(torch.full_like(state.output, value), state.lse)

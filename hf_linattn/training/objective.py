@@ -74,7 +74,8 @@ def row_divergence(module: nn.Module, call: Call) -> Tensor:
     A mean over queries and heads. The entropy has no gradient; without it the divergence of equal rows is 0.
 
     Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog).
-    Raises: InputError for more than `MAX_ROW_TOKENS` tokens, or a batch without a real token.
+    Raises: InputError for more than `MAX_ROW_TOKENS` tokens, or a batch without a real token; ConfigError for layers
+        that add a convolution of the values, whose output is more than weights of the values.
     Cost: O(tokens^2) memory, and tokens / head_dim times the time of linear attention.
     """
     tokens = call.key.shape[2]
@@ -82,6 +83,11 @@ def row_divergence(module: nn.Module, call: Call) -> Tensor:
         raise InputError(
             f"row_weight compares attention rows key by key, for inputs of at most {MAX_ROW_TOKENS} tokens; got"
             f" {tokens}. Pass shorter inputs, or row_weight=0."
+        )
+    if call.layer is not None and call.layer.config.value_convolution:
+        raise ConfigError(
+            "row_weight must be 0 with value_convolution=True: a convolution of the values beside attention has no"
+            " attention rows."
         )
     rows = linear_rows(module, call).float().clamp_min(_SMALLEST_WEIGHT).log()
     softmax = softmax_rows(call)
@@ -125,6 +131,15 @@ def _real(key_mask: Tensor | None, like: Tensor) -> Tensor:
     if not real.any():
         raise InputError("A batch has no real token (its attention_mask is all 0). Leave such batches out.")
     return real
+
+
+def check_finite(errors: Tensor) -> None:
+    """Raise `InputError` before a step with errors that are not finite, after which learned maps would be NaN."""
+    if not bool(errors.isfinite().all()):
+        raise InputError(
+            f"The errors of the layers are {errors.tolist()} on a batch: its inputs, or what the model makes of them,"
+            " are not finite. Nothing was learned from it. Leave it out, or load the model in float32."
+        )
 
 
 def is_exact(error: Tensor, dtype: torch.dtype) -> Tensor:

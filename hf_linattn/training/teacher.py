@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedError
 from ..integrations.batches import prepare_inputs
 from ..integrations.call import Call
 from ..integrations.interface import softmax_output
 from ..integrations.layers import linear_layer
-from ..integrations.observe import observed_attention, restored
+from ..integrations.observe import kind_of, observed_attention, restored
 from ..modules.base import LinearAttention
 from .objective import Objective, is_exact, relative_error
 
@@ -68,8 +69,9 @@ def layer_errors(
             return _attention_errors(inner, forward, inputs, layers, objective, backward)
         return _hidden_state_errors(inner, forward, inputs, layers, key_mask, backward)
 
-    with restored(inner), in_place_of_forward(inner, errors):
+    with restored(inner), in_place_of_forward(inner, errors), torch.compiler.set_stance("force_eager"):
         inner.eval()
+        inner.set_attn_implementation(kind_of(inner))  # it may run on softmax at present
         found: LayerErrors = model(**inputs)
     return found
 
@@ -127,6 +129,7 @@ def softmax_pass(
 
     Args:
         on_layer: Called for each of `layers`, in the order of the model.
+    Raises: UnsupportedError if the pass does not reach all of them.
     """
     waiting = set(layers)
 
@@ -141,6 +144,12 @@ def softmax_pass(
 
     with torch.no_grad(), observed_attention(model, on_call), contextlib.suppress(_Finished):
         forward(**inputs)
+    if waiting:
+        raise UnsupportedError(
+            f"{len(waiting)} of the layers to train were not reached through {type(model).__name__}: they hold another"
+            " config than the model, as in an EncoderDecoderModel, or the model skips them. Train the part before it"
+            " is put together."
+        )
 
 
 def _hidden_states(

@@ -23,7 +23,7 @@ from ..integrations.settings import check_layers
 from ..integrations.wrappers import converted_parts
 from ..modules.base import AttentionInputs, LinearAttention
 from ..modules.registry import list_kinds
-from .objective import average, is_exact, relative_error
+from .objective import average, check_finite, is_exact, relative_error
 from .teacher import softmax_pass
 
 
@@ -51,7 +51,31 @@ def trained_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> dict
             f"No layer of this model has anything to train by itself (kind {kind_of(model)!r}). Convert the model with"
             " settings that learn, such as FavorPlusConfig(learned=True)."
         )
+    if any(layer.ablation is not None for layer in linear_layers(found)):
+        raise ConfigError("Attention transfer trains whole layers: call it outside of ablated(model, ...).")
+    if any(parameter.dtype == torch.float16 for parameter in learned_parameters(found)):
+        raise ConfigError(
+            "Learned maps must not be in float16, in which steps of Adam are not finite. Call model.float() first (and"
+            " model.half() afterwards), or use AttentionTransferTrainer with fp16=True."
+        )
     return found
+
+
+def check_learning_rate(value: Any) -> None:
+    """Raise `ConfigError` unless a learning rate is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigError(f"learning_rate must be a finite number >= 0; got {value!r}.")
+
+
+def check_trains(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    """Raise `ConfigError` if an optimizer does not have all parameters that are to be trained."""
+    has = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = sum(id(parameter) not in has for parameter in parameters)
+    if missing:
+        raise ConfigError(
+            f"The optimizer lacks {missing} of the {len(parameters)} parameters that are to be trained. Build it after"
+            " conversion, with those of the modules named 'linattn', or leave it to the Trainer."
+        )
 
 
 def _not_converted(model: PreTrainedModel) -> str:
@@ -84,14 +108,16 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int,
 
     The same on all processes.
 
-    Raises: InputError for a batch whose rows all fit into the window, or without a real token.
+    Raises: InputError for a batch whose rows all fit into the window, without a real token, or not finite.
     """
     exact: list[Tensor] = []
     starts: list[tuple[LinearAttention[Any], dict[str, Tensor]]] = []
 
     def on_layer(module: nn.Module, call: Call, target: Tensor) -> None:
         layer = _layer(module)
-        exact.append(is_exact(relative_error(linear_output(module, call), target, call.key_mask), target.dtype))
+        error = relative_error(linear_output(module, call), target, call.key_mask)
+        check_finite(error)
+        exact.append(is_exact(error, target.dtype))
         inputs = AttentionInputs(
             call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
         )

@@ -17,20 +17,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from ..errors import ConfigError, InputError
+from ..errors import InputError
+from ..integrations.adapters import keep_in_adapters
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
 from ..modules.learned_maps import parameter_groups
-from .objective import Objective, average
+from .objective import Objective, check_finite
 from .teacher import layer_errors
-from .trained_layers import learned_parameters, linear_layers, only, start, trained_layers
+from .trained_layers import (
+    check_learning_rate,
+    learned_parameters,
+    linear_layers,
+    only,
+    start,
+    trained_layers,
+)
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = 3e-2
+LEARNING_RATES = {"attention": 3e-2, "hidden_states": 1e-2}  # of the targets
 TEACHES_NOTHING = (
     "All rows of a batch fit into the window, where attention is exact: it teaches nothing. Leave out short inputs, or"
     " put several into one row. (Told once; there may be more.)"
@@ -59,7 +66,7 @@ def transfer_attention(
     batches: Iterable[Mapping[str, Any]],
     *,
     steps: int = 200,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     target: str = "attention",
     layers: Sequence[int] | None = None,
     row_weight: float = 0.0,
@@ -73,11 +80,14 @@ def transfer_attention(
 
     Args:
         model: Converted with settings that learn something, such as `FavorPlusConfig(learned=True)`. Changed in place.
+            With an adapter (PEFT) in it, the maps are those of the adapter from then on, as with
+            `modules_to_save=["linattn"]`.
             Its own weights under softmax are the teacher, so transfer comes before any other training.
         batches: Keyword arguments of the model's forward, as tensors; labels are left out. Read again from the start
             when they end before the steps do.
         steps: Batches to train on.
-        learning_rate: Of the first step; residual maps (LARA, EVA) take 0.3 of it.
+        learning_rate: Of the first step; residual maps (LARA, EVA) take 0.3 of it. `None`: 3e-2, or 1e-2 for hidden
+            states.
         target: "attention": every layer by itself, towards the output of softmax on the inputs that it has under
             softmax. "hidden_states": a second stage, all layers together on linear attention end to end, towards the
             hidden states of softmax.
@@ -89,25 +99,33 @@ def transfer_attention(
         progress: Show a progress bar with the error of every layer.
     Returns: the error of every trained layer at every step.
     Raises:
-        ConfigError: The model is not converted, its layers learn nothing, `layers` are no converted layers, or the
-            other settings contradict each other.
-        InputError: No batches; one without a real token; a first one whose rows all fit into the window.
+        ConfigError: The model is not converted, its layers learn nothing or are in float16, `layers` are no converted
+            layers, or the other settings contradict each other.
+        InputError: No batches; one without a real token, or with errors that are not finite; a first one whose rows
+            all fit into the window; no number of steps; within `torch.inference_mode()`.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be an integer >= 1; got {steps!r}.")
+    if torch.is_inference_mode_enabled():
+        raise InputError("transfer_attention needs gradients: call it outside of torch.inference_mode().")
     objective = Objective(target, row_weight)
+    learning_rate = LEARNING_RATES[target] if learning_rate is None else learning_rate
+    check_learning_rate(learning_rate)
     model = inside(model, "transfer_attention")
     chosen = trained_layers(model, layers)
+    keep_in_adapters(model, lambda layer: layer in linear_layers(chosen))
     parameters = learned_parameters(chosen)
     optimizer = torch.optim.Adam(parameter_groups(linear_layers(chosen), learning_rate))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     found: list[TransferStep] = []
     told = False
-    with only(model, parameters), _ProgressBar(steps, progress) as bar:
+    # A caller's no_grad() is about what the model is used for afterwards.
+    with torch.enable_grad(), only(model, parameters), _ProgressBar(steps, progress) as bar:
         for step, batch in enumerate(_repeated(batches, steps)):
             if step == 0:
                 start(model, batch, chosen)
             errors = layer_errors(model, model, batch, chosen, objective, backward=True)
+            check_finite(errors.error)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -117,89 +135,6 @@ def transfer_attention(
             found.append(TransferStep(step, tuple(errors.error.sqrt().tolist()), tuple(chosen)))
             bar.show(found[-1])
     return found
-
-
-class AttentionTransferTrainer(Trainer):
-    """A `Trainer` whose loss is the error of the linear attention of a converted model (`transfer_attention`).
-
-    Everything is as with a Trainer: mixed precision, gradient accumulation, DDP, checkpoints, callbacks. Labels are
-    not needed. Passes are in evaluation mode, without dropout. Only what the layers learn by themselves is trained;
-    afterwards parameters require gradients as before. Logs have the loss, `error` and `error_layer_<index>`: relative
-    errors, as in `TransferStep`.
-
-    Args:
-        target, layers, row_weight: As in `transfer_attention`.
-        The others as in `Trainer`.
-    Raises: ConfigError if the model is not converted, its layers learn nothing, or the arguments contradict each
-        other; for `torch_compile` and for several GPUs in one process.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *args: Any,
-        target: str = "attention",
-        layers: Sequence[int] | None = None,
-        row_weight: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        self._objective = Objective(target, row_weight)
-        self._layers = trained_layers(inside(model, "AttentionTransferTrainer"), layers)
-        super().__init__(model, *args, **kwargs)
-        _check_arguments(self.args)
-        self.can_return_loss = True  # without labels too
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps divide it
-        self._has_started = False
-        self._has_told = False
-        self._error_sum: Tensor | float = 0.0  # of the batches since the last log
-        self._any_exact: Tensor | bool = False
-        self._batches = 0
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with only(inside(self.model, "AttentionTransferTrainer"), learned_parameters(self._layers)):
-            return super().train(*args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        inner, is_training = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer"), model.training
-        if is_training and not self._has_started:
-            if self.state.global_step == 0:  # a resumed run has started already
-                start(inner, inputs, self._layers)
-            self._has_started = True
-        found = layer_errors(model, inner, inputs, self._layers, self._objective)
-        if is_training:
-            self._batches += 1
-            self._error_sum = self._error_sum + found.error
-            self._any_exact = self._any_exact | found.is_exact.all()
-        return (found.loss.mean(), {"errors": found.error}) if return_outputs else found.loss.mean()
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._batches:
-            error = average(torch.as_tensor(self._error_sum) / self._batches).sqrt().tolist()
-            logs["error"] = sum(error) / len(error)
-            logs |= {f"error_layer_{index}": each for index, each in zip(self._layers, error, strict=True)}
-            if self._any_exact and not self._has_told:
-                logger.warning(TEACHES_NOTHING)
-                self._has_told = True
-            self._error_sum, self._any_exact, self._batches = 0.0, False, 0
-        super().log(logs, *args, **kwargs)
-
-
-def _check_arguments(args: Any) -> None:
-    """Raise `ConfigError` for arguments of a Trainer with which layers cannot be looked into."""
-    if args.torch_compile:
-        raise ConfigError(
-            "torch_compile must be False for attention transfer, which looks into the layers while the model runs."
-            " Compile the model afterwards."
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"Attention transfer needs a process for each GPU; got one process with {args.n_gpu}. Launch it with"
-            " torchrun or accelerate, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
 
 
 class _ProgressBar:

@@ -124,6 +124,19 @@ def test_padding_changes_nothing(kind: str, case: ModelCase, learned: bool, what
         torch.testing.assert_close(found[row, real][None], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["favor_plus", "eva"])
+def test_a_convolution_of_values_is_no_slot(kind: str) -> None:
+    model, inputs = made(kind, VIT, learned=True, value_convolution=True), VIT.inputs()
+    plain = made(kind, VIT, learned=True)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(*(ablated_logits(each, "slots_alone", **inputs) for each in (model, plain)))
+    assert (
+        largest(ablated_logits(model, "window_alone", **inputs) - ablated_logits(plain, "window_alone", **inputs)) > 0
+    )
+    report = hf_linattn.compare(model, [inputs])
+    assert all(0 <= share <= 1 for layer in report.layers for share in layer.slot_shares)
+
+
 @pytest.mark.parametrize("learned", LEARNED)
 def test_chunks_of_one_token_are_softmax(learned: bool) -> None:
     """All keys of a text, each a chunk of its own, without a window."""

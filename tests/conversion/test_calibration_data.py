@@ -104,7 +104,7 @@ def test_one_head_may_be_constant() -> None:
 def test_a_broken_token_that_the_sample_drops_is_told() -> None:
     """And told by `result`, which all processes reach, so that none waits for one that has raised."""
     config, shape = hf_linattn.LaraConfig(num_landmarks=4), LayerShape(num_heads=2, head_dim=4, is_causal=True)
-    calibration, other = ProposalCalibration(config, shape), ProposalCalibration(config, shape, stream=1)
+    calibration, other = (ProposalCalibration(config.num_landmarks, config, shape, stream) for stream in (0, 1))
     query = torch.randn(1, 2, 30, 4)
     query[0, 1, 7, 2] = float("nan")
     calibration.update(AttentionInputs(query, query, query, None, scaling=1.0, is_causal=True))

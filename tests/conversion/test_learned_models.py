@@ -17,7 +17,8 @@ from hf_linattn.errors import ConfigError, LinAttnError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.registry import get_kind
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
-from hf_linattn.training.transfer import start, transfer_attention
+from hf_linattn.training.trained_layers import start, trained_layers
+from hf_linattn.training.transfer import transfer_attention
 
 KINDS = {
     "favor_plus": 256,
@@ -104,7 +105,7 @@ def test_sharp_with_the_kernel_starts_at_calibrated_sharp(variant: str, case: Mo
     )
     expected = logits(plain, **case.inputs())
     torch.testing.assert_close(logits(learned, **case.inputs()), expected, rtol=1e-4, atol=1e-4)
-    start(learned, case.inputs(4))
+    start(learned, case.inputs(4), trained_layers(learned, None))
     layers = [module for module in learned.modules() if isinstance(module, LinearAttention)]
     assert all(bool(layer.far_offset.any()) for layer in layers)
     for layer in layers:

@@ -129,3 +129,15 @@ def test_softmax_is_left_alone(script: Any, task: Any) -> None:
 def test_unknown_names(script: Any, task: Any, arguments: tuple[str, ...], said: str) -> None:
     with pytest.raises(SystemExit, match=said):
         script.main(arguments[0], rows=arguments[1] if arguments[1:] else "*")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "recall"])
+def test_missing_files(script: Any, name: str) -> None:
+    with pytest.raises(SystemExit, match="--model"):
+        script.main(name)
+
+
+def test_no_labels_to_fine_tune_on(script: Any, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(type(task), "labelled_batches")
+    with pytest.raises(SystemExit, match="no labels"):
+        script.main("recall", fine_tune=1)

@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from _checkpoints import damage, find_checkpoint
 from _common import RecipeError
+from _training import RecipeTrainingArguments
 from scripts.kill_parts.inputs import SETTINGS, build
-from text_classification import RecipeTrainingArguments
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from cases import BERT, GPT2, VIT, ModelCase
 from torch import Tensor
 from transfer_runs import EVA, LARA, SETTINGS, batches, converted, every_case, every_kind, seen_calls, short
 
-from hf_linattn.errors import InputError
+from hf_linattn.errors import ConfigError, InputError
 from hf_linattn.integrations.interface import linear_output, softmax_output
 from hf_linattn.training import objective, transfer_attention
 from hf_linattn.training.objective import linear_rows, row_divergence, softmax_rows
@@ -76,3 +78,10 @@ def test_long_inputs_have_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="at most 20 tokens; got 24"):
         transfer_attention(model, batches(BERT), steps=1, row_weight=0.1)
     transfer_attention(model, batches(BERT, tokens=20), steps=1, row_weight=0.1)
+
+
+def test_a_convolution_of_the_values_has_no_rows() -> None:
+    module, call = last_call(converted(VIT), batches(VIT)[0])
+    layer = SimpleNamespace(config=SimpleNamespace(value_convolution=True))
+    with pytest.raises(ConfigError, match="row_weight must be 0 with value_convolution=True"):
+        row_divergence(module, dataclasses.replace(call, layer=layer))

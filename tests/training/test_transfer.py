@@ -25,7 +25,7 @@ from transfer_runs import (
 )
 
 from hf_linattn.integrations.attach import family_layers
-from hf_linattn.training import transfer_attention
+from hf_linattn.training import teacher, transfer_attention
 from hf_linattn.training.trained_layers import start, trained_layers
 
 
@@ -69,6 +69,21 @@ def test_gradients_only_where_something_is_learned(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     transfer_attention(model, batches(BERT), steps=1, target=target, layers=[1])
     assert with_gradient == set(own(model, 1))
+
+
+def test_gradients_from_before_and_of_a_step_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stale = converted(BERT), converted(BERT)
+    for parameter in stale.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert transfer_attention(model, batches(BERT), steps=2) == transfer_attention(stale, batches(BERT), steps=2)
+
+    def interrupt(*arguments: Any) -> None:  # called when a layer has its gradients
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher, "is_exact", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        transfer_attention(model, batches(BERT), steps=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @every_kind

@@ -12,7 +12,19 @@ import pytest
 import torch
 from cases import BERT, GPT2, ModelCase
 from safetensors.torch import load_file
-from transfer_runs import SETTINGS, EqualRows, close, every_target, logged, own, short, tensors, train, trainer_of
+from transfer_runs import (
+    LARA,
+    SETTINGS,
+    EqualRows,
+    close,
+    every_target,
+    logged,
+    own,
+    short,
+    tensors,
+    train,
+    trainer_of,
+)
 
 from hf_linattn.errors import ConfigError, InputError
 
@@ -110,6 +122,25 @@ def test_two_processes_are_one_with_the_same_batches(tmp_path: Path) -> None:
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------------
+def test_residual_maps_take_a_smaller_learning_rate(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, settings=LARA, learning_rate=0.02)
+    optimizer = trainer.create_optimizer()
+    rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    found = {name: rates[id(each)] for name, each in trainer.model.named_parameters() if ".linattn." in name}
+    assert found == {name: pytest.approx(0.006 if name.endswith("adapter") else 0.02) for name in found}
+    assert len(rates) == len(found) > 10
+    given = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer.optimizer = given
+    assert trainer.create_optimizer().param_groups[0]["lr"] == 1.0
+
+
+def test_the_learning_rate_of_fine_tuning_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_of(tmp_path).create_optimizer()
+    assert "learning_rate" not in caplog.text
+    trainer_of(tmp_path, learning_rate=5e-5).create_optimizer()
+    assert "learning_rate is 5e-05" in caplog.text
+
+
 def test_batches_that_teach_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The first raises; a later one, also the first after resuming, is told."""
     trainer = trainer_of(tmp_path)

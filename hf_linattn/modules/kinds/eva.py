@@ -16,9 +16,8 @@ from ...ops.eva.learned import eva_learning_start, learned_eva_attention, learne
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
-from ..base import AttentionInputs
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
-from ..contract import LayerShape, StateTensor, zeros
+from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_summariser, summariser_spec, with_value_convolution
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
@@ -182,7 +181,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
     def compute(cls, config: EvaConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         tokens = inputs.query, inputs.key, inputs.value
         options = _layout_options(config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
-        options |= {"num_chunks": config.num_chunks, **inputs.options(config)}
+        options |= {"num_chunks": config.num_chunks, **cls.call_options(config, inputs)}
         if config.learned:
             output = learned_eva_attention(*tokens, learned_summariser(state), **options)
             return with_value_convolution(output, config, state, inputs)
@@ -201,7 +200,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             return {}
         state = self.tensors()
         options = _layout_options(self.config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
-        options |= {"num_chunks": self.config.num_chunks, **inputs.options(self.config)}
+        options |= {"num_chunks": self.config.num_chunks, **self.call_options(self.config, inputs)}
         # Softmax has neither: the offset is that of the layer without them.
         del options["window_bias"], options["slot_dropout"]
         start = eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)

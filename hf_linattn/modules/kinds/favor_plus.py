@@ -17,9 +17,8 @@ from ...ops.favor.random_features import derive_seed, draw_projection
 from ...ops.favor.recurrent import favor_recurrence
 from ...ops.learned import NORMALIZERS, learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs
 from ..config import LearnedConfig, choice, count, factor, flag
-from ..contract import LayerShape, StateTensor
+from ..contract import AttentionInputs, LayerShape, StateTensor
 from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
@@ -200,7 +199,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
                 state["projection"],
                 num_heavy_keys=config.num_heavy_keys,
                 chunk_size=config.chunk_size,
-                **inputs.options(config),
+                **cls.call_options(config, inputs),
             )
         return generalized_attention(
             inputs.query,
@@ -210,7 +209,7 @@ class FavorPlusAttention(FavorAttention[FavorPlusConfig]):
             kernel=config.kernel,
             kernel_epsilon=config.kernel_epsilon,
             chunk_size=config.chunk_size,
-            **inputs.options(config),
+            **cls.call_options(config, inputs),
         )
 
 

@@ -22,10 +22,9 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
-from ..base import AttentionInputs
 from ..config import choice, flag
-from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
-from ..learned_maps import learned_output, learned_spec, stored_statistics
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
+from ..learned_maps import learned_output, learned_spec
 from ..registry import AttentionKind, register_kind
 from .favor_plus import FavorAttention, FavorConfig, projection_spec
 
@@ -112,7 +111,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         if config.learned:
             return learned_output(config, state, inputs)
         if config.statistics == "calibrated":
-            statistics = stored_statistics(state)
+            statistics = FavorStatistics.among(state)
         else:
             statistics = favor_statistics(
                 inputs.query,
@@ -130,13 +129,13 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
             statistics=statistics,
             num_heavy_keys=config.num_heavy_keys,
             chunk_size=config.chunk_size,
-            **inputs.options(config),
+            **cls.call_options(config, inputs),
         )
 
     def recurrence_options(self) -> dict[str, Any]:
         if self.config.learned:
             return super().recurrence_options()
-        return {**super().recurrence_options(), "statistics": stored_statistics(self.tensors())}
+        return {**super().recurrence_options(), "statistics": FavorStatistics.among(self.tensors())}
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None

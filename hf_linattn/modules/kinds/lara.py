@@ -20,9 +20,8 @@ from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
 from ...ops.learned import learned_recurrence
 from ...ops.recurrent.slots import SlotRecurrence
-from ..base import AttentionInputs
 from ..config import CONVENTIONS, LearnedConfig, choice, count, factor, flag
-from ..contract import CALIBRATED_TOKENS, LayerShape, StateTensor, zeros
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
@@ -188,8 +187,9 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
 
     def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
-        is_calibrated = self.config.proposal_source == "calibrated"
-        return ProposalCalibration(self.config, self.shape, stream) if is_calibrated else None
+        if self.config.proposal_source != "calibrated":
+            return None
+        return ProposalCalibration(self.config.num_landmarks, self.config, self.shape, stream)
 
     def learning_start(
         self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
@@ -228,7 +228,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
             offset=state.get("mass_offset"),
             num_heavy_keys=config.num_heavy_keys,
             **own,
-            **inputs.options(config),
+            **cls.call_options(config, inputs),
         )
 
 

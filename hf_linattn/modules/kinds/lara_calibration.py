@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,8 @@ from ...ops.inputs import scale_inputs
 from ...ops.lara.features import mixture_log_ratio
 from ...ops.lara.kmeans import kmeans
 from ...ops.lara.randomized import proposal_key_mean
-from ..base import AttentionInputs
-from ..contract import CALIBRATED_TOKENS, LayerShape
-
-if TYPE_CHECKING:
-    from .lara import LaraConfig
+from ..config import AttentionConfig
+from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
 
 SAMPLE_SIZE = 4096
 # Queries whose weights over the keys exist at the same time.
@@ -32,13 +28,14 @@ class ProposalCalibration:
     tokens of both. The positions are the same for all heads. Memory is O(points * heads * head_dim), on the CPU.
 
     Args:
+        num_landmarks: How many proposals are sought.
         config, shape: Of the layer.
         stream: The process's rank: ranks must not draw the same priorities.
     """
 
-    def __init__(self, config: LaraConfig, shape: LayerShape, stream: int = 0) -> None:
-        self._config, self._shape = config, shape
-        size = max(SAMPLE_SIZE, 16 * config.num_landmarks)
+    def __init__(self, num_landmarks: int, config: AttentionConfig, shape: LayerShape, stream: int = 0) -> None:
+        self._num_landmarks, self._config, self._shape = num_landmarks, config, shape
+        size = max(SAMPLE_SIZE, 16 * num_landmarks)
         self._points = torch.zeros(shape.num_heads, size, shape.head_dim)
         self._priorities = torch.full((size,), float("-inf"), dtype=torch.float64)
         self._seen = torch.zeros(1, dtype=torch.int64)
@@ -107,7 +104,7 @@ class ProposalCalibration:
         Raises: `InputError` for fewer tokens than centroids, for equal ones, and for some that are not finite.
         """
         points, layer = self._points[:, self._priorities > float("-inf")], self._shape.layer_idx
-        needed = self._config.num_landmarks
+        needed = self._num_landmarks
         if int(self._broken):
             raise InputError(
                 f"The queries or keys of the calibration data are not all finite (inf or NaN) in layer {layer}."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ablation import SHUFFLED_SLOTS, SLOT_SHARE, SLOTS_ALONE, WINDOW_ALONE, current_ablation
+from ..ablation import SHUFFLED_SLOTS, SLOT_SHARE, SLOTS_ALONE, WINDOW_ALONE, current_ablations
 from ..padding import Tokens
 from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
@@ -24,14 +24,14 @@ def ablated_chunks(
     `max_chunks` has no effect. Of shuffled slots, a chunk has the value of the chunk before it; the first one that of
     the last or, if causal, its own: no query learns of later tokens.
     """
-    name = current_ablation()
-    if name == WINDOW_ALONE:
+    names = current_ablations()
+    if WINDOW_ALONE in names:
         layout = replace(layout, chunks=None)
-    elif name == SLOTS_ALONE:
+    if SLOTS_ALONE in names:
         layout, options = _without_windows(layout, options, tokens), replace(options, max_chunks=None)
-    elif name == SHUFFLED_SLOTS:
+    if SHUFFLED_SLOTS in names:
         summarise = _Shuffled(summarise, options.is_causal)
-    elif name == SLOT_SHARE:
+    if SLOT_SHARE in names:
         tokens, summarise = replace(tokens, value=torch.zeros_like(tokens.value)), _OfValueOne(summarise)
     return tokens, options, summarise, layout
 

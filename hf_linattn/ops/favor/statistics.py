@@ -7,6 +7,7 @@ diagonal `A` of the features in them, are chosen to make the mean log second mom
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class FavorStatistics(NamedTuple):
     query_transform: Tensor
     key_transform: Tensor
     shape: Tensor
+
+    @classmethod
+    def among(cls, tensors: Mapping[str, Tensor]) -> FavorStatistics:
+        """Those that are stored among the tensors of a layer, as `statistics_query_mean` and so on."""
+        return cls(*[tensors[f"statistics_{name}"] for name in cls._fields])
 
     def transform_query(self, query: Tensor) -> Tensor:
         """Scaled queries in the coordinates of the features."""

@@ -47,7 +47,7 @@ def new_calibration(
     num_landmarks: int, is_causal: bool = True, stream: int = 0, **settings: Any
 ) -> ProposalCalibration:
     config = LaraConfig(num_landmarks=num_landmarks, **settings)
-    return ProposalCalibration(config, LayerShape(HEADS, DIM, 0, is_causal), stream)
+    return ProposalCalibration(config.num_landmarks, config, LayerShape(HEADS, DIM, 0, is_causal), stream)
 
 
 def state_of(module: LaraAttention) -> dict[str, Tensor]:
