@@ -131,6 +131,18 @@ def converted(case: ModelCase, kind: str, *, layers: list[int] | None = None, **
     return ready(hf_linattn.convert(case.build(), case.settings(kind, **changes), layers=layers))
 
 
+def away_from_start(model: Any, case: ModelCase) -> Any:
+    """A converted model in eval mode, calibrated where it has to be, with random values added to what it learns."""
+    if hf_linattn.needs_calibration(model):
+        hf_linattn.calibrate(model, [case.inputs(4)])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".linattn." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
 def native(case: ModelCase, kind: str, **changes: Any) -> Any:
     """The case's stock model under a kind, with small settings."""
     model = case.build()

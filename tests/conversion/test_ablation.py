@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, MODELS, TOKENS, VIT, ModelCase, largest, left_padded, logits, matrix
+from cases import BERT, GPT2, MODELS, TOKENS, VIT, ModelCase, away_from_start, largest, left_padded, logits, matrix
 from torch import Tensor
 
 import hf_linattn
@@ -27,14 +27,7 @@ def made(kind: str, case: ModelCase, *, learned: bool = False, layers: int = 2, 
         changes = {"learned": True, get_kind(kind).size_field: 6, **changes}
     field = "n_layer" if case is GPT2 else "num_hidden_layers"
     model = hf_linattn.convert(case.build(**{field: layers}), case.settings(kind, **changes))
-    if hf_linattn.needs_calibration(model):
-        hf_linattn.calibrate(model, [case.inputs(4)])
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".linattn." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
+    return away_from_start(model, case)
 
 
 def ablated_logits(model: Any, what: str, **inputs: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, GPT2, VIT, ModelCase, largest, ready
-from torch import Tensor
+from cases import BERT, GPT2, VIT, ModelCase, away_from_start, largest, logits, ready
 from transformers import AutoModel
 
 import hf_linattn
@@ -34,20 +33,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def model_of(kind: str, case: ModelCase, **settings: Any) -> Any:
     """A converted model, calibrated where it has to be, with random values for what it learns."""
     settings = {"learned": True, get_kind(kind).size_field: 6, **settings}
-    model = hf_linattn.convert(case.build(), case.settings(kind, **settings))
-    if hf_linattn.needs_calibration(model):
-        hf_linattn.calibrate(model, [case.inputs(4)])
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".linattn." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def logits(model: Any, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
+    return away_from_start(hf_linattn.convert(case.build(), case.settings(kind, **settings)), case)
 
 
 @pytest.mark.parametrize(

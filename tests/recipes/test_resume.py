@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from recipe_runs import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as transformers_logging
 
 from _checkpoints import damage, find_checkpoint
 from _common import RecipeError
@@ -51,15 +50,6 @@ def undisturbed(folder: Path) -> Callable[..., Path]:
         return made[key]
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")  # not the user's
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
 
 
 # -- the data after a resume --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
-from transformers.utils import logging as transformers_logging
 
 import attention_transfer
 import hf_linattn
@@ -42,15 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("transfer")
     build(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")  # not the user's
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
 
 
 def transfer(argv: Sequence[str], cut_after: int | None = None, *callbacks: TrainerCallback) -> dict[str, Any]:
