@@ -43,6 +43,7 @@ class Task(BaseTask):
         exact: dict[str, Any] = {"overlap_window": True, "num_heavy_keys": 64}
         return {
             "favor_plus-256-random": FavorPlusConfig(),
+            "favor_plus-32": FavorPlusConfig(learned=True),  # the preset
             "favor_plus-64": FavorPlusConfig(learned=True, num_features=64),
             "favor_sharp-64": FavorSharpConfig(learned=True, num_features=64),
             "lara-64": lara,

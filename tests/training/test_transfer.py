@@ -216,3 +216,13 @@ def test_a_later_batch_that_teaches_nothing_is_told(caplog: pytest.LogCaptureFix
     assert max(steps[1].errors) < 1e-5
     assert [record.message for record in caplog.records if "teaches nothing" in record.message][1:] == []
     assert any("teaches nothing" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(("target", "first"), [("attention", 3e-2), ("hidden_states", 1e-2)])
+def test_the_learning_rate_decays_from_that_of_the_target(
+    monkeypatch: pytest.MonkeyPatch, target: str, first: float
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *_: rates.append(self.param_groups[0]["lr"]))
+    transfer_attention(converted(BERT), batches(BERT), steps=4, target=target)
+    assert rates == pytest.approx([first * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
