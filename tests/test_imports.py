@@ -42,6 +42,12 @@ def test_import_is_cheap() -> None:
     assert min(seconds) < 0.3, seconds
 
 
+def test_scripts_have_names_of_their_own() -> None:
+    """One process of the tests imports scripts of several folders, each by its file's name."""
+    found = [path.stem for folder in ("experiments", "recipes", "scripts") for path in (ROOT / folder).glob("*.py")]
+    assert sorted(found) == sorted(set(found))
+
+
 def test_public_names() -> None:
     import hf_linattn
 

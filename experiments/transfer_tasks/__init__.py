@@ -1,4 +1,4 @@
-"""What `attention_transfer.py` measures on: a file a task, each with one class `Task`."""
+"""What `transfer_quality.py` measures on: a file a task, each with one class `Task`."""
 
 from __future__ import annotations
 

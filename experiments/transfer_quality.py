@@ -1,8 +1,8 @@
 r"""What attention transfer gives back of what a converted model loses, beside its controls.
 
-    python experiments/attention_transfer.py gpt2 --model GPT2 --train validation.parquet --train-rows 3380 \
+    python experiments/transfer_quality.py gpt2 --model GPT2 --train validation.parquet --train-rows 3380 \
         --test test.parquet --rows "favor_plus-16,eva-chunk16" --seeds 0,1 --out gpt2.json
-    python experiments/attention_transfer.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
+    python experiments/transfer_quality.py recall --model RECALL --steps 300 --fine-tune 300 --out recall.json
 
 Tasks are the files of `transfer_tasks`; each names the rows that it has. Of a row with learned maps only these are
 trained, without labels. Controls: the same maps untrained; after training, the window alone and shuffled slots

@@ -20,9 +20,9 @@ SMALL = {"window_size": 4, "num_features": 4}
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "experiments"))
-    import attention_transfer
+    import transfer_quality
 
-    return attention_transfer
+    return transfer_quality
 
 
 @pytest.fixture
