@@ -42,10 +42,13 @@ class DataArguments:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
 
 
-def read_splits(args: DataArguments, training: TrainingArguments, **options: Any) -> dict[str, Data]:
+def read_splits(
+    args: DataArguments, training: TrainingArguments, given: Mapping[str, Any] | None = None, **options: Any
+) -> dict[str, Data]:
     """The splits that the run needs, each cut to its maximal size: train, validation, test.
 
     Args:
+        given: Splits that were read already, from something else than files and the Hub.
         options: Of `load_splits`, such as the formats of files.
     """
     wanted = {
@@ -58,7 +61,7 @@ def read_splits(args: DataArguments, training: TrainingArguments, **options: Any
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = _load(args, **options)
+        found = given or _load(args, **options)
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
         if not is_wanted:
