@@ -1,4 +1,4 @@
-"""What the recipes share: the attention flags, reading data sets, offline metrics, results files."""
+"""What the recipes share: the attention flags, reading data sets, results files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 import transformers
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedModel
 
 import hf_linattn
@@ -148,6 +146,8 @@ def load_splits(
         options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
         try:
             splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)
+        except StopIteration:  # what the reader of JSON says of an empty file
+            raise RecipeError(f"--{split}_file {path!r} has no rows.") from None
         except datasets.exceptions.DatasetGenerationError as error:
             raise RecipeError(
                 f"--{split}_file {path!r} cannot be read as {formats[suffix]}: {error.__cause__ or error}"
@@ -168,33 +168,6 @@ def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str]
         f"No column is called {' or '.join(map(repr, usual))}; columns: {list(columns)}. "
         f"Name the right one with --{flag}."
     )
-
-
-# -- metrics ----------------------------------------------------------------------------------------------------------
-class ClassificationMetrics(evaluate.Metric):
-    """Accuracy and F1 (of label 1 with two labels, else macro) without asking the Hub for a metric script."""
-
-    def __init__(self, num_labels: int = 2, **kwargs: Any) -> None:
-        self.num_labels = num_labels
-        # In memory: every process of a distributed run has all predictions, and files would collide.
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy and F1 of single-label classification.",
-            citation="",
-            inputs_description="predictions, references: lists of label indices",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        average = "binary" if self.num_labels == 2 else "macro"
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "f1": float(f1_score(references, predictions, average=average, zero_division=0.0)),
-        }
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from recipes._common import ClassificationMetrics
+from recipes._metrics import CLASSIFICATION, REGRESSION, LocalMetrics
 from recipes.build_documents import BuildError, build_documents
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "film", "not", "very", "plot", "the", "dull", "fine"]
@@ -196,7 +196,7 @@ def test_mistakes_get_a_clear_error(
 ) -> None:
     if message.startswith("holds"):  # few rows: every sentence would pass for a class
         message = "holds"
-        monkeypatch.setattr("_text.MAX_LABELS", 5)
+        monkeypatch.setattr("_labels.MAX_LABELS", 5)
     run_here(recipe(folder, tmp_path / "out", *changes), mistake=True)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
@@ -244,10 +244,12 @@ def test_evaluate_checkpoint(
 
 
 def test_metrics_need_no_hub() -> None:
-    values = ClassificationMetrics(2).compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
+    values = LocalMetrics(CLASSIFICATION, 2).compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
     assert values == pytest.approx({"accuracy": 0.75, "f1": 0.8})
-    values = ClassificationMetrics(3).compute(predictions=[0, 1, 2], references=[0, 1, 1])
+    values = LocalMetrics(CLASSIFICATION, 3).compute(predictions=[0, 1, 2], references=[0, 1, 1])
     assert values == pytest.approx({"accuracy": 2 / 3, "f1": (1 + 2 / 3 + 0) / 3})
+    values = LocalMetrics(REGRESSION).compute(predictions=[0.0, 1.0, 4.0], references=[0.0, 1.0, 2.0])
+    assert values == pytest.approx({"pearson": 5 / (2 * 13) ** 0.5 / 1.0, "spearmanr": 1, "mse": 4 / 3}, rel=0.05)
 
 
 def test_documents_have_a_majority_and_no_repetition() -> None:
