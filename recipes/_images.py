@@ -329,7 +329,10 @@ class PixelCollator:
         mean, std = (0.0, 1.0)
         if processor.do_normalize:
             mean, std = processor.image_mean, processor.image_std
-        spread: Callable[[Any], list[float]] = lambda z: [float(v) for v in (z if np.iterable(z) else [z] * channels)]
+
+        def spread(z: Any) -> list[float]:
+            return [float(v) for v in (z if np.iterable(z) else [z] * channels)]
+
         return cls((channels, *size), factor, spread(mean), spread(std))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def set_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) ->
     """Let a ViT, stock or converted, with any head, read images of another size. In place.
 
     The table of position embeddings `[1, 1 + patches, hidden]` is interpolated over the grid of patches, bicubic, in
-    float32, as Transformers does at every call with `interpolate_pos_encoding=True`; the vector of the CLS token stays.
+    float32, as Transformers does at every call with `interpolate_pos_encoding=True`; the CLS token's vector stays.
     Here the result is stored: the checkpoint has the new size, loads as usual and needs no argument. The parameter
     keeps its identity, dtype, device and `requires_grad`. Nothing has changed if an error is raised.
 
@@ -107,8 +107,8 @@ def _check_table(table: Tensor, grid: tuple[int, int]) -> None:
     if type(table.data) is not Tensor or table.ndim != 3 or tuple(table.shape[:2]) != shape:
         raise UnsupportedError(
             f"set_image_size() needs the whole table of positions, {(*shape, 'hidden')} by the config; got a "
-            f"{type(table.data).__name__} of shape {tuple(table.shape)}. Call it before the weights are sharded (FSDP, "
-            "DeepSpeed, tensor parallelism); if the config is at fault, correct it."
+            f"{type(table.data).__name__} of shape {tuple(table.shape)}. Call it before the weights are sharded "
+            "(FSDP, DeepSpeed, tensor parallelism); if the config is at fault, correct it."
         )
 
 
