@@ -61,6 +61,7 @@ class Task:
         has_mean_loss: Whether the model's own loss is a mean over the rows of a batch. One of tokens counts them over
             all processes and accumulated steps.
         facts: What `results.json` says of the data, besides the flags.
+        trainer: What makes its Trainer, where that has to do more than others.
     """
 
     model: PreTrainedModel
@@ -74,6 +75,7 @@ class Task:
     new_head: bool = True
     has_mean_loss: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+    trainer: Callable[..., RecipeTrainer] = RecipeTrainer
 
 
 @dataclass
@@ -88,10 +90,18 @@ class Flags:
 
 
 def read_flags(
-    data_class: type[DataArguments], argv: Sequence[str] | None, description: str | None, quiet: bool = False
+    data_class: type[DataArguments],
+    argv: Sequence[str] | None,
+    description: str | None,
+    quiet: bool = False,
+    model_class: type[ModelArguments] = ModelArguments,
 ) -> Flags:
-    """The flags, read; logging and the seed, set. Comes first."""
-    parts = (ModelArguments, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
+    """The flags, read; logging and the seed, set. Comes first.
+
+    Args:
+        model_class: `NewModelArguments` where models may be trained from scratch.
+    """
+    parts = (model_class, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
     flags = Flags(*parse_flags(parts, argv, description))
     start_logging(flags.training, quiet)
     set_seed(flags.training.seed)
@@ -215,7 +225,7 @@ def _trainer(flags: Flags, task: Task, callbacks: Sequence[TrainerCallback]) -> 
     if is_stream(rows):
         seed = training.seed if training.data_seed is None else training.data_seed
         rows = rows.shuffle(seed=seed, buffer_size=flags.data.shuffle_buffer).repeat(None)
-    trainer = RecipeTrainer(
+    trainer = task.trainer(
         model=model,
         args=training,
         train_dataset=rows,
