@@ -53,7 +53,7 @@ def heterogeneous(count: int, size: float, generator: torch.Generator) -> Pair:
 
 
 def images(count: int, size: float, generator: torch.Generator) -> Pair:
-    """Images of digits, none of them query and key, pixels from 0 to 2 size (mean squares are then about those above)."""
+    """Images of digits, none of them query and key, pixels from 0 to 2 size (mean squares as above)."""
     pixels = 2 * size * torch.from_numpy(load_digits().data) / 16
     x, y = pixels[torch.randperm(len(pixels), generator=generator)[: 2 * count]].view(2, 1, 1, count, DIM)
     return x, y

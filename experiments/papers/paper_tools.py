@@ -38,6 +38,17 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def numbers(text: str, flag: str, end: int) -> list[int]:
+    """Numbers from 0 to `end - 1`, separated by commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= number < end for number in found):
+        fail(f"{flag} must be numbers from 0 to {end - 1}, separated by commas; got {text!r}.")
+    return found
+
+
 # -- statistics -----------------------------------------------------------------------------------------------------
 class Estimate(NamedTuple):
     """A mean over repetitions and its standard error."""
