@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy
 import pandas
 import paper_tools
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from hf_linattn import functional
 
 SHIPPED = ("iris", "wine", "breast_cancer", "digits")
-SIGMAS = numpy.logspace(-2, 1, 13)
+SIGMAS = tuple(10 ** (number / 4) for number in range(-8, 5))
 EXACT = "exact kernel"
 OLD = ("TrigRF", "PosRF", "GERF")
 NEW = ("SADERF", "ADERF", "SDERF")
@@ -53,9 +52,9 @@ def shipped(name: str) -> Table:
 
 
 def read_csv(path: Path, label: int) -> Table:
-    """A table without a line of names; commas, semicolons, tabs or spaces between columns."""
+    """A table: commas, semicolons, tabs or spaces between columns, no line of names. Rows with "?" are left out."""
     try:
-        frame = pandas.read_csv(path, header=None, sep=r"[,;\t]\s*|\s+", engine="python").dropna()
+        frame = pandas.read_csv(path, header=None, sep=r"[,;\t]\s*|\s+", engine="python", na_values="?").dropna()
     except (ValueError, UnicodeDecodeError) as error:
         paper_tools.fail(f"{path} is no table: {error}")
     if not -frame.shape[1] <= label < frame.shape[1] or frame.shape[1] < 2 or len(frame) < 30:
@@ -66,6 +65,8 @@ def read_csv(path: Path, label: int) -> Table:
     column = frame.columns[label]
     features = frame.drop(columns=column)
     text = features.select_dtypes(exclude="number").columns
+    if any(pandas.to_numeric(features[name].iloc[1:], errors="coerce").notna().all() for name in text):
+        paper_tools.fail(f"{path} begins with names of columns; leave that line out.")
     names = [name for name in text if features[name].nunique() > len(frame) / 2]
     features = pandas.get_dummies(features.drop(columns=names), columns=[name for name in text if name not in names])
     classes = LabelEncoder().fit_transform(frame[column].astype(str))
@@ -183,7 +184,7 @@ def main(
         {"table": title, "data": name, **{method: estimate(values) for method, values in of_data.items()}}
         for name, of_data in found.items()
     ]
-    settings = {"features": features, "seeds": seeds, "sigmas": SIGMAS.tolist()}
+    settings = {"features": features, "seeds": seeds, "sigmas": SIGMAS}
     paper_tools.finish(out, settings, rows, claims_of(found))
 
 
