@@ -125,7 +125,7 @@ def test_random_features_classify_as_their_kernel() -> None:
     classification = script("kernel_classification")
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 3, generator=generator).double().div(2).split([20, 30])
-    classes = torch.nn.functional.one_hot(torch.arange(30) % 3).double()
+    classes = torch.nn.functional.one_hot(torch.bucketize(y[:, 0].float(), torch.tensor([-0.3, 0.3]))).double()
     w = functional.draw_projection(None, 60_000, 3, seed=1).double()
     shares = {method: classification.scores(method, x, y, classes, w) for method in classification.METHODS}
     for method, found in shares.items():
@@ -166,12 +166,12 @@ def test_tables_that_are_none(text: str, label: int, message: str, tmp_path: Pat
 
 # -- LARA, EVA, kernels ---------------------------------------------------------------------------------------------
 def test_bias_is_told_from_spread() -> None:
-    exact = torch.ones(2, 5, 3)
-    noise = torch.randn(2, 4000, 5, 3, generator=torch.Generator().manual_seed(0))
+    exact = torch.ones(2, 2000, 3)
+    noise = torch.randn(2, 5, 2000, 3, generator=torch.Generator().manual_seed(0))
     for offset in (0.0, 0.5):
         bias, error = script("randomized_bias").bias_and_error(exact.unsqueeze(1) + offset + noise, exact)
         assert float(bias) == pytest.approx(offset**2, abs=0.02)
-        assert float(error) == pytest.approx(1 + offset**2, abs=0.05)
+        assert float(error) == pytest.approx(1 + offset**2, abs=0.02)
 
 
 def inputs(tokens: int = 16) -> Any:
