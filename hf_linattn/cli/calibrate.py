@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import typer
@@ -38,18 +37,15 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Set what the layers of a converted model take from data, and save it: FAVOR# and LARA, mainly in decoders."""
-    from .inputs import check_inputs, read_inputs
+    from .inputs import InputOptions, read_inputs
 
     choose("--attention", attention, ATTENTIONS)
     check_output(out, overwrite)
-    check_inputs(inputs)
+    given = InputOptions(inputs, column, max_length, pack, batch_size)
     loaded = load_model(model, revision, dtype, device)
     processor = load_processor(loaded, tokenizer or model, revision)
-    read = read_inputs(
-        loaded, processor, inputs, batch_size=batch_size, column=column, max_length=max_length, pack=pack
-    )
-    most = math.ceil(rows / batch_size)
-    calibrate_model(loaded, read.first(rows), attention=attention, max_batches=most, progress=True)
+    read = read_inputs(loaded, processor, given)
+    calibrate_model(loaded, read.first(rows), attention=attention, progress=True)
     save(loaded, processor, out, cards=model)
     tokens = max(int(count) for name, count in loaded.named_buffers() if name.endswith(CALIBRATED_TOKENS))
     if json:

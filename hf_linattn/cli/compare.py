@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +48,7 @@ def compare(
     json: options.Json = False,
 ) -> None:
     """Compare a model with its own weights under softmax, layer by layer and as a whole. Prints Markdown tables."""
-    from .inputs import check_inputs, read_inputs
+    from .inputs import InputOptions, read_inputs
 
     chosen = settings_of(settings or (), "set")
     if chosen and kind is None:
@@ -57,16 +56,13 @@ def compare(
     config = None if kind is None else config_from_dict({"kind": kind, **chosen})
     if plot is not None:
         _check_plot(plot)
-    check_inputs(inputs)
+    given = InputOptions(inputs, column, max_length, pack, batch_size)
     loaded = load_model(model, revision, dtype, device)
     if config is not None:
         _use_natively(loaded, config)
     processor = load_processor(loaded, tokenizer or model, revision)
-    read = read_inputs(
-        loaded, processor, inputs, batch_size=batch_size, column=column, max_length=max_length, pack=pack
-    )
-    most = math.ceil(rows / batch_size)
-    report = compare_model(loaded, read.first(rows), max_batches=most, progress=True, ablations=ablations)
+    read = read_inputs(loaded, processor, given)
+    report = compare_model(loaded, read.first(rows), progress=True, ablations=ablations)
     if plot is not None:
         report.plot(plot)
         note(f"written: {plot}")

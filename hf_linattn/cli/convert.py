@@ -39,11 +39,11 @@ def convert(
     revert: Annotated[
         bool, typer.Option("--revert", help="Back to the stock class and softmax, before anything else.")
     ] = False,
-    positions: Annotated[
+    extend_to: Annotated[
         int | None, typer.Option("--extend-positions", min=1, help="Longest input in tokens, for BERT and GPT-2.")
     ] = None,
-    method: Annotated[
-        str, typer.Option("--position-method", help=f"How to make the new positions: {' or '.join(METHODS)}.")
+    extend_method: Annotated[
+        str, typer.Option("--extend-method", help=f"How to make the new positions: {' or '.join(METHODS)}.")
     ] = "tile",
     base_model: Annotated[
         str | None, typer.Option(help="Hub name for the model card, if MODEL is a folder.", show_default=False)
@@ -58,16 +58,15 @@ def convert(
     It keeps the head it was saved with.
     """
     chosen = settings_of(settings or (), "set")
-    if learned:
-        if chosen.setdefault("learned", True) is not True:
-            raise ConfigError(f"--learned contradicts --set learned={chosen['learned']}.")
+    if learned and chosen.setdefault("learned", True) is not True:
+        raise ConfigError(f"--learned contradicts --set learned={chosen['learned']}.")
     if kind is None and (chosen or layers):
         raise ConfigError(f"--learned, --set and --layers belong to a kind: give --kind, one of {KINDS}.")
-    if kind is None and not revert and positions is None:
+    if kind is None and not revert and extend_to is None:
         raise ConfigError(f"Nothing to do: give --kind ({KINDS}), --revert or --extend-positions.")
     config = None if kind is None else config_from_dict({"kind": kind, **chosen})
     indices = layer_list(layers, "layers")
-    choose("--position-method", method, METHODS)
+    choose("--extend-method", extend_method, METHODS)
     check_output(out, overwrite)
 
     source = model
@@ -80,10 +79,10 @@ def convert(
         loaded = revert_model(loaded)
     if config is not None:
         loaded = convert_model(loaded, config, layers=indices)
-    if positions is not None:
-        loaded = extend_positions(loaded, positions, method=method)
+    if extend_to is not None:
+        loaded = extend_positions(loaded, extend_to, method=extend_method)
         if processor is not None:
-            processor.model_max_length = positions
+            processor.model_max_length = extend_to
     if processor is None:
         note(f"There is no tokenizer or image processor in {source!r}, so none is saved.")
     save(loaded, processor, out, base_model=base_model)
@@ -117,10 +116,9 @@ def _summary(result: dict[str, Any]) -> str:
     if result["kind"]:
         what += f", {result['kind']} in layers {', '.join(map(str, result['layers']))}"
     lines = [f"Saved to {out}: {what}."]
-    is_learned = result["settings"].get("learned")
     if result["needs_calibration"]:
-        lines.append(f"It has to be calibrated: hf-linattn calibrate {out} OUT --inputs FILE")
-    if is_learned:
-        then = ", then" if result["needs_calibration"] else ""
-        lines.append(f"Its maps are untrained{then}: hf-linattn transfer {out} OUT --inputs FILE")
+        lines.append(f"It needs statistics of data: hf-linattn calibrate {out} OUT --inputs FILE")
+    if result["settings"].get("learned"):
+        after = " once it has them" if result["needs_calibration"] else ""
+        lines.append(f"Its maps are to be trained{after}: hf-linattn transfer {out} OUT --inputs FILE")
     return "\n".join(lines)

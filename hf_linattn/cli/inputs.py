@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,31 @@ SHUFFLE_BUFFER = 1000  # rows
 
 
 @dataclass(frozen=True)
+class InputOptions:
+    """How a command was told to read its inputs.
+
+    Args:
+        inputs: Files of one format, patterns of such with *, or one folder of images.
+        column: With the texts or images; by default the first that has a usual name.
+        max_length: Tokens of a row; by default as many as the model has positions.
+        pack: Join texts and cut them into rows of `max_length` tokens; otherwise every text is a row.
+        batch_size: Rows of a batch.
+    Raises: `InputError` for a file or folder that is not there.
+    """
+
+    inputs: Sequence[str]
+    column: str | None
+    max_length: int | None
+    pack: bool
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for path in self.inputs:
+            if "://" not in path and not glob.glob(path, recursive=True) and not Path(path).exists():
+                raise InputError(f"--inputs {path!r} does not exist.")
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Rows of a stream, as batches for a model. Nothing is stored, and it can be read again.
 
@@ -41,6 +67,7 @@ class Inputs:
         unit: What a row is, for people.
         source: Where the rows come from, for people.
         held_out: First rows of the files that are left out.
+        most: Rows at most, where that is known.
     """
 
     rows: datasets.IterableDataset
@@ -49,6 +76,13 @@ class Inputs:
     unit: str
     source: str
     held_out: int = 0
+    most: int | None = None
+
+    def __len__(self) -> int:
+        """Batches at most, for a progress bar."""
+        if self.most is None:
+            raise TypeError("nobody knows how many rows a stream has")
+        return math.ceil(self.most / self.batch_size)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         try:
@@ -60,7 +94,7 @@ class Inputs:
 
     def first(self, number: int) -> Inputs:
         """The first rows alone. Raises `InputError` if there is none."""
-        found = replace(self, rows=self.rows.take(number))
+        found = replace(self, rows=self.rows.take(number), most=number)
         if next(iter(found), None) is None:
             beside = f" beside the {self.held_out} that are held out" if self.held_out else ""
             raise InputError(f"--inputs {self.source!r} gives no {self.unit}{beside}. Give more, or shorter rows.")
@@ -78,52 +112,35 @@ class Inputs:
         return replace(self, rows=self.rows.repeat(None))
 
 
-def read_inputs(
-    model: PreTrainedModel,
-    processor: Any,
-    paths: Sequence[str],
-    *,
-    batch_size: int,
-    column: str | None = None,
-    max_length: int | None = None,
-    pack: bool = True,
-) -> Inputs:
+def read_inputs(model: PreTrainedModel, processor: Any, options: InputOptions) -> Inputs:
     """Rows for a model of text or of images.
 
     Args:
         processor: The model's tokenizer or image processor.
-        paths: Files of one format, patterns of such, or one folder of images.
-        column: With the texts or images; by default the first that has a usual name.
-        max_length: Tokens of a row; by default as many as the model has positions.
-        pack: Join texts and cut them into rows of `max_length` tokens; otherwise every text is a row.
-    Raises: `InputError` for what is no such input.
+    Raises: `InputError` for what cannot be read as such.
     """
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are told here, once
-    source = ", ".join(Path(path).name for path in paths)
+    collate: Callable[[list[Any]], Mapping[str, Any]]
     if takes_images(model):
-        for name, value in {"--max-length": max_length, "--no-pack": not pack}.items():
-            if value:
+        for name, is_given in {"--max-length": options.max_length is not None, "--no-pack": not options.pack}.items():
+            if is_given:
                 raise InputError(f"{name} is for texts: {type(model).__name__} takes images.")
-        rows = only_images(_read(paths, IMAGE_FORMATS), column, "column")
-        return Inputs(rows, ImageCollator(processor, model.config.num_channels), batch_size, "images", source)
-    length = choose_max_length(max_length, processor, model.config, "max-length")
-    texts = _read(paths, TEXT_FORMATS)
-    collate: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator
-    if pack:
-        rows, unit = packed(texts, column, processor, length, "column"), f"rows of {length} tokens"
+        rows, unit = only_images(_read(options.inputs, IMAGE_FORMATS), options.column, "column"), "images"
+        collate = ImageCollator(processor, model.config.num_channels)
     else:
-        rows, unit = one_by_one(texts, column, processor, length, "column"), f"texts of at most {length} tokens"
-        if processor.pad_token is None:
-            processor.pad_token = processor.eos_token  # masked wherever it stands
-        collate = DataCollatorWithPadding(processor)
-    return Inputs(rows, collate, batch_size, unit, source)
-
-
-def check_inputs(paths: Sequence[str]) -> None:
-    """Raise `InputError` for a file or folder that is not there, before any work is done."""
-    for path in paths:
-        if "://" not in path and not glob.glob(path, recursive=True) and not Path(path).exists():
-            raise InputError(f"--inputs {path!r} does not exist.")
+        length = choose_max_length(options.max_length, processor, model.config, "max-length")
+        texts = _read(options.inputs, TEXT_FORMATS)
+        if options.pack:
+            rows, unit = packed(texts, options.column, processor, length, "column"), f"rows of {length} tokens"
+            collate = default_data_collator
+        else:
+            rows = one_by_one(texts, options.column, processor, length, "column")
+            unit = f"texts of at most {length} tokens"
+            if processor.pad_token is None:
+                processor.pad_token = processor.eos_token  # masked wherever it stands
+            collate = DataCollatorWithPadding(processor)
+    source = ", ".join(Path(path).name for path in options.inputs)
+    return Inputs(rows, collate, options.batch_size, unit, source)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

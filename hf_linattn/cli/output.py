@@ -26,11 +26,10 @@ def print_line(text: str) -> None:
     print(text)
 
 
-def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
-    """A table, whose first column is text and the others numbers."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False, markup=False).print(table)

@@ -23,13 +23,13 @@ class FailureError(Exception):
 class Program(TyperGroup):
     """The group of all commands. Without arguments it shows its help."""
 
-    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run a command and exit with its status; with `standalone_mode=False` errors are the caller's."""
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         if not standalone_mode:
-            return super().main(args, *more, standalone_mode=False, **extra)
+            return super().main(args, standalone_mode=False, **extra)
         try:
-            status = super().main(args, *more, standalone_mode=False, **extra)
+            status = super().main(args, standalone_mode=False, **extra)
         except UsageError as error:
             status = _tell(error.format_message(), MISTAKE)
         except (UnsupportedTransformersError, FailureError, OSError) as error:

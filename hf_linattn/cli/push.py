@@ -44,7 +44,7 @@ def push(
     config = read_config(str(folder))
     if not is_converted(config):
         raise ConfigError(
-            f"{str(folder)!r} holds a stock model ({config.model_type!r}). To upload that: hf upload {repo_id} {folder}"
+            f"{str(folder)!r} is a stock model ({config.model_type!r}). To upload that: hf upload {repo_id} {folder}"
         )
     model = empty_model(config)
     stored = stored_tensors(str(folder))
@@ -52,9 +52,18 @@ def push(
     if missing:
         raise CheckpointError(f"The checkpoint in {str(folder)!r} is incomplete: {missing[0]!r} is not there.")
     names = [path.name for path in model_files(folder)] + _processor_files(model, folder)
-    options = {"private": private or None, "revision": revision, "commit_message": message, "create_pr": create_pr}
     try:
-        address = push_folder(model, folder, names, repo_id, card=card, **options)
+        address = push_folder(
+            model,
+            folder,
+            names,
+            repo_id,
+            private=private or None,
+            revision=revision,
+            commit_message=message,
+            create_pr=create_pr,
+            card=card,
+        )
     except HFValidationError as error:
         raise ConfigError(f"REPO_ID {repo_id!r} cannot be the name of a repository: {error}") from error
     except (HfHubHTTPError, OfflineModeIsEnabled) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -63,7 +64,7 @@ def transfer(
     For several processes, mixed precision, and runs that go on where they were cut off:
     recipes/attention_transfer.py.
     """
-    from .inputs import check_inputs, read_inputs
+    from .inputs import InputOptions, read_inputs
 
     started = time.perf_counter()
     if not (steps or second_stage):
@@ -74,7 +75,7 @@ def transfer(
         check_learning_rate(0.0 if rate is None else rate)
     indices = layer_list(layers, "layers")
     check_output(out, overwrite)
-    check_inputs(inputs)
+    given = InputOptions(inputs, column, max_length, pack, batch_size)
     loaded = load_model(model, revision, dtype, device)
     chosen = list(trained_layers(loaded, indices))
     if needs_calibration(loaded):
@@ -83,9 +84,7 @@ def transfer(
             f"hf-linattn calibrate {model} OUT --inputs {inputs[0]}"
         )
     processor = load_processor(loaded, tokenizer or model, revision)
-    read = read_inputs(
-        loaded, processor, inputs, batch_size=batch_size, column=column, max_length=max_length, pack=pack
-    )
+    read = read_inputs(loaded, processor, given)
     training = read.after(held_out)
     training.first(1)  # an endless stream of nothing would never end
     batches = iter(training.shuffled(seed).endless())
@@ -107,8 +106,15 @@ def transfer(
             progress=True,
         )
     if second_stage:
-        more = {"learning_rate": second_learning_rate, "layers": indices, "target": "hidden_states"}
-        second = transfer_attention(loaded, batches, steps=second_stage, progress=True, **more)
+        second = transfer_attention(
+            loaded,
+            batches,
+            steps=second_stage,
+            learning_rate=second_learning_rate,
+            target="hidden_states",
+            layers=indices,
+            progress=True,
+        )
     after = compared(ablations=ablations)
 
     record = TransferRecord(
@@ -153,6 +159,7 @@ def _errors(layers: list[int], trained: list[TransferStep]) -> list[dict[str, An
 
 def _show(result: dict[str, Any], converted: list[int]) -> None:
     """The errors of the layers: on held-out rows before and after, or else in the first and the last step."""
+    rows: Iterable[tuple[int, float, float]]
     if result["after"]:
         errors = [[layer["error"] for layer in result[when]["layers"]] for when in ("before", "after")]
         rows = zip(converted, *errors, strict=True)
@@ -161,5 +168,6 @@ def _show(result: dict[str, Any], converted: list[int]) -> None:
         rows = ((layer["layer"], layer["first_step"], layer["last_step"]) for layer in result["layers"])
         title = "Error beside softmax in the first and in the last step"
     shown = [(str(layer), f"{before:.3f}", f"{after:.3f}") for layer, before, after in rows]
-    print_table(("layer", "before", "after"), shown, title)
+    print_line(title)
+    print_table(("layer", "before", "after"), shown)
     print_line(f"Saved to {result['output']} with a model card, after {result['seconds']:.0f} seconds.")
