@@ -21,13 +21,19 @@ from ..errors import ConfigError, InputError, LinAttnError, did_you_mean
 from ..hub import write_card
 from ..integrations.families import is_converted
 from ..models.publishing import CARD
-from .program import FailureError
 
 AS_SAVED = "auto"
 
 
+class FailureError(Exception):
+    """Something went wrong that another command line would not change, such as a network that is not there."""
+
+
 def read_config(source: str, revision: str = "main") -> Any:
     """The config of a model by its name on the Hub or its folder."""
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not Path(source).is_dir():
+        raise InputError(f"There is no folder {source!r} with a checkpoint.")
     return _loaded(source, "model", lambda: AutoConfig.from_pretrained(source, revision=revision))
 
 

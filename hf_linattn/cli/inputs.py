@@ -17,6 +17,7 @@ from .checkpoints import takes_images
 
 try:
     import datasets
+    import pyarrow as pa
 except ImportError as error:
     raise ConfigError(
         "Reading inputs needs datasets, which is not installed: pip install 'hf-linattn[cli]'"
@@ -29,6 +30,8 @@ IMAGE_FORMATS = {".parquet": "parquet"}
 TEXT_FORMATS = {**IMAGE_FORMATS, ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 BUILDER_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"keep_linebreaks": True}}
 SHUFFLE_BUFFER = 1000  # rows
+# What reading raises for a file, or a column, of something else.
+UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,7 @@ class InputOptions:
     batch_size: int
 
     def __post_init__(self) -> None:
-        for path in self.inputs:
-            if "://" not in path and not glob.glob(path, recursive=True) and not Path(path).exists():
-                raise InputError(f"--inputs {path!r} does not exist.")
+        check_paths(self.inputs, "--inputs")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Inputs:
             yield from DataLoader(self.rows, batch_size=self.batch_size, collate_fn=self.collate)
         except LinAttnError:
             raise
-        except (ValueError, OSError) as error:
+        except UNREADABLE as error:
             raise InputError(f"--inputs {self.source!r} cannot be read: {error}") from error
 
     def first(self, number: int) -> Inputs:
@@ -153,6 +154,13 @@ def _read(paths: Sequence[str], formats: Mapping[str, str]) -> datasets.Iterable
     return load_files(paths, "--inputs", formats, streaming=True)
 
 
+def check_paths(paths: Sequence[str], flag: str) -> None:
+    """Raise `InputError` for a file or folder that is not there, and a pattern that fits none."""
+    for path in paths:
+        if "://" not in path and not glob.glob(path, recursive=True) and not Path(path).exists():
+            raise InputError(f"{flag} {path!r} does not exist.")
+
+
 def load_files(paths: Sequence[str], flag: str, formats: Mapping[str, str], *, streaming: bool = False) -> Any:
     """The rows of files of one format, or of what patterns with * name.
 
@@ -167,6 +175,7 @@ def load_files(paths: Sequence[str], flag: str, formats: Mapping[str, str], *, s
             raise InputError(f"{flag} must be one of {sorted(formats)}; got {path!r}.")
     if len(suffixes) > 1:
         raise InputError(f"{flag} must be files of one format; got {sorted(suffixes)}.")
+    check_paths(paths, flag)
     suffix = suffixes.pop()
     options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
     return _loaded(formats[suffix], flag, ", ".join(paths), data_files=list(paths), **options)
@@ -183,7 +192,9 @@ def load_images(folder: str, flag: str, *, streaming: bool = False) -> Any:
 def _loaded(builder: str, flag: str, source: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(builder, **options)
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except StopIteration:  # of an empty file, within `datasets`
+        raise InputError(f"{flag} {source!r} has no rows.") from None
+    except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
         raise InputError(f"{flag} {source!r} cannot be read as {builder}: {error.__cause__ or error}") from error
 
 
@@ -192,7 +203,7 @@ def column_names(rows: Any) -> list[str]:
     """Names of the columns; those of a stream may be known from its first row only. Raises `InputError` without."""
     try:
         names = list(rows.column_names or next(iter(rows), {}))
-    except (ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise InputError(f"The inputs cannot be read: {error}") from error
     if not names:
         raise InputError("The inputs have no rows.")
@@ -286,6 +297,6 @@ def only_images(data: Any, column: str | None, flag: str) -> Any:
     data = data.select_columns([column])
     try:
         data = data.cast_column(column, datasets.Image())
-    except (ValueError, TypeError) as error:  # also those of Arrow
+    except UNREADABLE as error:
         raise InputError(f"Column {column!r} does not hold images: {error}") from error
     return data if column == "image" else data.rename_column(column, "image")

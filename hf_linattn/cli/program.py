@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import LinAttnError, UnsupportedTransformersError
+from .checkpoints import FailureError
 
 # What the command line itself raises. Typer has it from click, or in later releases as its own copy of click's.
 UsageError: Any = typer.BadParameter.__base__
@@ -16,20 +19,25 @@ UsageError: Any = typer.BadParameter.__base__
 SUCCESS, FAILURE, MISTAKE = 0, 1, 2
 
 
-class FailureError(Exception):
-    """Something went wrong that another command line would not change, such as a network that is not there."""
-
-
 class Program(TyperGroup):
     """The group of all commands. Without arguments it shows its help."""
 
-    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command and exit with its status; with `standalone_mode=False` errors are the caller's."""
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        run = functools.partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
         if not standalone_mode:
-            return super().main(args, standalone_mode=False, **extra)
+            return run()
         try:
-            status = super().main(args, standalone_mode=False, **extra)
+            status = run()
         except UsageError as error:
             status = _tell(error.format_message(), MISTAKE)
         except (UnsupportedTransformersError, FailureError, OSError) as error:

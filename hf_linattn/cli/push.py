@@ -12,10 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.families import is_converted
 from ..models.publishing import is_own, model_files, push_folder
-from .checkpoints import find_processor, read_config
+from .checkpoints import FailureError, find_processor, read_config
 from .options import Json
 from .output import print_json, print_line
-from .program import FailureError
 from .stored import empty_model, stored_tensors
 
 EXAMPLE = "Example: hf-linattn push gpt2-trained me/gpt2-favor --private"
