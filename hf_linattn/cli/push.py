@@ -43,7 +43,7 @@ def push(
     config = read_config(str(folder))
     if not is_converted(config):
         raise ConfigError(
-            f"{str(folder)!r} is a stock model ({config.model_type!r}). To upload that: hf upload {repo_id} {folder}"
+            f"{str(folder)!r} is a stock model ({config.model_type!r}). Upload it with: hf upload {repo_id} {folder}"
         )
     model = empty_model(config)
     stored = stored_tensors(str(folder))
