@@ -50,6 +50,7 @@ def read_splits(
     args: DataArguments,
     training: TrainingArguments,
     names: Mapping[str, Sequence[str]] | None = None,
+    given: Mapping[str, Data] | None = None,
     **options: Any,
 ) -> dict[str, Data]:
     """The splits that the run needs, each cut to its maximal size: train, validation, test.
@@ -57,6 +58,7 @@ def read_splits(
     Args:
         names: Split -> what it is called in the data, where that is another name. A second one becomes a split of its
             own: "validation_mismatched" is scored after "validation".
+        given: Splits that were read already, from something else than files and the Hub.
         options: Of `load_splits`, such as the formats of files.
     """
     wanted = {
@@ -69,7 +71,7 @@ def read_splits(
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = args.complete(_load(args, **options))
+        found = args.complete(given or _load(args, **options))
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
         for number, name in enumerate((names or {}).get(split, (split,))):

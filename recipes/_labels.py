@@ -78,7 +78,7 @@ def read_labels(splits: Mapping[str, Data], column: str, config: PreTrainedConfi
     config.problem_type = "single_label_classification"
     values = _find_labels(splits, column)
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(value) for value in values]
-    index = _checkpoint_index(values, names, config)
+    index = _checkpoint_index(values, names, config, named=isinstance(feature, datasets.ClassLabel))
     if index is None and not trains:
         raise RecipeError(f"The labels {names} do not fit those of the checkpoint: {list(config.label2id or {})}.")
     has_no_names = list(config.label2id or {}) == [f"LABEL_{i}" for i in range(outputs)]
@@ -136,11 +136,16 @@ def _find_labels(splits: Mapping[str, Data], column: str) -> list[Any]:
     return sorted(values)
 
 
-def _checkpoint_index(labels: Sequence[Any], names: Sequence[str], config: Any) -> dict[Any, int] | None:
-    """Which output of the checkpoint stands for each label: by name, else by number. None if they do not fit."""
+def _checkpoint_index(labels: Sequence[Any], names: Sequence[str], config: Any, named: bool) -> dict[Any, int] | None:
+    """Which output of the checkpoint stands for each label: by name, else by number. None if they do not fit.
+
+    Labels with names of their own, and another number of them, are other things than the checkpoint's.
+    """
     known = config.label2id or {}
     if all(name in known for name in names):
         return {label: known[name] for label, name in zip(labels, names, strict=True)}
+    if named and len(labels) != config.num_labels:
+        return None
     if all(isinstance(label, int) and 0 <= label < config.num_labels for label in labels):
         return {label: label for label in labels}
     return None

@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 from transformers import PreTrainedModel, default_data_collator
 
-from _common import RecipeError, find_column, load_splits
-from _data import Data, column_names, first_rows, is_stream
-from _packing import TEXT_FORMATS, packed
-from _text import TEXT_NAMES, choose_max_length
+from _common import RecipeError, load_splits
+from _text import choose_max_length
+from hf_linattn.cli.checkpoints import takes_images
+from hf_linattn.cli.inputs import (
+    IMAGE_FORMATS,
+    IMAGE_NAMES,
+    TEXT_FORMATS,
+    TEXT_NAMES,
+    ImageCollator,
+    load_images,
+    only_images,
+    packed,
+)
 
-IMAGE_NAMES = ("image", "img")
-IMAGE_FORMATS = {".parquet": "parquet"}
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")
 FILE_HELP = "parquet, csv, tsv, json, jsonl or txt; images: parquet"
+
+Data = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -96,12 +104,14 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     _check_flags(model, args, OF_TEXT if images else OF_IMAGES)
     splits = _read_splits(args, images)
     if images:
-        splits = {name: _only_images(data, args.image_column) for name, data in splits.items()}
+        splits = {name: only_images(data, args.image_column, "image_column") for name, data in splits.items()}
         collate: Callable[[list[Any]], dict[str, Any]] = ImageCollator(processor, model.config.num_channels)
         unit = "images"
     else:
         max_length = choose_max_length(args.max_length, processor, model.config)
-        splits = {name: packed(data, args.text_column, processor, max_length) for name, data in splits.items()}
+        splits = {
+            name: packed(data, args.text_column, processor, max_length, "text_column") for name, data in splits.items()
+        }
         collate, unit = default_data_collator, f"rows of {max_length} tokens"
     train = splits["train"]
     if "validation" in splits:
@@ -109,7 +119,7 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     else:
         held_out, train = _first(train, args.max_eval_samples), _skip(train, args.max_eval_samples)
     if args.max_train_samples is not None:
-        train = first_rows(train, args.max_train_samples)
+        train = _take(train, args.max_train_samples)
     calibration = _first(train, args.calibration_samples)
     for name, found in (("train", calibration), ("validation", held_out)):
         if not len(found):
@@ -121,10 +131,6 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     if args.streaming:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer).repeat(None)
     return Rows(train, calibration, held_out, collate, unit)
-
-
-def takes_images(model: PreTrainedModel) -> bool:
-    return model.main_input_name == "pixel_values"
 
 
 def _check_flags(model: PreTrainedModel, args: UnlabelledArguments, wrong: Sequence[str]) -> None:
@@ -142,7 +148,9 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     if given:
         if args.dataset_name or any(files.values()):
             raise RecipeError("Give folders of images, files or --dataset_name, not several of them.")
-        splits = {split: _image_folder(path, split, args.streaming) for split, path in given.items()}
+        splits = {
+            split: load_images(path, f"--{split}_dir", streaming=args.streaming) for split, path in given.items()
+        }
     else:
         formats = IMAGE_FORMATS if images else TEXT_FORMATS
         splits = load_splits(
@@ -153,46 +161,22 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     return {name: splits[name] for name in ("train", "validation") if name in splits}
 
 
-def _image_folder(path: str, split: str, streaming: bool) -> Data:
-    if not Path(path).is_dir():
-        raise RecipeError(f"--{split}_dir must be a folder of images; {path!r} is none.")
-    options = {"data_files": f"{path}/**", "split": "train", "drop_labels": True, "streaming": streaming}
-    try:
-        return datasets.load_dataset("imagefolder", **options)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"--{split}_dir {path!r} cannot be read as images: {error.__cause__ or error}") from error
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-@dataclass
-class ImageCollator:
-    """From rows with an image each to the pixels that the model takes."""
-
-    processor: Any
-    num_channels: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "RGB" if self.num_channels == 3 else "L"
-        return dict(self.processor([row["image"].convert(mode) for row in rows], return_tensors="pt"))
-
-
-def _only_images(data: Data, column: str | None) -> Data:
-    """The column of images alone, as `image`."""
-    column = find_column(column_names(data), column, IMAGE_NAMES, "image_column")
-    data = data.select_columns([column])
-    try:
-        data = data.cast_column(column, datasets.Image())
-    except (pa.ArrowException, TypeError) as error:
-        raise RecipeError(f"Column {column!r} does not hold images: {error}") from error
-    return data if column == "image" else data.rename_column(column, "image")
-
-
 # -- data sets and streams --------------------------------------------------------------------------------------------
+def _is_stream(data: Data) -> bool:
+    return isinstance(data, datasets.IterableDataset)
+
+
+def _take(data: Data, number: int) -> Data:
+    if _is_stream(data):
+        return data.take(number)
+    return data.select(range(min(number, len(data))) or [])  # an empty range is refused
+
+
 def _skip(data: Data, number: int) -> Data:
-    return data.skip(number) if is_stream(data) else data.select(range(number, len(data)) or [])
+    return data.skip(number) if _is_stream(data) else data.select(range(number, len(data)) or [])
 
 
 def _first(data: Data, number: int) -> Sequence[Any]:
     """The first rows, by index."""
-    found = first_rows(data, number)
-    return list(found) if is_stream(data) else found
+    found = _take(data, number)
+    return list(found) if _is_stream(data) else found

@@ -47,9 +47,9 @@ from _data import Data, DataArguments, encode, first_rows, is_stream, read_split
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
 from _masking import IGNORED, MaskingCollator, next_token_collator
 from _models import convert, extend, load_config, load_model, load_tokenizer
-from _packing import TEXT_FORMATS, packed
-from _text import TEXT_NAMES, LengthArguments, choose_max_length
+from _text import LengthArguments, choose_max_length
 from _training import NewModelArguments
+from hf_linattn.cli.inputs import TEXT_FORMATS, TEXT_NAMES, packed
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -124,7 +124,8 @@ def prepare(flags: Flags) -> Task:
 
     max_length = choose_max_length(flags.data.max_length, tokenizer, model.config)
     with flags.training.main_process_first(desc="cutting texts into rows"):
-        data = {split: packed(rows, flags.data.text_column, tokenizer, max_length) for split, rows in splits.items()}
+        how = (flags.data.text_column, tokenizer, max_length, "text_column")
+        data = {split: packed(rows, *how) for split, rows in splits.items()}
     data = {split: first_rows(rows, getattr(flags.data, LIMITS[split])) for split, rows in data.items()}
     check_rows(data, max_length)
     if objective == MASKED:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from recipe_runs import assert_mistake, assert_same_weights, pushed, train, two_processes, weights
+from tiny_checkpoints import WORDS, build
 from torch.nn.functional import cross_entropy
-from transfer_recipe import LENGTH, WORDS, build
+from transfer_recipe import LENGTH
 from transfer_recipe import arguments as transfer_arguments
 from transformers import (
     AutoModelForCausalLM,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from recipe_runs import assert_mistake, assert_same_weights, pushed, train, two_processes
+from tiny_checkpoints import build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transfer_recipe import arguments as transfer_arguments
-from transfer_recipe import build
 from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 import token_classification
