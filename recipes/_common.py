@@ -1,4 +1,4 @@
-"""What the recipes share: the attention flags, reading data sets, offline metrics, results files."""
+"""What the recipes share: the attention flags, reading data sets, results files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 import transformers
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedModel
 
 import hf_linattn
@@ -130,33 +128,6 @@ def load_splits(
         split: load_files([path], f"--{split}_file", formats, streaming=streaming) for split, path in given.items()
     }
     return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
-
-
-# -- metrics ----------------------------------------------------------------------------------------------------------
-class ClassificationMetrics(evaluate.Metric):
-    """Accuracy and F1 (of label 1 with two labels, else macro) without asking the Hub for a metric script."""
-
-    def __init__(self, num_labels: int = 2, **kwargs: Any) -> None:
-        self.num_labels = num_labels
-        # In memory: every process of a distributed run has all predictions, and files would collide.
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy and F1 of single-label classification.",
-            citation="",
-            inputs_description="predictions, references: lists of label indices",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        average = "binary" if self.num_labels == 2 else "macro"
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "f1": float(f1_score(references, predictions, average=average, zero_division=0.0)),
-        }
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,19 @@ class DataArguments:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
 
 
-def read_splits(args: DataArguments, training: TrainingArguments, **options: Any) -> dict[str, Data]:
+def read_splits(
+    args: DataArguments,
+    training: TrainingArguments,
+    names: Mapping[str, Sequence[str]] | None = None,
+    given: Mapping[str, Data] | None = None,
+    **options: Any,
+) -> dict[str, Data]:
     """The splits that the run needs, each cut to its maximal size: train, validation, test.
 
     Args:
+        names: Split -> what it is called in the data, where that is another name. A second one becomes a split of its
+            own: "validation_mismatched" is scored after "validation".
+        given: Splits that were read already, from something else than files and the Hub.
         options: Of `load_splits`, such as the formats of files.
     """
     wanted = {
@@ -58,16 +67,18 @@ def read_splits(args: DataArguments, training: TrainingArguments, **options: Any
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = _load(args, **options)
+        found = given or _load(args, **options)
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
-        if not is_wanted:
-            continue
-        if split not in found:
-            raise RecipeError(f"The run needs {split} data, but there is only {list(found)}. Give --{split}_file.")
-        chosen[split] = first_rows(found[split], limit)
-        if next(iter(chosen[split]), None) is None:
-            raise RecipeError(f"The {split} data has no rows.")
+        for number, name in enumerate((names or {}).get(split, (split,))):
+            if not is_wanted:
+                continue
+            if name not in found:
+                raise RecipeError(f"The run needs {name} data, but there is only {list(found)}. Give --{split}_file.")
+            rows = first_rows(found[name], limit)
+            if next(iter(rows), None) is None:
+                raise RecipeError(f"The {name} data has no rows.")
+            chosen[name if number else split] = rows
     return chosen
 
 
