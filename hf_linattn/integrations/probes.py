@@ -251,7 +251,7 @@ def trainer_events() -> str | None:
 
     told: list[Any] = []
 
-    class Spy(DefaultFlowCallback):  # type: ignore[misc]  # without one of these the handler warns
+    class Spy(DefaultFlowCallback):  # without one of these the handler warns
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             told.append(model)
 
