@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
+from typer.testing import CliRunner
 
 from hf_linattn import functional
 
@@ -58,6 +60,15 @@ def test_script_writes_its_claims(name: str, tmp_path: Path, monkeypatch: pytest
     assert all(set(claim) == {"source", "claim", "figure", "agrees"} for claim in found["claims"])
     assert all("nan" not in claim["figure"] for claim in found["claims"])
     assert {"mean", "error"} in [set(v) for row in found["rows"] for v in row.values() if isinstance(v, dict)]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "papers_table"])
+def test_script_has_help(name: str) -> None:
+    app = typer.Typer()
+    app.command()(script(name).main)
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "--out" in result.output or name == "papers_table"
 
 
 def test_all_experiments_are_in_the_table() -> None:
