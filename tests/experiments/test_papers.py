@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from cases import GPT2
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -210,6 +211,13 @@ def test_too_much_text_is_refused(tokens: int, rows: int, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         script("paper_tools").attention_of_text(None, None, tokens, rows)
     assert capsys.readouterr().err.startswith("error: --")
+
+
+def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(script("shared"), "encoder", lambda path: (GPT2.build(), None))
+    with pytest.raises(SystemExit, match="2"):
+        script("paper_tools").attention_of_text(tmp_path, None, 16, 2)
+    assert capsys.readouterr().err == "error: --model must be a BERT checkpoint; got one of the type 'gpt2'.\n"
 
 
 @pytest.mark.parametrize("layers", ["", "6", "1,a"])
