@@ -195,6 +195,8 @@ def _loaded(builder: str, flag: str, source: str, **options: Any) -> Any:
     except StopIteration:  # of an empty file, within `datasets`
         raise InputError(f"{flag} {source!r} has no rows.") from None
     except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
+        if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):  # of an empty file of text
+            raise InputError(f"{flag} {source!r} has no rows.") from None
         raise InputError(f"{flag} {source!r} cannot be read as {builder}: {error.__cause__ or error}") from error
 
 
@@ -243,6 +245,8 @@ def packed(data: Any, column: str | None, tokenizer: PreTrainedTokenizerBase, ma
     A thousand texts at a time are joined and cut, with the special tokens of the model in every row; what is left at
     the end of them is dropped.
     """
+    if not tokenizer.is_fast:
+        raise InputError(f"A fast tokenizer cuts texts into rows; {type(tokenizer).__name__} is none.")
 
     def pack(texts: list[str]) -> dict[str, list[Any]]:
         joined = "".join(text if text.endswith("\n") else text + "\n" for text in texts)
