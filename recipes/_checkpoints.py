@@ -29,6 +29,7 @@ STATE, CONFIG, WEIGHTS, INDEX = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
+ADAPTER = "adapter_model.safetensors"  # of a run that trains LoRA, in place of the model's weights
 # Of the tokenizer of a model for text, of the image processor of one for images: a checkpoint has one of them.
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
 # Of FSDP and DeepSpeed: weights and optimizer are in folders of their own, which are not looked into.
@@ -45,7 +46,7 @@ def damage(folder: Path, only_model: bool = False) -> str | None:
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     needed = [STATE]  # what Trainer writes last
     if not any(PARTITIONED.match(path.name) for path in folder.iterdir()):
-        needed += [CONFIG, INDEX if INDEX in files else WEIGHTS]
+        needed += [CONFIG, next((name for name in (INDEX, ADAPTER) if name in files), WEIGHTS)]
         needed += [] if any(name in files for name in PROCESSORS) else [" or ".join(PROCESSORS)]
         needed += [] if only_model else ["optimizer.pt", "scheduler.pt"]
     for name in needed:
@@ -154,13 +155,18 @@ def _missing_random_states(folder: Path, training: TrainingArguments) -> str | N
 
 
 def find_checkpoint(
-    training: TrainingArguments, present: Mapping[str, Any] | None, from_scratch: bool = False
+    training: TrainingArguments,
+    present: Mapping[str, Any] | None,
+    from_scratch: bool = False,
+    *,
+    has_adapter: bool = False,
 ) -> str | None:
     """Where to resume: the checkpoint that was named, else the last complete one in the output folder.
 
     Args:
         present: `linear_attention` settings of the run's model; None for a stock model.
         from_scratch: Ignore the checkpoints in the output folder.
+        has_adapter: Whether the run trains LoRA.
     Returns: Its folder, None to start anew.
     Raises: RecipeError if the checkpoint that was named is not complete, or was trained with other settings.
     """
@@ -176,6 +182,7 @@ def find_checkpoint(
             found = last_complete(output, training)
         if found:
             _check_settings(found, present)
+            _check_adapter(found, has_adapter)
         if training.should_save and (wanted or from_scratch):
             _set_aside_later(output, found)
     if not found:
@@ -210,6 +217,15 @@ def _check_settings(folder: Path, present: Mapping[str, Any] | None) -> None:
         raise RecipeError(
             f"{folder} was trained with other attention settings ({saved}) than this run has ({present}). "
             "Use another --output_dir, the same settings, or --from_scratch."
+        )
+
+
+def _check_adapter(folder: Path, has_adapter: bool) -> None:
+    if (folder / ADAPTER).is_file() != has_adapter:
+        trained, trains = ("LoRA", "the whole model") if not has_adapter else ("the whole model", "LoRA")
+        raise RecipeError(
+            f"{folder} was saved by a run that trained {trained}; this one trains {trains}. Use another --output_dir, "
+            "the same --lora_target_modules, or --from_scratch."
         )
 
 

@@ -10,6 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from _common import RecipeError, find_column
+from _data import Data, column_names, is_stream
 
 TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
 PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
@@ -25,7 +26,22 @@ class Columns:
 
 
 @dataclass
-class ColumnArguments:
+class LengthArguments:
+    """How long inputs are."""
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens after which an input is cut (default: the positions of the model)"}
+    )
+    extend_positions: int | None = field(
+        default=None, metadata={"help": "Give the model so many positions, for longer inputs than it was trained for"}
+    )
+    extend_method: str = field(
+        default="tile", metadata={"help": "'tile' repeats the table of positions, 'interpolate' stretches it"}
+    )
+
+
+@dataclass
+class ColumnArguments(LengthArguments):
     """Where texts and labels are."""
 
     text_column: str | None = field(default=None, metadata={"help": f"Default: the first of {', '.join(TEXT_NAMES)}"})
@@ -33,14 +49,11 @@ class ColumnArguments:
     label_column: str | None = field(
         default=None, metadata={"help": f"Default: the first of {', '.join(LABEL_NAMES)}"}
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens after which a text is cut (default: the positions of the model)"}
-    )
 
 
-def find_columns(splits: datasets.DatasetDict, args: ColumnArguments) -> Columns:
+def find_columns(splits: Mapping[str, Data], args: ColumnArguments) -> Columns:
     """Names of the text and label columns, the same in every split."""
-    names = next(iter(splits.values())).column_names
+    names = column_names(next(iter(splits.values())))
     text = find_column(names, args.text_column, TEXT_NAMES, "text_column")
     pair = args.text_pair_column
     if pair is not None:
@@ -50,19 +63,23 @@ def find_columns(splits: datasets.DatasetDict, args: ColumnArguments) -> Columns
     columns = Columns(text, pair, find_column(names, args.label_column, LABEL_NAMES, "label_column"))
     for split, data in splits.items():
         for name in filter(None, (columns.text, columns.pair, columns.label)):
-            if name not in data.column_names:
-                raise RecipeError(f"The {split} data has no column {name!r}; its columns: {data.column_names}.")
+            if name not in column_names(data):
+                raise RecipeError(f"The {split} data has no column {name!r}; its columns: {column_names(data)}.")
     return columns
 
 
-def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
+def find_labels(splits: Mapping[str, Data], column: str) -> list[Any]:
     """The labels in the order of their indices: that of a `ClassLabel` column, else sorted."""
-    first = next(iter(splits.values()))
-    feature = first.features[column]
+    feature = (next(iter(splits.values())).features or {}).get(column)
     if isinstance(feature, datasets.ClassLabel):
         return list(range(feature.num_classes))
+    stored = {split: data for split, data in splits.items() if not is_stream(data)}
+    if not stored:
+        raise RecipeError(
+            f"With --streaming nobody knows which labels column {column!r} has. Give --do_eval with validation data."
+        )
     values: set[Any] = set()
-    for split, data in splits.items():
+    for split, data in stored.items():
         found = set(data.unique(column))
         wrong = [v for v in found if isinstance(v, bool) or not isinstance(v, (int, str))]
         if wrong:
@@ -82,9 +99,9 @@ def find_labels(splits: datasets.DatasetDict, column: str) -> list[Any]:
     return sorted(values)
 
 
-def label_names(splits: datasets.DatasetDict, column: str, labels: Sequence[Any]) -> list[str]:
+def label_names(splits: Mapping[str, Data], column: str, labels: Sequence[Any]) -> list[str]:
     """The labels as text: the names of a `ClassLabel` column, else the values."""
-    feature = next(iter(splits.values())).features[column]
+    feature = (next(iter(splits.values())).features or {}).get(column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(label) for label in labels]
 
 
@@ -113,11 +130,18 @@ def tokenizer_function(
         if any(not isinstance(text, str) for texts_ in texts for text in texts_):
             raise RecipeError(f"Column {columns.text!r} (or its pair) has values that are not text, or are missing.")
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        encoded["label"] = [index[label] for label in rows[columns.label]]
+        encoded["label"] = [_index_of(label, index, columns.label) for label in rows[columns.label]]
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
     return tokenize
+
+
+def _index_of(label: Any, index: Mapping[Any, int], column: str) -> int:
+    if label not in index:
+        known = list(index)
+        raise RecipeError(f"Column {column!r} must hold one of the labels {known[:10]}; got {label!r}.")
+    return index[label]
 
 
 def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
@@ -125,7 +149,7 @@ def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, co
     limit = position_limit(config)
     if wanted is not None and limit is not None and wanted > limit:
         raise RecipeError(
-            f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Extend the "
-            "positions of the checkpoint first."
+            f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Longer "
+            f"inputs need --extend_positions {wanted}."
         )
     return wanted or min(limit or 512, tokenizer.model_max_length)

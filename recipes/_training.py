@@ -1,25 +1,26 @@
-"""What the training recipes share: flags of model and Trainer, the Trainer itself, calibration, the log."""
+"""What the training recipes share: flags of model and Trainer, the Trainer itself, the log."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
 import transformers
-from torch.utils.data import DataLoader, Subset
-from transformers import HfArgumentParser, PreTrainedModel, TrainerCallback, TrainingArguments
+import yaml
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
-import hf_linattn
-from _common import linear_attention_of
+from _common import RecipeError, linear_attention_of
 from _data_order import RepeatableTrainer
 from _publish import Publisher
+from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -62,12 +63,65 @@ class RecipeTrainingArguments(TrainingArguments):
 
 
 def parse_flags(parts: Sequence[type], argv: Sequence[str] | None, description: str | None) -> tuple[Any, ...]:
-    """One instance of each dataclass: from the command line, or from the JSON file that is its only argument."""
-    parser = HfArgumentParser(parts, description=description)
+    """One instance of each dataclass: from the command line, after the flags of its `--config` file.
+
+    Raises: RecipeError for flags and keys that do not exist, and for values that are not allowed.
+    """
+    parser = HfArgumentParser(
+        parts, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file of flags, without the dashes; what the command line says wins")
+    parser.error = _raise  # type: ignore[method-assign]  # in place of a page of usage
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])
-    return parser.parse_args_into_dataclasses(args=argv)
+    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = ["--config", argv[0]]
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    path = files.parse_known_args(argv)[0].config
+    if path is not None:
+        argv = [*config_flags(path, parser._option_string_actions), *argv]
+    try:
+        *found, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except (ValueError, ImportError) as error:  # TrainingArguments check themselves
+        raise RecipeError(" ".join(str(error).split())) from error
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        names = [name for name in parser._option_string_actions if name.startswith("--")]
+        raise RecipeError(f"{flag!r} is not a flag of this recipe.{did_you_mean(flag, names)}")
+    return tuple(found[: len(parts)])
+
+
+def config_flags(path: str, known: Mapping[str, Any]) -> list[str]:
+    """The flags of a YAML (or JSON) file, as a command line. A mapping becomes JSON, a list several values.
+
+    Raises: RecipeError for a file that cannot be read, and for keys that are no flags.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise RecipeError(f"--config {path!r} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--config {path!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"--config {path!r} must hold 'flag: value' lines; got a {type(content).__name__}.")
+    flags: list[str] = []
+    for name, value in content.items():
+        if f"--{name}" not in known:
+            close = did_you_mean(str(name), [flag.removeprefix("--") for flag in known])
+            raise RecipeError(f"--config {path!r}: {name!r} is not a flag of this recipe.{close}")
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        flags += [_as_text(each) for each in value] if isinstance(value, list) else [_as_text(value)]
+    return flags
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _raise(message: str) -> NoReturn:
+    raise RecipeError(message)
 
 
 def start_logging(training: TrainingArguments, quiet: bool) -> None:
@@ -119,22 +173,27 @@ class RecipeTrainer(RepeatableTrainer):
         elif self.is_world_process_zero():
             write_card(model, self.args.output_dir, **self.card_facts)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if _is_adapted(self.model):  # an adapter does not say what the attention under it is
+            self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
+    def merge_adapter(self) -> None:
+        """Save LoRA by itself, in the folder `adapter`, and go on with the whole model that it makes."""
+        if not _is_adapted(self.model):
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("The weights are spread over processes: LoRA is saved without the model under it.")
+            return
+        if self.is_world_process_zero():
+            self.model.save_pretrained(Path(self.args.output_dir, "adapter"))
+        self.model = self.model_wrapped = self.model.merge_and_unload()
+
     def settings(self) -> dict[str, Any]:
         """The flags of the Trainer for a results file, without tokens."""
         return {**json.loads(self.args.to_json_string()), "hub_strategy": self.publisher.strategy.value}
 
 
-# -- calibration ------------------------------------------------------------------------------------------------------
-def calibrate(
-    model: PreTrainedModel, rows: Sized, collate: Callable[[list[Any]], Any], training: TrainingArguments
-) -> None:
-    """Set the statistics of the attention layers; every process reads its share of the rows.
-
-    Args:
-        rows: Inputs of the model, by index.
-        collate: From a list of rows to a batch.
-    """
-    own = torch.arange(len(rows)).tensor_split(training.world_size)[training.process_index].tolist()
-    loader = DataLoader(Subset(rows, own), batch_size=training.per_device_eval_batch_size, collate_fn=collate)
-    hf_linattn.calibrate(model.to(training.device), loader)
-    logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
+def _is_adapted(model: Any) -> bool:
+    """Whether a model is PEFT's, around one of Transformers."""
+    return hasattr(model, "merge_and_unload")

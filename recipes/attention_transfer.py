@@ -37,6 +37,7 @@ from transformers import (
 )
 
 import hf_linattn
+from _adaptation import calibrate
 from _checkpoints import find_checkpoint
 from _common import (
     AttentionArguments,
@@ -49,7 +50,7 @@ from _common import (
     write_json,
 )
 from _stages import TransferArguments, TransferTrainer, TransferTrainingArguments
-from _training import ModelArguments, calibrate, parse_flags, start_logging
+from _training import ModelArguments, parse_flags, start_logging
 from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
 from hf_linattn.hub import TransferRecord
 

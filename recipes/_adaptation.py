@@ -1,0 +1,157 @@
+"""What happens between conversion and fine-tuning: calibration, attention transfer, adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, TrainingArguments
+
+import hf_linattn
+from _common import RecipeError, linear_attention_of
+from _data import Data, first_rows, is_stream
+from _data_order import RepeatableTrainer
+from hf_linattn.training import AttentionTransferTrainer
+from hf_linattn.training.transfer import LEARNING_RATES
+
+logger = logging.getLogger("hf_linattn.recipes")
+
+LABELS = ("label", "labels", "start_positions", "end_positions")
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass
+class AdaptationArguments:
+    """What prepares a converted model for fine-tuning, and what of it is trained."""
+
+    calibration_samples: int = field(
+        default=256, metadata={"help": "Training rows that set the statistics of a kind that needs them"}
+    )
+    transfer_steps: int = field(
+        default=0, metadata={"help": "Attention transfer first: so many steps train learned maps towards softmax"}
+    )
+    transfer_learning_rate: float = field(
+        default=LEARNING_RATES["attention"], metadata={"help": "Of the first of these steps"}
+    )
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={"help": "Train LoRA in these modules, for example 'query,value' (BERT, ViT) or 'c_attn' (GPT-2)"},
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA"})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA is scaled by alpha / rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("calibration_samples", 1), ("transfer_steps", 0), ("lora_r", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"--{name} must be at least {least}; got {getattr(self, name)}.")
+
+
+def adapt(
+    model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
+) -> dict[str, Any]:
+    """Calibrate and train the attention layers on training rows, without labels. Returns what was done.
+
+    Every process reads its share of the rows.
+
+    Args:
+        collate: From a list of rows to inputs of the model; labels among them are left out.
+    """
+
+    def without_labels(rows: list[Any]) -> dict[str, Any]:
+        return {name: value for name, value in collate(rows).items() if name not in LABELS}
+
+    done: dict[str, Any] = {}
+    if hf_linattn.needs_calibration(model):
+        chosen = first_rows(rows, args.calibration_samples)
+        calibrate(model, list(chosen) if is_stream(chosen) else chosen, without_labels, training)
+        done["calibration_rows"] = args.calibration_samples if is_stream(rows) else len(chosen)
+    if args.transfer_steps:
+        if linear_attention_of(model) is None:
+            raise RecipeError("--transfer_steps needs a kind of linear attention: give --attention.")
+        trainer = _transfer_trainer(model, rows, without_labels, args, training)
+        trainer.train()
+        last = [entry for entry in trainer.state.log_history if "error" in entry][-1]
+        done["transfer"] = {"steps": args.transfer_steps, "error": last["error"]}
+        logger.info("Attention transfer: relative error %.3f after %d steps", last["error"], args.transfer_steps)
+    return done
+
+
+def calibrate(model: PreTrainedModel, rows: Sequence[Any], collate: Collate, training: TrainingArguments) -> None:
+    """Set the statistics of the attention layers; every process reads its share of the rows."""
+    own = torch.arange(len(rows)).tensor_split(training.world_size)[training.process_index].tolist()
+    loader = DataLoader(Subset(rows, own), batch_size=training.per_device_eval_batch_size, collate_fn=collate)
+    hf_linattn.calibrate(model.to(training.device), loader)
+    logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
+
+
+class _Transfer(RepeatableTrainer, AttentionTransferTrainer):
+    """Attention transfer that sees the rows in the order that the seed gives."""
+
+
+def _transfer_trainer(
+    model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
+) -> _Transfer:
+    if training.fsdp or training.deepspeed:
+        raise RecipeError("--transfer_steps runs on whole models: leave FSDP and DeepSpeed out, DDP is enough.")
+    arguments = type(training)(
+        output_dir=training.output_dir,
+        max_steps=args.transfer_steps,
+        learning_rate=args.transfer_learning_rate,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        logging_steps=min(10, args.transfer_steps),
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        train_sampling_strategy=training.train_sampling_strategy,
+        **{name: getattr(training, name) for name in _SHARED},
+    )
+    return _Transfer(model, arguments, train_dataset=rows, data_collator=collate)
+
+
+# Of the flags of the run, those that its first stage follows too.
+_SHARED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "use_cpu",
+)
+
+
+def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: bool) -> nn.Module:
+    """The model with LoRA around it; whole are trained its head, if that is new, and learned attention maps.
+
+    Raises: RecipeError if PEFT is missing or no module has one of the names.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise RecipeError("--lora_target_modules needs PEFT: pip install peft.") from None
+    assert args.lora_target_modules is not None
+    wanted = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
+    parts = [name.split(".")[-1] for name, _ in model.named_modules()]
+    if missing := [name for name in wanted if name.split(".")[-1] not in parts]:
+        raise RecipeError(f"--lora_target_modules: no module is called {missing[0]!r} in {type(model).__name__}.")
+    head = [name for name, _ in model.named_children() if new_head and name != model.base_model_prefix]
+    head = [name for name in head if any(True for _ in getattr(model, name).parameters())]
+    learns = any(".linattn." in name for name, _ in model.named_parameters())
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=wanted,
+        modules_to_save=[*head, *(["linattn"] if learns else [])] or None,
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,226 @@
+"""The course of a fine-tuning run, the same for every task: adapt the model, train, score, save, publish."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from _adaptation import AdaptationArguments, Collate, adapt, add_adapter
+from _checkpoints import find_checkpoint
+from _common import AttentionArguments, linear_attention_of, versions, write_json
+from _data import Data, DataArguments, is_stream
+from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
+from hf_linattn.training import LinAttnCallback
+
+logger = logging.getLogger("hf_linattn.recipes")
+
+
+@dataclass
+class Scores:
+    """How good predictions are.
+
+    Args:
+        metrics: Of all rows together, by name.
+        rows: The main metric, row by row, for paired comparisons `[rows]`: its mean is that of all rows, or close.
+    """
+
+    metrics: dict[str, float]
+    rows: np.ndarray
+
+
+@dataclass
+class Task:
+    """What a recipe makes of its flags: a model, and data as it takes them.
+
+    Args:
+        model: Converted, where that is asked for.
+        processor: Its tokenizer or image processor.
+        data: Split -> rows; that of training may be a stream. A column `length` lets rows of similar length share a
+            batch.
+        collate: From a list of rows to inputs of the model, with labels.
+        score: From a split and predictions to scores.
+        main_metric: Name of the metric whose rows `Scores` has.
+        keep: What of a batch's logits is kept for `score`, as `preprocess_logits_for_metrics` of Trainer.
+        new_head: Whether the model's head begins with random weights.
+        has_mean_loss: Whether the model's own loss is a mean over the rows of a batch. One of tokens counts them over
+            all processes and accumulated steps.
+        facts: What `results.json` says of the data, besides the flags.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    data: Mapping[str, Data]
+    collate: Collate
+    score: Callable[[str, EvalPrediction], Scores]
+    main_metric: str
+    keep: Callable[[Any, Any], Any] | None = None
+    new_head: bool = True
+    has_mean_loss: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Flags:
+    """The command line of a recipe; `data` is its own class."""
+
+    model: ModelArguments
+    attention: AttentionArguments
+    adaptation: AdaptationArguments
+    data: Any
+    training: RecipeTrainingArguments
+
+
+def read_flags(
+    data_class: type[DataArguments], argv: Sequence[str] | None, description: str | None, quiet: bool = False
+) -> Flags:
+    """The flags, read; logging and the seed, set. Comes first."""
+    parts = (ModelArguments, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
+    flags = Flags(*parse_flags(parts, argv, description))
+    start_logging(flags.training, quiet)
+    set_seed(flags.training.seed)
+    return flags
+
+
+def fine_tune(
+    recipe: str, flags: Flags, task: Task, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
+) -> dict[str, Any]:
+    """Carry a run out. Returns what it writes to `results.json`.
+
+    Args:
+        recipe: Name of the script.
+        callbacks: Of the `Trainer`, besides its own.
+        quiet: Print nothing but warnings (a caller shows progress through a callback).
+    """
+    started = time.perf_counter()
+    training, model = flags.training, task.model
+    settings = linear_attention_of(model)
+    checkpoint, adapted = None, {}
+    if training.do_train:
+        _choose_sampling(training, task.data["train"])
+        logger.info("%s", describe(task, training))
+        checkpoint = find_checkpoint(
+            training, settings, flags.data.from_scratch, has_adapter=bool(flags.adaptation.lora_target_modules)
+        )
+        if checkpoint is None:
+            adapted = adapt(model, task.data["train"], task.collate, flags.adaptation, training)
+    trainer = _trainer(flags, task, callbacks)
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+
+    metrics: dict[str, dict[str, float]] = {}
+    if training.do_train:
+        metrics["train"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.merge_adapter()
+    if training.do_eval:
+        metrics["eval"] = trainer.evaluate()
+    if training.do_predict:
+        trainer.compute_metrics = partial(_metrics, task, "test")
+        metrics["test"] = trainer.predict(task.data["test"], metric_key_prefix="test").metrics
+    if not quiet:
+        for split, values in metrics.items():
+            trainer.log_metrics(split, values)
+
+    results = {
+        "recipe": recipe,
+        "model": asdict(flags.model),
+        "attention": settings or {"kind": "softmax"},
+        "adaptation": {**asdict(flags.adaptation), **adapted},
+        "data": {**asdict(flags.data), **task.facts},
+        "training": trainer.settings(),
+        "metrics": metrics,
+        "log": trainer.state.log_history,
+        "processes": training.world_size,
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": versions(),
+    }
+    # After evaluation: the card carries the metrics.
+    scores = {k.removeprefix("eval_"): v for k, v in metrics.get("eval", {}).items() if _is_score(k)}
+    trainer.card_facts |= {"metrics": scores, "dataset": flags.data.dataset_name}
+    if training.do_train:
+        trainer.save_model()  # the tokenizer too; every rank takes part, as sharded models need
+        trainer.save_state()
+        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        path = write_json(Path(training.output_dir) / "results.json", results)
+        logger.info("Wrote %s", path)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def describe(task: Task, training: TrainingArguments) -> str:
+    """What runs, in one line: model, kind, settings, layers, processes, device, effective batch."""
+    settings = dict(linear_attention_of(task.model) or {"kind": "softmax"})
+    kind, layers = settings.pop("kind"), settings.pop("layers", None)
+    shown = ("learned", "num_features", "num_landmarks", "num_chunks", "chunk_size", "window_size", "overlap_window")
+    sizes = ", ".join(f"{name}={settings[name]}" for name in shown if settings.get(name) not in (None, False))
+    where = "" if layers is None else f" in layers {','.join(map(str, layers))}"
+    rows, steps, processes = (
+        training.train_batch_size,
+        training.gradient_accumulation_steps,
+        training.world_size,
+    )
+    return (
+        f"{type(task.model).__name__}: {kind}{f' ({sizes})' if sizes else ''}{where};"
+        f" {processes} process{'es' if processes > 1 else ''} on {training.device.type},"
+        f" {rows * steps * processes} rows a step ({rows} in a batch x {steps} batches x {processes})"
+    )
+
+
+def _choose_sampling(training: RecipeTrainingArguments, rows: Data) -> None:
+    """Rows of one length, and streams, have no lengths to group by."""
+    if is_stream(rows) or training.length_column_name not in rows.column_names:
+        if training.train_sampling_strategy == "group_by_length":
+            training.train_sampling_strategy = "random"
+
+
+def _trainer(flags: Flags, task: Task, callbacks: Sequence[TrainerCallback]) -> RecipeTrainer:
+    training, model = flags.training, task.model
+    if training.do_train and flags.adaptation.lora_target_modules:
+        model = add_adapter(model, flags.adaptation, task.new_head)
+    rows = task.data.get("train")
+    if is_stream(rows):
+        seed = training.seed if training.data_seed is None else training.data_seed
+        rows = rows.shuffle(seed=seed, buffer_size=flags.data.shuffle_buffer).repeat(None)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=task.data.get("validation"),
+        processing_class=task.processor,
+        data_collator=task.collate,
+        compute_metrics=partial(_metrics, task, "validation"),
+        preprocess_logits_for_metrics=task.keep,
+        callbacks=[LinAttnCallback(), *callbacks],
+    )
+    if task.has_mean_loss:
+        # The heads take `num_items_in_batch` and ignore it: Trainer, believing that they divided by it, would scale
+        # gradients by the number of processes and of accumulation steps.
+        trainer.model_accepts_loss_kwargs = False
+    trainer.card_facts = {"base_model": flags.model.base_on_hub, "repo_id": training.hub_model_id}
+    return trainer
+
+
+def _metrics(task: Task, split: str, prediction: EvalPrediction) -> dict[str, float]:
+    return task.score(split, prediction).metrics
+
+
+def _is_score(name: str) -> bool:
+    """Whether a value that Trainer reports is one of the task's metrics."""
+    left_out = ("_loss", "_runtime", "_per_second", "_model_preparation_time")
+    return name.startswith("eval_") and not name.endswith(left_out)
