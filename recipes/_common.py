@@ -123,12 +123,14 @@ def load_splits(
     dataset_config: str | None = None,
     *,
     formats: Mapping[str, str] = FORMATS,
+    builder_options: Mapping[str, Mapping[str, Any]] = BUILDER_OPTIONS,
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Splits from the Hub (`dataset_name`) or from local files (split name -> path; None entries are left out).
 
     Args:
         formats: Suffix of a file -> the builder of `datasets` that reads it.
+        builder_options: Suffix of a file -> options of that builder.
         streaming: Read rows when they are needed, and store none.
     """
     given = {split: path for split, path in files.items() if path}
@@ -145,7 +147,7 @@ def load_splits(
             raise RecipeError(f"--{split}_file must be one of {sorted(formats)}; got {path!r}.")
         if not Path(path).is_file():
             raise RecipeError(f"--{split}_file {path!r} does not exist.")
-        options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
+        options = {"split": "train", "streaming": streaming, **builder_options.get(suffix, {})}
         try:
             splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)
         except datasets.exceptions.DatasetGenerationError as error:

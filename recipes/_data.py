@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,16 @@ class DataArguments:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
 
 
-def read_splits(args: DataArguments, training: TrainingArguments, **options: Any) -> dict[str, Data]:
+def read_splits(
+    args: DataArguments,
+    training: TrainingArguments,
+    load: Callable[..., Mapping[str, Data]] | None = None,
+    **options: Any,
+) -> dict[str, Data]:
     """The splits that the run needs, each cut to its maximal size: train, validation, test.
 
     Args:
+        load: What reads all splits there are, in place of `load_all`.
         options: Of `load_splits`, such as the formats of files.
     """
     wanted = {
@@ -58,7 +64,7 @@ def read_splits(args: DataArguments, training: TrainingArguments, **options: Any
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = _load(args, **options)
+        found = (load or load_all)(args, **options)
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
         if not is_wanted:
@@ -71,7 +77,7 @@ def read_splits(args: DataArguments, training: TrainingArguments, **options: Any
     return chosen
 
 
-def _load(args: DataArguments, **options: Any) -> Mapping[str, Data]:
+def load_all(args: DataArguments, **options: Any) -> Mapping[str, Data]:
     """All splits there are; with `--streaming` that of training as a stream."""
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
     if not args.streaming:

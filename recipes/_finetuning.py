@@ -76,9 +76,9 @@ class Task:
 
 @dataclass
 class Flags:
-    """The command line of a recipe; `data` is its own class."""
+    """The command line of a recipe; `data` is its own class, and `model` where it is no pretrained one."""
 
-    model: ModelArguments
+    model: Any
     attention: AttentionArguments
     adaptation: AdaptationArguments
     data: Any
@@ -86,10 +86,14 @@ class Flags:
 
 
 def read_flags(
-    data_class: type[DataArguments], argv: Sequence[str] | None, description: str | None, quiet: bool = False
+    data_class: type[DataArguments],
+    argv: Sequence[str] | None,
+    description: str | None,
+    quiet: bool = False,
+    model_class: type = ModelArguments,
 ) -> Flags:
     """The flags, read; logging and the seed, set. Comes first."""
-    parts = (ModelArguments, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
+    parts = (model_class, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
     flags = Flags(*parse_flags(parts, argv, description))
     start_logging(flags.training, quiet)
     set_seed(flags.training.seed)
