@@ -150,6 +150,8 @@ def load_splits(
         options = {"split": "train", "streaming": streaming, **builder_options.get(suffix, {})}
         try:
             splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)
+        except StopIteration:  # what the reader of JSON says of an empty file
+            raise RecipeError(f"--{split}_file {path!r} has no rows.") from None
         except datasets.exceptions.DatasetGenerationError as error:
             raise RecipeError(
                 f"--{split}_file {path!r} cannot be read as {formats[suffix]}: {error.__cause__ or error}"

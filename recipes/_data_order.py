@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -88,6 +91,16 @@ class RepeatableTrainer(Trainer):
         loader.set_sampler(sampler)
         self._tell_epoch.sampler = sampler
         return loader
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        # Trainer would take one step more where the last one is not the end of an epoch.
+        if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            if 0 < self.args.max_steps <= state.global_step:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {"epoch": state.epoch})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Its data loader draws a number. A run resumed from a checkpoint before an evaluation may leave that out.

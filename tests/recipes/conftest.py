@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from transformers.utils import logging as transformers_logging
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")  # not the user's
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    cache = tmp_path_factory.getbasetemp() / "datasets"  # not the user's
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     verbosity = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(verbosity)

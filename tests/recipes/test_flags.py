@@ -1,0 +1,88 @@
+"""The flags of the recipes: YAML files, mistakes, and the line that says what runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cases import BERT
+
+import hf_linattn
+from _common import RecipeError
+from _data import DataArguments
+from _finetuning import describe, read_flags
+from hf_linattn import FavorPlusConfig
+
+BASE = ["--model_name_or_path", "somewhere", "--output_dir", "out"]
+
+
+def read(tmp_path: Path, content: str, *flags: str) -> Any:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    return read_flags(DataArguments, ["--config", str(path), *BASE, *flags], None)
+
+
+def test_a_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    content = """
+attention: eva
+attention_config: {window_size: 4, num_chunks: 2}
+learning_rate: 1e-3
+per_device_train_batch_size: 4
+do_train: true
+bf16: false
+report_to: [none]
+max_train_samples: null
+"""
+    flags = read(tmp_path, content, "--per_device_train_batch_size", "2")
+    assert flags.attention.settings() == {"window_size": 4, "num_chunks": 2}
+    assert flags.training.learning_rate == 1e-3
+    assert flags.training.per_device_train_batch_size == 2
+    assert (flags.training.do_train, flags.training.bf16, flags.training.report_to) == (True, False, [])
+    assert flags.data.max_train_samples is None
+
+
+def test_a_file_may_be_the_only_argument(tmp_path: Path) -> None:
+    values = {"model_name_or_path": "somewhere", "output_dir": "out", "transfer_steps": 3}
+    for name in ("run.json", "run.yaml"):  # JSON is YAML
+        (tmp_path / name).write_text(json.dumps(values))
+        assert read_flags(DataArguments, [str(tmp_path / name)], None).adaptation.transfer_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("atention: eva", [], "'atention' is not a flag of this recipe. Did you mean 'attention'?"),
+        ("attention: eva: 1", [], "is not YAML"),
+        ("- attention", [], "must hold 'flag: value' lines; got a list"),
+        ("learning_rate: fast", [], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ("", ["--lr", "1"], "'--lr' is not a flag of this recipe."),
+        ("", ["--transfer_step=3"], "Did you mean '--transfer_steps'?"),
+        ("", ["--transfer_steps", "-1"], "--transfer_steps must be at least 0; got -1."),
+        ("", ["--max_train_samples", "0"], "--max_train_samples must be at least 1; got 0."),
+        ("", ["--load_best_model_at_end"], "requires the save and eval strategy to match"),
+        ("", ["--attention", "softmax", "--num_features", "8"], "takes no settings"),
+    ],
+)
+def test_mistakes(tmp_path: Path, content: str, flags: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        read(tmp_path, content, *flags)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_missing() -> None:
+    with pytest.raises(RecipeError, match=r"'none\.yaml' cannot be read: No such file"):
+        read_flags(DataArguments, ["--config", "none.yaml", *BASE], None)
+
+
+def test_one_line_says_what_runs(tmp_path: Path) -> None:
+    flags = read(tmp_path, "per_device_train_batch_size: 4\ngradient_accumulation_steps: 2")
+    model = hf_linattn.convert(BERT.build(), FavorPlusConfig(num_features=8, window_size=4), layers=[1])
+    line = describe(SimpleNamespace(model=model), flags.training)
+    assert "favor_plus (num_features=8, window_size=4) in layers 1; 1 process on cpu" in line
+    assert line.endswith("8 rows a step (4 in a batch x 2 batches x 1)")
+    stock = describe(SimpleNamespace(model=BERT.build()), flags.training)
+    assert ": softmax; 1 process" in stock
