@@ -1,4 +1,4 @@
-"""What there is to read: files, the Hub, or Pathfinder's published folder; and validation rows out of training rows."""
+"""What there is to read: files, the Hub, or Pathfinder's published folder; validation rows out of training rows."""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ class Pathfinder:
     def _walk(self, rng: np.random.Generator, dashes: int, taken: np.ndarray) -> np.ndarray | None:
         """A random walk of dashes that avoids the points taken and itself; None where it got stuck."""
         drawn: list[np.ndarray] = []
+        angle = 0.0
         for _ in range(dashes):
             if not drawn:
                 angles = rng.uniform(0, 2 * np.pi, size=TURNS)
@@ -111,7 +112,7 @@ class Pathfinder:
             if not free.any():
                 return None
             first = int(free.argmax())
-            angle = angles[first]
+            angle = float(angles[first])
             drawn.append(choices[first])
         return np.stack(drawn)
 

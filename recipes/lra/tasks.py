@@ -59,11 +59,9 @@ class ArenaTask:
 
         Raises: RecipeError if there is none.
         """
-        named = ("input_column", "second_input_column")[: len(self.inputs)]
-        inputs = [
-            find_column(names, getattr(args, flag), usual, flag)
-            for flag, usual in zip(named, self.inputs, strict=True)
-        ]
+        named = (args.input_column, args.second_input_column)
+        flags = ("input_column", "second_input_column")
+        inputs = [find_column(names, *each) for each in zip(named, self.inputs, flags, strict=False)]
         return inputs, find_column(names, args.label_column, self.label, "label_column")
 
 
@@ -136,7 +134,10 @@ def _label(value: Any, column: str, num_labels: int) -> int:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Ids padded with 0 to the longest input of the batch, their mask, labels: `[batch, tokens]` or `[batch, 2, tokens]`."""
+    """Ids padded with 0 to the longest input of the batch, and their mask; labels.
+
+    Returns: `input_ids`, `attention_mask`: `[batch, tokens]`, for two inputs `[batch, 2, tokens]`; `labels` `[batch]`.
+    """
     longest = max(len(ids) for row in rows for ids in row["input_ids"])
     padded = torch.tensor([[[*ids, *[0] * (longest - len(ids))] for ids in row["input_ids"]] for row in rows])
     if padded.shape[1] == 1:
