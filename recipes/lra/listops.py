@@ -103,8 +103,3 @@ def apply(operator: str, values: list[int]) -> int:
     if operator == "[MED":
         return int(statistics.median(values))
     return sum(values) % 10
-
-
-def words_of(source: str) -> list[str]:
-    """The words of an expression, written with or without round parentheses."""
-    return source.replace("(", " ").replace(")", " ").split()

@@ -102,9 +102,11 @@ def encoder_of(
 def _text_ids(tokenizer: PreTrainedTokenizerFast, max_length: int, column: str, text: Any) -> list[int]:
     if not isinstance(text, str) or not text:
         raise RecipeError(f"Column {column!r} must hold texts, and none that is empty; got {text!r}.")
-    ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    encoded = tokenizer(text, truncation=True, max_length=max_length)
+    ids = encoded["input_ids"]
     if tokenizer.unk_token_id in ids:
-        word = tokenizer.tokenize(text)[ids.index(tokenizer.unk_token_id)]
+        first, last = encoded.encodings[0].offsets[ids.index(tokenizer.unk_token_id)]
+        word = text[first:last]
         raise RecipeError(f"Column {column!r} has a word that is none of ListOps: {word!r} in {text[:40]!r}...")
     return ids
 
