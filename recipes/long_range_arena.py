@@ -39,6 +39,10 @@ class ArenaArguments:
     num_hidden_layers: int = field(default=2, metadata={"help": "Its layers"})
     num_attention_heads: int = field(default=2, metadata={"help": "Heads of a layer"})
     intermediate_size: int = field(default=128, metadata={"help": "Width of the feed-forward layers and of the head"})
+    pooling: Literal["mean", "cls"] = field(
+        default="mean",
+        metadata={"help": "'mean' over the tokens, as in the small protocol, or 'cls', a token put in front"},
+    )
     dropout: float = field(default=0.1, metadata={"help": "Of embeddings and hidden states"})
     base_on_hub = None  # trained from scratch
 
@@ -57,19 +61,21 @@ class ArenaArguments:
 
 def encoder_config(args: ArenaArguments, task: ArenaTask, max_length: int, vocab_size: int) -> BertConfig:
     """A BERT of these sizes, for texts of one segment."""
+    in_front = int(args.pooling == "cls")
     return BertConfig(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + in_front,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=args.num_attention_heads,
         intermediate_size=args.intermediate_size,
-        max_position_embeddings=max_length,
+        max_position_embeddings=max_length + in_front,
         type_vocab_size=1,
         hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=0.0,  # linear attention has none
         pad_token_id=0,
         num_labels=task.num_labels,
         num_towers=len(task.inputs),
+        pooling=args.pooling,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ KINDS = (None, *list_kinds())
 SMALL = ArenaArguments("text", hidden_size=16, intermediate_size=32)
 
 
-def build(name: str, kind: str | None, tokens: int = 48) -> BertForLongRangeArena:
-    encoder = BertModel(encoder_config(SMALL, TASKS[name], tokens, 257), add_pooling_layer=False)
+def build(name: str, kind: str | None, pooling: str = "mean", tokens: int = 48) -> BertForLongRangeArena:
+    sizes = replace(SMALL, pooling=pooling)
+    encoder = BertModel(encoder_config(sizes, TASKS[name], tokens, 257), add_pooling_layer=False)
     if kind is not None:
         encoder = hf_linattn.convert(encoder, {"kind": kind, "window_size": 4})
     return BertForLongRangeArena(encoder.config, encoder).eval()
@@ -30,9 +32,9 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["text", "matching"])
-def test_padding_changes_nothing(name: str, kind: str | None) -> None:
-    model = build(name, kind)
+@pytest.mark.parametrize(("name", "pooling"), [("text", "mean"), ("matching", "cls")])
+def test_padding_changes_nothing(name: str, pooling: str, kind: str | None) -> None:
+    model = build(name, kind, pooling)
     tokens = ids(3, 40) if name == "text" else ids(3, 2, 40)
     padded = torch.nn.functional.pad(tokens, (0, 8))
     with torch.no_grad():
@@ -60,6 +62,14 @@ def test_softmax_and_kinds_begin_with_the_same_weights() -> None:
         states.append(build("text", kind).state_dict())
     for name, value in states[0].items():
         assert all(torch.equal(state[name], value) for state in states[1:])
+
+
+def test_a_token_in_front_speaks_for_the_text() -> None:
+    model, tokens = build("text", None, "cls"), ids(2, 48)
+    assert model.config.vocab_size == 258
+    with torch.no_grad():
+        hidden = model.bert(torch.cat([torch.full((2, 1), 257), tokens], dim=1)).last_hidden_state
+        torch.testing.assert_close(model(tokens).logits, model.classifier(hidden[:, 0]))
 
 
 def test_both_texts_are_compared() -> None:

@@ -49,7 +49,9 @@ def encoded(name: str, rows: dict[str, list], max_length: int = 6) -> dict[str, 
 
 
 def test_two_texts_are_cut_and_padded_together() -> None:
-    rows = encoded("matching", {"label": [1.0, "0"], "id1": [0, 0], "text1": ["abcdefgh", "ab"], "text2": ["a", "abc"]})
+    rows = encoded(
+        "matching", {"label": [1.0, "0"], "id1": [0, 0], "text1": ["abcdefgh", "ab"], "text2": ["a", "abc"]}
+    )
     assert rows["label"] == [1, 0]
     assert rows["length"] == [6, 3]
     batch = collate([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
