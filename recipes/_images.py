@@ -108,7 +108,7 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
                 split: image_folder(path, split, args.streaming and split == "train", names)
                 for split, path in folders.items()
             }
-    splits = read_splits(args, training, given, formats=IMAGE_FORMATS)
+    splits = read_splits(args, training, given=given, formats=IMAGE_FORMATS)
     names = column_names(next(iter(splits.values())))
     columns = ImageColumns(
         find_column(names, args.image_column, IMAGE_NAMES, "image_column"),
