@@ -69,6 +69,9 @@ class TextArguments(ColumnArguments, DataArguments):
         return REGRESSION if labels.is_regression else CLASSIFICATION
 
 
+ARGUMENTS = TextArguments  # for evaluate_checkpoint.py
+
+
 def prepare(flags: Flags) -> Task:
     """Read data and model; map labels to the model's outputs; tokenize."""
     splits = read_splits(flags.data, flags.training, names=flags.data.splits())
@@ -126,7 +129,7 @@ def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
     """Run the recipe; arguments and result of `fine_tune`."""
-    flags = read_flags(TextArguments, argv, __doc__, quiet)
+    flags = read_flags(ARGUMENTS, argv, __doc__, quiet)
     return fine_tune(Path(__file__).stem, flags, prepare(flags), callbacks, quiet)
 
 

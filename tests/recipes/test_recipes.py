@@ -25,7 +25,6 @@ from recipes.build_documents import BuildError, build_documents
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "film", "not", "very", "plot", "the", "dull", "fine"]
 RECIPE = "recipes/text_classification.py"
-EVALUATE = "recipes/evaluate_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +72,9 @@ def child(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Run a recipe in this process, which saves its imports. What is said of programs is tested with `run`."""
-    from recipes import _common, evaluate_checkpoint, text_classification
+    from recipes import _common, text_classification
 
-    programs = {RECIPE: text_classification.main, EVALUATE: evaluate_checkpoint.main}
+    programs = {RECIPE: text_classification.main}
     verbosity = transformers_logging.get_verbosity()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "home" / "datasets")  # not the user's
 
@@ -221,28 +220,6 @@ def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path, r
 
 
 # -- the others ----------------------------------------------------------------------------------------------------
-def test_evaluate_checkpoint(
-    folder: Path, tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    run_here(recipe(folder, output, "--attention", "lara", "--num_landmarks", "2", "--window_size", "0"))
-    report = tmp_path / "report.json"
-    arguments = [EVALUATE, "--model_name_or_path", str(output), "--output", str(report)]
-    arguments += ["--test_file", str(folder / "data.parquet"), "--repeats", "2", "--timed_batches", "2"]
-    done = run(arguments, child(folder))
-    found = json.loads(report.read_text())
-    assert found["checkpoint"]["attention"] == "lara"
-    assert found["original"]["attention"] == "softmax"
-    assert found["checkpoint"]["rows"] == found["original"]["rows"] == 24
-    assert found["checkpoint"]["accuracy"] == results(output)["metrics"]["eval"]["eval_accuracy"]
-    for side in ("checkpoint", "original"):
-        assert found[side]["tokens_per_second"] > 0
-        assert found[side]["peak_memory_mib"] > 0
-    assert "accuracy" in done.stdout
-    run_here([*arguments, "--dtype", "int8"], mistake=True)
-    assert "--dtype must be one of" in capsys.readouterr().err
-
-
 def test_metrics_need_no_hub() -> None:
     values = LocalMetrics(CLASSIFICATION, 2).compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
     assert values == pytest.approx({"accuracy": 0.75, "f1": 0.8})
