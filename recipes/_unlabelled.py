@@ -12,11 +12,10 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from _common import FORMATS, RecipeError, find_column, load_splits
+from _images import IMAGE_FORMATS, IMAGE_NAMES, image_folder
 from _text import TEXT_NAMES, choose_max_length
 
-IMAGE_NAMES = ("image", "img")
 TEXT_FORMATS = {**FORMATS, ".txt": "text"}
-IMAGE_FORMATS = {".parquet": "parquet"}
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")
 FILE_HELP = "parquet, csv, tsv, json, jsonl or txt; images: parquet"
@@ -143,7 +142,7 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     if given:
         if args.dataset_name or any(files.values()):
             raise RecipeError("Give folders of images, files or --dataset_name, not several of them.")
-        splits = {split: _image_folder(path, split, args.streaming) for split, path in given.items()}
+        splits = {split: image_folder(path, split, args.streaming) for split, path in given.items()}
     else:
         formats = IMAGE_FORMATS if images else TEXT_FORMATS
         splits = load_splits(
@@ -152,16 +151,6 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     if "train" not in splits:
         raise RecipeError(f"The run needs train data, but there is only {list(splits)}. Give --train_file.")
     return {name: splits[name] for name in ("train", "validation") if name in splits}
-
-
-def _image_folder(path: str, split: str, streaming: bool) -> Data:
-    if not Path(path).is_dir():
-        raise RecipeError(f"--{split}_dir must be a folder of images; {path!r} is none.")
-    options = {"data_files": f"{path}/**", "split": "train", "drop_labels": True, "streaming": streaming}
-    try:
-        return datasets.load_dataset("imagefolder", **options)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"--{split}_dir {path!r} cannot be read as images: {error.__cause__ or error}") from error
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
