@@ -143,6 +143,8 @@ def load_splits(
             raise RecipeError(f"--{split}_file must be one of {sorted(formats)}; got {path!r}.")
         if not Path(path).is_file():
             raise RecipeError(f"--{split}_file {path!r} does not exist.")
+        if Path(path).stat().st_size == 0:
+            raise RecipeError(f"--{split}_file {path!r} has no rows.")
         options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
         try:
             splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)

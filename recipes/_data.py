@@ -41,6 +41,10 @@ class DataArguments:
             if value is not None and value < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
 
+    def complete(self, splits: Mapping[str, Data]) -> Mapping[str, Data]:
+        """The splits there are, and those that the recipe makes of them."""
+        return splits
+
 
 def read_splits(
     args: DataArguments,
@@ -67,7 +71,7 @@ def read_splits(
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = given or _load(args, **options)
+        found = args.complete(given or _load(args, **options))
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
         for number, name in enumerate((names or {}).get(split, (split,))):

@@ -46,13 +46,19 @@ class EpochSampler(Sampler[int]):
 
 
 class _TellEpoch(TrainerCallback):
-    """The sampler has no `set_epoch`: Accelerate's wrappers pass it on or not, depending on how many there are."""
+    """The sampler has no `set_epoch`: Accelerate's wrappers pass it on or not, depending on how many there are.
+
+    A collator that draws has one.
+    """
 
     sampler: EpochSampler | None = None
+    collate: Any = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.sampler is not None:
             self.sampler.epoch = int(state.epoch)
+        if hasattr(self.collate, "set_epoch"):
+            self.collate.set_epoch(int(state.epoch))
 
 
 class RepeatableTrainer(Trainer):
@@ -66,6 +72,7 @@ class RepeatableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tell_epoch = _TellEpoch()
+        self._tell_epoch.collate = self.data_collator
         self.add_callback(self._tell_epoch)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -69,10 +69,16 @@ def load_processor(auto_class: Any, args: ModelArguments, **options: Any) -> Any
 
 
 def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, **options: Any) -> PreTrainedTokenizerBase:
-    """With a padding token, which the config gets to know."""
+    """With a padding token, which the config gets to know. That of a new model gets to know the vocabulary, too."""
+    if is_new(args) and args.tokenizer_name is None:
+        raise RecipeError("A model from scratch needs --tokenizer_name.")
     tokenizer = load_processor(AutoTokenizer, args, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if is_new(args):
+        config.vocab_size = len(tokenizer)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

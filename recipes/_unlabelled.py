@@ -9,18 +9,17 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
-from _common import FORMATS, RecipeError, find_column, load_splits
+from _common import RecipeError, find_column, load_splits
+from _data import Data, column_names, first_rows, is_stream
 from _images import IMAGE_FORMATS, IMAGE_NAMES, image_folder
+from _packing import TEXT_FORMATS, packed
 from _text import TEXT_NAMES, choose_max_length
 
-TEXT_FORMATS = {**FORMATS, ".txt": "text"}
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")
 FILE_HELP = "parquet, csv, tsv, json, jsonl or txt; images: parquet"
-
-Data = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -101,7 +100,7 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
         unit = "images"
     else:
         max_length = choose_max_length(args.max_length, processor, model.config)
-        splits = {name: _packed(data, args.text_column, processor, max_length) for name, data in splits.items()}
+        splits = {name: packed(data, args.text_column, processor, max_length) for name, data in splits.items()}
         collate, unit = default_data_collator, f"rows of {max_length} tokens"
     train = splits["train"]
     if "validation" in splits:
@@ -109,7 +108,7 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     else:
         held_out, train = _first(train, args.max_eval_samples), _skip(train, args.max_eval_samples)
     if args.max_train_samples is not None:
-        train = _take(train, args.max_train_samples)
+        train = first_rows(train, args.max_train_samples)
     calibration = _first(train, args.calibration_samples)
     for name, found in (("train", calibration), ("validation", held_out)):
         if not len(found):
@@ -153,28 +152,6 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     return {name: splits[name] for name in ("train", "validation") if name in splits}
 
 
-# -- texts ------------------------------------------------------------------------------------------------------------
-def _packed(data: Data, column: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
-    """Rows of `max_length` tokens: the texts one after the other, a line break after each that has none.
-
-    A thousand texts at a time are joined and cut, with the special tokens of the model in every row; what is left at
-    the end of them is dropped.
-    """
-    columns = _columns(data)
-    column = find_column(columns, column, TEXT_NAMES, "text_column")
-
-    def pack(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = rows[column]
-        if any(not isinstance(text, str) for text in texts):
-            raise RecipeError(f"Column {column!r} has values that are not text, or are missing.")
-        joined = "".join(text if text.endswith("\n") else text + "\n" for text in texts)
-        options = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
-        found = tokenizer(joined, **options)["input_ids"]
-        return {"input_ids": [ids for ids in found if len(ids) == max_length]}
-
-    return data.map(pack, batched=True, remove_columns=columns)
-
-
 # -- images -----------------------------------------------------------------------------------------------------------
 @dataclass
 class ImageCollator:
@@ -190,7 +167,7 @@ class ImageCollator:
 
 def _only_images(data: Data, column: str | None) -> Data:
     """The column of images alone, as `image`."""
-    column = find_column(_columns(data), column, IMAGE_NAMES, "image_column")
+    column = find_column(column_names(data), column, IMAGE_NAMES, "image_column")
     data = data.select_columns([column])
     try:
         data = data.cast_column(column, datasets.Image())
@@ -200,26 +177,11 @@ def _only_images(data: Data, column: str | None) -> Data:
 
 
 # -- data sets and streams --------------------------------------------------------------------------------------------
-def _columns(data: Data) -> list[str]:
-    """Names of the columns; those of a stream may be known from its first row only."""
-    return list(data.column_names or next(iter(data), {}))
-
-
-def _is_stream(data: Data) -> bool:
-    return isinstance(data, datasets.IterableDataset)
-
-
-def _take(data: Data, number: int) -> Data:
-    if _is_stream(data):
-        return data.take(number)
-    return data.select(range(min(number, len(data))) or [])  # an empty range is refused
-
-
 def _skip(data: Data, number: int) -> Data:
-    return data.skip(number) if _is_stream(data) else data.select(range(number, len(data)) or [])
+    return data.skip(number) if is_stream(data) else data.select(range(number, len(data)) or [])
 
 
 def _first(data: Data, number: int) -> Sequence[Any]:
     """The first rows, by index."""
-    found = _take(data, number)
-    return list(found) if _is_stream(data) else found
+    found = first_rows(data, number)
+    return list(found) if is_stream(data) else found

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertModel, PreTrainedTokenizerFast, ViTImageProcessor
 
 RECIPE = "recipes/attention_transfer.py"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50))]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50)), "[MASK]"]
 FAMILIES = ("bert-mlm", "bert-classifier", "bert", "gpt2", "vit")
 LENGTH = 40  # tokens of a row
 
@@ -32,7 +32,7 @@ def build(folder: Path) -> None:
         else:
             _tokenizer(with_special=name != "gpt2").save_pretrained(folder / name)
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS[4:], k=5 + i % 60)) for i in range(150)]
+    texts = [" ".join(draw.choices(WORDS[4:-1], k=5 + i % 60)) for i in range(150)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in texts))
     (folder / "text.txt").write_text("\n".join(texts))
     (folder / "images").mkdir()
@@ -50,12 +50,12 @@ def build(folder: Path) -> None:
 def _tokenizer(with_special: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     if with_special:
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
         special = [("[CLS]", 2), ("[SEP]", 3)]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
 def arguments(folder: Path, output: Path, family: str = "gpt2", kind: str = "favor_plus", *changes: str) -> list[str]:
