@@ -171,6 +171,8 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(
     whole, argv = (arguments(folder, tmp_path / name, family, kind, *changes) for name in ("whole", "cut"))
     seen = train(whole, main=language_modeling.main).seen
     assert len(seen) == 24
+    if "--streaming" not in changes:  # other masks in the second epoch
+        assert (sorted(seen[:12]) != sorted(seen[12:])) == (family == "bert-mlm")
     train(argv, cut, language_modeling.main)
     assert train(argv, main=language_modeling.main).seen == seen[4 * (cut - 1) // 2 * 2 :]
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
