@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_linattn
-from hf_linattn.cli.inputs import TEXT_FORMATS, load_files
+from hf_linattn.cli.inputs import BUILDER_OPTIONS, TEXT_FORMATS, load_files
 from hf_linattn.cli.inputs import find_column as find_column  # for the other files here
 from hf_linattn.cli.values import layer_list
 from hf_linattn.modules.registry import get_kind, list_kinds
@@ -109,12 +109,14 @@ def load_splits(
     dataset_config: str | None = None,
     *,
     formats: Mapping[str, str] = FORMATS,
+    builder_options: Mapping[str, Mapping[str, Any]] = BUILDER_OPTIONS,
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Splits from the Hub (`dataset_name`) or from local files (split name -> path; None entries are left out).
 
     Args:
         formats: Suffix of a file -> the builder of `datasets` that reads it.
+        builder_options: Suffix of a file -> options of that builder.
         streaming: Read rows when they are needed, and store none.
     """
     given = {split: path for split, path in files.items() if path}
@@ -125,7 +127,8 @@ def load_splits(
     if not given:
         raise RecipeError("No data: give --dataset_name or at least one of " + ", ".join(f"--{s}_file" for s in files))
     splits = {
-        split: load_files([path], f"--{split}_file", formats, streaming=streaming) for split, path in given.items()
+        split: load_files([path], f"--{split}_file", formats, builder_options, streaming=streaming)
+        for split, path in given.items()
     }
     return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig
 
 from _adaptation import LABELS, AdaptationArguments
 from _common import KEEP, SOFTMAX, AttentionArguments, RecipeError, linear_attention_of
+from _data_order import RepeatableTrainer
 from _finetuning import Flags, Scores, Task
 from _training import ModelArguments, RecipeTrainingArguments
 
@@ -68,7 +69,9 @@ def predict(task: Task, split: str, batch_size: int) -> tuple[Scores, int]:
     arguments = RecipeTrainingArguments(
         output_dir=tempfile.gettempdir(), per_device_eval_batch_size=batch_size, report_to="none"
     )
-    trainer = Trainer(task.model, arguments, data_collator=task.collate, preprocess_logits_for_metrics=task.keep)
+    trainer = RepeatableTrainer(
+        task.model, arguments, data_collator=task.collate, preprocess_logits_for_metrics=task.keep
+    )
     prediction = trainer.predict(task.data[split])
     if prediction.label_ids is None:
         raise RecipeError(f"The {split} data has no labels to compare with.")

@@ -80,9 +80,9 @@ class Task:
 
 @dataclass
 class Flags:
-    """The command line of a recipe; `data` is its own class."""
+    """The command line of a recipe; `data` is its own class, and `model` where it is no pretrained one."""
 
-    model: ModelArguments
+    model: Any
     attention: AttentionArguments
     adaptation: AdaptationArguments
     data: Any

@@ -35,16 +35,10 @@ import hf_linattn
 from _augmentation import AugmentationArguments, trainer_with
 from _common import RecipeError, run
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _images import (
-    ImageArguments,
-    PixelCollator,
-    image_size_of,
-    load_image_processor,
-    read_images,
-    read_pixels,
-)
+from _images import ImageArguments, image_size_of, load_image_processor, read_images
 from _labels import read_labels
 from _models import convert, load_config, load_model
+from _pixels import PixelCollator, read_pixels
 from _training import NewModelArguments
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -61,9 +55,11 @@ class Arguments(AugmentationArguments, ImageArguments):
         ImageArguments.__post_init__(self)
 
 
+ARGUMENTS = Arguments  # of the data, also of evaluate_checkpoint.py
+
+
 def prepare(flags: Flags) -> Task:
     """Read data and model; map labels to the model's outputs; decode and resize the images."""
-    flags.training.remove_unused_columns = False  # the model takes `pixel_values`, the rows have `pixels`
     splits, columns = read_images(flags.data, flags.training)
     config = load_config(flags.model)
     labels = read_labels(splits, columns.label, config, trains=flags.training.do_train)
@@ -77,20 +73,18 @@ def prepare(flags: Flags) -> Task:
         hf_linattn.set_image_size(model, flags.data.size)
     model = convert(model, flags.attention, flags.adaptation)
 
-    size = image_size_of(model)
-    processor = load_image_processor(flags.model, config, size)
-    data = read_pixels(splits, columns.image, labels, processor, config, size, flags.data, flags.training)
+    processor = load_image_processor(flags.model, model)
     num_labels = model.config.num_labels
     return Task(
         model=model,
         processor=processor,
-        data=data,
-        collate=PixelCollator.of(processor, config.num_channels, size),
+        data=read_pixels(splits, columns, labels, processor, model, flags.data, flags.training),
+        collate=PixelCollator.of(processor, model),
         score=lambda split, prediction: score(prediction),
         show=lambda best: [labels.name(each) for each in best[:, 0]],
         main_metric="accuracy",
         keep=lambda logits, labels: best_outputs(logits, num_labels),
-        facts={"image_size": size, "labels": labels.to_dict(), **asdict(columns)},
+        facts={"image_size": image_size_of(model), "labels": labels.to_dict(), **asdict(columns)},
         trainer=trainer_with(flags.data, model, flags.training.label_smoothing_factor),
     )
 
@@ -113,7 +107,7 @@ def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
     """Run the recipe; arguments and result of `fine_tune`."""
-    flags = read_flags(Arguments, argv, __doc__, quiet, NewModelArguments)
+    flags = read_flags(ARGUMENTS, argv, __doc__, quiet, NewModelArguments)
     return fine_tune(Path(__file__).stem, flags, prepare(flags), callbacks, quiet)
 
 

@@ -27,6 +27,7 @@ from scripts.kill_parts.inputs import SETTINGS
 
 ROWS = 24
 STEPS_PER_EPOCH = 6  # of 4 rows
+INPUTS = ("input_ids", "pixel_values")
 
 
 class CutError(Exception):
@@ -38,12 +39,12 @@ class CutAfter(TrainerCallback):
 
     def __init__(self, step: int | None = None) -> None:
         self.step = step
-        self.seen: list[list[int]] = []
+        self.seen: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         def record(module: Any, inputs: Any, arguments: dict[str, Any]) -> None:
             if module.training:
-                self.seen += arguments["input_ids"].tolist()
+                self.seen += next(arguments[name] for name in INPUTS if name in arguments).tolist()
 
         model.register_forward_pre_hook(record, with_kwargs=True)
 

@@ -6,6 +6,7 @@ import io
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertModel, PreTrainedTokenizerFast, ViTImageProcessor
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(50)), "[MASK]"]
+IMAGE_LABELS = 6
 FAMILIES = ("bert-mlm", "bert-classifier", "bert", "gpt2", "vit")
 
 
@@ -38,10 +40,16 @@ def build(folder: Path) -> None:
     for i in range(40):
         picture = Image.fromarray(numbers.integers(0, 256, (30, 26, 3), dtype=np.uint8))
         picture.save(folder / "images" / f"{i}.png")
-        content = io.BytesIO()
-        picture.save(content, "PNG")
-        images.append({"bytes": content.getvalue(), "path": None})
-    pq.write_table(pa.table({"img": images, "label": [0] * len(images)}), folder / "images.parquet")
+        images.append(encoded(picture))
+    labels = [i % IMAGE_LABELS for i in range(len(images))]
+    pq.write_table(pa.table({"img": images, "label": labels}), folder / "images.parquet")
+
+
+def encoded(picture: Image.Image, form: str = "PNG") -> dict[str, Any]:
+    """A picture as a column of images stores it."""
+    content = io.BytesIO()
+    picture.save(content, form)
+    return {"bytes": content.getvalue(), "path": None}
 
 
 def _tokenizer(with_special: bool) -> PreTrainedTokenizerFast:

@@ -136,7 +136,7 @@ def claims_of(found: Found, tokens: int) -> list[Claim]:
             "yes" if difference < 1e-4 else "no",
         ),
         Claim.judged(
-            "EVA, section 3",
+            "EVA, section 4",
             "More coefficients, for smaller groups of keys, close the gap to softmax",
             f"relative error {listed(found, groups)} with {', '.join(name.split(', ')[1] for name in groups)} groups",
             falling(found, groups),

@@ -182,8 +182,8 @@ def claims_of(random: dict[str, Found], layers: dict[str, Found], check: Estimat
             [below([10.0] * len(best_old), best_old)],
         ),
         Claim.judged(
-            "FAVOR#, abstract",
-            "The same on queries and keys of a Transformer (MiniLM, layers 0 .. 5), beside FAVOR+",
+            "FAVOR#, abstract, on MiniLM",
+            "e^10 times smaller than FAVOR+'s on queries and keys of a Transformer (layers 0 .. 5)",
             f"{gains(text, 'SDERF', 'PosRF')} nats less than FAVOR+, {gains(text, 'SDERF', 'GERF')} less than GERF",
             [below([10.0] * len(found["PosRF"]), gain(found, "SDERF", "PosRF")) for found in text],
         ),

@@ -23,10 +23,14 @@ import shared  # noqa: E402  (it stands in the folder above)
 
 Seeds = Annotated[int, typer.Option(min=2, help="Repetitions, for the standard errors.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file to write.")]
-Model = Annotated[Path | None, typer.Option(help="A BERT checkpoint for real queries and keys; MiniLM-L6 by default.")]
+Model = Annotated[
+    Path | None, typer.Option(exists=True, help="A BERT checkpoint for real queries and keys; MiniLM-L6 by default.")
+]
 Tokens = Annotated[int, typer.Option(min=8, help="Tokens of a row of text.")]
 Rows = Annotated[int, typer.Option(min=2, help="Rows of text, for the standard errors.")]
-Text = Annotated[Path | None, typer.Option(help="Text that it reads; the licence by default.")]
+Text = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="Text that it reads; the licence by default.")
+]
 
 AGREES, DIFFERS, UNDECIDED = "yes", "no", "undecided"
 CERTAIN = 2.0  # standard errors
@@ -136,6 +140,8 @@ def attention_of_text(model: Path | None, text: Path | None, tokens: int, rows: 
     """What the layers of a BERT are called with while it reads rows of `tokens` tokens; layer by layer."""
     torch.set_num_threads(1)
     bert, tokenizer = shared.encoder(model)
+    if bert.config.model_type != "bert":
+        fail(f"--model must be a BERT checkpoint; got one of the type {bert.config.model_type!r}.")
     if tokens > bert.config.max_position_embeddings:
         fail(f"--tokens must be at most {bert.config.max_position_embeddings} with this model; got {tokens}.")
     ids = shared.rows_of(shared.read_tokens(tokenizer, [text or shared.LICENCE]), tokens - 2, rows)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import bench, calibrate, compare, convert, info, push, transfer
+from . import bench, calibrate, compare, convert, eval, info, push, transfer
 from .program import Program
 
 app = typer.Typer(cls=Program, add_completion=False, pretty_exceptions_show_locals=False)
@@ -36,6 +36,7 @@ app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("calibrate", epilog=calibrate.EXAMPLE)(calibrate.calibrate)
 app.command("transfer", epilog=transfer.EXAMPLE)(transfer.transfer)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
+app.command("eval", epilog=eval.EXAMPLE)(eval.evaluate)
 app.command("push", epilog=push.EXAMPLE)(push.push)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("bench")(bench.bench)

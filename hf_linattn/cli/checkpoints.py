@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 import hf_linattn
 
 from ..bench.workload import DTYPES, choose
-from ..errors import ConfigError, InputError, LinAttnError, did_you_mean
+from ..conversion import needs_calibration
+from ..errors import ConfigError, InputError, LinAttnError, UncalibratedError, did_you_mean
 from ..hub import write_card
 from ..integrations.families import is_converted
 from ..models.publishing import CARD
@@ -72,6 +73,15 @@ def find_device(name: str | None) -> torch.device:
         raise ConfigError(
             f"--device must be one of {there}; got {name!r} ({reason}).{did_you_mean(name, there)}"
         ) from None
+
+
+def check_calibrated(model: PreTrainedModel, source: str) -> None:
+    """Raise `UncalibratedError` for a model whose layers lack statistics of data."""
+    if needs_calibration(model):
+        raise UncalibratedError(
+            f"The layers of {source!r} need statistics of data, which they do not have yet. Set them first: "
+            f"hf-linattn calibrate {source} OUT --inputs FILE"
+        )
 
 
 # -- tokenizers and image processors ----------------------------------------------------------------------------------

@@ -161,12 +161,20 @@ def check_paths(paths: Sequence[str], flag: str) -> None:
             raise InputError(f"{flag} {path!r} does not exist.")
 
 
-def load_files(paths: Sequence[str], flag: str, formats: Mapping[str, str], *, streaming: bool = False) -> Any:
+def load_files(
+    paths: Sequence[str],
+    flag: str,
+    formats: Mapping[str, str],
+    builder_options: Mapping[str, Mapping[str, Any]] = BUILDER_OPTIONS,
+    *,
+    streaming: bool = False,
+) -> Any:
     """The rows of files of one format, or of what patterns with * name.
 
     Args:
         flag: What the user gave them with, for errors.
         formats: Suffix of a file -> the builder of `datasets` that reads it.
+        builder_options: Suffix of a file -> options of that builder.
         streaming: Read rows when they are needed, and store none.
     """
     suffixes = {Path(path).suffix.lower() for path in paths}
@@ -177,7 +185,7 @@ def load_files(paths: Sequence[str], flag: str, formats: Mapping[str, str], *, s
         raise InputError(f"{flag} must be files of one format; got {sorted(suffixes)}.")
     check_paths(paths, flag)
     suffix = suffixes.pop()
-    options = {"split": "train", "streaming": streaming, **BUILDER_OPTIONS.get(suffix, {})}
+    options = {"split": "train", "streaming": streaming, **builder_options.get(suffix, {})}
     return _loaded(formats[suffix], flag, ", ".join(paths), data_files=list(paths), **options)
 
 

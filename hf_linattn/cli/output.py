@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,10 @@ def note(text: str) -> None:
 
 def print_json(result: Mapping[str, Any]) -> None:
     print(json.dumps(result, indent=2, default=str))
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def print_line(text: str) -> None:

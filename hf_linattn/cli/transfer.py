@@ -8,14 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion import needs_calibration
 from ..conversion.compare import compare as compare_model
-from ..errors import ConfigError, UncalibratedError
+from ..errors import ConfigError
 from ..hub import TransferRecord
 from ..training.trained_layers import check_learning_rate, trained_layers
 from ..training.transfer import LEARNING_RATES, TransferStep, transfer_attention
 from . import options
-from .checkpoints import check_output, load_model, load_processor, save
+from .checkpoints import check_calibrated, check_output, load_model, load_processor, save
 from .output import print_json, print_line, print_table
 from .values import layer_list
 
@@ -78,11 +77,7 @@ def transfer(
     given = InputOptions(inputs, column, max_length, pack, batch_size)
     loaded = load_model(model, revision, dtype, device)
     chosen = list(trained_layers(loaded, indices))
-    if needs_calibration(loaded):
-        raise UncalibratedError(
-            f"The layers of {model!r} start from statistics of data, which they do not have yet. Set them first: "
-            f"hf-linattn calibrate {model} OUT --inputs {inputs[0]}"
-        )
+    check_calibrated(loaded, model)
     processor = load_processor(loaded, tokenizer or model, revision)
     read = read_inputs(loaded, processor, given)
     training = read.after(held_out)

@@ -10,6 +10,11 @@ from typing import Any
 from ..errors import ConfigError
 
 
+def name_list(text: str) -> tuple[str, ...]:
+    """Names separated by commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def layer_list(layers: str | None, flag: str) -> list[int] | None:
     """Layers as the user wrote them, such as "0,1,4-5", as a list of indices; None for all.
 

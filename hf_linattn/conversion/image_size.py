@@ -60,7 +60,8 @@ def set_image_size(model: PreTrainedModel, image_size: int | tuple[int, int]) ->
     stored = new[0] if new[0] == new[1] else new
     configs = {id(config): config for module in model.modules() if (config := module.__dict__.get("config"))}
     for config in configs.values():
-        config.image_size = stored
+        if hasattr(config, "image_size"):
+            config.image_size = stored
     logger.info("%s now takes images of %d x %d pixels instead of %d x %d.", type(model).__name__, *new, *old)
     return model
 

@@ -132,7 +132,7 @@ def test_without_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command shows what it is for and one example; without a command there is the list of them."""
-    commands = ("convert", "calibrate", "transfer", "compare", "push", "info")
+    commands = ("convert", "calibrate", "transfer", "compare", "eval", "push", "info")
     listed = shell().stdout
     for name in commands:
         assert name in listed

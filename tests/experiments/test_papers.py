@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from cases import GPT2
 from torch import Tensor
+from typer.testing import CliRunner
 
 from hf_linattn import functional
 
@@ -58,6 +61,15 @@ def test_script_writes_its_claims(name: str, tmp_path: Path, monkeypatch: pytest
     assert all(set(claim) == {"source", "claim", "figure", "agrees"} for claim in found["claims"])
     assert all("nan" not in claim["figure"] for claim in found["claims"])
     assert {"mean", "error"} in [set(v) for row in found["rows"] for v in row.values() if isinstance(v, dict)]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "papers_table"])
+def test_script_has_help(name: str) -> None:
+    app = typer.Typer()
+    app.command()(script(name).main)
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "--out" in result.output or name == "papers_table"
 
 
 def test_all_experiments_are_in_the_table() -> None:
@@ -199,6 +211,13 @@ def test_too_much_text_is_refused(tokens: int, rows: int, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         script("paper_tools").attention_of_text(None, None, tokens, rows)
     assert capsys.readouterr().err.startswith("error: --")
+
+
+def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(script("shared"), "encoder", lambda path: (GPT2.build(), None))
+    with pytest.raises(SystemExit, match="2"):
+        script("paper_tools").attention_of_text(tmp_path, None, 16, 2)
+    assert capsys.readouterr().err == "error: --model must be a BERT checkpoint; got one of the type 'gpt2'.\n"
 
 
 @pytest.mark.parametrize("layers", ["", "6", "1,a"])
