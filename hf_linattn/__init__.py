@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names below
     from .conversion import extend_positions as extend_positions
     from .conversion import needs_calibration as needs_calibration
     from .conversion import revert as revert
+    from .conversion import set_image_size as set_image_size
     from .conversion.compare import compare as compare
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
@@ -54,6 +55,7 @@ _LAZY: dict[str, str] = {
     "calibrate": "hf_linattn.conversion.calibrate",
     "needs_calibration": "hf_linattn.conversion.calibrate",
     "extend_positions": "hf_linattn.conversion.positions",
+    "set_image_size": "hf_linattn.conversion.image_size",
     "compare": "hf_linattn.conversion.compare",
     "LinAttnError": "hf_linattn.errors",
     "ConfigError": "hf_linattn.errors",

@@ -133,6 +133,8 @@ _SHARED = (
 def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: bool) -> nn.Module:
     """The model with LoRA around it; whole are trained its head, if that is new, and learned attention maps.
 
+    The adapter has all that linear attention adds to the model, statistics too: a resumed run finds them there.
+
     Raises: RecipeError if PEFT is missing or no module has one of the names.
     """
     try:
@@ -146,12 +148,12 @@ def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: boo
         raise RecipeError(f"--lora_target_modules: no module is called {missing[0]!r} in {type(model).__name__}.")
     head = [name for name, _ in model.named_children() if new_head and name != model.base_model_prefix]
     head = [name for name in head if any(True for _ in getattr(model, name).parameters())]
-    learns = any(".linattn." in name for name, _ in model.named_parameters())
+    holds = any(".linattn." in name for name in model.state_dict())
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=wanted,
-        modules_to_save=[*head, *(["linattn"] if learns else [])] or None,
+        modules_to_save=[*head, *(["linattn"] if holds else [])] or None,
     )
     return get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""What the recipes share: the attention flags, reading data sets, offline metrics, results files."""
+"""What the recipes share: the attention flags, reading data sets, results files."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 import transformers
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import PreTrainedModel
 
 import hf_linattn
+from hf_linattn.cli.inputs import BUILDER_OPTIONS, TEXT_FORMATS, load_files
+from hf_linattn.cli.inputs import find_column as find_column  # for the other files here
+from hf_linattn.cli.values import layer_list
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 logger = logging.getLogger("hf_linattn.recipes")
 
 KEEP, SOFTMAX = "keep", "softmax"
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-BUILDER_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"keep_linebreaks": True}}
+FORMATS = {suffix: builder for suffix, builder in TEXT_FORMATS.items() if suffix != ".txt"}  # of tables
 
 
 class RecipeError(ValueError):
@@ -81,20 +81,6 @@ class AttentionArguments:
         return values
 
 
-def layer_list(layers: str | None, flag: str) -> list[int] | None:
-    """Layers as the user wrote them, as a list of indices; None for all."""
-    if layers is None:
-        return None
-    chosen: set[int] = set()
-    try:
-        for part in layers.split(","):
-            first, _, last = part.partition("-")
-            chosen.update(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise RecipeError(f"--{flag} must look like '0,1,4-5'; got {layers!r}.") from None
-    return sorted(chosen)
-
-
 def linear_attention_of(model: PreTrainedModel) -> dict[str, Any] | None:
     """The model's `linear_attention` settings; None for a stock model."""
     return getattr(model.config, "linear_attention", None)
@@ -140,65 +126,11 @@ def load_splits(
         return datasets.load_dataset(dataset_name, dataset_config, streaming=streaming)
     if not given:
         raise RecipeError("No data: give --dataset_name or at least one of " + ", ".join(f"--{s}_file" for s in files))
-    splits = {}
-    for split, path in given.items():
-        suffix = Path(path).suffix.lower()
-        if suffix not in formats:
-            raise RecipeError(f"--{split}_file must be one of {sorted(formats)}; got {path!r}.")
-        if not Path(path).is_file():
-            raise RecipeError(f"--{split}_file {path!r} does not exist.")
-        options = {"split": "train", "streaming": streaming, **builder_options.get(suffix, {})}
-        try:
-            splits[split] = datasets.load_dataset(formats[suffix], data_files=path, **options)
-        except StopIteration:  # what the reader of JSON says of an empty file
-            raise RecipeError(f"--{split}_file {path!r} has no rows.") from None
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise RecipeError(
-                f"--{split}_file {path!r} cannot be read as {formats[suffix]}: {error.__cause__ or error}"
-            ) from error
+    splits = {
+        split: load_files([path], f"--{split}_file", formats, builder_options, streaming=streaming)
+        for split, path in given.items()
+    }
     return datasets.IterableDatasetDict(splits) if streaming else datasets.DatasetDict(splits)
-
-
-def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str) -> str:
-    """The column the user named, else the first usual one that exists."""
-    if wanted is not None:
-        if wanted not in columns:
-            raise RecipeError(f"--{flag} {wanted!r} is not a column of the data; columns: {list(columns)}.")
-        return wanted
-    for name in usual:
-        if name in columns:
-            return name
-    raise RecipeError(
-        f"No column is called {' or '.join(map(repr, usual))}; columns: {list(columns)}. "
-        f"Name the right one with --{flag}."
-    )
-
-
-# -- metrics ----------------------------------------------------------------------------------------------------------
-class ClassificationMetrics(evaluate.Metric):
-    """Accuracy and F1 (of label 1 with two labels, else macro) without asking the Hub for a metric script."""
-
-    def __init__(self, num_labels: int = 2, **kwargs: Any) -> None:
-        self.num_labels = num_labels
-        # In memory: every process of a distributed run has all predictions, and files would collide.
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy and F1 of single-label classification.",
-            citation="",
-            inputs_description="predictions, references: lists of label indices",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        average = "binary" if self.num_labels == 2 else "macro"
-        return {
-            "accuracy": float(accuracy_score(references, predictions)),
-            "f1": float(f1_score(references, predictions, average=average, zero_division=0.0)),
-        }
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,17 +41,24 @@ class DataArguments:
             if value is not None and value < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
 
+    def complete(self, splits: Mapping[str, Data]) -> Mapping[str, Data]:
+        """The splits there are, and those that the recipe makes of them."""
+        return splits
+
 
 def read_splits(
     args: DataArguments,
     training: TrainingArguments,
-    load: Callable[..., Mapping[str, Data]] | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
+    given: Mapping[str, Data] | None = None,
     **options: Any,
 ) -> dict[str, Data]:
     """The splits that the run needs, each cut to its maximal size: train, validation, test.
 
     Args:
-        load: What reads all splits there are, in place of `load_all`.
+        names: Split -> what it is called in the data, where that is another name. A second one becomes a split of its
+            own: "validation_mismatched" is scored after "validation".
+        given: Splits that were read already, from something else than files and the Hub.
         options: Of `load_splits`, such as the formats of files.
     """
     wanted = {
@@ -64,20 +71,22 @@ def read_splits(
     if args.streaming and training.do_train and training.max_steps < 1:
         raise RecipeError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
     with training.main_process_first(desc="reading the data"):
-        found = (load or load_all)(args, **options)
+        found = args.complete(given or _load(args, **options))
     chosen: dict[str, Data] = {}
     for split, (is_wanted, limit) in wanted.items():
-        if not is_wanted:
-            continue
-        if split not in found:
-            raise RecipeError(f"The run needs {split} data, but there is only {list(found)}. Give --{split}_file.")
-        chosen[split] = first_rows(found[split], limit)
-        if next(iter(chosen[split]), None) is None:
-            raise RecipeError(f"The {split} data has no rows.")
+        for number, name in enumerate((names or {}).get(split, (split,))):
+            if not is_wanted:
+                continue
+            if name not in found:
+                raise RecipeError(f"The run needs {name} data, but there is only {list(found)}. Give --{split}_file.")
+            rows = first_rows(found[name], limit)
+            if next(iter(rows), None) is None:
+                raise RecipeError(f"The {name} data has no rows.")
+            chosen[name if number else split] = rows
     return chosen
 
 
-def load_all(args: DataArguments, **options: Any) -> Mapping[str, Data]:
+def _load(args: DataArguments, **options: Any) -> Mapping[str, Data]:
     """All splits there are; with `--streaming` that of training as a stream."""
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
     if not args.streaming:

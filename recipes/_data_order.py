@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -46,13 +46,19 @@ class EpochSampler(Sampler[int]):
 
 
 class _TellEpoch(TrainerCallback):
-    """The sampler has no `set_epoch`: Accelerate's wrappers pass it on or not, depending on how many there are."""
+    """The sampler has no `set_epoch`: Accelerate's wrappers pass it on or not, depending on how many there are.
+
+    A collator that draws has one.
+    """
 
     sampler: EpochSampler | None = None
+    collate: Any = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.sampler is not None:
             self.sampler.epoch = int(state.epoch)
+        if hasattr(self.collate, "set_epoch"):
+            self.collate.set_epoch(int(state.epoch))
 
 
 class RepeatableTrainer(Trainer):
@@ -66,6 +72,7 @@ class RepeatableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tell_epoch = _TellEpoch()
+        self._tell_epoch.collate = self.data_collator
         self.add_callback(self._tell_epoch)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -91,6 +98,12 @@ class RepeatableTrainer(Trainer):
         loader.set_sampler(sampler)
         self._tell_epoch.sampler = sampler
         return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        # In the order of the rows: that of Transformers groups them by length, and predictions would follow it.
+        if self.args.world_size <= 1 and has_length(eval_dataset):
+            return SequentialSampler(eval_dataset)
+        return None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         # Trainer would take one step more where the last one is not the end of an epoch.

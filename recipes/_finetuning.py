@@ -50,16 +50,18 @@ class Task:
     Args:
         model: Converted, where that is asked for.
         processor: Its tokenizer or image processor.
-        data: Split -> rows; that of training may be a stream. A column `length` lets rows of similar length share a
-            batch.
+        data: Split -> rows: "train", which may be a stream, "validation", "test", and others that begin like the last
+            two. A column `length` lets rows of similar length share a batch.
         collate: From a list of rows to inputs of the model, with labels.
         score: From a split and predictions to scores.
         main_metric: Name of the metric whose rows `Scores` has.
         keep: What of a batch's logits is kept for `score`, as `preprocess_logits_for_metrics` of Trainer.
+        show: From the predictions for test rows to a line of text each, for `predictions.tsv`.
         new_head: Whether the model's head begins with random weights.
         has_mean_loss: Whether the model's own loss is a mean over the rows of a batch. One of tokens counts them over
             all processes and accumulated steps.
         facts: What `results.json` says of the data, besides the flags.
+        trainer: What makes its Trainer, where that has to do more than others.
     """
 
     model: PreTrainedModel
@@ -69,9 +71,11 @@ class Task:
     score: Callable[[str, EvalPrediction], Scores]
     main_metric: str
     keep: Callable[[Any, Any], Any] | None = None
+    show: Callable[[Any], Sequence[str]] | None = None
     new_head: bool = True
     has_mean_loss: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+    trainer: Callable[..., RecipeTrainer] = RecipeTrainer
 
 
 @dataclass
@@ -90,9 +94,13 @@ def read_flags(
     argv: Sequence[str] | None,
     description: str | None,
     quiet: bool = False,
-    model_class: type = ModelArguments,
+    model_class: type[ModelArguments] = ModelArguments,
 ) -> Flags:
-    """The flags, read; logging and the seed, set. Comes first."""
+    """The flags, read; logging and the seed, set. Comes first.
+
+    Args:
+        model_class: `NewModelArguments` where models may be trained from scratch.
+    """
     parts = (model_class, AttentionArguments, AdaptationArguments, data_class, RecipeTrainingArguments)
     flags = Flags(*parse_flags(parts, argv, description))
     start_logging(flags.training, quiet)
@@ -130,11 +138,18 @@ def fine_tune(
     if training.do_train:
         metrics["train"] = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.merge_adapter()
-    if training.do_eval:
-        metrics["eval"] = trainer.evaluate()
-    if training.do_predict:
-        trainer.compute_metrics = partial(_metrics, task, "test")
-        metrics["test"] = trainer.predict(task.data["test"], metric_key_prefix="test").metrics
+    for split in task.data:
+        name = split.replace("validation", "eval")
+        trainer.compute_metrics = partial(_metrics, task, split)
+        if name.startswith("eval"):
+            metrics[name] = trainer.evaluate(task.data[split], metric_key_prefix=name)
+        elif name.startswith("test"):
+            predicted = trainer.predict(task.data[split], metric_key_prefix=name)
+            metrics[name] = predicted.metrics
+            if task.show is not None and trainer.is_world_process_zero():
+                write_predictions(
+                    Path(training.output_dir, f"{name.replace('test', 'predictions')}.tsv"), task, predicted
+                )
     if not quiet:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
@@ -165,6 +180,15 @@ def fine_tune(
     if training.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def write_predictions(path: Path, task: Task, predicted: Any) -> None:
+    """A line a row, as the server of GLUE wants it: its index and what was predicted."""
+    assert task.show is not None
+    lines = [f"{i}\t{text}" for i, text in enumerate(task.show(predicted.predictions))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+    logger.info("Wrote %s", path)
 
 
 def describe(task: Task, training: TrainingArguments) -> str:
@@ -201,7 +225,7 @@ def _trainer(flags: Flags, task: Task, callbacks: Sequence[TrainerCallback]) -> 
     if is_stream(rows):
         seed = training.seed if training.data_seed is None else training.data_seed
         rows = rows.shuffle(seed=seed, buffer_size=flags.data.shuffle_buffer).repeat(None)
-    trainer = RecipeTrainer(
+    trainer = task.trainer(
         model=model,
         args=training,
         train_dataset=rows,

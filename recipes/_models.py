@@ -5,22 +5,62 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import hf_linattn
 from _adaptation import AdaptationArguments
 from _common import AttentionArguments, RecipeError, apply_attention
 from _text import LengthArguments
-from _training import ModelArguments
+from _training import ModelArguments, NewModelArguments
+from hf_linattn.errors import LinAttnError, did_you_mean
 
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:
-    return _found(AutoConfig, args.model_name_or_path, args)
+    """That of the checkpoint; of a model from scratch the one that the flags describe."""
+    if not is_new(args):
+        return _found(AutoConfig, args.model_name_or_path, args)
+    assert isinstance(args, NewModelArguments)
+    if args.config_name is not None:
+        config = _found(AutoConfig, args.config_name, args)
+    elif args.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[args.model_type]()
+    else:
+        close = did_you_mean(args.model_type, list(CONFIG_MAPPING))
+        raise RecipeError(f"--model_type {args.model_type!r} is none that Transformers knows.{close}")
+    if args.config_overrides:
+        try:
+            config.update_from_string(args.config_overrides)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(
+                f"--config_overrides must be fields of {type(config).__name__}, as 'hidden_size=192,num_hidden_layers="
+                f"4'; got {args.config_overrides!r} ({error})."
+            ) from error
+    return config
 
 
-def load_model(auto_class: Any, args: ModelArguments, **options: Any) -> PreTrainedModel:
-    """In float32, whatever the checkpoint is stored in: `--bf16` trains in mixed precision."""
-    return _found(auto_class, args.model_name_or_path, args, dtype=torch.float32, **options)
+def load_model(auto_class: Any, args: ModelArguments, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """In float32, whatever the checkpoint is stored in: `--bf16` trains in mixed precision.
+
+    A model from scratch draws its weights from the seed of the run.
+    """
+    if not is_new(args):
+        return _found(auto_class, args.model_name_or_path, args, dtype=torch.float32, config=config, **options)
+    try:
+        return auto_class.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        raise RecipeError(f"No model can be made from this config: {str(error).strip().splitlines()[0]}") from error
+
+
+def is_new(args: ModelArguments) -> bool:
+    """Whether the model starts from random weights."""
+    return args.model_name_or_path is None
 
 
 def load_processor(auto_class: Any, args: ModelArguments, **options: Any) -> Any:
@@ -29,10 +69,16 @@ def load_processor(auto_class: Any, args: ModelArguments, **options: Any) -> Any
 
 
 def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, **options: Any) -> PreTrainedTokenizerBase:
-    """With a padding token, which the config gets to know."""
+    """With a padding token, which the config gets to know. That of a new model gets to know the vocabulary, too."""
+    if is_new(args) and args.tokenizer_name is None:
+        raise RecipeError("A model from scratch needs --tokenizer_name.")
     tokenizer = load_processor(AutoTokenizer, args, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if is_new(args):
+        config.vocab_size = len(tokenizer)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
@@ -53,5 +99,7 @@ def convert(model: PreTrainedModel, attention: AttentionArguments, adaptation: A
 def _found(auto_class: Any, path: str, args: ModelArguments, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, revision=args.model_revision, **options)
-    except OSError as error:  # no such folder, no such name, no connection: the first line says which
+    except LinAttnError:
+        raise
+    except (OSError, ValueError) as error:  # no such name, no connection, no such head: the first line says which
         raise RecipeError(f"{path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -16,27 +15,14 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from hf_linattn.models.publishing import is_own, model_files
+
 logger = logging.getLogger("hf_linattn.recipes")
 
-INDEX = "model.safetensors.index.json"
-MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", INDEX]
 # What a run goes on from. Not training_args.bin: it may hold a token, and is not needed.
 RESUME_FILES = re.compile(
     r"(optimizer|scheduler|scaler)\.(pt|bin)|rank\d+-of-\d+-optimizer\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
 )
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files that make up a saved model. A link is none of them, whatever its name."""
-    names = list(MODEL_FILES)
-    if _is_own(folder / INDEX):
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        names += sorted({name for name in shards if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)})
-    return [folder / name for name in names if _is_own(folder / name)]
-
-
-def _is_own(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 def upload(
@@ -84,7 +70,7 @@ class Publisher(TrainerCallback):
         self.pending.append(self._upload(folder, False, commit_message=message))
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             where = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
-            resume = [path for path in folder.iterdir() if RESUME_FILES.fullmatch(path.name) and _is_own(path)]
+            resume = [path for path in folder.iterdir() if RESUME_FILES.fullmatch(path.name) and is_own(path)]
             self.pending.append(self._upload(folder, False, where, resume, commit_message=f"{message}, checkpoint"))
 
     def finish(self) -> None:
@@ -100,7 +86,7 @@ class Publisher(TrainerCallback):
         trainer = self.trainer
         assert trainer is not None
         card = Path(trainer.args.output_dir, "README.md")
-        files = [*model_files(folder), *resume, *([card] if _is_own(card) and where is None else [])]
+        files = [*model_files(folder), *resume, *([card] if is_own(card) and where is None else [])]
         options = {"token": trainer.args.hub_token, "revision": getattr(trainer.args, "hub_revision", None)}
         options |= {name: value for name, value in commit.items() if value is not None}
         return upload(

@@ -33,7 +33,11 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub name or local folder; stock or already converted"})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer or image processor, if it is not with the model"}
+        default=None,
+        metadata={
+            "help": "Tokenizer or image processor, if it is not with the model",
+            "aliases": ["--image_processor_name"],
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub"})
     base_model: str | None = field(
@@ -42,9 +46,39 @@ class ModelArguments:
 
     @property
     def base_on_hub(self) -> str | None:
-        """Hub name of the model that the run starts from; None for a local folder."""
-        local = Path(self.model_name_or_path).exists()
+        """Hub name of the model that the run starts from; None for a local folder, and for a model from scratch."""
+        local = self.model_name_or_path is None or Path(self.model_name_or_path).exists()
         return self.base_model or (None if local else self.model_name_or_path)
+
+
+@dataclass
+class NewModelArguments(ModelArguments):
+    """Which model, pretrained or with random weights."""
+
+    model_name_or_path: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Hub name or local folder; stock or already converted"}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Instead of it: a model from scratch, with this config (Hub name or folder)"}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Instead of both: a model from scratch, with the stock config of this type"}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the config of a model from scratch, for example 'hidden_size=192,patch_size=4'"},
+    )
+
+    def __post_init__(self) -> None:
+        sources = {name: getattr(self, name) for name in ("model_name_or_path", "config_name", "model_type")}
+        given = [f"--{name}" for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                f"Give one of --model_name_or_path (pretrained), --config_name and --model_type (from scratch); got "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+        if self.config_overrides and self.model_name_or_path is not None:
+            raise RecipeError("--config_overrides is for a model from scratch: give --config_name or --model_type.")
 
 
 @dataclass

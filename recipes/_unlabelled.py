@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
-from _common import FORMATS, RecipeError, find_column, load_splits
-from _text import TEXT_NAMES, choose_max_length
+from _common import RecipeError, load_splits
+from _text import choose_max_length
+from hf_linattn.cli.checkpoints import takes_images
+from hf_linattn.cli.inputs import (
+    IMAGE_FORMATS,
+    IMAGE_NAMES,
+    TEXT_FORMATS,
+    TEXT_NAMES,
+    ImageCollator,
+    load_images,
+    only_images,
+    packed,
+)
 
-IMAGE_NAMES = ("image", "img")
-TEXT_FORMATS = {**FORMATS, ".txt": "text"}
-IMAGE_FORMATS = {".parquet": "parquet"}
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")
 FILE_HELP = "parquet, csv, tsv, json, jsonl or txt; images: parquet"
@@ -97,12 +104,14 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     _check_flags(model, args, OF_TEXT if images else OF_IMAGES)
     splits = _read_splits(args, images)
     if images:
-        splits = {name: _only_images(data, args.image_column) for name, data in splits.items()}
+        splits = {name: only_images(data, args.image_column, "image_column") for name, data in splits.items()}
         collate: Callable[[list[Any]], dict[str, Any]] = ImageCollator(processor, model.config.num_channels)
         unit = "images"
     else:
         max_length = choose_max_length(args.max_length, processor, model.config)
-        splits = {name: _packed(data, args.text_column, processor, max_length) for name, data in splits.items()}
+        splits = {
+            name: packed(data, args.text_column, processor, max_length, "text_column") for name, data in splits.items()
+        }
         collate, unit = default_data_collator, f"rows of {max_length} tokens"
     train = splits["train"]
     if "validation" in splits:
@@ -124,10 +133,6 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     return Rows(train, calibration, held_out, collate, unit)
 
 
-def takes_images(model: PreTrainedModel) -> bool:
-    return model.main_input_name == "pixel_values"
-
-
 def _check_flags(model: PreTrainedModel, args: UnlabelledArguments, wrong: Sequence[str]) -> None:
     for name in wrong:
         if getattr(args, name) is not None:
@@ -143,7 +148,9 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     if given:
         if args.dataset_name or any(files.values()):
             raise RecipeError("Give folders of images, files or --dataset_name, not several of them.")
-        splits = {split: _image_folder(path, split, args.streaming) for split, path in given.items()}
+        splits = {
+            split: load_images(path, f"--{split}_dir", streaming=args.streaming) for split, path in given.items()
+        }
     else:
         formats = IMAGE_FORMATS if images else TEXT_FORMATS
         splits = load_splits(
@@ -154,68 +161,7 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
     return {name: splits[name] for name in ("train", "validation") if name in splits}
 
 
-def _image_folder(path: str, split: str, streaming: bool) -> Data:
-    if not Path(path).is_dir():
-        raise RecipeError(f"--{split}_dir must be a folder of images; {path!r} is none.")
-    options = {"data_files": f"{path}/**", "split": "train", "drop_labels": True, "streaming": streaming}
-    try:
-        return datasets.load_dataset("imagefolder", **options)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"--{split}_dir {path!r} cannot be read as images: {error.__cause__ or error}") from error
-
-
-# -- texts ------------------------------------------------------------------------------------------------------------
-def _packed(data: Data, column: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
-    """Rows of `max_length` tokens: the texts one after the other, a line break after each that has none.
-
-    A thousand texts at a time are joined and cut, with the special tokens of the model in every row; what is left at
-    the end of them is dropped.
-    """
-    columns = _columns(data)
-    column = find_column(columns, column, TEXT_NAMES, "text_column")
-
-    def pack(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = rows[column]
-        if any(not isinstance(text, str) for text in texts):
-            raise RecipeError(f"Column {column!r} has values that are not text, or are missing.")
-        joined = "".join(text if text.endswith("\n") else text + "\n" for text in texts)
-        options = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
-        found = tokenizer(joined, **options)["input_ids"]
-        return {"input_ids": [ids for ids in found if len(ids) == max_length]}
-
-    return data.map(pack, batched=True, remove_columns=columns)
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-@dataclass
-class ImageCollator:
-    """From rows with an image each to the pixels that the model takes."""
-
-    processor: Any
-    num_channels: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "RGB" if self.num_channels == 3 else "L"
-        return dict(self.processor([row["image"].convert(mode) for row in rows], return_tensors="pt"))
-
-
-def _only_images(data: Data, column: str | None) -> Data:
-    """The column of images alone, as `image`."""
-    column = find_column(_columns(data), column, IMAGE_NAMES, "image_column")
-    data = data.select_columns([column])
-    try:
-        data = data.cast_column(column, datasets.Image())
-    except (pa.ArrowException, TypeError) as error:
-        raise RecipeError(f"Column {column!r} does not hold images: {error}") from error
-    return data if column == "image" else data.rename_column(column, "image")
-
-
 # -- data sets and streams --------------------------------------------------------------------------------------------
-def _columns(data: Data) -> list[str]:
-    """Names of the columns; those of a stream may be known from its first row only."""
-    return list(data.column_names or next(iter(data), {}))
-
-
 def _is_stream(data: Data) -> bool:
     return isinstance(data, datasets.IterableDataset)
 

@@ -71,7 +71,7 @@ def build_documents(
     return texts, targets
 
 
-def _column(table: pa.Table, wanted: str | None, usual: Sequence[str], what: str) -> list:
+def read_column(table: pa.Table, wanted: str | None, usual: Sequence[str], what: str) -> list:
     name = wanted or next((n for n in usual if n in table.column_names), None)
     if name not in table.column_names:
         raise BuildError(
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         table = pq.read_table(args.input)
         texts, labels = build_documents(
-            _column(table, args.text_column, TEXT_NAMES, "text"),
-            _column(table, args.label_column, LABEL_NAMES, "label"),
+            read_column(table, args.text_column, TEXT_NAMES, "text"),
+            read_column(table, args.label_column, LABEL_NAMES, "label"),
             documents=args.documents,
             sentences_per_document=args.sentences,
             majority=args.majority,

@@ -1,213 +1,197 @@
-"""Quality, speed and memory of a text classification checkpoint beside its softmax original.
+"""Quality, speed and memory of a checkpoint beside its softmax original, on the data of any task.
 
     python recipes/evaluate_checkpoint.py --model_name_or_path runs/favor_sharp --test_file dev.parquet
 
-The original is the same checkpoint under softmax attention (what `hf_linattn.revert` gives), or `--baseline`, say a
-model fine-tuned with softmax. Each is measured in a process of its own, so that neither finds the other's memory.
+The head of the checkpoint says which task it is (`--task` otherwise), and the data has the flags of that task's recipe
+(`--task question_answering --help` lists them). The original is the same checkpoint with softmax attention
+(`hf_linattn.revert`), or `--baseline`, say a model fine-tuned with softmax. The difference of the two comes with its
+standard error, paired row by row. Each is measured in a process of its own, so that neither finds the other's memory;
+under `accelerate launch` the processes share the rows, and only quality is measured.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import multiprocessing
-import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
+from accelerate import PartialState
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 
-from _common import ClassificationMetrics, RecipeError, linear_attention_of, load_splits, run, versions, write_json
-from _text import (
-    ColumnArguments,
-    checkpoint_index,
-    choose_max_length,
-    find_columns,
-    find_labels,
-    label_names,
-    tokenizer_function,
-)
+from _common import RecipeError, run, versions, write_json
+from _evaluation import attention_of, known_tasks, load, measure_cost, paired, predict, recipe_of
+from _training import parse_flags
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COSTS = (
+    ("tokens_per_second", "tokens / s"),
+    ("peak_memory_mib", "peak memory, MiB"),
+    ("activation_memory_mib", "of it for activations, MiB"),
+)
 
 
 @dataclass
-class EvaluationArguments(ColumnArguments):
+class EvaluationArguments:
     """What is measured, and how."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Hub name or local folder of the checkpoint"})
+    model_name_or_path: str = field(metadata={"help": "Hub name or local folder of the checkpoint"})
+    task: str | None = field(
+        default=None, metadata={"help": f"One of {known_tasks()} (default: that of the checkpoint's head)"}
+    )
     baseline: str | None = field(
         default=None, metadata={"help": "Model to compare with (default: the checkpoint itself under softmax)"}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub; see --split"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration"})
-    split: str = field(default="test", metadata={"help": "Split of --dataset_name"})
-    test_file: str | None = field(default=None, metadata={"help": "parquet, csv, tsv, json or jsonl"})
-    max_samples: int | None = field(default=None, metadata={"help": "Use only the first so many"})
-    batch_size: int = field(default=8, metadata={"help": "Texts in a batch"})
-    repeats: int = field(default=3, metadata={"help": "Timed passes over --timed_batches; the median counts"})
+    split: str | None = field(
+        default=None, metadata={"help": "'validation' or 'test' (default: the one with a file, else test)"}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows in a batch"})
+    repeats: int = field(
+        default=3, metadata={"help": "Timed passes over --timed_batches; the median counts. 0: no timing"}
+    )
     timed_batches: int = field(default=8, metadata={"help": "Batches in a timed pass, spread over all lengths"})
     dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(DTYPES)}"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    eval_results: bool = field(
+        default=False,
+        metadata={"help": "Write the metrics into the checkpoint's folder, as `.eval_results` of the Hub"},
+    )
 
     def __post_init__(self) -> None:
-        if not self.model_name_or_path:
-            raise RecipeError("--model_name_or_path is required: a Hub name or a local folder.")
         if self.dtype not in DTYPES:
             raise RecipeError(f"--dtype must be one of {list(DTYPES)}; got {self.dtype!r}.")
-        for name in ("batch_size", "repeats", "timed_batches"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"--{name} must be at least 1; got {getattr(self, name)}.")
+        if self.split not in (None, "validation", "test"):
+            raise RecipeError(f"--split must be 'validation' or 'test'; got {self.split!r}.")
+        for name, least in (("batch_size", 1), ("repeats", 0), ("timed_batches", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"--{name} must be at least {least}; got {getattr(self, name)}.")
 
 
-def measure(args: EvaluationArguments, path: str, softmax: bool, title: str) -> dict[str, Any]:
-    """Everything about one model. Runs in a process of its own."""
+def read_flags(argv: Sequence[str] | None) -> tuple[EvaluationArguments, Any, Any]:
+    """The flags, those of the data, and the recipe of the task."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    first.add_argument("--model_name_or_path")
+    known = first.parse_known_args(argv)[0]
+    if known.task is not None and known.task not in known_tasks().split(", "):
+        raise RecipeError(f"--task must be one of {known_tasks()}; got {known.task!r}.")
+    name = known.task or (recipe_of(known.model_name_or_path) if known.model_name_or_path else "text_classification")
+    recipe = importlib.import_module(name)
+    args, data = parse_flags((EvaluationArguments, recipe.ARGUMENTS), argv, __doc__)
+    args.task = name
+    if args.split is None:
+        args.split = "validation" if data.validation_file and not data.test_file else "test"
+    if args.eval_results and not (data.dataset_name and Path(args.model_name_or_path).is_dir()):
+        raise RecipeError("--eval_results needs --dataset_name, a data set of the Hub, and a local checkpoint.")
+    return args, data, recipe
+
+
+def measure(args: EvaluationArguments, data: Any, path: str, softmax: bool, title: str) -> dict[str, Any]:
+    """Everything about one model."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=DTYPES[args.dtype]).to(device).eval()
-    if softmax:
-        model.set_attn_implementation("sdpa")
-    batches, labels = make_batches(args, model, tokenizer)
-
-    every = max(1, len(batches) // args.timed_batches)
-    timed = batches[every // 2 :: every][: args.timed_batches]
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in timed)
-    predictions: list[int] = []
-    with torch.inference_mode():
-        predict(model, timed[-1])  # the longest: warms up, and reaches the peak on a GPU too
-        before = memory(device, reset=True)
-        for batch in timed:
-            predict(model, batch)
-        after = memory(device)
-        seconds = []
-        for _ in tqdm(range(args.repeats), desc=f"{title}: timing", leave=False):
-            start = time.perf_counter()
-            for batch in timed:
-                predict(model, batch)
-            seconds.append(time.perf_counter() - start)
-        for batch in tqdm(batches, desc=f"{title}: predicting", leave=False):
-            predictions += predict(model, batch).argmax(-1).tolist()
-    attention = linear_attention_of(model)
-    return {
-        "model": path,
-        "attention": "softmax" if softmax or not attention else attention["kind"],
-        **ClassificationMetrics(model.config.num_labels).compute(predictions=predictions, references=labels),
-        "tokens_per_second": tokens / statistics.median(seconds),
-        "seconds": seconds,
-        "peak_memory_mib": after["peak"] / 2**20,
-        "activation_memory_mib": max(0, after["peak"] - before["now"]) / 2**20,
-        "rows": len(predictions),
-        "tokens_timed": tokens,
-    }
-
-
-def make_batches(args: EvaluationArguments, model: Any, tokenizer: Any) -> tuple[list[dict[str, Any]], list[int]]:
-    """Padded batches, short texts first, and the labels in the same order."""
-    splits = load_splits({"test": args.test_file}, args.dataset_name, args.dataset_config_name)
-    split = "test" if args.test_file else args.split
-    if split not in splits:
-        raise RecipeError(f"--split {split!r} does not exist; splits: {list(splits)}.")
-    data = splits[split]
-    if args.max_samples is not None:
-        data = data.select(range(min(args.max_samples, len(data))))
-    splits = type(splits)({split: data})
-    columns = find_columns(splits, args)
-    values = find_labels(splits, columns.label)
-    index = checkpoint_index(values, label_names(splits, columns.label, values), model.config)
-    if index is None:
-        raise RecipeError(f"The labels {values} do not fit those of the checkpoint, {model.config.label2id}.")
-    max_length = choose_max_length(args.max_length, tokenizer, model.config)
-    tokenize = tokenizer_function(tokenizer, columns, index, max_length)
-    data = data.map(tokenize, batched=True, remove_columns=data.column_names, desc="Tokenizing")
-    data = data.select([i for _, i in sorted((length, i) for i, length in enumerate(data["length"]))])
-    labels = list(data["label"])
-    data = data.remove_columns(["label", "length"])
-    pad = DataCollatorWithPadding(tokenizer)
-    starts = range(0, len(data), args.batch_size)
-    rows = [[data[i] for i in range(s, min(s + args.batch_size, len(data)))] for s in starts]
-    return [dict(pad(part)) for part in rows], labels
-
-
-def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits on the CPU in float32; copying them waits for the device."""
-    return model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu()
-
-
-def memory(device: torch.device, reset: bool = False) -> dict[str, int]:
-    """Bytes in use and at the peak: of the accelerator, else of this process."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return {"now": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
-    status = Path("/proc/self/status")
-    if status.exists():
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return {
-            "now": int(fields["VmRSS"].split()[0]) * 1024,
-            "peak": int(fields["VmHWM"].split()[0]) * 1024,
+    recipe = importlib.import_module(args.task or "")
+    task = load(recipe.prepare, path, data, args.split or "", args.batch_size, DTYPES[args.dtype], softmax)
+    result: dict[str, Any] = {"model": path, "attention": attention_of(task.model, softmax)}
+    if args.repeats and PartialState().num_processes == 1:
+        cost = measure_cost(task, args.split or "", args.batch_size, args.timed_batches, args.repeats, title)
+        result |= cost.to_dict()
+    scores, rows = predict(task, args.split or "", args.batch_size)
+    return (
+        result
+        | scores.metrics
+        | {
+            "metrics": list(scores.metrics),
+            "main_metric": task.main_metric,
+            "rows": rows,
+            "scores": scores.rows.tolist(),
         }
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"now": peak, "peak": peak}
+    )
 
 
-def show(ours: Mapping[str, Any], original: Mapping[str, Any]) -> None:
-    """The table."""
-    table = Table(title=f"{ours['model']} ({ours['rows']} texts)")
-    table.add_column("")
-    table.add_column(f"{original['attention']}", justify="right")
-    table.add_column(f"{ours['attention']}", justify="right")
-    table.add_column("", justify="right")
-    for name in ("accuracy", "f1"):
-        difference = f"{100 * (ours[name] - original[name]):+.1f} points"
-        table.add_row(name, f"{original[name]:.4f}", f"{ours[name]:.4f}", difference)
-    for name, text in (
-        ("tokens_per_second", "tokens / s"),
-        ("peak_memory_mib", "peak memory, MiB"),
-        ("activation_memory_mib", "of it for activations, MiB"),
-    ):
-        ratio = f"{ours[name] / original[name]:.2f}x" if original[name] else ""
-        table.add_row(text, f"{original[name]:,.0f}", f"{ours[name]:,.0f}", ratio)
-    Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure both, print the table. Returns what `--output` gets."""
-    parser = HfArgumentParser(EvaluationArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if argv is None else argv))
+def measure_both(args: EvaluationArguments, data: Any) -> list[dict[str, Any]]:
+    """The original and the checkpoint; in processes of their own where this is the only one."""
     jobs = [
         (args.baseline, False, "baseline") if args.baseline else (args.model_name_or_path, True, "softmax"),
         (args.model_name_or_path, False, "checkpoint"),
     ]
+    if PartialState().num_processes > 1:
+        return [measure(args, data, *job) for job in jobs]
     results = []
-    for path, softmax, title in jobs:
+    for job in jobs:
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results.append(pool.submit(measure, args, path, softmax, title).result())
-    original, ours = results
-    show(ours, original)
+            results.append(pool.submit(measure, args, data, *job).result())
+    return results
+
+
+def show(ours: Mapping[str, Any], original: Mapping[str, Any], difference: Mapping[str, float]) -> None:
+    """The table."""
+    table = Table(title=f"{ours['model']} ({ours['rows']} rows)")
+    table.add_column("")
+    table.add_column(f"{original['attention']}", justify="right")
+    table.add_column(f"{ours['attention']}", justify="right")
+    table.add_column("", justify="right")
+    for name in ours["metrics"]:
+        text = f"{ours[name] - original[name]:+.4f}"
+        if name == ours["main_metric"]:
+            text += f" (row by row {difference['difference']:+.4f} ± {difference['standard_error']:.4f})"
+        table.add_row(name, f"{original[name]:.4f}", f"{ours[name]:.4f}", text)
+    for name, text in COSTS:
+        if name in ours:
+            ratio = f"{ours[name] / original[name]:.2f}x" if original[name] else ""
+            table.add_row(text, f"{original[name]:,.0f}", f"{ours[name]:,.0f}", ratio)
+    Console().print(table)
+
+
+def write_eval_results(args: EvaluationArguments, data: Any, ours: Mapping[str, Any]) -> Path:
+    """The metrics, in the format that the Hub shows beside a model (`EvalResultEntry` of huggingface_hub)."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    notes = f"{args.split}, {ours['rows']} rows, {ours['attention']} attention"
+    entries = [
+        EvalResultEntry(
+            data.dataset_name, data.dataset_config_name or "default", ours[name], date=date, notes=f"{name}; {notes}"
+        )
+        for name in ours["metrics"]
+    ]
+    path = Path(args.model_name_or_path, ".eval_results", f"{args.task}.yaml")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure both, print the table. Returns what `--output` gets."""
+    args, data, _ = read_flags(argv)
+    if not torch.accelerator.is_available():
+        PartialState(cpu=True)
+    original, ours = measure_both(args, data)
+    difference = paired(ours.pop("scores"), original.pop("scores"))
     report = {
         "recipe": Path(__file__).stem,
         "checkpoint": ours,
         "original": original,
-        "settings": asdict(args),
+        "paired": difference,
+        "settings": {**asdict(args), **asdict(data)},
+        "processes": PartialState().num_processes,
         "versions": versions(),
     }
-    if args.output:
-        print(f"Wrote {write_json(args.output, report)}")
+    if PartialState().is_main_process:
+        show(ours, original, difference)
+        if args.output:
+            print(f"Wrote {write_json(args.output, report)}")
+        if args.eval_results:
+            print(f"Wrote {write_eval_results(args, data, ours)}")
     return json.loads(json.dumps(report))
 
 

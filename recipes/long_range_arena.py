@@ -23,8 +23,10 @@ from transformers import BertConfig, BertModel, TrainerCallback
 from _common import RecipeError, run
 from _data import column_names, encode, read_splits
 from _finetuning import Flags, Task, fine_tune, read_flags
+from _labels import Labels
+from _metrics import CLASSIFICATION
 from _models import convert
-from lra.data import ArenaDataArguments, load_arena
+from lra.data import ArenaDataArguments, published_pathfinder
 from lra.model import BertForLongRangeArena
 from lra.tasks import TASKS, ArenaTask, collate, encoder_of
 from text_classification import score, tell_lengths
@@ -82,8 +84,11 @@ def encoder_config(args: ArenaArguments, task: ArenaTask, max_length: int, vocab
 def prepare(flags: Flags) -> Task:
     """Read the data; build the model and convert its encoder; turn rows into token ids."""
     task = TASKS[flags.model.task]
-    splits = read_splits(flags.data, flags.training, load=load_arena, **task.reading)
+    folder = flags.data.data_dir
+    given = published_pathfinder(folder, flags.data.split_seed) if folder else None
+    splits = read_splits(flags.data, flags.training, given=given, **task.reading)
     inputs, label = task.columns(column_names(next(iter(splits.values()))), flags.data)
+    labels = Labels(label, {i: i for i in range(task.num_labels)}, [str(i) for i in range(task.num_labels)])
     max_length = flags.data.max_length or task.max_length
     tokenizer = task.tokenizer(max_length)
 
@@ -99,7 +104,7 @@ def prepare(flags: Flags) -> Task:
         processor=tokenizer,
         data=data,
         collate=collate,
-        score=lambda split, prediction: score(prediction, task.num_labels),
+        score=lambda split, prediction: score(prediction, labels, CLASSIFICATION),
         main_metric="accuracy",
         facts={"max_length": max_length, "inputs": inputs, "label": label},
     )

@@ -1,4 +1,4 @@
-"""Runs of the text classification recipe on a tiny model that can be cut short at a step.
+"""Runs of a recipe on a tiny model that can be cut short at a step.
 
 As a program (of several processes): `recipe_runs.py RECORD STEP ARGUMENTS...`, with step 0 for the whole run; what
 each rank was fed goes to RECORD-rank.json.
@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import environment, run
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 import text_classification
+from recipes.local_hub import LocalHub
 from scripts.kill_parts.inputs import SETTINGS
 
 ROWS = 24
 STEPS_PER_EPOCH = 6  # of 4 rows
+INPUTS = ("input_ids", "pixel_values")
 
 
 class CutError(Exception):
@@ -35,12 +39,12 @@ class CutAfter(TrainerCallback):
 
     def __init__(self, step: int | None = None) -> None:
         self.step = step
-        self.seen: list[list[int]] = []
+        self.seen: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         def record(module: Any, inputs: Any, arguments: dict[str, Any]) -> None:
             if module.training:
-                self.seen += arguments["input_ids"].tolist()
+                self.seen += next(arguments[name] for name in INPUTS if name in arguments).tolist()
 
         model.register_forward_pre_hook(record, with_kwargs=True)
 
@@ -71,15 +75,52 @@ def arguments(folder: Path, output: Path, kind: str = "favor_plus", *changes: st
     return [*flags, "--do_train", "--do_eval", *changes]
 
 
-def train(argv: Sequence[str], cut_after: int | None = None) -> CutAfter:
-    """Run the recipe; with `cut_after`, until that step."""
+def train(
+    argv: Sequence[str], cut_after: int | None = None, main: Callable[..., Any] = text_classification.main
+) -> CutAfter:
+    """Run a recipe; with `cut_after`, until that step."""
     callback = CutAfter(cut_after)
     if cut_after is None:
-        text_classification.main(argv, [callback])
+        main(argv, [callback])
     else:
         with pytest.raises(CutError):
-            text_classification.main(argv, [callback])
+            main(argv, [callback])
     return callback
+
+
+def two_processes(recipe: str, argv: Sequence[str], home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a recipe as a program under `accelerate launch`."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return run([*launch, recipe, *argv], environment(HF_HOME=str(home), ACCELERATE_USE_CPU="true"))
+
+
+def pushed(recipe: str, argv: Sequence[str], home: Path, code: str) -> tuple[set[str], str]:
+    """Run a recipe as a program that pushes `local/it` to a Hub, then `code` with that Hub.
+
+    Returns: The files of the repository and its model card.
+    """
+    with LocalHub() as hub:
+        env = environment(**hub.environment(home), HF_HUB_OFFLINE="0")
+        run([recipe, *argv, "--push_to_hub", "--hub_model_id", "local/it"], env)
+        run(["-c", code], env)
+    repo = hub.repos["local/it"]
+    files = repo.commits[repo.branches["main"]]
+    return set(files), hub.blobs[files["README.md"]].decode()
+
+
+def assert_mistake(
+    main: Callable[..., Any], argv: Sequence[str], message: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe tells what is wrong in one line, ends with status 2, and writes nothing."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        sys.modules["_common"].run(lambda: main(argv))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error, error
+    assert not output.exists()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Task(BaseTask):
             "lara-64": lara,
             "eva-64": EvaConfig(learned=True, num_chunks=64),
             "lara-64-overlap-heavy": lara.replace(**exact),
+            "lara-64-overlap-heavy-128": lara.replace(**exact | {"num_heavy_keys": 128}),
         }
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:

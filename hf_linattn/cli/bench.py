@@ -25,6 +25,7 @@ from ..bench.results import Results
 from ..bench.workload import MODES, choose
 from ..errors import ConfigError, LinAttnError
 from ..modules.registry import list_kinds
+from .values import name_list
 
 RUNS = {"attention": run_attention, "memory": run_memory, "models": run_models, "generation": run_generation}
 LENGTHS = tuple(2**power for power in range(8, 17))
@@ -32,18 +33,14 @@ CPU_SOFTMAX_LENGTH = 16384  # one core takes a minute and more for a training st
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def _integers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _names(text))
+        return tuple(int(part) for part in name_list(text))
     except ValueError:
         raise typer.BadParameter(f"integers separated by commas are needed; got {text!r}.") from None
 
 
-def _listed(help: str, *names: str, parser: Any = _names, **options: Any) -> Any:
+def _listed(help: str, *names: str, parser: Any = name_list, **options: Any) -> Any:
     """An option that takes several values, separated by commas."""
     metavar = "INTEGERS" if parser is _integers else "NAMES"
     return typer.Option(*names, help=f"{help}, separated by commas.", parser=parser, metavar=metavar, **options)

@@ -121,8 +121,8 @@ def _find_table(model: Any) -> tuple[Any, Any]:
     family, model_type = stock_type(model.config), getattr(model.config, "model_type", None)
     if family == "vit":
         raise UnsupportedError(
-            "extend_positions() is for texts: the positions of a ViT are places in an image, in two dimensions. Call "
-            "the model with interpolate_pos_encoding=True for images of another size."
+            "extend_positions() is for texts: the positions of a ViT are places in an image, in two dimensions. Use "
+            "set_image_size() for images of another size."
         )
     if family not in ("bert", "gpt2"):
         raise UnsupportedError(

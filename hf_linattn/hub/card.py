@@ -46,6 +46,7 @@ HEADS: dict[str, tuple[str, str | None]] = {
     "ViTModel": ("AutoModel", "image-feature-extraction"),
     "Model": ("AutoModel", "feature-extraction"),
 }
+UNNAMED = "path/or/name"  # of a card whose repository was not known when it was written
 NOT_SETTINGS = {"version", "kind", "layers", "attention_dropout"}
 
 
@@ -81,6 +82,13 @@ def card_for(model: Any, own: str | None, **facts: Any) -> str:
     tags = ours.pop("tags")
     ours.pop("model-index", None)
     return add_tags(join_card({**ours, **{k: v for k, v in header.items() if v is not None}}, body), tags)
+
+
+def name_repository(content: str, repo_id: str) -> str:
+    """A card of this library that was written before the name of the repository was known, with the name in it."""
+    if MARK not in content:
+        return content
+    return content.replace(f"from_pretrained({string(UNNAMED)})", f"from_pretrained({string(repo_id)})", 1)
 
 
 def render_card(
@@ -153,7 +161,7 @@ def render_card(
         made_from=links(on_hub, "https://huggingface.co") or ", ".join(map(text, bases)),
         model_name=model_name,
         class_name=class_name,
-        repo_id=repo_id or "path/or/name",
+        repo_id=repo_id or UNNAMED,
         auto_class=auto_class or class_name,
         kind=kind.name,
         kind_title=kind.title,

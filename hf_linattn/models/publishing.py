@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..hub import BrokenCardError, add_tags, card_for, read_card
+from ..hub import BrokenCardError, add_tags, card_for, name_repository, read_card
 from .saving import is_weight_file
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", INDEX]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make up a saved model. A link is none of them, whatever its name."""
+    names = list(MODEL_FILES)
+    if is_own(folder / INDEX):
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names += sorted({name for name in shards if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)})
+    return [folder / name for name in names if is_own(folder / name)]
 
 
 def push_folder(
@@ -30,6 +43,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     tags: str | list[str] | None = None,
+    card: bool = True,
 ) -> str:
     """Upload files of a saved model with its card in one commit.
 
@@ -38,6 +52,7 @@ def push_folder(
 
     Args:
         names: The files that the save wrote. Nothing else in `folder` is read, but a README.md. Links are left out.
+        card: Without it the card on the Hub, if there is one, stays as it is.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -45,11 +60,11 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = {name: path for name in sorted(names) if _is_own(path := Path(folder, name)) and name != CARD}
+    files = {name: path for name in sorted(names) if is_own(path := Path(folder, name)) and name != CARD}
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    card = _card(model, Path(folder, CARD), api, repo_id, revision, tags)
-    if card is not None:
-        operations.append(CommitOperationAdd(CARD, card.encode("utf-8")))
+    text = _card(model, Path(folder, CARD), api, repo_id, revision, tags) if card else None
+    if text is not None:
+        operations.append(CommitOperationAdd(CARD, text.encode("utf-8")))
     if any(is_weight_file(name, variant) for name in files):
         present = api.list_repo_files(repo_id, revision=revision)
         stale = [name for name in present if is_weight_file(name, variant) and name not in files]
@@ -65,7 +80,7 @@ def push_folder(
     return str(commit)
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
     """Whether this is a file, and not a link to one that may be anywhere."""
     return path.is_file() and not path.is_symlink()
 
@@ -75,8 +90,8 @@ def _card(
 ) -> str | None:
     """The one in the folder; else a rendered card, which keeps what a person wrote on the Hub. `None`: no upload."""
     try:
-        if _is_own(path):
-            text = read_card(path)
+        if is_own(path):
+            text = name_repository(read_card(path), repo_id)
         else:
             own = None
             if api.file_exists(repo_id, CARD, revision=revision):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 
 from _common import RecipeError
-from _data import Data, DataArguments, is_stream, load_all
+from _data import Data, DataArguments, is_stream
 
 from .tasks import ColumnArguments
 
@@ -46,17 +45,15 @@ class ArenaDataArguments(ColumnArguments, DataArguments):
         if self.data_dir and (self.dataset_name or self.train_file or self.validation_file or self.test_file):
             raise RecipeError("Give --data_dir, or --dataset_name, or files; not several of them.")
 
-
-def load_arena(args: ArenaDataArguments, **options: Any) -> Mapping[str, Data]:
-    """All splits there are."""
-    splits = dict(published_pathfinder(args.data_dir, args.split_seed) if args.data_dir else load_all(args, **options))
-    if args.train_val_split is None:
-        return splits
-    if "validation" in splits or "train" not in splits or is_stream(splits["train"]):
-        raise RecipeError("--train_val_split takes stored training data, and no validation data beside it.")
-    rows = splits["train"]
-    first = round(len(rows) * (1 - args.train_val_split))
-    return {**splits, "train": rows.select(range(first)), "validation": rows.select(range(first, len(rows)))}
+    def complete(self, splits: Mapping[str, Data]) -> Mapping[str, Data]:
+        """The splits there are, with rows to validate on out of those for training, if that is asked for."""
+        if self.train_val_split is None:
+            return splits
+        if "validation" in splits or "train" not in splits or is_stream(splits["train"]):
+            raise RecipeError("--train_val_split takes stored training data, and no validation data beside it.")
+        rows = splits["train"]
+        first = round(len(rows) * (1 - self.train_val_split))
+        return {**splits, "train": rows.select(range(first)), "validation": rows.select(range(first, len(rows)))}
 
 
 def published_pathfinder(folder: str, seed: int) -> dict[str, datasets.Dataset]:

@@ -20,12 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from recipes._common import ClassificationMetrics
+from recipes._metrics import CLASSIFICATION, REGRESSION, LocalMetrics
 from recipes.build_documents import BuildError, build_documents
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "film", "not", "very", "plot", "the", "dull", "fine"]
 RECIPE = "recipes/text_classification.py"
-EVALUATE = "recipes/evaluate_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +72,9 @@ def child(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Run a recipe in this process, which saves its imports. What is said of programs is tested with `run`."""
-    from recipes import _common, evaluate_checkpoint, text_classification
+    from recipes import _common, text_classification
 
-    programs = {RECIPE: text_classification.main, EVALUATE: evaluate_checkpoint.main}
+    programs = {RECIPE: text_classification.main}
     verbosity = transformers_logging.get_verbosity()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "home" / "datasets")  # not the user's
 
@@ -196,7 +195,7 @@ def test_mistakes_get_a_clear_error(
 ) -> None:
     if message.startswith("holds"):  # few rows: every sentence would pass for a class
         message = "holds"
-        monkeypatch.setattr("_text.MAX_LABELS", 5)
+        monkeypatch.setattr("_labels.MAX_LABELS", 5)
     run_here(recipe(folder, tmp_path / "out", *changes), mistake=True)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
@@ -221,33 +220,13 @@ def test_labels_keep_the_order_of_the_checkpoint(folder: Path, tmp_path: Path, r
 
 
 # -- the others ----------------------------------------------------------------------------------------------------
-def test_evaluate_checkpoint(
-    folder: Path, tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    run_here(recipe(folder, output, "--attention", "lara", "--num_landmarks", "2", "--window_size", "0"))
-    report = tmp_path / "report.json"
-    arguments = [EVALUATE, "--model_name_or_path", str(output), "--output", str(report)]
-    arguments += ["--test_file", str(folder / "data.parquet"), "--repeats", "2", "--timed_batches", "2"]
-    done = run(arguments, child(folder))
-    found = json.loads(report.read_text())
-    assert found["checkpoint"]["attention"] == "lara"
-    assert found["original"]["attention"] == "softmax"
-    assert found["checkpoint"]["rows"] == found["original"]["rows"] == 24
-    assert found["checkpoint"]["accuracy"] == results(output)["metrics"]["eval"]["eval_accuracy"]
-    for side in ("checkpoint", "original"):
-        assert found[side]["tokens_per_second"] > 0
-        assert found[side]["peak_memory_mib"] > 0
-    assert "accuracy" in done.stdout
-    run_here([*arguments, "--dtype", "int8"], mistake=True)
-    assert "--dtype must be one of" in capsys.readouterr().err
-
-
 def test_metrics_need_no_hub() -> None:
-    values = ClassificationMetrics(2).compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
+    values = LocalMetrics(CLASSIFICATION, 2).compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
     assert values == pytest.approx({"accuracy": 0.75, "f1": 0.8})
-    values = ClassificationMetrics(3).compute(predictions=[0, 1, 2], references=[0, 1, 1])
+    values = LocalMetrics(CLASSIFICATION, 3).compute(predictions=[0, 1, 2], references=[0, 1, 1])
     assert values == pytest.approx({"accuracy": 2 / 3, "f1": (1 + 2 / 3 + 0) / 3})
+    values = LocalMetrics(REGRESSION).compute(predictions=[0.0, 1.0, 4.0], references=[0.0, 1.0, 2.0])
+    assert values == pytest.approx({"pearson": 5 / (2 * 13) ** 0.5 / 1.0, "spearmanr": 1, "mse": 4 / 3}, rel=0.05)
 
 
 def test_documents_have_a_majority_and_no_repetition() -> None:

@@ -15,7 +15,8 @@ from hub_server import environment, run
 from huggingface_hub import ModelCard
 from recipe_runs import CutAfter, CutError, assert_same_weights, weights
 from safetensors.torch import load_file
-from transfer_recipe import LENGTH, RECIPE, arguments, build
+from tiny_checkpoints import build
+from transfer_recipe import LENGTH, RECIPE, arguments
 from transformers import (
     AutoModel,
     AutoTokenizer,

@@ -1,0 +1,79 @@
+"""Write the table of docs/papers.md from experiments/results/papers.
+
+python experiments/papers/papers_table.py            # from the results there are
+python experiments/papers/papers_table.py --run      # runs all experiments first: under ten minutes of one core
+python experiments/papers/papers_table.py --check    # writes nothing: is the page what the results say?
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import paper_tools
+import typer
+from rich.progress import track
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS, RESULTS = Path("experiments/papers"), Path("experiments/results/papers")  # in the checkout
+PAGE = ROOT / "docs" / "papers.md"
+BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
+EXPERIMENTS = (
+    "favor_plus_error",
+    "attention_kernels",
+    "favor_sharp_variance",
+    "kernel_classification",
+    "randomized_bias",
+    "control_variates",
+)
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def table(results: Path) -> str:
+    """A line per claim of all experiments."""
+    lines = [line("where", "claim", "here", "agrees", "script"), "|---|---|---|---|---|"]
+    for name in EXPERIMENTS:
+        stored = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        link = f"[{name}](../{RESULTS.as_posix()}/{name}.json)"
+        lines += [
+            line(claim["source"], claim["claim"], claim["figure"], f"**{claim['agrees']}**", link)
+            for claim in stored["claims"]
+        ]
+    return "\n".join(lines)
+
+
+def inserted(page: str, lines: str) -> str:
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        paper_tools.fail(f"{PAGE.name} needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}"
+
+
+def main(
+    run: Annotated[bool, typer.Option("--run", help="Run all experiments first.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not up to date.")] = False,
+) -> None:
+    """Write docs/papers.md anew."""
+    if run:
+        for name in track(EXPERIMENTS, description="Running"):
+            command = [f"{SCRIPTS.as_posix()}/{name}.py", "--out", f"{RESULTS.as_posix()}/{name}.json"]
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if missing := [name for name in EXPERIMENTS if not (ROOT / RESULTS / f"{name}.json").exists()]:
+        paper_tools.fail(f"{RESULTS} must have the results of all experiments; missing: {missing}. Use --run.")
+    page = PAGE.read_text(encoding="utf-8")
+    made = inserted(page, table(ROOT / RESULTS))
+    if check and made != page:
+        paper_tools.fail(f"docs/{PAGE.name} is not what the results say: run {Path(__file__).name}")
+    if not check:
+        PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
