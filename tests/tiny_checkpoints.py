@@ -59,5 +59,7 @@ def _tokenizer(with_special: bool) -> PreTrainedTokenizerFast:
     if with_special:
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
         special = [("[CLS]", 2), ("[SEP]", 3)]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
