@@ -106,6 +106,9 @@ class LanguageModelingArguments(LengthArguments, DataArguments):
         return {**splits, **{split: train.select(rows or []) for split, rows in parts.items()}}
 
 
+ARGUMENTS = LanguageModelingArguments  # for evaluate_checkpoint.py
+
+
 def prepare(flags: Flags) -> Task:
     """Read texts and model; cut the texts into rows; mask those of evaluation once for all."""
     every_text = replace(flags.data, **dict.fromkeys(LIMITS.values()))
@@ -213,7 +216,7 @@ def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
     """Run the recipe; arguments and result of `fine_tune`."""
-    flags = read_flags(LanguageModelingArguments, argv, __doc__, quiet, model_class=NewModelArguments)
+    flags = read_flags(ARGUMENTS, argv, __doc__, quiet, model_class=NewModelArguments)
     return fine_tune(Path(__file__).stem, flags, prepare(flags), callbacks, quiet)
 
 

@@ -64,6 +64,9 @@ class TaggingArguments(LengthArguments, DataArguments):
     )
 
 
+ARGUMENTS = TaggingArguments  # for evaluate_checkpoint.py
+
+
 def prepare(flags: Flags) -> Task:
     """Read words, tags and model; map tags to the model's outputs; tokenize."""
     splits = read_splits(flags.data, flags.training, formats=FORMATS)
@@ -237,7 +240,7 @@ def main(
     argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
 ) -> dict[str, Any]:
     """Run the recipe; arguments and result of `fine_tune`."""
-    flags = read_flags(TaggingArguments, argv, __doc__, quiet)
+    flags = read_flags(ARGUMENTS, argv, __doc__, quiet)
     return fine_tune(Path(__file__).stem, flags, prepare(flags), callbacks, quiet)
 
 

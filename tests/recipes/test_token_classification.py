@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transfer_recipe import arguments as transfer_arguments
 from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
+import evaluate_checkpoint
 import token_classification
 from _labels import Labels
 from build_documents import BuildError
@@ -170,6 +171,11 @@ def test_a_checkpoint_keeps_its_tags(folder: Path, tmp_path: Path) -> None:
     again = run([flag for flag in argv if flag != "--do_train"])["metrics"]["eval"]
     assert again["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
     assert (again["eval_f1"], again["eval_accuracy"]) == (found["eval_f1"], found["eval_accuracy"])
+
+    argv = ["--model_name_or_path", str(tmp_path / "a"), "--validation_file", str(folder / "tagged.jsonl")]
+    args, data, _ = evaluate_checkpoint.read_flags([*argv, "--repeats", "1"])
+    measured = evaluate_checkpoint.measure(args, data, str(tmp_path / "a"), False, "")
+    assert (measured["f1"], measured["attention"]) == (found["eval_f1"], "favor_plus")
 
 
 def test_two_processes_measure_what_one_does(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from _common import RecipeError
+from hf_linattn.errors import InputError
 from lra.data import ArenaDataArguments
 from lra.listops import WORDS
 from lra.tasks import TASKS, collate, encoder_of
@@ -91,7 +92,7 @@ IMAGE = Image.new("L", (3, 2))
     ],
 )
 def test_rows_that_are_not_of_the_task(name: str, rows: dict[str, list], message: str) -> None:
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises((RecipeError, InputError)) as raised:
         encoded(name, rows)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -21,6 +21,9 @@ import long_range_arena
 from _common import RecipeError
 from _common import run as run_program
 from _finetuning import read_flags
+from _labels import Labels
+from _metrics import CLASSIFICATION
+from hf_linattn.errors import InputError
 from lra.data import ArenaDataArguments
 from lra.model import BertForLongRangeArena
 from lra.tasks import TASKS
@@ -260,7 +263,7 @@ def test_folders_that_are_no_pathfinder(tmp_path: Path, content: str | None, mes
     ],
 )
 def test_what_cannot_be_generated(arguments: Sequence[str], message: str) -> None:
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises((RecipeError, InputError)) as raised:
         build_long_range_arena.main(arguments)
     assert message in str(raised.value)
 
@@ -275,5 +278,6 @@ def test_scores_are_those_of_all_rows() -> None:
         predictions = np.eye(10)[[1, 2, 3, 3]]
         label_ids = np.array([1, 2, 3, 4])
 
-    found = score(Prediction(), 10)
+    labels = Labels("target", {i: i for i in range(10)}, [str(i) for i in range(10)])
+    found = score(Prediction(), labels, CLASSIFICATION)
     assert found.metrics["accuracy"] == found.rows.mean() == 0.75
