@@ -1,6 +1,7 @@
 """A task of Long Range Arena under every kind of attention: accuracy, and the time of a step beside softmax.
 
-    python experiments/arena_runs.py recipes/configs/lra/listops_small.yaml --out listops_small.json
+    python experiments/arena_runs.py recipes/configs/lra/listops_small.yaml --settings \
+        '{"favor_plus": {"num_features": 64}, "favor_sharp": {"num_features": 64}, "eva": {"num_chunks": 64}}'
 
 Every kind begins with the same weights, sees the same rows in the same order and takes the same steps. Then the
 trained models are timed in turns, in this process, on rows of full length.
@@ -8,6 +9,7 @@ trained models are timed in turns, in this process, on rows of full length.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -28,12 +30,10 @@ from hf_linattn.bench.timing import Failure, time_calls, time_in_turns
 sys.path.append(str(shared.ROOT / "recipes"))
 
 
-def flags_of(config: Path, kind: str, settings: str | None, output: Path, changes: Sequence[str]) -> list[str]:
+def flags_of(config: Path, kind: str, settings: Any, output: Path, changes: Sequence[str]) -> list[str]:
     """The command line of one run."""
     flags = ["--config", str(config), "--attention", kind, "--output_dir", str(output), "--report_to", "none"]
-    if settings and kind != "softmax":
-        flags += ["--attention_config", settings]
-    return [*flags, *changes]
+    return [*flags, *(["--attention_config", json.dumps(settings)] if settings else []), *changes]
 
 
 def train(flags: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def step_of(output: Path, batch: int, tokens: int, learning_rate: float) -> Call
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of the recipe.")],
     kinds: Annotated[str, typer.Option(help="Separated by commas.")] = "softmax,favor_plus,favor_sharp,lara,eva",
-    attention_config: Annotated[str | None, typer.Option(help="JSON of settings, for every kind.")] = None,
+    settings: Annotated[str, typer.Option(help="JSON: kind -> its settings, where they are not the defaults.")] = "{}",
     flags: Annotated[str, typer.Option(help="More flags of the recipe, separated by spaces.")] = "",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     tokens: Annotated[int, typer.Option(min=1, help="Of a row that is timed.")] = 2000,
@@ -107,7 +107,8 @@ def main(
     shared.quiet()
     torch.set_num_threads(1)
     folders = {kind: runs / f"{config.stem}_{kind}" for kind in kinds.split(",")}
-    lines = {kind: flags_of(config, kind, attention_config, folder, flags.split()) for kind, folder in folders.items()}
+    chosen = json.loads(settings)
+    lines = {kind: flags_of(config, kind, chosen.get(kind), folder, flags.split()) for kind, folder in folders.items()}
     found = {kind: train(line) for kind, line in lines.items()}
     share, count = majority(next(iter(lines.values())), next(iter(found.values()))["split"])
 

@@ -38,7 +38,7 @@ def test_every_kind_is_trained_scored_and_timed(script: Any, tmp_path: Path, cap
     script.main(
         tmp_path / "tiny.yaml",
         kinds="softmax,eva",
-        attention_config='{"window_size": 4}',
+        settings='{"eva": {"window_size": 4}}',
         flags="--learning_rate 0.01",
         runs=tmp_path / "runs",
         tokens=16,
