@@ -52,6 +52,7 @@ def load_model(auto_class: Any, args: ModelArguments, config: PreTrainedConfig, 
     """
     if not is_new(args):
         return _found(auto_class, args.model_name_or_path, args, dtype=torch.float32, config=config, **options)
+    config.architectures = config.architectures or []  # Auto classes with several heads for a type iterate over it
     try:
         return auto_class.from_config(config, dtype=torch.float32)
     except ValueError as error:

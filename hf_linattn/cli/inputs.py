@@ -203,7 +203,8 @@ def _loaded(builder: str, flag: str, source: str, **options: Any) -> Any:
     except StopIteration:  # of an empty file, within `datasets`
         raise InputError(f"{flag} {source!r} has no rows.") from None
     except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
-        if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):  # of an empty file of text
+        empty = isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError)  # a file of text
+        if empty or "BatchSize must be greater than 0" in str(error.__cause__ or error):  # a file of parquet
             raise InputError(f"{flag} {source!r} has no rows.") from None
         raise InputError(f"{flag} {source!r} cannot be read as {builder}: {error.__cause__ or error}") from error
 
