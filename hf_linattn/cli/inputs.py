@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import DataCollatorWithPadding, DefaultDataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, InputError, LinAttnError
 from .checkpoints import takes_images
@@ -133,7 +133,7 @@ def read_inputs(model: PreTrainedModel, processor: Any, options: InputOptions) -
         texts = _read(options.inputs, TEXT_FORMATS)
         if options.pack:
             rows, unit = packed(texts, options.column, processor, length, "column"), f"rows of {length} tokens"
-            collate = default_data_collator
+            collate = DefaultDataCollator()
         else:
             rows = one_by_one(texts, options.column, processor, length, "column")
             unit = f"texts of at most {length} tokens"

@@ -76,7 +76,7 @@ class Sharded(Tensor):
 
 
 REFUSED = {
-    "vit": (VIT.build, "interpolate_pos_encoding"),
+    "vit": (VIT.build, "set_image_size"),
     "distilbert": (
         lambda: DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_heads=2, n_layers=1, hidden_dim=8)),
         "'distilbert'",

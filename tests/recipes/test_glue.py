@@ -14,6 +14,7 @@ import text_classification
 from _common import RecipeError
 from _glue import TASKS
 from _metrics import METRICS
+from hf_linattn.errors import InputError
 from scripts.kill_parts.inputs import build
 
 
@@ -90,7 +91,7 @@ def test_the_names_of_the_metrics() -> None:
 def test_mistakes(
     flags: list[str], message: str, folder: Path, tmp_path: Path, hub: dict[tuple[str, ...], Any]
 ) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises((RecipeError, InputError), match=message):
         run(folder, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 

@@ -398,7 +398,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (changed(answers={"text": [], "answer_start": []}), "Row 1 of the train data has no answer."),
     (changed(answers={"text": ["w1", "w2"], "answer_start": [0]}), "must hold texts and as many answer_start"),
     (changed(question=None), "Row 1 of the train data: column 'question' must hold text; got None"),
-    (no_rows, "The train data has no rows."),
+    (no_rows, "has no rows."),
     (wrong_nesting, "must hold SQuAD's JSON"),
     (yaml_key, "'stride' is not a flag of this recipe"),
 ]
