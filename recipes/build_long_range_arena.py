@@ -29,8 +29,12 @@ from lra.pathfinder import Pathfinder
 
 
 def listops(args: argparse.Namespace) -> datasets.Dataset:
-    rows = ListOps(args.min_length, args.max_length, args.max_depth, args.max_arguments).rows(args.seed)
-    sources, targets = zip(*islice(rows, args.rows), strict=True)
+    rows = islice(
+        ListOps(args.min_length, args.max_length, args.max_depth, args.max_arguments).rows(args.seed), args.rows
+    )
+    if args.short_first:
+        rows = iter(sorted(rows, key=lambda row: row[0].count(" ")))
+    sources, targets = zip(*rows, strict=True)
     return datasets.Dataset.from_dict({"source": sources, "target": targets})
 
 
@@ -74,13 +78,16 @@ def _parser() -> argparse.ArgumentParser:
         task.set_defaults(build=build)
         return task
 
-    add(
+    expressions = add(
         listops,
         "expressions and their values",
         min_length=(500, "more words than this"),
         max_length=(2000, "fewer words than this"),
         max_depth=(10, "levels of nesting, digits included"),
         max_arguments=(10, "of an operator, from 2"),
+    )
+    expressions.add_argument(
+        "--short_first", action="store_true", help="sort by length, to train in this order (sampling 'sequential')"
     )
     add(
         pathfinder,

@@ -268,6 +268,16 @@ def test_what_cannot_be_generated(arguments: Sequence[str], message: str) -> Non
     assert message in str(raised.value)
 
 
+def test_short_expressions_first(folder: Path, tmp_path: Path) -> None:
+    generate("listops", tmp_path / "sorted.parquet", "--min_length", "20", "--max_length", "60", "--short_first")
+    first, plain = (
+        pq.read_table(path)["source"].to_pylist() for path in (tmp_path / "sorted.parquet", folder / "listops.parquet")
+    )
+    assert sorted(first) == sorted(plain) != first
+    lengths = [len(source.split()) for source in first]
+    assert lengths == sorted(lengths)
+
+
 def test_the_same_images_on_several_processes(folder: Path, tmp_path: Path) -> None:
     generate("pathfinder", tmp_path / "two.parquet", "--contour_length", "4", "--processes", "2")
     assert pq.read_table(tmp_path / "two.parquet") == pq.read_table(folder / "pathfinder.parquet")
