@@ -83,10 +83,19 @@ def results(output: Path) -> dict[str, Any]:
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["softmax", "favor_plus", "lara"])
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_trains(folder: Path, tmp_path: Path, task: str, kind: str) -> None:
-    changes = ["--window_size", "4"] if kind != "softmax" else []
+@pytest.mark.parametrize(
+    ("task", "kind", "pooling"),
+    [
+        ("listops", "softmax", "mean"),
+        ("listops", "favor_plus", "cls"),
+        ("text", "favor_sharp", "mean"),
+        ("matching", "lara", "cls"),
+        ("image", "eva", "mean"),
+        ("pathfinder", "favor_plus", "mean"),
+    ],
+)
+def test_every_task_trains(folder: Path, tmp_path: Path, task: str, kind: str, pooling: str) -> None:
+    changes = ["--pooling", pooling, *(["--window_size", "4"] if kind != "softmax" else [])]
     found = long_range_arena.main(flags(folder, tmp_path, task, "--attention", kind, *changes))
     assert found == results(tmp_path) | {"log": found["log"]}
     assert found["attention"]["kind"] == kind
