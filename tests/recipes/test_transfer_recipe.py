@@ -134,6 +134,12 @@ def test_second_stage(folder: Path, tmp_path: Path) -> None:
     assert "| second stage | 3 steps more" in ModelCard.load(tmp_path / "README.md").text
 
 
+def test_the_second_stage_begins_with_a_third_of_the_rate(folder: Path, tmp_path: Path) -> None:
+    flags = ["--max_steps", "2", "--second_stage_steps", "2", "--learning_rate", "0.03"]
+    found = transfer([*arguments(folder, tmp_path), *flags, "--lr_scheduler_type", "constant"])
+    assert logged(found, "learning_rate") == pytest.approx([0.03, 0.03, 0.01, 0.01])
+
+
 def test_the_second_stage_has_another_target(folder: Path, tmp_path: Path) -> None:
     """Where nothing is learned any more, the loss on the held-out rows changes with the target alone."""
     flags = ["--max_steps", "2", "--second_stage_steps", "3", "--second_stage_learning_rate", "1e-12"]
