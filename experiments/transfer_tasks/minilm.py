@@ -50,6 +50,7 @@ class Task(BaseTask):
             "eva-64": EvaConfig(learned=True, num_chunks=64),
             "lara-64-overlap-heavy": lara.replace(**exact),
             "lara-64-overlap-heavy-128": lara.replace(**exact | {"num_heavy_keys": 128}),
+            "lara-64-overlap-heavy-256": lara.replace(**exact | {"num_heavy_keys": 256}),
         }
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
