@@ -18,9 +18,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_linattn
-from hf_linattn.cli.inputs import BUILDER_OPTIONS, TEXT_FORMATS, load_files
-from hf_linattn.cli.inputs import find_column as find_column  # for the other files here
 from hf_linattn.cli.values import layer_list
+from hf_linattn.data.files import BUILDER_OPTIONS, TEXT_FORMATS, load_files
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 logger = logging.getLogger("hf_linattn.recipes")

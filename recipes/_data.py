@@ -10,6 +10,7 @@ import datasets
 from transformers import TrainingArguments
 
 from _common import RecipeError, load_splits
+from hf_linattn.data.files import column_names
 
 FORMATS_HELP = "parquet, csv, tsv, json or jsonl"
 SPLITS = ("train", "validation", "test")
@@ -108,11 +109,6 @@ def first_rows(data: Data, number: int | None) -> Data:
     if number is None:
         return data
     return data.take(number) if is_stream(data) else data.select(range(min(number, len(data))) or [])
-
-
-def column_names(data: Data) -> list[str]:
-    """Names of the columns; those of a stream may be known from its first row only."""
-    return list(data.column_names or next(iter(data), {}))
 
 
 def encode(splits: Mapping[str, Data], function: Any, training: TrainingArguments, what: str) -> dict[str, Data]:

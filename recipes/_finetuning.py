@@ -22,7 +22,7 @@ from transformers import (
 
 from _adaptation import AdaptationArguments, Collate, adapt, add_adapter
 from _checkpoints import find_checkpoint
-from _common import AttentionArguments, linear_attention_of, versions, write_json
+from _common import AttentionArguments, linear_attention_of, versions
 from _data import Data, DataArguments, is_stream
 from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
@@ -174,12 +174,7 @@ def fine_tune(
         trainer.save_model()  # the tokenizer too; every rank takes part, as sharded models need
         trainer.save_state()
         trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        path = write_json(Path(training.output_dir) / "results.json", results)
-        logger.info("Wrote %s", path)
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    return results
+    return trainer.finish(results)
 
 
 def write_predictions(path: Path, task: Task, predicted: Any) -> None:

@@ -19,17 +19,17 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from _common import RecipeError, find_column
-from _data import SPLITS, Data, DataArguments, column_names, read_splits
+from _common import RecipeError
+from _data import SPLITS, Data, DataArguments, read_splits
 from _labels import without_missing_labels
 from _models import is_new, load_processor
 from _text import LABEL_NAMES
 from _training import ModelArguments
+from hf_linattn.data.files import IMAGE_FORMATS, check_folder, column_names, find_column, load_images
+from hf_linattn.data.rows import IMAGE_NAMES
 
 logger = logging.getLogger("hf_linattn.recipes")
 
-IMAGE_NAMES = ("image", "img")
-IMAGE_FORMATS = {".parquet": "parquet"}
 # Modes of Pillow with 8 bits a channel that become RGB or grey without surprise, and those that do if asked for.
 USUAL_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa")
 CONVERTIBLE_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
@@ -106,7 +106,7 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
         with training.main_process_first(desc="reading the folders"):
             names = class_folders(folders)
             given = {
-                split: image_folder(path, split, args.streaming and split == "train", names)
+                split: load_images(path, f"--{split}_dir", names, streaming=args.streaming and split == "train")
                 for split, path in folders.items()
             }
     splits = read_splits(args, training, given=given, formats=IMAGE_FORMATS)
@@ -128,7 +128,7 @@ def class_folders(folders: Mapping[str, str]) -> list[str]:
     """The names of the folders in the first of `folders` (split -> path): labels, the same in every split."""
     found: dict[str, list[str]] = {}
     for split, path in folders.items():
-        _check_folder(path, split)
+        check_folder(path, f"--{split}_dir")
         found[split] = sorted(each.name for each in Path(path).iterdir() if each.is_dir())
     first = next(iter(found))
     for split, names in found.items():
@@ -140,24 +140,6 @@ def class_folders(folders: Mapping[str, str]) -> list[str]:
             f"{found[first] or 'none'}."
         )
     return found[first]
-
-
-def image_folder(path: str, split: str, streaming: bool = False, labels: Sequence[str] | None = None) -> Data:
-    """The images of a folder; with `labels`, those of folders of these names, which become a column `label`."""
-    _check_folder(path, split)
-    options = {"data_files": f"{path}/**", "split": "train", "drop_labels": labels is None, "streaming": streaming}
-    if labels is not None:
-        label = datasets.ClassLabel(names=list(labels))
-        options["features"] = datasets.Features({"image": datasets.Image(), "label": label})
-    try:
-        return datasets.load_dataset("imagefolder", **options)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"--{split}_dir {path!r} cannot be read as images: {error.__cause__ or error}") from error
-
-
-def _check_folder(path: str, split: str) -> None:
-    if not Path(path).is_dir():
-        raise RecipeError(f"--{split}_dir must be a folder of images; {path!r} is none.")
 
 
 def encoded_images(data: Data, column: str) -> Data:

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import PreTrainedModel, TrainingArguments
 
 from _common import RecipeError
-from _data import Data, column_names, is_stream
+from _data import Data, is_stream
 from _images import CONVERTIBLE_MODES, ImageArguments, ImageColumns, image_size_of
 from _labels import Labels
+from hf_linattn.data.files import column_names
 
 logger = logging.getLogger("hf_linattn.recipes")
 

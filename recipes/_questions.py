@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from _common import RecipeError, find_column, load_splits
-from _data import SPLITS, Data, DataArguments, column_names, read_splits
+from _common import RecipeError, load_splits
+from _data import SPLITS, Data, DataArguments, read_splits
 from _text import LengthArguments
+from hf_linattn.data.files import column_names, find_column
 
 CONTEXT_NAMES, QUESTION_NAMES, ANSWER_NAMES = ("context", "document", "text"), ("question", "query"), ("answers",)
 # What a row of SQuAD's own JSON holds: articles, or the whole file in one row.

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from _common import RecipeError, find_column
-from _data import Data, column_names
+from _common import RecipeError
+from _data import Data
 from _labels import Labels
+from hf_linattn.data import rows
+from hf_linattn.data.files import column_names, find_column
+from hf_linattn.data.rows import TEXT_NAMES
 
-TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
 PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
 LABEL_NAMES = ("label", "labels", "target", "class")
 
@@ -67,11 +69,6 @@ def find_columns(splits: Mapping[str, Data], args: ColumnArguments) -> Columns:
     return columns
 
 
-def position_limit(config: Any) -> int | None:
-    """How many positions the model has, where the config says so."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
 def tokenizer_function(
     tokenizer: PreTrainedTokenizerBase, columns: Columns, labels: Labels, max_length: int
 ) -> Callable[[dict[str, list]], dict[str, list]]:
@@ -92,10 +89,5 @@ def tokenizer_function(
 
 def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
     """`--max_length`, checked against the positions of the model."""
-    limit = position_limit(config)
-    if wanted is not None and limit is not None and wanted > limit:
-        raise RecipeError(
-            f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Longer "
-            f"inputs need --extend_positions {wanted}."
-        )
-    return wanted or min(limit or 512, tokenizer.model_max_length)
+    advice = f"Longer inputs need --extend_positions {wanted}."
+    return rows.choose_max_length(wanted, tokenizer, config, "max_length", advice)

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
-from _common import RecipeError, linear_attention_of
+from _common import RecipeError, linear_attention_of, write_json
 from _data_order import RepeatableTrainer
 from _publish import Publisher
 from hf_linattn.errors import did_you_mean
@@ -222,6 +222,15 @@ class RecipeTrainer(RepeatableTrainer):
         if self.is_world_process_zero():
             self.model.save_pretrained(Path(self.args.output_dir, "adapter"))
         self.model = self.model_wrapped = self.model.merge_and_unload()
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write `results.json`, and publish where that is asked for. The model and its card are saved already."""
+        if self.is_world_process_zero():
+            path = write_json(Path(self.args.output_dir) / "results.json", results)
+            logger.info("Wrote %s", path)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return results
 
     def settings(self) -> dict[str, Any]:
         """The flags of the Trainer for a results file, without tokens."""

@@ -7,28 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import PreTrainedModel, default_data_collator
 
 from _common import RecipeError, load_splits
+from _data import Data, first_rows, is_stream
 from _text import choose_max_length
-from hf_linattn.cli.checkpoints import takes_images
-from hf_linattn.cli.inputs import (
-    IMAGE_FORMATS,
-    IMAGE_NAMES,
-    TEXT_FORMATS,
-    TEXT_NAMES,
-    ImageCollator,
-    load_images,
-    only_images,
-    packed,
-)
+from hf_linattn.data.files import IMAGE_FORMATS, TEXT_FORMATS, load_images
+from hf_linattn.data.rows import IMAGE_NAMES, TEXT_NAMES, ImageCollator, only_images, packed
+from hf_linattn.integrations.families import takes_images
 
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")
 FILE_HELP = "parquet, csv, tsv, json, jsonl or txt; images: parquet"
-
-Data = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -119,7 +109,7 @@ def read_rows(model: PreTrainedModel, processor: Any, args: UnlabelledArguments,
     else:
         held_out, train = _first(train, args.max_eval_samples), _skip(train, args.max_eval_samples)
     if args.max_train_samples is not None:
-        train = _take(train, args.max_train_samples)
+        train = first_rows(train, args.max_train_samples)
     calibration = _first(train, args.calibration_samples)
     for name, found in (("train", calibration), ("validation", held_out)):
         if not len(found):
@@ -162,21 +152,11 @@ def _read_splits(args: UnlabelledArguments, images: bool) -> Mapping[str, Data]:
 
 
 # -- data sets and streams --------------------------------------------------------------------------------------------
-def _is_stream(data: Data) -> bool:
-    return isinstance(data, datasets.IterableDataset)
-
-
-def _take(data: Data, number: int) -> Data:
-    if _is_stream(data):
-        return data.take(number)
-    return data.select(range(min(number, len(data))) or [])  # an empty range is refused
-
-
 def _skip(data: Data, number: int) -> Data:
-    return data.skip(number) if _is_stream(data) else data.select(range(number, len(data)) or [])
+    return data.skip(number) if is_stream(data) else data.select(range(number, len(data)) or [])
 
 
 def _first(data: Data, number: int) -> Sequence[Any]:
     """The first rows, by index."""
-    found = _take(data, number)
-    return list(found) if _is_stream(data) else found
+    found = first_rows(data, number)
+    return list(found) if is_stream(data) else found

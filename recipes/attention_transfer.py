@@ -47,7 +47,6 @@ from _common import (
     linear_attention_of,
     run,
     versions,
-    write_json,
 )
 from _stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _training import ModelArguments, parse_flags, start_logging
@@ -213,12 +212,7 @@ def main(
             **fidelity,
         )
         trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        path = write_json(Path(training_args.output_dir) / "results.json", results)
-        logger.info("Wrote %s", path)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    return results
+    return trainer.finish(results)
 
 
 if __name__ == "__main__":

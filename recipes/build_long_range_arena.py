@@ -21,8 +21,9 @@ from typing import Any
 
 import datasets
 
-from _common import RecipeError, find_column, load_splits, run
+from _common import RecipeError, load_splits, run
 from _text import TEXT_NAMES
+from hf_linattn.data.files import find_column
 from lra.listops import ListOps
 from lra.matching import pairs, passages
 from lra.pathfinder import Pathfinder

@@ -49,7 +49,8 @@ from _masking import IGNORED, MaskingCollator, next_token_collator
 from _models import convert, extend, load_config, load_model, load_tokenizer
 from _text import LengthArguments, choose_max_length
 from _training import NewModelArguments
-from hf_linattn.cli.inputs import TEXT_FORMATS, TEXT_NAMES, packed
+from hf_linattn.data.files import TEXT_FORMATS
+from hf_linattn.data.rows import TEXT_NAMES, packed
 
 logger = logging.getLogger("hf_linattn.recipes")
 

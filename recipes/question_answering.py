@@ -29,12 +29,13 @@ from transformers import (
 )
 
 from _common import RecipeError, run
-from _data import Data, column_names, is_stream
+from _data import Data, is_stream
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
 from _models import convert, extend, load_config, load_model, load_tokenizer
 from _questions import Encoder, Example, QuestionArguments, QuestionColumns, read_questions
 from _spans import best_answers, score_answers
 from _text import choose_max_length
+from hf_linattn.data.files import column_names
 
 logger = logging.getLogger("hf_linattn.recipes")
 

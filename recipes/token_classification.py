@@ -32,13 +32,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from _common import RecipeError, find_column, run
-from _data import Data, DataArguments, column_names, encode, is_stream, read_splits
+from _common import RecipeError, run
+from _data import Data, DataArguments, encode, is_stream, read_splits
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
 from _labels import Labels, read_labels
 from _metrics import CLASSIFICATION, LocalMetrics
 from _models import convert, extend, load_config, load_model, load_tokenizer
 from _text import LengthArguments, choose_max_length
+from hf_linattn.data.files import column_names, find_column
 
 logger = logging.getLogger("hf_linattn.recipes")
 

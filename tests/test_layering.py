@@ -21,6 +21,7 @@ ORDER = [
     "models",
     "training",
     "conversion",
+    "data",
     "bench",
     "cli",
 ]

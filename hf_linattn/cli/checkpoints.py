@@ -20,7 +20,7 @@ from ..bench.workload import DTYPES, choose
 from ..conversion import needs_calibration
 from ..errors import ConfigError, InputError, LinAttnError, UncalibratedError, did_you_mean
 from ..hub import write_card
-from ..integrations.families import is_converted
+from ..integrations.families import is_converted, takes_images
 from ..models.publishing import CARD
 
 AS_SAVED = "auto"
@@ -85,10 +85,6 @@ def check_calibrated(model: PreTrainedModel, source: str) -> None:
 
 
 # -- tokenizers and image processors ----------------------------------------------------------------------------------
-def takes_images(model: PreTrainedModel) -> bool:
-    return model.main_input_name == "pixel_values"
-
-
 def find_processor(model: PreTrainedModel, source: str, revision: str = "main") -> Any:
     """The tokenizer or image processor of a checkpoint; `None` if it has none."""
     auto_class: Any = AutoImageProcessor if takes_images(model) else AutoTokenizer

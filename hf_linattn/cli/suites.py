@@ -155,7 +155,7 @@ def _pairs(path: str) -> Any:
     from mteb.abstasks.sts import AbsTaskSTS
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    from .inputs import TEXT_FORMATS, find_column, load_files
+    from ..data.files import TEXT_FORMATS, find_column, load_files
 
     rows = list(load_files([path], "--tasks", TEXT_FORMATS, streaming=True))
     columns = ("sentence1", "sentence2", "score")

@@ -53,6 +53,11 @@ def stock_type(config: Any) -> str:
     return str(getattr(config, "model_type", None)).removeprefix(MODEL_TYPE_PREFIX)
 
 
+def takes_images(model: Any) -> bool:
+    """Whether a model of Transformers reads pixels, not token ids."""
+    return bool(model.main_input_name == "pixel_values")
+
+
 def is_converted(config: Any) -> bool:
     """Whether a config belongs to a converted model (`model_type` `linattn_bert`, `linattn_gpt2`, `linattn_vit`)."""
     return str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX)

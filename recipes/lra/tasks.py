@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from _common import BUILDER_OPTIONS, RecipeError, find_column
-from _text import LABEL_NAMES, TEXT_NAMES
+from _common import RecipeError
+from _text import LABEL_NAMES
+from hf_linattn.data.files import BUILDER_OPTIONS, find_column
+from hf_linattn.data.rows import IMAGE_NAMES, TEXT_NAMES
 
 from .tokens import byte_tokenizer, grey_ids, listops_tokenizer
 
-IMAGE_NAMES = ("image", "img")
 # The published pairs of papers have no header and no quoting.
 PAIRS = {".tsv": {"sep": "\t", "names": ["label", "id1", "id2", "text1", "text2"], "quoting": csv.QUOTE_NONE}}
 

@@ -125,7 +125,8 @@ def test_images_that_are_none(folder: Path, tmp_path: Path) -> None:
 
 def test_without_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "hf_linattn.cli.inputs", raising=False)
+    for name in ("cli.inputs", "data", "data.files", "data.rows"):
+        monkeypatch.delitem(sys.modules, f"hf_linattn.{name}", raising=False)
     line = mistake("compare", folder / "favor", "--inputs", folder / "text.txt")
     assert "Reading inputs needs datasets, which is not installed: pip install 'hf-linattn[cli]'" in line
 
