@@ -13,19 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from recipe_runs import assert_mistake, assert_same_weights, pushed, train, two_processes
 from tiny_checkpoints import WORDS, build
 from transfer_recipe import arguments as transfer_arguments
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-import build_questions
 import evaluate_checkpoint
 import question_answering
-from _questions import Encoder, Example, QuestionArguments, QuestionColumns
-from _spans import best_answers, exact_match, f1, score_answers
-from build_documents import BuildError
+from _questions import Encoder, QuestionArguments, QuestionColumns
 
 RECIPE = "recipes/question_answering.py"
 ROWS = 24
@@ -143,86 +138,6 @@ def test_an_answer_that_is_cut_is_none(folder: Path) -> None:
     spans = list(zip(found["start_positions"], found["end_positions"], strict=True))
     # Rows of four words that share one: w1..w4, w4..w7, w7..w9.
     assert spans == [(0, 0), (3, 4), (0, 0)]
-
-
-# -- answers ----------------------------------------------------------------------------------------------------------
-def rows_of(*rows: tuple[int, int, list[tuple[int, int]]]) -> dict[str, list[Any]]:
-    return {name: [row[i] for row in rows] for i, name in enumerate(("example", "null", "offsets"))}
-
-
-def logits_of(*rows: list[float]) -> np.ndarray:
-    return np.asarray(rows, dtype=np.float32)
-
-
-TEXT = Example("one two three", "?")
-OFFSETS = [(0, 0), (0, 0), (0, 3), (4, 7), (8, 13)]  # [CLS], the question, the context
-
-
-def test_the_best_span_of_all_rows_is_the_answer() -> None:
-    rows = rows_of((0, 0, OFFSETS), (0, 0, OFFSETS))
-    starts = logits_of([9, 9, 1, 2, 0], [0, 0, 3, 0, 0])
-    ends = logits_of([9, 9, 4, 1, 2], [0, 0, 0, 0, 3])
-    args = QuestionArguments()
-    assert best_answers([TEXT], rows, (starts, ends), args) == ["one two three"]  # 3 + 3, neither the 9s nor 1 + 4
-    assert best_answers([TEXT], rows, (starts, ends), QuestionArguments(max_answer_length=2)) == ["one"]
-    # An end before its start is no span, and only so many of each are tried.
-    backwards = logits_of([0, 0, 0, 0, 5]), logits_of([0, 0, 5, 0, 1])
-    assert best_answers([TEXT], rows_of((0, 0, OFFSETS)), backwards, args) == ["three"]
-    assert best_answers([TEXT], rows_of((0, 0, OFFSETS)), backwards, QuestionArguments(n_best_size=1)) == [""]
-
-
-def test_no_answer_where_its_score_is_higher() -> None:
-    rows = rows_of((0, 0, OFFSETS), (0, 0, OFFSETS))
-    starts = logits_of([4, 0, 3, 0, 0], [1, 0, 0, 0, 0])
-    ends = logits_of([4, 0, 3, 0, 0], [1, 0, 0, 0, 0])
-
-    def answer(**options: Any) -> str:
-        return best_answers([TEXT], rows, (starts, ends), QuestionArguments(**options))[0]
-
-    assert answer() == "one"
-    # The row least sure that there is none decides: 1 + 1 against 3 + 3.
-    assert answer(version_2_with_negative=True) == "one"
-    assert answer(version_2_with_negative=True, null_score_diff_threshold=-4.5) == ""
-    assert answer(version_2_with_negative=True, null_score_diff_threshold=-3.5) == "one"
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_the_best_span_is_that_of_all_pairs(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    starts, ends = draw.normal(size=(2, 1, 5))
-    args = QuestionArguments(max_answer_length=int(draw.integers(1, 4)))
-    pairs = [(i, j) for i in range(2, 5) for j in range(i, min(5, i + args.max_answer_length))]
-    i, j = max(pairs, key=lambda pair: starts[0, pair[0]] + ends[0, pair[1]])
-    expected = TEXT.context[OFFSETS[i][0] : OFFSETS[j][1]]
-    assert best_answers([TEXT], rows_of((0, 0, OFFSETS)), (starts, ends), args) == [expected]
-
-
-# -- scores -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("answer", "true", "exact", "overlap"),
-    [
-        ("The Eiffel Tower!", "eiffel tower", 1.0, 1.0),
-        ("in Paris", "Paris", 0.0, 2 / 3),
-        ("a b b", "b b c", 0.0, 4 / 5),  # "a" is an article
-        ("London", "Paris", 0.0, 0.0),
-        ("", "", 1.0, 1.0),
-        ("", "Paris", 0.0, 0.0),
-        ("theory", "the ory", 0.0, 0.0),
-    ],
-)
-def test_answers_are_compared_as_in_squad(answer: str, true: str, exact: float, overlap: float) -> None:
-    assert exact_match(answer, true) == exact
-    assert f1(answer, true) == pytest.approx(overlap)
-
-
-def test_the_true_answer_that_fits_best_counts() -> None:
-    examples = [Example("", "", [("one", 0), ("one two", 0)]), Example("", "", [])]
-    exact, overlap = score_answers(["one two", "one"], examples)
-    assert exact.tolist() == [1.0, 0.0]
-    assert overlap.tolist() == [1.0, 0.0]
-    found = question_answering.score(["one two", ""], examples)
-    assert found.metrics == {"exact_match": 1.0, "f1": 1.0, "no_answer_f1": 1.0, "has_answer_f1": 1.0}
-    assert found.rows.tolist() == [1.0, 1.0]
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -426,52 +341,3 @@ def test_a_slow_tokenizer_is_refused(
     monkeypatch.setattr(question_answering, "load_tokenizer", lambda *_: slow)
     argv = arguments(folder, tmp_path / "out")
     assert_mistake(question_answering.main, argv, "does not say where its tokens are", tmp_path / "out", capsys)
-
-
-# -- built questions --------------------------------------------------------------------------------------------------
-SENTENCES = [f"Number {i} is said to be the {i + 3}rd of all {2 * i} things ." for i in range(40)]
-
-
-def test_built_questions_are_true() -> None:
-    rows = build_questions.build_questions(SENTENCES, documents=30, question_words=2, unanswerable=0.3, seed=3)
-    assert rows == build_questions.build_questions(SENTENCES, documents=30, question_words=2, unanswerable=0.3, seed=3)
-    places = set()
-    for row in rows:
-        start = row["question"].removeprefix('What follows "').removesuffix('"?')
-        (sentence,) = [each for each in SENTENCES if each.startswith(start + " ")]
-        if not row["answers"]["text"]:
-            assert sentence not in row["context"]
-            continue
-        (answer,), (place,) = row["answers"].values()
-        assert f"{start} {answer} ." == sentence
-        assert row["context"][place - len(start) - 1 :].startswith(sentence)
-        assert row["context"].count(f"{start} ") == 1
-        places.add(place)
-    assert 4 < sum(not row["answers"]["text"] for row in rows) < 16
-    assert len(places) > 10
-
-
-def test_sentences_of_texts() -> None:
-    texts = [
-        " = A heading of seven words or so . = \n",
-        "Some words of one sentence . More words of one sentence ! too short . Words with <unk> in one sentence . And",
-        "Some words of one sentence .",
-    ]
-    assert build_questions.find_sentences(texts, 5, 8) == [
-        "Some words of one sentence .",
-        "More words of one sentence !",
-    ]
-
-
-def test_questions_that_cannot_be_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BuildError, match="40 sentences that begin like no other; documents of 40"):
-        build_questions.build_questions(SENTENCES, documents=1, sentences_per_document=40, question_words=2)
-    with pytest.raises(BuildError, match="must be a share"):
-        build_questions.build_questions(SENTENCES, documents=1, unanswerable=2)
-    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
-    argv = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out.parquet"), "--documents", "1"]
-    with pytest.raises(SystemExit) as stop:
-        build_questions.main(argv)
-    assert stop.value.code == 2
-    assert "error: The file has no column 'text'" in capsys.readouterr().err
-    assert not (tmp_path / "out.parquet").exists()
