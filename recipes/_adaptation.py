@@ -21,8 +21,6 @@ from hf_linattn.training.transfer import LEARNING_RATES
 
 logger = logging.getLogger("hf_linattn.recipes")
 
-LABELS = ("label", "labels", "start_positions", "end_positions")
-
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -61,21 +59,17 @@ def adapt(
     Every process reads its share of the rows.
 
     Args:
-        collate: From a list of rows to inputs of the model; labels among them are left out.
+        collate: From a list of rows to inputs of the model. Labels among them are not looked at.
     """
-
-    def without_labels(rows: list[Any]) -> dict[str, Any]:
-        return {name: value for name, value in collate(rows).items() if name not in LABELS}
-
     done: dict[str, Any] = {}
     if hf_linattn.needs_calibration(model):
         chosen = first_rows(rows, args.calibration_samples)
-        calibrate(model, list(chosen) if is_stream(chosen) else chosen, without_labels, training)
+        calibrate(model, list(chosen) if is_stream(chosen) else chosen, collate, training)
         done["calibration_rows"] = args.calibration_samples if is_stream(rows) else len(chosen)
     if args.transfer_steps:
         if linear_attention_of(model) is None:
             raise RecipeError("--transfer_steps needs a kind of linear attention: give --attention.")
-        trainer = _transfer_trainer(model, rows, without_labels, args, training)
+        trainer = _transfer_trainer(model, rows, collate, args, training)
         trainer.train()
         last = [entry for entry in trainer.state.log_history if "error" in entry][-1]
         done["transfer"] = {"steps": args.transfer_steps, "error": last["error"]}

@@ -16,11 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from _adaptation import LABELS, AdaptationArguments
+from _adaptation import AdaptationArguments
 from _common import KEEP, SOFTMAX, AttentionArguments, RecipeError, linear_attention_of
 from _data_order import RepeatableTrainer
 from _finetuning import Flags, Scores, Task
 from _training import ModelArguments, RecipeTrainingArguments
+from hf_linattn.integrations.batches import is_label
 
 # What the head of a checkpoint is for -> the recipe of the task.
 RECIPES = {
@@ -146,7 +147,7 @@ def _batches(task: Task, split: str, batch_size: int, number: int) -> list[dict[
 
 def unlabelled(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch without its labels."""
-    return {name: value for name, value in batch.items() if name not in LABELS}
+    return {name: value for name, value in batch.items() if not is_label(name)}
 
 
 def _run(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
@@ -187,7 +188,7 @@ def memory(device: torch.device, reset: bool = False) -> dict[str, int]:
     return {"now": peak, "peak": peak}
 
 
-def attention_of(model: Any, softmax: bool) -> str:
+def attention_of(model: Any) -> str:
     """The kind's name."""
     settings = linear_attention_of(model)
-    return SOFTMAX if softmax or not settings else settings["kind"]
+    return settings["kind"] if settings else SOFTMAX

@@ -103,7 +103,7 @@ def measure(args: EvaluationArguments, data: Any, path: str, softmax: bool, titl
     transformers.utils.logging.disable_progress_bar()
     recipe = importlib.import_module(args.task or "")
     task = load(recipe.prepare, path, data, args.split or "", args.batch_size, DTYPES[args.dtype], softmax)
-    result: dict[str, Any] = {"model": path, "attention": attention_of(task.model, softmax)}
+    result: dict[str, Any] = {"model": path, "attention": attention_of(task.model)}
     if args.repeats and PartialState().num_processes == 1:
         cost = measure_cost(task, args.split or "", args.batch_size, args.timed_batches, args.repeats, title)
         result |= cost.to_dict()

@@ -16,6 +16,11 @@ from ..errors import InputError
 _MAIN = ("input_ids", "inputs_embeds", "pixel_values")
 
 
+def is_label(name: str) -> bool:
+    """Whether an input of a model is what it is to predict, by its name: labels, or the ends of an answer."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
 def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: str) -> Iterator[Mapping[str, Any]]:
     if isinstance(batches, (Mapping, str, Tensor)) or not isinstance(batches, Iterable):
         raise InputError(
@@ -34,7 +39,7 @@ def read_batches(batches: Any, max_batches: int | None, progress: bool, doing: s
 
 def prepare_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     """Inputs on the model's device, without labels, and the mask of real tokens."""
-    inputs = {name: value for name, value in batch.items() if "label" not in name}
+    inputs = {name: value for name, value in batch.items() if not is_label(name)}
     for name, value in inputs.items():
         if isinstance(value, (list, tuple)):
             raise InputError(

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import text_classification
+from _adaptation import adapt
 from _common import RecipeError
+from _finetuning import read_flags
 from scripts.kill_parts.inputs import build
 
 # Learned maps are trained, not drawn: without what is random in the other runs.
@@ -48,6 +50,18 @@ def test_transfer_comes_first(folder: Path, tmp_path: Path, kind: str) -> None:
     after = weights(tmp_path)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert any(".linattn." in name for name in after)
+
+
+@pytest.mark.parametrize("kind", ["favor_plus", "favor_sharp"])
+def test_labels_are_not_looked_at(folder: Path, tmp_path: Path, kind: str) -> None:
+    flags = read_flags(text_classification.ARGUMENTS, short(folder, tmp_path, kind, *TRANSFER), None, quiet=True)
+    task = text_classification.prepare(flags)
+    seen: set[str] = set()
+    task.model.register_forward_pre_hook(lambda model, inputs, named: seen.update(named), with_kwargs=True)
+    done = adapt(task.model, task.data["train"], task.collate, flags.adaptation, flags.training)
+    assert done["transfer"]["steps"] == 3
+    assert "input_ids" in seen
+    assert not any("label" in name for name in seen)
 
 
 def test_a_finished_run_is_left_alone(folder: Path, tmp_path: Path) -> None:
