@@ -115,6 +115,10 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
         find_column(names, args.image_column, IMAGE_NAMES, "image_column"),
         find_column(names, args.label_column, LABEL_NAMES, "label_column"),
     )
+    if columns.image == columns.label:
+        raise RecipeError(
+            f"Column {columns.image!r} cannot hold both images and labels: --image_column, --label_column."
+        )
     for split, data in splits.items():
         present = [name for name in (columns.image, columns.label) if name in column_names(data)]
         for name in (columns.image, columns.label):

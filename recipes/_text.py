@@ -92,7 +92,11 @@ def tokenizer_function(
 
 def choose_max_length(wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
     """`--max_length`, checked against the positions of the model."""
-    limit = position_limit(config)
+    limit, least = position_limit(config), tokenizer.num_special_tokens_to_add() + 1
+    if wanted is not None and wanted < least:
+        raise RecipeError(
+            f"--max_length must be at least {least}, the special tokens and one of the text; got {wanted}."
+        )
     if wanted is not None and limit is not None and wanted > limit:
         raise RecipeError(
             f"--max_length must be at most {limit}, the number of positions the model has; got {wanted}. Longer "
