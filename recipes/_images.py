@@ -25,13 +25,13 @@ from _labels import without_missing_labels
 from _models import is_new, load_processor
 from _text import LABEL_NAMES
 from _training import ModelArguments
+from hf_linattn.cli.inputs import EIGHT_BIT_MODES
 
 logger = logging.getLogger("hf_linattn.recipes")
 
 IMAGE_NAMES = ("image", "img")
 IMAGE_FORMATS = {".parquet": "parquet"}
-# Modes of Pillow with 8 bits a channel that become RGB or grey without surprise, and those that do if asked for.
-USUAL_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa")
+# Modes of Pillow, besides the usual ones, that become RGB or grey if asked for.
 CONVERTIBLE_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
 
 
@@ -68,7 +68,7 @@ class ImageArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = [mode for mode in self.modes if mode not in (*USUAL_MODES, *CONVERTIBLE_MODES)]
+        wrong = [mode for mode in self.modes if mode not in (*EIGHT_BIT_MODES, *CONVERTIBLE_MODES)]
         if wrong:
             raise RecipeError(f"--convert_modes must be of {', '.join(CONVERTIBLE_MODES)}; got {wrong[0]!r}.")
         if self.image_size is not None:
@@ -77,7 +77,7 @@ class ImageArguments(DataArguments):
     @property
     def modes(self) -> list[str]:
         """Modes of the images that are converted."""
-        return [*USUAL_MODES, *filter(None, (mode.strip() for mode in (self.convert_modes or "").split(",")))]
+        return [*EIGHT_BIT_MODES, *filter(None, (mode.strip() for mode in (self.convert_modes or "").split(",")))]
 
     @property
     def size(self) -> tuple[int, int]:

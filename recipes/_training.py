@@ -15,6 +15,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -190,6 +191,15 @@ class RecipeTrainer(RepeatableTrainer):
         self.publisher = Publisher(args)
         super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
         self.publisher.trainer = self
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"--push_to_hub: no repository for {self.args.hub_model_id or self.args.output_dir!r}: {reason}"
+            ) from error
 
     def push_to_hub(
         self,

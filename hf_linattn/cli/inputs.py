@@ -29,6 +29,8 @@ IMAGE_NAMES = ("image", "img")
 IMAGE_FORMATS = {".parquet": "parquet"}
 TEXT_FORMATS = {**IMAGE_FORMATS, ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 BUILDER_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"keep_linebreaks": True}}
+# Modes of Pillow with 8 bits a channel that become RGB or grey without surprise.
+EIGHT_BIT_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa")
 SHUFFLE_BUFFER = 1000  # rows
 # What reading raises for a file, or a column, of something else.
 UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError)
@@ -301,6 +303,12 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "RGB" if self.num_channels == 3 else "L"
+        for row in rows:
+            if row["image"].mode not in EIGHT_BIT_MODES:
+                raise InputError(
+                    f"An image has the mode {row['image'].mode!r}; the model takes 8 bits of colour or grey. Convert "
+                    "it to RGB or L as its maker meant it."
+                )
         return dict(self.processor([row["image"].convert(mode) for row in rows], return_tensors="pt"))
 
 

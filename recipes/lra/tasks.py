@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from _common import BUILDER_OPTIONS, RecipeError, find_column
 from _text import LABEL_NAMES, TEXT_NAMES
+from hf_linattn.cli.inputs import EIGHT_BIT_MODES
 
 from .tokens import byte_tokenizer, grey_ids, listops_tokenizer
 
@@ -117,6 +118,11 @@ def _grey_ids(max_length: int, column: str, stored: Any) -> list[int]:
         image.load()
     except (KeyError, TypeError, OSError) as error:
         raise RecipeError(f"Column {column!r} has a row that is no image: {error!r}.") from error
+    if image.mode not in EIGHT_BIT_MODES:
+        raise RecipeError(
+            f"Column {column!r} has an image of mode {image.mode!r}; the task takes 8 bits of colour or grey. Convert "
+            "it to RGB or L as its maker meant it."
+        )
     if image.width * image.height > max_length:
         raise RecipeError(
             f"Column {column!r} has an image of {image.width} x {image.height} pixels; --max_length allows "
