@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 import hf_linattn
-from _common import RecipeError, linear_attention_of
+from _common import RecipeError, refuse_idle_flags
 from _data import Data, first_rows, is_stream
 from _data_order import RepeatableTrainer
+from hf_linattn.cli.values import name_list
 from hf_linattn.training import AttentionTransferTrainer
 from hf_linattn.training.transfer import LEARNING_RATES
 
@@ -49,17 +50,30 @@ class AdaptationArguments:
         for name, least in (("calibration_samples", 1), ("transfer_steps", 0), ("lora_r", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"--{name} must be at least {least}; got {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise RecipeError(f"--lora_dropout must be at least 0 and below 1; got {self.lora_dropout}.")
+        lora = ("lora_r", "lora_alpha", "lora_dropout")
+        refuse_idle_flags(self, {"transfer_steps": ["transfer_learning_rate"], "lora_target_modules": lora})
+        if self.lora_target_modules is not None and not name_list(self.lora_target_modules):
+            raise RecipeError(f"--lora_target_modules must name modules; got {self.lora_target_modules!r}.")
 
 
 def adapt(
-    model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
+    model: PreTrainedModel,
+    rows: Data,
+    trained: Data,
+    collate: Collate,
+    args: AdaptationArguments,
+    training: TrainingArguments,
 ) -> dict[str, Any]:
     """Calibrate and train the attention layers on training rows, without labels. Returns what was done.
 
     Every process reads its share of the rows.
 
     Args:
-        collate: From a list of rows to inputs of the model. Labels among them are not looked at.
+        rows: Those of training: the first ones calibrate.
+        trained: The same, as attention transfer reads them: a stream without end is shuffled.
+        collate: From a list of rows to inputs of the model; Labels among them are not looked at.
     """
     done: dict[str, Any] = {}
     if hf_linattn.needs_calibration(model):
@@ -67,9 +81,7 @@ def adapt(
         calibrate(model, list(chosen) if is_stream(chosen) else chosen, collate, training)
         done["calibration_rows"] = args.calibration_samples if is_stream(rows) else len(chosen)
     if args.transfer_steps:
-        if linear_attention_of(model) is None:
-            raise RecipeError("--transfer_steps needs a kind of linear attention: give --attention.")
-        trainer = _transfer_trainer(model, rows, collate, args, training)
+        trainer = _transfer_trainer(model, trained, collate, args, training)
         trainer.train()
         last = [entry for entry in trainer.state.log_history if "error" in entry][-1]
         done["transfer"] = {"steps": args.transfer_steps, "error": last["error"]}
@@ -136,7 +148,7 @@ def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: boo
     except ModuleNotFoundError:
         raise RecipeError("--lora_target_modules needs PEFT: pip install peft.") from None
     assert args.lora_target_modules is not None
-    wanted = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
+    wanted = list(name_list(args.lora_target_modules))
     parts = [name.split(".")[-1] for name, _ in model.named_modules()]
     if missing := [name for name in wanted if name.split(".")[-1] not in parts]:
         raise RecipeError(f"--lora_target_modules: no module is called {missing[0]!r} in {type(model).__name__}.")
@@ -150,4 +162,7 @@ def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: boo
         target_modules=wanted,
         modules_to_save=[*head, *(["linattn"] if holds else [])] or None,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # a module of another sort than PEFT knows
+        raise RecipeError(f"--lora_target_modules {args.lora_target_modules}: {error}") from error

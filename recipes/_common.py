@@ -7,8 +7,8 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import hf_linattn
 from hf_linattn.cli.values import layer_list
-from hf_linattn.data.files import BUILDER_OPTIONS, TEXT_FORMATS, load_files
+from hf_linattn.data.files import BUILDER_OPTIONS, TEXT_FORMATS, UNREADABLE, load_files
 from hf_linattn.modules.registry import get_kind, list_kinds
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -30,6 +30,21 @@ FORMATS = {suffix: builder for suffix, builder in TEXT_FORMATS.items() if suffix
 
 class RecipeError(ValueError):
     """A request that cannot be carried out; the message says what to change. Shown to the user without a traceback."""
+
+
+def refuse_idle_flags(args: Any, needed: Mapping[str, Sequence[str]]) -> None:
+    """Refuse flags that do nothing without another one.
+
+    Args:
+        args: The flags, a dataclass.
+        needed: Flag -> flags that do nothing without it.
+    Raises: RecipeError that names both.
+    """
+    defaults = {each.name: each.default for each in fields(args)}
+    for flag, names in needed.items():
+        for name in names if not getattr(args, flag) else ():
+            if getattr(args, name) != defaults[name]:
+                raise RecipeError(f"--{name} {getattr(args, name)} does nothing without --{flag}. Give both or none.")
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -60,6 +75,11 @@ class AttentionArguments:
         elif given := self.settings():
             raise RecipeError(
                 f"--attention {self.attention} takes no settings; got {given}. Name a kind: {', '.join(list_kinds())}."
+            )
+        elif self.layers is not None:
+            raise RecipeError(
+                f"--layers are those that a kind converts; --attention {self.attention} converts none. Name a kind: "
+                f"{', '.join(list_kinds())}."
             )
 
     def settings(self) -> dict[str, Any]:
@@ -122,7 +142,11 @@ def load_splits(
     if dataset_name and given:
         raise RecipeError(f"Give --dataset_name or files, not both; got {dataset_name!r} and {given}.")
     if dataset_name:
-        return datasets.load_dataset(dataset_name, dataset_config, streaming=streaming)
+        try:
+            return datasets.load_dataset(dataset_name, dataset_config, streaming=streaming)
+        except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise RecipeError(f"--dataset_name {dataset_name!r} cannot be read: {reason}") from error
     if not given:
         raise RecipeError("No data: give --dataset_name or at least one of " + ", ".join(f"--{s}_file" for s in files))
     splits = {

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
-from _common import RecipeError, load_splits
-from hf_linattn.data.files import column_names
+from _common import RecipeError, load_splits, refuse_idle_flags
+from hf_linattn.data.files import UNREADABLE, column_names
 
 FORMATS_HELP = "parquet, csv, tsv, json or jsonl"
 SPLITS = ("train", "validation", "test")
@@ -41,6 +41,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
+        refuse_idle_flags(self, {"streaming": ["shuffle_buffer"], "dataset_name": ["dataset_config_name"]})
 
     def complete(self, splits: Mapping[str, Data]) -> Mapping[str, Data]:
         """The splits there are, and those that the recipe makes of them."""
@@ -81,7 +82,7 @@ def read_splits(
             if name not in found:
                 raise RecipeError(f"The run needs {name} data, but there is only {list(found)}. Give --{split}_file.")
             rows = first_rows(found[name], limit)
-            if next(iter(rows), None) is None:
+            if is_empty(rows, name):
                 raise RecipeError(f"The {name} data has no rows.")
             chosen[name if number else split] = rows
     return chosen
@@ -102,6 +103,14 @@ def _stored(stream: datasets.IterableDataset) -> datasets.Dataset:
 
 def is_stream(data: Data) -> bool:
     return isinstance(data, datasets.IterableDataset)
+
+
+def is_empty(data: Data, split: str) -> bool:
+    """Whether there are no rows. Raises: RecipeError for a stream that cannot be read."""
+    try:
+        return next(iter(data), None) is None
+    except UNREADABLE as error:
+        raise RecipeError(f"The {split} data cannot be read: {error}") from error
 
 
 def first_rows(data: Data, number: int | None) -> Data:

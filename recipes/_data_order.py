@@ -11,8 +11,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
 from transformers.trainer_utils import TrainOutput, has_length
+
+from _common import RecipeError
+from hf_linattn.errors import did_you_mean
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -112,8 +115,33 @@ class RepeatableTrainer(Trainer):
             if 0 < self.args.max_steps <= state.global_step:
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint:
+                    self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {"epoch": state.epoch})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Accelerate repeats rows to fill the last batch of every process. It drops their predictions; in the mean loss
+        # of the batch they would count. The order of all processes' last batches is that of the rows.
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1 or found[0] is None:
+            return found
+        number = find_batch_size(inputs)
+        own = min(max(state.remainder - number * self.args.process_index, 1), number)  # 1: its loss is dropped
+        first = {name: value[:own] for name, value in inputs.items()}
+        return super().prediction_step(model, first, True)[0], *found[1:]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            names = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_")]
+            wanted = self.args.metric_for_best_model
+            close = did_you_mean(wanted, names)
+            raise RecipeError(
+                f"--metric_for_best_model must be one of {', '.join(names)}; got {wanted!r}.{close}"
+            ) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Its data loader draws a number. A run resumed from a checkpoint before an evaluation may leave that out.

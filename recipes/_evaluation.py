@@ -38,7 +38,7 @@ def recipe_of(path: str) -> str:
     """Name of the recipe for a checkpoint's head. Raises: RecipeError if it has none of a known task."""
     try:
         names = AutoConfig.from_pretrained(path).architectures or [""]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     for head, recipe in RECIPES.items():
         if names[0].endswith(head):

@@ -22,7 +22,7 @@ from transformers import (
 
 from _adaptation import AdaptationArguments, Collate, adapt, add_adapter
 from _checkpoints import find_checkpoint
-from _common import AttentionArguments, linear_attention_of, versions
+from _common import AttentionArguments, RecipeError, linear_attention_of, versions
 from _data import Data, DataArguments, is_stream
 from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
@@ -121,6 +121,9 @@ def fine_tune(
     started = time.perf_counter()
     training, model = flags.training, task.model
     settings = linear_attention_of(model)
+    for name in () if training.do_train else ("transfer_steps", "lora_target_modules"):
+        if getattr(flags.adaptation, name):
+            raise RecipeError(f"--{name} needs --do_train. To score a model that is trained: --attention keep.")
     checkpoint, adapted = None, {}
     if training.do_train:
         _choose_sampling(training, task.data["train"])
@@ -129,7 +132,8 @@ def fine_tune(
             training, settings, flags.data.from_scratch, has_adapter=bool(flags.adaptation.lora_target_modules)
         )
         if checkpoint is None:
-            adapted = adapt(model, task.data["train"], task.collate, flags.adaptation, training)
+            rows = task.data["train"]
+            adapted = adapt(model, rows, _in_order(rows, flags), task.collate, flags.adaptation, training)
     trainer = _trainer(flags, task, callbacks)
     if quiet:
         trainer.remove_callback(PrinterCallback)
@@ -212,14 +216,20 @@ def _choose_sampling(training: RecipeTrainingArguments, rows: Data) -> None:
             training.train_sampling_strategy = "random"
 
 
+def _in_order(rows: Data, flags: Flags) -> Data:
+    """Rows to train on: of a stream shuffled ones, without end."""
+    if not is_stream(rows):
+        return rows
+    seed = flags.training.seed if flags.training.data_seed is None else flags.training.data_seed
+    return rows.shuffle(seed=seed, buffer_size=flags.data.shuffle_buffer).repeat(None)
+
+
 def _trainer(flags: Flags, task: Task, callbacks: Sequence[TrainerCallback]) -> RecipeTrainer:
     training, model = flags.training, task.model
     if training.do_train and flags.adaptation.lora_target_modules:
         model = add_adapter(model, flags.adaptation, task.new_head)
     rows = task.data.get("train")
-    if is_stream(rows):
-        seed = training.seed if training.data_seed is None else training.data_seed
-        rows = rows.shuffle(seed=seed, buffer_size=flags.data.shuffle_buffer).repeat(None)
+    rows = rows if rows is None else _in_order(rows, flags)
     trainer = task.trainer(
         model=model,
         args=training,

@@ -26,12 +26,11 @@ from _models import is_new, load_processor
 from _text import LABEL_NAMES
 from _training import ModelArguments
 from hf_linattn.data.files import IMAGE_FORMATS, check_folder, column_names, find_column, load_images
-from hf_linattn.data.rows import IMAGE_NAMES
+from hf_linattn.data.rows import EIGHT_BIT_MODES, IMAGE_NAMES
 
 logger = logging.getLogger("hf_linattn.recipes")
 
-# Modes of Pillow with 8 bits a channel that become RGB or grey without surprise, and those that do if asked for.
-USUAL_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa")
+# Modes of Pillow, besides the usual ones, that become RGB or grey if asked for.
 CONVERTIBLE_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
 
 
@@ -68,7 +67,7 @@ class ImageArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = [mode for mode in self.modes if mode not in (*USUAL_MODES, *CONVERTIBLE_MODES)]
+        wrong = [mode for mode in self.modes if mode not in (*EIGHT_BIT_MODES, *CONVERTIBLE_MODES)]
         if wrong:
             raise RecipeError(f"--convert_modes must be of {', '.join(CONVERTIBLE_MODES)}; got {wrong[0]!r}.")
         if self.image_size is not None:
@@ -77,7 +76,7 @@ class ImageArguments(DataArguments):
     @property
     def modes(self) -> list[str]:
         """Modes of the images that are converted."""
-        return [*USUAL_MODES, *filter(None, (mode.strip() for mode in (self.convert_modes or "").split(",")))]
+        return [*EIGHT_BIT_MODES, *filter(None, (mode.strip() for mode in (self.convert_modes or "").split(",")))]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,6 +114,10 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
         find_column(names, args.image_column, IMAGE_NAMES, "image_column"),
         find_column(names, args.label_column, LABEL_NAMES, "label_column"),
     )
+    if columns.image == columns.label:
+        raise RecipeError(
+            f"Column {columns.image!r} cannot hold both images and labels: --image_column, --label_column."
+        )
     for split, data in splits.items():
         present = [name for name in (columns.image, columns.label) if name in column_names(data)]
         for name in (columns.image, columns.label):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers import (
 
 import hf_linattn
 from _adaptation import AdaptationArguments
-from _common import AttentionArguments, RecipeError, apply_attention
+from _common import AttentionArguments, RecipeError, apply_attention, linear_attention_of, refuse_idle_flags
 from _text import LengthArguments
 from _training import ModelArguments, NewModelArguments
+from hf_linattn.cli.checkpoints import has_vocabulary
 from hf_linattn.errors import LinAttnError, did_you_mean
 
 
@@ -73,7 +75,7 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, **options: An
     """With a padding token, which the config gets to know. That of a new model gets to know the vocabulary, too."""
     if is_new(args) and args.tokenizer_name is None:
         raise RecipeError("A model from scratch needs --tokenizer_name.")
-    tokenizer = load_processor(AutoTokenizer, args, **options)
+    tokenizer = load_vocabulary(args, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_new(args):
@@ -85,8 +87,22 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, **options: An
     return tokenizer
 
 
+def load_vocabulary(args: ModelArguments, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was saved. Raises: RecipeError if there is none."""
+    path = args.tokenizer_name or args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=args.model_revision, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"There is no tokenizer in {path!r}: name one with --tokenizer_name ({reason})") from error
+    if not has_vocabulary(tokenizer, path, args.model_revision):
+        raise RecipeError(f"There is no tokenizer in {path!r}, only a model: name one with --tokenizer_name.")
+    return tokenizer
+
+
 def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: LengthArguments) -> None:
     """Give model and tokenizer the positions that `--extend_positions` asks for."""
+    refuse_idle_flags(lengths, {"extend_positions": ["extend_method"]})
     if lengths.extend_positions is not None:
         hf_linattn.extend_positions(model, lengths.extend_positions, method=lengths.extend_method)
         tokenizer.model_max_length = lengths.extend_positions
@@ -94,7 +110,10 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: 
 
 def convert(model: PreTrainedModel, attention: AttentionArguments, adaptation: AdaptationArguments) -> PreTrainedModel:
     """The attention that the run asks for; with learned maps where they are going to be trained."""
-    return apply_attention(model, attention, **({"learned": True} if adaptation.transfer_steps else {}))
+    model = apply_attention(model, attention, **({"learned": True} if adaptation.transfer_steps else {}))
+    if adaptation.transfer_steps and linear_attention_of(model) is None:
+        raise RecipeError("--transfer_steps needs a kind of linear attention: give --attention.")
+    return model
 
 
 def _found(auto_class: Any, path: str, args: ModelArguments, **options: Any) -> Any:
@@ -103,4 +122,6 @@ def _found(auto_class: Any, path: str, args: ModelArguments, **options: Any) -> 
     except LinAttnError:
         raise
     except (OSError, ValueError) as error:  # no such name, no connection, no such head: the first line says which
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise RecipeError(f"There is no folder {path!r} with a checkpoint.") from error
         raise RecipeError(f"{path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

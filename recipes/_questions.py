@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from _common import RecipeError, load_splits
+from _common import RecipeError, load_splits, refuse_idle_flags
 from _data import SPLITS, Data, DataArguments, read_splits
 from _text import LengthArguments
 from hf_linattn.data.files import column_names, find_column
@@ -55,6 +55,9 @@ class QuestionArguments(LengthArguments, DataArguments):
         for name in ("doc_stride", "n_best_size", "max_answer_length"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {getattr(self, name)}.")
+        if self.no_stride and self.doc_stride != QuestionArguments.doc_stride:
+            raise RecipeError(f"--doc_stride {self.doc_stride} does nothing with --no_stride. Give one of them.")
+        refuse_idle_flags(self, {"version_2_with_negative": ["null_score_diff_threshold"]})
 
 
 @dataclass(frozen=True)

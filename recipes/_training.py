@@ -15,7 +15,9 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from _common import RecipeError, linear_attention_of, write_json
 from _data_order import RepeatableTrainer
@@ -24,6 +26,8 @@ from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
 
 logger = logging.getLogger("hf_linattn.recipes")
+
+SAMPLING = ("group_by_length", "random", "sequential", "batch_rebalance")  # of TrainingArguments
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
@@ -85,15 +89,23 @@ class NewModelArguments(ModelArguments):
 class RecipeTrainingArguments(TrainingArguments):
     """`TrainingArguments` that put texts of similar length into a batch, and need no `--use_cpu` without a GPU."""
 
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "'group_by_length' or 'random' (or another that Trainer knows)"}
-    )
+    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": f"One of {', '.join(SAMPLING)}"})
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise --bf16 is refused
             self.dataloader_pin_memory = False
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name} must be at least 1; got {getattr(self, name)}.")
+        if self.train_sampling_strategy not in SAMPLING:
+            got = self.train_sampling_strategy
+            raise RecipeError(f"--train_sampling_strategy must be one of {', '.join(SAMPLING)}; got {got!r}.")
+        place = self.output_dir and Path(self.output_dir)
+        if place and place.exists() and not place.is_dir():
+            raise RecipeError(f"--output_dir must be a folder; {self.output_dir!r} is a file.")
         super().__post_init__()
+        get_reporting_integration_callbacks(self.report_to)  # a name that does not exist raises
 
 
 def parse_flags(parts: Sequence[type], argv: Sequence[str] | None, description: str | None) -> tuple[Any, ...]:
@@ -140,6 +152,8 @@ def config_flags(path: str, known: Mapping[str, Any]) -> list[str]:
         raise RecipeError(f"--config {path!r} must hold 'flag: value' lines; got a {type(content).__name__}.")
     flags: list[str] = []
     for name, value in content.items():
+        if name in ("config", "help"):
+            raise RecipeError(f"--config {path!r}: {name!r} is a flag of the command line alone.")
         if f"--{name}" not in known:
             close = did_you_mean(str(name), [flag.removeprefix("--") for flag in known])
             raise RecipeError(f"--config {path!r}: {name!r} is not a flag of this recipe.{close}")
@@ -177,6 +191,15 @@ class RecipeTrainer(RepeatableTrainer):
         self.publisher = Publisher(args)
         super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
         self.publisher.trainer = self
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"--push_to_hub: no repository for {self.args.hub_model_id or self.args.output_dir!r}: {reason}"
+            ) from error
 
     def push_to_hub(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, default_data_collator
 
-from _common import RecipeError, load_splits
+from _common import RecipeError, load_splits, refuse_idle_flags
 from _data import Data, first_rows, is_stream
 from _text import choose_max_length
 from hf_linattn.data.files import IMAGE_FORMATS, TEXT_FORMATS, load_images
@@ -56,6 +56,7 @@ class UnlabelledArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {value}.")
+        refuse_idle_flags(self, {"streaming": ["shuffle_buffer"], "dataset_name": ["dataset_config_name"]})
 
     @property
     def source(self) -> str:

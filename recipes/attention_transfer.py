@@ -22,19 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoImageProcessor, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 import hf_linattn
 from _adaptation import calibrate
@@ -48,9 +37,11 @@ from _common import (
     run,
     versions,
 )
+from _models import load_config, load_model, load_processor, load_vocabulary
 from _stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _training import ModelArguments, parse_flags, start_logging
 from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
+from hf_linattn.cli.checkpoints import model_class
 from hf_linattn.hub import TransferRecord
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -59,19 +50,15 @@ logger = logging.getLogger("hf_linattn.recipes")
 # -- model ------------------------------------------------------------------------------------------------------------
 def load(args: ModelArguments, attention: AttentionArguments) -> tuple[PreTrainedModel, Any]:
     """The model with the head it was saved with, converted, in float32; its tokenizer or image processor."""
-    source = {"revision": args.model_revision}
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(hf_linattn, name, None) or getattr(transformers, name, None) or AutoModel
-    model = model_class.from_pretrained(args.model_name_or_path, dtype=torch.float32, **source)
+    config = load_config(args)
+    model = load_model(model_class(config), args, config)
     model = apply_attention(model, attention, learned=True)
     if linear_attention_of(model) is None:
         raise RecipeError(
             f"{type(model).__name__} has softmax attention, and keeps it with --attention {attention.attention}. Name "
             f"the kind that is to be trained: --attention {' | '.join(hf_linattn.list_kinds())}."
         )
-    auto_class = AutoImageProcessor if takes_images(model) else AutoTokenizer
-    return model, auto_class.from_pretrained(args.tokenizer_name or args.model_name_or_path, **source)
+    return model, load_processor(AutoImageProcessor, args) if takes_images(model) else load_vocabulary(args)
 
 
 def count_steps(training: TransferTrainingArguments, rows: Rows, streaming: bool) -> int:

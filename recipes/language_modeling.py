@@ -117,6 +117,8 @@ def prepare(flags: Flags) -> Task:
 
     config = load_config(flags.model)
     objective = choose_objective(flags.data.objective, config)
+    if objective == CAUSAL and flags.data.mlm_probability != LanguageModelingArguments.mlm_probability:
+        raise RecipeError(f"--mlm_probability {flags.data.mlm_probability} is for --objective {MASKED}, not {CAUSAL}.")
     tokenizer = load_tokenizer(flags.model, config)
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(

@@ -92,11 +92,16 @@ def find_processor(model: PreTrainedModel, source: str, revision: str = "main") 
         processor = auto_class.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
         return None
-    if takes_images(model):
-        return processor
-    # A tokenizer whose files are missing is made all the same, with a handful of special tokens.
-    names = {"tokenizer.json", *processor.vocab_files_names.values()}
-    return processor if any(_is_there(source, name, revision) for name in names) else None
+    return processor if takes_images(model) or has_vocabulary(processor, source, revision) else None
+
+
+def has_vocabulary(tokenizer: Any, source: str, revision: str = "main") -> bool:
+    """Whether a tokenizer was read from files.
+
+    One whose files are missing is made all the same, with a handful of special tokens.
+    """
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    return any(_is_there(source, name, revision) for name in names)
 
 
 def load_processor(model: PreTrainedModel, source: str, revision: str = "main") -> Any:

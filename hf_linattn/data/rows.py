@@ -14,6 +14,8 @@ from .files import UNREADABLE, column_names, find_column
 
 TEXT_NAMES = ("text", "sentence", "content", "document", "sentence1", "premise", "question1", "question")
 IMAGE_NAMES = ("image", "img")
+# Modes of Pillow with 8 bits a channel that become RGB or grey without surprise.
+EIGHT_BIT_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA", "RGBX", "La", "RGBa")
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -30,7 +32,9 @@ def choose_max_length(
         flag: What the user gave it with, for errors.
         advice: What to do for longer rows.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit, least = getattr(config, "max_position_embeddings", None), tokenizer.num_special_tokens_to_add() + 1
+    if wanted is not None and wanted < least:
+        raise InputError(f"--{flag} must be at least {least}, the special tokens and one of the text; got {wanted}.")
     if wanted is not None and limit is not None and wanted > limit:
         raise InputError(
             f"--{flag} must be at most {limit}, the number of positions the model has; got {wanted}. {advice}"
@@ -91,6 +95,12 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "RGB" if self.num_channels == 3 else "L"
+        for row in rows:
+            if row["image"].mode not in EIGHT_BIT_MODES:
+                raise InputError(
+                    f"An image has the mode {row['image'].mode!r}; the model takes 8 bits of colour or grey. Convert "
+                    "it to RGB or L as its maker meant it."
+                )
         return dict(self.processor([row["image"].convert(mode) for row in rows], return_tensors="pt"))
 
 

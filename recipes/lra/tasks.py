@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from _common import RecipeError
 from _text import LABEL_NAMES
 from hf_linattn.data.files import BUILDER_OPTIONS, find_column
-from hf_linattn.data.rows import IMAGE_NAMES, TEXT_NAMES
+from hf_linattn.data.rows import EIGHT_BIT_MODES, IMAGE_NAMES, TEXT_NAMES
 
 from .tokens import byte_tokenizer, grey_ids, listops_tokenizer
 
@@ -118,6 +118,11 @@ def _grey_ids(max_length: int, column: str, stored: Any) -> list[int]:
         image.load()
     except (KeyError, TypeError, OSError) as error:
         raise RecipeError(f"Column {column!r} has a row that is no image: {error!r}.") from error
+    if image.mode not in EIGHT_BIT_MODES:
+        raise RecipeError(
+            f"Column {column!r} has an image of mode {image.mode!r}; the task takes 8 bits of colour or grey. Convert "
+            "it to RGB or L as its maker meant it."
+        )
     if image.width * image.height > max_length:
         raise RecipeError(
             f"Column {column!r} has an image of {image.width} x {image.height} pixels; --max_length allows "
