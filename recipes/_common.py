@@ -25,6 +25,8 @@ from hf_linattn.modules.registry import get_kind, list_kinds
 logger = logging.getLogger("hf_linattn.recipes")
 
 KEEP, SOFTMAX = "keep", "softmax"
+# Flags that say how the kind of `--attention` works.
+KIND_SETTINGS = ("window_size", "num_features", "num_landmarks", "attention_config")
 FORMATS = {suffix: builder for suffix, builder in TEXT_FORMATS.items() if suffix != ".txt"}  # of tables
 
 

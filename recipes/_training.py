@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from _common import RecipeError, linear_attention_of, write_json
+from _common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
 from _data_order import RepeatableTrainer
 from _publish import Publisher
 from hf_linattn.errors import did_you_mean
@@ -116,16 +116,20 @@ def parse_flags(parts: Sequence[type], argv: Sequence[str] | None, description: 
     parser = HfArgumentParser(
         parts, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="YAML file of flags, without the dashes; what the command line says wins")
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="YAML file of flags, without the dashes; of several a later one wins, and the command line over all",
+    )
     parser.error = _raise  # type: ignore[method-assign]  # in place of a page of usage
     argv = list(sys.argv[1:] if argv is None else argv)
     if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = ["--config", argv[0]]
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    path = files.parse_known_args(argv)[0].config
-    if path is not None:
-        argv = [*config_flags(path, parser._option_string_actions), *argv]
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--attention")
+    given = files.parse_known_args(argv)[0]
+    argv = [*config_flags(given.config, parser._option_string_actions, given.attention), *argv]
     try:
         *found, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # TrainingArguments check themselves
@@ -137,11 +141,30 @@ def parse_flags(parts: Sequence[type], argv: Sequence[str] | None, description: 
     return tuple(found[: len(parts)])
 
 
-def config_flags(path: str, known: Mapping[str, Any]) -> list[str]:
-    """The flags of a YAML (or JSON) file, as a command line. A mapping becomes JSON, a list several values.
+def config_flags(paths: Sequence[str], known: Mapping[str, Any], attention: str | None = None) -> list[str]:
+    """The flags of YAML (or JSON) files, as a command line. A mapping becomes JSON, a list several values.
 
+    Settings belong to the kind of attention that they stand beside: who names another kind later does not get them.
+
+    Args:
+        known: Flag -> what the parser knows of it.
+        attention: What the command line says.
     Raises: RecipeError for a file that cannot be read, and for keys that are no flags.
     """
+    values: dict[str, Any] = {}
+    for path in paths:
+        content = _read_config(path, known)
+        values = {**_without_other_settings(values, content.get("attention")), **content}
+    flags: list[str] = []
+    for name, value in _without_other_settings(values, attention).items():
+        if value is None:
+            continue
+        flags.append(f"--{name}")
+        flags += [_as_text(each) for each in value] if isinstance(value, list) else [_as_text(value)]
+    return flags
+
+
+def _read_config(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -150,18 +173,20 @@ def config_flags(path: str, known: Mapping[str, Any]) -> list[str]:
         raise RecipeError(f"--config {path!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"--config {path!r} must hold 'flag: value' lines; got a {type(content).__name__}.")
-    flags: list[str] = []
-    for name, value in content.items():
+    for name in content:
         if name in ("config", "help"):
             raise RecipeError(f"--config {path!r}: {name!r} is a flag of the command line alone.")
         if f"--{name}" not in known:
             close = did_you_mean(str(name), [flag.removeprefix("--") for flag in known])
             raise RecipeError(f"--config {path!r}: {name!r} is not a flag of this recipe.{close}")
-        if value is None:
-            continue
-        flags.append(f"--{name}")
-        flags += [_as_text(each) for each in value] if isinstance(value, list) else [_as_text(value)]
-    return flags
+    return content
+
+
+def _without_other_settings(values: Mapping[str, Any], attention: str | None) -> dict[str, Any]:
+    """The values of files, without settings of a kind in whose place `attention` was named."""
+    if attention is None or values.get("attention") in (None, attention):
+        return dict(values)
+    return {name: value for name, value in values.items() if name not in KIND_SETTINGS}
 
 
 def _as_text(value: Any) -> str:

@@ -51,6 +51,36 @@ def test_a_file_may_be_the_only_argument(tmp_path: Path) -> None:
         assert read_flags(DataArguments, [str(tmp_path / name)], None).adaptation.transfer_steps == 3
 
 
+def test_of_several_files_a_later_one_wins(tmp_path: Path) -> None:
+    for name, content in {"task": "learning_rate: 1.0\nmax_steps: 3", "kind": "attention: eva\nmax_steps: 5"}.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = [text for name in ("task", "kind") for text in ("--config", str(tmp_path / f"{name}.yaml"))]
+    flags = read_flags(DataArguments, [*files, *BASE], None)
+    assert (flags.attention.attention, flags.training.learning_rate, flags.training.max_steps) == ("eva", 1.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "other", "settings"),
+    [
+        ("attention: favor_plus\nnum_features: 8", "softmax", {}),
+        ("attention: favor_plus\nnum_features: 8", "eva", {}),
+        ("attention: favor_plus\nnum_features: 8", "favor_plus", {"num_features": 8}),
+        ("num_features: 8", "favor_plus", {"num_features": 8}),
+    ],
+)
+@pytest.mark.parametrize("source", ["command line", "file"])
+def test_another_kind_does_not_get_the_settings(
+    tmp_path: Path, content: str, other: str, settings: dict[str, Any], source: str
+) -> None:
+    changes = ["--attention", other]
+    if source == "file":
+        (tmp_path / "kind.yaml").write_text(f"attention: {other}")
+        changes = ["--config", str(tmp_path / "kind.yaml")]
+    flags = read(tmp_path, f"{content}\nmax_steps: 3", *changes)
+    assert (flags.attention.attention, flags.attention.settings()) == (other, settings)
+    assert flags.training.max_steps == 3
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
