@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,14 +38,29 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
         close = did_you_mean(args.model_type, list(CONFIG_MAPPING))
         raise RecipeError(f"--model_type {args.model_type!r} is none that Transformers knows.{close}")
     if args.config_overrides:
-        try:
-            config.update_from_string(args.config_overrides)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(
-                f"--config_overrides must be fields of {type(config).__name__}, as 'hidden_size=192,num_hidden_layers="
-                f"4'; got {args.config_overrides!r} ({error})."
-            ) from error
+        override(config, args.config_overrides)
     return config
+
+
+def override(config: PreTrainedConfig, text: str) -> None:
+    """Set fields of a config as `--config_overrides` says. Raises: RecipeError for what is no field, or no value."""
+    known, unset = [], {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if value and getattr(config, name, "") is None:  # Transformers does not change it: it has no type
+            unset[name] = yaml.safe_load(value)
+        else:
+            known.append(part)
+    try:
+        if known:
+            config.update_from_string(",".join(known))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"--config_overrides must be fields of {type(config).__name__}, as 'hidden_size=192,num_hidden_layers="
+            f"4'; got {text!r} ({error})."
+        ) from error
+    for name, value in unset.items():
+        setattr(config, name, value)
 
 
 def load_model(auto_class: Any, args: ModelArguments, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from cases import BERT
+from transformers import GPT2Config
 
 import hf_linattn
 from _common import RecipeError
 from _data import DataArguments
 from _finetuning import describe, read_flags
+from _models import override
 from hf_linattn import FavorPlusConfig
 
 BASE = ["--model_name_or_path", "somewhere", "--output_dir", "out"]
@@ -106,6 +108,15 @@ def test_mistakes(tmp_path: Path, content: str, flags: list[str], message: str) 
 def test_a_file_that_is_missing() -> None:
     with pytest.raises(RecipeError, match=r"'none\.yaml' cannot be read: No such file"):
         read_flags(DataArguments, ["--config", "none.yaml", *BASE], None)
+
+
+def test_fields_of_a_config_that_are_not_set() -> None:
+    config = GPT2Config()
+    override(config, "n_layer=2,n_inner=16,attn_pdrop=0.0")
+    assert (config.n_layer, config.n_inner, config.attn_pdrop) == (2, 16, 0.0)
+    for text in ("n_inner", "n_iner=16", "n_layer=two"):
+        with pytest.raises(RecipeError, match=f"must be fields of GPT2Config.*got {text!r}"):
+            override(config, text)
 
 
 def test_one_line_says_what_runs(tmp_path: Path) -> None:
