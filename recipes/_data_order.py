@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ class _TellEpoch(TrainerCallback):
             self.collate.set_epoch(int(state.epoch))
 
 
+@contextmanager
+def _same_model(checkpoint: str | None) -> Iterator[None]:
+    """Tell what it means when tensors of a checkpoint do not fit. Raises: RecipeError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "size mismatch" not in str(error) and "parameter group" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"{checkpoint} was trained with another model, other positions, labels or LoRA than this run has "
+            f"({reason}). Use another --output_dir, the same flags, or --from_scratch."
+        ) from error
+
+
 class RepeatableTrainer(Trainer):
     """A `Trainer` whose resumed runs see the data, and draw the random numbers, of the undisturbed run.
 
@@ -119,6 +135,14 @@ class RepeatableTrainer(Trainer):
                     self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {"epoch": state.epoch})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _same_model(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _same_model(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Accelerate repeats rows to fill the last batch of every process. It drops their predictions; in the mean loss

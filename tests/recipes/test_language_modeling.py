@@ -198,7 +198,7 @@ def test_two_processes_measure_what_one_does(folder: Path, tmp_path: Path, famil
     two_processes(RECIPE, [*argv[1], *still], folder / "home")
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
-    for name in ("eval_nll", "eval_perplexity", "eval_accuracy"):
+    for name in ("eval_nll", "eval_perplexity", "eval_accuracy", "eval_loss"):
         assert two["metrics"]["eval"][name] == pytest.approx(one["metrics"]["eval"][name], rel=1e-6)
     assert two["metrics"]["train"]["train_loss"] == pytest.approx(one["metrics"]["train"]["train_loss"], rel=0.2)
 

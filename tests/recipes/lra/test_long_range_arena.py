@@ -136,7 +136,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in ("eval_accuracy", "eval_loss"):
-        assert two["metrics"]["eval"][name] == pytest.approx(one["metrics"]["eval"][name], rel=1e-3)
+        assert two["metrics"]["eval"][name] == pytest.approx(one["metrics"]["eval"][name], rel=1e-6)
 
 
 # -- published files --------------------------------------------------------------------------------------------------
