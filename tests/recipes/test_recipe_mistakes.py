@@ -167,4 +167,4 @@ def test_flags_that_a_file_cannot_give(name: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: other.yaml")
     with pytest.raises(_common.RecipeError, match=f"'{name}' is a flag of the command line alone"):
-        config_flags(str(path), {"--config": None, "--help": None})
+        config_flags([str(path)], {"--config": None, "--help": None})

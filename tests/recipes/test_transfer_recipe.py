@@ -223,9 +223,8 @@ def gpt2(folder: Path) -> tuple[Any, Any]:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("file", ["text.jsonl", "text.txt"])
 def test_texts_are_joined_into_rows(folder: Path, gpt2: tuple[Any, Any], file: str, streaming: bool) -> None:
-    args = UnlabelledArguments(
-        train_file=str(folder / file), max_length=LENGTH, max_eval_samples=3, streaming=streaming, shuffle_buffer=1
-    )
+    in_order = {"streaming": True, "shuffle_buffer": 1} if streaming else {}
+    args = UnlabelledArguments(train_file=str(folder / file), max_length=LENGTH, max_eval_samples=3, **in_order)
     rows = read_rows(*gpt2, args, seed=0)
     words = " ".join(json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines())
     expected = torch.tensor(gpt2[1](words)["input_ids"])
