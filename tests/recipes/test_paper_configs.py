@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,6 +97,19 @@ def test_every_experiment_has_a_small_variant() -> None:
     full = {(paper, stem) for paper, stem in stems if not stem.endswith("_small")}
     assert stems == full | {(paper, f"{stem}_small") for paper, stem in full}
     assert {path.parent.name for path in ARENA} == {"performer", "favor_sharp", "lara", "eva"}
+
+
+def test_the_table_names_every_experiment() -> None:
+    table = Path("docs/papers.md").read_text().partition("## Trained models")[2]
+    named = set(re.findall(r"^\| `([\w/]+\.yaml)` \|", table, re.MULTILINE))
+    files = [path for path in PAPERS.rglob("*.yaml") if not path.stem.endswith("_small")]
+    assert named == {path.relative_to(PAPERS).as_posix() for path in files}
+
+
+@pytest.mark.parametrize("path", sorted(PAPERS.rglob("*.yaml")), ids=name_of)
+def test_a_file_says_whose_settings_they_are(path: Path) -> None:
+    head = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"ours|Not here|No result", head, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
