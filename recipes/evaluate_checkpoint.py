@@ -18,21 +18,20 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
-from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from rich.console import Console
 from rich.table import Table
 
 from _common import RecipeError, run, versions, write_json
 from _evaluation import attention_of, known_tasks, load, measure_cost, paired, predict, recipe_of
 from _training import parse_flags
+from hf_linattn.hub import Measurement, write_results
+from hf_linattn.hub.results import check_card
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COSTS = (
@@ -65,7 +64,7 @@ class EvaluationArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     eval_results: bool = field(
         default=False,
-        metadata={"help": "Write the metrics into the checkpoint's folder, as `.eval_results` of the Hub"},
+        metadata={"help": "Write the metrics into the checkpoint's folder: as .eval_results, and in its model card"},
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +93,8 @@ def read_flags(argv: Sequence[str] | None) -> tuple[EvaluationArguments, Any, An
         args.split = "validation" if data.validation_file and not data.test_file else "test"
     if args.eval_results and not (data.dataset_name and Path(args.model_name_or_path).is_dir()):
         raise RecipeError("--eval_results needs --dataset_name, a data set of the Hub, and a local checkpoint.")
+    if args.eval_results:
+        check_card(Path(args.model_name_or_path))
     return args, data, recipe
 
 
@@ -154,20 +155,11 @@ def show(ours: Mapping[str, Any], original: Mapping[str, Any], difference: Mappi
     Console().print(table)
 
 
-def write_eval_results(args: EvaluationArguments, data: Any, ours: Mapping[str, Any]) -> Path:
-    """The metrics, in the format that the Hub shows beside a model (`EvalResultEntry` of huggingface_hub)."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    notes = f"{args.split}, {ours['rows']} rows, {ours['attention']} attention"
-    entries = [
-        EvalResultEntry(
-            data.dataset_name, data.dataset_config_name or "default", ours[name], date=date, notes=f"{name}; {notes}"
-        )
-        for name in ours["metrics"]
-    ]
-    path = Path(args.model_name_or_path, ".eval_results", f"{args.task}.yaml")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-    return path
+def measured(args: EvaluationArguments, data: Any, ours: Mapping[str, Any]) -> list[Measurement]:
+    """The metrics of the checkpoint, as the Hub takes them."""
+    task, notes = (args.task or "").replace("_", "-"), f"{ours['rows']} rows, {ours['attention']} attention"
+    place = (task, data.dataset_name, data.dataset_config_name, args.split)
+    return [Measurement(name, ours[name], *place, notes=notes) for name in ours["metrics"]]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -191,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.output:
             print(f"Wrote {write_json(args.output, report)}")
         if args.eval_results:
-            print(f"Wrote {write_eval_results(args, data, ours)}")
+            for path in write_results(Path(args.model_name_or_path), args.task or "", measured(args, data, ours)):
+                print(f"Wrote {path}")
     return json.loads(json.dumps(report))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,12 @@ import typer
 
 from ..bench.workload import choose
 from ..errors import ConfigError
+from ..hub import Measurement, write_results
+from ..hub.results import CARD, check_card
 from . import options
 from .checkpoints import AS_SAVED, model_class, read_config
 from .output import note, print_json, print_table, write_json
-from .suites import Evaluation, run_lm_eval, run_mteb
+from .suites import Evaluation, Found, run_lm_eval, run_mteb
 from .values import name_list
 
 EXAMPLE = "Example: hf-linattn eval gpt2-trained --tasks lambada_openai,piqa --limit 200 --baseline"
@@ -45,6 +49,13 @@ def evaluate(
     ] = None,
     batch_size: options.BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.", dir_okay=False)] = None,
+    eval_results: Annotated[
+        bool,
+        typer.Option(
+            "--eval-results",
+            help="Write the metrics of data sets on the Hub into MODEL: as .eval_results, and into its model card.",
+        ),
+    ] = False,
     tokenizer: options.Tokenizer = None,
     device: options.Device = None,
     dtype: options.Dtype = AS_SAVED,
@@ -64,19 +75,49 @@ def evaluate(
     choose("--suite", suite, SUITES)
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {str(output)!r} cannot be written: its folder is not there.")
+    if eval_results:
+        if not Path(model).is_dir():
+            raise ConfigError(f"--eval-results writes into the folder of the checkpoint; {model!r} is none.")
+        check_card(Path(model))
     asked = Evaluation(
         model, names, baseline, limit, fewshot, batch_size, max_length, tokenizer, device, dtype, revision
     )
-    scores = SUITES[suite](asked)
+    found = SUITES[suite](asked)
+    scores = found.scores
     result: dict[str, Any] = {"model": model, "suite": suite, "tasks": names, "limit": limit, "scores": scores}
     result["versions"] = {name: importlib.metadata.version(name) for name in (suite, "transformers", "torch")}
     if output is not None:
         write_json(output, result)
         note(f"written: {output}")
+    if eval_results:
+        _write_results(asked, found)
     if json:
         print_json(result)
     else:
         _show(scores)
+
+
+def _write_results(asked: Evaluation, found: Found) -> None:
+    """The checkpoint's own metrics, for the Hub. Standard errors are no metrics: they go into the notes."""
+    attention, tasks = next(iter(found.scores.items()))
+    how = f"{attention} attention" + ("" if asked.limit is None else f", first {asked.limit} examples")
+    how += "" if asked.fewshot is None else f", {asked.fewshot} examples in the prompt"
+    for task, metrics in tasks.items():
+        source = found.sources.get(task)
+        if source is None:
+            note(f"{task!r} has no data set on the Hub, so it gets no entry in .eval_results.")
+            continue
+        measured = []
+        for name, value in metrics.items():
+            metric, comma, filtered = name.partition(",")  # of lm-eval: "exact_match,strict-match"
+            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
+            if math.isfinite(value) and not metric.endswith("_stderr"):
+                notes = how if error is None else f"standard error {error:.4g}; {how}"
+                measured.append(Measurement(name, value, **asdict(source), notes=notes))
+        written = write_results(Path(asked.model), task, measured)
+        note(f"written: {', '.join(map(str, written))}")
+    if not Path(asked.model, CARD).is_file():
+        note(f"There is no model card in {asked.model!r}, so none gets the results.")
 
 
 def _show(scores: dict[str, dict[str, dict[str, float]]]) -> None:

@@ -10,6 +10,7 @@ import typer
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from ..errors import CheckpointError, ConfigError, InputError
+from ..hub.results import RESULTS
 from ..integrations.families import is_converted
 from ..models.publishing import is_own, model_files, push_folder
 from .checkpoints import FailureError, find_processor, read_config
@@ -34,7 +35,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
     json: Json = False,
 ) -> None:
-    """Upload a converted checkpoint, its tokenizer and a model card in one commit, and nothing else in the folder.
+    """Upload a converted checkpoint, its tokenizer, model card and .eval_results in one commit, and nothing else.
 
     The token is that of `hf auth login`, or HF_TOKEN. README.md in the folder is the card; without one it is written.
     """
@@ -51,6 +52,7 @@ def push(
     if missing:
         raise CheckpointError(f"The checkpoint in {str(folder)!r} is incomplete: {missing[0]!r} is not there.")
     names = [path.name for path in model_files(folder)] + _processor_files(model, folder)
+    names += [path.relative_to(folder).as_posix() for path in (folder / RESULTS).glob("*.yaml") if is_own(path)]
     try:
         address = push_folder(
             model,

@@ -6,17 +6,19 @@ import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..conversion import revert
 from ..errors import ConfigError, InputError, did_you_mean
+from ..hub.header import is_hub_name
 from .checkpoints import check_calibrated, find_device, load_model, load_processor
 
 # Attention -> task -> metric -> value.
 Scores = dict[str, dict[str, dict[str, float]]]
+Metrics = dict[str, dict[str, float]]
 
 _TASK_NAME = re.compile(r"^(?:task|group):\s*[\"']?([\w.-]+)", re.MULTILINE)
 
@@ -50,6 +52,34 @@ class Evaluation:
     revision: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a task has its data, if that is the Hub: a data set with its configuration, split and revision.
+
+    Args:
+        task: What sort of task it is, in the words of the Hub.
+    """
+
+    task: str
+    dataset: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a suite found.
+
+    Args:
+        scores: The checkpoint's first, then those of its baseline.
+        sources: Task -> where its data are, for tasks with data on the Hub.
+    """
+
+    scores: Scores
+    sources: Mapping[str, Source]
+
+
 def check_installed(module: str, package: str) -> None:
     """Raise `ConfigError` for a suite that is not installed."""
     if importlib.util.find_spec(module) is None:
@@ -57,7 +87,7 @@ def check_installed(module: str, package: str) -> None:
 
 
 # -- lm-evaluation-harness --------------------------------------------------------------------------------------------
-def run_lm_eval(asked: Evaluation) -> Scores:
+def run_lm_eval(asked: Evaluation) -> Found:
     """The scores of a language model. A file is a task in the harness's own YAML format."""
     check_installed("lm_eval", "lm-eval")
     for name in (name for name in asked.tasks if _is_file(name)):
@@ -83,7 +113,9 @@ def run_lm_eval(asked: Evaluation) -> Scores:
                 "Set its eos_token, or name another one: --tokenizer NAME."
             )
 
-        def scores(model: Any) -> dict[str, dict[str, float]]:
+        sources: dict[str, Source] = {}
+
+        def scores(model: Any) -> Metrics:
             options = {"batch_size": asked.batch_size, "max_length": asked.max_length, "device": str(model.device)}
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
             found = simple_evaluate(
@@ -94,9 +126,11 @@ def run_lm_eval(asked: Evaluation) -> Scores:
                 task_manager=manager,
                 log_samples=False,
             )
+            configs = found["configs"].items()
+            sources.update({task: source for task, config in configs if (source := _source_of(config))})
             return {task: _numbers(values) for task, values in found["results"].items()}
 
-        return _with_baseline(asked, model, scores)
+        return Found(_with_baseline(asked, model, scores), sources)
 
 
 def _task_of(path: str) -> str:
@@ -107,8 +141,19 @@ def _task_of(path: str) -> str:
     return named[1]
 
 
+def _source_of(config: Mapping[str, Any]) -> Source | None:
+    """The data set of a task, from its settings; `None` for files."""
+    path = config.get("dataset_path")
+    if not isinstance(path, str) or not is_hub_name(path) or Path(path).exists():
+        return None
+    if "data_files" in (config.get("dataset_kwargs") or {}):
+        return None
+    split = config.get("test_split") or config.get("validation_split") or config.get("training_split")
+    return Source("text-generation", path, config.get("dataset_name"), split)
+
+
 # -- MTEB -------------------------------------------------------------------------------------------------------------
-def run_mteb(asked: Evaluation) -> Scores:
+def run_mteb(asked: Evaluation) -> Found:
     """The scores of embeddings. A file holds pairs of texts with a score: `sentence1`, `sentence2`, `score`."""
     check_installed("mteb", "mteb")
     check_installed("sentence_transformers", "sentence-transformers")
@@ -132,12 +177,23 @@ def run_mteb(asked: Evaluation) -> Scores:
         if asked.max_length is not None:
             encoder.max_seq_length = asked.max_length
 
-        def scores(_: Any) -> dict[str, dict[str, float]]:
+        def scores(_: Any) -> Metrics:
             options = {"batch_size": asked.batch_size}
             found = mteb.evaluate(encoder, tasks, cache=None, encode_kwargs=options)
             return {task.task_name: _flat(task.scores) for task in found.task_results}
 
-        return _with_baseline(asked, encoder[0].auto_model, scores)
+        on_hub = [task for name, task in zip(asked.tasks, tasks, strict=True) if not _is_file(name)]
+        sources = {
+            task.metadata.name: Source(
+                task.metadata.type,
+                task.metadata.dataset["path"],
+                config=task.metadata.dataset.get("name"),
+                split=", ".join(task.metadata.eval_splits),
+                revision=task.metadata.dataset["revision"],
+            )
+            for task in on_hub
+        }
+        return Found(_with_baseline(asked, encoder[0].auto_model, scores), sources)
 
 
 def _named(name: str) -> Any:
@@ -188,7 +244,7 @@ def _flat(scores: Any) -> dict[str, float]:
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
-def _with_baseline(asked: Evaluation, model: Any, scores: Any) -> Scores:
+def _with_baseline(asked: Evaluation, model: Any, scores: Callable[[Any], Metrics]) -> Scores:
     """The scores of a model as it is, and after it with softmax if that is asked for."""
     settings = getattr(model.config, "linear_attention", None)
     if asked.baseline and not settings:

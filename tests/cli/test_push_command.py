@@ -39,6 +39,9 @@ def trained(folder: Path, tmp_path: Path) -> Path:
     data = ["--inputs", folder / "text.txt", "--max-length", "40"]
     shell("transfer", folder / "favor", path, *data, "--steps", "2", "--held-out", "4")
     (path / "secret.txt").write_text("secret")
+    (path / ".eval_results").mkdir()
+    (path / ".eval_results" / "sst2.yaml").write_text("[]\n")
+    (path / ".eval_results" / "secret.txt").write_text("secret")
     return path
 
 
@@ -63,7 +66,8 @@ shell("compare", "me/trained", "--inputs", {str(folder / "text.txt")!r}, "--rows
 """
     hub = run_with_hub(COMMANDS + code, tmp_path / "home")
     uploaded = files(hub, "me/trained")
-    written = {path.name for path in trained.iterdir()} - {"secret.txt"}
+    written = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    written -= {"secret.txt", ".eval_results/secret.txt"}
     assert written <= set(uploaded)
     assert not any(b"secret" in content for content in uploaded.values())
     assert {name: uploaded[name] for name in written - {"README.md"}} == {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from hub_server import environment, run
+from huggingface_hub import ModelCard
 from recipe_runs import ROWS, arguments, train
 
 import evaluate_checkpoint
@@ -101,6 +102,10 @@ def test_results_for_the_hub(
     )
     assert [entry["value"] for entry in entries] == [found["checkpoint"][name] for name in ("accuracy", "f1")]
     assert entries[0]["dataset"] == {"id": "some/data", "task_id": "default"}
+    index = ModelCard.load(folder / "tuned" / "README.md").data.eval_results
+    assert {(one.dataset_type, one.dataset_split, one.metric_type, one.metric_value) for one in index} == {
+        ("some/data", "validation", name, found["checkpoint"][name]) for name in ("accuracy", "f1")
+    }
 
 
 @pytest.mark.parametrize(
