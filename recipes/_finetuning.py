@@ -56,7 +56,8 @@ class Task:
         score: From a split and predictions to scores.
         main_metric: Name of the metric whose rows `Scores` has.
         keep: What of a batch's logits is kept for `score`, as `preprocess_logits_for_metrics` of Trainer.
-        show: From the predictions for test rows to a line of text each, for `predictions.tsv`.
+        show: From the predictions for test rows to a line of text each.
+        numbered: Whether they go to `predictions.tsv`, behind the index of the row, or alone to `predictions.txt`.
         new_head: Whether the model's head begins with random weights.
         has_mean_loss: Whether the model's own loss is a mean over the rows of a batch. One of tokens counts them over
             all processes and accumulated steps.
@@ -72,6 +73,7 @@ class Task:
     main_metric: str
     keep: Callable[[Any, Any], Any] | None = None
     show: Callable[[Any], Sequence[str]] | None = None
+    numbered: bool = True
     new_head: bool = True
     has_mean_loss: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
@@ -151,9 +153,7 @@ def fine_tune(
             predicted = trainer.predict(task.data[split], metric_key_prefix=name)
             metrics[name] = predicted.metrics
             if task.show is not None and trainer.is_world_process_zero():
-                write_predictions(
-                    Path(training.output_dir, f"{name.replace('test', 'predictions')}.tsv"), task, predicted
-                )
+                write_predictions(Path(training.output_dir, name.replace("test", "predictions")), task, predicted)
     if not quiet:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
@@ -182,11 +182,14 @@ def fine_tune(
 
 
 def write_predictions(path: Path, task: Task, predicted: Any) -> None:
-    """A line a row, as the server of GLUE wants it: its index and what was predicted."""
+    """A line a row: its index and what was predicted, as the server of GLUE wants it, or the latter alone."""
     assert task.show is not None
-    lines = [f"{i}\t{text}" for i, text in enumerate(task.show(predicted.predictions))]
+    lines = list(task.show(predicted.predictions))
+    if task.numbered:
+        lines = ["index\tprediction", *(f"{i}\t{text}" for i, text in enumerate(lines))]
+    path = path.with_suffix(".tsv" if task.numbered else ".txt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     logger.info("Wrote %s", path)
 
 

@@ -90,6 +90,12 @@ def read_labels(splits: Mapping[str, Data], column: str, config: PreTrainedConfi
     return Labels(column, index, names, new_head=config.num_labels != outputs)
 
 
+def labels_of_checkpoint(config: PreTrainedConfig) -> Labels:
+    """The labels of a checkpoint that predicts for data without any."""
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return Labels("", {name: i for i, name in enumerate(names)}, names)
+
+
 def without_missing_labels(splits: Mapping[str, Data], column: str) -> dict[str, Data]:
     """The splits; a test split of which no label is known loses the column."""
     return {

@@ -1,7 +1,7 @@
 """Fine-tune a pretrained model to tag words (entities, parts of speech), with softmax or any linear attention.
 
-A row has a list of words and a list of as many tags. Runs with plain `python` or with `accelerate launch`, on Hub
-names or local folders and files:
+A row has a list of words and a list of as many tags; in CoNLL files a line has a word and its tag. Runs with plain
+`python` or with `accelerate launch`, on Hub names or local folders and files:
 
     python recipes/token_classification.py --model_name_or_path google-bert/bert-base-cased --attention eva \\
         --dataset_name wikiann --dataset_config_name en --text_column tokens --label_column ner_tags \\
@@ -35,17 +35,17 @@ from transformers import (
 from _common import RecipeError, run
 from _data import Data, DataArguments, encode, is_stream, read_splits
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _labels import Labels, read_labels
+from _labels import Labels, labels_of_checkpoint, read_labels
 from _metrics import CLASSIFICATION, LocalMetrics
 from _models import convert, extend, load_config, load_model, load_tokenizer
 from _text import LengthArguments, choose_max_length
-from hf_linattn.data.files import column_names, find_column
+from hf_linattn.data.files import TAGGED_FORMATS, column_names, find_column
 
 logger = logging.getLogger("hf_linattn.recipes")
 
 WORD_NAMES = ("tokens", "words", "text")
 TAG_NAMES = ("ner_tags", "tags", "labels", "pos_tags", "upos", "chunk_tags")
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # those that hold lists
+FORMATS_HELP = "parquet, json or jsonl; conll or txt: a word a line, its tag in the last column, sentences apart"
 SPACE_BEFORE_WORDS = ("gpt2", "roberta", "bloom", "deberta")  # their tokenizers take words apart from sentences
 IGNORED = -100  # a label that is neither trained nor scored
 
@@ -54,6 +54,11 @@ IGNORED = -100  # a label that is neither trained nor scored
 class TaggingArguments(LengthArguments, DataArguments):
     """Which words and tags, and how they are read."""
 
+    train_file: str | None = field(default=None, metadata={"help": FORMATS_HELP})
+    validation_file: str | None = field(default=None, metadata={"help": FORMATS_HELP})
+    test_file: str | None = field(
+        default=None, metadata={"help": "In the same formats, with tags or without; for --do_predict"}
+    )
     text_column: str | None = field(
         default=None, metadata={"help": f"Lists of words; default: the first of {', '.join(WORD_NAMES)}"}
     )
@@ -70,13 +75,17 @@ ARGUMENTS = TaggingArguments  # for evaluate_checkpoint.py
 
 def prepare(flags: Flags) -> Task:
     """Read words, tags and model; map tags to the model's outputs; tokenize."""
-    splits = read_splits(flags.data, flags.training, formats=FORMATS)
+    splits = read_splits(flags.data, flags.training, formats=TAGGED_FORMATS)
     words, tags = find_columns(splits, flags.data)
 
     config = load_config(flags.model)
     if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise RecipeError(f"A model of type {config.model_type!r} cannot tag tokens.")
-    labels = read_labels(flattened(splits, tags), tags, config, trains=flags.training.do_train)
+    if tags is None:
+        labels = labels_of_checkpoint(config)
+    else:
+        tagged = {split: data for split, data in splits.items() if tags in column_names(data)}
+        labels = read_labels(flattened(tagged, tags), tags, config, trains=flags.training.do_train)
     if labels.is_regression:
         raise RecipeError(f"Column {tags!r} must hold tags (whole numbers or text); it holds fractions.")
     metrics = choose_metrics(labels)
@@ -90,7 +99,14 @@ def prepare(flags: Flags) -> Task:
     max_length = choose_max_length(flags.data.max_length, tokenizer, model.config)
     tokenize = tagging_function(tokenizer, words, labels, max_length, flags.data.label_all_tokens)
     data = encode(splits, tokenize, flags.training, "tokenizing")
+    starts = data["test"]["starts"] if "test" in data else []
     data = tell_cut_words(data, max_length)
+
+    def tags_of(outputs: np.ndarray) -> list[str]:
+        """A line a row, a tag a word; rows without words have an empty line."""
+        found = iter([" ".join(labels.name(row[i]) for i in at) for row, at in zip(outputs, starts, strict=True)])
+        return [next(found) if row else "" for row in splits["test"][words]]
+
     return Task(
         model=model,
         processor=tokenizer,
@@ -99,18 +115,22 @@ def prepare(flags: Flags) -> Task:
         score=lambda split, prediction: score(prediction, metrics),
         main_metric="accuracy",
         keep=lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(-1),
+        show=tags_of,
+        numbered=False,
         facts={"max_length": max_length, "labels": labels.to_dict(), "text": words, "label": tags},
     )
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
-def find_columns(splits: Mapping[str, Data], args: TaggingArguments) -> tuple[str, str]:
-    """Names of the columns of words and tags, the same in every split."""
+def find_columns(splits: Mapping[str, Data], args: TaggingArguments) -> tuple[str, str | None]:
+    """Names of the columns of words and tags, the same in every split. Test data may have no tags."""
     names = column_names(next(iter(splits.values())))
     words = find_column(names, args.text_column, WORD_NAMES, "text_column")
-    tags = find_column(names, args.label_column, TAG_NAMES, "label_column")
+    tags: str | None = None
+    if list(splits) != ["test"] or args.label_column or any(name in names for name in TAG_NAMES):
+        tags = find_column(names, args.label_column, TAG_NAMES, "label_column")
     for split, data in splits.items():
-        for name in (words, tags):
+        for name in (words, *([tags] if tags and split != "test" else [])):
             if name not in column_names(data):
                 raise RecipeError(f"The {split} data has no column {name!r}; its columns: {column_names(data)}.")
     return words, tags
@@ -142,40 +162,50 @@ def flattened(splits: Mapping[str, Data], column: str) -> dict[str, Data]:
 def tagging_function(
     tokenizer: PreTrainedTokenizerBase, column: str, labels: Labels, max_length: int, label_all_tokens: bool
 ) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
-    """What turns a batch of rows into model inputs with labels, and says how many words were cut off.
+    """What turns a batch of rows into model inputs, with labels where there are tags.
 
-    The tag of a word is the label of its first token; with `label_all_tokens` that of all, where the beginning of an
-    entity (B-) is followed by its inside (I-). Rows without words are left out.
+    It also says where words start (`starts`), and how many were cut off (`cut`). The tag of a word is the label of its
+    first token; with `label_all_tokens` that of all, where the beginning of an entity (B-) is followed by its inside
+    (I-). Rows without words are left out.
     """
     if not tokenizer.is_fast:
         raise RecipeError(f"Only a fast tokenizer says which word a token is of; {type(tokenizer).__name__} is none.")
     inside = inside_of(labels.names)
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        pairs = [pair for pair in zip(lists(rows, column, "words"), rows[labels.column], strict=True) if pair[0]]
+        has_tags, all_words = labels.column in rows, lists(rows, column, "words")
+        all_tags = rows[labels.column] if has_tags else all_words
+        pairs = [pair for pair in zip(all_words, all_tags, strict=True) if pair[0]]
         for words, tags in pairs:
             if len(words) != len(tags):
                 raise RecipeError(f"A row has {len(words)} words and {len(tags)} tags: {' '.join(map(str, words))!r}.")
             if wrong := [word for word in words if not isinstance(word, str)]:
                 raise RecipeError(f"Column {column!r} must hold lists of words; one of them is {wrong[0]!r}.")
+        found: dict[str, list[Any]] = {"starts": [], "cut": [], "length": [], **({"labels": []} if has_tags else {})}
         if not pairs:
-            return {"input_ids": [], "attention_mask": [], "labels": [], "length": [], "cut": []}
+            return {"input_ids": [], "attention_mask": [], **found}
         options = {"is_split_into_words": True, "truncation": True, "max_length": max_length}
         encoded = tokenizer([words for words, _ in pairs], **options)
-        encoded["labels"], encoded["cut"] = [], []
         for i, (words, tags) in enumerate(pairs):
-            outputs, of_word = labels.encode(tags), encoded.word_ids(i)
-            row = [IGNORED] * len(of_word)
-            for token, word in enumerate(of_word):
-                is_first = token == 0 or word != of_word[token - 1]
-                if word is not None and (is_first or label_all_tokens):
-                    row[token] = outputs[word] if is_first else inside[outputs[word]]
-            encoded["labels"].append(row)
-            encoded["cut"].append(len(words) - len(set(of_word) - {None}))
-        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return encoded
+            of_word = encoded.word_ids(i)
+            starts = [token for token, word in enumerate(of_word) if word is not None and is_first(of_word, token)]
+            found["starts"].append(starts)
+            found["cut"].append(len(words) - len(starts))
+            found["length"].append(len(of_word))
+            if has_tags:
+                outputs, row = labels.encode(tags), [IGNORED] * len(of_word)
+                for token, word in enumerate(of_word):
+                    if word is not None and (label_all_tokens or is_first(of_word, token)):
+                        row[token] = outputs[word] if is_first(of_word, token) else inside[outputs[word]]
+                found["labels"].append(row)
+        return {**encoded, **found}
 
     return tokenize
+
+
+def is_first(of_word: Sequence[int | None], token: int) -> bool:
+    """Whether a token is the first one of its word."""
+    return token == 0 or of_word[token] != of_word[token - 1]
 
 
 def inside_of(names: Sequence[str]) -> list[int]:
@@ -196,7 +226,7 @@ def tell_cut_words(data: Mapping[str, Data], max_length: int) -> dict[str, Data]
         logger.log(
             level, "%s: %d rows; of %d of them %d words are beyond %d tokens", split, len(rows), where, cut, max_length
         )
-    return {split: rows.remove_columns("cut") for split, rows in data.items()}
+    return {split: rows.remove_columns(["cut", "starts"]) for split, rows in data.items()}
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Texts and images out of files, for the shell and the recipes. Needs `datasets`."""
+"""Texts, tagged words and images out of files, for the shell and the recipes. Needs `datasets`."""
 
 from ..errors import ConfigError
 

@@ -11,10 +11,13 @@ import datasets
 import pyarrow as pa
 
 from ..errors import InputError
+from .conll import load_conll
 
 # Suffix of a file -> the builder of `datasets` that reads it.
 IMAGE_FORMATS = {".parquet": "parquet"}
 TEXT_FORMATS = {**IMAGE_FORMATS, ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+CONLL = "conll"  # not of `datasets`: our own
+TAGGED_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".conll": CONLL, ".txt": CONLL}
 BUILDER_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"keep_linebreaks": True}}
 # What reading raises for a file, or a column, of something else.
 UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError)
@@ -56,6 +59,8 @@ def load_files(
         raise InputError(f"{flag} must be files of one format; got {sorted(suffixes)}.")
     check_paths(paths, flag)
     suffix = suffixes.pop()
+    if formats[suffix] == CONLL:
+        return load_conll(paths, flag, streaming=streaming)
     options = {"split": "train", "streaming": streaming, **builder_options.get(suffix, {})}
     return _loaded(formats[suffix], flag, ", ".join(paths), data_files=list(paths), **options)
 

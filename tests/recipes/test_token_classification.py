@@ -97,6 +97,7 @@ def test_the_first_token_of_a_word_has_its_tag(
         assert tokenize({"words": [["yorker"]], "tags": [["B-a"]]})["labels"] == [[IGNORED, 0, 2, IGNORED]]
         assert tokenize({"words": [["yorker"]], "tags": [["B-b"]]})["labels"] == [[IGNORED, 1, 1, IGNORED]]
     assert tokenize({"words": [[]], "tags": [[]]})["labels"] == []
+    assert "labels" not in tokenize({"words": [["live"]]})
 
 
 def test_numbers_with_names_are_the_names(folder: Path, tmp_path: Path) -> None:
@@ -116,6 +117,48 @@ def test_words_that_are_cut_are_told(folder: Path, tmp_path: Path, caplog: pytes
     run(arguments(folder, tmp_path, "bert", "eva", "--max_length", "16", "--max_steps", "1"))
     rows_cut = sum(number > 0 for number in beyond)
     assert f"validation: 24 rows; of {rows_cut} of them {sum(beyond)} words are beyond 16 tokens" in caplog.text
+
+
+def test_predictions(folder: Path, tmp_path: Path) -> None:
+    """A line a row and a tag a word, from data with tags and without, in any batches."""
+    run(arguments(folder, tmp_path / "a", "bert", "favor_plus"))
+    rows = [json.loads(line)["tokens"] for line in (folder / "tagged.jsonl").read_text().splitlines()]
+    rows = [*rows[:5], [], *rows[5:], ["w1"] * 70]
+    for name in ("bare", "tagged"):
+        lines = [{"tokens": row, **({"ner_tags": list(map(tag, row))} if name == "tagged" else {})} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "bare.conll").write_text("\n".join("".join(f"{word}\n" for word in row) for row in rows))
+    written = {}
+    for name, size in (("bare.jsonl", 8), ("tagged.jsonl", 3), ("bare.conll", 1)):
+        argv = ["--model_name_or_path", str(tmp_path / "a"), "--do_predict", "--test_file", str(tmp_path / name)]
+        argv += ["--output_dir", str(tmp_path / name[:-2]), "--per_device_eval_batch_size", str(size)]
+        found = run([*argv, "--report_to", "none", "--label_all_tokens"])
+        assert ("test_f1" in found["metrics"]["test"]) == name.startswith("tagged")
+        written[name] = (tmp_path / name[:-2] / "predictions.txt").read_text().splitlines()
+    lines = [line.split() for line in written["bare.jsonl"]]
+    assert [len(line) for line in lines] == [min(len(row), 62) for row in rows]  # 64 positions
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "a").eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "a")(" ".join(rows[9]), return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs).logits[0, 1:-1].argmax(-1).tolist()
+    assert lines[9] == [model.config.id2label[output] for output in outputs]
+    assert written["tagged.jsonl"] == written["bare.jsonl"]
+    assert written["bare.conll"] == [line for line in written["bare.jsonl"] if line]
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)])
+def test_conll_files(folder: Path, tmp_path: Path, streaming: tuple[str, ...]) -> None:
+    """They train as the same sentences in another format do."""
+    rows = [json.loads(line) for line in (folder / "tagged.jsonl").read_text().splitlines()]
+    pairs = [zip(row["tokens"], row["ner_tags"], strict=True) for row in rows]
+    lines = ["".join(f"{word}\tX\t{tag}\n" for word, tag in sentence) for sentence in pairs]
+    (tmp_path / "tagged.txt").write_text("\n".join(lines))
+    losses = []
+    for name, file in (("a", folder / "tagged.jsonl"), ("b", tmp_path / "tagged.txt")):
+        files = ["--train_file", str(file), "--validation_file", str(file)]
+        found = run(arguments(folder, tmp_path / name, "bert", "favor_plus", *files, *streaming))
+        losses.append(found["metrics"]["eval"]["eval_loss"])
+    assert losses[0] == losses[1]
 
 
 # -- metrics ------------------------------------------------------------------------------------------------------
@@ -244,7 +287,11 @@ ROWS = {
         (["--validation_file", "words_alone.jsonl"], "The validation data has no column 'ner_tags'"),
         (["--text_column", "body"], "--text_column 'body' is not a column of the data"),
         (["--label_column", "id"], "Column 'id' must hold lists of tags; got 0."),
-        (["--train_file", "text.txt"], "--train_file must be one of ['.json', '.jsonl', '.parquet']"),
+        (
+            ["--train_file", "text.csv"],
+            "must be one of ['.conll', '.json', '.jsonl', '.parquet', '.txt']; got",
+        ),
+        (["--train_file", "text.txt"], "line 2: every line must have 5 columns, as the first one; got ["),
         (["--validation_file", "empty.jsonl"], "has no rows"),
         (["--max_length", "100"], "--max_length must be at most 64"),
         (["--label_all"], "Did you mean '--label_all_tokens'?"),
