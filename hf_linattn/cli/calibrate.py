@@ -12,6 +12,7 @@ from ..conversion.calibrate import ATTENTIONS
 from ..modules.contract import CALIBRATED_TOKENS
 from . import options
 from .checkpoints import AS_SAVED, check_output, load_model, load_processor, save
+from .embedders import embedder_files
 from .output import print_json, print_line
 
 EXAMPLE = "Example: hf-linattn calibrate gpt2-sharp gpt2-ready --inputs train.txt --max-length 512"
@@ -43,10 +44,10 @@ def calibrate(
     check_output(out, overwrite)
     given = InputOptions(inputs, column, max_length, pack, batch_size)
     loaded = load_model(model, revision, dtype, device)
-    processor = load_processor(loaded, tokenizer or model, revision)
+    processor, beside = load_processor(loaded, tokenizer or model, revision), embedder_files(model, revision)
     read = read_inputs(loaded, processor, given)
     calibrate_model(loaded, read.first(rows), attention=attention, progress=True)
-    save(loaded, processor, out, cards=model)
+    save(loaded, processor, out, beside=beside, cards=model)
     tokens = max(int(count) for name, count in loaded.named_buffers() if name.endswith(CALIBRATED_TOKENS))
     if json:
         kind = loaded.config.linear_attention["kind"]

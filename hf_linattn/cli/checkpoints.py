@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..errors import ConfigError, InputError, LinAttnError, UncalibratedError, d
 from ..hub import write_card
 from ..integrations.families import is_converted, takes_images
 from ..models.publishing import CARD
+from .embedders import copy_files
 
 AS_SAVED = "auto"
 
@@ -135,16 +136,28 @@ def check_output(folder: Path, overwrite: bool) -> None:
         )
 
 
-def save(model: PreTrainedModel, processor: Any, folder: Path, *, cards: str | None = None, **facts: Any) -> None:
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    folder: Path,
+    *,
+    beside: Mapping[str, Path] | None = None,
+    max_length: int | None = None,
+    cards: str | None = None,
+    **facts: Any,
+) -> None:
     """Save a model with its tokenizer or image processor, and a converted one with a model card.
 
     Args:
+        beside: Files of sentence-transformers (`embedder_files`).
+        max_length: Tokens of a text from now on, for these; `None` leaves them as they are.
         cards: Folder with an earlier card of this model: one that a person wrote is kept.
         facts: Of the card (`hf_linattn.hub.render_card`).
     """
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
+    copy_files(beside or {}, folder, max_length)
     if not is_converted(model.config):
         return
     if cards is not None:

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..integrations.families import is_converted
 from ..modules.registry import config_from_dict
 from .checkpoints import AS_SAVED, check_output, find_processor, load_model, save
+from .embedders import embedder_files
 from .options import KINDS, Dtype, Json, Model, Output, Overwrite, Revision, Settings
 from .output import note, print_json, print_line
 from .values import layer_list, settings_of
@@ -55,7 +56,7 @@ def convert(
 ) -> None:
     """Replace the softmax attention of a BERT, GPT-2 or ViT, and save the model with its tokenizer.
 
-    It keeps the head it was saved with.
+    It keeps the head it was saved with. A folder of sentence-transformers stays one.
     """
     chosen = settings_of(settings or (), "set")
     if learned and chosen.setdefault("learned", True) is not True:
@@ -74,7 +75,7 @@ def convert(
     if config is not None and is_converted(loaded.config) and not revert:
         present = loaded.config.linear_attention["kind"]
         raise ConfigError(f"{source!r} is converted to {present!r} already. Give --revert to convert it anew.")
-    processor = find_processor(loaded, source, revision)
+    processor, beside = find_processor(loaded, source, revision), embedder_files(source, revision)
     if revert:
         loaded = revert_model(loaded)
     if config is not None:
@@ -85,7 +86,7 @@ def convert(
             processor.model_max_length = extend_to
     if processor is None:
         note(f"There is no tokenizer or image processor in {source!r}, so none is saved.")
-    save(loaded, processor, out, base_model=base_model)
+    save(loaded, processor, out, beside=beside, max_length=extend_to, base_model=base_model)
     result = _result(loaded, source, out)
     if json:
         print_json(result)

@@ -14,6 +14,7 @@ from ..hub.results import RESULTS
 from ..integrations.families import is_converted
 from ..models.publishing import is_own, model_files, push_folder
 from .checkpoints import FailureError, find_processor, read_config
+from .embedders import embedder_files
 from .options import Json
 from .output import print_json, print_line
 from .stored import empty_model, stored_tensors
@@ -35,9 +36,10 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
     json: Json = False,
 ) -> None:
-    """Upload a converted checkpoint, its tokenizer, model card and .eval_results in one commit, and nothing else.
+    """Upload a converted checkpoint, its tokenizer and a model card in one commit.
 
-    The token is that of `hf auth login`, or HF_TOKEN. README.md in the folder is the card; without one it is written.
+    Of other files in the folder .eval_results and those of sentence-transformers go along, and nothing else. The token
+    is that of `hf auth login`, or HF_TOKEN. README.md in the folder is the card; without one it is written.
     """
     if not folder.is_dir():
         raise InputError(f"FOLDER must be a folder with a converted checkpoint; got {str(folder)!r}.")
@@ -52,7 +54,8 @@ def push(
     if missing:
         raise CheckpointError(f"The checkpoint in {str(folder)!r} is incomplete: {missing[0]!r} is not there.")
     names = [path.name for path in model_files(folder)] + _processor_files(model, folder)
-    names += [path.relative_to(folder).as_posix() for path in (folder / RESULTS).glob("*.yaml") if is_own(path)]
+    beside = {*embedder_files(str(folder)), *(f"{RESULTS}/{path.name}" for path in (folder / RESULTS).glob("*.yaml"))}
+    names += [name for name in beside if (folder / name).resolve() == folder.resolve() / name]  # links lead elsewhere
     try:
         address = push_folder(
             model,

@@ -15,6 +15,7 @@ from ..training.trained_layers import check_learning_rate, trained_layers
 from ..training.transfer import LEARNING_RATES, TransferStep, transfer_attention
 from . import options
 from .checkpoints import check_calibrated, check_output, load_model, load_processor, save
+from .embedders import embedder_files
 from .output import print_json, print_line, print_table
 from .values import layer_list
 
@@ -78,7 +79,7 @@ def transfer(
     loaded = load_model(model, revision, dtype, device)
     chosen = list(trained_layers(loaded, indices))
     check_calibrated(loaded, model)
-    processor = load_processor(loaded, tokenizer or model, revision)
+    processor, beside = load_processor(loaded, tokenizer or model, revision), embedder_files(model, revision)
     read = read_inputs(loaded, processor, given)
     training = read.after(held_out)
     training.first(1)  # an endless stream of nothing would never end
@@ -125,7 +126,7 @@ def transfer(
         after=after and after.to_dict(),
         verdict=None if after is None or after.is_window_in_disguise is None else after.verdict(),
     )
-    save(loaded, processor, out, cards=model, transfer=record)
+    save(loaded, processor, out, beside=beside, cards=model, transfer=record)
     result = {
         "model": model,
         "output": out,

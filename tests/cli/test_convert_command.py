@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,60 @@ def test_saving_over_an_earlier_checkpoint(folder: Path, tmp_path: Path) -> None
     assert AutoConfig.from_pretrained(tmp_path).linear_attention["kind"] == "eva"
     shell("convert", folder / "gpt2", tmp_path, "--kind", "lara", "--overwrite")
     assert AutoConfig.from_pretrained(tmp_path).linear_attention["kind"] == "lara"
+
+
+# -- sentence-transformers --------------------------------------------------------------------------------------------
+@pytest.fixture
+def embedder(folder: Path, tmp_path: Path) -> Path:
+    """A BERT as sentence-transformers saves it. A folder without files, as of a normalisation, is on no Hub."""
+    shutil.copytree(folder / "bert", path := tmp_path / "embedder")
+    places = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{name}"}
+        for i, (place, name) in enumerate(places.items())
+    ]
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (path / "1_Pooling").mkdir()
+    for name, content in {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": False},
+        "config_sentence_transformers.json": {"__version__": {"sentence_transformers": "2.0.0"}},
+        "other.json": {},
+    }.items():
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+def test_a_folder_of_sentence_transformers_stays_one(folder: Path, embedder: Path, tmp_path: Path) -> None:
+    """Through every command that saves a model."""
+    out, texts = tmp_path / "out", ["--inputs", folder / "text.txt", "--max-length", "40", "--rows", "8"]
+    shell("convert", embedder, tmp_path / "sharp", "--kind", "favor_sharp", "--learned", "--set", "window_size=4")
+    shell("calibrate", tmp_path / "sharp", tmp_path / "calibrated", *texts)
+    shell("transfer", tmp_path / "calibrated", out, *texts[:-2], "--steps", "1", "--held-out", "2")
+    same = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    assert all((out / name).read_bytes() == (embedder / name).read_bytes() for name in same)
+    assert not (out / "other.json").exists()
+    library = pytest.importorskip("sentence_transformers")
+    shell("convert", out, tmp_path / "longer", "--extend-positions", "96")
+    for path, length in ((out, 24), (tmp_path / "longer", 96)):
+        loaded = library.SentenceTransformer(str(path), device="cpu")
+        assert type(loaded[0].auto_model).__name__ == "LinAttnBertModel"
+        assert loaded.max_seq_length == length
+        text = " ".join(f"w{i % 9}" for i in range(90))
+        inputs = AutoTokenizer.from_pretrained(path)(text, truncation=True, max_length=length, return_tensors="pt")
+        with torch.no_grad():
+            state = hf_linattn.LinAttnBertModel.from_pretrained(path).eval()(**inputs).last_hidden_state[0, 0]
+        found = loaded.encode(text, convert_to_tensor=True)
+        torch.testing.assert_close(found, state / state.norm(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc"])
+def test_modules_that_are_none(embedder: Path, tmp_path: Path, path: str) -> None:
+    for content in (f'[{{"path": ""}}, {{"path": "{path}"}}]', '{"a": 1}', "[", "[]"):
+        (embedder / "modules.json").write_text(content)
+        assert "modules.json' is no list of modules" in mistake("convert", embedder, tmp_path / "out", "--kind", "eva")
+    assert not (tmp_path / "out").exists()
 
 
 # -- info -------------------------------------------------------------------------------------------------------------

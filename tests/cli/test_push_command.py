@@ -42,6 +42,13 @@ def trained(folder: Path, tmp_path: Path) -> Path:
     (path / ".eval_results").mkdir()
     (path / ".eval_results" / "sst2.yaml").write_text("[]\n")
     (path / ".eval_results" / "secret.txt").write_text("secret")
+    (path / ".eval_results" / "link.yaml").symlink_to(path / "secret.txt")
+    (path / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Link"}]')
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").write_text("secret")
+    (path / "2_Link").symlink_to(tmp_path / "private")
     return path
 
 
@@ -67,7 +74,7 @@ shell("compare", "me/trained", "--inputs", {str(folder / "text.txt")!r}, "--rows
     hub = run_with_hub(COMMANDS + code, tmp_path / "home")
     uploaded = files(hub, "me/trained")
     written = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
-    written -= {"secret.txt", ".eval_results/secret.txt"}
+    written -= {"secret.txt", ".eval_results/secret.txt", ".eval_results/link.yaml", "2_Link/config.json"}
     assert written <= set(uploaded)
     assert not any(b"secret" in content for content in uploaded.values())
     assert {name: uploaded[name] for name in written - {"README.md"}} == {
