@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +135,13 @@ _SHARED = (
     "dataloader_num_workers",
     "use_cpu",
 )
+
+
+def check_adapter(model: PreTrainedModel, args: AdaptationArguments) -> None:
+    """Raise what `add_adapter` would raise later, after attention transfer. Builds the model anew, without values."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told when it is added
+        add_adapter(type(model)(model.config), args, new_head=True)
 
 
 def add_adapter(model: PreTrainedModel, args: AdaptationArguments, new_head: bool) -> nn.Module:

@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from _adaptation import AdaptationArguments, Collate, adapt, add_adapter
+from _adaptation import AdaptationArguments, Collate, adapt, add_adapter, check_adapter
 from _checkpoints import find_checkpoint
 from _common import AttentionArguments, RecipeError, linear_attention_of, versions
 from _data import Data, DataArguments, is_stream
@@ -128,6 +128,8 @@ def fine_tune(
             raise RecipeError(f"--{name} needs --do_train. To score a model that is trained: --attention keep.")
     checkpoint, adapted = None, {}
     if training.do_train:
+        if flags.adaptation.lora_target_modules:
+            check_adapter(model, flags.adaptation)
         _choose_sampling(training, task.data["train"])
         logger.info("%s", describe(task, training))
         checkpoint = find_checkpoint(

@@ -102,6 +102,16 @@ def test_lora_ends_as_a_whole_model(folder: Path, tmp_path: Path) -> None:
         text_classification.main(short(folder, tmp_path, "lara"))
 
 
+@pytest.mark.parametrize(("target", "message"), [("qury", "no module is called 'qury'"), ("LayerNorm", "LayerNorm")])
+def test_modules_are_checked_before_the_transfer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    monkeypatch.setattr("_finetuning.adapt", lambda *_: pytest.fail("attention transfer ran"))
+    with pytest.raises(RecipeError, match=message):
+        text_classification.main(short(folder, tmp_path / "out", "lara", *TRANSFER, "--lora_target_modules", target))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
