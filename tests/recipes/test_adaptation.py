@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recipe_runs import ROWS, arguments, assert_same_weights, train, weights
+from recipe_runs import ROWS, arguments, assert_same_weights, train, two_processes, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -16,7 +17,7 @@ import text_classification
 from _adaptation import adapt
 from _common import RecipeError
 from _finetuning import read_flags
-from scripts.kill_parts.inputs import build
+from scripts.kill_parts.inputs import WORDS, build
 
 # Learned maps are trained, not drawn: without what is random in the other runs.
 TRANSFER = ("--transfer_steps", "3", "--attention_config", '{"window_size": 2}')
@@ -81,6 +82,28 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(folder: Path, tmp_path: P
     train(short(folder, tmp_path / "cut", "lara", *changes), cut_after=3)
     train(short(folder, tmp_path / "cut", "lara", *changes))
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_two_processes_adapt_and_train_as_one_does(tmp_path: Path) -> None:
+    """Texts of one length, since a batch's error is a mean over its tokens; and no dropout, which every rank draws."""
+    build(tmp_path, ROWS)
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choices(WORDS[2:], k=30)), "label": i % 2} for i in range(ROWS)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_dropout_prob": 0.0}))
+    changes = (*TRANSFER, *LORA, "--save_strategy", "no", "--per_device_eval_batch_size", "5")
+    train(short(tmp_path, tmp_path / "one", "favor_plus", *changes))
+    argv = short(tmp_path, tmp_path / "two", "favor_plus", *changes, "--per_device_train_batch_size", "2")
+    two_processes("recipes/text_classification.py", argv, tmp_path / "home")
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["adaptation"]["transfer"]["error"] == pytest.approx(one["adaptation"]["transfer"]["error"], rel=1e-4)
+    assert two["metrics"]["eval"]["eval_loss"] == pytest.approx(one["metrics"]["eval"]["eval_loss"], rel=1e-4)
+    assert two["metrics"]["eval"]["eval_accuracy"] == one["metrics"]["eval"]["eval_accuracy"]
+    theirs = weights(tmp_path / "two")
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-3)
 
 
 def test_lora_ends_as_a_whole_model(folder: Path, tmp_path: Path) -> None:
