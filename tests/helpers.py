@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -37,6 +39,19 @@ def inputs(tokens: int = TOKENS, dim: int = 4, batch: int = 2, heads: int = 2, s
 def assert_same(ours: Tensor, expected: Tensor, atol: float = 1e-11) -> None:
     """Equal to rounding in float64."""
     torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+
+
+def patch_with_spy(patch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """Let a function keep the first argument of every call. Returns: the list of them."""
+    module, _, function = name.rpartition(".")
+    original, seen = getattr(importlib.import_module(module), function), []
+
+    def spy(first: Any, *args: Any, **options: Any) -> Any:
+        seen.append(first)
+        return original(first, *args, **options)
+
+    patch.setattr(name, spy)
+    return seen
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

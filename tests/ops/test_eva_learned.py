@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import MASKS, assert_same, inputs, random
+from helpers import MASKS, assert_same, inputs, patch_with_spy, random
 from torch import Tensor
 
 from hf_linattn.functional import eva_attention
@@ -32,6 +32,16 @@ trained = LearnedSummariser(
     **{name: random(HEADS, *shape, seed=100 + i, scale=0.7) for i, (name, shape) in enumerate(SHAPES.items())}
 )
 untrained = LearnedSummariser(**{name: torch.zeros(HEADS, *shape).double() for name, shape in SHAPES.items()})
+
+
+def test_kernels_get_the_tokens_of_a_head_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs()]
+    where = {"window_size": 4, "chunk_size": 2}
+    with monkeypatch.context() as patch:
+        spy = patch_with_spy(patch, "hf_linattn.ops.eva.learned.eva_estimate")
+        found = learned_eva_attention(*spread, trained, **where)
+    assert all(x.is_contiguous() for x in (spy[0].query, spy[0].key, spy[0].value))
+    assert_same(found, learned_eva_attention(*inputs(), trained, **where))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import MASKS, assert_same, inputs, random
+from helpers import MASKS, assert_same, inputs, patch_with_spy, random
 
 from hf_linattn.functional import FavorMoments, FavorStatistics, draw_projection, favor_attention
 from hf_linattn.ops.learned import (
@@ -43,6 +43,16 @@ def maps(normalizer: str = "slots") -> LearnedFeatureMap:
 def statistics_of(variant: str) -> FavorStatistics:
     query, key, _ = inputs(40)
     return FavorMoments.empty(HEADS, DIM).update(query, key).statistics(variant)
+
+
+def test_kernels_get_the_tokens_of_a_head_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections leave those of other heads between them: every kernel would copy them."""
+    spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs()]
+    with monkeypatch.context() as patch:
+        spy = patch_with_spy(patch, "hf_linattn.ops.learned.exact_attention")
+        found = learned_attention(*spread, maps(), window_size=4)
+    assert all(x.is_contiguous() for x in (spy[0].query, spy[0].key, spy[0].value))
+    assert_same(found, learned_attention(*inputs(), maps(), window_size=4))
 
 
 @every_normalizer

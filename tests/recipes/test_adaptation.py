@@ -125,6 +125,12 @@ def test_lora_ends_as_a_whole_model(folder: Path, tmp_path: Path) -> None:
         text_classification.main(short(folder, tmp_path, "lara"))
 
 
+def test_lora_does_not_go_on_from_a_whole_model(folder: Path, tmp_path: Path) -> None:
+    train(arguments(folder, tmp_path, "lara", "--max_steps", "2"))
+    with pytest.raises(RecipeError, match="a run that trained the whole model; this one trains LoRA"):
+        text_classification.main(short(folder, tmp_path, "lara", *LORA))
+
+
 @pytest.mark.parametrize(("target", "message"), [("qury", "no module is called 'qury'"), ("LayerNorm", "LayerNorm")])
 def test_modules_are_checked_before_the_transfer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
