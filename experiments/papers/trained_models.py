@@ -56,6 +56,7 @@ def published(**settings: Any) -> list[str]:
 IMAGES = ["--train_file", "cifar10/train.parquet", "--validation_file", "cifar10/test.parquet"]
 RANDOM = ["--num_features", "64", "--window_size", "0"]
 SADERF = [*RANDOM, "--attention_config", '{"variant": "saderf"}']
+METRICS = {"image_classification": "accuracy", "text_classification": "accuracy", "language_modeling": "nats a token"}
 EXPERIMENTS = {
     "small_vit": Experiment(
         recipe="image_classification",
@@ -137,6 +138,9 @@ def main(
     model: Annotated[str | None, typer.Option(help="The pretrained model, or the tokenizer of a new one.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Train nothing: compare the runs that are there.")
+    ] = False,
     out: paper_tools.Out = None,
 ) -> None:
     """Train and compare."""
@@ -151,23 +155,30 @@ def main(
     for seed in chosen:
         for kind in experiment.kinds:
             folder = runs / name / f"{kind}-{seed}"
-            train(experiment, kind, seed, model, folder)
-            found[kind, seed] = score(experiment, folder)
+            if not finished:
+                train(experiment, kind, seed, model, folder)
+            if (folder / "results.json").exists():
+                found[kind, seed] = score(experiment, folder)
     rows = [
         {
             "attention": kind,
             "seed": seed,
             **{metric: each[metric] for metric in each["metrics"]},
             "rows": each["rows"],
-            "better than softmax by": better(each, found["softmax", seed])[0],
+            **(
+                {"better than softmax by": better(each, found["softmax", seed])[0]}
+                if ("softmax", seed) in found
+                else {}
+            ),
         }
         for (kind, seed), each in found.items()
     ]
     claims = []
     for source, claim, first, second in experiment.claims:
-        compared = [better(found[first, seed], found[second, seed]) for seed in chosen]
+        both = [seed for seed in chosen if {(first, seed), (second, seed)} <= set(found)]
+        compared = [better(found[first, seed], found[second, seed]) for seed in both]
         differences = ", ".join(str(difference) for difference, _ in compared)
-        figure = f"{found[first, chosen[0]]['main_metric']} better by {differences} (row by row, for each seed)"
+        figure = f"{METRICS[experiment.recipe]} better by {differences} (row by row, for each seed)"
         claims.append(Claim.judged(source, claim, figure, [answer for _, answer in compared]))
     paper_tools.finish(out, {"experiment": name, "config": experiment.config}, rows, claims)
 

@@ -64,13 +64,23 @@ def test_claims(script: Any, metric: str, agrees: list[str], tmp_path: Path, mon
         scores = SCORES.get(checkpoint.name.partition("-")[0], SCORES["softmax"])
         return {"scores": scores, "metrics": [metric], metric: sum(scores) / 3, "main_metric": metric, "rows": 3}
 
-    monkeypatch.setattr(script, "train", lambda *args: None)
+    def train(experiment: Any, kind: str, seed: int, model: str | None, output: Path) -> None:
+        output.mkdir(parents=True)
+        (output / "results.json").touch()
+
+    monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "score", score)
     script.main("small_vit", seeds="0,1", runs=tmp_path, out=tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert [claim["agrees"] for claim in found["claims"]] == agrees
     assert [(row["attention"], row["seed"]) for row in found["rows"]][:2] == [("softmax", 0), ("favor_plus", 0)]
     assert len(found["rows"]) == 10
+    (tmp_path / "small_vit" / "lara-1" / "results.json").unlink()
+    script.main("small_vit", seeds="0,1", runs=tmp_path, finished=True, out=tmp_path / "out.json")
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert len(again["rows"]) == 9
+    assert again["claims"][0]["figure"].count("±") == 1
+    assert again["claims"][2] == found["claims"][2]
     assert found["rows"][1]["better than softmax by"]["mean"] == pytest.approx(
         -59 / 30 if metric == "accuracy" else 59 / 30
     )
