@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 import hf_linattn
 from _common import RecipeError, refuse_idle_flags
 from _data import Data, first_rows, is_stream
-from _data_order import RepeatableTrainer
+from _repeatable import RepeatableTrainer
 from hf_linattn.cli.values import name_list
 from hf_linattn.training import AttentionTransferTrainer
 from hf_linattn.training.transfer import LEARNING_RATES
@@ -74,7 +74,7 @@ def adapt(
     Args:
         rows: Those of training: the first ones calibrate.
         trained: The same, as attention transfer reads them: a stream without end is shuffled.
-        collate: From a list of rows to inputs of the model; Labels among them are not looked at.
+        collate: From a list of rows to inputs of the model; labels among them are not looked at.
     """
     done: dict[str, Any] = {}
     if hf_linattn.needs_calibration(model):

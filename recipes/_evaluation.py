@@ -18,8 +18,8 @@ from transformers import AutoConfig
 
 from _adaptation import AdaptationArguments
 from _common import KEEP, SOFTMAX, AttentionArguments, RecipeError, linear_attention_of
-from _data_order import RepeatableTrainer
 from _finetuning import Flags, Scores, Task
+from _repeatable import RepeatableTrainer
 from _training import ModelArguments, RecipeTrainingArguments
 from hf_linattn.integrations.batches import is_label
 

@@ -1,4 +1,9 @@
-"""The course of a fine-tuning run, the same for every task: adapt the model, train, score, save, publish."""
+"""The course of a fine-tuning run, the same for every task, in the order of `fine_tune`.
+
+The model comes converted from `prepare`. Without a checkpoint to go on from it is calibrated and, with the flag
+`--transfer_steps`, trained towards softmax. Then LoRA is added, the model trained, LoRA merged, the model scored,
+saved and published. With a checkpoint calibration and transfer are left out: the checkpoint holds their result.
+"""
 
 from __future__ import annotations
 

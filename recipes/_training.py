@@ -20,8 +20,8 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from _common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
-from _data_order import RepeatableTrainer
 from _publish import Publisher
+from _repeatable import RepeatableTrainer
 from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
 

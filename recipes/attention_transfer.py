@@ -38,8 +38,8 @@ from _common import (
     versions,
 )
 from _models import load_config, load_model, load_processor, load_vocabulary
-from _stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _training import ModelArguments, parse_flags, start_logging
+from _transfer_stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
 from hf_linattn.cli.checkpoints import model_class
 from hf_linattn.hub import TransferRecord

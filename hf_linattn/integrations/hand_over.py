@@ -1,4 +1,4 @@
-"""How a cache layer gets to the attention function of its layer, and is mended after an error there.
+"""Which layers have a cache of ours, how it gets to their attention function, and how it is mended after an error.
 
 A model hands keys and values to its cache before it calls the attention function, and does not give the cache to the
 latter; `hand_over`, a hook of the attention module, does. If the call is refused, the cache has the tokens already:

@@ -32,10 +32,10 @@ from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
 from .config import check_attention
-from .loading import load_consistently
 from .publishing import push_folder
 from .saving import save_atomically
 from .signatures import forward_of, init_of, signed_like
+from .torn_saves import load_consistently
 
 _KEY = f".{ATTRIBUTE}."
 # Mark of attention modules that Transformers has told to initialise themselves.

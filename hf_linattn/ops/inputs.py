@@ -203,7 +203,7 @@ def prepare_tokens(
     num_global_tokens: int = 0,
     grid: tuple[int, int] | None = None,
 ) -> Tokens:
-    """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), take out padding and global tokens.
+    """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), move padding to the end, take out global tokens.
 
     In a causal layer queries may be fewer than keys (decoding with a kv cache); they are then the last ones.
     Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a

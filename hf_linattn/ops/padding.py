@@ -1,4 +1,4 @@
-"""Tokens as estimators take them, without padding and global tokens, and how results get back to their places.
+"""Tokens as estimators take them, padding last and global tokens apart, and how results get back to their places.
 
 The rule for padding is that a row is treated as if it had been given without it. So `inputs.prepare_tokens` moves the
 real tokens of each row to its front, and `Tokens.finish` moves the results back; what happens between them needs to
@@ -64,7 +64,7 @@ class GlobalTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Scaled inputs without padding and without global tokens: what an estimator works on.
+    """Scaled inputs with the padding last and without global tokens: what an estimator works on.
 
     query, key, value: `[batch, heads, tokens, head_dim]`, real tokens first. Queries and keys are scaled.
     valid: `[batch, tokens]`, True for a real token; `None` if all are. visible: The same as `[batch, 1, tokens, 1]`.

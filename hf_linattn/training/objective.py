@@ -1,4 +1,8 @@
-"""What attention transfer minimises: how far linear attention is from softmax, layer by layer."""
+"""What attention transfer minimises: how far linear attention is from softmax, layer by layer.
+
+First stage (target "attention"): `Objective.of_layer`, the error of the attention output, and with a `row_weight` the
+cross-entropy of the attention rows. Second stage ("hidden_states"): the error of the hidden states (`teacher.py`).
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_labels_are_not_looked_at(folder: Path, tmp_path: Path, kind: str) -> No
     task = text_classification.prepare(flags)
     seen: set[str] = set()
     task.model.register_forward_pre_hook(lambda model, inputs, named: seen.update(named), with_kwargs=True)
-    done = adapt(task.model, task.data["train"], task.collate, flags.adaptation, flags.training)
+    rows = task.data["train"]
+    done = adapt(task.model, rows, rows, task.collate, flags.adaptation, flags.training)
     assert done["transfer"]["steps"] == 3
     assert "input_ids" in seen
     assert not any("label" in name for name in seen)

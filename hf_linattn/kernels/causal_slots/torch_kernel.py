@@ -90,8 +90,8 @@ def causal_backward(
     """Gradients of the eight tensors of `inputs`, where `needs` says so: the chunks in reverse order.
 
     Args:
-        grads: Of output and log-sum-exp. results: All four of `causal_forward`. Of the log-sum-exp it only counts
-            which queries see nothing: weights are normalised by the sums that are recomputed with them.
+        grads: Of output and log-sum-exp. results: All four of `causal_forward`. The log-sum-exp only says which
+            queries see nothing: weights are normalised by their sums, which are computed again.
     """
     output, lse, sums, masses = results
     found = [

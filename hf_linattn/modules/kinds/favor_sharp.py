@@ -37,7 +37,7 @@ class FavorSharpConfig(FavorConfig):
         variant: How the features are fitted to the data (see `hf_linattn.functional.favor_statistics`): "gerf"
             stretches all directions by the optimal factor; "saderf" also balances the coordinates of queries and keys;
             "aderf" balances them with a matrix; "sderf" rotates to principal axes and stretches each; "dense" is
-            "aderf" and "sderf" together and has the least variance. The last three cost O(head_dim ** 3) where
+            "aderf" and "sderf" together and has the least variance. Matrices and rotations cost O(head_dim ** 3) where
             statistics are taken, and as much as two more projections when they are used.
         centring: Take the mean query and key off first: exact, and less variance.
         statistics: Where the statistics come from: "row", the real tokens of each row (bidirectional only: a causal

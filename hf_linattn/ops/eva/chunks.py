@@ -158,6 +158,9 @@ class Summariser:
     ) -> Summaries:
         """Summaries of all chunks, in float32 or wider.
 
+        The value of a chunk is the paper's coefficient of its control variate at the proposal `mu`,
+        `sum_n softmax_n(mu . y_n - |y_n|^2 / 2) v_n`.
+
         Args:
             query, key: Scaled queries (needed by proposals that are made of them) and keys, `[batch, heads, tokens,
                 dim]`.

@@ -1,4 +1,7 @@
-"""What causal EVA keeps of the tokens it has seen: chunk summaries, and the tokens of the window."""
+"""What causal EVA keeps of the tokens it has seen: chunk summaries, and the tokens of the window.
+
+`EvaRecurrence` (`recurrent.py`) takes tokens in: `step` one of every row, `absorb` any number.
+"""
 
 from __future__ import annotations
 

@@ -214,9 +214,9 @@ def favor_statistics(
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
             different lengths.
     Returns: `FavorStatistics` per row, in the dtype of the inputs (float32 for half precisions). Transforms are dense
-        for the last three variants. The signs of rotated axes are fixed by convention.
+        for "aderf", "sderf" and "dense". The signs of rotated axes are fixed by convention.
     Raises: InputError for an unknown variant.
-    Cost: O(tokens * head_dim); the last three variants O(tokens * head_dim^2 + head_dim^3) in float64 where the device
+    Cost: O(tokens * head_dim); with dense ones O(tokens * head_dim^2 + head_dim^3), in float64 where the device
         has it, so that rounding does not turn the axes. Random: no.
     """
     check_variant(variant)

@@ -55,7 +55,7 @@ def importance_weights(
     mu = landmarks.query_mean + landmarks.key_mean
     repeats = samples.shape[-2] // mu.shape[-2]
     density, mixture = mixture_log_ratio(mu, samples, used)
-    # `samples / landmarks` times the mixture's log density, so that adding the samples up is the right average.
+    # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
     mixture = mixture + torch.tensor(float(repeats), dtype=query.dtype, device=query.device).log()
     # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
     used_slots = torch.cat([used.squeeze(-2)] * repeats, dim=-1)

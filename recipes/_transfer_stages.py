@@ -1,4 +1,7 @@
-"""The flags and the Trainer of attention transfer, in one or two stages: attention outputs, then hidden states."""
+"""The flags and the Trainer of attention transfer, in one or two stages: attention outputs, then hidden states.
+
+For `attention_transfer.py` alone; the order of a fine-tuning run, `--transfer_steps` among it, is in `_finetuning.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An order of the training data that a resumed run repeats: a function of the seed and the epoch alone."""
+"""What makes a resumed run equal an undisturbed one: the order of the data, and the place of the random numbers.
+
+The order is a function of the seed and the epoch alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reading a checkpoint that a save has left half in place, or is just replacing."""
+"""Reading a checkpoint that a save has left half in place, or is just replacing: all files read belong to one save.
+
+The linear attention of a loaded model is attached and checked in `mixin.py`.
+"""
 
 from __future__ import annotations
 
