@@ -83,7 +83,8 @@ def _with_index(folder: Path, name: str, measured: Sequence[Measurement]) -> str
     if not path.is_file() or path.is_symlink():
         return None
     header, body = split_card(read_card(path))
-    model_name, present = folder.absolute().name, []
+    model_name = folder.absolute().name
+    present: list[EvalResult] = []
     if header.get(INDEX):
         try:
             model_name, present = model_index_to_eval_results(header[INDEX])
