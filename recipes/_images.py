@@ -21,7 +21,7 @@ from transformers.utils import is_torchvision_available
 
 from _common import RecipeError
 from _data import SPLITS, Data, DataArguments, read_splits
-from _labels import without_missing_labels
+from _labels import find_label_column, without_missing_labels
 from _models import is_new, load_processor
 from _text import LABEL_NAMES
 from _training import ModelArguments
@@ -92,7 +92,7 @@ class ImageArguments(DataArguments):
 @dataclass
 class ImageColumns:
     image: str
-    label: str
+    label: str | None
 
 
 def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict[str, Data], ImageColumns]:
@@ -112,7 +112,7 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
     names = column_names(next(iter(splits.values())))
     columns = ImageColumns(
         find_column(names, args.image_column, IMAGE_NAMES, "image_column"),
-        find_column(names, args.label_column, LABEL_NAMES, "label_column"),
+        find_label_column(splits, args.label_column, LABEL_NAMES),
     )
     if columns.image == columns.label:
         raise RecipeError(
@@ -120,7 +120,7 @@ def read_images(args: ImageArguments, training: TrainingArguments) -> tuple[dict
         )
     for split, data in splits.items():
         present = [name for name in (columns.image, columns.label) if name in column_names(data)]
-        for name in (columns.image, columns.label):
+        for name in filter(None, (columns.image, columns.label)):
             if name not in present and (name, split) != (columns.label, "test"):
                 raise RecipeError(f"The {split} data has no column {name!r}; its columns: {column_names(data)}.")
         splits[split] = encoded_images(data.select_columns(present), columns.image)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from _common import RecipeError
 from _data import Data, is_stream
+from hf_linattn.data.files import column_names, find_column
 
 MAX_LABELS = 1000  # more is a column of something else
 MISSING = (None, -1)  # -1: of a test set whose labels are kept secret
@@ -57,8 +58,16 @@ class Labels:
         return [float(v) for v in values] if self.index is None else [self.index[v] for v in values]
 
 
-def read_labels(splits: Mapping[str, Data], column: str, config: PreTrainedConfig, trains: bool) -> Labels:
-    """The labels of the data, on the outputs that the checkpoint has for them.
+def find_label_column(splits: Mapping[str, Data], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The column named, else the first usual one that exists; None for test data alone that have none."""
+    names = column_names(next(iter(splits.values())))
+    if wanted is None and list(splits) == ["test"] and not set(usual) & set(names):
+        return None
+    return find_column(names, wanted, usual, "label_column")
+
+
+def read_labels(splits: Mapping[str, Data], column: str | None, config: PreTrainedConfig, trains: bool) -> Labels:
+    """The labels of the data, on the outputs that the checkpoint has for them; without any those of the checkpoint.
 
     Args:
         config: Of the checkpoint; it is told what its outputs are from now on.
@@ -67,6 +76,8 @@ def read_labels(splits: Mapping[str, Data], column: str, config: PreTrainedConfi
         checkpoint of a run that does not train.
     """
     splits = {split: data for split, data in splits.items() if column in (data.column_names or [column])}
+    if column is None or not splits:
+        return _labels_of_checkpoint(config)
     feature, outputs = _feature(splits, column), config.num_labels
     if getattr(feature, "dtype", "").startswith(("float", "double")):
         if outputs != 1 and not trains:
@@ -90,13 +101,7 @@ def read_labels(splits: Mapping[str, Data], column: str, config: PreTrainedConfi
     return Labels(column, index, names, new_head=config.num_labels != outputs)
 
 
-def labels_of_checkpoint(config: PreTrainedConfig) -> Labels:
-    """The labels of a checkpoint that predicts for data without any."""
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    return Labels("", {name: i for i, name in enumerate(names)}, names)
-
-
-def without_missing_labels(splits: Mapping[str, Data], column: str) -> dict[str, Data]:
+def without_missing_labels(splits: Mapping[str, Data], column: str | None) -> dict[str, Data]:
     """The splits; a test split of which no label is known loses the column."""
     return {
         split: data.remove_columns([column])
@@ -104,6 +109,13 @@ def without_missing_labels(splits: Mapping[str, Data], column: str) -> dict[str,
         else data
         for split, data in splits.items()
     }
+
+
+def _labels_of_checkpoint(config: PreTrainedConfig) -> Labels:
+    if config.num_labels == 1:
+        return Labels("", None, [])
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return Labels("", {name: i for i, name in enumerate(names)}, names)
 
 
 def _feature(splits: Mapping[str, Data], column: str) -> Any:

@@ -42,7 +42,7 @@ class PixelReader:
     labels: Labels
     split: str
     image_column: str
-    label_column: str
+    label_column: str | None
 
     def __call__(self, rows: dict[str, list[Any]], places: Sequence[int] | None = None) -> dict[str, list[Any]]:
         values = rows[self.image_column]

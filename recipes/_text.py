@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from _common import RecipeError
 from _data import Data
-from _labels import Labels
+from _labels import Labels, find_label_column
 from hf_linattn.data import rows
 from hf_linattn.data.files import column_names, find_column
 from hf_linattn.data.rows import TEXT_NAMES
@@ -23,7 +23,7 @@ LABEL_NAMES = ("label", "labels", "target", "class")
 class Columns:
     text: str
     pair: str | None
-    label: str
+    label: str | None
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ColumnArguments(LengthArguments):
 
 
 def find_columns(splits: Mapping[str, Data], args: ColumnArguments) -> Columns:
-    """Names of the text and label columns, the same in every split."""
+    """Names of the text and label columns, the same in every split. Test data may have no labels."""
     names = column_names(next(iter(splits.values())))
     text = find_column(names, args.text_column, TEXT_NAMES, "text_column")
     pair = args.text_pair_column
@@ -61,7 +61,7 @@ def find_columns(splits: Mapping[str, Data], args: ColumnArguments) -> Columns:
         find_column(names, pair, (), "text_pair_column")
     elif args.text_column is None and PAIR_NAMES.get(text) in names:
         pair = PAIR_NAMES[text]
-    columns = Columns(text, pair, find_column(names, args.label_column, LABEL_NAMES, "label_column"))
+    columns = Columns(text, pair, find_label_column(splits, args.label_column, LABEL_NAMES))
     for split, data in splits.items():
         for name in filter(None, (columns.text, columns.pair, columns.label)):
             if name not in column_names(data) and (name, split) != (columns.label, "test"):

@@ -35,7 +35,7 @@ from transformers import (
 from _common import RecipeError, run
 from _data import Data, DataArguments, encode, is_stream, read_splits
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _labels import Labels, labels_of_checkpoint, read_labels
+from _labels import Labels, find_label_column, read_labels
 from _metrics import CLASSIFICATION, LocalMetrics
 from _models import convert, extend, load_config, load_model, load_tokenizer
 from _text import LengthArguments, choose_max_length
@@ -81,11 +81,8 @@ def prepare(flags: Flags) -> Task:
     config = load_config(flags.model)
     if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise RecipeError(f"A model of type {config.model_type!r} cannot tag tokens.")
-    if tags is None:
-        labels = labels_of_checkpoint(config)
-    else:
-        tagged = {split: data for split, data in splits.items() if tags in column_names(data)}
-        labels = read_labels(flattened(tagged, tags), tags, config, trains=flags.training.do_train)
+    tagged = {split: data for split, data in splits.items() if tags in column_names(data)}
+    labels = read_labels(flattened(tagged, tags), tags, config, trains=flags.training.do_train)
     if labels.is_regression:
         raise RecipeError(f"Column {tags!r} must hold tags (whole numbers or text); it holds fractions.")
     metrics = choose_metrics(labels)
@@ -126,9 +123,7 @@ def find_columns(splits: Mapping[str, Data], args: TaggingArguments) -> tuple[st
     """Names of the columns of words and tags, the same in every split. Test data may have no tags."""
     names = column_names(next(iter(splits.values())))
     words = find_column(names, args.text_column, WORD_NAMES, "text_column")
-    tags: str | None = None
-    if list(splits) != ["test"] or args.label_column or any(name in names for name in TAG_NAMES):
-        tags = find_column(names, args.label_column, TAG_NAMES, "label_column")
+    tags = find_label_column(splits, args.label_column, TAG_NAMES)
     for split, data in splits.items():
         for name in (words, *([tags] if tags and split != "test" else [])):
             if name not in column_names(data):

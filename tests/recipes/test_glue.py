@@ -120,3 +120,26 @@ def test_labels_that_do_not_fit(label: Any, message: str, folder: Path, tmp_path
     argv.remove("--do_train")
     with pytest.raises(RecipeError, match=message):
         text_classification.main(argv, quiet=True)
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], [0.5, 1.5]], ids=["classes", "numbers"])
+@pytest.mark.parametrize("unknown", [True, False], ids=["unknown labels", "no column"])
+def test_a_checkpoint_predicts_for_texts_alone(labels: list[Any], unknown: bool, folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["label"] = labels[i % 2]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": row["text"], **({"label": -1} if unknown else {})} for row in rows[:5]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    data = ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "train.jsonl")]
+    text_classification.main(arguments(folder, tmp_path / "run", "eva", "--max_steps", "1", *data), quiet=True)
+    argv = ["--model_name_or_path", str(tmp_path / "run"), "--test_file", str(tmp_path / "texts.jsonl")]
+    argv += ["--do_predict", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    text_classification.main(argv, quiet=True)
+    lines = (tmp_path / "out" / "predictions.tsv").read_text().splitlines()
+    found = [line.split("\t")[1] for line in lines[1:]]
+    assert len(found) == 5
+    if labels == ["no", "yes"]:
+        assert set(found) <= set(labels)
+    else:
+        assert [float(each) for each in found]

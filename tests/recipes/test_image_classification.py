@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from image_runs import SCRATCH, SIZE, arguments, build_images, evaluated, picture, run, without, write
@@ -165,6 +167,16 @@ def test_what_a_head_stands_for(folder: Path, tmp_path: Path) -> None:
         lines = (tmp_path / f"eval-{path.parent.name}" / "predictions.tsv").read_text().splitlines()
         assert {line.split("\t")[1] for line in lines[1:]} <= {"ant", "bee", "cat"}
     assert len(lines) == 5
+
+
+def test_a_checkpoint_predicts_for_images_alone(folder: Path, tmp_path: Path) -> None:
+    run(arguments(folder, tmp_path / "run", "eva", "--max_steps", "1"))
+    pq.write_table(pa.table({"img": [encoded(picture(i)) for i in range(3)]}), tmp_path / "images.parquet")
+    argv = ["--model_name_or_path", str(tmp_path / "run"), "--test_file", str(tmp_path / "images.parquet")]
+    run([*argv, "--do_predict", "--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+    lines = (tmp_path / "out" / "predictions.tsv").read_text().splitlines()
+    assert len(lines) == 4
+    assert {line.split("\t")[1] for line in lines[1:]} <= {str(i) for i in range(IMAGE_LABELS)}
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------
