@@ -106,8 +106,8 @@ def prepare_sharding(model: PreTrainedModel) -> None:
     owners = [name for name, module in model.named_modules() if any(p is bias for p in module._parameters.values())]
     if bias is not None and len(owners) > 1:
         raise RecipeError(
-            f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(owners)} share a bias, which Accelerate puts into "
-            "two groups. Use ddp.yaml, or DeepSpeed (zero3.yaml)."
+            f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(owners)} share a bias, which Accelerate puts "
+            "into two groups. Use ddp.yaml, or DeepSpeed (zero3.yaml)."
         )
     layers = [name for name in getattr(model, "_no_split_modules", None) or () if not name.endswith("Embeddings")]
     if layers:
