@@ -23,12 +23,12 @@
     uv run recipes/uv_job.py text_classification --model_name_or_path google-bert/bert-base-uncased ...
 
     hf jobs uv run --flavor a100x4 --secrets HF_TOKEN -v .:/checkout -v hf://buckets/me/runs:/runs \\
-        recipes/uv_job.py --checkout /checkout text_classification --model_name_or_path google-bert/bert-base-uncased \\
-        --dataset_name me/data --do_train --output_dir /runs/favor_sharp ...
+        recipes/uv_job.py --checkout /checkout text_classification \\
+        --model_name_or_path google-bert/bert-base-uncased --dataset_name me/data --do_train --output_dir /runs/favor_sharp ...
 
 A job finds the checkout where it is mounted, and keeps what it writes in a bucket or on the Hub (`--push_to_hub`). It
-uses all GPUs: one with `single_gpu.yaml`, several with `ddp.yaml` of `recipes/configs/accelerate`, or as `--accelerate`
-says. The flags after the recipe's name are the recipe's.
+uses all GPUs: one with `single_gpu.yaml`, several with `ddp.yaml` of `recipes/configs/accelerate`, or as
+`--accelerate` says. The flags after the recipe's name are the recipe's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def command(args: argparse.Namespace, flags: Sequence[str], gpus: int) -> tuple[
     checkout = (args.checkout or Path(__file__).resolve().parents[1]).resolve()
     script = checkout / "recipes" / f"{args.recipe}.py"
     if not script.is_file():
-        sys.exit(f"error: there is no {script}. Name a script of recipes/, and the folder of the repository (--checkout).")
+        sys.exit(f"error: there is no {script}. Name a script of recipes/, and the repository's folder (--checkout).")
     processes = args.processes or max(gpus, 1)
     name = args.accelerate or ("single_gpu" if processes == 1 else "ddp" if gpus else "cpu")
     config = Path(name) if name.endswith(".yaml") else checkout / "recipes/configs/accelerate" / f"{name}.yaml"
