@@ -24,7 +24,8 @@
 
     hf jobs uv run --flavor a100x4 --secrets HF_TOKEN -v .:/checkout -v hf://buckets/me/runs:/runs \\
         recipes/uv_job.py --checkout /checkout text_classification \\
-        --model_name_or_path google-bert/bert-base-uncased --dataset_name me/data --do_train --output_dir /runs/favor_sharp ...
+        --model_name_or_path google-bert/bert-base-uncased --dataset_name me/data --do_train \\
+        --output_dir /runs/favor_sharp ...
 
 A job finds the checkout where it is mounted, and keeps what it writes in a bucket or on the Hub (`--push_to_hub`). It
 uses all GPUs: one with `single_gpu.yaml`, several with `ddp.yaml` of `recipes/configs/accelerate`, or as
