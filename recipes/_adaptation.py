@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 import hf_linattn
 from _common import RecipeError, refuse_idle_flags
 from _data import Data, first_rows, is_stream
+from _processes import strategy
 from _repeatable import RepeatableTrainer
 from hf_linattn.cli.values import name_list
 from hf_linattn.training import AttentionTransferTrainer
@@ -105,7 +106,7 @@ class _Transfer(RepeatableTrainer, AttentionTransferTrainer):
 def _transfer_trainer(
     model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
 ) -> _Transfer:
-    if training.fsdp or training.deepspeed:
+    if strategy(training).startswith(("FSDP", "DeepSpeed")):
         raise RecipeError("--transfer_steps runs on whole models: leave FSDP and DeepSpeed out, DDP is enough.")
     arguments = type(training)(
         output_dir=training.output_dir,

@@ -29,6 +29,7 @@ from _adaptation import AdaptationArguments, Collate, adapt, add_adapter, check_
 from _checkpoints import find_checkpoint
 from _common import AttentionArguments, RecipeError, linear_attention_of, versions
 from _data import Data, DataArguments, is_stream
+from _processes import Progress, describe_processes
 from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
 
@@ -201,21 +202,14 @@ def write_predictions(path: Path, task: Task, predicted: Any) -> None:
 
 
 def describe(task: Task, training: TrainingArguments) -> str:
-    """What runs, in one line: model, kind, settings, layers, processes, device, effective batch."""
+    """What runs, in one line: model, kind, settings, layers, processes, device, strategy, effective batch."""
     settings = dict(linear_attention_of(task.model) or {"kind": "softmax"})
     kind, layers = settings.pop("kind"), settings.pop("layers", None)
     shown = ("learned", "num_features", "num_landmarks", "num_chunks", "chunk_size", "window_size", "overlap_window")
     sizes = ", ".join(f"{name}={settings[name]}" for name in shown if settings.get(name) not in (None, False))
     where = "" if layers is None else f" in layers {','.join(map(str, layers))}"
-    rows, steps, processes = (
-        training.train_batch_size,
-        training.gradient_accumulation_steps,
-        training.world_size,
-    )
     return (
-        f"{type(task.model).__name__}: {kind}{f' ({sizes})' if sizes else ''}{where};"
-        f" {processes} process{'es' if processes > 1 else ''} on {training.device.type},"
-        f" {rows * steps * processes} rows a step ({rows} in a batch x {steps} batches x {processes})"
+        f"{type(task.model).__name__}: {kind}{f' ({sizes})' if sizes else ''}{where}; {describe_processes(training)}"
     )
 
 
@@ -249,7 +243,7 @@ def _trainer(flags: Flags, task: Task, callbacks: Sequence[TrainerCallback]) -> 
         data_collator=task.collate,
         compute_metrics=partial(_metrics, task, "validation"),
         preprocess_logits_for_metrics=task.keep,
-        callbacks=[LinAttnCallback(), *callbacks],
+        callbacks=[LinAttnCallback(), Progress(), *callbacks],
     )
     if task.has_mean_loss:
         # The heads take `num_items_in_batch` and ignore it: Trainer, believing that they divided by it, would scale

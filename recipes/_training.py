@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,14 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import TrainOutput
 
 from _common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
+from _processes import prepare_sharding, tell_missing_processes
 from _publish import Publisher
 from _repeatable import RepeatableTrainer
+from _stopping import STATUS, SaveOnSigterm
 from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
 
@@ -204,6 +209,7 @@ def start_logging(training: TrainingArguments, quiet: bool) -> None:
     if not training.should_log:
         transformers.utils.logging.set_verbosity_error()
         datasets.utils.disable_progress_bars()
+    tell_missing_processes(training)
 
 
 # -- the Trainer ------------------------------------------------------------------------------------------------------
@@ -214,8 +220,22 @@ class RecipeTrainer(RepeatableTrainer):
 
     def __init__(self, *, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.publisher = Publisher(args)
+        prepare_sharding(kwargs["model"])
+        handler = signal.getsignal(signal.SIGTERM)
         super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
         self.publisher.trainer = self
+        self.stopping = SaveOnSigterm()
+        if args.enable_jit_checkpoint:
+            self.remove_callback(JITCheckpointCallback)
+            signal.signal(signal.SIGTERM, handler)
+            self.add_callback(self.stopping)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Raises: SystemExit after SIGTERM, with the status that a shell gives such a process."""
+        found = super().train(*args, **kwargs)
+        if self.stopping.stopped:
+            raise SystemExit(STATUS)
+        return found
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:

@@ -38,6 +38,7 @@ from _common import (
     versions,
 )
 from _models import load_config, load_model, load_processor, load_vocabulary
+from _processes import Progress, describe_processes
 from _training import ModelArguments, parse_flags, start_logging
 from _transfer_stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
@@ -123,6 +124,7 @@ def main(
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with training_args.main_process_first(desc="reading the data"):
         rows = read_rows(model, processor, data_args, seed)
+    logger.info("%s; %s", type(model).__name__, describe_processes(training_args))
     steps = count_steps(training_args, rows, data_args.streaming)
     training_args.max_steps = steps + transfer_args.second_stage_steps
     checkpoint = None
@@ -140,7 +142,7 @@ def main(
         eval_dataset=rows.held_out,
         processing_class=processor,
         data_collator=rows.collate,
-        callbacks=callbacks,
+        callbacks=[Progress(), *callbacks],
         layers=layer_list(transfer_args.transfer_layers, "transfer_layers"),
         row_weight=transfer_args.row_weight,
         second_stage_steps=transfer_args.second_stage_steps,

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from rich.table import Table
 
 from _common import RecipeError, run, versions, write_json
 from _evaluation import attention_of, known_tasks, load, measure_cost, paired, predict, recipe_of
+from _processes import ADVICE, missing_processes
 from _training import parse_flags
 from hf_linattn.hub import Measurement, write_results
 from hf_linattn.hub.results import check_card
@@ -167,6 +169,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, data, _ = read_flags(argv)
     if not torch.accelerator.is_available():
         PartialState(cpu=True)
+    state = PartialState()
+    if found := missing_processes(state.num_processes):
+        print(f"{found}. {ADVICE}", file=sys.stderr)
+    if state.is_main_process and state.num_processes > 1:
+        print(f"{state.num_processes} processes on {state.device.type} share the rows")
     original, ours = measure_both(args, data)
     difference = paired(ours.pop("scores"), original.pop("scores"))
     report = {
