@@ -20,7 +20,7 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS, RESULTS = Path("experiments/papers"), Path("experiments/results/papers")  # in the checkout
 PAGE = ROOT / "docs" / "papers.md"
-BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
+CLAIMS, SCORES = "papers", "trained"  # names of the parts of the page that are written here
 EXPERIMENTS = (
     "favor_plus_error",
     "attention_kernels",
@@ -29,6 +29,7 @@ EXPERIMENTS = (
     "randomized_bias",
     "control_variates",
 )
+METRICS = ("accuracy", "nll")
 TRAINED = ("small_vit", "small_glue", "small_plays")  # by trained_models.py, hours altogether
 
 
@@ -49,12 +50,28 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def inserted(page: str, lines: str) -> str:
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def scores(results: Path) -> str:
+    """What the trained models reach, a line for each run."""
+    lines = [line("experiment", "attention", "seed", "score", "better than softmax by"), "|---|---|---:|---|---|"]
+    for name in TRAINED:
+        stored = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for row in stored["rows"]:
+            gap = row.get("better than softmax by") if row["attention"] != "softmax" else None
+            shown = str(paper_tools.Estimate(**gap)) if gap else ""
+            found = ", ".join(f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row)
+            link = f"[{name}](../{RESULTS.as_posix()}/{name}.json)"
+            lines.append(line(link, row["attention"], str(row["seed"]), found, shown))
+    return "\n".join(lines)
+
+
+def inserted(page: str, part: str, lines: str) -> str:
+    """The page with other lines between the marks of a part."""
+    first, last = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        paper_tools.fail(f"{PAGE.name} needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}"
+        paper_tools.fail(f"{PAGE.name} needs the lines {first} and {last}")
+    return f"{before}{first}\n\n{lines}\n\n{last}{after}"
 
 
 def main(
@@ -69,7 +86,7 @@ def main(
     if missing := [name for name in (*EXPERIMENTS, *TRAINED) if not (ROOT / RESULTS / f"{name}.json").exists()]:
         paper_tools.fail(f"{RESULTS} has no results of {missing}. Use --run or trained_models.py.")
     page = PAGE.read_text(encoding="utf-8")
-    made = inserted(page, table(ROOT / RESULTS))
+    made = inserted(inserted(page, CLAIMS, table(ROOT / RESULTS)), SCORES, scores(ROOT / RESULTS))
     if check and made != page:
         paper_tools.fail(f"docs/{PAGE.name} is not what the results say: run {Path(__file__).name}")
     if not check:
