@@ -27,9 +27,9 @@ from hf_linattn.data.files import TEXT_FORMATS, column_names, find_column, load_
 from hf_linattn.data.rows import TEXT_NAMES
 
 
-def step_of(checkpoint: Path, texts: list[str]) -> tuple[Callable[[], None], int]:
+def step_of(checkpoint: Path, texts: list[str], options: dict[str, float]) -> tuple[Callable[[], None], int]:
     """A training step of a saved model, forward, backward and optimizer, and how many tokens the longest row has."""
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).train()
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32, **options).train()
     batch = AutoTokenizer.from_pretrained(checkpoint)(texts, padding=True, truncation=True, return_tensors="pt")
     labels = torch.arange(len(texts)) % model.config.num_labels
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
@@ -48,6 +48,7 @@ def main(
     ],
     file: Annotated[Path, typer.Option(help="Texts.")],
     rows: Annotated[int, typer.Option(min=1, help="In a step: the first ones of the file.")] = 2,
+    attention_dropout: Annotated[bool, typer.Option(help="Softmax drops weights, as the config says.")] = True,
     seconds: Annotated[float, typer.Option(help="Timing of a model altogether.")] = 60.0,
     out: Annotated[Path | None, typer.Option(help="JSON of the results.")] = None,
 ) -> None:
@@ -56,9 +57,10 @@ def main(
     torch.set_num_threads(1)
     data = load_files([str(file)], "--file", TEXT_FORMATS)
     texts = data[find_column(column_names(data), None, TEXT_NAMES, "file")][:rows]
+    options = {} if attention_dropout else {"attention_probs_dropout_prob": 0.0}
     steps, tokens = {}, 0
     for checkpoint in checkpoints:
-        steps[checkpoint.name], tokens = step_of(checkpoint, texts)
+        steps[checkpoint.name], tokens = step_of(checkpoint, texts, options)
     clock = partial(time_calls, clock=time.process_time)  # CPU time: other programs of the machine do not count
     timed = time_in_turns(steps, seconds=seconds, measure=clock)
     found: list[dict[str, Any]] = []
@@ -70,7 +72,9 @@ def main(
         found.append({"model": name, "CPU seconds": each.median, "times as fast": faster, "peak MiB": peak})
     shared.print_table("training step", found, f"{rows} rows of up to {tokens} tokens")
     if out is not None:
-        write_experiment(out, {"rows in a step": rows, "tokens": tokens, "rows": found})
+        write_experiment(
+            out, {"rows in a step": rows, "tokens": tokens, "attention dropout": attention_dropout, "rows": found}
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import hf_linattn  # noqa: F401  (so that Auto classes know converted checkpoints)
+
 
 class BertForLongRangeArena(BertPreTrainedModel):
     """A class for one text, or for two that go through the same encoder.

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import environment, run
 from PIL import Image
-from recipe_runs import assert_same_weights
+from recipe_runs import assert_same_weights, pushed, two_processes
 
 import build_long_range_arena
 import long_range_arena
@@ -31,6 +30,7 @@ from text_classification import score
 
 CONFIGS = sorted(Path("recipes/configs/lra").glob("*.yaml"))
 ROWS = 12
+RECIPE = "recipes/long_range_arena.py"
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +124,29 @@ def test_a_run_that_was_cut_short_ends_with_the_same_weights(folder: Path, tmp_p
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.slow
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    program = ["recipes/long_range_arena.py"]
     common = ["--attention", "eva", "--learning_rate", "0"]
-    env = environment(HF_HOME=str(folder / "home"), ACCELERATE_USE_CPU="true")
-    run([*launch, *program, *flags(folder, tmp_path / "two", "matching", *common)], env)
+    two_processes(RECIPE, flags(folder, tmp_path / "two", "matching", *common), folder / "home")
     long_range_arena.main(flags(folder, tmp_path / "one", "matching", *common))
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in ("eval_accuracy", "eval_loss"):
         assert two["metrics"]["eval"][name] == pytest.approx(one["metrics"]["eval"][name], rel=1e-6)
+
+
+@pytest.mark.hub
+def test_pushed_and_loaded(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.append('recipes'); from lra.model import BertForLongRangeArena\n"
+        "model = BertForLongRangeArena.from_pretrained('local/it')\n"
+        "assert model.config.linear_attention['kind'] == 'eva', model.config\n"
+    )
+    files, card = pushed(
+        RECIPE, flags(folder, tmp_path / "out", "listops", "--attention", "eva"), folder / "home", code
+    )
+    assert {"README.md", "config.json", "model.safetensors"} <= files
+    assert not any("optimizer" in name or "training_args" in name for name in files)
+    assert "| accuracy |" in card
 
 
 # -- published files --------------------------------------------------------------------------------------------------
