@@ -16,6 +16,7 @@ ORDER = [
     "ops",
     "functional",
     "modules",
+    "distributed",
     "hub",
     "integrations",
     "models",
@@ -26,7 +27,7 @@ ORDER = [
     "cli",
 ]
 # Parts that must work without Transformers.
-NO_TRANSFORMERS = {"errors", "_version", "kernels", "ops", "functional", "modules", "hub"}
+NO_TRANSFORMERS = {"errors", "_version", "kernels", "ops", "functional", "modules", "distributed", "hub"}
 
 
 def part(path: Path) -> str:

@@ -36,6 +36,8 @@ class LinearAttention(nn.Module, Generic[C]):
     _lacks_statistics = False
     # What is taken away from the layer (`conversion/ablation.py`): a name of `ops.ablation.ABLATIONS`.
     ablation: str | None = None
+    # What attends in place of `compute` where the tokens are a part of longer sequences (`distributed/`).
+    sequence_parallel: Callable[[LinearAttention[Any], AttentionInputs], Tensor] | None = None
 
     def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
@@ -215,6 +217,8 @@ class LinearAttention(nn.Module, Generic[C]):
                     f"Within ablated(model, {self.ablation!r}) a model reads whole sequences: pass use_cache=False."
                 )
             output = ablated_output(self, inputs)
+        elif self.sequence_parallel is not None:
+            output = self.sequence_parallel(self, inputs)
         elif memory is None:
             output = self.compute_or_record(self.config, self.tensors(), inputs)
         else:
