@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,9 @@ class LinAttnMixin:
     """Put before a stock class among the bases: `class LinAttnBertModel(LinAttnBertMixin, BertModel)`."""
 
     base_model_class: ClassVar[type[PreTrainedModel]]  # the converted class of the model inside a head
+
+    # What calls the stock `forward` where processes share sequences (`training/context_parallel.py`).
+    sequence_parallel: Callable[..., Any] | None = None
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         # DeepSpeed takes apart modules that are made while it makes a model: it waits for the first call.

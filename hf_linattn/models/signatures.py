@@ -27,7 +27,9 @@ def forward_of(stock: Any) -> Any:
     @functools.wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.check_call(args, kwargs)
-        return stock_forward(self, *args, **kwargs)
+        if self.sequence_parallel is None:
+            return stock_forward(self, *args, **kwargs)
+        return self.sequence_parallel(self, functools.partial(stock_forward, self), args, kwargs)
 
     return forward
 

@@ -1,7 +1,18 @@
 """Training converted models: what a training loop has to tell the attention layers, and attention transfer."""
 
+from ..distributed.context import reduce_gradients
 from .callback import LinAttnCallback, redraw_projections
+from .context_parallel import context_parallel
+from .token_heads import loss_weights
 from .trainer import AttentionTransferTrainer
 from .transfer import transfer_attention
 
-__all__ = ["AttentionTransferTrainer", "LinAttnCallback", "redraw_projections", "transfer_attention"]
+__all__ = [
+    "AttentionTransferTrainer",
+    "LinAttnCallback",
+    "context_parallel",
+    "loss_weights",
+    "redraw_projections",
+    "reduce_gradients",
+    "transfer_attention",
+]

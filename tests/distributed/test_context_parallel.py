@@ -1,0 +1,91 @@
+"""A model whose sequences several processes share gives what one process gives: output, loss, gradients, a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharing import MASKS, assert_close, attention, batch, gradients, mesh, model, run_processes
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
+
+from hf_linattn.training import context_parallel, reduce_gradients
+
+Loss = Callable[[Any, dict[str, Any]], Any]
+
+
+def rows_labelled(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "labels": torch.tensor([1, 0])}
+
+
+def spans(found: dict[str, Any]) -> dict[str, Any]:
+    del found["labels"]
+    return {**found, "start_positions": torch.tensor([2, 5]), "end_positions": torch.tensor([9, 6])}
+
+
+def few_classes(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "labels": torch.where(found["labels"] < 0, -100, found["labels"] % 2)}
+
+
+HEADS: dict[str, tuple[Any, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "bert-mlm": (BertForMaskedLM, dict),
+    "bert-tokens": (BertForTokenClassification, few_classes),
+    "bert-causal": (BertLMHeadModel, dict),
+    "bert-rows": (BertForSequenceClassification, rows_labelled),
+    "bert-spans": (BertForQuestionAnswering, spans),
+    "gpt2": (GPT2LMHeadModel, dict),
+    "gpt2-rows": (GPT2ForSequenceClassification, rows_labelled),
+}
+
+
+def step(made: Any, inputs: dict[str, Any], reduce: Callable[[], None]) -> dict[str, Any]:
+    """Loss, gradients, and the weights after one step."""
+    loss = made(**inputs).loss
+    loss.backward()
+    reduce()
+    found = {"loss": loss.detach(), **gradients(made)}
+    torch.optim.SGD(made.parameters(), lr=0.1).step()
+    return {**found, **{f"{name} after": p.detach().clone() for name, p in made.named_parameters()}}
+
+
+def shared(head: str, kind: str, how: str, mask: str, processes: int, folder: Path) -> list[dict[str, Any]]:
+    stock, labelled = HEADS[head]
+
+    def work(rank: int) -> dict[str, Any]:
+        made, parts = model(stock, kind), mesh(cp=processes)
+        with attention(how), context_parallel(made, parts):
+            return step(made, labelled(batch(mask)), lambda: reduce_gradients(made, parts))
+
+    return run_processes(processes, work, folder)
+
+
+def check(head: str, kind: str, how: str, mask: str, processes: int, folder: Path) -> None:
+    stock, labelled = HEADS[head]
+    expected = step(model(stock, kind), labelled(batch(mask)), lambda: None)
+    found = shared(head, kind, how, mask, processes, folder)
+    loss = torch.stack([each.pop("loss") for each in found]).mean(0)
+    torch.testing.assert_close(loss, expected.pop("loss"), rtol=0, atol=1e-6)
+    for each in found:
+        assert_close(each, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head: str, tmp_path: Path) -> None:
+    check(head, "favor_plus", "slow", "holes", 2, tmp_path)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head", ["bert-mlm", "gpt2", "bert-rows"])
+def test_masks(head: str, mask: str, tmp_path: Path) -> None:
+    check(head, "favor_plus", "slow", mask, 3, tmp_path)
