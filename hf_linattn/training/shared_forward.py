@@ -97,6 +97,7 @@ class SharedForward:
         return attend_across(layer, replace(inputs, key_mask=mask), self.group)
 
     # -- the base model -----------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _base_forward(self, model: Any, forward: Forward, args: Any, kwargs: Any) -> Any:
         given = self._named(model, args, kwargs)
         self._check_call(model, given)
@@ -150,8 +151,8 @@ class SharedForward:
 
     def _check_call(self, model: Any, given: dict[str, Any]) -> None:
         """Raise for what a part cannot answer. Switches the cache off."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise UnsupportedError("A model that shares its sequences cannot be compiled or traced. Run it as it is.")
+        if torch.jit.is_tracing():
+            raise UnsupportedError("A model that shares its sequences cannot be traced. Run it as it is.")
         active = attention_of(model.config)
         if active not in list_kinds():
             raise UnsupportedError(
@@ -218,9 +219,11 @@ class SharedForward:
         assert self.parts is not None
         return (self.parts.column(inputs[0], 0), *inputs[1:])
 
+    @torch.compiler.disable
     def _head_forward(self, model: Any, forward: Forward, args: Any, kwargs: Any) -> Any:
         """A head of single tokens, on the tokens of this part."""
         given = self._named(model, args, kwargs)
+        self._check_call(model, given)
         kept, as_tuple = given.get("logits_to_keep"), given.get("return_dict", model.config.return_dict) is False
         if as_tuple or isinstance(kept, Tensor) or kept:
             what = "return_dict=False" if as_tuple else "logits_to_keep"
