@@ -48,9 +48,7 @@ def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
     if config.num_global_tokens:
         return f"num_global_tokens={config.num_global_tokens}, and global tokens see every token. Set it to 0."
     if config.num_heavy_keys:
-        return (
-            f"num_heavy_keys={config.num_heavy_keys}, and heavy keys are chosen among all tokens of a row. Set it to 0."
-        )
+        return f"num_heavy_keys={config.num_heavy_keys}, and these are chosen among all tokens of a row. Set it to 0."
     if config.value_convolution:
         return "value_convolution=True, which is for images, and an image is not cut up. Set it to False."
     if training and config.slot_dropout:
