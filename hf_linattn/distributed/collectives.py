@@ -82,7 +82,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         group = ctx.group
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be the gradient of something else as well
         if dist.get_backend(group.group) == "gloo":  # which has no reduce_scatter in every release
             dist.all_reduce(grad, group=group.group)
             own = grad[group.rank]

@@ -51,8 +51,11 @@ class SlotWeights(ABC):
         """Without the factors that belong to a token alone."""
         return self
 
-    def without_common_factor(self) -> SlotWeights:
-        """Without a factor that all slots have in common: for keys beside no exact ones."""
+    def without_common_factor(self, agreed: Callable[[Tensor], Tensor] = lambda z: z) -> SlotWeights:
+        """Without a factor that all slots have in common: for keys beside no exact ones.
+
+        `agreed` makes of the largest of these tokens that of others too, which are to have the same factor.
+        """
         return self
 
     def add_token_bias(self, state: AttentionState) -> AttentionState:
@@ -188,9 +191,9 @@ class LinearSlotWeights(SlotWeights):
     def add_token_bias(self, state: AttentionState) -> AttentionState:
         return AttentionState(state.output, state.lse + self.token_bias.squeeze(-1))
 
-    def without_common_factor(self) -> LinearSlotWeights:
+    def without_common_factor(self, agreed: Callable[[Tensor], Tensor] = lambda z: z) -> LinearSlotWeights:
         """Without the largest factor of a token."""
-        largest = self.token_bias.detach().amax(-2, keepdim=True)
+        largest = agreed(self.token_bias.detach().amax(-2, keepdim=True))
         bias = self.token_bias - largest.clamp_min(torch.finfo(largest.dtype).min)
         return replace(self, token_bias=bias)
 

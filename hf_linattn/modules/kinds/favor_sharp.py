@@ -14,6 +14,7 @@ from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
 from ...ops.favor.features import favor_feature_map
 from ...ops.favor.moments import without_rounding
+from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
     DENSE_VARIANTS,
     FAVOR_VARIANTS,
@@ -22,6 +23,7 @@ from ...ops.favor.statistics import (
     favor_statistics,
     neutral_statistics,
 )
+from ...ops.recurrent.slots import SlotRecurrence
 from ..config import choice, flag
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_output, learned_spec
@@ -136,6 +138,11 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         if self.config.learned:
             return super().recurrence_options()
         return {**super().recurrence_options(), "statistics": FavorStatistics.among(self.tensors())}
+
+    def recurrence_of_rows(self, query: Tensor, statistics: FavorStatistics, *, scaling: float) -> SlotRecurrence:
+        """What `recurrence` gives, with statistics of the rows in place of calibrated ones."""
+        options = {**super().recurrence_options(), "statistics": statistics}
+        return favor_recurrence(query, self.tensors()["projection"], scaling=scaling, **options)
 
     def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
         return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None

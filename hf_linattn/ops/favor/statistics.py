@@ -150,7 +150,7 @@ class FavorMoments:
         # All tokens of the batch as one row.
         query_row, key_row = (z.transpose(0, 1).flatten(1, 2).unsqueeze(0) for z in (query, key))
         query_mask, key_mask = (None if mask is None else mask.reshape(1, -1) for mask in masks)
-        new = _scaled(_gather(query_row, key_row, query_mask, key_mask, dense=True), factor_of(query, scaling))
+        new = _gather(query_row, key_row, query_mask, key_mask, dense=True).scaled(factor_of(query, scaling))
         return self + FavorMoments(**{name: z.to(self.key_count) for name, z in new.tensors().items()})
 
     def __add__(self, other: FavorMoments) -> FavorMoments:
@@ -160,6 +160,11 @@ class FavorMoments:
     def _sides(self) -> tuple[Moments, Moments]:
         query = self.query_count, self.query_mean, self.query_scatter
         return query, (self.key_count, self.key_mean, self.key_scatter)
+
+    def scaled(self, scaling: float) -> FavorMoments:
+        """The moments of scaled tokens from those of unscaled ones."""
+        root = scaling**0.5
+        return _of_sides(*((count, mean * root, scatter * root * root) for count, mean, scatter in self._sides()))
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields by name; `FavorMoments(**tensors)` is the inverse."""
@@ -224,7 +229,7 @@ def favor_statistics(
     dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     with torch.autocast(query.device.type, enabled=False):
         moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in DENSE_VARIANTS)
-        statistics = _statistics(_scaled(moments, factor_of(query, scaling)), variant, centring)
+        statistics = _statistics(moments.scaled(factor_of(query, scaling)), variant, centring)
     return RowStatistics(*(statistics if statistics.shape.dtype == dtype else statistics.to(dtype=dtype)))
 
 
@@ -285,12 +290,6 @@ def token_moments(
 def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
     with torch.autocast(x.device.type, enabled=False):
         return _of_sides(row_moments(x, query_mask, dense), row_moments(y, key_mask, dense))
-
-
-def _scaled(moments: FavorMoments, scaling: float) -> FavorMoments:
-    """The moments of scaled tokens from those of unscaled ones."""
-    root = scaling**0.5
-    return _of_sides(*((count, mean * root, scatter * root * root) for count, mean, scatter in moments._sides()))
 
 
 def _of_sides(query: Moments, key: Moments) -> FavorMoments:

@@ -1,0 +1,87 @@
+"""Attention of one layer over a sequence whose tokens are spread over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..modules.base import LinearAttention
+from ..modules.contract import AttentionInputs
+from .causal import attend_causal
+from .collectives import SequenceGroup
+from .slots import attend_slots
+
+
+def attend_across(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
+    """What the queries of this process's part read of the whole sequence: `LinearAttention.sequence_parallel`.
+
+    All processes call it together. Every part has equally many tokens, a multiple of the window; in the whole sequence
+    the real tokens of a row come first, so that a part of a row is real, padding, or real and then padding.
+
+    Args:
+        inputs: Of this part, `[batch, heads, tokens, head_dim]`. `key_mask` is `None` on all processes or on none.
+    Returns: `[batch, heads, tokens, head_dim]`, dtype of the query; zeros for padding.
+    Raises: UnsupportedError for settings that are not exact here (`refusal`), and for an image; InputError for
+        parts that do not consist of whole windows.
+    """
+    reason = refusal(layer, training=inputs.training)
+    if reason is not None:
+        raise UnsupportedError(f"Layer {layer.shape.layer_idx} ({layer.kind}) cannot share a sequence: {reason}")
+    _check_inputs(layer, inputs)
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        if inputs.is_causal:
+            return attend_causal(layer, inputs, group)
+        if layer.kind == "eva":
+            raise UnsupportedError(
+                "Bidirectional EVA cannot share a sequence between processes yet. Take 'favor_plus', 'favor_sharp' or"
+                " 'lara', or let each process have whole sequences."
+            )
+        return attend_slots(layer, inputs, group)
+
+
+def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
+    """Why a layer cannot share a sequence between processes, and what to set; `None` if it can."""
+    config = layer.config
+    if config.num_global_tokens:
+        return f"num_global_tokens={config.num_global_tokens}, and global tokens see every token. Set it to 0."
+    if config.num_heavy_keys:
+        return f"num_heavy_keys={config.num_heavy_keys}, and these are chosen among all tokens of a row. Set it to 0."
+    if config.value_convolution:
+        return "value_convolution=True, which is for images, and an image is not cut up. Set it to False."
+    if training and config.slot_dropout:
+        return (
+            f"slot_dropout={config.slot_dropout} in training, which every process would draw on its own. Set it to 0."
+        )
+    if training and config.sample_noise:
+        return "sample_noise=True in training, which every process would draw on its own. Set it to False."
+    if getattr(config, "proposal_source", None) == "landmarks":
+        return (
+            "its landmarks are means over the whole row. Set proposal_source='calibrated' and call"
+            " hf_linattn.calibrate."
+        )
+    if layer.shape.is_causal and not layer.supports_recurrence(config, is_causal=True):
+        return "its chunks depend on the number of tokens. Set chunk_size."
+    return None
+
+
+def _check_inputs(layer: LinearAttention[Any], inputs: AttentionInputs) -> None:
+    if torch.compiler.is_compiling():
+        raise UnsupportedError("A layer that shares a sequence between processes cannot be compiled. Run it as it is.")
+    if inputs.grid is not None:
+        raise UnsupportedError(
+            f"Processes share sequences, not images; got grid={inputs.grid!r}. Let each process have whole images."
+        )
+    tokens, keys, window = inputs.query.shape[2], inputs.key.shape[2], layer.config.window_size or 0
+    if tokens != keys:
+        raise InputError(
+            f"A process needs the queries and keys of the same tokens of a sequence that is shared; got {tokens}"
+            f" queries and {keys} keys."
+        )
+    if window and tokens % window:
+        raise InputError(
+            f"A process's part of a sequence must be a multiple of window_size={window} tokens; got {tokens}. Pad the"
+            " sequences to a multiple of processes * window_size."
+        )

@@ -1,0 +1,141 @@
+r"""Bidirectional attention through slots over a sequence whose tokens are spread over processes.
+
+A slot's value and log-sum-exp over all keys are those over the keys of each process, merged. Without a window they are
+all that a query reads, and an all-reduce of `M (head_dim + 1)` numbers per head is all that is exchanged. Beside a
+window a query reads the keys of its own part as ever (exactly in the window, through slots outside), and the slots of
+the other parts, gathered: what it reads is merged by the log-sum-exps, which is exact because reading is linear in the
+weights of the slots.
+
+A window that overlaps the border of two parts sees tokens of both: parts take in one block of each neighbour, and read
+slots without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.attention_state import AttentionState, merge_states
+from ..modules.base import LinearAttention
+from ..modules.contract import AttentionInputs
+from ..modules.kinds.favor_sharp import FavorSharpAttention
+from ..ops.favor.statistics import DENSE_VARIANTS, FavorMoments, FavorStatistics, token_moments
+from ..ops.inputs import compute_dtype, prepare_tokens
+from ..ops.padding import Tokens
+from ..ops.recurrent.slots import SlotRecurrence
+from ..ops.slot_attention import SlotOptions, exact_attention
+from ..ops.slot_weights import FeatureMap, SlotWeights
+from .collectives import SequenceGroup
+from .states import gather_states, merge_over, only_if, packed, unpacked
+
+
+def attend_slots(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
+    """`attend_across` for a bidirectional layer of FAVOR or LARA."""
+    maps = _maps(layer, inputs, group)
+    options = maps.options._replace(is_causal=False)
+    part = _tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, maps.in_half))
+    read = _beside_windows if options.window_size else _slots_alone
+    output = read(maps.feature_map, part, options, group)
+    output = output if part.visible is None else output.masked_fill(~part.visible, 0.0)
+    return output.to(inputs.query.dtype)
+
+
+def _maps(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> SlotRecurrence:
+    """The layer's feature map and options: causal or not, they are those of its recurrent form."""
+    if isinstance(layer, FavorSharpAttention) and layer.config.statistics == "row":
+        return layer.recurrence_of_rows(inputs.query, _row_statistics(layer, inputs, group), scaling=inputs.scaling)
+    maps = layer.recurrence(inputs.query, scaling=inputs.scaling)
+    assert isinstance(maps, SlotRecurrence)
+    return maps
+
+
+@torch.no_grad()
+def _row_statistics(layer: FavorSharpAttention, inputs: AttentionInputs, group: SequenceGroup) -> FavorStatistics:
+    """`favor_statistics` of whole rows: the moments of all parts, merged in their order."""
+    config, dense = layer.config, layer.config.variant in DENSE_VARIANTS
+    own = token_moments(inputs.query, inputs.key, inputs.key_mask, dense=dense).scaled(inputs.scaling).tensors()
+    parts = group.gather(torch.cat([z.flatten() for z in own.values()])).unbind(0)
+    sizes = [z.numel() for z in own.values()]
+    moments = []
+    for part in parts:
+        pieces = zip(own.items(), part.split(sizes), strict=True)
+        moments.append(FavorMoments(**{name: piece.view_as(z) for (name, z), piece in pieces}))
+    return sum(moments[1:], moments[0]).statistics(config.variant, config.centring)
+
+
+def _tokens(inputs: AttentionInputs, dtype: torch.dtype) -> Tokens:
+    """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
+    query, key, value, mask = inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), inputs.key_mask
+    if mask is not None:
+        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in (query, key, value))
+    tokens = prepare_tokens(query, key, value, None, inputs.scaling, is_causal=False).packed()
+    return tokens if mask is None else _with_mask(tokens, mask)
+
+
+def _with_mask(tokens: Tokens, mask: Tensor) -> Tokens:
+    return replace(tokens, valid=mask, visible=mask[:, None, :, None], lengths=mask.sum(-1))
+
+
+def _slots_alone(feature_map: FeatureMap, part: Tokens, options: SlotOptions, group: SequenceGroup) -> Tensor:
+    """Every query reads the slots of all keys."""
+    key_weights = feature_map.key_weights(part.key).masked(part.visible).without_common_factor(group.maximum)
+    slots = merge_over(key_weights.summarise(part.value), group)
+    return feature_map.query_weights(part.query).read(slots).output
+
+
+def _beside_windows(feature_map: FeatureMap, part: Tokens, options: SlotOptions, group: SequenceGroup) -> Tensor:
+    """Windows and all slots under one softmax."""
+    reach = options.window_size if options.overlap_window else 0
+    around = _with_neighbours(part, reach, group) if reach else part
+    query_weights, key_weights = feature_map.query_weights(around.query), feature_map.key_weights(around.key)
+    near = exact_attention(around, options).with_slots(query_weights, key_weights)
+    if reach:
+        stop = reach + part.key.shape[2]
+        near = AttentionState(near.output[:, :, reach:stop], near.lse[:, :, reach:stop])
+        query_weights = query_weights.map_tokens(lambda z: z[:, :, reach:stop])
+        key_weights = key_weights.map_tokens(lambda z: z[:, :, reach:stop])
+    slots = _slots_elsewhere(key_weights.masked(part.visible), part.value, reach, group)
+    far = query_weights.add_token_bias(query_weights.read(slots))
+    return merge_states([near, far]).output
+
+
+def _with_neighbours(part: Tokens, reach: int, group: SequenceGroup) -> Tokens:
+    """This part between the keys of `reach` tokens of each neighbour. The queries of these are 0."""
+
+    def around(z: Tensor) -> Tensor:
+        return torch.cat([group.from_left(z[:, :, -reach:]), z, group.from_right(z[:, :, :reach])], 2)
+
+    sizes = part.key.shape[-1], part.value.shape[-1]
+    key, value = around(torch.cat([part.key, part.value], -1)).split(sizes, -1)
+    real = torch.ones_like(part.key[:, :1, :, :1]) if part.visible is None else part.visible
+    real = around(real.to(torch.uint8)) > 0  # also False beyond the ends of the sequence
+    tokens = replace(part, query=F.pad(part.query, (0, 0, reach, reach)), key=key, value=value)
+    return _with_mask(tokens, real.flatten(1))
+
+
+def _slots_elsewhere(key_weights: SlotWeights, value: Tensor, reach: int, group: SequenceGroup) -> AttentionState:
+    """What slots have read of the other parts, without `reach` tokens of each neighbour."""
+    length, rank = value.shape[2], group.rank
+
+    def read(start: int, stop: int) -> AttentionState:
+        return key_weights.map_tokens(lambda z: z[:, :, start:stop]).summarise(value[:, :, start:stop])
+
+    near = (rank - 1, rank, rank + 1) if reach else (rank,)
+    elsewhere = [other for other in range(group.size) if other not in near]
+    if not reach:
+        return merge_states(gather_states(read(0, length), group, elsewhere))
+    if length == reach:
+        whole = read(0, length)
+        but_first = but_last = only_if(False, whole)
+    else:
+        first, last = read(0, reach), read(length - reach, length)
+        middle = [read(reach, length - reach)] if length > 2 * reach else []
+        but_first, but_last = merge_states([*middle, last]), merge_states([first, *middle])
+        whole = merge_states([first, but_first])
+    left, right = group.from_left(packed(but_last)), group.from_right(packed(but_first))
+    ends = only_if(rank > 0, unpacked(left)), only_if(rank < group.size - 1, unpacked(right))
+    return merge_states([*gather_states(whole, group, elsewhere), *ends])
