@@ -10,8 +10,10 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
+from ..modules.kinds.eva import EvaAttention
 from .causal import attend_causal
 from .collectives import SequenceGroup
+from .eva import attend_eva, eva_refusal
 from .slots import attend_slots
 
 
@@ -34,11 +36,8 @@ def attend_across(layer: LinearAttention[Any], inputs: AttentionInputs, group: S
     with torch.autocast(inputs.query.device.type, enabled=False):
         if inputs.is_causal:
             return attend_causal(layer, inputs, group)
-        if layer.kind == "eva":
-            raise UnsupportedError(
-                "Bidirectional EVA cannot share a sequence between processes yet. Take 'favor_plus', 'favor_sharp' or"
-                " 'lara', or let each process have whole sequences."
-            )
+        if isinstance(layer, EvaAttention):
+            return attend_eva(layer, inputs, group)
         return attend_slots(layer, inputs, group)
 
 
@@ -64,6 +63,8 @@ def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
         )
     if layer.shape.is_causal and not layer.supports_recurrence(config, is_causal=True):
         return "its chunks depend on the number of tokens. Set chunk_size."
+    if isinstance(layer, EvaAttention) and not layer.shape.is_causal:
+        return eva_refusal(layer)
     return None
 
 

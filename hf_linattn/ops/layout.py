@@ -65,11 +65,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class WindowedBlocks:
-    """Blocks together with the tokens next to them: `left` before and `right` after, in every dimension."""
+    """Blocks together with the tokens next to them: `left` before and `right` after, in every dimension.
+
+    has_neighbours: What is split has so many tokens more at its ends, those next to a part of a sequence; its blocks
+        are whole.
+    """
 
     blocks: Blocks
     left: int = 0
     right: int = 0
+    has_neighbours: bool = False
 
     def split(self, x: Tensor) -> Tensor:
         """`[..., tokens, dim]` -> `[..., blocks, places, dim]`, zeros where there is no token."""
@@ -78,7 +83,8 @@ class WindowedBlocks:
             return blocks.split(x)
         size, places = blocks.size, left + blocks.size + right
         if blocks.grid is None:
-            x = F.pad(x, (0, 0, left, -blocks.tokens % size + right))
+            if not self.has_neighbours:
+                x = F.pad(x, (0, 0, left, -blocks.tokens % size + right))
             return x.unfold(-2, places, size).transpose(-1, -2)
         (height, width) = blocks.grid
         x = F.pad(x.unflatten(-2, blocks.grid), (0, 0, left, -width % size + right, left, -height % size + right))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import ConfigError, InputError
 from ...ops.eva.attention import eva_attention
-from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS
-from ...ops.eva.layout import CHUNKINGS, default_chunk, nominal_reach
-from ...ops.eva.learned import eva_learning_start, learned_eva_attention, learned_eva_recurrence
+from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS, Summariser
+from ...ops.eva.layout import CHUNKINGS, ChunkOptions, default_chunk, nominal_reach
+from ...ops.eva.learned import LearnedSummariser, eva_learning_start, learned_eva_attention, learned_eva_recurrence
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
@@ -192,6 +192,24 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             **_variate_options(config, state),
             **options,
         )
+
+    def layout_and_summaries(
+        self, query: Tensor, *, scaling: float
+    ) -> tuple[ChunkOptions, Summariser | LearnedSummariser, Tensor | None]:
+        """How windows and chunks lie, what summarises a chunk, and `window_bias`: what a bidirectional layer does with
+        sequences, without noise, for scaled queries like `query`."""
+        config, state = self.config, self.tensors()
+        side = "both" if config.overlap_window else None
+        options = ChunkOptions(config.window_size or 0, config.num_chunks, None, config.chunking or "", side, False)
+        options.check(None)
+        bias = _layout_options(config, state, scaling, None, is_causal=False)["window_bias"]
+        if config.learned:
+            return options, learned_summariser(state), bias
+        variates = _variate_options(config, state)
+        del variates["chunking"]
+        summarise = Summariser(**variates, root=scaling**0.5)
+        summarise.check()
+        return options, summarise, bias
 
     def learning_start(
         self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z

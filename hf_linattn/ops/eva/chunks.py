@@ -169,36 +169,48 @@ class Summariser:
         member, wide = chunks.member, torch.promote_types(key.dtype, torch.float32)
         keys = chunks.take(key).to(wide)
         centre = masked_mean(keys, member)
-        key_mean = centre if chunks.divisor is None else keys.sum(-2) / chunks.divisor[:, None, :, None]
-        if self.key_map is not None:  # maps are defined on means of queries and keys as they came, before scaling
-            key_mean = self.key_map(key_mean / self.root) * self.root
+        key_mean = self.mapped(centre if chunks.divisor is None else chunks.mean(keys), self.key_map)
         # `mu . y - |y|^2 / 2` is a softmax of the distances between keys and `mu`, which do not change when both are
         # taken relative to the chunk's centre, nor with it: what all keys have in common costs no digits then.
         centre = centre.detach()
         centred = keys - centre.unsqueeze(-2)
-        mu = -centre if self.proposals == "none" else key_mean - centre
+        query_mean = None
         if self.uses_queries:
             assert query is not None
-            mu = mu + self._query_mean(chunks.take(query).to(wide), chunks)
-            mu = (mu - centre) / 2 if self.proposals == "mean" else mu
+            query_mean = chunks.mean(chunks.take(query).to(wide))
+        mu = self.proposal(query_mean, key_mean, centre)
         if noise is not False:
             mu = self._noisy(mu, noise, chunks.count)
         bias = mask_logits(-half_norm(centred), member[:, None])
         value = attend(mu.unsqueeze(-2), centred, chunks.take(value).to(wide), bias=bias).output.squeeze(-2)
 
-        log_weight = member.sum(-1).to(wide).log()
-        if self.weighting == "none":
-            # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
-            log_weight = log_weight.masked_fill(member.any(-1) | (chunks.divisor is not None), 0.0)
+        log_weight = self.log_weight(member.sum(-1).to(wide), keeps_empty=chunks.divisor is not None)
         spread = None
         if self.weighting == "spread":
             spread = masked_mean(centred.square().masked_fill(~member[:, None, ..., None], 0.0), member)
         return Summaries(key_mean, value, log_weight[:, None].expand(*mu.shape[:-1]), spread)
 
-    def _query_mean(self, queries: Tensor, chunks: Chunks) -> Tensor:
-        divisor = chunks.divisor
-        mean = masked_mean(queries, chunks.member) if divisor is None else queries.sum(-2) / divisor[:, None, :, None]
-        return mean if self.query_map is None else self.query_map(mean / self.root) * self.root
+    def mapped(self, mean: Tensor, proposal_map: ProposalMap | None) -> Tensor:
+        """A mean of scaled queries or keys, mapped: maps are defined on means of what came, before scaling."""
+        return mean if proposal_map is None else proposal_map(mean / self.root) * self.root
+
+    def proposal(self, query_mean: Tensor | None, key_mean: Tensor, centre: Tensor) -> Tensor:
+        """Where a chunk's proposal stands, relative to the chunk's centre.
+
+        Args: query_mean: Where `uses_queries`. key_mean: Mapped. centre: The mean key, without gradient.
+        """
+        mu = -centre if self.proposals == "none" else key_mean - centre
+        if query_mean is not None:
+            mu = mu + self.mapped(query_mean, self.query_map)
+            mu = (mu - centre) / 2 if self.proposals == "mean" else mu
+        return mu
+
+    def log_weight(self, count: Tensor, *, keeps_empty: bool = False) -> Tensor:
+        """Of chunks with `count` keys. keeps_empty: One without keys has a weight where all weigh the same."""
+        if self.weighting != "none":
+            return count.log()
+        # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
+        return count.log().masked_fill((count > 0) | keeps_empty, 0.0)
 
     def _noisy(self, mu: Tensor, noise: Tensor | bool, count: int) -> Tensor:
         if isinstance(noise, Tensor):

@@ -17,7 +17,7 @@ from .ablation import ablated_chunks
 from .bounded import EarlierChunks, latest_chunks
 from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
-from .layout import ChunkOptions, Chunks, Layout, integer_root
+from .layout import ChunkOptions, Chunks, Layout, integer_root, outside
 from .published import published_layout
 
 
@@ -45,10 +45,7 @@ def eva_estimate(
         tokens, options, summarise, layout = ablated_chunks(tokens, options, summarise, layout)
     blocks = layout.windows.blocks
     block_query = blocks.split(tokens.query)
-    bias = None
-    if window_bias is not None:
-        wide = torch.promote_types(tokens.key.dtype, torch.float32)
-        bias = _fit_bias(window_bias, options, layout, tokens.key.shape[1]).to(wide)
+    bias = fit_bias(window_bias, options, layout, tokens.key)
     chunks, unseen_windows = layout.chunks, None
     if chunks is None:
         state = _windows(tokens, block_query, layout, is_causal, bias)
@@ -67,10 +64,13 @@ def eva_estimate(
             state = _windows(tokens, block_query, layout, is_causal, bias)
             state = latest_summaries.join(state, block_query, dropout=dropout)
             past = None  # among the latest
-        elif chunks.unread_range is not None and bias is None and not dropout and summaries.spread is None:
-            state = _window_chunks(tokens, block_query, layout, is_causal, summaries, chunks.unread_range)
+        elif chunks.unread_range is not None:
+            unread = chunks.unread_range
+            state = windows_and_chunks(
+                tokens, block_query, layout, summaries, unread, is_causal=is_causal, bias=bias, dropout=dropout
+            )
         else:
-            far = summaries.read(block_query, chunks.seen(), dropout=dropout)
+            far = summaries.read(block_query, chunks.visible, dropout=dropout)
             state = merge_states([far, _windows(tokens, block_query, layout, is_causal, bias)])
     if unseen_windows is not None:
         state = unseen_windows.join(state, block_query, dropout=dropout)
@@ -119,6 +119,30 @@ def _windows(
     return softmax_with_lse(mask_logits(logits, seen), value)
 
 
+def windows_and_chunks(
+    tokens: Tokens,
+    block_query: Tensor,
+    layout: Layout,
+    summaries: Summaries,
+    unread_range: tuple[Tensor, Tensor],
+    *,
+    is_causal: bool = False,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> AttentionState:
+    """The windows and all chunks under one softmax, if every window reads all chunks but a range.
+
+    Args:
+        block_query: Scaled queries, `[batch, heads, windows, queries, head_dim]`.
+        layout: Its windows, and how far they reach.
+        unread_range: As in `Chunks`. bias: From `fit_bias`. dropout: Of the chunks' weights.
+    """
+    if bias is None and not dropout and summaries.spread is None:
+        return _window_chunks(tokens, block_query, layout, is_causal, summaries, unread_range)
+    far = summaries.read(block_query, outside(unread_range, summaries.value.shape[2]), dropout=dropout)
+    return merge_states([far, _windows(tokens, block_query, layout, is_causal, bias)])
+
+
 def _window_chunks(
     tokens: Tokens,
     block_query: Tensor,
@@ -127,7 +151,7 @@ def _window_chunks(
     summaries: Summaries,
     unread_range: tuple[Tensor, Tensor],
 ) -> AttentionState:
-    """The windows and all chunks under one softmax, if every window reads all chunks but a range."""
+    """`windows_and_chunks` in one operation."""
     lead = block_query.shape[:2]
 
     def grouped(x: Tensor) -> Tensor:
@@ -149,8 +173,12 @@ def _window_chunks(
     return AttentionState(both.output.unflatten(0, lead), both.lse.unflatten(0, lead))
 
 
-def _fit_bias(bias: Tensor, options: ChunkOptions, layout: Layout, heads: int) -> Tensor:
-    """The part of `window_bias` that this layout's windows need, with room for batch and windows."""
+def fit_bias(bias: Tensor | None, options: ChunkOptions, layout: Layout, key: Tensor) -> Tensor | None:
+    """The part of `window_bias` that this layout's windows need, with room for batch and windows, in a dtype for
+    logits with such keys `[batch, heads, tokens, head_dim]`."""
+    if bias is None:
+        return None
+    heads, bias = key.shape[1], bias.to(torch.promote_types(key.dtype, torch.float32))
     around, full = layout.windows, options.window_size
     size, left, right = around.blocks.size, around.left, around.right
     is_grid = around.blocks.grid is not None

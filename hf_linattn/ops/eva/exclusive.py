@@ -61,26 +61,22 @@ def exclusive_layout(options: ChunkOptions, tokens: Tokens, *, always_chunks: bo
     if grid is not None:
         chunk = options.chunk_size or longest_chunk(window, max(1, integer_root(options.num_chunks)), max(grid))
         reach = window_reach(window, chunk) if options.overlap_side else 0
-        visible, partly_seen_windows = grid_table(*grid, window, chunk, reach, str(device))
-        chunks = even_chunks(WindowedBlocks(Blocks(num_tokens, chunk, grid)), tokens, visible, partly_seen_windows)
+        visible, partly_seen = grid_table(*grid, window, chunk, reach, str(device))
+        chunks = even_chunks(WindowedBlocks(Blocks(num_tokens, chunk, grid)), tokens, visible, partly_seen)
         return Layout(WindowedBlocks(windows, reach, reach), chunks)
 
     chunk = options.chunk_size or longest_chunk(window, options.num_chunks, num_tokens)
-    left = right = 0
-    if options.overlap_side == "left":
-        left = window
-    elif options.overlap_side:
-        left = right = window_reach(window, chunk)
     if options.chunk_size or tokens.valid is None:
-        blocks = Blocks(num_tokens, chunk)
-        length, partly_seen_windows = torch.full((1, 1), chunk, device=device), None
-        unread_range = _unread_range(options, windows, length, blocks.num_blocks, left, right)
+        left, right, _ = reaches(options.overlap_side, window, chunk)
+        blocks, number = Blocks(num_tokens, chunk), torch.arange(windows.num_blocks, device=device)
+        length, partly_seen = torch.full((1, 1), chunk, device=device), None
+        unread_range = unread_chunks(options, number, window, length, blocks.num_blocks, left, right)
         if chunk > window:
-            partly_seen_windows = _partly_seen_windows(windows, length // window, chunk // window, options)
+            partly_seen = partly_seen_windows(options, number, windows.num_blocks, length // window, chunk // window)
         # No query ever reads the chunks of the last window, if causal.
         count = (windows.num_blocks - 1) * (window // chunk) if options.is_causal else None
         around = WindowedBlocks(blocks)
-        chunks = even_chunks(around, tokens, None, partly_seen_windows, unread_range=unread_range, count=count)
+        chunks = even_chunks(around, tokens, None, partly_seen, unread_range=unread_range, count=count)
         return Layout(WindowedBlocks(windows, left, right), chunks)
     return _exclusive_rows(options, tokens, windows, chunk)
 
@@ -92,56 +88,79 @@ def _exclusive_rows(options: ChunkOptions, tokens: Tokens, windows: Blocks, long
     start = torch.arange(min(options.num_chunks, num_tokens), device=device) * length
     position = start[..., None] + torch.arange(longest, device=device)
     inside = (position < (start + length)[..., None]) & (position < tokens.lengths[:, None, None])
-    left = right = 0
-    reach = None
-    if options.overlap_side == "left":
-        left = window
-    elif options.overlap_side:
-        lengths = [longest, *(c for c in _divisors(window) if c < longest)]
-        left = right = max(window_reach(window, c) for c in lengths)
-        half = max(1, window // 2)
-        reach = torch.where(length > window, window, (half + length - 1) // length * length)
-    reaches = (left, right) if reach is None else (reach, reach)
-    unread_range = _unread_range(options, windows, length, start.shape[1], *reaches)
-    partly_seen_windows = None
+    left, right, reach = reaches(options.overlap_side, window, longest, length)
+    own_reaches = (left, right) if reach is None else (reach, reach)
+    number = torch.arange(windows.num_blocks, device=device)
+    unread_range = unread_chunks(options, number, window, length, start.shape[1], *own_reaches)
+    partly_seen = None
     if longest > window:
-        partly_seen_windows = _partly_seen_windows(
-            windows, (length // window).clamp_min(1), longest // window, options
-        )
+        per_chunk = (length // window).clamp_min(1)
+        partly_seen = partly_seen_windows(options, number, windows.num_blocks, per_chunk, longest // window)
     index = torch.where(inside, position, -1)
     count = -(-num_tokens // longest)
-    chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, None, partly_seen_windows, unread_range)
+    chunks = Chunks(lambda z: gather_tokens(z, index), inside, None, count, None, partly_seen, unread_range)
     return Layout(WindowedBlocks(windows, left, right), chunks, reach)
+
+
+def reaches(
+    overlap_side: str | None, window_size: int, longest: int, length: Tensor | None = None
+) -> tuple[int, int, Tensor | None]:
+    """How far windows reach before and after their block at most, and how far those of each row, where that differs.
+
+    Args: longest: Tokens of the longest chunks. length: `[batch, 1]`, those of a row's; `None`: all rows' are as long.
+    """
+    if overlap_side is None:
+        return 0, 0, None
+    if overlap_side == "left":
+        return window_size, 0, None
+    if length is None:
+        reach = window_reach(window_size, longest)
+        return reach, reach, None
+    lengths = [longest, *(c for c in _divisors(window_size) if c < longest)]
+    most, half = max(window_reach(window_size, c) for c in lengths), max(1, window_size // 2)
+    reach_of_rows = torch.where(length > window_size, window_size, (half + length - 1) // length * length)
+    return most, most, reach_of_rows
 
 
 def _divisors(window: int) -> list[int]:
     return [d for d in range(1, window + 1) if window % d == 0]
 
 
-def _unread_range(
-    options: ChunkOptions, windows: Blocks, length: Tensor, count: int, left: int | Tensor, right: int | Tensor
+def unread_chunks(
+    options: ChunkOptions,
+    number: Tensor,
+    window_size: int,
+    length: Tensor,
+    count: int,
+    left: int | Tensor,
+    right: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The first chunk that a window does not read, because it sees some of it, and the first after those it sees.
 
-    Args: length: `[batch or 1, 1]`, tokens of a chunk.
+    Args: number: `[windows]`, from 0. length: `[batch or 1, 1]`, tokens of a chunk.
     Returns: twice `[batch or 1, windows]`; the second is `count` if causal, where nothing later is read.
     """
-    first = torch.arange(windows.num_blocks, device=length.device)[None] * windows.size
+    first = number[None] * window_size
     start = (first - left).clamp_min(0) // length
     if options.is_causal:
         return start, torch.full_like(start, count)
-    return start, (first + windows.size + right + length - 1) // length
+    return start, (first + window_size + right + length - 1) // length
 
 
-def _partly_seen_windows(windows: Blocks, per_chunk: Tensor, most: int, options: ChunkOptions) -> Tensor:
-    """Windows in the chunks that a window's reach cuts, without those it sees; `per_chunk` `[batch or 1, 1]`."""
-    own = torch.arange(windows.num_blocks, device=per_chunk.device)
+def partly_seen_windows(
+    options: ChunkOptions, number: Tensor, num_windows: int, per_chunk: Tensor, most: int
+) -> Tensor:
+    """`[batch or 1, windows, n]`: windows in the chunks that a window's reach cuts, not those it sees; -1 for none.
+
+    Args: number: `[windows]`, from 0, of `num_windows`. per_chunk: `[batch or 1, 1]`, windows of a chunk; `most` at
+        most.
+    """
     left, right = int(options.overlap_side is not None), int(options.overlap_side == "both")
-    first = (own - left).clamp_min(0) // per_chunk * per_chunk
-    stop = ((own + right).clamp_max(windows.num_blocks - 1) // per_chunk + 1) * per_chunk
-    number = first[..., None] + torch.arange(most * (2 if left else 1), device=own.device)
-    seen = (number >= (own - left)[:, None]) & (number <= (own + right)[:, None])
-    return torch.where(seen | (number >= stop[..., None]) | (number >= windows.num_blocks), -1, number)
+    first = (number - left).clamp_min(0) // per_chunk * per_chunk
+    stop = ((number + right).clamp_max(num_windows - 1) // per_chunk + 1) * per_chunk
+    other = first[..., None] + torch.arange(most * (2 if left else 1), device=number.device)
+    seen = (other >= (number - left)[:, None]) & (other <= (number + right)[:, None])
+    return torch.where(seen | (other >= stop[..., None]) | (other >= num_windows), -1, other)
 
 
 @torch.compiler.assume_constant_result

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
 from ..inputs import check_counts
-from ..layout import WindowedBlocks
+from ..layout import WindowedBlocks, masked_mean
 from ..padding import Tokens
 
 CHUNKINGS = ("exclusive", "published")
@@ -54,13 +54,22 @@ class Chunks:
     partly_seen_windows: Tensor | None = None
     unread_range: tuple[Tensor, Tensor] | None = None
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Means of chunks, from what `take` gives."""
+        if self.divisor is None:
+            return masked_mean(x, self.member)
+        return x.sum(-2) / self.divisor[:, None, :, None]
+
     def seen(self) -> Tensor | None:
         """`visible`, also where it follows from `unread_range`."""
-        if self.unread_range is None:
-            return self.visible
-        number = torch.arange(self.member.shape[1], device=self.member.device)
-        start, stop = self.unread_range
-        return (number < start[..., None, None]) | (number >= stop[..., None, None])
+        return self.visible if self.unread_range is None else outside(self.unread_range, self.member.shape[1])
+
+
+def outside(unread_range: tuple[Tensor, Tensor], count: int) -> Tensor:
+    """`visible` of `count` chunks that follows from an `unread_range` (both as in `Chunks`)."""
+    start, stop = unread_range
+    number = torch.arange(count, device=start.device)
+    return (number < start[..., None, None]) | (number >= stop[..., None, None])
 
 
 @dataclass(frozen=True)

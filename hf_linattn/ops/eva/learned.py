@@ -55,15 +55,24 @@ class LearnedSummariser:
     ) -> Summaries:
         """Summaries of all chunks, in float32 or wider; queries and noise are not used."""
         wide = torch.promote_types(key.dtype, torch.float32)
-        maps = replace(self, **{name: tensor.to(wide) for name, tensor in vars(self).items()})
+        maps = self.to(wide)
         keys, values = chunks.take(key).to(wide), chunks.take(value).to(wide)
         pooled = _pool(keys, keys, maps.key_pooling, chunks.member)
-        pooled = pooled + pooled @ maps.key_adapter
-        key_mean = pooled + pooled @ maps.query_adapter.mT + maps.far_slope.unsqueeze(1)
-        log_weight = chunks.member.sum(-1).to(wide).log()[:, None] + maps.far_offset.unsqueeze(1)
-        log_weight = log_weight + (pooled @ maps.key_slope.unsqueeze(-1)).squeeze(-1)
         value_mean = _pool(values, keys, maps.value_pooling, chunks.member)
-        return Summaries(key_mean, value_mean, log_weight, None, learned=True)
+        return maps.of_pooled(pooled, value_mean, chunks.member.sum(-1).to(wide))
+
+    def to(self, dtype: torch.dtype) -> LearnedSummariser:
+        """The same in another dtype."""
+        return replace(self, **{name: tensor.to(dtype) for name, tensor in vars(self).items()})
+
+    def of_pooled(self, key: Tensor, value: Tensor, count: Tensor) -> Summaries:
+        """Summaries of chunks of `count` `[batch or 1, chunks]` tokens, from their pooled keys and values, `[batch,
+        heads, chunks, head_dim]`, all in the dtype of the maps."""
+        key = key + key @ self.key_adapter
+        key_mean = key + key @ self.query_adapter.mT + self.far_slope.unsqueeze(1)
+        log_weight = count.log()[:, None] + self.far_offset.unsqueeze(1)
+        log_weight = log_weight + (key @ self.key_slope.unsqueeze(-1)).squeeze(-1)
+        return Summaries(key_mean, value, log_weight, None, learned=True)
 
 
 def _pool(tokens: Tensor, keys: Tensor, weights: Tensor, member: Tensor) -> Tensor:

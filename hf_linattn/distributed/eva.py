@@ -1,0 +1,171 @@
+"""Bidirectional EVA over a sequence whose tokens are spread over processes.
+
+Windows and chunks are those of the whole row, and follow from its number of real tokens, which all processes know from
+one exchange. Parts are whole windows. A window that overlaps takes in tokens of the parts beside its own; summaries of
+chunks are made by all processes together (`eva_chunks.py`); of a chunk that a window sees in part, the other windows
+are summarised where they are, and their summaries exchanged. Then every window reads what it reads in one process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..modules.contract import AttentionInputs
+from ..modules.kinds.eva import EvaAttention
+from ..ops.eva.chunks import MakesSummaries, Summaries
+from ..ops.eva.estimate import fit_bias, windows_and_chunks
+from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
+from ..ops.eva.layout import ChunkOptions, Chunks, Layout
+from ..ops.inputs import compute_dtype, prepare_tokens
+from ..ops.layout import Blocks, WindowedBlocks
+from ..ops.padding import Tokens
+from .collectives import SequenceGroup
+from .eva_chunks import SharedChunks, chunk_summaries, exchanged
+
+
+def eva_refusal(layer: EvaAttention) -> str | None:
+    """Why a bidirectional layer cannot share a sequence between processes, and what to set; `None` if it can."""
+    if layer.config.chunking == "published":
+        return "chunking='published', whose chunks do not fit the windows. Set chunking='exclusive'."
+    return None
+
+
+def attend_eva(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
+    """`attend_across` for a bidirectional layer of EVA: what `eva_attention` gives on the whole rows.
+
+    Args: layer: One that `eva_refusal` says nothing against.
+    """
+    options, summarise, window_bias = layer.layout_and_summaries(inputs.query, scaling=inputs.scaling)
+    tokens, rows = _scaled(inputs), _Rows.of(options, inputs, group)
+    summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
+    unseen_windows = _unseen_windows(summarise, tokens, rows, group)
+
+    left, right, reach = rows.reaches()
+    windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
+    layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
+    around = _with_neighbours(tokens, rows, left, group) if left else tokens
+    bias = fit_bias(window_bias, options, layout, tokens.key)
+    state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias)
+    if unseen_windows is not None:
+        state = unseen_windows.join(state, query)
+    output = windows.blocks.join(state.output)
+    output = output if tokens.visible is None else output.masked_fill(~tokens.visible, 0.0)
+    return output.to(inputs.query.dtype)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where windows and chunks of whole rows lie, as seen from the process with part number `rank`.
+
+    lengths: Real tokens of a row, `[batch]`; `[1]` if `are_full`, without padding. length: Tokens of its chunks,
+        `[batch or 1, 1]`.
+    longest: Tokens of a chunk of a full row. part: Tokens of a part.
+    """
+
+    options: ChunkOptions
+    lengths: Tensor
+    length: Tensor
+    are_full: bool
+    longest: int
+    part: int
+    processes: int
+    rank: int
+
+    @staticmethod
+    def of(options: ChunkOptions, inputs: AttentionInputs, group: SequenceGroup) -> _Rows:
+        window, part, mask = options.window_size, inputs.key.shape[2], inputs.key_mask
+        most = group.size * part
+        lengths = torch.full((1,), most, device=inputs.key.device) if mask is None else group.reduce(mask.sum(-1))
+        length = chunk_length(window, options.num_chunks, lengths)[:, None]
+        longest = longest_chunk(window, options.num_chunks, most)
+        return _Rows(options, lengths, length, mask is None, longest, part, group.size, group.rank)
+
+    @property
+    def first(self) -> int:
+        """The place of this part's first token in the whole row."""
+        return self.rank * self.part
+
+    @property
+    def num_chunks(self) -> int:
+        """Of the row with most chunks."""
+        most = self.processes * self.part
+        return -(-most // self.longest) if self.are_full else min(self.options.num_chunks, most)
+
+    @property
+    def windows(self) -> Tensor:
+        """The numbers of this part's windows in the whole row."""
+        begin, count = self.first // self.options.window_size, self.part // self.options.window_size
+        return torch.arange(begin, begin + count, device=self.length.device)
+
+    def chunks(self, valid: Tensor | None) -> SharedChunks:
+        """The chunks of all rows; `valid` as in `Tokens`."""
+        device, number = self.length.device, self.num_chunks
+        unit = math.gcd(self.longest, self.part) if self.are_full else 1
+        begins = torch.arange(number, device=device) * self.length
+        count = (self.lengths[:, None] - begins).clamp_min(0).minimum(self.length)
+        own = torch.arange(self.first, self.first + self.part, unit, device=device) // self.length
+        return SharedChunks(count, own.clamp_max(number - 1), unit, valid)
+
+    def reaches(self) -> tuple[int, int, Tensor | None]:
+        """How far windows reach, as `exclusive.reaches` says it."""
+        options, length = self.options, None if self.are_full else self.length
+        return reaches(options.overlap_side, options.window_size, self.longest, length)
+
+    def unread_chunks(self) -> tuple[Tensor, Tensor]:
+        """`Chunks.unread_range` of this part's windows."""
+        options, (left, right, reach) = self.options, self.reaches()
+        sides = (left, right) if reach is None else (reach, reach)
+        return unread_chunks(options, self.windows, options.window_size, self.length, self.num_chunks, *sides)
+
+    def partly_seen_windows(self) -> Tensor:
+        """`Chunks.partly_seen_windows` of this part's windows, by numbers in the whole row."""
+        window = self.options.window_size
+        per_chunk, most = (self.length // window).clamp_min(1), self.longest // window
+        return partly_seen_windows(self.options, self.windows, self.processes * self.part // window, per_chunk, most)
+
+
+def _scaled(inputs: AttentionInputs) -> Tokens:
+    """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
+    dtype, mask = compute_dtype(inputs.query, inputs.key, inputs.value, ("cuda",)), inputs.key_mask
+    query, key, value = (z.to(dtype) for z in (inputs.query, inputs.key, inputs.value))
+    if mask is not None:
+        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in (query, key, value))
+    tokens = prepare_tokens(query, key, value, None, inputs.scaling, is_causal=False).packed()
+    return tokens if mask is None else replace(tokens, valid=mask, visible=mask[:, None, :, None])
+
+
+def _with_neighbours(tokens: Tokens, rows: _Rows, reach: int, group: SequenceGroup) -> Tokens:
+    """With keys and values of `reach` tokens of the parts before and after."""
+    dims, both = (tokens.key.shape[-1], tokens.value.shape[-1]), torch.cat([tokens.key, tokens.value], -1)
+    before, after = group.from_left(both[:, :, -reach:]), group.from_right(both[:, :, :reach])
+    key, value = torch.cat([before, both, after], 2).split(dims, -1)
+    place = torch.arange(rows.first - reach, rows.first + rows.part + reach, device=key.device)
+    return replace(tokens, key=key, value=value, valid=(place >= 0) & (place < rows.lengths[:, None]))
+
+
+def _unseen_windows(summarise: MakesSummaries, tokens: Tokens, rows: _Rows, group: SequenceGroup) -> Summaries | None:
+    """What every window here reads of windows that lie in a chunk which it sees in part; `None` if no chunk is longer
+    than a window.
+
+    Returns: `[batch, heads, windows, n(, head_dim)]`.
+    """
+    window = rows.options.window_size
+    if rows.longest <= window:
+        return None
+    blocks = Blocks(rows.part, window)
+    member = WindowedBlocks(blocks).real(tokens.valid, tokens.key.device)
+    chunks = Chunks(blocks.split, member, None, blocks.num_blocks)
+    own = summarise(tokens.query, tokens.key, tokens.value, chunks)
+    index, per_chunk = rows.partly_seen_windows(), rows.longest // window
+    if per_chunk > blocks.num_blocks:
+        return exchanged(own, lambda z: group.gather(z).movedim(0, 2).flatten(2, 3)).select(index)
+
+    def with_neighbours(z: Tensor) -> Tensor:  # no chunk reaches further
+        return torch.cat([group.from_left(z[:, :, -per_chunk:]), z, group.from_right(z[:, :, :per_chunk])], 2)
+
+    begin = rows.first // window - per_chunk
+    return exchanged(own, with_neighbours).select(torch.where(index < 0, index, index - begin))
