@@ -54,7 +54,9 @@ def context_parallel(
     if isinstance(model, nn.DataParallel):
         raise UnsupportedError("DataParallel runs one process; sequences are shared by several. Use torchrun and DDP.")
     if any(getattr(m, "_orig_mod", None) or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        raise UnsupportedError("A compiled model cannot share sequences: its graph would not exchange anything. Run it as it is.")
+        raise UnsupportedError(
+            "A compiled model cannot share sequences: its graph would not exchange anything. Run it as it is."
+        )
     inner = converted_model(model)
     layers = [layer for layer in inner.modules() if isinstance(layer, LinearAttention)]
     whole = _is_whole(inner, gather_output)

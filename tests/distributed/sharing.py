@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import VOCAB, bert_config, gpt2_config
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,26 +23,6 @@ WINDOW = 4
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
-def run_processes(count: int, work: Callable[[int], Any], folder: Path, *, timeout: float = 120) -> list[Any]:
-    """Let forked processes do `work(rank)`. Returns: what each gives. Fails if they take longer than `timeout` s."""
-    processes = mp.start_processes(_process, (count, work, folder), count, join=False, start_method="fork")
-    end = time.monotonic() + timeout
-    while not processes.join(timeout=1.0):
-        if time.monotonic() > end:
-            for process in processes.processes:
-                process.kill()
-            raise AssertionError(f"{count} processes took more than {timeout} s: they wait for each other")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
-
-
-def _process(rank: int, count: int, work: Callable[[int], Any], folder: Path) -> None:
-    torch.set_num_threads(1)
-    init, limit = f"file://{folder.resolve()}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=count, timeout=limit)
-    torch.save(work(rank), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 def mesh(**sizes: int) -> DeviceMesh:
     """`mesh(dp=2, cp=2)`."""
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -76,25 +51,33 @@ def attention(how: str) -> Iterator[None]:
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-def settings(kind: str, *, causal: bool) -> Any:
-    """Small settings of a kind without what the processes cannot share."""
-    fields: dict[str, Any] = {"window_size": WINDOW, **get_kind(kind).example}
-    fields |= {"num_global_tokens": 0, "num_heavy_keys": 0, "slot_dropout": 0.0}
-    fields |= {"lara": {"proposal_source": "calibrated", "sample_noise": False}, "eva": {"sample_noise": False}}.get(
-        kind, {}
-    )
-    return get_kind(kind).config_cls(**fields)
+# What the processes cannot share in training is switched off.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "favor_plus": {"num_heavy_keys": 0},
+    "favor_sharp": {"num_heavy_keys": 0},
+    "lara": {"num_heavy_keys": 0, "proposal_source": "calibrated", "sample_noise": False},
+    "eva": {"sample_noise": False},
+}
+
+
+def settings(kind: str) -> Any:
+    """Small settings of a kind."""
+    shared = {"window_size": WINDOW, "num_global_tokens": 0, "slot_dropout": 0.0}
+    return get_kind(kind).config_cls(**{**get_kind(kind).example, **shared, **SETTINGS[kind]})
 
 
 def model(stock: Any, kind: str = "favor_plus", layers: list[int] | None = None, **changes: Any) -> Any:
-    """A tiny converted model in float64 and training, without dropout, calibrated where it has to be."""
+    """A tiny converted model in float64 and training, without dropout, calibrated where it has to be.
+
+    Calibration is shared by the processes of a group: one process has to do it, before they start.
+    """
     torch.manual_seed(0)
     causal = "GPT2" in stock.__name__ or stock.__name__ == "BertLMHeadModel"
     if stock.config_class is BertConfig:
         config = bert_config(hidden_dropout_prob=0.0, is_decoder=causal, **changes)
     else:
         config = gpt2_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes)
-    made = hf_linattn.convert(stock(config), settings(kind, causal=causal), layers=layers)
+    made = hf_linattn.convert(stock(config), settings(kind), layers=layers)
     if hf_linattn.needs_calibration(made):
         hf_linattn.calibrate(made, [{"input_ids": ids(4, 40, seed=9)}])
     return made.double().train()

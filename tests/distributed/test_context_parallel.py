@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from sharing import MASKS, assert_close, attention, batch, gradients, mesh, model, run_processes
+from cases import KINDS
+from sequence_processes import run_processes
+from sharing import MASKS, assert_close, attention, batch, gradients, mesh, model
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
-    BertModel,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
 )
 
+from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.training import context_parallel, reduce_gradients
 
 Loss = Callable[[Any, dict[str, Any]], Any]
@@ -61,9 +63,10 @@ def step(made: Any, inputs: dict[str, Any], reduce: Callable[[], None]) -> dict[
 
 def shared(head: str, kind: str, how: str, mask: str, processes: int, folder: Path) -> list[dict[str, Any]]:
     stock, labelled = HEADS[head]
+    made = model(stock, kind)
 
-    def work(rank: int) -> dict[str, Any]:
-        made, parts = model(stock, kind), mesh(cp=processes)
+    def work(group: SequenceGroup) -> dict[str, Any]:
+        parts = mesh(cp=processes)
         with attention(how), context_parallel(made, parts):
             return step(made, labelled(batch(mask)), lambda: reduce_gradients(made, parts))
 
@@ -85,7 +88,15 @@ def test_heads(head: str, tmp_path: Path) -> None:
     check(head, "favor_plus", "slow", "holes", 2, tmp_path)
 
 
+@pytest.mark.parametrize("how", ["slow", "fast"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head", ["bert-mlm", "gpt2", "bert-rows"])
-def test_masks(head: str, mask: str, tmp_path: Path) -> None:
-    check(head, "favor_plus", "slow", mask, 3, tmp_path)
+def test_masks(head: str, mask: str, how: str, tmp_path: Path) -> None:
+    check(head, "favor_plus", how, mask, 3, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("head", ["bert-mlm", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str, head: str, processes: int, tmp_path: Path) -> None:
+    check(head, kind, "fast", "left", processes, tmp_path)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from cases import checkpoint_activations
-from sharing import assert_close, attention, batch, gradients, ids, mesh, model, run_processes
+from sequence_processes import run_processes
+from sharing import assert_close, attention, batch, gradients, ids, mesh, model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
+from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.training import context_parallel, loss_weights, reduce_gradients
 
 STEPS = [[batch("ragged", seed=2 * step + row) for step in range(2)] for row in range(2)]  # of two replicas
@@ -29,7 +31,7 @@ def one_process(stock: Any, *, by_labels: bool) -> dict[str, Any]:
 def replicas_that_share(stock: Any, folder: Path, *, by_labels: bool, ddp: bool) -> list[dict[str, Any]]:
     """The same on 2 x 2 processes."""
 
-    def work(rank: int) -> dict[str, Any]:
+    def work(group: SequenceGroup) -> dict[str, Any]:
         made, every = model(stock), mesh(dp=2, cp=2)
         own = STEPS[every["dp"].get_local_rank()]
         weights = loss_weights(own, every["dp"], shifted=stock is GPT2LMHeadModel) if by_labels else [0.5] * len(own)
@@ -63,7 +65,7 @@ def test_transformers_number_of_items_counts_every_label_once(tmp_path: Path) ->
     items = {"num_items_in_batch": torch.tensor(100)}
     expected = model(GPT2LMHeadModel)(**batch(), **items).loss.detach()
 
-    def work(rank: int) -> Any:
+    def work(group: SequenceGroup) -> Any:
         made = model(GPT2LMHeadModel)
         with attention("slow"), context_parallel(made, mesh(cp=2)):
             return made(**batch(), **items).loss.detach()
@@ -75,7 +77,7 @@ def test_outputs(tmp_path: Path) -> None:
     """Of whole rows, in the order of the input, or of parts; the pooled token is right on all processes."""
     rows = {"input_ids": batch("left")["input_ids"], "attention_mask": batch("left")["attention_mask"]}
 
-    def work(rank: int) -> dict[str, Any]:
+    def work(group: SequenceGroup) -> dict[str, Any]:
         made, parts, found = model(BertModel), mesh(cp=2), {}
         with torch.no_grad(), attention("slow"):
             for name in ("whole", "part"):
@@ -105,7 +107,7 @@ def test_buffers_as_in_torch(tmp_path: Path) -> None:
     rows = {"input_ids": ids(2, 24), "labels": ids(2, 24, seed=1)}
     expected = model(GPT2LMHeadModel)(**rows).loss.detach()
 
-    def work(rank: int) -> Any:
+    def work(group: SequenceGroup) -> Any:
         made, own = model(GPT2LMHeadModel), {name: each.clone() for name, each in rows.items()}
         with (
             attention("slow"),
@@ -117,7 +119,7 @@ def test_buffers_as_in_torch(tmp_path: Path) -> None:
                 no_restore_buffers={own["labels"]},
             ),
         ):
-            assert torch.equal(own["input_ids"], rows["input_ids"][:, 12 * rank : 12 * rank + 12])
+            assert torch.equal(own["input_ids"], rows["input_ids"][:, 12 * group.rank : 12 * group.rank + 12])
             loss = made(**own).loss.detach()
         assert torch.equal(own["input_ids"], rows["input_ids"])
         assert own["labels"].shape == (2, 12)
@@ -141,7 +143,7 @@ def test_embeddings_positions_and_types_go_with_their_tokens(tmp_path: Path) -> 
         made(**{**given, "inputs_embeds": embeds}).loss.backward()
         return {**gradients(made), "embeds": embeds.grad}
 
-    def work(rank: int) -> dict[str, Any]:
+    def work(group: SequenceGroup) -> dict[str, Any]:
         made, parts = model(BertForMaskedLM), mesh(cp=2)
         with attention("slow"), context_parallel(made, parts):
             found = results(made)
@@ -162,7 +164,7 @@ def test_activation_checkpointing(tmp_path: Path) -> None:
     made(**rows).loss.backward()
     expected = gradients(made)
 
-    def work(rank: int) -> tuple[dict[str, Any], str]:
+    def work(group: SequenceGroup) -> tuple[dict[str, Any], str]:
         made, parts = model(BertForSequenceClassification), mesh(cp=2)
         checkpoint_activations(made)
         with attention("slow"):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import BERT, VIT, converted
-from sharing import attention, batch, ids, mesh, model, run_processes
+from sequence_processes import run_processes
+from sharing import attention, batch, ids, mesh, model
 from torch import nn
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertModel, DynamicCache, GPT2LMHeadModel
 
 import hf_linattn
 from hf_linattn import LinAttnError
 from hf_linattn.conversion.ablation import ablated
+from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.training import context_parallel
 
 ROWS = {"input_ids": ids(2, 29)}
@@ -86,7 +89,7 @@ def message_of(call: Callable[[], Any]) -> str:
 
 
 def test_calls(tmp_path: Path) -> None:
-    def work(rank: int) -> dict[str, str]:
+    def work(group: SequenceGroup) -> dict[str, str]:
         made, parts = model(GPT2LMHeadModel), mesh(cp=2)
         found = {}
         with attention("slow"), context_parallel(made, parts):
@@ -122,14 +125,14 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 
 
 def test_models_and_arguments(tmp_path: Path) -> None:
-    def work(rank: int) -> dict[str, str]:
+    def work(group: SequenceGroup) -> dict[str, str]:
         parts = mesh(cp=2)
 
         def enter(make: Callable[[], Any], options: dict[str, Any]) -> None:
             with context_parallel(make(), parts, **options):
                 pass
 
-        return {name: message_of(lambda: enter(make, options)) for name, (make, options, _) in MODELS.items()}
+        return {name: message_of(partial(enter, make, options)) for name, (make, options, _) in MODELS.items()}
 
     for found in run_processes(2, work, tmp_path):
         wrong = {name: found[name] for name, (_, _, text) in MODELS.items() if text not in found[name]}
@@ -139,7 +142,7 @@ def test_models_and_arguments(tmp_path: Path) -> None:
 def test_meshes(tmp_path: Path) -> None:
     """Of one dimension; with one process nothing is shared, and nothing refused."""
 
-    def work(rank: int) -> Any:
+    def work(group: SequenceGroup) -> Any:
         both, made = mesh(dp=1, cp=1), model(BertForMaskedLM)
         with context_parallel(made, both["cp"]):
             loss = made(**batch(), output_hidden_states=True).loss.detach()
