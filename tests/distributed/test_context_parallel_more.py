@@ -9,6 +9,7 @@ import torch
 from cases import checkpoint_activations
 from sequence_processes import run_processes
 from sharing import assert_close, attention, batch, gradients, ids, mesh, model
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
@@ -183,3 +184,26 @@ def test_activation_checkpointing(tmp_path: Path) -> None:
     for found, message in run_processes(2, work, tmp_path):
         assert_close(found, expected)
         assert "call it within the context_parallel block" in message
+
+
+def test_fsdp2_over_all_processes(tmp_path: Path) -> None:
+    """The mean that FSDP2 makes of the gradients is that of the whole sequences, too."""
+    expected = gradients_of(model(GPT2LMHeadModel))
+
+    def work(group: SequenceGroup) -> dict[str, Any]:
+        made, parts = model(GPT2LMHeadModel), mesh(cp=2)
+        for block in made.transformer.h:
+            fully_shard(block, mesh=parts)
+        fully_shard(made, mesh=parts)
+        assert isinstance(made, FSDPModule)
+        with attention("fast"), context_parallel(made, parts):
+            made(**batch()).loss.backward()
+        return {name: p.grad.full_tensor() for name, p in made.named_parameters() if p.grad is not None}
+
+    for each in run_processes(2, work, tmp_path):
+        assert_close(each, expected)
+
+
+def gradients_of(made: Any) -> dict[str, Any]:
+    made(**batch()).loss.backward()
+    return gradients(made)
