@@ -32,6 +32,7 @@ from _data import Data, DataArguments, is_stream
 from _processes import Progress, describe_processes
 from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
+from hf_linattn.training.context_parallel_trainer import check_context_parallel
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -134,6 +135,8 @@ def fine_tune(
             raise RecipeError(f"--{name} needs --do_train. To score a model that is trained: --attention keep.")
     checkpoint, adapted = None, {}
     if training.do_train:
+        if training.context_parallel_size > 1:
+            check_context_parallel(model, training, training.context_parallel_size)
         if flags.adaptation.lora_target_modules:
             check_adapter(model, flags.adaptation)
         _choose_sampling(training, task.data["train"])

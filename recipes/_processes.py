@@ -53,12 +53,19 @@ def describe_processes(training: TrainingArguments) -> str:
         training.gradient_accumulation_steps,
         training.world_size,
     )
-    how = strategy(training)
+    how, sharing = strategy(training), sharing_processes(training)
+    groups = processes // sharing
+    shared = f", {sharing} share a sequence" if sharing > 1 else ""
     return (
         f"{processes} process{'es' if processes > 1 else ''} on {training.device.type}"
-        f"{'' if how == 'one process' else f' ({how})'},"
-        f" {rows * steps * processes} rows a step ({rows} in a batch x {steps} batches x {processes})"
+        f"{'' if how == 'one process' else f' ({how}{shared})'},"
+        f" {rows * steps * groups} rows a step ({rows} in a batch x {steps} batches x {groups})"
     )
+
+
+def sharing_processes(training: TrainingArguments) -> int:
+    """How many processes share every sequence in training."""
+    return getattr(training, "context_parallel_size", 1)
 
 
 def missing_processes(processes: int) -> str | None:
@@ -148,7 +155,8 @@ class Progress(TrainerCallback):
             return  # without training, on another process, or told already
         done = state.global_step - self.first
         self.told = state.global_step
-        rows = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        groups = args.world_size // sharing_processes(args)
+        rows = done * args.train_batch_size * args.gradient_accumulation_steps * groups
         parts = [f"{rows / self.in_steps:,.1f} rows/s"]
         if tokens := state.num_input_tokens_seen - self.tokens:  # with --include_num_input_tokens_seen
             parts.append(f"{tokens / self.in_steps:,.0f} tokens/s")

@@ -95,12 +95,17 @@ class RecipeTrainingArguments(TrainingArguments):
     """`TrainingArguments` that put texts of similar length into a batch, and need no `--use_cpu` without a GPU."""
 
     train_sampling_strategy: str = field(default="group_by_length", metadata={"help": f"One of {', '.join(SAMPLING)}"})
+    context_parallel_size: int = field(
+        default=1,
+        metadata={"help": "So many processes share every sequence in training: each has a part of its tokens"},
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise --bf16 is refused
             self.dataloader_pin_memory = False
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name} must be at least 1; got {getattr(self, name)}.")
         if self.train_sampling_strategy not in SAMPLING:
@@ -222,7 +227,8 @@ class RecipeTrainer(RepeatableTrainer):
         self.publisher = Publisher(args)
         prepare_sharding(kwargs["model"])
         handler = signal.getsignal(signal.SIGTERM)
-        super().__init__(args=args, callbacks=[*callbacks, self.publisher], **kwargs)
+        size = args.context_parallel_size if args.do_train else 1
+        super().__init__(args=args, callbacks=[*callbacks, self.publisher], context_parallel_size=size, **kwargs)
         self.publisher.trainer = self
         self.stopping = SaveOnSigterm()
         if args.enable_jit_checkpoint:

@@ -70,6 +70,11 @@ class TransferTrainingArguments(RecipeTrainingArguments):
                 f"--train_sampling_strategy must be 'random' or 'sequential'; got {self.train_sampling_strategy!r}: "
                 "all rows have the same length."
             )
+        if self.context_parallel_size != 1:
+            raise RecipeError(
+                f"--context_parallel_size {self.context_parallel_size}: attention transfer compares layers on whole "
+                "rows. Leave it out; give it to the recipe that fine-tunes."
+            )
         if self.num_train_epochs is None:
             self.max_steps = self.max_steps if self.max_steps > 0 else STEPS
             self.num_train_epochs = 3.0  # that of Trainer, which looks at `max_steps` first

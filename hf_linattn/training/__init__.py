@@ -3,12 +3,14 @@
 from ..distributed.context import reduce_gradients
 from .callback import LinAttnCallback, redraw_projections
 from .context_parallel import context_parallel
+from .context_parallel_trainer import ContextParallelTrainer
 from .token_heads import loss_weights
 from .trainer import AttentionTransferTrainer
 from .transfer import transfer_attention
 
 __all__ = [
     "AttentionTransferTrainer",
+    "ContextParallelTrainer",
     "LinAttnCallback",
     "context_parallel",
     "loss_weights",

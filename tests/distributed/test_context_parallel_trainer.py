@@ -1,0 +1,93 @@
+"""Trainer on processes that share sequences: step by step the losses of one process, and its weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sequence_processes import run_processes
+from sharing import MASKS, assert_close, ids, model
+from torch.utils.data import Dataset, IterableDataset
+from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2LMHeadModel, TrainingArguments
+
+from hf_linattn.distributed.collectives import SequenceGroup
+from hf_linattn.training import ContextParallelTrainer
+
+ROWS = 16
+
+
+class Rows(Dataset[Any]):
+    """Rows of 29 tokens, padded in all ways, with labels for some of their tokens or for the row."""
+
+    def __init__(self, of_rows: bool) -> None:
+        self.of_rows = of_rows
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        mask = [each for each in MASKS.values() if each is not None][number % 4][number // 4 % 2]
+        tokens = ids(1, 29, seed=number)[0]
+        labels = torch.where((mask == 1) & (torch.arange(29) % (2 + number % 3) > 0), tokens, -100)
+        return {"input_ids": tokens, "attention_mask": mask, "labels": number % 2 if self.of_rows else labels}
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        rows = Rows(of_rows=False)
+        return (rows[i] for i in range(ROWS))
+
+
+def train(stock: Any, made: Any, folder: Path, size: int, accumulated: int, stream: bool) -> dict[str, Any]:
+    args = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
+    data = Stream() if stream else Rows(stock is BertForSequenceClassification)
+    trainer = ContextParallelTrainer(made, args, context_parallel_size=size, train_dataset=data)
+    trainer.model_accepts_loss_kwargs = stock is GPT2LMHeadModel  # the other heads ignore the number of labels
+    trainer.train()
+    log = trainer.state.log_history
+    found = {name: torch.tensor([each[name] for each in log if name in each]) for name in ("loss", "grad_norm")}
+    found["flos"] = torch.tensor(trainer.state.total_flos)
+    found["rows"] = torch.tensor(trainer.get_total_train_batch_size(args))
+    return {**found, **{name: p.detach().clone() for name, p in made.named_parameters()}}
+
+
+def launched(group: SequenceGroup) -> dict[str, str]:
+    """What a launcher tells a process."""
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(group.rank))
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(group.size))
+    return {**ranks, **sizes, "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+
+
+STOCK = [GPT2LMHeadModel, BertForMaskedLM, BertForSequenceClassification]
+
+
+@pytest.mark.parametrize(("stock", "stream"), [(GPT2LMHeadModel, True), *((stock, False) for stock in STOCK)])
+def test_two_by_two_processes(stock: Any, stream: bool, tmp_path: Path) -> None:
+    made = model(stock)
+
+    def work(group: SequenceGroup) -> dict[str, Any]:
+        os.environ.update(launched(group))
+        return train(stock, made, tmp_path, size=2, accumulated=2, stream=stream)
+
+    found = run_processes(4, work, tmp_path)
+    expected = train(stock, made, tmp_path, size=1, accumulated=4, stream=stream)
+    assert len(expected["loss"]) == 4
+    for each in found:
+        assert_close(each, expected, atol=1e-5)
