@@ -212,10 +212,8 @@ class LinearAttention(nn.Module, Generic[C]):
             training=self.training,
         )
         if self.sequence_parallel is not None and (memory is not None or self.ablation is not None):
-            instead = "pass use_cache=False" if memory is not None else "leave ablated(...)"
-            raise UnsupportedError(
-                f"A layer whose sequence is spread over processes reads whole sequences: {instead}."
-            )
+            instead = "Pass use_cache=False" if memory is not None else "Leave ablated(...)"
+            raise UnsupportedError(f"A sequence that is spread over processes is read as a whole. {instead}.")
         if self.ablation is not None:
             if memory is not None:
                 raise UnsupportedError(

@@ -116,10 +116,15 @@ def reaches(
     if length is None:
         reach = window_reach(window_size, longest)
         return reach, reach, None
-    lengths = [longest, *(c for c in _divisors(window_size) if c < longest)]
-    most, half = max(window_reach(window_size, c) for c in lengths), max(1, window_size // 2)
+    most, half = longest_reach(window_size, longest), max(1, window_size // 2)
     reach_of_rows = torch.where(length > window_size, window_size, (half + length - 1) // length * length)
     return most, most, reach_of_rows
+
+
+def longest_reach(window_size: int, longest: int) -> int:
+    """The largest `window_reach` of rows with chunks of at most `longest` tokens."""
+    lengths = [longest, *(c for c in _divisors(window_size) if c < longest)]
+    return max(window_reach(window_size, c) for c in lengths)
 
 
 def _divisors(window: int) -> list[int]:

@@ -1,0 +1,113 @@
+"""How much a layer exchanges where processes share a sequence: what `collectives.Traffic` counts, on paper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..ops.favor.statistics import DENSE_VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedLayer:
+    """A layer of any kind (bidirectional: of those with slots), and the tokens that a process has.
+
+    Args:
+        kind: Its name.
+        rows: Sequences of a batch. length: Tokens of a process.
+        slots: Per head: features, samples, learned slots. Of EVA none.
+        window_size, overlap_window, chunk_size: As the settings of these names; `chunk_size` is EVA's alone.
+        statistics: The variant of FAVOR# with statistics of the row; `None` without these.
+        is_generalized: FAVOR+ with a generalised kernel.
+        learned: EVA: whether summaries are trained. sends_queries, has_spread: Whether chunks need them.
+        is_masked: Whether there is a mask.
+        token_bytes: Of a number of queries, keys and values. states are exchanged in 4 bytes at least.
+    """
+
+    kind: str
+    is_causal: bool
+    rows: int
+    heads: int
+    head_dim: int
+    length: int
+    slots: int = 0
+    window_size: int = 0
+    overlap_window: bool = False
+    chunk_size: int = 1
+    statistics: str | None = None
+    is_generalized: bool = False
+    learned: bool = False
+    sends_queries: bool = False
+    has_spread: bool = False
+    is_masked: bool = False
+    token_bytes: int = 4
+
+    @property
+    def _numbers(self) -> int:
+        """Bytes of a number of every row and head."""
+        return self.rows * self.heads * max(4, self.token_bytes)
+
+    @property
+    def state(self) -> int:
+        """Bytes of what slots have read."""
+        return self._numbers * self.slots * (self.head_dim + 1)
+
+    def window(self, *, tensors: int) -> int:
+        """Bytes of some tensors of a window's tokens."""
+        return self.rows * self.heads * self.window_size * self.head_dim * tensors * self.token_bytes
+
+
+def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[str, int]:
+    """Bytes that process `rank` receives in one forward and one backward pass, by the names of `Traffic`.
+
+    Names that end with "backward" belong to the backward pass. The sizes do not depend on the number of tokens, but
+    for EVA, whose chunks are exchanged.
+    """
+    found: Counter[str] = Counter()
+    has_left, has_right = rank > 0, rank < processes - 1
+    if layer.is_causal:
+        if layer.kind == "eva":
+            _chunks(found, layer, processes)
+        else:
+            _both(found, "gather", processes * layer.state)
+        if layer.overlap_window:
+            sent = layer.window(tensors=3 if layer.sends_queries else 2)
+            before = 0 if layer.kind == "eva" else layer.state
+            found["neighbour"] += has_left * (sent + before)
+            # Where a part is one block there is nothing before the window, and no gradient of it.
+            found["neighbour backward"] += has_right * (sent + (before if layer.length > layer.window_size else 0))
+    else:
+        _statistics(found, layer, processes)
+        if not layer.window_size:
+            found["maximum"] += layer._numbers * (layer.slots + (0 if layer.is_generalized else 1))
+            _both(found, "reduce", layer.state)
+        else:
+            _both(found, "gather", processes * layer.state)
+        if layer.overlap_window:
+            sent, sides = layer.window(tensors=2) + layer.state, has_left + has_right
+            found["neighbour"] += sides * (sent + layer.rows * layer.window_size)  # a byte a place: whether it is real
+            found["neighbour backward"] += sides * sent
+    return {name: size for name, size in found.items() if size}
+
+
+def _both(found: Counter[str], name: str, size: int) -> None:
+    found[name] += size
+    found[f"{name} backward"] += size
+
+
+def _statistics(found: Counter[str], layer: SharedLayer, processes: int) -> None:
+    """Counts, means and scatters of queries and keys."""
+    if layer.statistics is None:
+        return
+    dense, dim = layer.statistics in DENSE_VARIANTS, layer.head_dim
+    counts = layer.rows if layer.is_masked else 1
+    numbers = 2 * (counts + layer.rows * layer.heads * (dim + (dim * dim if dense else dim)))
+    found["gather"] += processes * numbers * (8 if dense else max(4, layer.token_bytes))
+
+
+def _chunks(found: Counter[str], layer: SharedLayer, processes: int) -> None:
+    chunks = processes * layer.rows * layer.heads * (layer.length // layer.chunk_size)
+    vectors = chunks * layer.head_dim * layer.token_bytes * (3 if layer.has_spread else 2)
+    weights = chunks * max(4, layer.token_bytes)
+    found["gather"] += vectors + weights
+    found["gather backward"] += vectors + (weights if layer.learned else 0)
