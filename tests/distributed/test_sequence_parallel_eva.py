@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.distributed.collectives import SequenceGroup
-from hf_linattn.distributed.eva_plan import eva_traffic
 from hf_linattn.distributed.layers import attend_across
+from hf_linattn.distributed.plan import SharedLayer, expected_traffic
 from hf_linattn.errors import UnsupportedError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.contract import AttentionInputs
@@ -93,20 +93,20 @@ def check(case: Case, parts: list[dict[str, Any]]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     for rank, part in enumerate(parts):
-        assert part["received"] == planned(case, len(parts), rank)
+        assert part["received"] == expected_traffic(plan_of(case), len(parts), rank)
 
 
-def planned(case: Case, count: int, rank: int) -> dict[str, int]:
+def plan_of(case: Case) -> SharedLayer:
     options = case.settings
-    return eva_traffic(
+    return SharedLayer(
+        kind="eva",
+        is_causal=False,
         rows=len(case.lengths or (0, 0)),
         heads=HEADS,
         head_dim=DIM,
         length=case.length,
-        processes=count,
-        rank=rank,
+        slots=options["num_chunks"],
         window_size=options["window_size"],
-        num_chunks=options["num_chunks"],
         overlap_window=options["overlap_window"],
         learned=options.get("learned", False),
         sends_queries=options.get("proposals", "sum") in ("sum", "mean"),
