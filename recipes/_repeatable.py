@@ -149,6 +149,15 @@ class RepeatableTrainer(ContextParallelTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # In evaluation a loss is that of this process's rows. Divided by the number of labels on all processes, as in
+        # training, it would count the rows that Accelerate repeats.
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        try:
+            return self._prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
+    def _prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Accelerate repeats rows to fill the last batch of every process. It drops their predictions; in the mean loss
         # of the batch they would count. The order of all processes' last batches is that of the rows.
         found = super().prediction_step(model, inputs, *args, **kwargs)

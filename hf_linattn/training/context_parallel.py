@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..distributed.context import attending, cut_buffers, sequence_group
+from ..distributed.layers import refusal
 from ..errors import UnsupportedError
 from ..integrations.attach import family_layers
 from ..integrations.families import get_family
@@ -59,6 +60,9 @@ def context_parallel(
         )
     inner = converted_model(model)
     layers = [layer for layer in inner.modules() if isinstance(layer, LinearAttention)]
+    for layer in layers:
+        if reason := refusal(layer, training=layer.training):
+            raise UnsupportedError(f"Layer {layer.shape.layer_idx} ({layer.kind}) cannot share a sequence: {reason}")
     whole = _is_whole(inner, gather_output)
     with cut_buffers(group, buffers, buffer_seq_dims, no_restore_buffers) as wholes:
         if group.size == 1:
