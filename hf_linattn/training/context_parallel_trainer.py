@@ -31,7 +31,7 @@ class ContextParallelTrainer(Trainer):
         self.mesh: DeviceMesh | None = None
         if context_parallel_size != 1:
             model = kwargs.get("model", args[0] if args else None)
-            arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+            arguments: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
             check_context_parallel(model, arguments, context_parallel_size)
             if kwargs.get("compute_loss_func") is not None:
                 raise UnsupportedError("compute_loss_func would get the logits of a part. Use the loss of the model.")

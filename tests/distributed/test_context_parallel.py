@@ -13,6 +13,8 @@ from sequence_processes import run_processes
 from sharing import MASKS, assert_close, attention, batch, gradients, mesh, model
 from transformers import (
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -40,11 +42,22 @@ def few_classes(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "labels": torch.where(found["labels"] < 0, -100, found["labels"] % 2)}
 
 
+def choices(found: dict[str, Any]) -> dict[str, Any]:
+    both = {name: torch.stack([found[name], found[name].flip(0)], 1) for name in ("input_ids", "attention_mask")}
+    return {**both, "labels": torch.tensor([1, 0])}
+
+
+def sentences(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "next_sentence_label": torch.tensor([0, 1])}
+
+
 HEADS: dict[str, tuple[Any, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "bert-mlm": (BertForMaskedLM, dict),
     "bert-tokens": (BertForTokenClassification, few_classes),
     "bert-causal": (BertLMHeadModel, dict),
     "bert-rows": (BertForSequenceClassification, rows_labelled),
+    "bert-choice": (BertForMultipleChoice, choices),
+    "bert-pretraining": (BertForPreTraining, sentences),
     "bert-spans": (BertForQuestionAnswering, spans),
     "gpt2": (GPT2LMHeadModel, dict),
     "gpt2-rows": (GPT2ForSequenceClassification, rows_labelled),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from around.wrapped import Own, lora
 from cases import checkpoint_activations
 from sequence_processes import run_processes
 from sharing import assert_close, attention, batch, gradients, ids, mesh, model
@@ -207,3 +209,31 @@ def test_fsdp2_over_all_processes(tmp_path: Path) -> None:
 def gradients_of(made: Any) -> dict[str, Any]:
     made(**batch()).loss.backward()
     return gradients(made)
+
+
+@pytest.mark.parametrize("name", ["own module", "lora"])
+def test_models_within_others(name: str, tmp_path: Path) -> None:
+    """A module of a user's, whose head reads the first token; adapters, which call `forward` themselves."""
+
+    def make() -> Any:
+        return Own(model(BertModel)).double() if name == "own module" else lora(model(GPT2LMHeadModel)).train()
+
+    def loss(made: Any) -> Any:
+        rows = batch("left")
+        if name == "lora":
+            return made(**rows).loss
+        del rows["labels"]
+        return made.head(made.encoder(**rows).last_hidden_state[:, 0]).square().mean()
+
+    def work(group: SequenceGroup) -> dict[str, Any]:
+        parts = mesh(cp=2)
+        with attention("fast"), context_parallel(made, parts):
+            loss(made).backward()
+        reduce_gradients(made, parts)
+        return gradients(made)
+
+    made = make()
+    found = run_processes(2, work, tmp_path)
+    loss(made).backward()
+    for each in found:
+        assert_close(each, gradients(made))
