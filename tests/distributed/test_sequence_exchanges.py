@@ -36,14 +36,15 @@ def work(group: SequenceGroup) -> dict[str, Any]:
     found: dict[str, Any] = {"place": (group.size, group.rank)}
     for name in (*NAMES, "maximum"):
         x = random(COUNT, 2, 3, seed=1)[group.rank].requires_grad_()
+        beside = torch.zeros_like(expected(random(COUNT, 3, 2), name, 0), requires_grad=True)
+        older = beside * 1.0  # whose gradient is used after that of the exchange
         y = getattr(group, name)(x.mT)  # not contiguous
         found[name] = y.detach()
         if name == "maximum":
             continue
-        beside = torch.zeros_like(y, requires_grad=True)
         # One gradient for the exchange and for what is added to it: neither may change it.
         weight = random(COUNT, *y.shape, seed=2)[group.rank]
-        ((y + beside) * weight).sum().backward()
+        ((y + older) * weight).sum().backward()
         found[f"{name} grad"], found[f"{name} beside"] = x.grad, beside.grad
     found["received"] = dict(group.traffic.received)
     return found
