@@ -6,16 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..ops.favor.statistics import DENSE_VARIANTS
+from .eva_plan import eva_traffic
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedLayer:
-    """A layer of any kind (bidirectional: of those with slots), and the tokens that a process has.
+    """A layer of any kind, and the tokens that a process has.
 
     Args:
         kind: Its name.
         rows: Sequences of a batch. length: Tokens of a process.
-        slots: Per head: features, samples, learned slots. Of EVA none.
+        slots: Per head: features, samples, learned slots. EVA: `num_chunks`; causal none.
         window_size, overlap_window, chunk_size, max_chunks: As the settings of these names; the last two are EVA's.
         statistics: The variant of FAVOR# with statistics of the row; `None` without these.
         is_generalized: FAVOR+ with a generalised kernel.
@@ -78,6 +79,23 @@ def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[
             found["neighbour"] += has_left * (sent + before)
             # Where a part is one block there is nothing before the window, and no gradient of it.
             found["neighbour backward"] += has_right * (sent + (before if layer.length > layer.window_size else 0))
+    elif layer.kind == "eva":
+        return eva_traffic(
+            rows=layer.rows,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            length=layer.length,
+            processes=processes,
+            rank=rank,
+            window_size=layer.window_size,
+            num_chunks=layer.slots,
+            overlap_window=layer.overlap_window,
+            learned=layer.learned,
+            sends_queries=layer.sends_queries,
+            has_spread=layer.has_spread,
+            is_masked=layer.is_masked,
+            token_bytes=layer.token_bytes,
+        )
     else:
         _statistics(found, layer, processes)
         if not layer.window_size:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.distributed.collectives import SequenceGroup
-from hf_linattn.distributed.eva_plan import eva_traffic
 from hf_linattn.distributed.layers import attend_across
+from hf_linattn.distributed.plan import SharedLayer, expected_traffic
 from hf_linattn.errors import UnsupportedError
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.modules.contract import AttentionInputs
@@ -93,20 +93,20 @@ def check(case: Case, parts: list[dict[str, Any]]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
     for rank, part in enumerate(parts):
-        assert part["received"] == planned(case, len(parts), rank)
+        assert part["received"] == expected_traffic(plan_of(case), len(parts), rank)
 
 
-def planned(case: Case, count: int, rank: int) -> dict[str, int]:
+def plan_of(case: Case) -> SharedLayer:
     options = case.settings
-    return eva_traffic(
+    return SharedLayer(
+        kind="eva",
+        is_causal=False,
         rows=len(case.lengths or (0, 0)),
         heads=HEADS,
         head_dim=DIM,
         length=case.length,
-        processes=count,
-        rank=rank,
+        slots=options["num_chunks"],
         window_size=options["window_size"],
-        num_chunks=options["num_chunks"],
         overlap_window=options["overlap_window"],
         learned=options.get("learned", False),
         sends_queries=options.get("proposals", "sum") in ("sum", "mean"),
@@ -119,6 +119,13 @@ def planned(case: Case, count: int, rank: int) -> dict[str, int]:
 @pytest.mark.parametrize(("count", "name"), PARAMETERS)
 def test_shared_is_as_in_one_process_and_as_planned(share: Any, count: int, name: str) -> None:
     check(ALL[count][name], share(count, ALL[count][name]))
+
+
+def test_windows_of_a_shorter_row_may_reach_further(share: Any) -> None:
+    # Half a window in whole chunks: 3 tokens with chunks of 3, in the first row, but 4 with those of 2 in the second.
+    options = {"window_size": 6, "overlap_window": True, "num_chunks": 8}
+    case = Case("eva", False, 12, (24, 16), options)
+    check(case, share(2, case))
 
 
 @given(data=st.data())
