@@ -22,6 +22,7 @@ from ..ops.eva.bounded import merge_all
 from ..ops.eva.chunks import Summaries
 from ..ops.eva.recurrent import EvaRecurrence
 from ..ops.eva.state import EvaState
+from ..ops.inputs import compute_dtype
 from ..ops.recurrent.slots import SlotRecurrence, SlotState
 from ..ops.recurrent.window_tokens import WindowTokens
 from ..ops.softmax import mask_logits
@@ -34,24 +35,28 @@ Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value
 def attend_causal(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
     """`attend_across` for a causal layer."""
     recurrence = layer.recurrence(inputs.query, scaling=inputs.scaling)
-    tokens, mask = (inputs.query, inputs.key, inputs.value), inputs.key_mask
-    if mask is not None:  # inf or NaN in the padding must not get into a state
-        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in tokens)
-        tokens = query, key, value
-    if isinstance(recurrence, EvaRecurrence):
-        reach = _reach(recurrence)
-        window = _window_before(recurrence, tokens, mask, reach, group)
-        return recurrence.attend(*tokens, mask, _chunks_before(recurrence, tokens, window, reach, group))
-    assert isinstance(recurrence, SlotRecurrence)
-    reach = _reach(recurrence)
-    window = _window_before(recurrence, tokens, mask, reach, group)
-    return recurrence.attend(*tokens, mask, _slots_before(recurrence, tokens, window, reach, group))
-
-
-def _reach(recurrence: EvaRecurrence | SlotRecurrence) -> int:
-    """How many tokens before a part its first window reaches back to."""
+    assert isinstance(recurrence, (EvaRecurrence, SlotRecurrence))
+    mask, tokens = inputs.key_mask, _tokens(recurrence, inputs)
     shape = recurrence.window_shape
-    return shape.size if shape.overlap else 0
+    reach = shape.size if shape.overlap else 0
+    window = _window_before(recurrence, tokens, mask, reach, group)
+    if isinstance(recurrence, EvaRecurrence):
+        output = recurrence.attend(*tokens, mask, _chunks_before(recurrence, tokens, window, reach, group))
+    else:
+        output = recurrence.attend(*tokens, mask, _slots_before(recurrence, tokens, window, reach, group))
+    return output.to(inputs.query.dtype)
+
+
+def _tokens(recurrence: EvaRecurrence | SlotRecurrence, inputs: AttentionInputs) -> Tokens:
+    """In the dtype that they are computed in, so that no state is narrower; without what stands in the padding."""
+    query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.key_mask
+    in_half = recurrence.in_half if isinstance(recurrence, SlotRecurrence) else ("cuda",)
+    dtype = compute_dtype(query, key, value, in_half)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if mask is None:
+        return query, key, value
+    padding = ~mask[:, None, :, None]
+    return query.masked_fill(padding, 0.0), key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
 
 
 def _window_before(
@@ -96,16 +101,31 @@ def _chunks_before(
     options, query = recurrence.options, tokens[0] if recurrence.keeps_queries else None
     assert options.chunk_size is not None
     alone = replace(recurrence, options=replace(options, overlap_side=None, max_chunks=None))
-    own = alone.absorb(query, *tokens[1:], None, alone.start(*tokens[1:])).chunks
+    own, skipped = alone.absorb(query, *tokens[1:], None, alone.start(*tokens[1:])).chunks, reach // options.chunk_size
+    if options.max_chunks is not None:
+        own = _bounded(own, options.max_chunks + skipped)
     chunks = own.map(lambda z: group.gather(z).movedim(0, 2).flatten(2, 3))
-    number = group.rank * own.value.shape[2] - reach // options.chunk_size  # of chunks before the window
+    number = group.rank * own.value.shape[2] - skipped  # of chunks before the window
     if options.max_chunks is None:
         return EvaState(window, _first(chunks, number), (), None)
-    wide = chunks.map(lambda z: z.to(torch.promote_types(z.dtype, torch.float32)))
-    older = merge_all(_first(wide, number - options.max_chunks))
+    older = merge_all(_first(_wide(chunks), number - options.max_chunks))
     places, start = _first(chunks, number).padded(options.max_chunks, 0), max(0, number)
     stop = start + options.max_chunks
     return EvaState(window, places.map(lambda z: z[:, :, start:stop]), (), older)
+
+
+def _bounded(chunks: Summaries, most: int) -> Summaries:
+    """The last `most` chunks, and before these one for all others, if there are any: what any later part may read."""
+    others = chunks.value.shape[2] - most
+    if others <= 0:
+        return chunks
+    older = merge_all(_wide(chunks.map(lambda z: z[:, :, :others])))
+    latest = chunks.map(lambda z: z[:, :, others:])
+    return latest.map(lambda z, merged: torch.cat([merged.to(z.dtype), z], -2), older)
+
+
+def _wide(chunks: Summaries) -> Summaries:
+    return chunks.map(lambda z: z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def _first(chunks: Summaries, number: int) -> Summaries:

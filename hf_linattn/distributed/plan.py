@@ -17,12 +17,13 @@ class SharedLayer:
         kind: Its name.
         rows: Sequences of a batch. length: Tokens of a process.
         slots: Per head: features, samples, learned slots. EVA: `num_chunks`; causal none.
-        window_size, overlap_window, chunk_size: As the settings of these names; `chunk_size` is EVA's alone.
+        window_size, overlap_window, chunk_size, max_chunks: As the settings of these names; the last two are EVA's.
         statistics: The variant of FAVOR# with statistics of the row; `None` without these.
         is_generalized: FAVOR+ with a generalised kernel.
         learned: EVA: whether summaries are trained. sends_queries, has_spread: Whether chunks need them.
         is_masked: Whether there is a mask.
-        token_bytes: Of a number of queries, keys and values. states are exchanged in 4 bytes at least.
+        token_bytes: Of a number of queries, keys and values, as they are computed with: 4 at least on a CPU. States
+            have 4 at least everywhere.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class SharedLayer:
     window_size: int = 0
     overlap_window: bool = False
     chunk_size: int = 1
+    max_chunks: int | None = None
     statistics: str | None = None
     is_generalized: bool = False
     learned: bool = False
@@ -124,7 +126,10 @@ def _statistics(found: Counter[str], layer: SharedLayer, processes: int) -> None
 
 
 def _chunks(found: Counter[str], layer: SharedLayer, processes: int) -> None:
-    chunks = processes * layer.rows * layer.heads * (layer.length // layer.chunk_size)
+    own = layer.length // layer.chunk_size
+    if layer.max_chunks is not None:  # and one for all older ones
+        own = min(own, 1 + layer.max_chunks + layer.overlap_window * layer.window_size // layer.chunk_size)
+    chunks = processes * layer.rows * layer.heads * own
     vectors = chunks * layer.head_dim * layer.token_bytes * (3 if layer.has_spread else 2)
     weights = chunks * max(4, layer.token_bytes)
     found["gather"] += vectors + weights

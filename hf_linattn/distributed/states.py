@@ -30,7 +30,7 @@ def merge_over(state: AttentionState, group: SequenceGroup) -> AttentionState:
 
 def only_if(wanted: bool, state: AttentionState) -> AttentionState:
     """The state, or one in which nothing has been read."""
-    unwanted = torch.tensor(not wanted, device=state.lse.device)
+    unwanted = torch.full((), not wanted, device=state.lse.device)
     return AttentionState(state.output, state.lse.masked_fill(unwanted, float("-inf")))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.distributed.layers import attend_across
@@ -25,6 +26,7 @@ class Case:
 
     Args:
         lengths: Real tokens of every row; `None` for no mask.
+        dtype: Of tokens and learned tensors.
     """
 
     kind: str
@@ -32,9 +34,10 @@ class Case:
     length: int
     lengths: tuple[int, ...] | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
     def layer(self) -> LinearAttention[Any]:
-        """In float64 and training, calibrated, with learned tensors off their first values."""
+        """In training, calibrated, with learned tensors off their first values."""
         record = get_kind(self.kind)
         config = record.config_cls(**{"num_global_tokens": 0, "seed": 3, **self.settings})
         layer = record.module_cls(config, LayerShape(HEADS, DIM, 1, self.is_causal))
@@ -43,16 +46,16 @@ class Case:
             query, key, value = (random(2, HEADS, 24, DIM, seed=90 + i) for i in range(3))
             calibration.update(AttentionInputs(query, key, value, None, DIM**-0.5, self.is_causal))
             layer.set_tensors(calibration.result())
-        layer = layer.double()
+        layer = layer.to(self.dtype)
         with torch.no_grad():
             for number, parameter in enumerate(layer.parameters()):
-                parameter += random(*parameter.shape, seed=50 + number, scale=0.3)
+                parameter += random(*parameter.shape, seed=50 + number, scale=0.3).to(parameter)
         return layer.train()
 
     def tensors(self, processes: int) -> tuple[list[Tensor], Tensor | None]:
         """Query, key, value and a gradient of the output, for all processes together; the mask."""
         tokens, rows = processes * self.length, len(self.lengths or (0, 0))
-        found = [random(rows, HEADS, tokens, DIM, seed=7 * i + tokens, scale=1.2) for i in range(4)]
+        found = [random(rows, HEADS, tokens, DIM, seed=7 * i + tokens, scale=1.2).to(self.dtype) for i in range(4)]
         if self.lengths is None:
             return found, None
         mask = torch.arange(tokens) < torch.tensor(self.lengths)[:, None]
@@ -71,11 +74,24 @@ class Case:
         layer, (tensors, mask) = self.layer(), self.tensors(group.size)
         start, stop = group.rank * self.length, (group.rank + 1) * self.length
         *tokens, grad = (z[:, :, start:stop] for z in tensors)
-        layer.sequence_parallel = lambda layer, inputs: attend_across(layer, inputs, group)
+
+        def attend(layer: LinearAttention[Any], inputs: AttentionInputs) -> Tensor:
+            with NoValueRead():
+                return attend_across(layer, inputs, group)
+
+        layer.sequence_parallel = attend
         before = dict(group.traffic.received)
         found = results(layer, tokens, None if mask is None else mask[:, start:stop], grad)
         received = {name: count - before.get(name, 0) for name, count in group.traffic.received.items()}
         return {**found, "received": {name: count for name, count in received.items() if count}}
+
+
+class NoValueRead(TorchDispatchMode):
+    """Raises where a value of a tensor is read: on a GPU that waits for everything before it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return func(*args, **(kwargs or {}))
 
 
 def results(layer: LinearAttention[Any], tokens: list[Tensor], mask: Tensor | None, grad: Tensor) -> dict[str, Tensor]:

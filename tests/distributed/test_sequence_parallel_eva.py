@@ -121,6 +121,13 @@ def test_shared_is_as_in_one_process_and_as_planned(share: Any, count: int, name
     check(ALL[count][name], share(count, ALL[count][name]))
 
 
+def test_windows_of_a_shorter_row_may_reach_further(share: Any) -> None:
+    # Half a window in whole chunks: 3 tokens with chunks of 3, in the first row, but 4 with those of 2 in the second.
+    options = {"window_size": 6, "overlap_window": True, "num_chunks": 8}
+    case = Case("eva", False, 12, (24, 16), options)
+    check(case, share(2, case))
+
+
 @given(data=st.data())
 @settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

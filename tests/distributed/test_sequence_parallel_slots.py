@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,7 @@ def plan_of(case: Case) -> SharedLayer:
         window_size=options["window_size"],
         overlap_window=options["overlap_window"],
         chunk_size=options.get("chunk_size", 1),
+        max_chunks=options.get("max_chunks"),
         statistics=options.get("variant", "saderf") if is_row else None,
         is_generalized="kernel" in options,
         learned=learned,
@@ -167,6 +169,18 @@ def test_any_shape(runs: Runs, data: st.DataObject) -> None:
     options = {"window_size": window, "overlap_window": bool(window) and data.draw(st.booleans()), **options}
     case = Case(kind, direction == "causal", length, lengths, {**SIZES[kind], **options})
     assert_same(case, 3, runs(3, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["favor_plus-bidirectional-alone", "row-bidirectional-overlapping", "eva-causal-overlapping"]
+)
+def test_in_other_dtypes(runs: Runs, name: str, dtype: torch.dtype) -> None:
+    case = replace(ALL[2][f"{name}-2-ragged"], dtype=dtype)
+    parts, expected = runs(2, case), case.expected(2)
+    atol = 1e-4 if dtype == torch.float32 else 0.1
+    for key, value in together(parts).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=atol)  # and of the same dtype
 
 
 REFUSED: dict[str, tuple[str, bool, dict[str, Any], str]] = {
