@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .seams import is_tracing
 
 PACKED = (
@@ -119,6 +120,18 @@ def _sees_whole_past(mask_function: Any, batch_size: int, tokens: int, device: t
     first = mask_function(rows, head, queries, torch.zeros_like(queries))
     before = mask_function(rows, head, queries, (queries - 1).clamp_min(0))
     return (first & before).all()
+
+
+def check_whole_sequences() -> None:
+    """Raise `UnsupportedError` within torch's `context_parallel`, which Accelerate opens for `cp_size`.
+
+    It replaces softmax attention alone: any other would see the tokens of its own process, and no more.
+    """
+    if str(getattr(F.scaled_dot_product_attention, "__module__", None)).startswith("torch.distributed"):
+        raise UnsupportedError(
+            "torch's context_parallel (and Accelerate's, with cp_size) exchanges the keys of softmax attention only: a"
+            " linear attention kind would see the tokens of its own process. Use hf_linattn.training.context_parallel."
+        )
 
 
 # -- values that are there -------------------------------------------------------------------------------------------

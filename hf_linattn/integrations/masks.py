@@ -12,7 +12,7 @@ from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import fingerprint
 from ..ops.tracing import known
 from .canary import check_seams
-from .checks import require, require_plain
+from .checks import check_whole_sequences, require, require_plain
 from .expected import changed
 from .patterns import is_unused, refusal
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
@@ -68,6 +68,8 @@ def linattn_mask(
             return attention_mask
         attention_mask = attention_mask.tokens
     tracing = is_tracing(attention_mask) if attention_mask is not None else is_tracing()
+    if not tracing:
+        check_whole_sequences()
     batch_size, q_length, kv_length = known(batch_size), known(q_length), known(kv_length)
     is_plain = mask_function in _PLAIN
     # Transformers adds the pattern of packed sequences to all masks that it makes while tracing and without a cache.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.tensor.experimental
 from cases import BERT, VIT, converted
 from sequence_processes import run_processes
 from sharing import attention, batch, ids, mesh, model
@@ -137,6 +138,22 @@ def test_models_and_arguments(tmp_path: Path) -> None:
     for found in run_processes(2, work, tmp_path):
         wrong = {name: found[name] for name, (_, _, text) in MODELS.items() if text not in found[name]}
         assert not wrong
+
+
+def test_context_of_torch(tmp_path: Path) -> None:
+    """Which Accelerate opens for `cp_size`: a converted layer, and one in native mode, would see a part alone."""
+
+    def work(group: SequenceGroup) -> list[str]:
+        ring, found = torch.distributed.tensor.experimental.context_parallel, []
+        for made in (model(GPT2LMHeadModel), BERT.stock(BERT.config(attn_implementation="favor_plus"))):
+            tokens = ids(2, 24)
+            with ring(mesh(cp=2), buffers=[tokens], buffer_seq_dims=[1]):
+                found.append(message_of(partial(made, input_ids=tokens)))
+            made(input_ids=ids(2, 24))
+        return found
+
+    for found in run_processes(2, work, tmp_path):
+        assert all("Use hf_linattn.training.context_parallel" in message for message in found), found
 
 
 def test_meshes(tmp_path: Path) -> None:
