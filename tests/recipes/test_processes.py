@@ -20,6 +20,11 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+def test_processes_that_share_sequences() -> None:
+    found = describe_processes(training(world_size=4, context_parallel_size=2))
+    assert found == "4 processes on cpu (DDP, 2 share a sequence), 16 rows a step (4 in a batch x 2 batches x 2)"
+
+
 def training(**values: Any) -> Any:
     default = {
         "world_size": 1,
