@@ -13,6 +13,7 @@ from sharing import MASKS, assert_close, ids, model
 from torch.utils.data import Dataset, IterableDataset
 from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2LMHeadModel, TrainingArguments
 
+from hf_linattn import LinAttnError
 from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.training import ContextParallelTrainer
 
@@ -91,3 +92,35 @@ def test_two_by_two_processes(stock: Any, stream: bool, tmp_path: Path) -> None:
     assert len(expected["loss"]) == 4
     for each in found:
         assert_close(each, expected, atol=1e-5)
+
+
+# Flags, arguments of the Trainer, and a part of the message.
+MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "number": ({}, {"context_parallel_size": 3}, "must divide the number of processes, 2; got 3"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1 does not work"),
+    "tokens": ({"include_num_input_tokens_seen": "all"}, {}, "include_num_input_tokens_seen='all' does not work"),
+    "compiled": ({"torch_compile": True}, {}, "torch_compile=True does not work"),
+    "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, {}, "dispatch_batches=True does not work"),
+    "loss": ({}, {"compute_loss_func": lambda *_: None}, "compute_loss_func would get the logits of a part"),
+    "no model": ({}, {"model": None, "model_init": lambda: None}, "give Trainer a model and args"),
+}
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    made = model(GPT2LMHeadModel)
+
+    def work(group: SequenceGroup) -> dict[str, str]:
+        os.environ.update(launched(group))
+        found = {}
+        for name, (flags, arguments, _) in MISTAKES.items():
+            args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **flags)
+            try:
+                ContextParallelTrainer(**{"model": made, "args": args, "context_parallel_size": 2, **arguments})
+            except LinAttnError as error:
+                found[name] = str(error)
+        return found
+
+    for found in run_processes(2, work, tmp_path):
+        assert found.keys() == MISTAKES.keys()
+        wrong = {name: found[name] for name, (_, _, text) in MISTAKES.items() if text not in found[name]}
+        assert not wrong
