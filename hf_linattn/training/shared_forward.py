@@ -65,6 +65,8 @@ class SharedForward:
             base.sequence_parallel = self._base_forward
             if has_token_loss and stock_head(model) in TOKEN_HEADS:
                 model.sequence_parallel = self._head_forward
+            elif model is not base and self.wholes:
+                model.sequence_parallel = self._forward_of_whole_rows
             encoder, pooler = getattr(base, "encoder", None), getattr(base, "pooler", None)
             if self.whole and encoder is not None:  # before the pooler
                 stack.callback(encoder.register_forward_hook(self._join_output).remove)
@@ -218,6 +220,10 @@ class SharedForward:
         """To a pooler, which takes the first of the states that it gets."""
         assert self.parts is not None
         return (self.parts.column(inputs[0], 0), *inputs[1:])
+
+    def _forward_of_whole_rows(self, model: Any, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """A head that reads its inputs, too: GPT-2's of rows looks for padding."""
+        return forward(**self._named(model, args, kwargs))
 
     @torch.compiler.disable
     def _head_forward(self, model: Any, forward: Forward, args: Any, kwargs: Any) -> Any:

@@ -13,7 +13,13 @@ from sequence_processes import run_processes
 from sharing import assert_close, attention, batch, gradients, ids, mesh, model
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.training import context_parallel, loss_weights, reduce_gradients
@@ -21,11 +27,16 @@ from hf_linattn.training import context_parallel, loss_weights, reduce_gradients
 STEPS = [[batch("ragged", seed=2 * step + row) for step in range(2)] for row in range(2)]  # of two replicas
 
 
+def rows_labelled(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "labels": torch.tensor([1, 0])}
+
+
 def one_process(stock: Any, *, by_labels: bool) -> dict[str, Any]:
     """Gradients of two replicas' two batches: each batch counts the same, or each label does."""
     made, every = model(stock), [each for own in STEPS for each in own]
     items = sum((each["labels"][:, 1:] != -100).sum() for each in every)
     for each in every:
+        each = rows_labelled(each) if stock is BertForSequenceClassification else each
         loss = made(**each, num_items_in_batch=items).loss if by_labels else made(**each).loss / len(every)
         loss.backward()
     return gradients(made)
@@ -106,26 +117,22 @@ def test_outputs(tmp_path: Path) -> None:
         assert_close(each, {**expected, "logits": head.logits, "loss": head.loss}, atol=1e-9)
 
 
-def test_buffers_as_in_torch(tmp_path: Path) -> None:
-    rows = {"input_ids": ids(2, 24), "labels": ids(2, 24, seed=1)}
-    expected = model(GPT2LMHeadModel)(**rows).loss.detach()
+@pytest.mark.parametrize("stock", [GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_buffers_as_in_torch(stock: Any, tmp_path: Path) -> None:
+    tokens = ids(2, 24)
+    tokens[0, 7:] = 0  # padding, where GPT-2's head of rows looks for it
+    rows = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}
+    labels = torch.where(tokens > 0, tokens, -100) if stock is GPT2LMHeadModel else torch.tensor([0, 1])
+    expected = model(stock)(**rows, labels=labels).loss.detach()
 
     def work(group: SequenceGroup) -> Any:
-        made, own = model(GPT2LMHeadModel), {name: each.clone() for name, each in rows.items()}
-        with (
-            attention("slow"),
-            context_parallel(
-                made,
-                mesh(cp=2),
-                buffers=list(own.values()),
-                buffer_seq_dims=[1, 1],
-                no_restore_buffers={own["labels"]},
-            ),
-        ):
-            assert torch.equal(own["input_ids"], rows["input_ids"][:, 12 * group.rank : 12 * group.rank + 12])
-            loss = made(**own).loss.detach()
-        assert torch.equal(own["input_ids"], rows["input_ids"])
-        assert own["labels"].shape == (2, 12)
+        made, own = model(stock), {name: each.clone() for name, each in rows.items()}
+        cut = {"buffers": list(own.values()), "buffer_seq_dims": [1, 1], "no_restore_buffers": {own["attention_mask"]}}
+        with attention("slow"), context_parallel(made, mesh(cp=2), **cut):
+            assert torch.equal(own["input_ids"], tokens[:, 12 * group.rank : 12 * group.rank + 12])
+            loss = made(**own, labels=labels).loss.detach()
+        assert torch.equal(own["input_ids"], tokens)
+        assert own["attention_mask"].shape == (2, 12)
         return loss
 
     torch.testing.assert_close(sum(run_processes(2, work, tmp_path)) / 2, expected, rtol=0, atol=1e-6)
@@ -237,3 +244,22 @@ def test_models_within_others(name: str, tmp_path: Path) -> None:
     loss(made).backward()
     for each in found:
         assert_close(each, gradients(made))
+
+
+@pytest.mark.slow
+def test_fsdp2_with_replicas(tmp_path: Path) -> None:
+    """Sharded over the processes that share a sequence, replicated over those with other rows."""
+    expected = one_process(BertForSequenceClassification, by_labels=False)
+
+    def work(group: SequenceGroup) -> dict[str, Any]:
+        made, every = model(BertForSequenceClassification), mesh(dp=2, cp=2)
+        for block in made.bert.encoder.layer:
+            fully_shard(block, mesh=every)
+        fully_shard(made, mesh=every)
+        with attention("fast"), context_parallel(made, every["cp"]):
+            for each in STEPS[every["dp"].get_local_rank()]:
+                (made(**rows_labelled(each)).loss / 2).backward()
+        return {name: p.grad.full_tensor() for name, p in made.named_parameters() if p.grad is not None}
+
+    for each in run_processes(4, work, tmp_path):
+        assert_close(each, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,27 @@ class Stream(IterableDataset[Any]):
         return (rows[i] for i in range(ROWS))
 
 
-def train(stock: Any, made: Any, folder: Path, size: int, accumulated: int, stream: bool) -> dict[str, Any]:
+def train(
+    stock: Any,
+    made: Any,
+    folder: Path,
+    size: int,
+    accumulated: int,
+    stream: bool = False,
+    steps: int = 4,
+    resume: bool = False,
+) -> dict[str, Any]:
     args = TrainingArguments(
         str(folder),
-        max_steps=4,
+        max_steps=steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulated,
         learning_rate=0.1,
         optim="sgd",
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no" if steps == 4 and not resume else "steps",
+        save_steps=2,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -61,7 +72,7 @@ def train(stock: Any, made: Any, folder: Path, size: int, accumulated: int, stre
     data = Stream() if stream else Rows(stock is BertForSequenceClassification)
     trainer = ContextParallelTrainer(made, args, context_parallel_size=size, train_dataset=data)
     trainer.model_accepts_loss_kwargs = stock is GPT2LMHeadModel  # the other heads ignore the number of labels
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     log = trainer.state.log_history
     found = {name: torch.tensor([each[name] for each in log if name in each]) for name in ("loss", "grad_norm")}
     found["flos"] = torch.tensor(trainer.state.total_flos)
@@ -76,10 +87,15 @@ def launched(group: SequenceGroup) -> dict[str, str]:
     return {**ranks, **sizes, "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
 
 
-STOCK = [GPT2LMHeadModel, BertForMaskedLM, BertForSequenceClassification]
-
-
-@pytest.mark.parametrize(("stock", "stream"), [(GPT2LMHeadModel, True), *((stock, False) for stock in STOCK)])
+@pytest.mark.parametrize(
+    ("stock", "stream"),
+    [
+        (GPT2LMHeadModel, False),
+        (GPT2LMHeadModel, True),
+        pytest.param(BertForMaskedLM, False, marks=pytest.mark.slow),
+        pytest.param(BertForSequenceClassification, False, marks=pytest.mark.slow),
+    ],
+)
 def test_two_by_two_processes(stock: Any, stream: bool, tmp_path: Path) -> None:
     made = model(stock)
 
@@ -92,6 +108,21 @@ def test_two_by_two_processes(stock: Any, stream: bool, tmp_path: Path) -> None:
     assert len(expected["loss"]) == 4
     for each in found:
         assert_close(each, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_resumed(tmp_path: Path) -> None:
+    """In the middle of an epoch, the processes of a group go on with the same rows."""
+    made = model(GPT2LMHeadModel)
+
+    def work(group: SequenceGroup) -> list[dict[str, Any]]:
+        os.environ.update(launched(group))
+        whole = train(GPT2LMHeadModel, deepcopy(made), tmp_path / "whole", 2, 1)
+        train(GPT2LMHeadModel, deepcopy(made), tmp_path / "cut", 2, 1, steps=2)
+        return [whole, train(GPT2LMHeadModel, deepcopy(made), tmp_path / "cut", 2, 1, resume=True)]
+
+    for whole, resumed in run_processes(4, work, tmp_path):
+        assert_close(resumed, whole, atol=0)
 
 
 # Flags, arguments of the Trainer, and a part of the message.
