@@ -20,7 +20,7 @@ from ..ops.eva.chunks import MakesSummaries, Summaries
 from ..ops.eva.estimate import fit_bias, windows_and_chunks
 from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
 from ..ops.eva.layout import ChunkOptions, Chunks, Layout
-from ..ops.inputs import compute_dtype, prepare_tokens
+from ..ops.inputs import compute_dtype, factor_of, prepare_tokens
 from ..ops.layout import Blocks, WindowedBlocks
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
@@ -39,7 +39,7 @@ def attend_eva(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGrou
 
     Args: layer: One that `eva_refusal` says nothing against.
     """
-    options, summarise, window_bias = layer.layout_and_summaries(inputs.query, scaling=inputs.scaling)
+    options, summarise, window_bias = layer.layout_and_summaries(scaling=factor_of(inputs.query, inputs.scaling))
     tokens, rows = _scaled(inputs), _Rows.of(options, inputs, group)
     summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
     unseen_windows = _unseen_windows(summarise, tokens, rows, group)
