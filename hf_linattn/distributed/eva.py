@@ -20,11 +20,12 @@ from ..ops.eva.chunks import MakesSummaries, Summaries
 from ..ops.eva.estimate import fit_bias, windows_and_chunks
 from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
 from ..ops.eva.layout import ChunkOptions, Chunks, Layout
-from ..ops.inputs import compute_dtype, factor_of, prepare_tokens
+from ..ops.inputs import compute_dtype, factor_of
 from ..ops.layout import Blocks, WindowedBlocks
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
 from .eva_chunks import SharedChunks, chunk_summaries, exchanged
+from .slots import part_tokens
 
 
 def eva_refusal(layer: EvaAttention) -> str | None:
@@ -40,7 +41,8 @@ def attend_eva(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGrou
     Args: layer: One that `eva_refusal` says nothing against.
     """
     options, summarise, window_bias = layer.layout_and_summaries(scaling=factor_of(inputs.query, inputs.scaling))
-    tokens, rows = _scaled(inputs), _Rows.of(options, inputs, group)
+    tokens = part_tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, ("cuda",)))
+    rows = _Rows.of(options, inputs, group)
     summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
     unseen_windows = _unseen_windows(summarise, tokens, rows, group)
 
@@ -126,16 +128,6 @@ class _Rows:
         window = self.options.window_size
         per_chunk, most = (self.length // window).clamp_min(1), self.longest // window
         return partly_seen_windows(self.options, self.windows, self.processes * self.part // window, per_chunk, most)
-
-
-def _scaled(inputs: AttentionInputs) -> Tokens:
-    """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
-    dtype, mask = compute_dtype(inputs.query, inputs.key, inputs.value, ("cuda",)), inputs.key_mask
-    query, key, value = (z.to(dtype) for z in (inputs.query, inputs.key, inputs.value))
-    if mask is not None:
-        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in (query, key, value))
-    tokens = prepare_tokens(query, key, value, None, inputs.scaling, is_causal=False).packed()
-    return tokens if mask is None else replace(tokens, valid=mask, visible=mask[:, None, :, None])
 
 
 def _with_neighbours(tokens: Tokens, rows: _Rows, reach: int, group: SequenceGroup) -> Tokens:

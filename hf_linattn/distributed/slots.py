@@ -37,7 +37,7 @@ def attend_slots(layer: LinearAttention[Any], inputs: AttentionInputs, group: Se
     """`attend_across` for a bidirectional layer of FAVOR or LARA."""
     maps = _maps(layer, inputs, group)
     options = maps.options._replace(is_causal=False)
-    part = _tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, maps.in_half))
+    part = part_tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, maps.in_half))
     read = _beside_windows if options.window_size else _slots_alone
     output = read(maps.feature_map, part, options, group)
     output = output if part.visible is None else output.masked_fill(~part.visible, 0.0)
@@ -67,7 +67,7 @@ def _row_statistics(layer: FavorSharpAttention, inputs: AttentionInputs, group: 
     return sum(moments[1:], moments[0]).statistics(config.variant, config.centring)
 
 
-def _tokens(inputs: AttentionInputs, dtype: torch.dtype) -> Tokens:
+def part_tokens(inputs: AttentionInputs, dtype: torch.dtype) -> Tokens:
     """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
     query, key, value, mask = inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), inputs.key_mask
     if mask is not None:
