@@ -11,6 +11,7 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
+from ..ops.inputs import check_inputs, factor_of
 from .causal import attend_causal
 from .collectives import SequenceGroup
 from .eva import attend_eva, eva_refusal
@@ -75,6 +76,8 @@ def _check_inputs(layer: LinearAttention[Any], inputs: AttentionInputs) -> None:
         raise UnsupportedError(
             f"Processes share sequences, not images; got grid={inputs.grid!r}. Let each process have whole images."
         )
+    check_inputs(inputs.query, inputs.key, inputs.value, inputs.key_mask)
+    factor_of(inputs.query, inputs.scaling)
     tokens, keys, window = inputs.query.shape[2], inputs.key.shape[2], layer.config.window_size or 0
     if tokens != keys:
         raise InputError(

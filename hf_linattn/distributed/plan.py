@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from ..modules.registry import get_kind
 from ..ops.favor.statistics import DENSE_VARIANTS
 from .eva_plan import eva_traffic
 
@@ -46,6 +47,11 @@ class SharedLayer:
     token_bytes: int = 4
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether keys are read through chunks and not through slots."""
+        return get_kind(self.kind).size_field == "num_chunks"
+
+    @property
     def _numbers(self) -> int:
         """Bytes of a number of every row and head."""
         return self.rows * self.heads * max(4, self.token_bytes)
@@ -69,17 +75,17 @@ def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[
     found: Counter[str] = Counter()
     has_left, has_right = rank > 0, rank < processes - 1
     if layer.is_causal:
-        if layer.kind == "eva":
+        if layer.has_chunks:
             _chunks(found, layer, processes)
         else:
             _both(found, "gather", processes * layer.state)
         if layer.overlap_window:
             sent = layer.window(tensors=3 if layer.sends_queries else 2)
-            before = 0 if layer.kind == "eva" else layer.state
+            before = 0 if layer.has_chunks else layer.state
             found["neighbour"] += has_left * (sent + before)
             # Where a part is one block there is nothing before the window, and no gradient of it.
             found["neighbour backward"] += has_right * (sent + (before if layer.length > layer.window_size else 0))
-    elif layer.kind == "eva":
+    elif layer.has_chunks:
         return eva_traffic(
             rows=layer.rows,
             heads=layer.heads,

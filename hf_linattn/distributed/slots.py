@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UnsupportedError
 from ..kernels.attention_state import AttentionState, merge_states
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
@@ -49,7 +50,8 @@ def _maps(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceG
     if isinstance(layer, FavorSharpAttention) and layer.config.statistics == "row":
         return layer.recurrence_of_rows(inputs.query, _row_statistics(layer, inputs, group), scaling=inputs.scaling)
     maps = layer.recurrence(inputs.query, scaling=inputs.scaling)
-    assert isinstance(maps, SlotRecurrence)
+    if not isinstance(maps, SlotRecurrence):
+        raise UnsupportedError(f"{type(layer).__name__} reads no slots, and shares no sequences when bidirectional.")
     return maps
 
 
