@@ -194,7 +194,6 @@ def test_memory_falls_with_the_number_of_processes(share: Any, layer: str, mask:
     ("options", "grid", "words"),
     [
         ({"chunking": "published"}, None, r"chunking='published'.*Set chunking='exclusive'"),
-        ({"num_global_tokens": 1}, None, r"num_global_tokens=1.*Set it to 0"),
         ({"sample_noise": True}, None, r"sample_noise=True in training.*Set it to False"),
         ({"slot_dropout": 0.1}, None, r"slot_dropout=0\.1 in training.*Set it to 0"),
         ({}, (2, 4), r"grid=\(2, 4\)"),
