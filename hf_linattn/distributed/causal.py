@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..kernels.attention_state import AttentionState, merge_states
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
@@ -27,7 +28,7 @@ from ..ops.recurrent.slots import SlotRecurrence, SlotState
 from ..ops.recurrent.window_tokens import WindowTokens
 from ..ops.softmax import mask_logits
 from .collectives import SequenceGroup
-from .states import gather_states, only_if, packed, unpacked
+from .states import from_left, states_before
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value
 
@@ -35,7 +36,8 @@ Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value
 def attend_causal(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
     """`attend_across` for a causal layer."""
     recurrence = layer.recurrence(inputs.query, scaling=inputs.scaling)
-    assert isinstance(recurrence, (EvaRecurrence, SlotRecurrence))
+    if not isinstance(recurrence, (EvaRecurrence, SlotRecurrence)):
+        raise UnsupportedError(f"{type(layer).__name__} has a state of its own, which processes do not exchange.")
     mask, tokens = inputs.key_mask, _tokens(recurrence, inputs)
     shape = recurrence.window_shape
     reach = shape.size if shape.overlap else 0
@@ -86,12 +88,11 @@ def _slots_before(
         return alone.absorb(query, key, value, None, start).slots
 
     if not reach:
-        return SlotState(window, merge_states(gather_states(read(0, length), group, range(group.rank))))
+        return SlotState(window, merge_states(states_before(read(0, length), group)))
     # What leaves the window of the next part's first query, and what stays in it: others have both in their slots.
     passed, last = read(0, length - reach), read(length - reach, length)
-    earlier = gather_states(merge_states([passed, last]), group, range(group.rank - 1))
-    before = only_if(group.rank > 0, unpacked(group.from_left(packed(passed))))
-    return SlotState(window, merge_states([*earlier, before]))
+    earlier = states_before(merge_states([passed, last]), group, gap=2)
+    return SlotState(window, merge_states([*earlier, from_left(passed, group)]))
 
 
 def _chunks_before(

@@ -9,18 +9,20 @@ are summarised where they are, and their summaries exchanged. Then every window 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..kernels.attention_state import AttentionState
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
 from ..ops.eva.chunks import MakesSummaries, Summaries
 from ..ops.eva.estimate import fit_bias, windows_and_chunks
 from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
 from ..ops.eva.layout import ChunkOptions, Chunks, Layout
-from ..ops.inputs import compute_dtype, prepare_tokens
+from ..ops.inputs import factor_of
 from ..ops.layout import Blocks, WindowedBlocks
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
@@ -34,27 +36,32 @@ def eva_refusal(layer: EvaAttention) -> str | None:
     return None
 
 
-def attend_eva(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
-    """`attend_across` for a bidirectional layer of EVA: what `eva_attention` gives on the whole rows.
+def eva_reader(
+    layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup
+) -> tuple[Callable[[Tokens], AttentionState], tuple[str, ...]]:
+    """What the queries of a part read, as `eva_attention` says; and where they are taken in half precision.
 
     Args: layer: One that `eva_refusal` says nothing against.
     """
-    options, summarise, window_bias = layer.layout_and_summaries(inputs.query, scaling=inputs.scaling)
-    tokens, rows = _scaled(inputs), _Rows.of(options, inputs, group)
-    summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
-    unseen_windows = _unseen_windows(summarise, tokens, rows, group)
+    options, summarise, window_bias = layer.layout_and_summaries(scaling=factor_of(inputs.query, inputs.scaling))
 
-    left, right, reach = rows.reaches()
-    windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
-    layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
-    around = _with_neighbours(tokens, rows, left, group) if left else tokens
-    bias = fit_bias(window_bias, options, layout, tokens.key)
-    state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias)
-    if unseen_windows is not None:
-        state = unseen_windows.join(state, query)
-    output = windows.blocks.join(state.output)
-    output = output if tokens.visible is None else output.masked_fill(~tokens.visible, 0.0)
-    return output.to(inputs.query.dtype)
+    def read(tokens: Tokens) -> AttentionState:
+        rows = _Rows.of(options, tokens, group)
+        summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
+        unseen_windows = _unseen_windows(summarise, tokens, rows, group)
+
+        left, right, reach = rows.reaches()
+        windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
+        layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
+        around = _with_neighbours(tokens, rows, left, group) if left else tokens
+        bias = fit_bias(window_bias, options, layout, tokens.key)
+        state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias)
+        if unseen_windows is not None:
+            state = unseen_windows.join(state, query)
+        join = windows.blocks.join
+        return AttentionState(join(state.output), join(state.lse.unsqueeze(-1)).squeeze(-1))
+
+    return read, ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,10 @@ class _Rows:
     rank: int
 
     @staticmethod
-    def of(options: ChunkOptions, inputs: AttentionInputs, group: SequenceGroup) -> _Rows:
-        window, part, mask = options.window_size, inputs.key.shape[2], inputs.key_mask
+    def of(options: ChunkOptions, tokens: Tokens, group: SequenceGroup) -> _Rows:
+        window, part, mask = options.window_size, tokens.key.shape[2], tokens.valid
         most = group.size * part
-        lengths = torch.full((1,), most, device=inputs.key.device) if mask is None else group.reduce(mask.sum(-1))
+        lengths = torch.full((1,), most, device=tokens.key.device) if mask is None else group.reduce(mask.sum(-1))
         length = chunk_length(window, options.num_chunks, lengths)[:, None]
         longest = longest_chunk(window, options.num_chunks, most)
         return _Rows(options, lengths, length, mask is None, longest, part, group.size, group.rank)
@@ -126,16 +133,6 @@ class _Rows:
         window = self.options.window_size
         per_chunk, most = (self.length // window).clamp_min(1), self.longest // window
         return partly_seen_windows(self.options, self.windows, self.processes * self.part // window, per_chunk, most)
-
-
-def _scaled(inputs: AttentionInputs) -> Tokens:
-    """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
-    dtype, mask = compute_dtype(inputs.query, inputs.key, inputs.value, ("cuda",)), inputs.key_mask
-    query, key, value = (z.to(dtype) for z in (inputs.query, inputs.key, inputs.value))
-    if mask is not None:
-        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in (query, key, value))
-    tokens = prepare_tokens(query, key, value, None, inputs.scaling, is_causal=False).packed()
-    return tokens if mask is None else replace(tokens, valid=mask, visible=mask[:, None, :, None])
 
 
 def _with_neighbours(tokens: Tokens, rows: _Rows, reach: int, group: SequenceGroup) -> Tokens:

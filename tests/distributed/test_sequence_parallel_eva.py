@@ -190,8 +190,17 @@ def test_memory_falls_with_the_number_of_processes(share: Any, layer: str, mask:
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
 
 
-def test_published_chunks_are_refused() -> None:
-    case, tokens = Case("eva", False, 8, None, {"window_size": 4, "chunking": "published"}), random(1, HEADS, 8, DIM)
-    inputs = AttentionInputs(tokens, tokens, tokens, None, 0.5, False)
-    with pytest.raises(UnsupportedError, match=r"chunking='published'.*Set chunking='exclusive'"):
+@pytest.mark.parametrize(
+    ("options", "grid", "words"),
+    [
+        ({"chunking": "published"}, None, r"chunking='published'.*Set chunking='exclusive'"),
+        ({"sample_noise": True}, None, r"sample_noise=True in training.*Set it to False"),
+        ({"slot_dropout": 0.1}, None, r"slot_dropout=0\.1 in training.*Set it to 0"),
+        ({}, (2, 4), r"grid=\(2, 4\)"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(options: dict[str, Any], grid: tuple[int, int] | None, words: str) -> None:
+    case, tokens = Case("eva", False, 8, None, {"window_size": 4, **options}), random(1, HEADS, 8, DIM)
+    inputs = AttentionInputs(tokens, tokens, tokens, None, 0.5, False, grid, training=True)
+    with pytest.raises(UnsupportedError, match=words):
         attend_across(case.layer(), inputs, None)  # type: ignore[arg-type]

@@ -194,10 +194,10 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         )
 
     def layout_and_summaries(
-        self, query: Tensor, *, scaling: float
+        self, *, scaling: float
     ) -> tuple[ChunkOptions, Summariser | LearnedSummariser, Tensor | None]:
-        """How windows and chunks lie, what summarises a chunk, and `window_bias`: what a bidirectional layer does with
-        sequences, without noise, for scaled queries like `query`."""
+        """How windows and chunks lie, what summarises a chunk, and `window_bias`: all that a bidirectional layer does
+        with sequences, apart from noise and dropout."""
         config, state = self.config, self.tensors()
         side = "both" if config.overlap_window else None
         options = ChunkOptions(config.window_size or 0, config.num_chunks, None, config.chunking or "", side, False)
