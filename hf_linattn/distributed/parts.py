@@ -32,14 +32,14 @@ class SequenceParts:
     is_padded: bool
 
     @classmethod
-    def of(cls, group: SequenceGroup, mask: Tensor, multiple: int = 1) -> SequenceParts:
-        """Parts of the same number of whole blocks of `multiple` tokens.
+    def of(cls, group: SequenceGroup, mask: Tensor, multiple: int = 1, least: int = 1) -> SequenceParts:
+        """Parts of the same number of whole blocks of `multiple` tokens, `least` tokens or more.
 
         Args:
             mask: `[batch, tokens]` bool, True where a token is real. The same on all processes.
         """
         tokens = mask.shape[1]
-        length = -(-tokens // (group.size * multiple)) * multiple
+        length = -(-max(tokens, least * group.size) // (group.size * multiple)) * multiple
         stands_first = bool((mask[:, :-1] | ~mask[:, 1:]).all())
         order = None if stands_first else mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         return cls(group, tokens, length, order, length * group.size > tokens or not bool(mask.all()))

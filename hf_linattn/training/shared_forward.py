@@ -125,7 +125,10 @@ class SharedForward:
             positions = torch.arange(length, device=tokens.device)[None]
         check_positions(positions, mask, length)  # the parts of packed rows could each be in order
 
-        self.parts = parts = SequenceParts.of(self.group, mask, lcm(*(_block(layer) for layer in self.layers)))
+        # Parts are whole windows of all layers, and the first one has all global tokens.
+        windows = lcm(*(layer.config.window_size or 1 for layer in self.layers))
+        global_tokens = max(layer.config.num_global_tokens or 1 for layer in self.layers)
+        self.parts = parts = SequenceParts.of(self.group, mask, windows, global_tokens)
         self.is_padded |= parts.is_padded
         padding = getattr(model.config, "pad_token_id", None) or 0
         whole = {**given, "attention_mask": mask, "position_ids": positions}
@@ -253,8 +256,3 @@ class SharedForward:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
-
-
-def _block(layer: LinearAttention[Any]) -> int:
-    """The tokens that a layer reads together: a part has to consist of whole windows, and so of whole chunks."""
-    return layer.config.window_size or 1

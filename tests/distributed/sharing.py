@@ -60,24 +60,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(kind: str) -> Any:
+def settings(kind: str, **changes: Any) -> Any:
     """Small settings of a kind."""
     shared = {"window_size": WINDOW, "num_global_tokens": 0, "slot_dropout": 0.0}
-    return get_kind(kind).config_cls(**{**get_kind(kind).example, **shared, **SETTINGS[kind]})
+    return get_kind(kind).config_cls(**{**get_kind(kind).example, **shared, **SETTINGS[kind], **changes})
 
 
 def model(stock: Any, kind: str = "favor_plus", layers: list[int] | None = None, **changes: Any) -> Any:
     """A tiny converted model in float64 and training, without dropout, calibrated where it has to be.
 
     Calibration is shared by the processes of a group: one process has to do it, before they start.
+
+    Args:
+        changes: Of the kind's settings.
     """
     torch.manual_seed(0)
     causal = "GPT2" in stock.__name__ or stock.__name__ == "BertLMHeadModel"
     if stock.config_class is BertConfig:
-        config = bert_config(hidden_dropout_prob=0.0, is_decoder=causal, **changes)
+        config = bert_config(hidden_dropout_prob=0.0, is_decoder=causal)
     else:
-        config = gpt2_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes)
-    made = hf_linattn.convert(stock(config), settings(kind), layers=layers)
+        config = gpt2_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    made = hf_linattn.convert(stock(config), settings(kind, **changes), layers=layers)
     if hf_linattn.needs_calibration(made):
         hf_linattn.calibrate(made, [{"input_ids": ids(4, 40, seed=9)}])
     return made.double().train()

@@ -74,9 +74,11 @@ def step(made: Any, inputs: dict[str, Any], reduce: Callable[[], None]) -> dict[
     return {**found, **{f"{name} after": p.detach().clone() for name, p in made.named_parameters()}}
 
 
-def shared(head: str, kind: str, how: str, mask: str, processes: int, folder: Path) -> list[dict[str, Any]]:
+def shared(
+    head: str, kind: str, how: str, mask: str, processes: int, folder: Path, **changes: Any
+) -> list[dict[str, Any]]:
     stock, labelled = HEADS[head]
-    made = model(stock, kind)
+    made = model(stock, kind, **changes)
 
     def work(group: SequenceGroup) -> dict[str, Any]:
         parts = mesh(cp=processes)
@@ -86,10 +88,10 @@ def shared(head: str, kind: str, how: str, mask: str, processes: int, folder: Pa
     return run_processes(processes, work, folder)
 
 
-def check(head: str, kind: str, how: str, mask: str, processes: int, folder: Path) -> None:
+def check(head: str, kind: str, how: str, mask: str, processes: int, folder: Path, **changes: Any) -> None:
     stock, labelled = HEADS[head]
-    expected = step(model(stock, kind), labelled(batch(mask)), lambda: None)
-    found = shared(head, kind, how, mask, processes, folder)
+    expected = step(model(stock, kind, **changes), labelled(batch(mask)), lambda: None)
+    found = shared(head, kind, how, mask, processes, folder, **changes)
     loss = torch.stack([each.pop("loss") for each in found]).mean(0)
     torch.testing.assert_close(loss, expected.pop("loss"), rtol=0, atol=1e-6)
     for each in found:
@@ -112,3 +114,10 @@ def test_masks(head: str, mask: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str, head: str, processes: int, tmp_path: Path) -> None:
     check(head, kind, "fast", "left", processes, tmp_path)
+
+
+@pytest.mark.parametrize("number", [2, 13])
+@pytest.mark.parametrize("kind", KINDS)
+def test_global_tokens(kind: str, number: int, tmp_path: Path) -> None:
+    """13 are more than a part of 29 tokens would have on three processes."""
+    check("bert-mlm", kind, "fast", "left", 3, tmp_path, num_global_tokens=number)
