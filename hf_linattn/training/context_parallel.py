@@ -58,11 +58,8 @@ def context_parallel(
         raise UnsupportedError(
             "A compiled model cannot share sequences: its graph would not exchange anything. Run it as it is."
         )
-    inner = converted_model(model)
+    inner = converted_model(model, training=model.training)
     layers = [layer for layer in inner.modules() if isinstance(layer, LinearAttention)]
-    for layer in layers:
-        if reason := refusal(layer, training=layer.training):
-            raise UnsupportedError(f"Layer {layer.shape.layer_idx} ({layer.kind}) cannot share a sequence: {reason}")
     whole = _is_whole(inner, gather_output)
     with cut_buffers(group, buffers, buffer_seq_dims, no_restore_buffers) as wholes:
         if group.size == 1:
@@ -73,10 +70,11 @@ def context_parallel(
             yield
 
 
-def converted_model(model: nn.Module) -> Any:
+def converted_model(model: nn.Module, *, training: bool) -> Any:
     """The converted model that is a module, or is within it.
 
-    Raises: UnsupportedError if there is none, or several; for images; and where a layer has softmax.
+    Raises: UnsupportedError if there is none, or several; for images; where a layer has softmax, and where one cannot
+        share a sequence, in training or not.
     """
     found: list[Any] = [module for module in model.modules() if isinstance(module, LinAttnMixin)]
     inside = {id(module.base_model) for module in found if module.base_model is not module}
@@ -96,6 +94,9 @@ def converted_model(model: nn.Module) -> Any:
             f"Layers {', '.join(softmax)} of the model have softmax attention, which would see the tokens of its own"
             f" process alone. {_ADVICE}"
         )
+    for layer in inner.modules():
+        if isinstance(layer, LinearAttention) and (reason := refusal(layer, training=training)):
+            raise UnsupportedError(f"Layer {layer.shape.layer_idx} ({layer.kind}) cannot share a sequence: {reason}")
     return inner
 
 

@@ -91,4 +91,4 @@ def check_context_parallel(model: Any, args: TrainingArguments | None, size: int
     for name, (value, reason) in unsupported.items():
         if value not in (0.0, "no", None):
             raise UnsupportedError(f"{name}={value!r} does not work with context_parallel_size={size}: {reason}")
-    converted_model(model)
+    converted_model(model, training=True)

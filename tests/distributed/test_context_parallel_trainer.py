@@ -133,6 +133,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "compiled": ({"torch_compile": True}, {}, "torch_compile=True does not work"),
     "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, {}, "dispatch_batches=True does not work"),
     "loss": ({}, {"compute_loss_func": lambda *_: None}, "compute_loss_func would get the logits of a part"),
+    "layers": ({}, {"model": model(GPT2LMHeadModel, slot_dropout=0.1)}, "cannot share a sequence: slot_dropout=0.1"),
     "no model": ({}, {"model": None, "model_init": lambda: None}, "give Trainer a model and args"),
 }
 
