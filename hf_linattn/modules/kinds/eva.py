@@ -187,7 +187,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             return with_value_convolution(output, config, state, inputs)
         return eva_attention(
             *tokens,
-            noise=bool(inputs.training and config.sample_noise),
+            noise=bool(inputs.training and config.sample_noise) and (inputs.noise or True),
             noise_scale=config.noise_scale,
             **_variate_options(config, state),
             **options,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import add_noise
+from ..noise import RowNoise
 
 
 def draw_samples(
@@ -45,6 +46,14 @@ def draw_samples(
         )
     samples = add_noise(mu, noise, factor)
     return torch.cat([samples, add_noise(mu, noise, -factor)], dim=-2) if antithetic else samples
+
+
+def landmark_noise(noise: RowNoise, mu: Tensor, samples_per_landmark: int) -> Tensor:
+    """Noise for `draw_samples` with `mu` `[batch, heads, landmarks, dim]`; of a landmark whatever their number."""
+    landmark = torch.arange(mu.shape[2], device=mu.device) * samples_per_landmark
+    number = landmark + torch.arange(samples_per_landmark, device=mu.device)[:, None]
+    like = mu.expand(samples_per_landmark, *mu.shape).movedim(0, 2).flatten(2, 3)
+    return noise.normal(like, number.flatten()).to(mu)
 
 
 class CalibratedProposals(NamedTuple):
