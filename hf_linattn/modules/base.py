@@ -109,6 +109,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @staticmethod
     def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
         """The keyword arguments that the attention functions of all kinds share."""
+        dropout = config.slot_dropout if inputs.training else 0.0
         return {
             "key_mask": inputs.key_mask,
             "scaling": inputs.scaling,
@@ -117,7 +118,7 @@ class LinearAttention(nn.Module, Generic[C]):
             "overlap_window": config.overlap_window,
             "grid": inputs.grid,
             "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": slot_dropout(config.slot_dropout, inputs),
+            "slot_dropout": slot_dropout(dropout, inputs) if dropout else 0.0,
         }
 
     @classmethod

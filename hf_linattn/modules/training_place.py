@@ -66,10 +66,8 @@ def row_noise(layer: Any, query: Tensor) -> RowNoise:
 
 
 def slot_dropout(probability: float, inputs: AttentionInputs) -> float | SlotDropout:
-    """The argument of the attention functions, in training."""
-    if not inputs.training:
-        return 0.0
-    return probability if inputs.noise is None or not probability else SlotDropout(probability, inputs.noise)
+    """The argument of the attention functions."""
+    return probability if inputs.noise is None else SlotDropout(probability, inputs.noise)
 
 
 def common_noise(inputs: AttentionInputs, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.backends import use_backend
-from .noise import RowNoise, probability_of
+from .noise import RowNoise, SlotDropout
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
@@ -129,7 +129,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             continue
         if value is not None or name not in _OR_NONE:
             check_counts({name: value}, minimum=_LEAST[name], or_none=name in _OR_NONE)
-    dropout = probability_of(options.get("slot_dropout", 0.0))
+    dropout = options.get("slot_dropout", 0.0)
+    if isinstance(dropout, SlotDropout):
+        dropout = dropout.probability
     if not 0 <= dropout < 1:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
 

@@ -149,20 +149,15 @@ class Dropped(NamedTuple):
     kept: float
 
 
-def probability_of(dropout: float | SlotDropout) -> float:
-    """The probability in either form of the option."""
-    return dropout.probability if isinstance(dropout, SlotDropout) else dropout
-
-
 def with_noise(dropout: float | SlotDropout, like: Tensor) -> SlotDropout | None:
     """The option with somewhere to take decisions from: torch's generator if it has none. `None` for no dropout.
 
     Args:
         like: `[batch, ...]`.
     """
-    if not probability_of(dropout):
-        return None
-    return dropout if isinstance(dropout, SlotDropout) else SlotDropout(dropout, RowNoise.drawn(like))
+    if isinstance(dropout, SlotDropout):
+        return dropout
+    return SlotDropout(dropout, RowNoise.drawn(like)) if dropout else None
 
 
 def dropped_slots(

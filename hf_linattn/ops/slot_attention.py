@@ -21,9 +21,9 @@ from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .inputs import check_causal
 from .layout import Blocks, WindowedBlocks, fit_window
-from .noise import Dropped, SlotDropout, dropped_slots, with_noise
+from .noise import Dropped, SlotDropout
 from .padding import Tokens, without_padding
-from .slot_weights import FeatureMap, SlotWeights
+from .slot_weights import FeatureMap, SlotWeights, dropped_from
 from .softmax import causal_visibility
 
 # Measured on a CPU core with 256 slots (experiments/README.md): tokens of a chunk that read each other one by one
@@ -85,12 +85,15 @@ class ExactAttention:
     windows: Windows | None
     visible: Tensor | None
 
-    def with_slots(self, query_weights: SlotWeights, key_weights: SlotWeights) -> AttentionState:
+    def with_slots(
+        self, query_weights: SlotWeights, key_weights: SlotWeights, slot_numbers: Tensor | None = None
+    ) -> AttentionState:
         """These keys, and the others (of these the earlier ones if causal) through slots: no key counts twice.
 
         Args:
             query_weights, key_weights: Log-weights `a[t, j]` and `c[j, n]`. With a window, heavy or global tokens they
                 must be on the scale of `x . y`, constants included.
+            slot_numbers: As in `dropped_from`.
         Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
         Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
         """
@@ -98,7 +101,9 @@ class ExactAttention:
         if ABLATED:
             exact, query_weights = _ablated(self, query_weights)
         value, options = exact.tokens.value, exact.options
-        dropped = dropped_from(query_weights, options.dropout, exact.tokens.query)
+        dropped = None
+        if options.dropout:
+            dropped = dropped_from(query_weights, options.dropout, exact.tokens.query, slot_numbers=slot_numbers)
         if exact.windows is not None:
             state = exact.windows.with_slots(query_weights, key_weights, options, dropped)
         elif options.is_causal:
@@ -128,20 +133,6 @@ def exact_attention(tokens: Tokens, options: SlotOptions) -> ExactAttention:
     return ExactAttention(tokens, options, heavy, windows, visible)
 
 
-def dropped_from(
-    query_weights: SlotWeights, dropout: float | SlotDropout, query: Tensor, position: Tensor | None = None
-) -> Dropped | None:
-    """The slots that queries `[batch, heads, tokens, dim]` do without; `None` for none.
-
-    Args:
-        position: Of every query in its row, `[batch, tokens]`; `None` for 0, 1, 2, ...
-    """
-    if position is None:
-        position = torch.arange(query.shape[2], device=query.device)[None]
-    slot = torch.arange(query_weights.num_slots, device=query.device)[None, None, None]
-    return dropped_slots(with_noise(dropout, query), query, position[:, None, :, None], slot)
-
-
 def slots_alone(
     query: Tensor,
     key: Tensor,
@@ -163,8 +154,10 @@ def slots_alone(
     if ABLATED:
         query_weights, value = _ablated_alone(query_weights, value)
     slots = feature_map.key_weights(key).masked(visible).without_common_factor().summarise(value)
-    position = None if key_mask is None or not is_self else (key_mask.long().cumsum(-1) - 1).clamp_min(0)
-    dropped = dropped_from(query_weights, dropout, query, position)
+    dropped = None
+    if dropout:
+        position = None if key_mask is None or not is_self else (key_mask.long().cumsum(-1) - 1).clamp_min(0)
+        dropped = dropped_from(query_weights, dropout, query, position)
     output = query_weights.read(slots, dropped=dropped).output
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 

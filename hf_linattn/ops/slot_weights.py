@@ -23,7 +23,7 @@ from ..kernels.causal_slots import causal_slot_attention
 from ..kernels.slot_inputs import SlotInputs
 from .dense_slots import between_halves, own_token, states_around
 from .layout import Blocks
-from .noise import Dropped
+from .noise import Dropped, SlotDropout, dropped_slots, with_noise
 from .softmax import mask_logits, softmax_with_lse
 
 
@@ -115,6 +115,26 @@ class SlotWeights(ABC):
             states.append(query.inter_block(key, value, BlockReach(is_causal=True), dropped))
         merged = merge_states(states)
         return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
+
+
+def dropped_from(
+    query_weights: SlotWeights,
+    dropout: float | SlotDropout,
+    query: Tensor,
+    position: Tensor | None = None,
+    slot_numbers: Tensor | None = None,
+) -> Dropped | None:
+    """The slots that queries `[batch, heads, tokens, dim]` do without; `None` for none.
+
+    Args:
+        position: Of every query in its row, `[batch, tokens]`; `None` for 0, 1, 2, ...
+        slot_numbers: `[slots]`, what a slot is known by whatever the number of slots; `None` for 0, 1, 2, ...
+    """
+    if position is None:
+        position = torch.arange(query.shape[2], device=query.device)[None]
+    if slot_numbers is None:
+        slot_numbers = torch.arange(query_weights.num_slots, device=query.device)
+    return dropped_slots(with_noise(dropout, query), query, position[:, None, :, None], slot_numbers[None, None, None])
 
 
 class FeatureMap(Protocol):

@@ -54,12 +54,10 @@ def eva_estimate(
         tokens, options, summarise, layout = ablated_chunks(tokens, options, summarise, layout)
     blocks = layout.windows.blocks
     block_query = blocks.split(tokens.query)
-    drop = with_noise(dropout, tokens.query)
+    drop = with_noise(dropout, tokens.query) if dropout else None
 
     def dropped(member: Tensor, sort: int) -> Dropped | None:
-        """What queries do without, of members that are `[batch or 1, windows or 1, members]`, numbered by sort."""
-        if drop is None:
-            return None
+        """What queries do without, of members `[batch or 1, windows or 1, members]` that are numbered by sort."""
         position = blocks.split(torch.arange(tokens.query.shape[2], device=member.device)[:, None])[None, None]
         return dropped_slots(drop, block_query, position, member.clamp_min(0)[:, None, :, None], sort)
 
@@ -85,19 +83,25 @@ def eva_estimate(
             latest_summaries = _per_window(latest_chunks, options, layout, summaries=summaries, past=past)
         if latest_summaries is not None:
             state = _windows(tokens, block_query, layout, is_causal, bias)
-            numbers = _per_window(member_numbers, options, layout, device=block_query.device)
-            state = latest_summaries.join(state, block_query, dropped=dropped(numbers[None], _CHUNK))
+            without = None
+            if drop is not None:
+                numbers = _per_window(member_numbers, options, layout, device=block_query.device)
+                without = dropped(numbers[None], _CHUNK)
+            state = latest_summaries.join(state, block_query, dropped=without)
             past = None  # among the latest
         elif chunks.unread_range is not None and bias is None and drop is None and summaries.spread is None:
             state = _window_chunks(tokens, block_query, layout, is_causal, summaries, chunks.unread_range)
         else:
-            far = summaries.read(block_query, chunks.seen(), dropped=dropped(_numbers(summaries), _CHUNK))
+            without = None if drop is None else dropped(_numbers(summaries), _CHUNK)
+            far = summaries.read(block_query, chunks.seen(), dropped=without)
             state = merge_states([far, _windows(tokens, block_query, layout, is_causal, bias)])
     if unseen_windows is not None and partly_seen is not None:
-        state = unseen_windows.join(state, block_query, dropped=dropped(partly_seen, _WINDOW))
+        without = None if drop is None else dropped(partly_seen, _WINDOW)
+        state = unseen_windows.join(state, block_query, dropped=without)
     if past is not None and past.latest.value.shape[2]:
         earlier = past.together()
-        state = earlier.join(state, block_query, dropped=dropped(_numbers(earlier), _PAST))
+        without = None if drop is None else dropped(_numbers(earlier), _PAST)
+        state = earlier.join(state, block_query, dropped=without)
     return AttentionState(blocks.join(state.output), blocks.join(state.lse.unsqueeze(-1)).squeeze(-1))
 
 

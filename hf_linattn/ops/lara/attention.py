@@ -35,7 +35,7 @@ from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
-from .proposals import CalibratedProposals, draw_samples, landmark_noise
+from .proposals import CalibratedProposals, draw_samples, landmark_noise, sample_numbers
 
 
 @checked_attention
@@ -142,7 +142,7 @@ def lara_attention(
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
-    shift = None
+    shift = numbers = None
     if proposals is not None:
         feature_map = proposal_feature_map(tokens.query, proposals)
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
@@ -153,6 +153,7 @@ def lara_attention(
         if isinstance(noise, RowNoise):
             noise = landmark_noise(noise, mu, samples_per_landmark)
         samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
+        numbers = sample_numbers(samples, mu.shape[2]) if slot_dropout else None
         query_weights, key_weights = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )
@@ -164,7 +165,7 @@ def lara_attention(
             shift = offset if shift is None else shift + offset
         if shift is not None:
             query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
-    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights))
+    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights, numbers))
 
 
 def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:

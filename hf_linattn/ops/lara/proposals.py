@@ -50,10 +50,16 @@ def draw_samples(
 
 def landmark_noise(noise: RowNoise, mu: Tensor, samples_per_landmark: int) -> Tensor:
     """Noise for `draw_samples` with `mu` `[batch, heads, landmarks, dim]`; of a landmark whatever their number."""
-    landmark = torch.arange(mu.shape[2], device=mu.device) * samples_per_landmark
-    number = landmark + torch.arange(samples_per_landmark, device=mu.device)[:, None]
-    like = mu.expand(samples_per_landmark, *mu.shape).movedim(0, 2).flatten(2, 3)
-    return noise.normal(like, number.flatten()).to(mu)
+    landmarks = mu.shape[2]
+    mu = torch.cat([mu] * samples_per_landmark, dim=2)
+    return noise.normal(mu, sample_numbers(mu, landmarks)).to(mu)
+
+
+def sample_numbers(samples: Tensor, landmarks: int) -> Tensor:
+    """`[samples]`: a number for every sample of `draw_samples`, of a landmark whatever their number."""
+    repeats = samples.shape[2] // landmarks
+    number = torch.arange(samples.shape[2], device=samples.device)
+    return number % landmarks * repeats + number // landmarks
 
 
 class CalibratedProposals(NamedTuple):

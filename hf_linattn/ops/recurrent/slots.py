@@ -18,8 +18,8 @@ from ...kernels.backends import current_backend
 from ...kernels.decode import decode_step
 from ..inputs import compute_dtype, prepare_tokens
 from ..noise import with_noise
-from ..slot_attention import SlotOptions, dropped_from, exact_attention
-from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights
+from ..slot_attention import SlotOptions, exact_attention
+from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights, dropped_from
 from ..softmax import softmax_with_lse, without_empty
 from .window_tokens import WindowShape, WindowTokens
 
