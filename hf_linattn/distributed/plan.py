@@ -21,7 +21,7 @@ class SharedLayer:
         statistics: The variant of FAVOR# with statistics of the row; `None` without these.
         is_generalized: FAVOR+ with a generalised kernel.
         learned: EVA: whether summaries are trained. sends_queries, has_spread: Whether chunks need them.
-        is_masked: Whether there is a mask.
+        is_masked: Whether there is a mask. is_random: Bidirectional EVA: whether there is noise or slot dropout.
         token_bytes: Of a number of queries, keys and values, as they are computed with: 4 at least on a CPU. States
             have 4 at least everywhere.
     """
@@ -43,6 +43,7 @@ class SharedLayer:
     sends_queries: bool = False
     has_spread: bool = False
     is_masked: bool = False
+    is_random: bool = False
     token_bytes: int = 4
 
     @property
@@ -94,6 +95,7 @@ def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[
             sends_queries=layer.sends_queries,
             has_spread=layer.has_spread,
             is_masked=layer.is_masked,
+            is_random=layer.is_random,
             token_bytes=layer.token_bytes,
         )
     else:
