@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..kernels.attention_state import AttentionState, merge_states
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
@@ -35,7 +36,8 @@ Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value
 def attend_causal(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
     """`attend_across` for a causal layer."""
     recurrence = layer.recurrence(inputs.query, scaling=inputs.scaling)
-    assert isinstance(recurrence, (EvaRecurrence, SlotRecurrence))
+    if not isinstance(recurrence, (EvaRecurrence, SlotRecurrence)):
+        raise UnsupportedError(f"{type(layer).__name__} has a state of its own, which processes do not exchange.")
     mask, tokens = inputs.key_mask, _tokens(recurrence, inputs)
     shape = recurrence.window_shape
     reach = shape.size if shape.overlap else 0

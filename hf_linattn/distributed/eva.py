@@ -9,24 +9,25 @@ are summarised where they are, and their summaries exchanged. Then every window 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..kernels.attention_state import AttentionState
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
 from ..ops.eva.chunks import MakesSummaries, Summaries
 from ..ops.eva.estimate import CHUNK, WINDOW, chunk_numbers, dropped_members, fit_bias, windows_and_chunks
 from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
 from ..ops.eva.layout import ChunkOptions, Chunks, Layout
-from ..ops.inputs import compute_dtype, factor_of
+from ..ops.inputs import factor_of
 from ..ops.layout import Blocks, WindowedBlocks
 from ..ops.noise import Dropped, RowNoise, SlotDropout
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
 from .eva_chunks import SharedChunks, chunk_summaries, exchanged
-from .slots import part_tokens
 
 
 def eva_refusal(layer: EvaAttention) -> str | None:
@@ -36,38 +37,41 @@ def eva_refusal(layer: EvaAttention) -> str | None:
     return None
 
 
-def attend_eva(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
-    """`attend_across` for a bidirectional layer of EVA: what `eva_attention` gives on the whole rows.
+def eva_reader(
+    layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup
+) -> tuple[Callable[[Tokens], AttentionState], tuple[str, ...]]:
+    """What the queries of a part read, as `eva_attention` says; and where they are taken in half precision.
 
     Args: layer: One that `eva_refusal` says nothing against.
     """
     options, summarise, window_bias = layer.layout_and_summaries(scaling=factor_of(inputs.query, inputs.scaling))
-    tokens = part_tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, ("cuda",)))
-    rows = _Rows.of(options, inputs, group)
     noise = _row_noise(layer, inputs, group)
     sampled = noise if layer.config.sample_noise else None
-    summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group, sampled)
-    unseen_windows = _unseen_windows(summarise, tokens, rows, group, sampled)
-
-    left, right, reach = rows.reaches()
-    windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
-    layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
-    around = _with_neighbours(tokens, rows, left, group) if left else tokens
-    bias = fit_bias(window_bias, options, layout, tokens.key)
     drop = None
     if noise is not None and layer.config.slot_dropout:
         drop = SlotDropout(layer.config.slot_dropout, noise)
 
-    def dropped(member: Tensor, sort: int) -> Dropped | None:
-        return dropped_members(drop, query, windows.blocks.split(rows.places[:, None]), member, sort)
+    def read(tokens: Tokens) -> AttentionState:
+        rows = _Rows.of(options, tokens, group)
+        summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group, sampled)
+        unseen_windows = _unseen_windows(summarise, tokens, rows, group, sampled)
 
-    without = dropped(chunk_numbers(summaries), CHUNK)
-    state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias, dropped=without)
-    if unseen_windows is not None:
-        state = unseen_windows.join(state, query, dropped=dropped(rows.partly_seen_windows(), WINDOW))
-    output = windows.blocks.join(state.output)
-    output = output if tokens.visible is None else output.masked_fill(~tokens.visible, 0.0)
-    return output.to(inputs.query.dtype)
+        left, right, reach = rows.reaches()
+        windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
+        layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
+        around = _with_neighbours(tokens, rows, left, group) if left else tokens
+        bias, join = fit_bias(window_bias, options, layout, tokens.key), windows.blocks.join
+
+        def dropped(member: Tensor, sort: int) -> Dropped | None:
+            return dropped_members(drop, query, windows.blocks.split(rows.places[:, None]), member, sort)
+
+        without = dropped(chunk_numbers(summaries), CHUNK)
+        state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias, dropped=without)
+        if unseen_windows is not None:
+            state = unseen_windows.join(state, query, dropped=dropped(rows.partly_seen_windows(), WINDOW))
+        return AttentionState(join(state.output), join(state.lse.unsqueeze(-1)).squeeze(-1))
+
+    return read, ("cuda",)
 
 
 def _row_noise(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup) -> RowNoise | None:
@@ -101,10 +105,10 @@ class _Rows:
     rank: int
 
     @staticmethod
-    def of(options: ChunkOptions, inputs: AttentionInputs, group: SequenceGroup) -> _Rows:
-        window, part, mask = options.window_size, inputs.key.shape[2], inputs.key_mask
+    def of(options: ChunkOptions, tokens: Tokens, group: SequenceGroup) -> _Rows:
+        window, part, mask = options.window_size, tokens.key.shape[2], tokens.valid
         most = group.size * part
-        lengths = torch.full((1,), most, device=inputs.key.device) if mask is None else group.reduce(mask.sum(-1))
+        lengths = torch.full((1,), most, device=tokens.key.device) if mask is None else group.reduce(mask.sum(-1))
         length = chunk_length(window, options.num_chunks, lengths)[:, None]
         longest = longest_chunk(window, options.num_chunks, most)
         return _Rows(options, lengths, length, mask is None, longest, part, group.size, group.rank)

@@ -11,10 +11,11 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
+from ..ops.inputs import check_inputs, factor_of
+from .bidirectional import attend_bidirectional
 from .causal import attend_causal
 from .collectives import SequenceGroup
-from .eva import attend_eva, eva_refusal
-from .slots import attend_slots
+from .eva import eva_refusal
 
 
 def attend_across(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
@@ -36,16 +37,12 @@ def attend_across(layer: LinearAttention[Any], inputs: AttentionInputs, group: S
     with torch.autocast(inputs.query.device.type, enabled=False):
         if inputs.is_causal:
             return attend_causal(layer, inputs, group)
-        if isinstance(layer, EvaAttention):
-            return attend_eva(layer, inputs, group)
-        return attend_slots(layer, inputs, group)
+        return attend_bidirectional(layer, inputs, group)
 
 
 def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
     """Why a layer cannot share a sequence between processes, and what to set; `None` if it can."""
     config = layer.config
-    if config.num_global_tokens:
-        return f"num_global_tokens={config.num_global_tokens}, and global tokens see every token. Set it to 0."
     if config.num_heavy_keys:
         return f"num_heavy_keys={config.num_heavy_keys}, and these are chosen among all tokens of a row. Set it to 0."
     if config.value_convolution:
@@ -77,11 +74,18 @@ def _check_inputs(layer: LinearAttention[Any], inputs: AttentionInputs) -> None:
         raise UnsupportedError(
             f"Processes share sequences, not images; got grid={inputs.grid!r}. Let each process have whole images."
         )
+    check_inputs(inputs.query, inputs.key, inputs.value, inputs.key_mask)
+    factor_of(inputs.query, inputs.scaling)
     tokens, keys, window = inputs.query.shape[2], inputs.key.shape[2], layer.config.window_size or 0
     if tokens != keys:
         raise InputError(
             f"A process needs the queries and keys of the same tokens of a sequence that is shared; got {tokens}"
             f" queries and {keys} keys."
+        )
+    if tokens < (layer.config.num_global_tokens or 0):
+        raise InputError(
+            f"The first process's part of a sequence must hold all num_global_tokens={layer.config.num_global_tokens};"
+            f" got parts of {tokens} tokens. Use fewer processes, or fewer global tokens."
         )
     if window and tokens % window:
         raise InputError(

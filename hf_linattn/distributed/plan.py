@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from ..modules.registry import get_kind
 from ..ops.favor.statistics import DENSE_VARIANTS
 from .eva_plan import eva_traffic
 
@@ -17,7 +18,7 @@ class SharedLayer:
         kind: Its name.
         rows: Sequences of a batch. length: Tokens of a process.
         slots: Per head: features, samples, learned slots. EVA: `num_chunks`; causal none.
-        window_size, overlap_window, chunk_size, max_chunks: As the settings of these names; the last two are EVA's.
+        window_size, overlap_window, chunk_size, max_chunks, num_global_tokens: As the settings of these names.
         statistics: The variant of FAVOR# with statistics of the row; `None` without these.
         is_generalized: FAVOR+ with a generalised kernel.
         learned: EVA: whether summaries are trained. sends_queries, has_spread: Whether chunks need them.
@@ -37,6 +38,7 @@ class SharedLayer:
     overlap_window: bool = False
     chunk_size: int = 1
     max_chunks: int | None = None
+    num_global_tokens: int = 0
     statistics: str | None = None
     is_generalized: bool = False
     learned: bool = False
@@ -47,18 +49,23 @@ class SharedLayer:
     token_bytes: int = 4
 
     @property
-    def _numbers(self) -> int:
+    def has_chunks(self) -> bool:
+        """Whether keys are read through chunks and not through slots."""
+        return get_kind(self.kind).size_field == "num_chunks"
+
+    @property
+    def number(self) -> int:
         """Bytes of a number of every row and head."""
         return self.rows * self.heads * max(4, self.token_bytes)
 
     @property
     def state(self) -> int:
         """Bytes of what slots have read."""
-        return self._numbers * self.slots * (self.head_dim + 1)
+        return self.number * self.slots * (self.head_dim + 1)
 
-    def window(self, *, tensors: int) -> int:
-        """Bytes of some tensors of a window's tokens."""
-        return self.rows * self.heads * self.window_size * self.head_dim * tensors * self.token_bytes
+    def tokens(self, count: int, *, tensors: int) -> int:
+        """Bytes of some tensors (queries, keys, values) of so many tokens."""
+        return self.rows * self.heads * count * self.head_dim * tensors * self.token_bytes
 
 
 def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[str, int]:
@@ -68,48 +75,71 @@ def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[
     for EVA, whose chunks are exchanged.
     """
     found: Counter[str] = Counter()
-    has_left, has_right = rank > 0, rank < processes - 1
     if layer.is_causal:
-        if layer.kind == "eva":
-            _chunks(found, layer, processes)
-        else:
-            _both(found, "gather", processes * layer.state)
-        if layer.overlap_window:
-            sent = layer.window(tensors=3 if layer.sends_queries else 2)
-            before = 0 if layer.kind == "eva" else layer.state
-            found["neighbour"] += has_left * (sent + before)
-            # Where a part is one block there is nothing before the window, and no gradient of it.
-            found["neighbour backward"] += has_right * (sent + (before if layer.length > layer.window_size else 0))
-    elif layer.kind == "eva":
-        return eva_traffic(
-            rows=layer.rows,
-            heads=layer.heads,
-            head_dim=layer.head_dim,
-            length=layer.length,
-            processes=processes,
-            rank=rank,
-            window_size=layer.window_size,
-            num_chunks=layer.slots,
-            overlap_window=layer.overlap_window,
-            learned=layer.learned,
-            sends_queries=layer.sends_queries,
-            has_spread=layer.has_spread,
-            is_masked=layer.is_masked,
-            is_random=layer.is_random,
-            token_bytes=layer.token_bytes,
-        )
+        _causal(found, layer, processes, rank)
     else:
-        _statistics(found, layer, processes)
-        if not layer.window_size:
-            found["maximum"] += layer._numbers * (layer.slots + (0 if layer.is_generalized else 1))
-            _both(found, "reduce", layer.state)
-        else:
-            _both(found, "gather", processes * layer.state)
-        if layer.overlap_window:
-            sent, sides = layer.window(tensors=2) + layer.state, has_left + has_right
-            found["neighbour"] += sides * (sent + layer.rows * layer.window_size)  # a byte a place: whether it is real
-            found["neighbour backward"] += sides * sent
+        (_chunks_of_rows if layer.has_chunks else _slots)(found, layer, processes, rank)
+        _global_tokens(found, layer, (rank > 0, rank < processes - 1))
     return {name: size for name, size in found.items() if size}
+
+
+def _causal(found: Counter[str], layer: SharedLayer, processes: int, rank: int) -> None:
+    if layer.has_chunks:
+        _chunks(found, layer, processes)
+    else:
+        _both(found, "gather", processes * layer.state)
+    if layer.overlap_window:
+        sent = layer.tokens(layer.window_size, tensors=3 if layer.sends_queries else 2)
+        before = 0 if layer.has_chunks else layer.state
+        found["neighbour"] += (rank > 0) * (sent + before)
+        # Where a part is one block there is nothing before the window, and no gradient of it.
+        before = before if layer.length > layer.window_size else 0
+        found["neighbour backward"] += (rank < processes - 1) * (sent + before)
+
+
+def _slots(found: Counter[str], layer: SharedLayer, processes: int, rank: int) -> None:
+    _statistics(found, layer, processes)
+    if not layer.window_size:
+        has_factor = not (layer.is_generalized or layer.num_global_tokens)  # that all keys have in common
+        found["maximum"] += layer.number * (layer.slots + has_factor)
+        _both(found, "reduce", layer.state)
+    else:
+        _both(found, "gather", processes * layer.state)
+    if layer.overlap_window:
+        sides = (rank > 0) + (rank < processes - 1)
+        _both(found, "neighbour", sides * (layer.tokens(layer.window_size, tensors=2) + layer.state))
+        found["neighbour"] += sides * layer.rows * layer.window_size  # a byte a place: whether it is real
+
+
+def _chunks_of_rows(found: Counter[str], layer: SharedLayer, processes: int, rank: int) -> None:
+    found += eva_traffic(
+        rows=layer.rows,
+        heads=layer.heads,
+        head_dim=layer.head_dim,
+        length=layer.length,
+        processes=processes,
+        rank=rank,
+        window_size=layer.window_size,
+        num_chunks=layer.slots,
+        overlap_window=layer.overlap_window,
+        learned=layer.learned,
+        sends_queries=layer.sends_queries,
+        has_spread=layer.has_spread,
+        is_masked=layer.is_masked or layer.num_global_tokens > 0,  # padding takes their places at the end
+        is_random=layer.is_random,
+        token_bytes=layer.token_bytes,
+    )
+
+
+def _global_tokens(found: Counter[str], layer: SharedLayer, sides: tuple[bool, bool]) -> None:
+    """Their tensors for all processes, what they have read of all, and tokens that parts hand on."""
+    count, (has_left, has_right) = layer.num_global_tokens, sides
+    one, real, read = layer.tokens(count, tensors=1), layer.rows * count, layer.number * count
+    _both(found, "reduce", 3 * one + read * (layer.head_dim + 1))
+    found["reduce"] += real
+    found["maximum"] += read
+    found["neighbour"] += has_right * (3 * one + real) + has_left * one
+    found["neighbour backward"] += has_left * 3 * one + has_right * one
 
 
 def _both(found: Counter[str], name: str, size: int) -> None:

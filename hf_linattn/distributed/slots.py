@@ -12,6 +12,7 @@ slots without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,29 +20,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UnsupportedError
 from ..kernels.attention_state import AttentionState, merge_states
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.favor_sharp import FavorSharpAttention
 from ..ops.favor.statistics import DENSE_VARIANTS, FavorMoments, FavorStatistics, token_moments
-from ..ops.inputs import compute_dtype, prepare_tokens
 from ..ops.padding import Tokens
 from ..ops.recurrent.slots import SlotRecurrence
 from ..ops.slot_attention import SlotOptions, exact_attention
 from ..ops.slot_weights import FeatureMap, SlotWeights
 from .collectives import SequenceGroup
 from .states import gather_states, merge_over, only_if, packed, unpacked
+from .tokens import with_mask
 
 
-def attend_slots(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> Tensor:
-    """`attend_across` for a bidirectional layer of FAVOR or LARA."""
+def slot_reader(
+    layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup
+) -> tuple[Callable[[Tokens], AttentionState], tuple[str, ...]]:
+    """For a layer of FAVOR or LARA: what the queries of a part read; and where they are taken in half precision."""
     maps = _maps(layer, inputs, group)
-    options = maps.options._replace(is_causal=False)
-    part = part_tokens(inputs, compute_dtype(inputs.query, inputs.key, inputs.value, maps.in_half))
-    read = _beside_windows if options.window_size else _slots_alone
-    output = read(maps.feature_map, part, options, group)
-    output = output if part.visible is None else output.masked_fill(~part.visible, 0.0)
-    return output.to(inputs.query.dtype)
+    options, beside_exact = maps.options._replace(is_causal=False), bool(layer.config.num_global_tokens)
+
+    def read(part: Tokens) -> AttentionState:
+        if options.window_size:
+            return _beside_windows(maps.feature_map, part, options, group)
+        return _slots_alone(maps.feature_map, part, group, beside_exact=beside_exact)
+
+    return read, maps.in_half
 
 
 def _maps(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceGroup) -> SlotRecurrence:
@@ -49,7 +55,8 @@ def _maps(layer: LinearAttention[Any], inputs: AttentionInputs, group: SequenceG
     if isinstance(layer, FavorSharpAttention) and layer.config.statistics == "row":
         return layer.recurrence_of_rows(inputs.query, _row_statistics(layer, inputs, group), scaling=inputs.scaling)
     maps = layer.recurrence(inputs.query, scaling=inputs.scaling)
-    assert isinstance(maps, SlotRecurrence)
+    if not isinstance(maps, SlotRecurrence):
+        raise UnsupportedError(f"{type(layer).__name__} reads no slots, and shares no sequences when bidirectional.")
     return maps
 
 
@@ -67,27 +74,18 @@ def _row_statistics(layer: FavorSharpAttention, inputs: AttentionInputs, group: 
     return sum(moments[1:], moments[0]).statistics(config.variant, config.centring)
 
 
-def part_tokens(inputs: AttentionInputs, dtype: torch.dtype) -> Tokens:
-    """The tokens of this part, scaled. Real ones come first in a row, so nothing is put in another order."""
-    query, key, value, mask = inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), inputs.key_mask
-    if mask is not None:
-        query, key, value = (z.masked_fill(~mask[:, None, :, None], 0.0) for z in (query, key, value))
-    tokens = prepare_tokens(query, key, value, None, inputs.scaling, is_causal=False).packed()
-    return tokens if mask is None else _with_mask(tokens, mask)
-
-
-def _with_mask(tokens: Tokens, mask: Tensor) -> Tokens:
-    return replace(tokens, valid=mask, visible=mask[:, None, :, None], lengths=mask.sum(-1))
-
-
-def _slots_alone(feature_map: FeatureMap, part: Tokens, options: SlotOptions, group: SequenceGroup) -> Tensor:
+def _slots_alone(feature_map: FeatureMap, part: Tokens, group: SequenceGroup, *, beside_exact: bool) -> AttentionState:
     """Every query reads the slots of all keys."""
-    key_weights = feature_map.key_weights(part.key).masked(part.visible).without_common_factor(group.maximum)
-    slots = merge_over(key_weights.summarise(part.value), group)
-    return feature_map.query_weights(part.query).read(slots).output
+    key_weights = feature_map.key_weights(part.key).masked(part.visible)
+    if not beside_exact:
+        key_weights = key_weights.without_common_factor(group.maximum)
+    query_weights = feature_map.query_weights(part.query)
+    return query_weights.add_token_bias(query_weights.read(merge_over(key_weights.summarise(part.value), group)))
 
 
-def _beside_windows(feature_map: FeatureMap, part: Tokens, options: SlotOptions, group: SequenceGroup) -> Tensor:
+def _beside_windows(
+    feature_map: FeatureMap, part: Tokens, options: SlotOptions, group: SequenceGroup
+) -> AttentionState:
     """Windows and all slots under one softmax."""
     reach = options.window_size if options.overlap_window else 0
     around = _with_neighbours(part, reach, group) if reach else part
@@ -100,7 +98,7 @@ def _beside_windows(feature_map: FeatureMap, part: Tokens, options: SlotOptions,
         key_weights = key_weights.map_tokens(lambda z: z[:, :, reach:stop])
     slots = _slots_elsewhere(key_weights.masked(part.visible), part.value, reach, group)
     far = query_weights.add_token_bias(query_weights.read(slots))
-    return merge_states([near, far]).output
+    return merge_states([near, far])
 
 
 def _with_neighbours(part: Tokens, reach: int, group: SequenceGroup) -> Tokens:
@@ -114,7 +112,7 @@ def _with_neighbours(part: Tokens, reach: int, group: SequenceGroup) -> Tokens:
     real = torch.ones_like(part.key[:, :1, :, :1]) if part.visible is None else part.visible
     real = around(real.to(torch.uint8)) > 0  # also False beyond the ends of the sequence
     tokens = replace(part, query=F.pad(part.query, (0, 0, reach, reach)), key=key, value=value)
-    return _with_mask(tokens, real.flatten(1))
+    return with_mask(tokens, real.flatten(1))
 
 
 def _slots_elsewhere(key_weights: SlotWeights, value: Tensor, reach: int, group: SequenceGroup) -> AttentionState:

@@ -26,10 +26,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "favor_plus": {"num_features": 6},
     "favor_sharp": {"num_features": 6},
     "lara": {"num_landmarks": 5},
-    "eva": {"chunk_size": CHUNK},
+    "eva": {"chunk_size": CHUNK, "num_chunks": 5},
 }
 # Settings by name; those of "both" are bidirectional and causal.
 LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "global": ("favor_plus", "bidirectional", {"num_global_tokens": 3}),
+    "global-row": ("favor_sharp", "bidirectional", {"num_global_tokens": 2}),
+    "global-lara": ("lara", "bidirectional", {"proposal_source": "calibrated", "num_global_tokens": 1}),
+    "global-learned": ("favor_plus", "bidirectional", {"learned": True, "num_global_tokens": 2}),
+    "global-eva": ("eva", "bidirectional", {"chunk_size": None, "proposals": "sum", "num_global_tokens": 2}),
+    "global-eva-learned": ("eva", "bidirectional", {"chunk_size": None, "learned": True, "num_global_tokens": 3}),
     "favor_plus": ("favor_plus", "both", {}),
     "learned": ("favor_plus", "both", {"learned": True}),
     "learned-kernel": ("favor_plus", "both", {"learned": True, "normalizer": "kernel"}),
@@ -122,6 +128,9 @@ def assert_same(case: Case, count: int, parts: list[dict[str, Any]]) -> None:
 def plan_of(case: Case) -> SharedLayer:
     options, learned = case.settings, bool(case.settings.get("learned"))
     is_row = case.kind == "favor_sharp" and not (case.is_causal or learned or options.get("statistics"))
+    slots = options.get("num_features") or options.get("num_chunks")
+    # LARA draws two samples of every calibrated proposal, and their negatives.
+    slots = slots or options["num_landmarks"] * (1 if learned else 4)
     return SharedLayer(
         kind=case.kind,
         is_causal=case.is_causal,
@@ -130,11 +139,14 @@ def plan_of(case: Case) -> SharedLayer:
         head_dim=DIM,
         length=case.length,
         # LARA draws two samples of every calibrated proposal, and their negatives.
-        slots=options.get("num_features", 0) or options.get("num_landmarks", 0) * (1 if learned else 4),
+        slots=options.get("num_features")
+        or options.get("num_chunks")
+        or options["num_landmarks"] * (1 if learned else 4),
         window_size=options["window_size"],
         overlap_window=options["overlap_window"],
         chunk_size=options.get("chunk_size", 1),
         max_chunks=options.get("max_chunks"),
+        num_global_tokens=options.get("num_global_tokens", 0),
         statistics=options.get("variant", "saderf") if is_row else None,
         is_generalized="kernel" in options,
         learned=learned,
@@ -184,7 +196,6 @@ def test_in_other_dtypes(runs: Runs, name: str, dtype: torch.dtype) -> None:
 
 
 REFUSED: dict[str, tuple[str, bool, dict[str, Any], str]] = {
-    "global": ("favor_plus", False, {"num_global_tokens": 2}, "num_global_tokens=2.*Set it to 0"),
     "heavy": ("favor_plus", False, {"num_heavy_keys": 3}, "num_heavy_keys=3.*Set it to 0"),
     "dropout": ("favor_plus", True, {"slot_dropout": 0.1}, "slot_dropout=0.1 in training.*Set it to 0"),
     "landmarks": ("lara", False, {}, "landmarks.*Set proposal_source='calibrated'"),
@@ -206,6 +217,9 @@ def test_what_would_be_wrong_is_refused(name: str) -> None:
 def test_parts_that_do_not_fit_are_refused() -> None:
     case = Case("favor_plus", False, 8, None, {"num_features": 6, "window_size": 4})
     layer, tokens, other = case.layer(), random(1, HEADS, 6, DIM), random(1, HEADS, 8, DIM)
+    wide = Case("favor_plus", False, 8, None, {"num_features": 6, "window_size": 2, "num_global_tokens": 7}).layer()
+    with pytest.raises(InputError, match="num_global_tokens=7; got parts of 6 tokens"):
+        attend_across(wide, AttentionInputs(tokens, tokens, tokens, None, 0.5, False), None)  # type: ignore[arg-type]
     for query, grid, words in (
         (tokens, None, "multiple of window_size=4 tokens; got 6"),
         (other, None, "got 8 queries and 6 keys"),
