@@ -89,7 +89,8 @@ def command_line(run: Run, folder: Path, output: Path) -> list[str]:
         argv = transfer_recipe.arguments(folder, output, run.family, run.kind, *more)
         settings = {"window_size": 8, **RANDOM[run.kind]}
     else:
-        argv = image_runs.arguments(folder, output, run.kind)
+        # What else is drawn of images is that of the process.
+        argv = image_runs.arguments(folder, output, run.kind, "--horizontal_flip", "0", "--min_crop_area", "1")
         settings = {"window_size": 2, **RANDOM[run.kind]}
     return [*argv, "--attention_config", json.dumps(settings), *COMMON]
 
@@ -115,7 +116,7 @@ CASES = [
     (Run("text_classification", "bert", "eva"), Cut(2, accumulation=2)),
     (Run("language_modeling", "gpt2", "eva"), Cut(2, accumulation=2)),
     (Run("language_modeling", "gpt2", "favor_sharp"), Cut(2)),
-    (Run("language_modeling", "bert-mlm", "favor_plus"), Cut(2)),
+    (Run("language_modeling", "gpt2", "favor_plus"), Cut(4)),
     (Run("image_classification", "vit", "eva"), Cut(2)),
     (Run("image_classification", "vit", "lara"), Cut(2, accumulation=2)),
 ]

@@ -95,10 +95,8 @@ class Recorded(Trainer):
         return loss
 
 
-def train(folder: Path, name: str, kind: str, way: Way, told: bool, steps: int, resume: bool) -> dict[str, Tensor]:
+def train(folder: Path, model: Any, name: str, way: Way, told: bool, steps: int, resume: bool) -> dict[str, Tensor]:
     """The weights, and as "losses" those of this process, micro-batch by micro-batch."""
-    case = BY_NAME[name]
-    model = ready(hf_linattn.convert(case.build(**NO_DROPOUT[name]), case.settings(kind, **SETTINGS[kind])))
     if way.recompute is not None:
         checkpoint_activations(model, {"use_reentrant": way.recompute})
     arguments = TrainingArguments(
@@ -107,7 +105,7 @@ def train(folder: Path, name: str, kind: str, way: Way, told: bool, steps: int, 
         per_device_train_batch_size=way.batch,
         gradient_accumulation_steps=way.accumulation,
         accelerator_config={"split_batches": way.split_batches, "dispatch_batches": way.dispatch_batches},
-        torch_compile=way.compiled,
+        torch_compile_backend="aot_eager" if way.compiled else None,  # partitions the graph, and is quickly done
         learning_rate=0.05,
         optim="sgd",  # Adam makes of rounding what it makes of gradients
         lr_scheduler_type="constant",
@@ -137,7 +135,9 @@ def run(
     resume: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss of every step, and the weights, which all processes share."""
-    found = in_processes(folder, way.processes, train, folder, name, kind, way, told, steps, resume)
+    case = BY_NAME[name]
+    model = ready(hf_linattn.convert(case.build(**NO_DROPOUT[name]), case.settings(kind, **SETTINGS[kind])))
+    found = in_processes(folder, way.processes, train, folder, model, name, way, told, steps, resume)
     losses = torch.stack([tensors.pop("losses") for tensors in found])
     for weights in found[1:]:
         assert all(torch.equal(weights[key], found[0][key]) for key in weights)
@@ -189,7 +189,7 @@ SLOW = [
 
 def identity(value: Any) -> str:
     if not isinstance(value, Way):
-        return str(value)
+        return value if isinstance(value, str) else ", then ".join(map(identity, value))
     own = {key: field for key, field in value._asdict().items() if field != Way._field_defaults.get(key)}
     return "-".join(f"{key}={field}" for key, field in own.items())
 
