@@ -28,7 +28,7 @@ from ..ops.recurrent.slots import SlotRecurrence, SlotState
 from ..ops.recurrent.window_tokens import WindowTokens
 from ..ops.softmax import mask_logits
 from .collectives import SequenceGroup
-from .states import gather_states, only_if, packed, unpacked
+from .states import from_left, states_before
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # query, key and value
 
@@ -88,12 +88,11 @@ def _slots_before(
         return alone.absorb(query, key, value, None, start).slots
 
     if not reach:
-        return SlotState(window, merge_states(gather_states(read(0, length), group, range(group.rank))))
+        return SlotState(window, merge_states(states_before(read(0, length), group)))
     # What leaves the window of the next part's first query, and what stays in it: others have both in their slots.
     passed, last = read(0, length - reach), read(length - reach, length)
-    earlier = gather_states(merge_states([passed, last]), group, range(group.rank - 1))
-    before = only_if(group.rank > 0, unpacked(group.from_left(packed(passed))))
-    return SlotState(window, merge_states([*earlier, before]))
+    earlier = states_before(merge_states([passed, last]), group, gap=2)
+    return SlotState(window, merge_states([*earlier, from_left(passed, group)]))
 
 
 def _chunks_before(

@@ -64,13 +64,13 @@ class SequenceGroup:
         self.traffic.count("maximum", x.nbytes)
         return x
 
-    def from_left(self, x: Tensor) -> Tensor:
-        """The tensor of the process with the part before; zeros on the first one. Shapes and dtypes must agree."""
-        return _Neighbour.apply(x, self, -1)
+    def from_left(self, x: Tensor, distance: int = 1) -> Tensor:
+        """The tensor from `distance` parts before; zeros where there is none. Shapes and dtypes must agree."""
+        return _Neighbour.apply(x, self, -distance)
 
-    def from_right(self, x: Tensor) -> Tensor:
-        """The tensor of the process with the part after; zeros on the last one. Shapes and dtypes must agree."""
-        return _Neighbour.apply(x, self, 1)
+    def from_right(self, x: Tensor, distance: int = 1) -> Tensor:
+        """The tensor from `distance` parts after; zeros where there is none. Shapes and dtypes must agree."""
+        return _Neighbour.apply(x, self, distance)
 
 
 class _Gather(torch.autograd.Function):
@@ -132,7 +132,7 @@ def _sum(x: Tensor, group: SequenceGroup, name: str) -> Tensor:
 
 
 def _exchange(x: Tensor, group: SequenceGroup, side: int, name: str) -> Tensor:
-    """What the process at `side` (-1: before, 1: after) has; this one's goes the other way."""
+    """What the process `side` parts after (negative: before) has; this one's goes the other way."""
     x, found = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
     source, target = group.rank + side, group.rank - side
     exchanges = []

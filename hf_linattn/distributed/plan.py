@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..modules.registry import get_kind
 from ..ops.favor.statistics import DENSE_VARIANTS
+from . import states
 from .eva_plan import eva_traffic
 
 
@@ -87,7 +88,7 @@ def _causal(found: Counter[str], layer: SharedLayer, processes: int, rank: int) 
     if layer.has_chunks:
         _chunks(found, layer, processes)
     else:
-        _both(found, "gather", processes * layer.state)
+        _states(found, layer, processes, rank, sides=[-1])
     if layer.overlap_window:
         sent = layer.tokens(layer.window_size, tensors=3 if layer.sends_queries else 2)
         before = 0 if layer.has_chunks else layer.state
@@ -97,6 +98,18 @@ def _causal(found: Counter[str], layer: SharedLayer, processes: int, rank: int) 
         found["neighbour backward"] += (rank < processes - 1) * (sent + before)
 
 
+def _states(found: Counter[str], layer: SharedLayer, processes: int, rank: int, sides: list[int]) -> None:
+    """Those of all other processes, or of the earlier ones."""
+    if processes <= states.GATHERED:
+        _both(found, "gather", processes * layer.state)
+        return
+    for side in sides:
+        for step in states.scan_steps(processes, gap=2 if layer.overlap_window else 1):
+            # Gradients go where states have come from.
+            found["neighbour"] += (0 <= rank + side * step < processes) * layer.state
+            found["neighbour backward"] += (0 <= rank - side * step < processes) * layer.state
+
+
 def _slots(found: Counter[str], layer: SharedLayer, processes: int, rank: int) -> None:
     _statistics(found, layer, processes)
     if not layer.window_size:
@@ -104,7 +117,7 @@ def _slots(found: Counter[str], layer: SharedLayer, processes: int, rank: int) -
         found["maximum"] += layer.number * (layer.slots + has_factor)
         _both(found, "reduce", layer.state)
     else:
-        _both(found, "gather", processes * layer.state)
+        _states(found, layer, processes, rank, sides=[-1, 1])
     if layer.overlap_window:
         sides = (rank > 0) + (rank < processes - 1)
         _both(found, "neighbour", sides * (layer.tokens(layer.window_size, tensors=2) + layer.state))

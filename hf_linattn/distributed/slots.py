@@ -31,7 +31,7 @@ from ..ops.recurrent.slots import SlotRecurrence
 from ..ops.slot_attention import SlotOptions, exact_attention
 from ..ops.slot_weights import FeatureMap, SlotWeights
 from .collectives import SequenceGroup
-from .states import gather_states, merge_over, only_if, packed, unpacked
+from .states import from_left, from_right, merge_over, only_if, states_elsewhere
 from .tokens import with_mask
 
 
@@ -117,15 +117,13 @@ def _with_neighbours(part: Tokens, reach: int, group: SequenceGroup) -> Tokens:
 
 def _slots_elsewhere(key_weights: SlotWeights, value: Tensor, reach: int, group: SequenceGroup) -> AttentionState:
     """What slots have read of the other parts, without `reach` tokens of each neighbour."""
-    length, rank = value.shape[2], group.rank
+    length = value.shape[2]
 
     def read(start: int, stop: int) -> AttentionState:
         return key_weights.map_tokens(lambda z: z[:, :, start:stop]).summarise(value[:, :, start:stop])
 
-    near = (rank - 1, rank, rank + 1) if reach else (rank,)
-    elsewhere = [other for other in range(group.size) if other not in near]
     if not reach:
-        return merge_states(gather_states(read(0, length), group, elsewhere))
+        return merge_states(states_elsewhere(read(0, length), group))
     if length == reach:
         whole = read(0, length)
         but_first = but_last = only_if(False, whole)
@@ -134,6 +132,5 @@ def _slots_elsewhere(key_weights: SlotWeights, value: Tensor, reach: int, group:
         middle = [read(reach, length - reach)] if length > 2 * reach else []
         but_first, but_last = merge_states([*middle, last]), merge_states([first, *middle])
         whole = merge_states([first, but_first])
-    left, right = group.from_left(packed(but_last)), group.from_right(packed(but_first))
-    ends = only_if(rank > 0, unpacked(left)), only_if(rank < group.size - 1, unpacked(right))
-    return merge_states([*gather_states(whole, group, elsewhere), *ends])
+    beside = from_left(but_last, group), from_right(but_first, group)
+    return merge_states([*states_elsewhere(whole, group, gap=2), *beside])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_linattn.distributed import states
 from hf_linattn.distributed.layers import attend_across
 from hf_linattn.distributed.plan import SharedLayer, expected_traffic
 from hf_linattn.errors import InputError, UnsupportedError
@@ -164,6 +167,19 @@ def test_it_is_what_one_process_gives_with_the_planned_exchanges(runs: Runs, cou
     assert_same(case, count, parts)
     for rank, part in enumerate(parts):
         assert part["received"] == expected_traffic(plan_of(case), count, rank)
+
+
+def test_many_processes_merge_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "GATHERED", 3)
+    with processes(4, lambda group, task: task.shared(group), tmp_path / "many") as ask:
+        for direction, window in itertools.product(("bidirectional", "causal"), WINDOWS):
+            for blocks in (1, 2):
+                case = ALL[4][f"favor_plus-{direction}-{window}-{blocks}-ragged"]
+                parts = ask(case)
+                assert_same(case, 4, parts)
+                for rank, part in enumerate(parts):
+                    assert part["received"] == expected_traffic(plan_of(case), 4, rank)
+                    assert "gather" not in part["received"]
 
 
 @given(data=st.data())
