@@ -34,12 +34,15 @@ from .ops.lara.attention import lara_attention
 from .ops.lara.kmeans import kmeans
 from .ops.lara.proposals import CalibratedProposals, sample_proposals
 from .ops.lara.randomized import randomized_attention
+from .ops.noise import RowNoise, SlotDropout
 from .ops.softmax import softmax_attention
 
 __all__ = [
     "CalibratedProposals",
     "FavorMoments",
     "FavorStatistics",
+    "RowNoise",
+    "SlotDropout",
     "current_backend",
     "derive_seed",
     "draw_projection",

@@ -19,11 +19,12 @@ from ..kernels.attention_state import AttentionState
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
 from ..ops.eva.chunks import MakesSummaries, Summaries
-from ..ops.eva.estimate import fit_bias, windows_and_chunks
+from ..ops.eva.estimate import CHUNK, WINDOW, chunk_numbers, dropped_members, fit_bias, windows_and_chunks
 from ..ops.eva.exclusive import chunk_length, longest_chunk, partly_seen_windows, reaches, unread_chunks
 from ..ops.eva.layout import ChunkOptions, Chunks, Layout
 from ..ops.inputs import factor_of
 from ..ops.layout import Blocks, WindowedBlocks
+from ..ops.noise import Dropped, RowNoise, SlotDropout
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
 from .eva_chunks import SharedChunks, chunk_summaries, exchanged
@@ -44,24 +45,45 @@ def eva_reader(
     Args: layer: One that `eva_refusal` says nothing against.
     """
     options, summarise, window_bias = layer.layout_and_summaries(scaling=factor_of(inputs.query, inputs.scaling))
+    noise = _row_noise(layer, inputs, group)
+    sampled = noise if layer.config.sample_noise else None
+    drop = None
+    if noise is not None and layer.config.slot_dropout:
+        drop = SlotDropout(layer.config.slot_dropout, noise)
 
     def read(tokens: Tokens) -> AttentionState:
         rows = _Rows.of(options, tokens, group)
-        summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group)
-        unseen_windows = _unseen_windows(summarise, tokens, rows, group)
+        summaries = chunk_summaries(summarise, tokens, rows.chunks(tokens.valid), group, sampled)
+        unseen_windows = _unseen_windows(summarise, tokens, rows, group, sampled)
 
         left, right, reach = rows.reaches()
         windows = WindowedBlocks(Blocks(rows.part, options.window_size), left, right, has_neighbours=True)
         layout, query = Layout(windows, None, reach), windows.blocks.split(tokens.query)
         around = _with_neighbours(tokens, rows, left, group) if left else tokens
-        bias = fit_bias(window_bias, options, layout, tokens.key)
-        state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias)
+        bias, join = fit_bias(window_bias, options, layout, tokens.key), windows.blocks.join
+
+        def dropped(member: Tensor, sort: int) -> Dropped | None:
+            return dropped_members(drop, query, windows.blocks.split(rows.places[:, None]), member, sort)
+
+        without = dropped(chunk_numbers(summaries), CHUNK)
+        state = windows_and_chunks(around, query, layout, summaries, rows.unread_chunks(), bias=bias, dropped=without)
         if unseen_windows is not None:
-            state = unseen_windows.join(state, query)
-        join = windows.blocks.join
+            state = unseen_windows.join(state, query, dropped=dropped(rows.partly_seen_windows(), WINDOW))
         return AttentionState(join(state.output), join(state.lse.unsqueeze(-1)).squeeze(-1))
 
     return read, ("cuda",)
+
+
+def _row_noise(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGroup) -> RowNoise | None:
+    """Where random numbers come from in training: for all processes what the first one has; `None` if none are drawn.
+
+    Each process has the same rows, but draws by itself unless training has told the layer its place.
+    """
+    if not inputs.training or not (layer.config.sample_noise or layer.config.slot_dropout):
+        return None
+    noise = inputs.noise or RowNoise.drawn(inputs.query)
+    keys = group.gather(torch.cat([noise.keys, noise.common]).to(inputs.query.device))[0]
+    return RowNoise(keys[:-1], keys[-1:])
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,11 @@ class _Rows:
     def first(self) -> int:
         """The place of this part's first token in the whole row."""
         return self.rank * self.part
+
+    @property
+    def places(self) -> Tensor:
+        """Of this part's tokens in the whole row."""
+        return torch.arange(self.first, self.first + self.part, device=self.length.device)
 
     @property
     def num_chunks(self) -> int:
@@ -144,7 +171,9 @@ def _with_neighbours(tokens: Tokens, rows: _Rows, reach: int, group: SequenceGro
     return replace(tokens, key=key, value=value, valid=(place >= 0) & (place < rows.lengths[:, None]))
 
 
-def _unseen_windows(summarise: MakesSummaries, tokens: Tokens, rows: _Rows, group: SequenceGroup) -> Summaries | None:
+def _unseen_windows(
+    summarise: MakesSummaries, tokens: Tokens, rows: _Rows, group: SequenceGroup, noise: RowNoise | None
+) -> Summaries | None:
     """What every window here reads of windows that lie in a chunk which it sees in part; `None` if no chunk is longer
     than a window.
 
@@ -156,7 +185,10 @@ def _unseen_windows(summarise: MakesSummaries, tokens: Tokens, rows: _Rows, grou
     blocks = Blocks(rows.part, window)
     member = WindowedBlocks(blocks).real(tokens.valid, tokens.key.device)
     chunks = Chunks(blocks.split, member, None, blocks.num_blocks)
-    own = summarise(tokens.query, tokens.key, tokens.value, chunks)
+    numbers: Tensor | bool = False
+    if noise is not None:
+        numbers = noise.apart().normal(tokens.key[:, :, : blocks.num_blocks], rows.windows)
+    own = summarise(tokens.query, tokens.key, tokens.value, chunks, numbers)
     index, per_chunk = rows.partly_seen_windows(), rows.longest // window
     if per_chunk > blocks.num_blocks:
         return exchanged(own, lambda z: group.gather(z).movedim(0, 2).flatten(2, 3)).select(index)

@@ -20,6 +20,8 @@ from ..kernels.attention_state import log_or_minus_inf
 from ..kernels.half_norm import half_norm
 from ..ops.eva.chunks import Summaries, Summariser
 from ..ops.eva.learned import LearnedSummariser
+from ..ops.inputs import add_noise
+from ..ops.noise import RowNoise
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
 
@@ -72,15 +74,19 @@ class SharedChunks:
 
 
 def chunk_summaries(
-    summarise: Summariser | LearnedSummariser, tokens: Tokens, chunks: SharedChunks, group: SequenceGroup
+    summarise: Summariser | LearnedSummariser,
+    tokens: Tokens,
+    chunks: SharedChunks,
+    group: SequenceGroup,
+    noise: RowNoise | None = None,
 ) -> Summaries:
     """Summaries of all chunks, `[batch, heads, chunks(, head_dim)]`, in float32 or wider: the same on all processes.
 
-    Args: tokens: Those here, scaled, with 0 for padding.
+    Args: tokens: Those here, scaled, with 0 for padding. noise: Of the proposals, the same on all processes.
     """
     if isinstance(summarise, LearnedSummariser):
         return _learned(summarise, tokens, chunks, group)
-    return _variates(summarise, tokens, chunks, group)
+    return _variates(summarise, tokens, chunks, group, noise)
 
 
 def exchanged(summaries: Summaries, exchange: Callable[[Tensor], Tensor]) -> Summaries:
@@ -93,7 +99,9 @@ def exchanged(summaries: Summaries, exchange: Callable[[Tensor], Tensor]) -> Sum
     return Summaries(found[0], found[1], found[2].squeeze(-1), spread, summaries.learned)
 
 
-def _variates(summarise: Summariser, tokens: Tokens, chunks: SharedChunks, group: SequenceGroup) -> Summaries:
+def _variates(
+    summarise: Summariser, tokens: Tokens, chunks: SharedChunks, group: SequenceGroup, noise: RowNoise | None
+) -> Summaries:
     """`Summariser.__call__` with sums over processes."""
     wide = torch.promote_types(tokens.key.dtype, torch.float32)
     keys, values, dim = chunks.split(tokens.key.to(wide)), chunks.split(tokens.value.to(wide)), tokens.key.shape[-1]
@@ -102,6 +110,7 @@ def _variates(summarise: Summariser, tokens: Tokens, chunks: SharedChunks, group
     centre, *query_means = (group.reduce(chunks.sums(torch.cat(used, -1))) / count.clamp_min(1)).split(dim, -1)
     key_mean, centre = summarise.mapped(centre, summarise.key_map), centre.detach()
     mu = summarise.proposal(query_means[0] if query_means else None, key_mean, centre)
+    mu = add_noise(mu, noise or False, summarise.noise_factor)
     centred = keys - chunks.at_tokens(centre)
     logits = (chunks.at_tokens(mu) * centred).sum(-1, keepdim=True) - half_norm(centred).unsqueeze(-1)
     weights = _shifted_exp(logits, chunks, group)

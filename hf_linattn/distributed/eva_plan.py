@@ -22,6 +22,7 @@ def eva_traffic(
     sends_queries: bool = False,
     has_spread: bool = False,
     is_masked: bool = False,
+    is_random: bool = False,
     token_bytes: int = 4,
 ) -> dict[str, int]:
     """Bytes that process `rank` receives in one forward and one backward pass, by the names of `Traffic`.
@@ -36,6 +37,7 @@ def eva_traffic(
         sends_queries: Whether proposals are made of queries (`proposals` "sum" or "mean"). has_spread: Whether
             `weighting` is "spread".
         is_masked: Whether there is a mask: rows may then have fewer tokens, and chunks of any length.
+        is_random: Whether there is noise or slot dropout.
         token_bytes: Of a number of queries, keys and values. Summaries are exchanged in 4 bytes at least.
     """
     found: Counter[str] = Counter()
@@ -50,6 +52,8 @@ def eva_traffic(
     found["maximum"] += chunks * (2 if learned else 1) * number
     if is_masked:
         found["reduce"] += rows * 8  # the lengths
+    if is_random:
+        found["gather"] += processes * (rows + 1) * 8  # the keys of random numbers
     if overlap_window:
         # Windows of a row with shorter chunks may reach further.
         reach = longest_reach(window_size, longest) if is_masked else window_reach(window_size, longest)

@@ -47,11 +47,13 @@ def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
         return f"num_heavy_keys={config.num_heavy_keys}, and these are chosen among all tokens of a row. Set it to 0."
     if config.value_convolution:
         return "value_convolution=True, which is for images, and an image is not cut up. Set it to False."
-    if training and config.slot_dropout:
+    # Of bidirectional EVA all processes draw the same numbers.
+    draws_alone = training and (layer.shape.is_causal or not isinstance(layer, EvaAttention))
+    if draws_alone and config.slot_dropout:
         return (
             f"slot_dropout={config.slot_dropout} in training, which every process would draw on its own. Set it to 0."
         )
-    if training and config.sample_noise:
+    if draws_alone and config.sample_noise:
         return "sample_noise=True in training, which every process would draw on its own. Set it to False."
     if getattr(config, "proposal_source", None) == "landmarks":
         return (

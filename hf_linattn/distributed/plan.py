@@ -23,7 +23,7 @@ class SharedLayer:
         statistics: The variant of FAVOR# with statistics of the row; `None` without these.
         is_generalized: FAVOR+ with a generalised kernel.
         learned: EVA: whether summaries are trained. sends_queries, has_spread: Whether chunks need them.
-        is_masked: Whether there is a mask.
+        is_masked: Whether there is a mask. is_random: Bidirectional EVA: whether there is noise or slot dropout.
         token_bytes: Of a number of queries, keys and values, as they are computed with: 4 at least on a CPU. States
             have 4 at least everywhere.
     """
@@ -46,6 +46,7 @@ class SharedLayer:
     sends_queries: bool = False
     has_spread: bool = False
     is_masked: bool = False
+    is_random: bool = False
     token_bytes: int = 4
 
     @property
@@ -138,6 +139,7 @@ def _chunks_of_rows(found: Counter[str], layer: SharedLayer, processes: int, ran
         sends_queries=layer.sends_queries,
         has_spread=layer.has_spread,
         is_masked=layer.is_masked or layer.num_global_tokens > 0,  # padding takes their places at the end
+        is_random=layer.is_random,
         token_bytes=layer.token_bytes,
     )
 

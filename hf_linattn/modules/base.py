@@ -16,6 +16,7 @@ from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
 from .recorded import record
+from .training_place import TrainingPlace, row_noise, slot_dropout
 
 C = TypeVar("C", bound=AttentionConfig)
 
@@ -36,6 +37,8 @@ class LinearAttention(nn.Module, Generic[C]):
     _lacks_statistics = False
     # What is taken away from the layer (`conversion/ablation.py`): a name of `ops.ablation.ABLATIONS`.
     ablation: str | None = None
+    # Where training is: the random numbers of a pass follow from it (`key_noise`). `None`: torch's generator draws.
+    training_place: TrainingPlace | None = None
     # What attends in place of `compute` where the tokens are a part of longer sequences (`distributed/`).
     sequence_parallel: Callable[[LinearAttention[Any], AttentionInputs], Tensor] | None = None
 
@@ -106,6 +109,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @staticmethod
     def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
         """The keyword arguments that the attention functions of all kinds share."""
+        dropout = config.slot_dropout if inputs.training else 0.0
         return {
             "key_mask": inputs.key_mask,
             "scaling": inputs.scaling,
@@ -114,7 +118,7 @@ class LinearAttention(nn.Module, Generic[C]):
             "overlap_window": config.overlap_window,
             "grid": inputs.grid,
             "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": config.slot_dropout if inputs.training else 0.0,
+            "slot_dropout": slot_dropout(dropout, inputs) if dropout else 0.0,
         }
 
     @classmethod
@@ -210,6 +214,7 @@ class LinearAttention(nn.Module, Generic[C]):
             is_causal=self.shape.is_causal,
             grid=grid,
             training=self.training,
+            noise=row_noise(self, query) if self.training and self.config.is_random else None,
         )
         if self.sequence_parallel is not None and (memory is not None or self.ablation is not None):
             instead = "Pass use_cache=False" if memory is not None else "Leave ablated(...)"

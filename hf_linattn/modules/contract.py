@@ -9,13 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.noise import RowNoise
+
 # The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
 CALIBRATED_TOKENS = "calibrated_tokens"
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in."""
+    """One call of a layer: what `LinearAttention.forward` documents, all of it filled in.
+
+    noise: Where random numbers come from, in training; `None` for torch's generator.
+    """
 
     query: Tensor
     key: Tensor
@@ -25,6 +30,7 @@ class AttentionInputs:
     is_causal: bool
     grid: tuple[int, int] | None = None
     training: bool = False
+    noise: RowNoise | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.attention_state import AttentionState, log_or_minus_inf, merge_states, shifted_exp
+from .noise import Dropped
 from .softmax import mask_logits, softmax_with_lse
 
 # Up to this many blocks their states are combined with one weight per pair of blocks; beyond it by a logarithmic scan.
@@ -61,7 +62,13 @@ def _scan(states: AttentionState) -> AttentionState:
 
 
 def between_halves(
-    query_logits: Tensor, key_logits: Tensor, value: Tensor, half: int, *, is_causal: bool, dropout: float = 0.0
+    query_logits: Tensor,
+    key_logits: Tensor,
+    value: Tensor,
+    half: int,
+    *,
+    is_causal: bool,
+    dropped: Dropped | None = None,
 ) -> AttentionState:
     r"""Slot attention between the two halves of every pair of neighbours, without forming the slots.
 
@@ -73,7 +80,7 @@ def between_halves(
         query_logits, key_logits: `[..., tokens, slots]`, `tokens` a multiple of `2 * half`. value: `[..., tokens,
             head_dim]`.
         is_causal: Only right halves read, the left ones.
-        dropout: Probability of dropping a slot from a query's weights, as in `softmax_with_lse`.
+        dropped: Slots to leave out of a query's weights, as in `softmax_with_lse`.
     Cost: O(tokens * slots) exponentials, O(tokens * half * slots) multiplications.
     """
 
@@ -94,17 +101,20 @@ def between_halves(
         key_features = (keys - slot_top).exp().transpose(-1, -2)
         weights = query_features @ key_features
         total, log_total = log_or_minus_inf(weights.sum(-1))
-        if dropout:
-            weights = F.dropout(query_features, dropout) @ key_features
+        if dropped is not None:
+            weights = query_features.masked_fill(side(dropped.mask, readers), 0.0) @ key_features
+            total = total * dropped.kept
         outputs.append(weights @ side(value, 1 - readers) / total.unsqueeze(-1))
         masses.append(log_total + top)
     return AttentionState(torch.stack(outputs, dim=-3).flatten(-4, -2), torch.stack(masses, dim=-2).flatten(-3, -1))
 
 
-def own_token(query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropout: float = 0.0) -> AttentionState:
+def own_token(
+    query_logits: Tensor, key_logits: Tensor, value: Tensor, *, dropped: Dropped | None = None
+) -> AttentionState:
     """What every query reads through the slots from the key at its own position alone."""
     weights, top = shifted_exp(query_logits + key_logits)
     total, log_total = log_or_minus_inf(weights.sum(-1))
-    if dropout:
-        value = value * (F.dropout(weights, dropout).sum(-1) / total).unsqueeze(-1)
+    if dropped is not None:
+        value = value * (weights.masked_fill(dropped.mask, 0.0).sum(-1) / (total * dropped.kept)).unsqueeze(-1)
     return AttentionState(value.masked_fill((log_total == float("-inf")).unsqueeze(-1), 0.0), log_total + top)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.backends import use_backend
+from .noise import RowNoise, SlotDropout
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
@@ -129,6 +130,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         if value is not None or name not in _OR_NONE:
             check_counts({name: value}, minimum=_LEAST[name], or_none=name in _OR_NONE)
     dropout = options.get("slot_dropout", 0.0)
+    if isinstance(dropout, SlotDropout):
+        dropout = dropout.probability
     if not 0 <= dropout < 1:
         raise InputError(f"slot_dropout must be a probability below 1; got {dropout!r}.")
 
@@ -180,10 +183,12 @@ def noise_factor(noise_scale: str, scaling: float) -> float:
     return 1.0 if noise_scale == "corrected" else scaling**0.5
 
 
-def add_noise(mu: Tensor, noise: Tensor | bool, factor: float = 1.0) -> Tensor:
+def add_noise(mu: Tensor, noise: Tensor | RowNoise | bool, factor: float = 1.0) -> Tensor:
     """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
     if noise is False:
         return mu
+    if isinstance(noise, RowNoise):
+        noise = noise.normal(mu)
     return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
 
 

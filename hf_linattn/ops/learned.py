@@ -27,6 +27,7 @@ from torch import Tensor
 from .favor.features import FavorFeatureMap
 from .favor.statistics import FavorStatistics
 from .inputs import checked_attention, factor_of, prepare_tokens
+from .noise import SlotDropout
 from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
 from .slot_attention import SlotOptions, exact_attention
@@ -120,7 +121,7 @@ def learned_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """Attention through learned slots.
@@ -223,7 +224,7 @@ def learned_recurrence(
     window_size: int = 0,
     overlap_window: bool = False,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
 ) -> SlotRecurrence:
     """The recurrent form of `learned_attention(..., is_causal=True)` with the same options."""
     options = SlotOptions(True, window_size, overlap_window, chunk_size=chunk_size, dropout=slot_dropout)

@@ -21,8 +21,9 @@ from .dense_slots import between_halves
 from .heavy_keys import heavy_keys
 from .inputs import check_causal
 from .layout import Blocks, WindowedBlocks, fit_window
+from .noise import Dropped, SlotDropout
 from .padding import Tokens, without_padding
-from .slot_weights import FeatureMap, SlotWeights
+from .slot_weights import FeatureMap, SlotWeights, dropped_from
 from .softmax import causal_visibility
 
 # Measured on a CPU core with 256 slots (experiments/README.md): tokens of a chunk that read each other one by one
@@ -40,7 +41,7 @@ class SlotOptions(NamedTuple):
     num_heavy_keys: That many keys of the row are seen exactly by every query (bidirectional only).
     chunk_size: Up to this many tokens, a power of two, blocks that are close read each other without a state of their
         slots; changes the cost, not the result. `None`: what was measured to be fast.
-    dropout: Probability of dropping a slot from a query's weights.
+    dropout: Probability of dropping a slot from a query's weights, perhaps with where the decisions come from.
     """
 
     is_causal: bool
@@ -48,7 +49,7 @@ class SlotOptions(NamedTuple):
     overlap_window: bool = False
     num_heavy_keys: int = 0
     chunk_size: int | None = None
-    dropout: float = 0.0
+    dropout: float | SlotDropout = 0.0
 
     def check(self, grid: tuple[int, int] | None) -> None:
         """Raise InputError or UnsupportedError for options that are impossible or do not go together."""
@@ -84,12 +85,15 @@ class ExactAttention:
     windows: Windows | None
     visible: Tensor | None
 
-    def with_slots(self, query_weights: SlotWeights, key_weights: SlotWeights) -> AttentionState:
+    def with_slots(
+        self, query_weights: SlotWeights, key_weights: SlotWeights, slot_numbers: Tensor | None = None
+    ) -> AttentionState:
         """These keys, and the others (of these the earlier ones if causal) through slots: no key counts twice.
 
         Args:
             query_weights, key_weights: Log-weights `a[t, j]` and `c[j, n]`. With a window, heavy or global tokens they
                 must be on the scale of `x . y`, constants included.
+            slot_numbers: As in `dropped_from`.
         Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
         Cost: O(tokens * slots * head_dim) time; with blocks of size L also (tokens / L) * slots * head_dim memory.
         """
@@ -97,15 +101,18 @@ class ExactAttention:
         if ABLATED:
             exact, query_weights = _ablated(self, query_weights)
         value, options = exact.tokens.value, exact.options
+        dropped = None
+        if options.dropout:
+            dropped = dropped_from(query_weights, options.dropout, exact.tokens.query, slot_numbers=slot_numbers)
         if exact.windows is not None:
-            state = exact.windows.with_slots(query_weights, key_weights, options)
+            state = exact.windows.with_slots(query_weights, key_weights, options, dropped)
         elif options.is_causal:
             chunk = min(options.chunk_size or _CAUSAL_CHUNK, 1 << (value.shape[2] - 1).bit_length())
-            state = query_weights.causal(key_weights.masked(exact.visible), value, chunk, options.dropout)
+            state = query_weights.causal(key_weights.masked(exact.visible), value, chunk, dropped)
             state = query_weights.add_token_bias(state)
         else:
             slots = key_weights.masked(exact.visible).summarise(value)
-            state = query_weights.add_token_bias(query_weights.read(slots, dropout=options.dropout))
+            state = query_weights.add_token_bias(query_weights.read(slots, dropped=dropped))
         return state if exact.heavy is None else merge_states([exact.heavy, state])
 
 
@@ -134,7 +141,7 @@ def slots_alone(
     *,
     key_mask: Tensor | None,
     is_cross: bool,
-    dropout: float,
+    dropout: float | SlotDropout,
 ) -> Tensor:
     """Bidirectional, with nothing exact: queries and keys of any number, of one sequence or (`is_cross`) of two."""
     is_self, visible = query.shape[2] == key.shape[2] and not is_cross, None
@@ -147,7 +154,11 @@ def slots_alone(
     if ABLATED:
         query_weights, value = _ablated_alone(query_weights, value)
     slots = feature_map.key_weights(key).masked(visible).without_common_factor().summarise(value)
-    output = query_weights.read(slots, dropout=dropout).output
+    dropped = None
+    if dropout:
+        position = None if key_mask is None or not is_self else (key_mask.long().cumsum(-1) - 1).clamp_min(0)
+        dropped = dropped_from(query_weights, dropout, query, position)
+    output = query_weights.read(slots, dropped=dropped).output
     return output.masked_fill(~visible, 0.0) if is_self and visible is not None else output
 
 
@@ -169,7 +180,9 @@ class Windows:
     value: Tensor
     real: Tensor | None
 
-    def with_slots(self, query_weights: SlotWeights, key_weights: SlotWeights, options: SlotOptions) -> AttentionState:
+    def with_slots(
+        self, query_weights: SlotWeights, key_weights: SlotWeights, options: SlotOptions, dropped: Dropped | None
+    ) -> AttentionState:
         """The same with the keys outside of the windows, through slots.
 
         Within groups of windows (`chunk_size` tokens) the windows read each other directly, halves of a pair at a
@@ -178,17 +191,17 @@ class Windows:
         blocks, state, through_slots = self.blocks, self.state, []
         query_weights = query_weights.map_tokens(blocks.split)
         key_weights = key_weights.map_tokens(self.units.split).masked(self.real)
+        if dropped is not None:
+            dropped = dropped._replace(mask=blocks.split(dropped.mask))
         if blocks.per_group > 1:
             logits = query_weights.without_token_bias().dense(), key_weights.dense()
             half = blocks.members
             while half < blocks.per_group * blocks.members:
-                halves = between_halves(
-                    *logits, self.value, half, is_causal=options.is_causal, dropout=options.dropout
-                )
+                halves = between_halves(*logits, self.value, half, is_causal=options.is_causal, dropped=dropped)
                 through_slots.append(halves)
                 half *= 2
         if blocks.num_groups > 1:
-            through_slots.append(query_weights.inter_block(key_weights, self.value, self.reach, options.dropout))
+            through_slots.append(query_weights.inter_block(key_weights, self.value, self.reach, dropped))
         if through_slots:
             state = merge_states([state, query_weights.add_token_bias(merge_states(through_slots))])
         return AttentionState(blocks.join(state.output), blocks.join(state.lse.unsqueeze(-1)).squeeze(-1))

@@ -23,6 +23,7 @@ from ..kernels.causal_slots import causal_slot_attention
 from ..kernels.slot_inputs import SlotInputs
 from .dense_slots import between_halves, own_token, states_around
 from .layout import Blocks
+from .noise import Dropped, SlotDropout, dropped_slots, with_noise
 from .softmax import mask_logits, softmax_with_lse
 
 
@@ -34,6 +35,11 @@ class SlotWeights(ABC):
     `add_token_bias` puts it on, last: added to every logit, minus half the squared length of a query is all that
     rounding leaves of it.
     """
+
+    @property
+    @abstractmethod
+    def num_slots(self) -> int:
+        """How many slots there are."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -74,12 +80,14 @@ class SlotWeights(ABC):
         """Every slot reads all tokens: output `[batch, heads, ..., slots, head_dim]`, lse `[..., slots]`."""
         return softmax_with_lse(self.dense().transpose(-1, -2), values)
 
-    def read(self, slots: AttentionState, *, dropout: float = 0.0) -> AttentionState:
+    def read(self, slots: AttentionState, *, dropped: Dropped | None = None) -> AttentionState:
         """Every token reads all slots."""
         logits = self.without_token_bias().dense() + slots.lse.unsqueeze(-2)
-        return softmax_with_lse(logits, slots.output, dropout=dropout)
+        return softmax_with_lse(logits, slots.output, dropped=dropped)
 
-    def inter_block(self, key: SlotWeights, value: Tensor, reach: BlockReach, dropout: float) -> AttentionState:
+    def inter_block(
+        self, key: SlotWeights, value: Tensor, reach: BlockReach, dropped: Dropped | None
+    ) -> AttentionState:
         """Blocks of queries (`self`) read the units of keys that they reach, through slots.
 
         Tokens are `[batch, heads, blocks, tokens of a block, ...]`, values `[batch, heads, units, keys, head_dim]`.
@@ -89,25 +97,47 @@ class SlotWeights(ABC):
         before = block * units - reach.margin
         after = None if reach.is_causal else (block + 1) * units + reach.margin
         states = states_around(key.summarise(value), before, after)
-        return self.read(states, dropout=dropout)
+        return self.read(states, dropped=dropped)
 
-    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropout: float) -> AttentionState:
+    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropped: Dropped | None) -> AttentionState:
         """Queries (`self`) read all keys up to themselves: those of their chunk (a power of 2) one by one, halves of
         a pair at a time (intra-chunk), those of earlier chunks through states of the slots (inter-chunk)."""
         blocks = Blocks(value.shape[2], chunk)
         query, key = self.without_token_bias().map_tokens(blocks.split), key.map_tokens(blocks.split)
         if not blocks.is_whole:
             key = key.masked(blocks.split(torch.ones_like(value[:1, :1, :, :1])) > 0)
+        if dropped is not None:
+            dropped = dropped._replace(mask=blocks.split(dropped.mask))
         value = blocks.split(value)
         query_logits, key_logits = query.dense(), key.dense()
-        states, half = [own_token(query_logits, key_logits, value, dropout=dropout)], 1
+        states, half = [own_token(query_logits, key_logits, value, dropped=dropped)], 1
         while half < chunk:
-            states.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropout=dropout))
+            states.append(between_halves(query_logits, key_logits, value, half, is_causal=True, dropped=dropped))
             half *= 2
         if blocks.num_blocks > 1:
-            states.append(query.inter_block(key, value, BlockReach(is_causal=True), dropout))
+            states.append(query.inter_block(key, value, BlockReach(is_causal=True), dropped))
         merged = merge_states(states)
         return AttentionState(blocks.join(merged.output), blocks.join(merged.lse.unsqueeze(-1)).squeeze(-1))
+
+
+def dropped_from(
+    query_weights: SlotWeights,
+    dropout: float | SlotDropout,
+    query: Tensor,
+    position: Tensor | None = None,
+    slot_numbers: Tensor | None = None,
+) -> Dropped | None:
+    """The slots that queries `[batch, heads, tokens, dim]` do without; `None` for none.
+
+    Args:
+        position: Of every query in its row, `[batch, tokens]`; `None` for 0, 1, 2, ...
+        slot_numbers: `[slots]`, what a slot is known by whatever the number of slots; `None` for 0, 1, 2, ...
+    """
+    if position is None:
+        position = torch.arange(query.shape[2], device=query.device)[None]
+    if slot_numbers is None:
+        slot_numbers = torch.arange(query_weights.num_slots, device=query.device)
+    return dropped_slots(with_noise(dropout, query), query, position[:, None, :, None], slot_numbers[None, None, None])
 
 
 class FeatureMap(Protocol):
@@ -125,6 +155,10 @@ class DenseSlotWeights(SlotWeights):
     """Log-weights that are no dot products. log_weights: `[batch, heads, ..., tokens, slots]`."""
 
     log_weights: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        return self.log_weights.shape[-1]
 
     def dense(self) -> Tensor:
         return self.log_weights
@@ -157,6 +191,10 @@ class LinearSlotWeights(SlotWeights):
     slots: Tensor
     slot_bias: Tensor
     pair_bias: Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots.shape[-2]
 
     def dense(self) -> Tensor:
         tokens, slots = self.tokens.to(self.token_bias.dtype), self.slots.to(self.token_bias.dtype)
@@ -201,9 +239,9 @@ class LinearSlotWeights(SlotWeights):
         state = attend(self.slots, self.tokens, values, bias=self.token_bias.squeeze(-1))
         return AttentionState(state.output, state.lse + self.slot_bias)
 
-    def read(self, slots: AttentionState, *, dropout: float = 0.0) -> AttentionState:
-        if self.pair_bias is not None or dropout:
-            return super().read(slots, dropout=dropout)
+    def read(self, slots: AttentionState, *, dropped: Dropped | None = None) -> AttentionState:
+        if self.pair_bias is not None or dropped is not None:
+            return super().read(slots, dropped=dropped)
         return attend(self.tokens, self.slots, slots.output, bias=slots.lse + self.slot_bias)
 
     def slot_inputs(self, key: LinearSlotWeights, value: Tensor) -> SlotInputs:
@@ -213,14 +251,16 @@ class LinearSlotWeights(SlotWeights):
             maps = (maps[0].squeeze(-3), maps[1].squeeze(-2), maps[2].squeeze(-3), maps[3].squeeze(-2))
         return SlotInputs(self.tokens, *maps[:2], key.tokens, key.token_bias.squeeze(-1), *maps[2:], value)
 
-    def inter_block(self, key: SlotWeights, value: Tensor, reach: BlockReach, dropout: float) -> AttentionState:
+    def inter_block(
+        self, key: SlotWeights, value: Tensor, reach: BlockReach, dropped: Dropped | None
+    ) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
-        if self.pair_bias is not None or dropout:
-            return super().inter_block(key, value, reach, dropout)
+        if self.pair_bias is not None or dropped is not None:
+            return super().inter_block(key, value, reach, dropped)
         return block_slot_attention(self.slot_inputs(key, value), reach)
 
-    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropout: float) -> AttentionState:
+    def causal(self, key: SlotWeights, value: Tensor, chunk: int, dropped: Dropped | None) -> AttentionState:
         assert isinstance(key, LinearSlotWeights)
-        if self.pair_bias is not None or dropout:
-            return super().causal(key, value, chunk, dropout)
+        if self.pair_bias is not None or dropped is not None:
+            return super().causal(key, value, chunk, dropped)
         return causal_slot_attention(self.slot_inputs(key, value), chunk)

@@ -18,27 +18,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..kernels.attend import attend
 from ..kernels.attention_state import AttentionState, log_or_minus_inf, shifted_exp
 from .inputs import checked_attention, scale_inputs
+from .noise import Dropped
 from .padding import without_padding
 
 
-def softmax_with_lse(logits: Tensor, values: Tensor, *, dropout: float = 0.0) -> AttentionState:
+def softmax_with_lse(logits: Tensor, values: Tensor, *, dropped: Dropped | None = None) -> AttentionState:
     """Softmax over the last dimension of `logits`, applied to `values`; keeps the log-sum-exp.
 
     Args:
         logits: `[..., queries, members]`; `-inf` where a member is not visible.
         values: `[..., members, head_dim]`.
-        dropout: Probability of dropping a weight (after normalisation, rescaled), for training.
+        dropped: Weights to leave out (after normalisation; the others are rescaled), for training.
     """
     weights, top = shifted_exp(logits)
     values = values.to(weights.dtype)
     total, log_total = log_or_minus_inf(weights.sum(-1))
-    if dropout:
-        weights = F.dropout(weights, dropout)
+    if dropped is not None:
+        weights, total = weights.masked_fill(dropped.mask, 0.0), total * dropped.kept
     if values.shape[-2] < values.shape[-1]:  # fewer weights than results: cheaper to normalise the weights
         return AttentionState((weights / total.unsqueeze(-1)) @ values, log_total + top)
     return AttentionState(weights @ values / total.unsqueeze(-1), log_total + top)

@@ -4,6 +4,7 @@ from ..distributed.context import reduce_gradients
 from .callback import LinAttnCallback, redraw_projections
 from .context_parallel import context_parallel
 from .context_parallel_trainer import ContextParallelTrainer
+from .row_noise import key_noise
 from .token_heads import loss_weights
 from .trainer import AttentionTransferTrainer
 from .transfer import transfer_attention
@@ -13,6 +14,7 @@ __all__ = [
     "ContextParallelTrainer",
     "LinAttnCallback",
     "context_parallel",
+    "key_noise",
     "loss_weights",
     "redraw_projections",
     "reduce_gradients",

@@ -1,8 +1,9 @@
-"""The training step, told to the layers that redraw their directions."""
+"""The training step and the rows, told to the layers that redraw their directions or draw random numbers."""
 
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..integrations.layers import active_layers
 from ..integrations.wrappers import module_of
 from ..modules.config import AttentionConfig
 from ..modules.redraw import check_step, redraws
+from .row_noise import key_noise
 
 logger = logging.getLogger(__name__)
 
@@ -88,23 +90,57 @@ def _tell_what_is_published(folder: str) -> None:
         )
 
 
+def data_process(args: Any) -> tuple[int, int]:
+    """Which share of the data this process reads, and how many there are: processes of a tensor or context parallel
+    group read the same."""
+    if args.world_size == 1:
+        return 0, 1
+    config = import_module("accelerate.state").AcceleratorState().parallelism_config
+    together = 1 if config is None else config.non_data_parallel_size
+    return args.process_index // together, args.world_size // together
+
+
 class LinAttnCallback(TrainerCallback):
     """Tells a model's layers the training step of a `Trainer`: `Trainer(..., callbacks=[LinAttnCallback()])`.
 
-    New directions come after every `redraw_interval` optimizer steps, never with a forward pass. Nothing is stored in
-    the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
+    New directions come after every `redraw_interval` optimizer steps, never with a forward pass. The noise of LARA and
+    EVA and the dropout of slots are those of the rows (`key_noise`, with `args.seed`), the same on any number of
+    processes (DataParallel splits a batch after the fact: there they are those of torch's generators). Nothing is
+    stored in the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
     `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole.
     """
 
     def __init__(self) -> None:
         check_trainer()
         self._begun: int | None = None
+        self._micro_batch = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(args, "push_to_hub", False) and state.is_world_process_zero:
             _tell_what_is_published(args.output_dir)
         redraw_projections(model, state.global_step)
         self._begun = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._micro_batch = 0
+        self._key_noise(args, state, model)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._micro_batch += 1
+        self._key_noise(args, state, model)
+
+    def _key_noise(self, args: Any, state: Any, model: Any) -> None:
+        """Accelerate deals batches out in turn; with split_batches it deals every batch out in parts."""
+        process, processes = data_process(args)
+        # The state of a resumed run has the number of the run before.
+        rows = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+        if getattr(args.accelerator_config, "split_batches", False):
+            rows = max(1, rows // processes)
+        first_row = (self._micro_batch * processes + process) * rows
+        key_noise(model, state.global_step, first_row, rows=rows, seed=args.seed)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        key_noise(model, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._begun is not None and state.global_step <= self._begun:

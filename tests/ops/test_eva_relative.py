@@ -14,6 +14,7 @@ from hf_linattn.modules.base import AttentionInputs, LayerShape
 from hf_linattn.modules.defaults import resolve
 from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.relative_position import t5_index, t5_sizes, table_index
+from hf_linattn.ops.noise import RowNoise
 
 
 def build(is_causal: bool = False, **fields: Any) -> EvaAttention:
@@ -110,7 +111,8 @@ def test_noise_in_training(scale: str) -> None:
     torch.manual_seed(0)
     ours = layer(q, k, v)
     torch.manual_seed(0)
-    expected = eva_attention(q, k, v, window_size=4, num_chunks=5, noise=True, noise_scale=scale)
+    noise = RowNoise.drawn(q)
+    expected = eva_attention(q, k, v, window_size=4, num_chunks=5, noise=noise, noise_scale=scale)
     assert torch.equal(ours, expected)
     assert torch.equal(layer.eval()(q, k, v), eva_attention(q, k, v, window_size=4, num_chunks=5))
 

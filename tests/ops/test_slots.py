@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_linattn.kernels.attention_state import AttentionState, merge_states
 from hf_linattn.ops import dense_slots
 from hf_linattn.ops.dense_slots import between_halves, own_token
+from hf_linattn.ops.noise import Dropped
 from hf_linattn.ops.slot_weights import DenseSlotWeights
 from hf_linattn.ops.softmax import softmax_with_lse
 
@@ -75,7 +76,8 @@ def test_merge_is_the_softmax_of_the_union_in_any_order() -> None:
 
 def test_dropout_of_slots_keeps_the_expectation_and_the_mass() -> None:
     logits, values = random(1, 6).expand(20000, 6), random(6, 2, seed=1)
-    plain, dropped = softmax_with_lse(logits, values), softmax_with_lse(logits, values, dropout=0.4)
+    mask = torch.rand(20000, 6) < 0.4
+    plain, dropped = softmax_with_lse(logits, values), softmax_with_lse(logits, values, dropped=Dropped(mask, 0.6))
     assert torch.equal(plain.lse, dropped.lse)
     error = (dropped.output.mean(0) - plain.output[0]) / (dropped.output.std(0) / 20000**0.5)
     assert dropped.output.std(0).min() > 0.1

@@ -15,7 +15,7 @@ from ...ops.eva.layout import CHUNKINGS, ChunkOptions, default_chunk, nominal_re
 from ...ops.eva.learned import LearnedSummariser, eva_learning_start, learned_eva_attention, learned_eva_recurrence
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
-from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
+from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES, noise_factor
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_summariser, summariser_spec, with_value_convolution
@@ -187,7 +187,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             return with_value_convolution(output, config, state, inputs)
         return eva_attention(
             *tokens,
-            noise=bool(inputs.training and config.sample_noise),
+            noise=bool(inputs.training and config.sample_noise) and (inputs.noise or True),
             noise_scale=config.noise_scale,
             **_variate_options(config, state),
             **options,
@@ -196,8 +196,8 @@ class EvaAttention(ProposalAttention[EvaConfig]):
     def layout_and_summaries(
         self, *, scaling: float
     ) -> tuple[ChunkOptions, Summariser | LearnedSummariser, Tensor | None]:
-        """How windows and chunks lie, what summarises a chunk, and `window_bias`: all that a bidirectional layer does
-        with sequences, apart from noise and dropout."""
+        """How windows and chunks lie, what summarises a chunk, and `window_bias`, of a bidirectional layer that reads
+        sequences."""
         config, state = self.config, self.tensors()
         side = "both" if config.overlap_window else None
         options = ChunkOptions(config.window_size or 0, config.num_chunks, None, config.chunking or "", side, False)
@@ -207,7 +207,8 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             return options, learned_summariser(state), bias
         variates = _variate_options(config, state)
         del variates["chunking"]
-        summarise = Summariser(**variates, root=scaling**0.5)
+        factor = noise_factor(config.noise_scale or "", scaling)
+        summarise = Summariser(**variates, root=scaling**0.5, noise_factor=factor)
         summarise.check()
         return options, summarise, bias
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
@@ -25,6 +24,7 @@ from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTens
 from ..learned_maps import learned_feature_map, learned_output, learned_spec, learned_start
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
+from ..training_place import common_noise
 from .lara_calibration import ProposalCalibration
 
 # Slots per head: landmarks (or calibrated proposals), and learned proposals.
@@ -204,7 +204,8 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         own: dict[str, Any]
         if "centroids" in state:
             noise = state["proposal_noise"]
-            noise = torch.randn_like(noise) if draw_noise else noise
+            if draw_noise:
+                noise = common_noise(inputs, noise)
             own = {"proposals": sample_proposals(state["centroids"], noise, antithetic=bool(config.antithetic))}
         else:
             query_map, key_map = proposal_maps(state)
@@ -216,7 +217,7 @@ class LaraAttention(ProposalAttention[LaraConfig]):
                 "query_map": query_map,
                 "key_map": key_map,
                 "map_stage": config.map_stage,
-                "noise": draw_noise,
+                "noise": draw_noise and (inputs.noise or True),
                 "noise_scale": config.noise_scale,
                 "samples_per_landmark": config.samples_per_landmark,
                 "antithetic": config.antithetic,

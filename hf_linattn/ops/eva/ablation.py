@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ablation import SHUFFLED_SLOTS, SLOT_SHARE, SLOTS_ALONE, WINDOW_ALONE, current_ablations
+from ..noise import RowNoise
 from ..padding import Tokens
 from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
@@ -72,7 +73,7 @@ class _Shuffled(_Summariser):
     is_causal: bool
 
     def __call__(
-        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | RowNoise | bool = False
     ) -> Summaries:
         summaries = self.summarise(query, key, value, chunks, noise)
         before = torch.arange(-1, chunks.member.shape[1] - 1, device=key.device).expand(len(chunks.member), -1)
@@ -84,7 +85,7 @@ class _Shuffled(_Summariser):
 @dataclass(frozen=True)
 class _OfValueOne(_Summariser):
     def __call__(
-        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | RowNoise | bool = False
     ) -> Summaries:
         summaries = self.summarise(query, key, value, chunks, noise)
         return replace(summaries, value=torch.ones_like(summaries.value))

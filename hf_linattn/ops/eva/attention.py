@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
+from ..noise import RowNoise, SlotDropout
 from .chunks import Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
@@ -42,12 +43,12 @@ def eva_attention(
     weighting: str = "size",
     query_map: ProposalMap | None = None,
     key_map: ProposalMap | None = None,
-    noise: Tensor | bool = False,
+    noise: Tensor | RowNoise | bool = False,
     noise_scale: str = "corrected",
     window_bias: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """EVA attention.
@@ -87,8 +88,9 @@ def eva_attention(
             keys along the query (diagonal).
         query_map, key_map: Applied to the mean query and key of a chunk (not scaled), `[batch, heads, chunks,
             head_dim]`. The mapped mean key is also the one in the chunk's logit.
-        noise: Standard normal, `[batch, heads, chunks, head_dim]`, added to the proposals, or True to draw it. At
-            least as many chunks as a row of full length has; a shorter row that has more gets none for those.
+        noise: Standard normal, `[batch, heads, chunks, head_dim]`, added to the proposals; or True to draw it, or a
+            `RowNoise` to take it from. At least as many chunks as a row of full length has; a shorter row that has
+            more gets none for those.
         noise_scale: "corrected", noise in the coordinates of the densities, `sqrt(scaling) * key`; or "published", in
             those of `key`.
         window_bias: Added to the logits of the window. `[heads or 1, window_size, slots]`, or with dimensions for

@@ -72,6 +72,14 @@ def latest_chunks(
     return older.map(lambda z: z.unsqueeze(-2)).then(chunks)
 
 
+def member_numbers(max_chunks: int, num_windows: int, per_window: int, skipped: int, device: torch.device) -> Tensor:
+    """`[windows, 1 + max_chunks]`: of the members that `latest_chunks` gives every window, the number of the chunk,
+    from 1 on; 0 for all that came earlier, and where there is none. The options are those of `latest_chunks`."""
+    passed = (torch.arange(num_windows, device=device) - skipped).clamp_min(0) * per_window
+    latest = passed[:, None] - max_chunks + torch.arange(1, max_chunks + 1, device=device)
+    return F.pad(latest.clamp_min(0), (1, 0))
+
+
 def _merge_prefixes(summaries: Summaries, lengths: Tensor) -> Summaries:
     """The first `lengths[w]` chunks merged, for every w: `[batch, heads, windows(, head_dim)]`."""
     if summaries.learned:

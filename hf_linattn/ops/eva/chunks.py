@@ -16,6 +16,7 @@ from ...kernels.attention_state import AttentionState, merge_logits, merge_state
 from ...kernels.half_norm import half_norm
 from ..inputs import ProposalMap, add_noise
 from ..layout import gather_tokens, masked_mean
+from ..noise import Dropped, RowNoise
 from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 
@@ -77,19 +78,20 @@ class Summaries:
             key, value, bias = key.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(2)
         return query, key, bias, value
 
-    def read(self, query: Tensor, visible: Tensor | None, *, dropout: float = 0.0) -> AttentionState:
+    def read(self, query: Tensor, visible: Tensor | None, *, dropped: Dropped | None = None) -> AttentionState:
         """Queries read the chunks.
 
         Args:
             query: `[batch, heads, windows, queries, head_dim]`.
             visible: As in `Chunks`, or `None` with the chunks of every window, `[batch, heads, windows, chunks(,
                 head_dim)]`.
+            dropped: Chunks that queries do without.
         """
         queries, keys, bias, value = self.factors(query)
         seen = None if visible is None else visible[:, None]
-        if dropout:
+        if dropped is not None:
             logits = queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2)
-            return softmax_with_lse(mask_logits(logits, seen), value, dropout=dropout)
+            return softmax_with_lse(mask_logits(logits, seen), value, dropped=dropped)
         if self.key_mean.ndim > 4:
             return attend(queries, keys, value, bias=bias)
         # Windows as one row of queries: keys, and their gradients, are then not repeated for every window.
@@ -99,11 +101,11 @@ class Summaries:
         read = attend(queries.flatten(2, 3), keys[:, :, 0], value[:, :, 0], bias=bias[:, :, 0], visible=seen)
         return AttentionState(read.output.unflatten(2, shape), read.lse.unflatten(2, shape))
 
-    def join(self, partial: AttentionState, query: Tensor, *, dropout: float = 0.0) -> AttentionState:
+    def join(self, partial: AttentionState, query: Tensor, *, dropped: Dropped | None = None) -> AttentionState:
         """What queries have read already, and the few chunks of every window, under one softmax."""
         queries, keys, bias, value = self.factors(query)
-        if dropout or keys.shape[-2] > value.shape[-1]:
-            return merge_states([partial, self.read(query, None, dropout=dropout)])
+        if dropped is not None or keys.shape[-2] > value.shape[-1]:
+            return merge_states([partial, self.read(query, None, dropped=dropped)])
         return merge_logits(partial, queries @ keys.transpose(-1, -2) + bias.unsqueeze(-2), value)
 
 
@@ -119,7 +121,7 @@ class MakesSummaries(Protocol):
         """Whether summaries have a `spread`."""
 
     def __call__(
-        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | RowNoise | bool = False
     ) -> Summaries:
         """Summaries of all chunks."""
 
@@ -154,7 +156,7 @@ class Summariser:
             raise InputError(f"weighting must be one of {list(CHUNK_WEIGHTINGS)}; got {self.weighting!r}.")
 
     def __call__(
-        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | RowNoise | bool = False
     ) -> Summaries:
         """Summaries of all chunks, in float32 or wider.
 
@@ -212,7 +214,7 @@ class Summariser:
         # The published layout keeps chunks of padding alone: they have a logit, and the value 0.
         return count.log().masked_fill((count > 0) | keeps_empty, 0.0)
 
-    def _noisy(self, mu: Tensor, noise: Tensor | bool, count: int) -> Tensor:
+    def _noisy(self, mu: Tensor, noise: Tensor | RowNoise | bool, count: int) -> Tensor:
         if isinstance(noise, Tensor):
             if noise.ndim != 4 or noise.shape[2] < count or noise.shape[-1] != mu.shape[-1]:
                 raise InputError(

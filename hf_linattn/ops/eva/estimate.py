@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,14 +14,20 @@ from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.window_chunks import window_chunk_attention
 from ..ablation import ABLATED
 from ..layout import WindowedBlocks
+from ..noise import Dropped, RowNoise, SlotDropout, dropped_slots, with_noise
 from ..padding import Tokens
 from ..softmax import causal_visibility, mask_logits, softmax_with_lse
 from .ablation import ablated_chunks
-from .bounded import EarlierChunks, latest_chunks
+from .bounded import EarlierChunks, latest_chunks, member_numbers
 from .chunks import MakesSummaries, Summaries
 from .exclusive import exclusive_layout
 from .layout import ChunkOptions, Chunks, Layout, integer_root, outside
 from .published import published_layout
+
+T = TypeVar("T")
+
+# Sorts of what stands for keys, each with numbers of its own for dropout.
+CHUNK, WINDOW, PAST = 0, 1, 2
 
 
 def eva_estimate(
@@ -26,9 +35,9 @@ def eva_estimate(
     options: ChunkOptions,
     summarise: MakesSummaries,
     *,
-    noise: Tensor | bool = False,
+    noise: Tensor | RowNoise | bool = False,
     window_bias: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: float | SlotDropout = 0.0,
     past: EarlierChunks | None = None,
 ) -> AttentionState:
     """What all queries read of all tokens.
@@ -46,48 +55,85 @@ def eva_estimate(
     blocks = layout.windows.blocks
     block_query = blocks.split(tokens.query)
     bias = fit_bias(window_bias, options, layout, tokens.key)
+    drop = with_noise(dropout, tokens.query) if dropout else None
+
+    def dropped(member: Tensor, sort: int) -> Dropped | None:
+        place = torch.arange(tokens.query.shape[2], device=member.device)
+        return dropped_members(drop, block_query, blocks.split(place[:, None]), member, sort)
+
     chunks, unseen_windows = layout.chunks, None
+    partly_seen = None if chunks is None else chunks.partly_seen_windows
     if chunks is None:
         state = _windows(tokens, block_query, layout, is_causal, bias)
     else:
         summaries = summarise(tokens.query, tokens.key, tokens.value, chunks, noise)
-        if chunks.partly_seen_windows is not None:
+        if partly_seen is not None:
             member = WindowedBlocks(blocks).real(tokens.valid, tokens.key.device)
             # Summarised first, so that the backward pass starts with what needs most memory.
             windows = Chunks(blocks.split, member, None, blocks.num_blocks)
-            unseen_windows = summarise(tokens.query, tokens.key, tokens.value, windows, noise is True)
-            unseen_windows = unseen_windows.select(chunks.partly_seen_windows)
+            own_noise = noise.apart() if isinstance(noise, RowNoise) else noise is True
+            unseen_windows = summarise(tokens.query, tokens.key, tokens.value, windows, own_noise)
+            unseen_windows = unseen_windows.select(partly_seen)
         latest_summaries = None
         if options.max_chunks is not None:
-            latest_summaries = _latest(options, layout, summaries, past)
+            latest_summaries = _per_window(latest_chunks, options, layout, summaries=summaries, past=past)
         if latest_summaries is not None:
             state = _windows(tokens, block_query, layout, is_causal, bias)
-            state = latest_summaries.join(state, block_query, dropout=dropout)
+            without = None
+            if drop is not None:
+                numbers = _per_window(member_numbers, options, layout, device=block_query.device)
+                without = dropped(numbers[None], CHUNK)
+            state = latest_summaries.join(state, block_query, dropped=without)
             past = None  # among the latest
         elif chunks.unread_range is not None:
+            without = None if drop is None else dropped(chunk_numbers(summaries), CHUNK)
             unread = chunks.unread_range
             state = windows_and_chunks(
-                tokens, block_query, layout, summaries, unread, is_causal=is_causal, bias=bias, dropout=dropout
+                tokens, block_query, layout, summaries, unread, is_causal=is_causal, bias=bias, dropped=without
             )
         else:
-            far = summaries.read(block_query, chunks.visible, dropout=dropout)
+            without = None if drop is None else dropped(chunk_numbers(summaries), CHUNK)
+            far = summaries.read(block_query, chunks.visible, dropped=without)
             state = merge_states([far, _windows(tokens, block_query, layout, is_causal, bias)])
-    if unseen_windows is not None:
-        state = unseen_windows.join(state, block_query, dropout=dropout)
+    if unseen_windows is not None and partly_seen is not None:
+        without = None if drop is None else dropped(partly_seen, WINDOW)
+        state = unseen_windows.join(state, block_query, dropped=without)
     if past is not None and past.latest.value.shape[2]:
-        state = past.together().join(state, block_query, dropout=dropout)
+        earlier = past.together()
+        without = None if drop is None else dropped(chunk_numbers(earlier), PAST)
+        state = earlier.join(state, block_query, dropped=without)
     return AttentionState(blocks.join(state.output), blocks.join(state.lse.unsqueeze(-1)).squeeze(-1))
 
 
-def _latest(
-    options: ChunkOptions, layout: Layout, summaries: Summaries, past: EarlierChunks | None
-) -> Summaries | None:
-    """The few chunks that every window reads, with `max_chunks`; `None` if it reads all of them singly."""
+def dropped_members(
+    drop: SlotDropout | None, block_query: Tensor, place: Tensor, member: Tensor, sort: int
+) -> Dropped | None:
+    """What queries do without.
+
+    Args:
+        place: `[windows, queries, 1]`, of the queries in their row.
+        member: `[batch or 1, windows or 1, members]`, numbers of what stands for keys, by `sort`; negative for none.
+    """
+    return dropped_slots(drop, block_query, place[None, None], member.clamp_min(0)[:, None, :, None], sort)
+
+
+def chunk_numbers(summaries: Summaries) -> Tensor:
+    """`[1, 1, chunks]`: numbers of chunks, from 1 on."""
+    return torch.arange(1, summaries.value.shape[2] + 1, device=summaries.value.device)[None, None]
+
+
+def _per_window(function: Callable[..., T], options: ChunkOptions, layout: Layout, **given: Any) -> T:
+    """What a function of `bounded.py` says of the few chunks that every window reads, with `max_chunks`."""
     around, window = layout.windows, options.window_size
     assert options.max_chunks is not None
     assert options.chunk_size is not None
-    per_window, skipped = window // options.chunk_size, around.left // window
-    return latest_chunks(summaries, options.max_chunks, around.blocks.num_blocks, per_window, skipped, past)
+    return function(
+        max_chunks=options.max_chunks,
+        num_windows=around.blocks.num_blocks,
+        per_window=window // options.chunk_size,
+        skipped=around.left // window,
+        **given,
+    )
 
 
 def _seen(tokens: Tokens, layout: Layout) -> Tensor | None:
@@ -128,18 +174,18 @@ def windows_and_chunks(
     *,
     is_causal: bool = False,
     bias: Tensor | None = None,
-    dropout: float = 0.0,
+    dropped: Dropped | None = None,
 ) -> AttentionState:
     """The windows and all chunks under one softmax, if every window reads all chunks but a range.
 
     Args:
         block_query: Scaled queries, `[batch, heads, windows, queries, head_dim]`.
         layout: Its windows, and how far they reach.
-        unread_range: As in `Chunks`. bias: From `fit_bias`. dropout: Of the chunks' weights.
+        unread_range: As in `Chunks`. bias: From `fit_bias`. dropped: Chunks that queries do without.
     """
-    if bias is None and not dropout and summaries.spread is None:
+    if bias is None and dropped is None and summaries.spread is None:
         return _window_chunks(tokens, block_query, layout, is_causal, summaries, unread_range)
-    far = summaries.read(block_query, outside(unread_range, summaries.value.shape[2]), dropout=dropout)
+    far = summaries.read(block_query, outside(unread_range, summaries.value.shape[2]), dropped=dropped)
     return merge_states([far, _windows(tokens, block_query, layout, is_causal, bias)])
 
 

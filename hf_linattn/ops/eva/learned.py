@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..inputs import checked_attention, factor_of, prepare_tokens
 from ..learned import matching_offset
+from ..noise import RowNoise, SlotDropout
 from ..softmax import mask_logits, softmax_with_lse
 from .chunks import Summaries
 from .estimate import eva_estimate
@@ -51,7 +52,7 @@ class LearnedSummariser:
     has_spread = False
 
     def __call__(
-        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | bool = False
+        self, query: Tensor | None, key: Tensor, value: Tensor, chunks: Chunks, noise: Tensor | RowNoise | bool = False
     ) -> Summaries:
         """Summaries of all chunks, in float32 or wider; queries and noise are not used."""
         wide = torch.promote_types(key.dtype, torch.float32)
@@ -99,7 +100,7 @@ def learned_eva_attention(
     window_bias: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """EVA with learned summaries.
@@ -182,7 +183,7 @@ def learned_eva_recurrence(
     max_chunks: int | None = None,
     window_bias: Tensor | None = None,
     scaling: float,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
 ) -> EvaRecurrence:
     """The recurrent form of `learned_eva_attention(..., is_causal=True)` with the same options."""
     options = recurrent_options(window_size, chunk_size, overlap_window, "exclusive", max_chunks, window_bias)

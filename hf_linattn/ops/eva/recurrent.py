@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedError
 from ..inputs import ProposalMap, compute_dtype, prepare_tokens
 from ..layout import Blocks
+from ..noise import SlotDropout
 from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of
 from .chunks import MakesSummaries, Summaries, Summariser
 from .estimate import eva_estimate
@@ -35,7 +36,7 @@ def eva_recurrence(
     key_map: ProposalMap | None = None,
     window_bias: Tensor | None = None,
     scaling: float,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
 ) -> EvaRecurrence:
     """The recurrent form of `eva_attention(..., is_causal=True)` with the same options, without noise.
 
@@ -80,7 +81,7 @@ class EvaRecurrence:
     summarise: MakesSummaries
     scaling: float
     window_bias: Tensor | None = None
-    dropout: float = 0.0
+    dropout: float | SlotDropout = 0.0
 
     @property
     def keeps_queries(self) -> bool:

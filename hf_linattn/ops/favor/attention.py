@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import check_grid, check_projection, checked_attention, factor_of, prepare_tokens
+from ..noise import SlotDropout
 from ..slot_attention import SlotOptions, exact_attention, slots_alone
 from .features import favor_feature_map
 from .statistics import FavorStatistics, RowStatistics
@@ -39,7 +40,7 @@ def favor_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     is_cross: bool = False,
     backend: str | None = None,
 ) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError, did_you_mean
 from ..inputs import LARGEST_FACTOR, check_projection, checked_attention, factor_of, prepare_tokens
+from ..noise import SlotDropout
 from ..slot_attention import SlotOptions, exact_attention, slots_alone
 from ..slot_weights import DenseSlotWeights
 from ..softmax import without_empty
@@ -115,7 +116,7 @@ def generalized_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     is_cross: bool = False,
 ) -> Tensor:
     """Attention with a generalised kernel, `phi(q) . phi(k)` in place of `exp(q . k)`.

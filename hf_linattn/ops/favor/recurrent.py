@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..inputs import compute_dtype
+from ..noise import SlotDropout
 from ..recurrent.slots import FeatureMap, SlotRecurrence
 from ..slot_attention import SlotOptions
 from .features import favor_feature_map
@@ -23,7 +24,7 @@ def favor_recurrence(
     window_size: int = 0,
     overlap_window: bool = False,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
 ) -> SlotRecurrence:
     """The recurrent form of `favor_attention(..., is_causal=True)` or, with another `kernel` than "softmax", of
     `generalized_attention`, with the same options.

@@ -29,12 +29,13 @@ from ..inputs import (
     prepare_tokens,
 )
 from ..layout import gather_tokens
+from ..noise import RowNoise, SlotDropout
 from ..padding import Tokens
 from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
-from .proposals import CalibratedProposals, draw_samples
+from .proposals import CalibratedProposals, draw_samples, landmark_noise, sample_numbers
 
 
 @checked_attention
@@ -54,7 +55,7 @@ def lara_attention(
     key_map: ProposalMap | None = None,
     map_stage: str = "mean",
     mixing: str = "none",
-    noise: Tensor | bool = False,
+    noise: Tensor | RowNoise | bool = False,
     noise_scale: str = "corrected",
     samples_per_landmark: int = 1,
     antithetic: bool = False,
@@ -65,7 +66,7 @@ def lara_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     r"""LARA attention, with proposals at landmarks of the sequence (bidirectional) or fixed in advance (any).
@@ -97,7 +98,7 @@ def lara_attention(
         mixing: "key" replaces every key landmark by its softmax average over all key landmarks (published `mixed`),
             "key_value" counts landmarks with large values more (published `vmixed`).
         noise: Standard normal, `[batch, heads, samples_per_landmark * landmarks, head_dim]`, row `a` for landmark
-            `a mod landmarks`, or True to draw it; False evaluates at the means.
+            `a mod landmarks`; or True to draw it, or a `RowNoise` to take it from. False evaluates at the means.
         noise_scale: "corrected", the scale that the densities assume, or "published", smaller by `scaling ** 0.5`.
         samples_per_landmark: Draws per proposal. Changes nothing without noise.
         antithetic: Every draw with both signs (twice the samples). Changes nothing without noise. (In the published
@@ -141,7 +142,7 @@ def lara_attention(
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
-    shift = None
+    shift = numbers = None
     if proposals is not None:
         feature_map = proposal_feature_map(tokens.query, proposals)
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
@@ -149,7 +150,10 @@ def lara_attention(
         landmarks = find_landmarks(tokens, num_landmarks, scaling, query_map, key_map, map_stage, mixing)
         mu = landmarks.query_mean + landmarks.key_mean
         check_counts({"samples_per_landmark * landmarks": samples_per_landmark * mu.shape[2]})
+        if isinstance(noise, RowNoise):
+            noise = landmark_noise(noise, mu, samples_per_landmark)
         samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
+        numbers = sample_numbers(samples, mu.shape[2]) if slot_dropout else None
         query_weights, key_weights = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )
@@ -161,7 +165,7 @@ def lara_attention(
             shift = offset if shift is None else shift + offset
         if shift is not None:
             query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
-    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights))
+    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights, numbers))
 
 
 def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import add_noise
+from ..noise import RowNoise
 
 
 def draw_samples(
@@ -45,6 +46,20 @@ def draw_samples(
         )
     samples = add_noise(mu, noise, factor)
     return torch.cat([samples, add_noise(mu, noise, -factor)], dim=-2) if antithetic else samples
+
+
+def landmark_noise(noise: RowNoise, mu: Tensor, samples_per_landmark: int) -> Tensor:
+    """Noise for `draw_samples` with `mu` `[batch, heads, landmarks, dim]`; of a landmark whatever their number."""
+    landmarks = mu.shape[2]
+    mu = torch.cat([mu] * samples_per_landmark, dim=2)
+    return noise.normal(mu, sample_numbers(mu, landmarks)).to(mu)
+
+
+def sample_numbers(samples: Tensor, landmarks: int) -> Tensor:
+    """`[samples]`: a number for every sample of `draw_samples`, of a landmark whatever their number."""
+    repeats = samples.shape[2] // landmarks
+    number = torch.arange(samples.shape[2], device=samples.device)
+    return number % landmarks * repeats + number // landmarks
 
 
 class CalibratedProposals(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..inputs import compute_dtype
+from ..noise import SlotDropout
 from ..recurrent.slots import SlotRecurrence
 from ..slot_attention import SlotOptions
 from .features import proposal_feature_map
@@ -20,7 +21,7 @@ def lara_recurrence(
     window_size: int = 0,
     overlap_window: bool = False,
     chunk_size: int | None = None,
-    slot_dropout: float = 0.0,
+    slot_dropout: float | SlotDropout = 0.0,
 ) -> SlotRecurrence:
     """The recurrent form of `lara_attention(..., is_causal=True)` with calibrated proposals and the same options.
 

@@ -17,8 +17,9 @@ from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.backends import current_backend
 from ...kernels.decode import decode_step
 from ..inputs import compute_dtype, prepare_tokens
+from ..noise import with_noise
 from ..slot_attention import SlotOptions, exact_attention
-from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights
+from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights, dropped_from
 from ..softmax import softmax_with_lse, without_empty
 from .window_tokens import WindowShape, WindowTokens
 
@@ -88,8 +89,10 @@ class SlotRecurrence:
         tokens = prepare_tokens(query, key, value, joined.mask, scaling=self.scaling, is_causal=True)
         query_weights, key_weights = self._query_weights(tokens.query), self.feature_map.key_weights(tokens.key)
         slots = AttentionState(state.slots.output.to(dtype), state.slots.lse)
-        new = exact_attention(tokens, self.options).with_slots(query_weights, key_weights)
-        earlier = query_weights.add_token_bias(query_weights.read(slots, dropout=self.options.dropout))
+        dropout = with_noise(self.options.dropout, tokens.query) or 0.0
+        new = exact_attention(tokens, self.options._replace(dropout=dropout)).with_slots(query_weights, key_weights)
+        dropped = dropped_from(query_weights, dropout, tokens.query)  # the same as among the new tokens
+        earlier = query_weights.add_token_bias(query_weights.read(slots, dropped=dropped))
         return tokens.finish(without_empty(merge_states([new, earlier]))).to(dtype_out)
 
     def absorb(

@@ -16,6 +16,7 @@ from hf_linattn.modules.kinds.lara import LaraAttention, LaraConfig
 from hf_linattn.modules.kinds.lara_calibration import ProposalCalibration
 from hf_linattn.modules.proposal_maps import proposal_maps
 from hf_linattn.ops.lara.proposals import sample_proposals
+from hf_linattn.ops.noise import RowNoise
 
 HEADS, DIM, TOKENS = 2, 4, 13
 SCALE = DIM**-0.5
@@ -81,7 +82,7 @@ def test_training_draws_samples_as_the_settings_say(noise_scale: str) -> None:
     torch.manual_seed(3)
     ours = module.train()(*qkv())
     torch.manual_seed(3)
-    noise = torch.randn(2, HEADS, 6, DIM)
+    noise = RowNoise.drawn(qkv()[0])
     assert torch.equal(ours, lara_attention(*qkv(), num_landmarks=3, window_size=4, noise=noise, **own))
     assert torch.equal(module.eval()(*qkv()), lara_attention(*qkv(), num_landmarks=3, window_size=4))
 
