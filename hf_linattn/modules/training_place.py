@@ -36,8 +36,8 @@ class TrainingPlace:
         self.rows = rows
         self._packed.fill_((key & (2**_KEY_BITS - 1)) << (63 - _KEY_BITS) | first_row)
 
-    def noise(self, query: Tensor) -> RowNoise:
-        """The random numbers of a batch `[batch, ...]`.
+    def noise(self, query: Tensor, first_head: int = 0) -> RowNoise:
+        """The random numbers of a batch `[batch, heads, ...]`, whose heads are those from `first_head` on.
 
         A batch of more than `rows` has several parts of every row, such as the answers of a multiple-choice question.
         """
@@ -45,7 +45,8 @@ class TrainingPlace:
         number = torch.arange(query.shape[0], device=query.device)
         parts = 1 if self.rows is None else -(-query.shape[0] // self.rows)
         rows = (packed & LARGEST_ROW) + number // parts
-        return RowNoise.keyed(packed >> (63 - _KEY_BITS), rows & LARGEST_ROW, number % parts)
+        key = packed >> (63 - _KEY_BITS)
+        return RowNoise.keyed(key, rows & LARGEST_ROW, number % parts, first_head=first_head)
 
 
 def step_key(seed: int, layer_seed: int, layer_idx: int, step: int) -> int:
@@ -61,7 +62,8 @@ def row_noise(layer: Any, query: Tensor) -> RowNoise:
     place = layer.training_place
     if place is None or getattr(layer, "_is_replica", False):
         return RowNoise.drawn(query)
-    found: RowNoise = place.noise(query)
+    split = getattr(layer, "local_heads", None)  # by tensor parallelism
+    found: RowNoise = place.noise(query, 0 if split is None else split.rank * query.shape[1])
     return found
 
 

@@ -10,7 +10,7 @@ et al. 2011). Hashes are 32 bits wide, in int64, where their products do not ove
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,13 +50,15 @@ class RowNoise:
     Args:
         keys: `[batch]` int64, at least 0 and below 2**32: of every row. Equal keys have equal numbers.
         common: `[1]`, the same for all rows: for what they share.
+        first_head: The number of the first head of what they are for, where heads are split over processes.
     """
 
     keys: Tensor
     common: Tensor
+    first_head: int = 0
 
     @classmethod
-    def keyed(cls, key: Tensor | int, rows: Tensor, part: Tensor | int = 0) -> RowNoise:
+    def keyed(cls, key: Tensor | int, rows: Tensor, part: Tensor | int = 0, *, first_head: int = 0) -> RowNoise:
         """The numbers of some rows.
 
         Args:
@@ -64,9 +66,10 @@ class RowNoise:
                 layer and step.
             rows: `[batch]` int64, at least 0 and below 2**31: the number of every row.
             part: The same, of a part of a row that is one by itself.
+            first_head: As in the class.
         """
         common = torch.zeros_like(rows[:1]) + key
-        return cls(_next(_next(common, rows), part), common)
+        return cls(_next(_next(common, rows), part), common, first_head)
 
     @classmethod
     def drawn(cls, like: Tensor) -> RowNoise:
@@ -76,11 +79,11 @@ class RowNoise:
 
     def for_all_rows(self) -> RowNoise:
         """For a batch of one that stands for all rows."""
-        return RowNoise(self.common, self.common)
+        return replace(self, keys=self.common)
 
     def apart(self) -> RowNoise:
         """Other numbers of the same rows."""
-        return RowNoise(_next(self.keys, _APART), _next(self.common, _APART))
+        return replace(self, keys=_next(self.keys, _APART), common=_next(self.common, _APART))
 
     def bits(self, like: Tensor, use: int, *index: Tensor) -> Tensor:
         """Numbers from 0 to 2**32 - 1, `[batch, heads, ...]`, a function of the row, the head and the index.
@@ -111,7 +114,7 @@ class RowNoise:
                 " them with as many keys as the batch has rows."
             )
         state = _next(self.keys.to(like.device), use).view(-1, *[1] * (like.ndim - 1))
-        heads = torch.arange(like.shape[1], device=like.device)
+        heads = torch.arange(self.first_head, self.first_head + like.shape[1], device=like.device)
         for place in (heads.view(1, -1, *[1] * (state.ndim - 2)), *index):
             state = _next(state, place)
         return state
@@ -124,10 +127,12 @@ class RowNoise:
         """
         if member is None:
             member = torch.arange(like.shape[2], device=like.device)
-        index = member[None, None, :, None], torch.arange(like.shape[3], device=like.device)[None, None, None]
+        dim = like.shape[3]
+        index = member[None, None, :, None], torch.arange(-(-dim // 2), device=like.device)[None, None, None]
         radius, angle = (self.bits(like, use, *index).to(torch.float32) for use in (0, _ANGLE))
-        scale = 2.0**-32
-        return (-2 * ((radius + 1) * scale).log()).sqrt() * (2 * math.pi * scale * angle).cos()
+        radius.add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()  # of a number above 0
+        angle.mul_(2 * math.pi * 2.0**-32)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :dim]
 
 
 @dataclass(frozen=True, eq=False)

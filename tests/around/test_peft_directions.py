@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_linattn
 from hf_linattn import UncalibratedError, UnsupportedError
-from hf_linattn.training import LinAttnCallback, redraw_projections
+from hf_linattn.training import LinAttnCallback, key_noise, redraw_projections
 
 peft = pytest.importorskip("peft")
 
@@ -91,6 +91,22 @@ def test_an_adapter_added_by_transformers_holds_its_directions(tmp_path: Path) -
     again = converted(BERT, "favor_plus", redraw_interval=10)
     again.load_adapter(str(tmp_path))
     torch.testing.assert_close(outputs(again, **inputs_of(BERT)), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("modules", [None, ["linattn"]])
+def test_random_numbers_are_keyed_in_the_layers_of_the_adapter(modules: Any) -> None:
+    model = hf_linattn.convert(BERT.build(hidden_dropout_prob=0.0), BERT.settings("eva", sample_noise=True))
+    wrapped = wrap(model, adapter(BERT, "lora", lora_dropout=0.0, modules_to_save=modules)).train()
+
+    def logits() -> torch.Tensor:
+        found: torch.Tensor = wrapped(**inputs_of(BERT)).logits
+        return found
+
+    assert key_noise(wrapped, 3) == 2
+    first = logits()
+    assert torch.equal(logits(), first)
+    key_noise(wrapped, None)
+    assert not torch.equal(logits(), first)
 
 
 STATISTICS = [("favor_sharp", GPT2, {}), ("lara", GPT2, {}), ("favor_sharp", BERT, {"statistics": "calibrated"})]

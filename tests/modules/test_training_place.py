@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_linattn
 from hf_linattn.errors import InputError
+from hf_linattn.modules.training_place import row_noise
 from hf_linattn.training import key_noise
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -137,6 +139,15 @@ def test_compiled_once_for_all_steps(kind: str) -> None:
         key_noise(compiled, step, 4 * step, rows=4)
         assert close(compiled(*tokens), layer(*tokens)), step
     assert counter.frame_count == 1
+
+
+def test_heads_that_are_split_over_processes_keep_their_numbers() -> None:
+    layer: Any = next(module for module in build(BERT, "eva").modules() if hasattr(module, "training_place"))
+    key_noise(layer, 0)
+    like = torch.zeros(2, 4, 8, 8)
+    whole = row_noise(layer, like).normal(like)
+    layer.local_heads = SimpleNamespace(rank=1)
+    assert torch.equal(row_noise(layer, like[:, :2]).normal(like[:, :2]), whole[:, 2:])
 
 
 def test_replicas_of_data_parallel_leave_it_to_the_generator() -> None:

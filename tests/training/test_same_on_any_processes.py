@@ -7,6 +7,7 @@ micro-batches of accumulation.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_linattn
 from hf_linattn.training import LinAttnCallback
+from hf_linattn.training.callback import data_process
 
 GLOBAL_BATCH, ROWS, STEPS, SAVED_AT = 8, 24, 4, 2
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -202,6 +204,16 @@ def test_losses_and_weights_of_one_process(name: str, kind: str, way: Way, tmp_p
     ours = run(tmp_path / "cut", name, kind, way)
     assert ours[0].shape == (STEPS,)
     assert distance(ours, whole) < 1e-5
+
+
+@pytest.mark.parametrize(("together", "expected"), [(None, (5, 6)), (1, (5, 6)), (2, (2, 3)), (3, (1, 2))])
+def test_processes_that_read_the_same_rows(
+    together: int | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of six, with tensor or context parallel groups."""
+    config = together and SimpleNamespace(non_data_parallel_size=together)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(parallelism_config=config))
+    assert data_process(SimpleNamespace(process_index=5, world_size=6)) == expected
 
 
 def test_untold_runs_differ(tmp_path: Path) -> None:
