@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..distributed.fully_sharded import reshard, whole
 from ..errors import ConfigError, InputError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
@@ -92,6 +93,7 @@ def calibrate(
     for module, values in results:
         _refuse_trained_maps(layers[module], values)
     keep_in_adapters(model, lambda layer: layer in layers.values())
+    reshard(model)
     for module, values in results:  # all or none
         linear_layer(module).set_tensors(values)  # type: ignore[union-attr]
     return given
@@ -125,7 +127,7 @@ def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
 def _refuse_trained_maps(layer: LinearAttention, values: Mapping[str, Tensor]) -> None:
     """Raise `ConfigError` for learned maps that have left where they start, which `values` would put them back to."""
     others = [parameter for name, parameter in layer.named_parameters() if name not in values]  # 0 at the start
-    if layer.config.learned and layer.is_calibrated and any(bool(parameter.any()) for parameter in others):
+    if layer.config.learned and layer.is_calibrated and any(bool(whole(parameter).any()) for parameter in others):
         raise ConfigError(
             f"The learned maps of this model (kind {layer.kind!r}) have been trained, and calibrate() would put a part"
             " of them back to where they started. Calibrate before transfer_attention. To begin anew, revert the model"

@@ -16,6 +16,7 @@ from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
 from .recorded import record
+from .sharded import like_sharded
 
 C = TypeVar("C", bound=AttentionConfig)
 
@@ -153,11 +154,11 @@ class LinearAttention(nn.Module, Generic[C]):
         return None
 
     def learning_start(
-        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
     ) -> dict[str, Tensor]:
         """Values in closed form of learned tensors, by name, from one call: where attention transfer starts.
 
-        `average` makes of a mean over these tokens that over the tokens of all processes.
+        `mean` makes of a sum over these tokens and of their number the mean over the tokens of all processes.
         """
         return {}
 
@@ -269,7 +270,7 @@ class LinearAttention(nn.Module, Generic[C]):
                     f"{type(self).__name__} has no tensor {name!r} of shape {tuple(value.shape)}; it has"
                     f" { {name: tuple(tensor.shape) for name, tensor in own.items()} }."
                 )
-            own[name].copy_(value)
+            own[name].copy_(like_sharded(value, own[name]))
         self.invalidate()
 
     def invalidate(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..distributed.fully_sharded import keep_precision
 from ..errors import UnsupportedError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
@@ -88,12 +89,25 @@ def _tell_what_is_published(folder: str) -> None:
         )
 
 
+def _keep_precision(model: nn.Module) -> None:
+    """Under FSDP2 let what layers learn stay in float32, or tell that it does not."""
+    mixed = keep_precision(model)
+    if mixed:
+        logger.warning(
+            "FSDP2 gathers what the linear attention of %d layers has learned together with other weights, rounded to"
+            " the same dtype. To keep it in float32 wrap %s too (fsdp_transformer_layer_cls_to_wrap).",
+            len(mixed),
+            type(mixed[0]).__name__,
+        )
+
+
 class LinAttnCallback(TrainerCallback):
     """Tells a model's layers the training step of a `Trainer`: `Trainer(..., callbacks=[LinAttnCallback()])`.
 
     New directions come after every `redraw_interval` optimizer steps, never with a forward pass. Nothing is stored in
     the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
-    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole.
+    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole. Under FSDP2
+    through Accelerate, linear attention that is a unit keeps what it has learned in float32.
     """
 
     def __init__(self) -> None:
@@ -103,6 +117,7 @@ class LinAttnCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(args, "push_to_hub", False) and state.is_world_process_zero:
             _tell_what_is_published(args.output_dir)
+        _keep_precision(model)
         redraw_projections(model, state.global_step)
         self._begun = state.global_step
 

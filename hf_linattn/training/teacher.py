@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedError
+from ..distributed.fully_sharded import is_part, is_sharded, is_unit
+from ..errors import ConfigError, UnsupportedError
 from ..integrations.batches import prepare_inputs
 from ..integrations.call import Call
 from ..integrations.interface import softmax_output
@@ -63,6 +64,7 @@ def layer_errors(
     Raises: InputError for a batch without a real token, or one that is too long for the objective.
     """
     inputs, key_mask = prepare_inputs(inner, batch)
+    _check_units(layers)
 
     def errors(forward: Forward, **inputs: Any) -> LayerErrors:
         if objective.target == "attention":
@@ -74,6 +76,18 @@ def layer_errors(
         inner.set_attn_implementation(kind_of(inner))  # it may run on softmax at present
         found: LayerErrors = model(**inputs)
     return found
+
+
+def _check_units(layers: Mapping[int, nn.Module]) -> None:
+    """Raise `ConfigError` for layers that FSDP2 gathers with others: the passes of those have no gradients."""
+    for index, module in layers.items():
+        layer: LinearAttention[Any] = linear_layer(module)  # type: ignore[assignment]
+        if not is_unit(layer) and any(is_part(parameter) for parameter in layer.parameters()):
+            raise ConfigError(
+                f"FSDP2 shards what layer {index} learns together with other weights, whose passes are without"
+                " gradients. Call hf_linattn.training.shard_linear_attention(model) before fully_shard; where"
+                f" Accelerate does it, wrap {type(layer).__name__} too (fsdp_transformer_layer_cls_to_wrap)."
+            )
 
 
 def _attention_errors(
@@ -125,20 +139,20 @@ def _hidden_state_errors(
 def softmax_pass(
     model: PreTrainedModel, forward: Forward, inputs: dict[str, Any], layers: Iterable[nn.Module], on_layer: OnLayer
 ) -> None:
-    """Run a model under softmax, without gradients and no further than some of its layers.
+    """Run a model under softmax, without gradients and no further than some of its layers (under FSDP2 to its end).
 
     Args:
         on_layer: Called for each of `layers`, in the order of the model.
     Raises: UnsupportedError if the pass does not reach all of them.
     """
-    waiting = set(layers)
+    waiting, may_stop = set(layers), not is_sharded(model)
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
         target = softmax_output(module, call)
         if module in waiting:
             waiting.remove(module)
             on_layer(module, call, target)
-            if not waiting:
+            if not waiting and may_stop:
                 raise _Finished
         return target
 
@@ -162,12 +176,13 @@ def _hidden_states(
         outputs.append(output)
         raise _Finished  # before the head
 
-    handle = model.base_model.register_forward_hook(finish)
+    handle = None if is_sharded(model) else model.base_model.register_forward_hook(finish)
     try:
         with contextlib.suppress(_Finished):
             outputs.append(forward(**{**inputs, "output_hidden_states": True, "return_dict": True}))
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
     hidden_states = outputs[0].hidden_states
     return [hidden_states[index + 1].unsqueeze(2) for index in layers]
 
@@ -179,7 +194,10 @@ def in_graph(module: nn.Module, z: Tensor) -> Tensor:
 
 
 class _Finished(Exception):
-    """What a pass was for has been found."""
+    """What a pass was for has been found.
+
+    Not raised in models that FSDP2 shards: it would leave units gathered that are not done.
+    """
 
 
 @contextlib.contextmanager
