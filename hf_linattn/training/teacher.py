@@ -71,7 +71,12 @@ def layer_errors(
             return _attention_errors(inner, forward, inputs, layers, objective, backward)
         return _hidden_state_errors(inner, forward, inputs, layers, key_mask, backward)
 
-    with restored(inner), in_place_of_forward(inner, errors), torch.compiler.set_stance("force_eager"):
+    with (
+        restored(inner),
+        in_place_of_forward(inner, errors),
+        _units_in_graph(layers.values()),
+        torch.compiler.set_stance("force_eager"),
+    ):
         inner.eval()
         inner.set_attn_implementation(kind_of(inner))  # it may run on softmax at present
         found: LayerErrors = model(**inputs)
@@ -190,7 +195,24 @@ def _hidden_states(
 def in_graph(module: nn.Module, z: Tensor) -> Tensor:
     """`z`, with all that a layer learns in its graph: rows that fit into one window use no slots."""
     layer: LinearAttention[Any] = linear_layer(module)  # type: ignore[assignment]
-    return layer.in_training(z) if torch.is_grad_enabled() else z
+    return layer.in_training(z) if torch.is_grad_enabled() and not is_unit(layer) else z
+
+
+@contextlib.contextmanager
+def _units_in_graph(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The same for units of FSDP2, which have whole parameters only within their own pass."""
+
+    def finish(layer: Any, arguments: Any, output: Tensor) -> Tensor:
+        found: Tensor = layer.in_training(output) if torch.is_grad_enabled() else output
+        return found
+
+    units: list[Any] = [layer for layer in map(linear_layer, layers) if layer is not None and is_unit(layer)]
+    handles = [unit.register_forward_hook(finish, prepend=True) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Finished(Exception):
