@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from _common import RecipeError
+from hf_linattn.modules.base import LinearAttention
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -110,8 +111,15 @@ def prepare_sharding(model: PreTrainedModel) -> None:
             "into two groups. Use ddp.yaml, or DeepSpeed (zero3.yaml)."
         )
     layers = [name for name in getattr(model, "_no_split_modules", None) or () if not name.endswith("Embeddings")]
+    layers += linear_attention_classes(model)
     if layers:
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(layers))
+
+
+def linear_attention_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes whose parameters are to stay float32: units of their own (`LinAttnCallback`)."""
+    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    return sorted({type(layer).__name__ for layer in layers if any(True for _ in layer.parameters())})
 
 
 # -- how fast ---------------------------------------------------------------------------------------------------------

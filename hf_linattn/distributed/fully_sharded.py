@@ -117,6 +117,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def copy_learned(source: nn.Module, target: nn.Module) -> None:
+    """Give linear attention of one model what that of another has learned. All processes have to call it.
+
+    Args:
+        source: Sharded, or as it is.
+        target: The same model, whole.
+    """
+    reshard(source)
+    for one, other in zip(_layers(source), _layers(target), strict=True):
+        other.set_tensors({name: whole(parameter) for name, parameter in one.named_parameters()})
+
+
 def _layers(model: nn.Module) -> Iterator[LinearAttention[Any]]:
     yield from (module for module in model.modules() if isinstance(module, LinearAttention))
 

@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BERT, BY_NAME, GPT2, VIT, ModelCase, converted
+from cases import BERT, GPT2, VIT, ModelCase, converted
 from processes import run, share
-from strategies import ROWS, layers_of, loss_of, shard, train, whole_tensors, without_dropout
+from strategies import ROWS, layers_of, loss_of, shard, train, without_dropout
 from torch import Tensor
-
-from hf_linattn.distributed.fully_sharded import keep_precision
-from hf_linattn.errors import UnsupportedError
-from hf_linattn.training import shard_linear_attention
 
 # Pairwise: every kind and every model at least twice, with and without what is learned.
 CASES: dict[str, tuple[ModelCase, str, dict[str, Any]]] = {

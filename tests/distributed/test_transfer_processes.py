@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import BERT, GPT2, VIT, VOCAB, ModelCase
 from processes import run, share
-from strategies import layers_of, shard, whole_tensors
+from strategies import shard, whole_tensors
 from torch import Tensor
 from transfer_settings import EVA, FAVOR, LARA, transferable
 
-from hf_linattn.errors import ConfigError
 from hf_linattn.training import transfer_attention
 
 STEPS = 4
@@ -44,7 +42,9 @@ def own_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[:, :longest] for name, tensor in batch.items()}
 
 
-def transfer(model: Any, batches: list[dict[str, Tensor]], strategy: str, target: str, layers: Any) -> dict[str, Tensor]:
+def transfer(
+    model: Any, batches: list[dict[str, Tensor]], strategy: str, target: str, layers: Any
+) -> dict[str, Tensor]:
     if strategy != "one":
         batches = [own_rows(batch) for batch in batches]
     if strategy == "fsdp2":
