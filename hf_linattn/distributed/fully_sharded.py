@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,6 +128,27 @@ def copy_learned(source: nn.Module, target: nn.Module) -> None:
     reshard(source)
     for one, other in zip(_layers(source), _layers(target), strict=True):
         other.set_tensors({name: whole(parameter) for name, parameter in one.named_parameters()})
+
+
+def whole_state(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """A state dict with whole tensors, on the CPU; names that share a tensor still do.
+
+    Args:
+        keep: Whether this process keeps them. All have to call it.
+    """
+    found: dict[Any, Tensor] = {}
+    for tensor in state.values():
+        place = _storage(tensor)
+        if place not in found:
+            value = whole(tensor.detach())
+            found[place] = value.cpu() if keep else value.new_empty(0)
+    return {name: found[_storage(tensor)] for name, tensor in state.items()}
+
+
+def _storage(tensor: Any) -> Any:
+    """What two names of one tensor have in common."""
+    local = tensor.to_local() if is_part(tensor) else tensor
+    return local.untyped_storage()._cdata, local.storage_offset(), local.shape
 
 
 def _layers(model: nn.Module) -> Iterator[LinearAttention[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,23 @@ def test_a_recipe_is_that_of_one_process(tmp_path: Path, command: Callable[..., 
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_with_bfloat16_learned_maps_stay_float32(tmp_path: Path, command: Callable[..., list[str]]) -> None:
+    """In transfer, which would raise otherwise, and in fine-tuning. Accelerate gives all units one policy."""
+    steps = ["--max_steps", "1", "--save_strategy", "no", "--transfer_steps", "1", "--bf16", "true"]
+    for found in run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml"):
+        assert found["float32"]
+    assert load_file(tmp_path / "two" / "model.safetensors")["classifier.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, command: Callable[..., list[str]]) -> None:
+    steps = ["--max_steps", "5", "--save_steps", "3", "--transfer_steps", "2"]
+    run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
+    whole = load_file(tmp_path / "two" / "model.safetensors")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-5")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
