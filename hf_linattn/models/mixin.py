@@ -148,8 +148,8 @@ class LinAttnMixin:
         * safetensors only.
         * A save that is cut off leaves the checkpoint that was there, or the new one.
         * With `push_to_hub`, what this save wrote is uploaded, and a model card; nothing else that is in the folder.
-        * What FSDP2 has sharded is gathered, also in a `state_dict` that is given. All processes have to call this; the
-          first one writes.
+        * What FSDP2 has sharded is gathered, in a `state_dict` that is given too. All processes have to call this;
+          one of them writes.
         * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume
           a ViT (it loads them by name, without renaming).
         """

@@ -39,6 +39,8 @@ class LinearAttention(nn.Module, Generic[C]):
     ablation: str | None = None
     # What attends in place of `compute` where the tokens are a part of longer sequences (`distributed/`).
     sequence_parallel: Callable[[LinearAttention[Any], AttentionInputs], Tensor] | None = None
+    # What takes this process's heads out of the tensors where they are split (`distributed/tensor_parallel.py`).
+    local_heads: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
@@ -46,6 +48,7 @@ class LinearAttention(nn.Module, Generic[C]):
         self.check(config, shape)
         self.config: C = config
         self.shape = shape
+        self.num_local_heads = shape.num_heads
         spec = self.state_spec(config, shape)
         self._state_shapes = {name: torch.Size(tensor.shape) for name, tensor in spec.items()}
         self._learned = tuple(name for name, tensor in spec.items() if tensor.learned)
@@ -202,6 +205,12 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         if self._lacks_statistics:
             self._check_calibrated()
+        if query.shape[1] != self.num_local_heads:
+            raise UnsupportedError(
+                f"Layer {self.shape.layer_idx} ({self.kind}) attends with {self.num_local_heads} heads; got queries"
+                f" with {query.shape[1]}. Where tensor parallelism splits the heads, call"
+                " hf_linattn.distributed.tensor_parallel.split_heads(model, mesh)."
+            )
         inputs = AttentionInputs(
             query,
             key,
@@ -236,6 +245,10 @@ class LinearAttention(nn.Module, Generic[C]):
         return output
 
     def tensors(self) -> dict[str, Tensor]:
+        """What this process computes with: `held_tensors`, of its own heads where they are split."""
+        return self.held_tensors() if self.local_heads is None else self.local_heads(self.held_tensors())
+
+    def held_tensors(self) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
 
         Not as registered parameters and buffers: a replica of DataParallel, FSDP with flat parameters, `prune` and
@@ -263,7 +276,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @torch.no_grad()
     def set_tensors(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite some tensors in place, as after a calibration. Raises `InputError` for one that does not fit."""
-        own = self.tensors()
+        own = self.held_tensors()
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise InputError(

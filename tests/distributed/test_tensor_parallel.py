@@ -1,0 +1,128 @@
+"""Heads split over processes: outputs and gradients of one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import BERT, GPT2, VIT, away_from_start, converted
+from processes import run
+from strategies import loss_of, without_dropout
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import hf_linattn
+from hf_linattn.distributed.fully_sharded import whole
+from hf_linattn.distributed.tensor_parallel import split_heads
+from hf_linattn.errors import ConfigError, UnsupportedError
+
+PLANS: dict[str, dict[str, Any]] = {
+    "BertLayer": {
+        "attention.self.query": ColwiseParallel(),
+        "attention.self.key": ColwiseParallel(),
+        "attention.self.value": ColwiseParallel(),
+        "attention.output.dense": RowwiseParallel(),
+        "intermediate.dense": ColwiseParallel(),
+        "output.dense": RowwiseParallel(),
+    },
+    "ViTLayer": {
+        "attention.q_proj": ColwiseParallel(),
+        "attention.k_proj": ColwiseParallel(),
+        "attention.v_proj": ColwiseParallel(),
+        "attention.o_proj": RowwiseParallel(),
+    },
+}
+CASES = {
+    "bert favor_plus": (BERT, "favor_plus", {"shared_projection": True, "num_features": 4}),  # as many as heads
+    "vit favor_plus": (VIT, "favor_plus", {"redraw_interval": 2}),
+    "bert favor_sharp": (BERT, "favor_sharp", {"statistics": "calibrated"}),
+    "vit learned favor_sharp": (VIT, "favor_sharp", {"learned": True}),
+    "vit lara": (VIT, "lara", {"sample_noise": False}),
+    "bert learned lara": (BERT, "lara", {"learned": True}),
+    "bert calibrated lara": (BERT, "lara", {"proposal_source": "calibrated", "sample_noise": False}),
+    "bert eva": (BERT, "eva", {"sample_noise": False}),
+    "vit learned eva": (VIT, "eva", {"learned": True}),
+}
+
+
+def split(model: Any, *, heads: bool = True) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if heads:
+        assert split_heads(model, mesh) == 2
+    for layer in [module for module in model.modules() if type(module).__name__ in PLANS]:
+        parallelize_module(layer, mesh, PLANS[type(layer).__name__])
+    return model
+
+
+def built(name: str) -> tuple[Any, dict[str, Tensor]]:
+    case, kind, changes = CASES[name]
+    model = away_from_start(hf_linattn.convert(case.build(), case.settings(kind, **changes)), case).double()
+    batch = {key: z.double() if z.is_floating_point() else z for key, z in case.inputs(2).items()}
+    if case is BERT:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, 30:] = 0
+    return without_dropout(model), batch
+
+
+def outputs(models: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, (model, batch) in models.items():
+        output = model(**batch)
+        loss_of([output[0].double()]).backward()
+        gradients = {key: whole(p.grad) for key, p in model.named_parameters() if p.grad is not None}
+        found |= {f"{name}: {key}": value for key, value in {"output": output[0], **gradients}.items()}
+    return found
+
+
+def outputs_when_split(models: dict[str, Any]) -> dict[str, Tensor]:
+    return outputs({name: (split(model), batch) for name, (model, batch) in models.items()})
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_split_heads_are_those_of_one_process(tmp_path: Path, processes: int) -> None:
+    """With four processes each has one head, which would otherwise read all of them without an error."""
+    models = {name: built(name) for name in CASES}
+    expected = outputs(copy.deepcopy(models))
+    for found in run(tmp_path, processes, outputs_when_split, models):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    learned = [name for name in expected if ".linattn." in name]
+    assert len(learned) > 20
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+def refusals(model: Any, gpt2: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.raises(UnsupportedError, match="one projection \\(c_attn\\)"):
+        split_heads(gpt2, mesh)
+    with pytest.raises(ConfigError, match="must have one dimension"):
+        split_heads(model, init_device_mesh("cpu", (1, dist.get_world_size())))
+    parted = split(copy.deepcopy(model), heads=False)
+    with pytest.raises(UnsupportedError, match=r"attends with 4 heads; got queries with .*split_heads\(model, mesh\)"):
+        parted(**batch)
+    split(model)
+    with pytest.raises(UnsupportedError, match="look at all heads of a layer"):
+        hf_linattn.calibrate(model, [batch])
+    return {}
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_cannot_be_split_is_refused(tmp_path: Path, processes: int) -> None:
+    model, batch = built("bert favor_sharp")
+    run(tmp_path, processes, refusals, model, converted(GPT2, "favor_plus"), batch)
+
+
+def uneven(model: Any) -> dict[str, Tensor]:
+    with pytest.raises(ConfigError, match="4 heads of BertSelfAttention do not go evenly into 3 processes"):
+        split_heads(model, init_device_mesh("cpu", (3,)))
+    return {}
+
+
+def test_heads_that_do_not_go_evenly(tmp_path: Path) -> None:
+    run(tmp_path, 3, uneven, converted(BERT, "favor_plus"))
