@@ -175,7 +175,8 @@ class LinAttnMixin:
         save = super().save_pretrained  # type: ignore[misc]
         writes = writes_files(self, is_main_process)
         own: Any = self
-        if any(map(is_part, own.parameters() if state_dict is None else state_dict.values())):
+        parts = own.parameters() if state_dict is None else state_dict.values()
+        if own.tp_size is None and any(map(is_part, parts)):  # what Transformers has split it gathers by itself
             writes = writes and torch.distributed.get_rank() == 0
             arguments["state_dict"] = whole_state(own.state_dict() if state_dict is None else state_dict, keep=writes)
             if not writes:

@@ -26,7 +26,8 @@ def run(
     Raises: AssertionError with the traceback of one that fails, or if they hang.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meeting").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
     context = multiprocessing.get_context("fork")
     started = [
         context.Process(target=_work, args=(folder, rank, processes, function, args)) for rank in range(processes)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import BERT, GPT2, VIT, away_from_start, converted
+from cases import BERT, GPT2, VIT, ModelCase, away_from_start, converted
 from processes import run
 from strategies import loss_of, without_dropout
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import PreTrainedModel
 
 import hf_linattn
 from hf_linattn.distributed.fully_sharded import whole
 from hf_linattn.distributed.tensor_parallel import split_heads
 from hf_linattn.errors import ConfigError, UnsupportedError
 
+# Before it existed, tp_plan= went to from_pretrained.
+HAS_DISTRIBUTED_CONFIG = "distributed_config" in inspect.getsource(PreTrainedModel.from_pretrained)
 PLANS: dict[str, dict[str, Any]] = {
     "BertLayer": {
         "attention.self.query": ColwiseParallel(),
@@ -94,6 +99,59 @@ def test_split_heads_are_those_of_one_process(tmp_path: Path, processes: int) ->
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     learned = [name for name in expected if ".linattn." in name]
     assert len(learned) > 20
+
+
+# -- through Transformers ---------------------------------------------------------------------------------------------
+TP_PLANS = {
+    "bert-mlm": ("bert.encoder.layer.*.attention", ("self.query", "self.key", "self.value"), "output.dense"),
+    "vit": ("vit.layers.*.attention", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+}
+
+
+def loaded(case: ModelCase, folder: Path, native: bool) -> Any:
+    """A checkpoint loaded with a plan of Transformers."""
+    from transformers.distributed import DistributedConfig
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)  # in this process alone
+    place, columns, rows = TP_PLANS[case.name]
+    plan = {f"{place}.{name}": "colwise" for name in columns} | {f"{place}.{rows}": "rowwise"}
+    config = DistributedConfig(tp_plan=plan, tp_size=dist.get_world_size())
+    if native:
+        return case.stock.from_pretrained(folder, distributed_config=config, attn_implementation="favor_plus")
+    return case.auto.from_pretrained(folder, distributed_config=config)
+
+
+def by_plan(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for case in (BERT, VIT):
+        model = loaded(case, folder / case.name, native=False)
+        with pytest.raises(UnsupportedError, match="attends with 4 heads; got queries with 2"):
+            model(**case.inputs(2))
+        split_heads(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        with torch.no_grad():
+            found[case.name] = model(**case.inputs(2))[0]
+        model.save_pretrained(folder / f"{case.name}-split")
+    with pytest.raises(UnsupportedError, match="same directions for those of every process"):
+        loaded(BERT, folder / "stock", native=True)(**BERT.inputs(2))
+    return found
+
+
+@pytest.mark.skipif(not HAS_DISTRIBUTED_CONFIG, reason="Transformers splits models in another way")
+def test_a_plan_of_transformers(tmp_path: Path) -> None:
+    expected = {}
+    for case in (BERT, VIT):
+        model = away_from_start(converted(case, "favor_plus", learned=True), case)
+        model.save_pretrained(tmp_path / case.name)
+        expected[case.name] = model(**case.inputs(2))[0].detach()
+    BERT.build().save_pretrained(tmp_path / "stock")
+    for found in run(tmp_path / "run", 2, by_plan, tmp_path):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    for case in (BERT, VIT):
+        again, saved = (case.auto.from_pretrained(tmp_path / f"{case.name}{end}") for end in ("-split", ""))
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), saved.parameters(), strict=True))
+        assert again(**case.inputs(2))[0].shape == expected[case.name].shape
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
