@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from _common import RecipeError
@@ -37,7 +38,7 @@ def strategy(training: TrainingArguments) -> str:
     """What splits the work: "one process", "DataParallel", "DDP", "FSDP2", "DeepSpeed ZeRO-3"."""
     if training.world_size == 1 and training.n_gpu > 1:
         return "DataParallel"
-    if training.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if _asks_for_deepspeed(training) and not _leaves_deepspeed_out(training):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return "DeepSpeed" + (f" ZeRO-{stage}" if stage and not training.deepspeed else "")
     if training.device.type != "cpu" and _is_set("ACCELERATE_USE_FSDP"):
@@ -45,6 +46,15 @@ def strategy(training: TrainingArguments) -> str:
     if training.device.type != "cpu" and training.fsdp:
         return "FSDP"
     return "DDP" if training.world_size > 1 else "one process"
+
+
+def _asks_for_deepspeed(training: TrainingArguments) -> bool:
+    return bool(training.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def _leaves_deepspeed_out(training: TrainingArguments) -> bool:
+    """Accelerate does where a CPU is asked for (ACCELERATE_USE_CPU), and tells what it has taken instead."""
+    return training.device.type == "cpu" and training.distributed_state.distributed_type != DistributedType.DEEPSPEED
 
 
 def describe_processes(training: TrainingArguments) -> str:
@@ -82,8 +92,13 @@ def tell_missing_processes(training: TrainingArguments) -> None:
     """Warn, in a line each, if there are fewer processes than were asked for, or they do something else."""
     if found := missing_processes(training.world_size):
         logger.warning("%s. %s", found, ADVICE)
+    left_out = []
     if training.device.type == "cpu" and (training.fsdp or _is_set("ACCELERATE_USE_FSDP")):
-        logger.warning("FSDP was asked for. On a CPU Accelerate leaves it out: this run is %s", strategy(training))
+        left_out.append("FSDP")
+    if _asks_for_deepspeed(training) and _leaves_deepspeed_out(training):
+        left_out.append("DeepSpeed")
+    for name in left_out:
+        logger.warning("%s was asked for. On a CPU Accelerate leaves it out: this run is %s", name, strategy(training))
 
 
 # -- FSDP -------------------------------------------------------------------------------------------------------------

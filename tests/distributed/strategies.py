@@ -11,12 +11,30 @@ from processes import share
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_linattn.distributed.fully_sharded import whole
+from hf_linattn.distributed.tensor_parallel import split_heads
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.training import redraw_projections, shard_linear_attention
 
+PLANS: dict[str, dict[str, Any]] = {
+    "BertLayer": {
+        "attention.self.query": ColwiseParallel(),
+        "attention.self.key": ColwiseParallel(),
+        "attention.self.value": ColwiseParallel(),
+        "attention.output.dense": RowwiseParallel(),
+        "intermediate.dense": ColwiseParallel(),
+        "output.dense": RowwiseParallel(),
+    },
+    "ViTLayer": {
+        "attention.q_proj": ColwiseParallel(),
+        "attention.k_proj": ColwiseParallel(),
+        "attention.v_proj": ColwiseParallel(),
+        "attention.o_proj": RowwiseParallel(),
+    },
+}
 LAYERS = ("BertLayer", "GPT2Block", "ViTLayer")
 ROWS = 8
 
@@ -44,6 +62,16 @@ def shard(model: Any, *, param_dtype: torch.dtype | None = None, maps: bool = Tr
         fully_shard(module, **options)
         assert isinstance(module, FSDPModule)
     assert len(blocks) == 2
+    return model
+
+
+def split(model: Any, *, heads: bool = True) -> Any:
+    """Tensor parallelism; `heads`: linear attention follows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if heads:
+        assert split_heads(model, mesh) == 2
+    for layer in [module for module in model.modules() if type(module).__name__ in PLANS]:
+        parallelize_module(layer, mesh, PLANS[type(layer).__name__])
     return model
 
 

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from cases import BERT, GPT2, VIT, ModelCase, away_from_start, converted
 from processes import run
-from strategies import loss_of, without_dropout
+from strategies import loss_of, split, without_dropout
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
 import hf_linattn
@@ -26,22 +25,6 @@ from hf_linattn.errors import ConfigError, UnsupportedError
 
 # Before it existed, tp_plan= went to from_pretrained.
 HAS_DISTRIBUTED_CONFIG = "distributed_config" in inspect.getsource(PreTrainedModel.from_pretrained)
-PLANS: dict[str, dict[str, Any]] = {
-    "BertLayer": {
-        "attention.self.query": ColwiseParallel(),
-        "attention.self.key": ColwiseParallel(),
-        "attention.self.value": ColwiseParallel(),
-        "attention.output.dense": RowwiseParallel(),
-        "intermediate.dense": ColwiseParallel(),
-        "output.dense": RowwiseParallel(),
-    },
-    "ViTLayer": {
-        "attention.q_proj": ColwiseParallel(),
-        "attention.k_proj": ColwiseParallel(),
-        "attention.v_proj": ColwiseParallel(),
-        "attention.o_proj": RowwiseParallel(),
-    },
-}
 CASES = {
     "bert favor_plus": (BERT, "favor_plus", {"shared_projection": True, "num_features": 4}),  # as many as heads
     "vit favor_plus": (VIT, "favor_plus", {"redraw_interval": 2}),
@@ -53,15 +36,6 @@ CASES = {
     "bert eva": (BERT, "eva", {"sample_noise": False}),
     "vit learned eva": (VIT, "eva", {"learned": True}),
 }
-
-
-def split(model: Any, *, heads: bool = True) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if heads:
-        assert split_heads(model, mesh) == 2
-    for layer in [module for module in model.modules() if type(module).__name__ in PLANS]:
-        parallelize_module(layer, mesh, PLANS[type(layer).__name__])
-    return model
 
 
 def built(name: str) -> tuple[Any, dict[str, Tensor]]:

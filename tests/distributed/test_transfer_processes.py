@@ -14,7 +14,8 @@ from strategies import shard, whole_tensors
 from torch import Tensor
 from transfer_settings import EVA, FAVOR, LARA, transferable
 
-from hf_linattn.training import transfer_attention
+from hf_linattn.errors import ConfigError, UnsupportedError
+from hf_linattn.training import shard_linear_attention, transfer_attention
 
 STEPS = 4
 
@@ -73,6 +74,20 @@ def transfer_all(models: dict[str, Any], strategy: str) -> dict[str, Tensor]:
         done = transfer(model, rows(case), strategy, target, layers)
         found |= {f"{name}: {key}": value for key, value in done.items()}
     return found
+
+
+def refused(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    shard(model, maps=False)
+    with pytest.raises(ConfigError, match="shard_linear_attention.* wrap FavorPlusAttention"):
+        transfer_attention(model, batches, steps=1)
+    with pytest.raises(UnsupportedError, match="sharded already"):
+        shard_linear_attention(model)
+    return {}
+
+
+def test_maps_that_are_gathered_with_their_layers_are_refused(tmp_path: Path) -> None:
+    """Those layers run without gradients, and FSDP2 would take the maps away before the backward pass."""
+    run(tmp_path, 2, refused, transferable(BERT, FAVOR), equal_rows(BERT))
 
 
 @pytest.mark.parametrize("strategy", ["plain", "fsdp2"])

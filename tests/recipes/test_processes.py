@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from _processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
@@ -27,6 +28,7 @@ def training(**values: Any) -> Any:
         "device": torch.device("cpu"),
         "fsdp": None,
         "deepspeed": None,
+        "distributed_state": SimpleNamespace(distributed_type=DistributedType.MULTI_CPU),
         "train_batch_size": 4,
         "gradient_accumulation_steps": 2,
     }
@@ -35,6 +37,7 @@ def training(**values: Any) -> Any:
 
 GPUS = {"world_size": 4, "n_gpu": 1, "device": torch.device("cuda", 0)}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
@@ -50,6 +53,8 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**GPUS, "fsdp": True}, {}, "FSDP"),
         (GPUS, ZERO, "DeepSpeed ZeRO-3"),
         ({**GPUS, "deepspeed": "file.json"}, {}, "DeepSpeed"),
+        ({"world_size": 2}, ZERO, "DDP"),  # nor DeepSpeed, where a CPU is asked for
+        ({"world_size": 2, "distributed_state": DEEPSPEED}, ZERO, "DeepSpeed ZeRO-3"),
         ({**GPUS, "world_size": 1, "n_gpu": 2}, {}, "DataParallel"),
     ],
 )
@@ -93,10 +98,13 @@ def test_processes_that_are_missing(
     assert missing_processes(processes) == expected
 
 
-def test_fsdp_that_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize(("name", "variable"), [("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", [*ZERO][0])])
+def test_what_is_left_out(
+    name: str, variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, "true")
     tell_missing_processes(training(world_size=2))
-    assert caplog.messages == ["FSDP was asked for. On a CPU Accelerate leaves it out: this run is DDP"]
+    assert caplog.messages == [f"{name} was asked for. On a CPU Accelerate leaves it out: this run is DDP"]
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
