@@ -13,7 +13,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from _common import RecipeError
@@ -38,7 +37,7 @@ def strategy(training: TrainingArguments) -> str:
     """What splits the work: "one process", "DataParallel", "DDP", "FSDP2", "DeepSpeed ZeRO-3"."""
     if training.world_size == 1 and training.n_gpu > 1:
         return "DataParallel"
-    if _asks_for_deepspeed(training) and not _leaves_deepspeed_out(training):
+    if _asks_for_deepspeed(training) and not _is_set("ACCELERATE_USE_CPU"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return "DeepSpeed" + (f" ZeRO-{stage}" if stage and not training.deepspeed else "")
     if training.device.type != "cpu" and _is_set("ACCELERATE_USE_FSDP"):
@@ -50,11 +49,6 @@ def strategy(training: TrainingArguments) -> str:
 
 def _asks_for_deepspeed(training: TrainingArguments) -> bool:
     return bool(training.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED")
-
-
-def _leaves_deepspeed_out(training: TrainingArguments) -> bool:
-    """Accelerate does where a CPU is asked for (ACCELERATE_USE_CPU), and tells what it has taken instead."""
-    return training.device.type == "cpu" and training.distributed_state.distributed_type != DistributedType.DEEPSPEED
 
 
 def describe_processes(training: TrainingArguments) -> str:
@@ -95,7 +89,7 @@ def tell_missing_processes(training: TrainingArguments) -> None:
     left_out = []
     if training.device.type == "cpu" and (training.fsdp or _is_set("ACCELERATE_USE_FSDP")):
         left_out.append("FSDP")
-    if _asks_for_deepspeed(training) and _leaves_deepspeed_out(training):
+    if _asks_for_deepspeed(training) and _is_set("ACCELERATE_USE_CPU"):
         left_out.append("DeepSpeed")
     for name in left_out:
         logger.warning("%s was asked for. On a CPU Accelerate leaves it out: this run is %s", name, strategy(training))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from _processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
@@ -28,7 +27,6 @@ def training(**values: Any) -> Any:
         "device": torch.device("cpu"),
         "fsdp": None,
         "deepspeed": None,
-        "distributed_state": SimpleNamespace(distributed_type=DistributedType.MULTI_CPU),
         "train_batch_size": 4,
         "gradient_accumulation_steps": 2,
     }
@@ -37,7 +35,6 @@ def training(**values: Any) -> Any:
 
 GPUS = {"world_size": 4, "n_gpu": 1, "device": torch.device("cuda", 0)}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-DEEPSPEED = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
@@ -53,8 +50,8 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**GPUS, "fsdp": True}, {}, "FSDP"),
         (GPUS, ZERO, "DeepSpeed ZeRO-3"),
         ({**GPUS, "deepspeed": "file.json"}, {}, "DeepSpeed"),
-        ({"world_size": 2}, ZERO, "DDP"),  # nor DeepSpeed, where a CPU is asked for
-        ({"world_size": 2, "distributed_state": DEEPSPEED}, ZERO, "DeepSpeed ZeRO-3"),
+        ({"world_size": 2}, ZERO, "DeepSpeed ZeRO-3"),
+        ({"world_size": 2}, ZERO | {"ACCELERATE_USE_CPU": "true"}, "DDP"),  # nor DeepSpeed, where a CPU is asked for
         ({**GPUS, "world_size": 1, "n_gpu": 2}, {}, "DataParallel"),
     ],
 )
@@ -102,6 +99,7 @@ def test_processes_that_are_missing(
 def test_what_is_left_out(
     name: str, variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv(variable, "true")
     tell_missing_processes(training(world_size=2))
     assert caplog.messages == [f"{name} was asked for. On a CPU Accelerate leaves it out: this run is DDP"]
