@@ -41,7 +41,8 @@ def calibrate(
 
     One pass over the batches in evaluation mode, without gradients; O(head_dim^2) numbers per head are kept,
     whatever the amount of data (LARA: a sample of fixed size). Padding does not count. Calling it again replaces the
-    statistics. In a distributed run every process passes its own batches and all end with the same statistics.
+    statistics. In a distributed run every process passes its own batches and all end with the same statistics; of a
+    model that FSDP2 has sharded as many on each, because its passes exchange weights.
 
     Args:
         model: Converted, as it is or wrapped. Changed in place. With an adapter (PEFT) in it the statistics are those

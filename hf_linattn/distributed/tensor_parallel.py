@@ -39,7 +39,7 @@ def split_heads(model: nn.Module, mesh: Any) -> int:
     Args:
         mesh: A `DeviceMesh` of one dimension.
     Returns: The number of layers.
-    Raises: ConfigError for heads that cannot be split evenly, and for a mesh of several dimensions;
+    Raises: ConfigError for a model without linear attention, for heads that cannot be split evenly, and for a mesh of several dimensions;
         UnsupportedError for a model whose queries, keys and values come from one projection (GPT-2).
     """
     if mesh.ndim != 1:
@@ -47,6 +47,10 @@ def split_heads(model: nn.Module, mesh: Any) -> int:
             f"mesh must have one dimension, that of the heads; got {mesh}. Pass mesh['tp'], or its name."
         )
     layers = [(module, layer) for module in model.modules() for layer in _held(module)]
+    if not layers:
+        raise ConfigError(
+            "The model has no linear attention to split. Convert it first; adapters (PEFT) come off before."
+        )
     for module, layer in layers:
         heads = layer.shape.num_heads
         if heads % mesh.size():

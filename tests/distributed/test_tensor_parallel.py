@@ -16,15 +16,15 @@ from processes import run
 from strategies import loss_of, split, without_dropout
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 import hf_linattn
 from hf_linattn.distributed.fully_sharded import whole
 from hf_linattn.distributed.tensor_parallel import split_heads
 from hf_linattn.errors import ConfigError, UnsupportedError
 
-# Before it existed, tp_plan= went to from_pretrained.
-HAS_DISTRIBUTED_CONFIG = "distributed_config" in inspect.getsource(PreTrainedModel.from_pretrained)
+# Earlier releases know a class of this name that is for experts alone.
+HAS_DISTRIBUTED_CONFIG = "tp_plan" in inspect.signature(DistributedConfig).parameters
 CASES = {
     "bert favor_plus": (BERT, "favor_plus", {"shared_projection": True, "num_features": 4}),  # as many as heads
     "vit favor_plus": (VIT, "favor_plus", {"redraw_interval": 2}),
@@ -84,8 +84,6 @@ TP_PLANS = {
 
 def loaded(case: ModelCase, folder: Path, native: bool) -> Any:
     """A checkpoint loaded with a plan of Transformers."""
-    from transformers.distributed import DistributedConfig
-
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)  # in this process alone
     place, columns, rows = TP_PLANS[case.name]
@@ -133,6 +131,8 @@ def refusals(model: Any, gpt2: Any, batch: dict[str, Tensor]) -> dict[str, Tenso
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with pytest.raises(UnsupportedError, match="one projection \\(c_attn\\)"):
         split_heads(gpt2, mesh)
+    with pytest.raises(ConfigError, match="no linear attention to split"):
+        split_heads(torch.nn.Linear(2, 2), mesh)
     with pytest.raises(ConfigError, match="must have one dimension"):
         split_heads(model, init_device_mesh("cpu", (1, dist.get_world_size())))
     parted = split(copy.deepcopy(model), heads=False)
