@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel, TrainingArguments
 import hf_linattn
 from _common import RecipeError, refuse_idle_flags
 from _data import Data, first_rows, is_stream
-from _processes import strategy
+from _processes import prepare_sharding, strategy
 from _repeatable import RepeatableTrainer
 from hf_linattn.cli.values import name_list
+from hf_linattn.distributed.fully_sharded import copy_learned
 from hf_linattn.training import AttentionTransferTrainer
 from hf_linattn.training.transfer import LEARNING_RATES
 
@@ -83,8 +85,13 @@ def adapt(
         calibrate(model, list(chosen) if is_stream(chosen) else chosen, collate, training)
         done["calibration_rows"] = args.calibration_samples if is_stream(rows) else len(chosen)
     if args.transfer_steps:
-        trainer = _transfer_trainer(model, trained, collate, args, training)
+        # What FSDP2 has sharded stays so, and Accelerate cannot shard it again for the run that follows.
+        is_sharded = strategy(training) == "FSDP2"
+        taught = copy.deepcopy(model) if is_sharded else model
+        trainer = _transfer_trainer(taught, trained, collate, args, training)
         trainer.train()
+        if is_sharded:
+            copy_learned(taught, model)
         last = [entry for entry in trainer.state.log_history if "error" in entry][-1]
         done["transfer"] = {"steps": args.transfer_steps, "error": last["error"]}
         logger.info("Attention transfer: relative error %.3f after %d steps", last["error"], args.transfer_steps)
@@ -103,11 +110,19 @@ class _Transfer(RepeatableTrainer, AttentionTransferTrainer):
     """Attention transfer that sees the rows in the order that the seed gives."""
 
 
+def check_transfer_strategy(training: TrainingArguments) -> None:
+    """Raise RecipeError where attention transfer cannot follow what splits the work."""
+    if strategy(training) == "FSDP" or strategy(training).startswith("DeepSpeed"):
+        raise RecipeError(
+            f"Attention transfer does not run under {strategy(training)}: use DDP (ddp.yaml) or FSDP2 (fsdp2.yaml)."
+        )
+
+
 def _transfer_trainer(
     model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
 ) -> _Transfer:
-    if strategy(training).startswith(("FSDP", "DeepSpeed")):
-        raise RecipeError("--transfer_steps runs on whole models: leave FSDP and DeepSpeed out, DDP is enough.")
+    check_transfer_strategy(training)
+    prepare_sharding(model)
     arguments = type(training)(
         output_dir=training.output_dir,
         max_steps=args.transfer_steps,

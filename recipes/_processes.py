@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from _common import RecipeError
+from hf_linattn.modules.base import LinearAttention
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -36,7 +37,7 @@ def strategy(training: TrainingArguments) -> str:
     """What splits the work: "one process", "DataParallel", "DDP", "FSDP2", "DeepSpeed ZeRO-3"."""
     if training.world_size == 1 and training.n_gpu > 1:
         return "DataParallel"
-    if training.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if _asks_for_deepspeed(training) and not _is_set("ACCELERATE_USE_CPU"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         return "DeepSpeed" + (f" ZeRO-{stage}" if stage and not training.deepspeed else "")
     if training.device.type != "cpu" and _is_set("ACCELERATE_USE_FSDP"):
@@ -44,6 +45,10 @@ def strategy(training: TrainingArguments) -> str:
     if training.device.type != "cpu" and training.fsdp:
         return "FSDP"
     return "DDP" if training.world_size > 1 else "one process"
+
+
+def _asks_for_deepspeed(training: TrainingArguments) -> bool:
+    return bool(training.deepspeed) or _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def describe_processes(training: TrainingArguments) -> str:
@@ -88,8 +93,13 @@ def tell_missing_processes(training: TrainingArguments) -> None:
     """Warn, in a line each, if there are fewer processes than were asked for, or they do something else."""
     if found := missing_processes(training.world_size):
         logger.warning("%s. %s", found, ADVICE)
+    left_out = []
     if training.device.type == "cpu" and (training.fsdp or _is_set("ACCELERATE_USE_FSDP")):
-        logger.warning("FSDP was asked for. On a CPU Accelerate leaves it out: this run is %s", strategy(training))
+        left_out.append("FSDP")
+    if _asks_for_deepspeed(training) and _is_set("ACCELERATE_USE_CPU"):
+        left_out.append("DeepSpeed")
+    for name in left_out:
+        logger.warning("%s was asked for. On a CPU Accelerate leaves it out: this run is %s", name, strategy(training))
 
 
 # -- FSDP -------------------------------------------------------------------------------------------------------------
@@ -117,8 +127,15 @@ def prepare_sharding(model: PreTrainedModel) -> None:
             "into two groups. Use ddp.yaml, or DeepSpeed (zero3.yaml)."
         )
     layers = [name for name in getattr(model, "_no_split_modules", None) or () if not name.endswith("Embeddings")]
+    layers += linear_attention_classes(model)
     if layers:
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(layers))
+
+
+def linear_attention_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes whose parameters are to stay float32: units of their own (`LinAttnCallback`)."""
+    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    return sorted({type(layer).__name__ for layer in layers if any(True for _ in layer.parameters())})
 
 
 # -- how fast ---------------------------------------------------------------------------------------------------------

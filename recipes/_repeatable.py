@@ -117,7 +117,7 @@ class RepeatableTrainer(ContextParallelTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             lengths=self.train_dataset[args.length_column_name] if args.train_sampling_strategy == GROUPED else None,
             # The rows of a step, so that the order is the same on any number of processes.
-            group=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            group=self.get_total_train_batch_size(args),
         )
         loader.set_sampler(sampler)
         self._tell_epoch.sampler = sampler

@@ -13,6 +13,7 @@ short goes on from its last complete checkpoint when it is started again.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 import hf_linattn
-from _adaptation import calibrate
+from _adaptation import calibrate, check_transfer_strategy
 from _checkpoints import find_checkpoint
 from _common import (
     AttentionArguments,
@@ -38,11 +39,12 @@ from _common import (
     versions,
 )
 from _models import load_config, load_model, load_processor, load_vocabulary
-from _processes import Progress, describe_processes
+from _processes import Progress, describe_processes, strategy
 from _training import ModelArguments, parse_flags, start_logging
 from _transfer_stages import TransferArguments, TransferTrainer, TransferTrainingArguments
 from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
 from hf_linattn.cli.checkpoints import model_class
+from hf_linattn.distributed.fully_sharded import copy_learned
 from hf_linattn.hub import TransferRecord
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -135,8 +137,11 @@ def main(
         calibrate(model, rows.calibration, rows.collate, training_args)
         calibration_rows = len(rows.calibration)
 
+    check_transfer_strategy(training_args)
+    # One process compares, which needs the whole model.
+    is_sharded = strategy(training_args) == "FSDP2"
     trainer = TransferTrainer(
-        model=model,
+        model=copy.deepcopy(model) if is_sharded else model,
         args=training_args,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
@@ -150,8 +155,6 @@ def main(
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise RecipeError("Attention transfer runs on whole models: leave FSDP and DeepSpeed out, DDP is enough.")
     trainer.card_facts = {"base_model": model_args.base_on_hub, "repo_id": training_args.hub_model_id}
 
     # One process compares; the others wait where the training begins.
@@ -164,6 +167,8 @@ def main(
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()
+        if is_sharded:
+            copy_learned(trainer.model, model)
         if not quiet:
             trainer.log_metrics("train", metrics)
     if compares:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..distributed.fully_sharded import reshard, whole
 from ..errors import ConfigError, InputError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
@@ -40,7 +41,8 @@ def calibrate(
 
     One pass over the batches in evaluation mode, without gradients; O(head_dim^2) numbers per head are kept,
     whatever the amount of data (LARA: a sample of fixed size). Padding does not count. Calling it again replaces the
-    statistics. In a distributed run every process passes its own batches and all end with the same statistics.
+    statistics. In a distributed run every process passes its own batches and all end with the same statistics; of a
+    model that FSDP2 has sharded as many on each, because its passes exchange weights.
 
     Args:
         model: Converted, as it is or wrapped. Changed in place. With an adapter (PEFT) in it the statistics are those
@@ -92,6 +94,7 @@ def calibrate(
     for module, values in results:
         _refuse_trained_maps(layers[module], values)
     keep_in_adapters(model, lambda layer: layer in layers.values())
+    reshard(model)
     for module, values in results:  # all or none
         linear_layer(module).set_tensors(values)  # type: ignore[union-attr]
     return given
@@ -125,7 +128,7 @@ def _calibratable(model: PreTrainedModel) -> dict[nn.Module, LinearAttention]:
 def _refuse_trained_maps(layer: LinearAttention, values: Mapping[str, Tensor]) -> None:
     """Raise `ConfigError` for learned maps that have left where they start, which `values` would put them back to."""
     others = [parameter for name, parameter in layer.named_parameters() if name not in values]  # 0 at the start
-    if layer.config.learned and layer.is_calibrated and any(bool(parameter.any()) for parameter in others):
+    if layer.config.learned and layer.is_calibrated and any(bool(whole(parameter).any()) for parameter in others):
         raise ConfigError(
             f"The learned maps of this model (kind {layer.kind!r}) have been trained, and calibrate() would put a part"
             " of them back to where they started. Calibrate before transfer_attention. To begin anew, revert the model"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.fully_sharded import is_part
 from ..errors import ConfigError, UnsupportedError
 from ..modules.config import AttentionConfig
 from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
@@ -59,6 +60,12 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
         str(query.device),
         module.training,
     )
+    if state and any(map(is_part, module.parameters())):
+        raise UnsupportedError(
+            "Tensor parallelism gives this process some of the heads, and native mode would draw the same directions"
+            " for those of every process. Convert the model and call split_heads (docs/clusters.md)."
+            f" {convert_first(config)}"
+        )
     if call.is_cross:
         _check_cross(settings, config)
         if query.shape[2] == key.shape[2]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
+from ..modules.base import LinearAttention
 from .call import Call
 from .families import is_converted
 from .interface import resolve_call
@@ -36,9 +38,15 @@ def observed_attention(model: PreTrainedModel, on_call: OnCall) -> Iterator[None
         on_call: Called as `on_call(module, call)`, layer by layer. Returns the output with which the model goes on,
             `[batch, queries, heads, head_dim]`: as a rule `softmax_output(module, call)` or
             `linear_output(module, call)` of `interface.py`.
+    Raises: UnsupportedError for a model whose heads are split over processes.
     """
     register_attention(OBSERVER, _observe, linattn_mask)
     modules = list(model.modules())
+    if any(isinstance(module, LinearAttention) and module.local_heads is not None for module in modules):
+        raise UnsupportedError(
+            "Calibration, attention transfer and comparisons look at all heads of a layer, which are split over"
+            " processes (split_heads). Call them before."
+        )
     outer = {module: _observed[module] for module in modules if module in _observed}
     # A compiled model would be compiled with what `on_call` does, some of it at compile time.
     with restored(model), torch.compiler.set_stance("force_eager"):

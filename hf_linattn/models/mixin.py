@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..distributed.fully_sharded import is_part, whole_state
 from ..errors import CheckpointError, ConfigError, InputError
 from ..integrations.adapters import name_as_unsaved
 from ..integrations.attach import (
@@ -34,7 +35,7 @@ from ..modules.base import LinearAttention
 from ..modules.registry import get_kind, list_kinds
 from .config import check_attention
 from .publishing import push_folder
-from .saving import save_atomically
+from .saving import check_saveable, save_atomically
 from .signatures import forward_of, init_of, signed_like
 from .torn_saves import load_consistently
 
@@ -151,6 +152,8 @@ class LinAttnMixin:
         * safetensors only.
         * A save that is cut off leaves the checkpoint that was there, or the new one.
         * With `push_to_hub`, what this save wrote is uploaded, and a model card; nothing else that is in the folder.
+        * What FSDP2 has sharded is gathered, in a `state_dict` that is given too. All processes have to call this;
+          one of them writes.
         * `save_original_format` is False: weights keep the names they have in the model, so that a Trainer can resume
           a ViT (it loads them by name, without renaming).
         """
@@ -172,8 +175,16 @@ class LinAttnMixin:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, token=token, **arguments, **kwargs)  # type: ignore[misc]
             return
         check_consistent(self)
+        check_saveable(self, state_dict)
         save = super().save_pretrained  # type: ignore[misc]
         writes = writes_files(self, is_main_process)
+        own: Any = self
+        parts = own.parameters() if state_dict is None else state_dict.values()
+        if own.tp_size is None and any(map(is_part, parts)):  # what Transformers has split it gathers by itself
+            writes = writes and torch.distributed.get_rank() == 0
+            arguments["state_dict"] = whole_state(own.state_dict() if state_dict is None else state_dict, keep=writes)
+            if not writes:
+                return
         names = save_atomically(save, save_directory, arguments, writes=writes)
         if push_to_hub and writes:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))

@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..distributed.fully_sharded import reshard
+from ..errors import CheckpointError
 from ..integrations.model_seams import CONFIG_NAME, WEIGHTS_POINTER
 
 try:
@@ -33,6 +35,21 @@ STAGING_PREFIX = "_incomplete_save_"
 _READY = "ready"  # in a staging folder: every file once more, to be moved away
 _POINTING_CONFIG = "pointing_config.json"
 _POINTING_INDEX = "pointing.safetensors.index.json"
+
+
+def check_saveable(model: Any, state_dict: Any) -> None:
+    """Get a sharded model ready for its state dict.
+
+    Raises: CheckpointError where a process has only parts of the weights, which would be written as if they were all.
+    """
+    reshard(model)
+    parts = [name for name, p in model.named_parameters() if hasattr(p, "ds_id") and p.numel() < p.ds_numel]
+    parts += [name for name, p in model.named_parameters() if getattr(p, "_is_flat_param", False)]
+    if parts and state_dict is None:
+        raise CheckpointError(
+            f"This process has only parts of the weights ({parts[0]}): DeepSpeed or FSDP1 has sharded them. Pass"
+            " state_dict=accelerator.get_state_dict(model), or let the Trainer save."
+        )
 
 
 def save_atomically(

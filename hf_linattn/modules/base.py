@@ -16,6 +16,7 @@ from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
 from .recorded import record
+from .sharded import like_sharded
 from .training_place import TrainingPlace, row_noise, slot_dropout
 
 C = TypeVar("C", bound=AttentionConfig)
@@ -41,6 +42,8 @@ class LinearAttention(nn.Module, Generic[C]):
     training_place: TrainingPlace | None = None
     # What attends in place of `compute` where the tokens are a part of longer sequences (`distributed/`).
     sequence_parallel: Callable[[LinearAttention[Any], AttentionInputs], Tensor] | None = None
+    # What takes this process's heads out of the tensors where they are split (`distributed/tensor_parallel.py`).
+    local_heads: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __init__(self, config: C, shape: LayerShape) -> None:
         super().__init__()
@@ -48,6 +51,7 @@ class LinearAttention(nn.Module, Generic[C]):
         self.check(config, shape)
         self.config: C = config
         self.shape = shape
+        self.num_local_heads = shape.num_heads
         spec = self.state_spec(config, shape)
         self._state_shapes = {name: torch.Size(tensor.shape) for name, tensor in spec.items()}
         self._learned = tuple(name for name, tensor in spec.items() if tensor.learned)
@@ -157,11 +161,11 @@ class LinearAttention(nn.Module, Generic[C]):
         return None
 
     def learning_start(
-        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
     ) -> dict[str, Tensor]:
         """Values in closed form of learned tensors, by name, from one call: where attention transfer starts.
 
-        `average` makes of a mean over these tokens that over the tokens of all processes.
+        `mean` makes of a sum over these tokens and of their number the mean over the tokens of all processes.
         """
         return {}
 
@@ -205,6 +209,12 @@ class LinearAttention(nn.Module, Generic[C]):
         """
         if self._lacks_statistics:
             self._check_calibrated()
+        if query.shape[1] != self.num_local_heads:
+            raise UnsupportedError(
+                f"Layer {self.shape.layer_idx} ({self.kind}) attends with {self.num_local_heads} heads; got queries"
+                f" with {query.shape[1]}. Where tensor parallelism splits the heads, call"
+                " hf_linattn.distributed.tensor_parallel.split_heads(model, mesh)."
+            )
         inputs = AttentionInputs(
             query,
             key,
@@ -243,6 +253,10 @@ class LinearAttention(nn.Module, Generic[C]):
         return output
 
     def tensors(self) -> dict[str, Tensor]:
+        """What this process computes with: `held_tensors`, of its own heads where they are split."""
+        return self.held_tensors() if self.local_heads is None else self.local_heads(self.held_tensors())
+
+    def held_tensors(self) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
 
         Not as registered parameters and buffers: a replica of DataParallel, FSDP with flat parameters, `prune` and
@@ -270,14 +284,14 @@ class LinearAttention(nn.Module, Generic[C]):
     @torch.no_grad()
     def set_tensors(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite some tensors in place, as after a calibration. Raises `InputError` for one that does not fit."""
-        own = self.tensors()
+        own = self.held_tensors()
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise InputError(
                     f"{type(self).__name__} has no tensor {name!r} of shape {tuple(value.shape)}; it has"
                     f" { {name: tuple(tensor.shape) for name, tensor in own.items()} }."
                 )
-            own[name].copy_(value)
+            own[name].copy_(like_sharded(value, own[name]))
         self.invalidate()
 
     def invalidate(self) -> None:

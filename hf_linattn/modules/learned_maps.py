@@ -137,7 +137,10 @@ def with_value_convolution(
 
 
 def learned_start(
-    config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs, average: Callable[[Tensor], Tensor]
+    config: AttentionConfig,
+    state: Mapping[str, Tensor],
+    inputs: AttentionInputs,
+    mean: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Shifts, slot bias and offset in closed form from one call."""
     return learning_start(
@@ -149,5 +152,5 @@ def learned_start(
         scaling=inputs.scaling,
         grid=inputs.grid,
         num_global_tokens=config.num_global_tokens or 0,
-        average=average,
+        mean=mean,
     )

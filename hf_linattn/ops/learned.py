@@ -155,7 +155,7 @@ def learning_start(
     scaling: float | None = None,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
-    average: Callable[[Tensor], Tensor] = lambda z: z,
+    mean: Callable[[Tensor, Tensor], Tensor] = torch.div,
 ) -> dict[str, Tensor]:
     """Where training starts, in closed form: values of `query_shift`, `key_shift`, `slot_bias` and `far_offset`.
 
@@ -165,7 +165,7 @@ def learning_start(
 
     Args:
         query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_attention`.
-        average: Of a mean over these tokens, that over the tokens of all processes.
+        mean: From a sum over these tokens and their number to the mean over the tokens of all processes.
     Cost: O(tokens^2) time and memory: for a batch of a few sequences.
     """
     query, key = query.float(), key.float()
@@ -173,7 +173,7 @@ def learning_start(
     tokens = prepare_tokens(query, key, key, key_mask, factor, options.is_causal, num_global_tokens, grid)
     real = _real(tokens).to(key.dtype)
     seen = feature_map.in_coordinates(tokens.query, tokens.key)
-    query_shift, key_shift = (average((z * real).sum((0, 2)) / real.sum()) for z in seen)
+    query_shift, key_shift = (mean((z * real).sum((0, 2)), real.sum()) for z in seen)
     slot_bias = feature_map.slot_bias + moved_by(feature_map.query_directions, query_shift - feature_map.query_shift)
     if feature_map.normalizer == "kernel":
         slot_bias = slot_bias + moved_by(feature_map.key_directions, key_shift - feature_map.key_shift)
@@ -190,14 +190,17 @@ def learning_start(
         maps = replace(started, far_offset=torch.zeros_like(started.far_offset) + offset)
         return exact.with_slots(maps.query_weights(tokens.query), maps.key_weights(tokens.key)).lse
 
-    return start | {"far_offset": average(matching_offset(tokens, mass, is_causal=options.is_causal))}
+    return start | {"far_offset": matching_offset(tokens, mass, is_causal=options.is_causal, mean=mean)}
 
 
-def matching_offset(tokens: Tokens, mass: Callable[[float], Tensor], *, is_causal: bool) -> Tensor:
+def matching_offset(
+    tokens: Tokens, mass: Callable[[float], Tensor], *, is_causal: bool, mean: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """The offset of the slots' log-mass with which its mean over queries is that of the keys that they stand for.
 
     Args:
         mass: Log-mass of exact keys and slots together, `[batch, heads, tokens]`, given the offset.
+        mean: As in `learning_start`.
     Returns: `[heads]`; 0 where no query reads a slot.
     """
     real = _real(tokens)
@@ -207,7 +210,7 @@ def matching_offset(tokens: Tokens, mass: Callable[[float], Tensor], *, is_causa
     near = mass(float("-inf"))
     far, slots = (total + torch.log1p(-(near - total).exp()) for total in (logits.logsumexp(-1), mass(0.0)))
     seen = far.isfinite() & slots.isfinite() & real.squeeze(-1)
-    return torch.where(seen, far - slots, 0.0).sum((0, 2)) / seen.sum((0, 2)).clamp_min(1)
+    return mean(torch.where(seen, far - slots, 0.0).sum((0, 2)), seen.sum((0, 2))).nan_to_num(0.0)  # 0 / 0 if none
 
 
 def _real(tokens: Tokens) -> Tensor:

@@ -1,6 +1,7 @@
 """Training converted models: what a training loop has to tell the attention layers, and attention transfer."""
 
 from ..distributed.context import reduce_gradients
+from ..distributed.fully_sharded import shard_linear_attention
 from .callback import LinAttnCallback, redraw_projections
 from .context_parallel import context_parallel
 from .context_parallel_trainer import ContextParallelTrainer
@@ -18,5 +19,6 @@ __all__ = [
     "loss_weights",
     "redraw_projections",
     "reduce_gradients",
+    "shard_linear_attention",
     "transfer_attention",
 ]

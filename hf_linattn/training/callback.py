@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..distributed.fully_sharded import keep_precision
 from ..errors import UnsupportedError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.advice import convert_first
@@ -90,6 +91,18 @@ def _tell_what_is_published(folder: str) -> None:
         )
 
 
+def _keep_precision(model: nn.Module) -> None:
+    """Under FSDP2 let what layers learn stay in float32, or tell that it does not."""
+    mixed = keep_precision(model)
+    if mixed:
+        logger.warning(
+            "FSDP2 gathers what the linear attention of %d layers has learned together with other weights, rounded to"
+            " the same dtype. To keep it in float32 wrap %s too (fsdp_transformer_layer_cls_to_wrap).",
+            len(mixed),
+            type(mixed[0]).__name__,
+        )
+
+
 def data_process(args: Any) -> tuple[int, int]:
     """Which share of the data this process reads, and how many there are: processes of a tensor or context parallel
     group read the same."""
@@ -97,6 +110,7 @@ def data_process(args: Any) -> tuple[int, int]:
         return 0, 1
     config = import_module("accelerate.state").AcceleratorState().parallelism_config
     together = 1 if config is None else config.non_data_parallel_size
+    together *= getattr(args, "context_parallel_size", 1)  # ContextParallelTrainer
     return args.process_index // together, args.world_size // together
 
 
@@ -107,7 +121,8 @@ class LinAttnCallback(TrainerCallback):
     EVA and the dropout of slots are those of the rows (`key_noise`, with `args.seed`), the same on any number of
     processes (DataParallel splits a batch after the fact: there they are those of torch's generators). Nothing is
     stored in the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
-    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole.
+    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole. Under FSDP2
+    through Accelerate, linear attention that is a unit keeps what it has learned in float32.
     """
 
     def __init__(self) -> None:
@@ -118,6 +133,7 @@ class LinAttnCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(args, "push_to_hub", False) and state.is_world_process_zero:
             _tell_what_is_published(args.output_dir)
+        _keep_precision(model)
         redraw_projections(model, state.global_step)
         self._begun = state.global_step
 

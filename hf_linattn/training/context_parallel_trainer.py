@@ -41,6 +41,7 @@ class ContextParallelTrainer(Trainer):
         if context_parallel_size != 1:
             sizes = (self.args.world_size // context_parallel_size, context_parallel_size)
             # The names that Accelerate knows: it gives processes along "cp" the same rows.
+            self.args.context_parallel_size = context_parallel_size  # for LinAttnCallback, which numbers the rows
             self.mesh = init_device_mesh(self.args.device.type, sizes, mesh_dim_names=("dp_replicate", "cp"))
 
     def get_train_dataloader(self) -> DataLoader:

@@ -66,8 +66,7 @@ def relative_error(output: Tensor, target: Tensor, key_mask: Tensor | None) -> T
     """
     target, output = target.float(), output.float()
     real = _real(key_mask, target[..., :1, :1])
-    count = average(real.sum(dtype=torch.float32))
-    mean = average((target * real).sum((0, 1), keepdim=True)) / count
+    mean = mean_of((target * real).sum((0, 1), keepdim=True), real.sum())
     error, spread = (((target - z).square() * real).sum((0, 1, 3)) for z in (output, mean))
     return (error / average(spread.detach()).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
@@ -153,8 +152,23 @@ def is_exact(error: Tensor, dtype: torch.dtype) -> Tensor:
 
 def average(z: Tensor) -> Tensor:
     """The mean of a tensor without gradient over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
+    return total(z) / processes()
+
+
+def mean_of(z: Tensor, count: Tensor) -> Tensor:
+    """The mean over all processes of what is summed in `z` on this one, where it is `count` things."""
+    return total(z) / total(count.to(z.dtype))
+
+
+def total(z: Tensor) -> Tensor:
+    """The sum of a tensor without gradient over all processes."""
+    if processes() == 1:
         return z
     z = z.clone()
     dist.all_reduce(z)
-    return z / dist.get_world_size()
+    return z
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

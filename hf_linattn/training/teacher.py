@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedError
+from ..distributed.fully_sharded import is_part, is_sharded, is_unit
+from ..errors import ConfigError, UnsupportedError
 from ..integrations.batches import prepare_inputs
 from ..integrations.call import Call
 from ..integrations.interface import softmax_output
@@ -63,17 +64,35 @@ def layer_errors(
     Raises: InputError for a batch without a real token, or one that is too long for the objective.
     """
     inputs, key_mask = prepare_inputs(inner, batch)
+    _check_units(layers)
 
     def errors(forward: Forward, **inputs: Any) -> LayerErrors:
         if objective.target == "attention":
             return _attention_errors(inner, forward, inputs, layers, objective, backward)
         return _hidden_state_errors(inner, forward, inputs, layers, key_mask, backward)
 
-    with restored(inner), in_place_of_forward(inner, errors), torch.compiler.set_stance("force_eager"):
+    with (
+        restored(inner),
+        in_place_of_forward(inner, errors),
+        _units_in_graph(layers.values()),
+        torch.compiler.set_stance("force_eager"),
+    ):
         inner.eval()
         inner.set_attn_implementation(kind_of(inner))  # it may run on softmax at present
         found: LayerErrors = model(**inputs)
     return found
+
+
+def _check_units(layers: Mapping[int, nn.Module]) -> None:
+    """Raise `ConfigError` for layers that FSDP2 gathers with others: the passes of those have no gradients."""
+    for index, module in layers.items():
+        layer: LinearAttention[Any] = linear_layer(module)  # type: ignore[assignment]
+        if not is_unit(layer) and any(is_part(parameter) for parameter in layer.parameters()):
+            raise ConfigError(
+                f"FSDP2 shards what layer {index} learns together with other weights, whose passes are without"
+                " gradients. Call hf_linattn.training.shard_linear_attention(model) before fully_shard; where"
+                f" Accelerate does it, wrap {type(layer).__name__} too (fsdp_transformer_layer_cls_to_wrap)."
+            )
 
 
 def _attention_errors(
@@ -125,20 +144,20 @@ def _hidden_state_errors(
 def softmax_pass(
     model: PreTrainedModel, forward: Forward, inputs: dict[str, Any], layers: Iterable[nn.Module], on_layer: OnLayer
 ) -> None:
-    """Run a model under softmax, without gradients and no further than some of its layers.
+    """Run a model under softmax, without gradients and no further than some of its layers (under FSDP2 to its end).
 
     Args:
         on_layer: Called for each of `layers`, in the order of the model.
     Raises: UnsupportedError if the pass does not reach all of them.
     """
-    waiting = set(layers)
+    waiting, may_stop = set(layers), not is_sharded(model)
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
         target = softmax_output(module, call)
         if module in waiting:
             waiting.remove(module)
             on_layer(module, call, target)
-            if not waiting:
+            if not waiting and may_stop:
                 raise _Finished
         return target
 
@@ -162,12 +181,13 @@ def _hidden_states(
         outputs.append(output)
         raise _Finished  # before the head
 
-    handle = model.base_model.register_forward_hook(finish)
+    handle = None if is_sharded(model) else model.base_model.register_forward_hook(finish)
     try:
         with contextlib.suppress(_Finished):
             outputs.append(forward(**{**inputs, "output_hidden_states": True, "return_dict": True}))
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
     hidden_states = outputs[0].hidden_states
     return [hidden_states[index + 1].unsqueeze(2) for index in layers]
 
@@ -175,11 +195,31 @@ def _hidden_states(
 def in_graph(module: nn.Module, z: Tensor) -> Tensor:
     """`z`, with all that a layer learns in its graph: rows that fit into one window use no slots."""
     layer: LinearAttention[Any] = linear_layer(module)  # type: ignore[assignment]
-    return layer.in_training(z) if torch.is_grad_enabled() else z
+    return layer.in_training(z) if torch.is_grad_enabled() and not is_unit(layer) else z
+
+
+@contextlib.contextmanager
+def _units_in_graph(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The same for units of FSDP2, which have whole parameters only within their own pass."""
+
+    def finish(layer: Any, arguments: Any, output: Tensor) -> Tensor:
+        found: Tensor = layer.in_training(output) if torch.is_grad_enabled() else output
+        return found
+
+    units: list[Any] = [layer for layer in map(linear_layer, layers) if layer is not None and is_unit(layer)]
+    handles = [unit.register_forward_hook(finish, prepend=True) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Finished(Exception):
-    """What a pass was for has been found."""
+    """What a pass was for has been found.
+
+    Not raised in models that FSDP2 shards: it would leave units gathered that are not done.
+    """
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..distributed.fully_sharded import gathered, reshard
 from ..errors import ConfigError, InputError
 from ..integrations.advice import convert_first
 from ..integrations.attach import family_layers
@@ -23,7 +24,7 @@ from ..integrations.settings import check_layers
 from ..integrations.wrappers import converted_parts
 from ..modules.base import AttentionInputs, LinearAttention
 from ..modules.registry import list_kinds
-from .objective import average, check_finite, is_exact, relative_error
+from .objective import average, check_finite, is_exact, mean_of, relative_error
 from .teacher import softmax_pass
 
 
@@ -88,6 +89,8 @@ def _not_converted(model: PreTrainedModel) -> str:
 
 def learned_parameters(layers: Mapping[int, nn.Module]) -> list[nn.Parameter]:
     """What layers learn by themselves."""
+    for layer in linear_layers(layers):
+        reshard(layer)
     return [parameter for layer in linear_layers(layers) for parameter in layer.parameters()]
 
 
@@ -117,13 +120,14 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int,
         layer = _layer(module)
         error = relative_error(linear_output(module, call), target, call.key_mask)
         check_finite(error)
-        exact.append(is_exact(error, target.dtype))
+        exact.append(is_exact(average(error), target.dtype))
         inputs = AttentionInputs(
             call.query, call.key, call.value, call.key_mask, call.scaling, call.is_causal, grid=call.grid
         )
-        values = layer.learning_start(inputs, average)
-        if not has_started(layer, values):
-            starts.append((layer, values))
+        with gathered(layer):
+            values = layer.learning_start(inputs, mean_of)
+            if not has_started(layer, values):
+                starts.append((layer, values))
 
     inputs, _ = prepare_inputs(model, batch)
     with restored(model):
@@ -134,6 +138,7 @@ def start(model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int,
             "All rows of the first batch fit into the window, where attention is exact: there is nothing to learn from"
             " them. Pass longer inputs, or convert with a smaller window_size."
         )
+    reshard(model)
     for layer, values in starts:
         layer.set_tensors(values)
 
@@ -151,21 +156,31 @@ def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     They begin and end without any; what required gradients before, and the train mode, are put back after it.
     """
     training = [(module, module.training) for module in model.modules()]
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By place, not by object: FSDP2, which may begin within the block, puts others there.
+    places = [(module, name) for module in model.modules() for name, p in module._parameters.items() if p is not None]
+    before = [_at(*place).requires_grad for place in places]
     chosen = {id(parameter) for parameter in parameters}
+    trained = [place for place in places if id(_at(*place)) in chosen]
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        _forget_gradients(parameters)
+        for place in places:
+            _at(*place).requires_grad_(id(_at(*place)) in chosen)
+        _forget_gradients(trained)
         yield
     finally:
-        _forget_gradients(parameters)
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        reshard(model)
+        _forget_gradients(trained)
+        for place, required in zip(places, before, strict=True):
+            _at(*place).requires_grad_(required)
         for module, flag in training:
             module.training = flag
 
 
-def _forget_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
+def _forget_gradients(places: Iterable[tuple[nn.Module, str]]) -> None:
+    for place in places:
+        _at(*place).grad = None
+
+
+def _at(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from ..distributed.fully_sharded import keep_precision
 from ..errors import ConfigError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.wrappers import inside
@@ -37,10 +38,10 @@ TRAINER_RATE = 5e-5  # what TrainingArguments have if nothing is said
 class AttentionTransferTrainer(Trainer):
     """A `Trainer` whose loss is the error of the linear attention of a converted model (`transfer_attention`).
 
-    Everything is as with a Trainer: mixed precision, gradient accumulation, DDP, checkpoints, callbacks. Labels are
-    not needed. Passes are in evaluation mode, without dropout. Only what the layers learn by themselves is trained;
-    afterwards parameters require gradients as before. Logs have the loss, `error` and `error_layer_<index>`: relative
-    errors, as in `TransferStep`.
+    Everything is as with a Trainer: mixed precision, gradient accumulation, DDP, FSDP2 (with the linear attention as
+    a unit of its own, docs/clusters.md), checkpoints, callbacks. Labels are not needed. Passes are in evaluation mode,
+    without dropout. Only what the layers learn by themselves is trained; afterwards parameters require gradients as
+    before. Logs have the loss, `error` and `error_layer_<index>`: relative errors, as in `TransferStep`.
 
     Args:
         target, layers, row_weight: As in `transfer_attention`.
@@ -66,7 +67,7 @@ class AttentionTransferTrainer(Trainer):
         _check_arguments(self.args)
         self.can_return_loss = True  # without labels too
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated steps divide it
-        self._has_started = False
+        self._has_begun = self._has_started = False
         self._has_told = False
         self._error_sum: Tensor | float = 0.0  # of the batches since the last log
         self._any_exact: Tensor | bool = False
@@ -97,6 +98,9 @@ class AttentionTransferTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         inner, is_training = inside(self.accelerator.unwrap_model(model), "AttentionTransferTrainer"), model.training
+        if not self._has_begun:
+            keep_precision(inner)  # before the first pass
+            self._has_begun = True
         if is_training and not self._has_started:
             if self.state.global_step == 0:  # a resumed run has started already
                 start(inner, inputs, self._layers)

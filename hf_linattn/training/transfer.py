@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..distributed.fully_sharded import is_sharded
 from ..errors import InputError
 from ..integrations.adapters import keep_in_adapters
 from ..integrations.batches import read_batches
 from ..integrations.wrappers import inside
 from ..modules.learned_maps import parameter_groups
-from .objective import Objective, check_finite
-from .teacher import layer_errors
+from .objective import Objective, average, check_finite, processes
+from .teacher import LayerErrors, layer_errors
 from .trained_layers import (
     check_learning_rate,
     learned_parameters,
@@ -75,8 +77,9 @@ def transfer_attention(
     """Train what a converted model's layers learn by themselves towards softmax attention.
 
     Adam, with a cosine decay of the learning rate to 0, in evaluation mode. Shifts and offsets of learned maps that
-    have not been trained yet start in closed form from the first batch. For mixed precision, several processes,
-    checkpoints: `AttentionTransferTrainer`.
+    have not been trained yet start in closed form from the first batch. Of several processes each passes its own
+    batches, of one step together, and all end with the same maps; FSDP2 may have sharded the model
+    (`shard_linear_attention`). For mixed precision and checkpoints: `AttentionTransferTrainer`.
 
     Args:
         model: Converted with settings that learn something, such as `FavorPlusConfig(learned=True)`. Changed in place.
@@ -124,7 +127,7 @@ def transfer_attention(
         for step, batch in enumerate(_repeated(batches, steps)):
             if step == 0:
                 start(model, batch, chosen)
-            errors = layer_errors(model, model, batch, chosen, objective, backward=True)
+            errors = _backward(model, batch, chosen, objective)
             check_finite(errors.error)
             optimizer.step()
             schedule.step()
@@ -132,9 +135,23 @@ def transfer_attention(
             if not told and bool(errors.is_exact.all()):
                 logger.warning(TEACHES_NOTHING)
                 told = True
-            found.append(TransferStep(step, tuple(errors.error.sqrt().tolist()), tuple(chosen)))
+            found.append(TransferStep(step, tuple(average(errors.error).sqrt().tolist()), tuple(chosen)))
             bar.show(found[-1])
     return found
+
+
+def _backward(
+    model: PreTrainedModel, batch: Mapping[str, Any], layers: Mapping[int, nn.Module], objective: Objective
+) -> LayerErrors:
+    """The errors on one batch, whose gradients are those of the batches of all processes."""
+    sharded = is_sharded(model)  # then FSDP2 averages them, after the pass
+    errors = layer_errors(model, model, batch, layers, objective, backward=not sharded)
+    if sharded:
+        errors.loss.sum().backward()
+    elif processes() > 1:
+        for parameter in learned_parameters(layers):
+            parameter.grad = None if parameter.grad is None else average(parameter.grad)
+    return errors
 
 
 class _ProgressBar:

@@ -55,6 +55,8 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({**GPUS, "fsdp": True}, {}, "FSDP"),
         (GPUS, ZERO, "DeepSpeed ZeRO-3"),
         ({**GPUS, "deepspeed": "file.json"}, {}, "DeepSpeed"),
+        ({"world_size": 2}, ZERO, "DeepSpeed ZeRO-3"),
+        ({"world_size": 2}, ZERO | {"ACCELERATE_USE_CPU": "true"}, "DDP"),  # nor DeepSpeed, where a CPU is asked for
         ({**GPUS, "world_size": 1, "n_gpu": 2}, {}, "DataParallel"),
     ],
 )
@@ -98,10 +100,14 @@ def test_processes_that_are_missing(
     assert missing_processes(processes) == expected
 
 
-def test_fsdp_that_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize(("name", "variable"), [("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", [*ZERO][0])])
+def test_what_is_left_out(
+    name: str, variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv(variable, "true")
     tell_missing_processes(training(world_size=2))
-    assert caplog.messages == ["FSDP was asked for. On a CPU Accelerate leaves it out: this run is DDP"]
+    assert caplog.messages == [f"{name} was asked for. On a CPU Accelerate leaves it out: this run is DDP"]
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------

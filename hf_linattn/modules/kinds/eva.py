@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import ConfigError, InputError
@@ -213,7 +214,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         return options, summarise, bias
 
     def learning_start(
-        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
     ) -> dict[str, Tensor]:
         if not self.config.learned:
             return {}
@@ -222,8 +223,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         options |= {"num_chunks": self.config.num_chunks, **self.call_options(self.config, inputs)}
         # Softmax has neither: the offset is that of the layer without them.
         del options["window_bias"], options["slot_dropout"]
-        start = eva_learning_start(inputs.query, inputs.key, learned_summariser(state), **options)
-        return {name: average(value) for name, value in start.items()}
+        return eva_learning_start(inputs.query, inputs.key, learned_summariser(state), mean=mean, **options)
 
 
 def _layout_options(

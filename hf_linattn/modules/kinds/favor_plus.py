@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...ops.favor.attention import favor_attention
@@ -159,9 +160,9 @@ class FavorAttention(RedrawnAttention[F]):
     projection: Tensor
 
     def learning_start(
-        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
     ) -> dict[str, Tensor]:
-        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
+        return learned_start(self.config, self.tensors(), inputs, mean) if self.config.learned else {}
 
     def recurrence_options(self) -> dict[str, Any]:
         return {**super().recurrence_options(), "chunk_size": self.config.chunk_size}

@@ -192,9 +192,9 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         return ProposalCalibration(self.config.num_landmarks, self.config, self.shape, stream)
 
     def learning_start(
-        self, inputs: AttentionInputs, average: Callable[[Tensor], Tensor] = lambda z: z
+        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
     ) -> dict[str, Tensor]:
-        return learned_start(self.config, self.tensors(), inputs, average) if self.config.learned else {}
+        return learned_start(self.config, self.tensors(), inputs, mean) if self.config.learned else {}
 
     @classmethod
     def compute(cls, config: LaraConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:

@@ -14,6 +14,7 @@ value, with the mass of its tokens. The logit is linear in `x_t`, so for the ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,6 +154,7 @@ def eva_learning_start(
     is_causal: bool = False,
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
+    mean: Callable[[Tensor, Tensor], Tensor] = torch.div,
 ) -> dict[str, Tensor]:
     """Where training starts, in closed form: `far_offset`.
 
@@ -160,6 +162,7 @@ def eva_learning_start(
 
     Args:
         query, key: `[batch, heads, tokens, head_dim]`. The others as in `learned_eva_attention`.
+        mean: From a sum over these tokens and their number to the mean over the tokens of all processes.
     Cost: O(tokens^2) time and memory: for a batch of a few sequences.
     """
     query, key = query.float(), key.float()
@@ -171,7 +174,7 @@ def eva_learning_start(
     def mass(offset: float) -> Tensor:
         return eva_estimate(tokens, options, replace(summarise, far_offset=none + offset)).lse
 
-    return {"far_offset": matching_offset(tokens, mass, is_causal=is_causal)}
+    return {"far_offset": matching_offset(tokens, mass, is_causal=is_causal, mean=mean)}
 
 
 def learned_eva_recurrence(

@@ -1,0 +1,68 @@
+"""Calibration on several processes takes in the batches of all: plain, under DDP, under FSDP2."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import BERT, GPT2
+from processes import run
+from strategies import layers_of, shard, whole_tensors
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_linattn
+
+SETTINGS = {
+    "gpt2 favor_sharp": (GPT2, "favor_sharp", {"variant": "dense"}),
+    "bert learned favor_sharp": (BERT, "favor_sharp", {"learned": True}),
+    "gpt2 lara": (GPT2, "lara", {}),
+    "bert learned lara": (BERT, "lara", {"learned": True}),
+}
+# Where k-means ends. Each process draws its own sample, here of all tokens, in another order.
+FROM_A_SAMPLE = ("centroids", "directions", "slot_bias")
+
+
+def batches(lengths: tuple[int, ...] = (40, 17, 31, 24)) -> list[dict[str, Tensor]]:
+    """Of several lengths, with padding."""
+    found = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(number))
+        mask = torch.ones_like(ids)
+        mask[0, length - 5 :] = 0
+        found.append({"input_ids": ids * mask, "attention_mask": mask})
+    return found
+
+
+def calibrated(models: dict[str, Any], strategy: str) -> dict[str, Tensor]:
+    own = batches()[dist.get_rank() :: dist.get_world_size()] if strategy != "one" else batches()
+    found: dict[str, Tensor] = {}
+    for name, model in models.items():
+        if strategy == "fsdp2":
+            shard(model)
+        hf_linattn.calibrate(DistributedDataParallel(model) if strategy == "ddp" and "learned" in name else model, own)
+        assert all(layer.is_calibrated for layer in layers_of(model))
+        found |= {f"{name}: {key}": value for key, value in whole_tensors(model).items() if ".linattn." in key}
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_statistics_are_those_of_all_batches(tmp_path: Path, strategy: str, processes: int) -> None:
+    models = {
+        name: hf_linattn.convert(case.build(), case.settings(kind, **changes))
+        for name, (case, kind, changes) in SETTINGS.items()
+    }
+    expected = calibrated(copy.deepcopy(models), "one")
+    every = run(tmp_path, processes, calibrated, models, strategy)
+    for name, tensor in expected.items():
+        assert all(torch.equal(found[name], every[0][name]) for found in every), name
+        if "lara" in name and name.endswith(FROM_A_SAMPLE):
+            assert every[0][name].shape == tensor.shape
+            assert every[0][name].isfinite().all()
+            continue
+        torch.testing.assert_close(every[0][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
