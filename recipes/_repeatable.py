@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
 from transformers.trainer_utils import TrainOutput, has_length
 
 from _common import RecipeError
+from _saving import CheckedSaves
+from _stopping import StoppableTrainer
 from hf_linattn.errors import did_you_mean
 
 logger = logging.getLogger("hf_linattn.recipes")
@@ -83,7 +85,7 @@ def _same_model(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-class RepeatableTrainer(Trainer):
+class RepeatableTrainer(StoppableTrainer, CheckedSaves):
     """A `Trainer` whose resumed runs see the data, and draw the random numbers, of the undisturbed run.
 
     That of Transformers draws the order of `group_by_length` from the global generator when an epoch begins. A run

@@ -37,6 +37,7 @@ from _common import (
     run,
     versions,
 )
+from _kept import Kept
 from _models import load_config, load_model, load_processor, load_vocabulary
 from _processes import Progress, describe_processes
 from _training import ModelArguments, parse_flags, start_logging
@@ -132,7 +133,9 @@ def main(
         checkpoint = find_checkpoint(training_args, linear_attention_of(model), data_args.from_scratch)
     calibration_rows = 0
     if hf_linattn.needs_calibration(model):
-        calibrate(model, rows.calibration, rows.collate, training_args)
+        comes_from = {**asdict(model_args), **asdict(data_args), "linear_attention": linear_attention_of(model)}
+        kept = Kept(training_args, {**comes_from, "seed": seed, "from_scratch": None}, data_args.from_scratch)
+        calibrate(model, rows.calibration, rows.collate, training_args, kept)
         calibration_rows = len(rows.calibration)
 
     trainer = TransferTrainer(
