@@ -132,9 +132,14 @@ def main(
     if training_args.do_train:
         checkpoint = find_checkpoint(training_args, linear_attention_of(model), data_args.from_scratch)
     calibration_rows = 0
+    comes_from = {
+        **asdict(model_args),
+        **asdict(data_args),
+        "linear_attention": linear_attention_of(model),
+        "seed": seed,
+    }
+    kept = Kept(training_args, {**comes_from, "from_scratch": None}, data_args.from_scratch)
     if hf_linattn.needs_calibration(model):
-        comes_from = {**asdict(model_args), **asdict(data_args), "linear_attention": linear_attention_of(model)}
-        kept = Kept(training_args, {**comes_from, "seed": seed, "from_scratch": None}, data_args.from_scratch)
         calibrate(model, rows.calibration, rows.collate, training_args, kept)
         calibration_rows = len(rows.calibration)
 
@@ -204,7 +209,9 @@ def main(
             **fidelity,
         )
         trainer.create_model_card()
-    return trainer.finish(results)
+    found = trainer.finish(results)
+    kept.remove()
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from .groups import GRACE, GroupEnded, Kill, run_group
+from .groups import DYING, GRACE, GroupEnded, Kill, run_group
 from .recipes import command_line
 from .weights import difference
 
@@ -59,6 +59,7 @@ def check_group_kill(
     killed = run_group(recipe, argv, place, output, kill, processes)
     again = run_group(recipe, argv, place, output, processes=processes)
     others = [rank for rank in range(processes) if rank not in kill.ranks]
+    told = [event for _, event in killed.events[kill.ranks[0]]]
     wrong = ""
     if any(killed.statuses[rank] != -9 for rank in kill.ranks):
         wrong = f"ended with {killed.statuses} before it was killed"
@@ -77,7 +78,7 @@ def check_group_kill(
         "moment": str(kill),
         "killed": list(kill.ranks),
         "in_save": kill.event is None,
-        "last_event": killed.events[kill.ranks[0]][-1][1] if killed.events[kill.ranks[0]] else "start",
+        "last_event": next((event for event in reversed(told) if event != DYING), "start"),
         "left": {rank: [killed.statuses[rank], killed.seconds_after[rank]] for rank in others},
         "resumed_from": resumed[-1] if resumed else "the beginning",
         "skipped": [" ".join(pair) for pair in skipped],

@@ -26,14 +26,14 @@ from .runs import Watch, run_here
 
 GRACE = 30.0  # seconds, as torchrun waits
 LIMIT = 300.0  # for a run that nobody kills
+DYING = "dying"
 
 
 @dataclass(frozen=True)
 class Kill:
     """Which processes are killed, and when.
 
-    The first of `ranks` by itself, at a state of the files while it saves, the others at the same time; or all of them
-    from outside.
+    When the first of `ranks` reaches a state of the files while it saves, where it stands still; or after an event.
 
     Args:
         ranks: Of the processes.
@@ -106,12 +106,17 @@ class SaveWatch(Watch):
         self.states += 1
         self.tell(f"state {self.save} {self.states}")
         if self.kill and (self.save, self.states) == (self.kill.save, self.kill.state):
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_save(args, state, control, **kwargs)
         if self.kill and self.save == self.kill.save:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
+
+    def die(self) -> None:
+        """Stand still: the process that watches kills this one, and others with it."""
+        self.tell(DYING)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.stage:  # transfer has no save of the model at its end
@@ -131,7 +136,7 @@ def _watch_transfer(watch: SaveWatch) -> None:
 
 
 def run_group(
-    recipe: str,
+    recipe: str | Callable[..., Any],
     argv: Sequence[str],
     folder: Path,
     output: Path,
@@ -144,13 +149,14 @@ def run_group(
     """Run a recipe on several processes; `folder` gets their logs and their cache of data sets.
 
     Args:
+        recipe: The name of one, or a function in its place.
         signals: After this event of the first process all get a signal with this number, as from a scheduler.
         prepare: Called in every process first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("log-*-0.txt")))
     logs = [folder / f"log-{number}-{rank}.txt" for rank in range(processes)]
-    main = importlib.import_module(recipe).main
+    main = importlib.import_module(recipe).main if isinstance(recipe, str) else recipe
     port = str(_free_port())
     group = _Group()
     for rank in range(processes):
@@ -240,9 +246,8 @@ class _Group:
 
     def _is_time(self, kill: Kill) -> bool:
         first = kill.ranks[0]
-        if kill.event is None:  # the first kills itself
-            self._wait()
-            return self.statuses[first] == -signal.SIGKILL
+        if kill.event is None:
+            return self._told(first, f"{kill.stage}{DYING}")
         if kill.event != "start" and not self._told(first, kill.event):
             return False
         select.select([], [], [], kill.delay)

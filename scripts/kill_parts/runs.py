@@ -183,6 +183,8 @@ def run_here(
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        logging.root.handlers.clear()  # the recipe starts logging anew
         datasets.config.HF_DATASETS_CACHE = folder / "datasets"
         run_program(lambda: main(list(argv), [watch]))
         status = 0
