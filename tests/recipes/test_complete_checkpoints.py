@@ -91,8 +91,6 @@ ZERO_FILES = [
 
 PARTS = ("pytorch_model_fsdp_0", "optimizer_0")
 SHARDS = [f"{part}/{name}" for part in PARTS for name in (".metadata", "__0_0.distcp")]
-    f"{part}/{name}" for part in ("pytorch_model_fsdp_0", "optimizer_0") for name in (".metadata", "__0_0.distcp")
-]
 DAMAGES: list[tuple[Any, str, Any]] = [
     *((sharded, name, how) for name in SHARDS for how in (remove, empty)),
     (sharded, "pytorch_model_fsdp_0/.metadata", cut_off),
