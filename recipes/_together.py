@@ -23,6 +23,8 @@ T = TypeVar("T")
 class SaveError(RecipeError):
     """Something could not be written, on this process or on another one."""
 
+    is_known = True  # to all processes
+
 
 def gather(value: T, training: TrainingArguments) -> list[T]:
     """The value of every process, by rank. Every process has to ask."""
@@ -69,15 +71,16 @@ def together(
     failure: Exception | None = None
     try:
         yield
-    except SaveError:  # of a block in this one: all processes are here
-        raise
     except Exception as error:
+        if getattr(error, "is_known", False):  # of a block in this one: all processes are here
+            raise
         failure = error
     if not agree(failure is not None, training):
         return
     if failure is None:
         raise SaveError(f"{what} is not saved: another process could not write its part.")
     if not is_write_failure(failure):
+        failure.is_known = True  # type: ignore[attr-defined]
         raise failure
     raise SaveError(describe_failure(what, folder, failure, needed() if needed else 0)) from failure
 
