@@ -41,7 +41,11 @@ SHARED = {
     "disable_tqdm": "true",
     "report_to": "none",
 }
-FAVOR = {"attention": "favor_sharp", "attention_config": SETTINGS["favor_sharp"], "calibration_samples": 8}
+FAVOR = {
+    "attention": "favor_sharp",
+    "attention_config": {**SETTINGS["favor_sharp"], "statistics": "calibrated"},
+    "calibration_samples": 8,
+}
 LARA = {"attention": "lara", "attention_config": SETTINGS["lara"]}
 EVA = {"attention": "eva", "attention_config": SETTINGS["eva"]}
 TRANSFER = {"transfer_steps": 4}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from recipe_groups import RECIPES, Groups, contents
+from transformers import Trainer
 
 from _saving import CheckedSaves
 
@@ -46,19 +47,21 @@ def make_read_only(output: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(output)], check=True)
 
 
-def before(output: Path, method: str, number: int, change: Callable[[Path], None]) -> Callable[[], None]:
+def before(
+    output: Path, method: str, number: int, change: Callable[[Path], None], owner: type = CheckedSaves
+) -> Callable[[], None]:
     """Have the first process change the disk when it saves for the `number`th time (or the model at the end)."""
 
     def prepare() -> None:
-        save, calls = getattr(CheckedSaves, method), [0]
+        save, calls = getattr(owner, method), [0]
 
         def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            calls[0] += method == "_save_checkpoint" or not (args or kwargs)
+            calls[0] += method != "save_model" or not (args or kwargs)
             if calls[0] == number and os.environ["RANK"] == "0":
                 change(output)
             return save(self, *args, **kwargs)
 
-        setattr(CheckedSaves, method, changed)
+        setattr(owner, method, changed)
 
     return prepare
 
@@ -119,6 +122,21 @@ def test_the_model_at_the_end_cannot_be_written(groups: Groups, tmp_path: Path, 
     again = groups.assert_goes_on("text_classification", tmp_path, processes=processes)
     assert again.matching(r"Resuming from \S*/(checkpoint-\d+)") == [last.name]
     assert contents(last) == before_it
+
+
+def raise_something(output: Path) -> None:
+    raise ValueError("no failure of writing")
+
+
+@pytest.mark.slow
+def test_another_error_of_one_process_ends_all(groups: Groups, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    prepare = before(tmp_path / "output", "_save_rng_state", 2, raise_something, Trainer)
+    ended = groups.run("text_classification", tmp_path, prepare=prepare)
+    assert ended.statuses == [1, 2], "\n".join(ended.logs)
+    assert "ValueError: no failure of writing" in ended.log
+    assert "error: checkpoint-4 is not saved: another process could not write its part." in ended.logs[1]
+    groups.assert_goes_on("text_classification", tmp_path)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import _adaptation
 from scripts.kill_parts.inputs import build
 
 TRANSFER = ("--transfer_steps", "5", "--attention_config", '{"window_size": 2}', "--save_steps", "2")
+CALIBRATED = ("--attention_config", '{"window_size": 4, "num_features": 16, "statistics": "calibrated"}')
 LORA = ("--lora_target_modules", "query,value")
 KEPT = "_before_training"
 
@@ -50,7 +51,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ("changes", "cut", "expected"),
     [
         (TRANSFER, 4, (1, 3)),  # in the fourth step of transfer: goes on from the second
-        pytest.param((), None, (1, 0), marks=pytest.mark.slow),  # in training, before it saved
+        pytest.param(CALIBRATED, None, (1, 0), marks=pytest.mark.slow),  # in training, before it saved
         pytest.param(TRANSFER, None, (1, 0), marks=pytest.mark.slow),
         pytest.param((*TRANSFER, *LORA), None, (1, 0), marks=pytest.mark.slow),
         pytest.param((*TRANSFER, *LORA, "--streaming", "--max_steps", "6"), 4, (1, 3), marks=pytest.mark.slow),
@@ -110,9 +111,9 @@ def test_other_flags_begin_anew(
 def test_a_damaged_calibration_is_told(
     folder: Path, tmp_path: Path, passes: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(arguments(folder, tmp_path, "favor_sharp"), cut_after=1)
+    train(arguments(folder, tmp_path, "favor_sharp", *CALIBRATED), cut_after=1)
     path = tmp_path / KEPT / "calibration.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    train(arguments(folder, tmp_path, "favor_sharp"))
+    train(arguments(folder, tmp_path, "favor_sharp", *CALIBRATED))
     assert passes["calibrations"] == 2
     assert "Calibrating anew" in caplog.text
