@@ -142,7 +142,7 @@ def fine_tune(
         checkpoint = find_checkpoint(
             training, settings, flags.data.from_scratch, has_adapter=bool(flags.adaptation.lora_target_modules)
         )
-        kept = Kept(training, _comes_from(flags, settings), flags.data.from_scratch)
+        kept = Kept(training, _comes_from(flags, settings), flags.data.from_scratch, checkpoint is None)
         adapted = kept.done
         if checkpoint is None:
             rows = task.data["train"]

@@ -29,14 +29,17 @@ FOLDER, CALIBRATION, FLAGS = "_before_training", "calibration.safetensors", "fla
 
 
 class Kept:
-    """The folder, checked against the flags of this start; one that follows from others is removed.
+    """The folder, checked against the flags of this start.
 
     Args:
         comes_from: The flags.
         from_scratch: Do everything anew.
+        is_needed: Whether the run begins without a checkpoint, which would hold all of it.
     """
 
-    def __init__(self, training: TrainingArguments, comes_from: Mapping[str, Any], from_scratch: bool) -> None:
+    def __init__(
+        self, training: TrainingArguments, comes_from: Mapping[str, Any], from_scratch: bool, is_needed: bool = True
+    ) -> None:
         self.training = training
         self.folder = Path(training.output_dir, FOLDER)
         self.transfer = self.folder / "transfer"
@@ -45,19 +48,19 @@ class Kept:
 
         def look() -> dict[str, Any]:
             found = self._read()
-            if self.folder.exists() and (from_scratch or found.get("comes_from") != self.comes_from):
+            if not from_scratch and found.get("comes_from") == self.comes_from:
+                return dict(found["done"])
+            if is_needed and self.folder.exists():
                 if found and not from_scratch:
-                    changed = [
-                        name for name, value in self.comes_from.items() if found["comes_from"].get(name) != value
-                    ]
+                    before = found["comes_from"]
+                    changed = [name for name, value in self.comes_from.items() if before.get(name) != value]
                     logger.warning(
-                        "Calibration and attention transfer begin anew: what %s holds was made with another --%s",
+                        "Calibration and attention transfer begin anew: %s holds those of other flags (%s)",
                         self.folder,
-                        ", --".join(changed),
+                        ", ".join(changed),
                     )
                 shutil.rmtree(self.folder)
-                found = {}
-            return dict(found.get("done", {}))
+            return {}
 
         self.done = decided(look, training)[0]
 
