@@ -153,12 +153,17 @@ class SaveOnSignal(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Leave signals to those who had them before; also after an error."""
         self._is_training = False
         if self._listener is not None:
             self._listener.stop()
             self._listener = None
         for number, before in self._before.items():
             signal.signal(number, before)
+        self._before = {}
 
 
 def _end(number: int, message: str) -> NoReturn:
@@ -187,7 +192,10 @@ class StoppableTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Raises: SystemExit after a signal, with the status that a shell gives such a process."""
-        found = super().train(*args, **kwargs)
+        try:
+            found = super().train(*args, **kwargs)
+        finally:
+            self.stopping.restore()
         if number := self.stopping.stopped:
             logger.warning(
                 "%s: stopped after step %d of %d. The same command line goes on from the last checkpoint",
