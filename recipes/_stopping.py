@@ -162,7 +162,7 @@ class SaveOnSignal(TrainerCallback):
             self._listener.stop()
             self._listener = None
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before = {}
 
 

@@ -18,10 +18,13 @@ def group_moments(whole: GroupEnded, kills: int, draw: random.Random) -> list[Ki
     states = [_states(events) for events in whole.events]
     saves = len(states[0])
     found = []
+    done = [0, 0]
     for i in range(kills // 2):
         ranks = WHO[i % 3]
-        # The second process writes its random states; the model at the end is saved by the first.
-        save = 1 + draw.randrange(saves if ranks[0] == 0 else saves - 1)
+        # From the last save backwards. The model at the end is saved by the first process alone.
+        last = saves - ranks[0]
+        save = last - done[ranks[0]] % last
+        done[ranks[0]] += 1
         found.append(Kill(ranks, save=save, state=draw.randint(1, max(states[ranks[0]].get(save, 1), 1))))
     times = {event: seconds for seconds, event in reversed(whole.events[0])}  # of the first of that name
     steps = sum(event.startswith("step ") for event in times)
