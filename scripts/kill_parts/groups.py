@@ -254,7 +254,7 @@ class _Group:
         return True
 
     def _told(self, rank: int, event: str) -> bool:
-        return f" {event}\n".encode() in self.texts[rank]
+        return event.encode() in (line.partition(b" ")[2] for line in self.texts[rank].splitlines())
 
     def _wait(self) -> None:
         for rank, child in enumerate(self.children):
