@@ -13,10 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 import hf_linattn
+from _checkpoints import last_complete
 from _common import RecipeError, refuse_idle_flags
 from _data import Data, first_rows, is_stream
+from _kept import Kept
 from _processes import prepare_sharding, strategy
 from _repeatable import RepeatableTrainer
 from hf_linattn.cli.values import name_list
@@ -69,6 +72,7 @@ def adapt(
     collate: Collate,
     args: AdaptationArguments,
     training: TrainingArguments,
+    kept: Kept,
 ) -> dict[str, Any]:
     """Calibrate and train the attention layers on training rows, without labels. Returns what was done.
 
@@ -78,31 +82,43 @@ def adapt(
         rows: Those of training: the first ones calibrate.
         trained: The same, as attention transfer reads them: a stream without end is shuffled.
         collate: From a list of rows to inputs of the model; labels among them are not looked at.
+        kept: What an earlier start of the run has done of it, which is not done again.
     """
     done: dict[str, Any] = {}
     if hf_linattn.needs_calibration(model):
         chosen = first_rows(rows, args.calibration_samples)
-        calibrate(model, list(chosen) if is_stream(chosen) else chosen, collate, training)
+        calibrate(model, list(chosen) if is_stream(chosen) else chosen, collate, training, kept)
         done["calibration_rows"] = args.calibration_samples if is_stream(rows) else len(chosen)
     if args.transfer_steps:
         # What FSDP2 has sharded stays so, and Accelerate cannot shard it again for the run that follows.
         is_sharded = strategy(training) == "FSDP2"
         taught = copy.deepcopy(model) if is_sharded else model
-        trainer = _transfer_trainer(taught, trained, collate, args, training)
-        trainer.train()
+        kept.record(done)
+        trainer = _transfer_trainer(taught, trained, collate, args, training, kept)
+        found = last_complete(kept.transfer, trainer.args)
+        if found is not None:
+            logger.warning("Attention transfer goes on from %s (--from_scratch starts anew)", found)
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
         if is_sharded:
             copy_learned(taught, model)
         last = [entry for entry in trainer.state.log_history if "error" in entry][-1]
         done["transfer"] = {"steps": args.transfer_steps, "error": last["error"]}
         logger.info("Attention transfer: relative error %.3f after %d steps", last["error"], args.transfer_steps)
+    if done:
+        kept.record(done)
     return done
 
 
-def calibrate(model: PreTrainedModel, rows: Sequence[Any], collate: Collate, training: TrainingArguments) -> None:
+def calibrate(
+    model: PreTrainedModel, rows: Sequence[Any], collate: Collate, training: TrainingArguments, kept: Kept
+) -> None:
     """Set the statistics of the attention layers; every process reads its share of the rows."""
+    if kept.load_calibration(model):
+        return
     own = torch.arange(len(rows)).tensor_split(training.world_size)[training.process_index].tolist()
     loader = DataLoader(Subset(rows, own), batch_size=training.per_device_eval_batch_size, collate_fn=collate)
     hf_linattn.calibrate(model.to(training.device), loader)
+    kept.save_calibration(model)
     logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
 
 
@@ -119,28 +135,34 @@ def check_transfer_strategy(training: TrainingArguments) -> None:
 
 
 def _transfer_trainer(
-    model: PreTrainedModel, rows: Data, collate: Collate, args: AdaptationArguments, training: TrainingArguments
+    model: PreTrainedModel,
+    rows: Data,
+    collate: Collate,
+    args: AdaptationArguments,
+    training: TrainingArguments,
+    kept: Kept,
 ) -> _Transfer:
     check_transfer_strategy(training)
     prepare_sharding(model)
     arguments = type(training)(
-        output_dir=training.output_dir,
+        output_dir=str(kept.transfer),
         max_steps=args.transfer_steps,
         learning_rate=args.transfer_learning_rate,
         lr_scheduler_type="cosine",
         max_grad_norm=0.0,
         logging_steps=min(10, args.transfer_steps),
-        save_strategy="no",
+        save_strategy="no" if training.save_strategy == SaveStrategy.NO else "steps",
+        save_total_limit=2,
         report_to="none",
         remove_unused_columns=False,
         train_sampling_strategy=training.train_sampling_strategy,
-        **{name: getattr(training, name) for name in _SHARED},
+        **{name: getattr(training, name) for name in SHARED},
     )
     return _Transfer(model, arguments, train_dataset=rows, data_collator=collate)
 
 
 # Of the flags of the run, those that its first stage follows too.
-_SHARED = (
+SHARED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "bf16",
@@ -150,6 +172,9 @@ _SHARED = (
     "disable_tqdm",
     "dataloader_num_workers",
     "use_cpu",
+    "save_steps",
+    "save_on_each_node",
+    "enable_jit_checkpoint",
 )
 
 

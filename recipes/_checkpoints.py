@@ -1,108 +1,29 @@
 """Which checkpoint a run goes on from: the last complete one. What was cut off while it was written is set aside.
 
-Nothing is unpickled to find out: a file of torch is a zip archive, whose directory is at its end, and a safetensors
-file says in its header how long it is.
+The processes that write checkpoints look and decide: one, or one a node with `--save_on_each_node`. The others are
+told, and wait until a lagging file system shows them the files.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
 import shutil
-import zipfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import TrainingArguments
 
 from _common import RecipeError
+from _damage import ADAPTER, CONFIG, MANIFEST, STATE, damage, read_manifest
+from _together import decided, gather
 
 logger = logging.getLogger("hf_linattn.recipes")
 
-STATE, CONFIG, WEIGHTS, INDEX = (
-    "trainer_state.json",
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
-ADAPTER = "adapter_model.safetensors"  # of a run that trains LoRA, in place of the model's weights
-# Of the tokenizer of a model for text, of the image processor of one for images: a checkpoint has one of them.
-PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
-# Of FSDP and DeepSpeed: weights and optimizer are in folders of their own, which are not looked into.
-PARTITIONED = re.compile(r"pytorch_model_fsdp|global_step\d")
-
-
-# -- is a checkpoint complete? ----------------------------------------------------------------------------------------
-def damage(folder: Path, only_model: bool = False) -> str | None:
-    """What keeps a run from going on from a checkpoint, as half a sentence; None if it is complete.
-
-    Args:
-        only_model: Of a run with `--save_only_model`, which writes no optimizer, scheduler and random states.
-    """
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    needed = [STATE]  # what Trainer writes last
-    if not any(PARTITIONED.match(path.name) for path in folder.iterdir()):
-        needed += [CONFIG, next((name for name in (INDEX, ADAPTER) if name in files), WEIGHTS)]
-        needed += [] if any(name in files for name in PROCESSORS) else [" or ".join(PROCESSORS)]
-        needed += [] if only_model else ["optimizer.pt", "scheduler.pt"]
-    for name in needed:
-        if name not in files:
-            return f"{name} is missing"
-    if not only_model and not any(name.startswith("rng_state") for name in files):
-        return "rng_state.pth is missing"
-    for name, path in files.items():
-        if found := _file_damage(path):
-            return f"{name} {found}"
-    if INDEX in files and (found := _shard_damage(files)):
-        return found
-    if not isinstance(json.loads(files[STATE].read_text(encoding="utf-8")).get("global_step"), int):
-        return f"{STATE} has no global_step"
-    return None
-
-
-def _file_damage(path: Path) -> str | None:
-    """What is wrong with one file, judged by the format that its name promises."""
-    if path.stat().st_size == 0:
-        return "is empty"
-    try:
-        if path.suffix == ".json":
-            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-                return "holds no JSON object"
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):  # compares the header with the length of the file
-                pass
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    archive.open(member).close()  # is it where the directory says?
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a place outside of the file; anything else is not the file's fault
-            raise
-        return f"is cut off or was overwritten ({error})"
-    except Exception as error:  # readers of archives raise all sorts of things about garbage
-        return f"is cut off or was overwritten ({error})"
-    return None
-
-
-def _shard_damage(files: Mapping[str, Path]) -> str | None:
-    """What is wrong with weights that are spread over several files."""
-    shards: dict[str, set[str]] = {}
-    index = json.loads(files[INDEX].read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        return f"{INDEX} has no weight_map"
-    for tensor, name in index.items():
-        shards.setdefault(name, set()).add(tensor)
-    for name, tensors in shards.items():
-        if name not in files:
-            return f"{name} is missing"
-        with safe_open(files[name], framework="pt") as shard:
-            if absent := tensors - set(shard.keys()):
-                return f"{name} has no tensor {min(absent)!r}"
-    return None
+WAIT = 60.0  # seconds that a file system may take to show what another node has written
 
 
 # -- the checkpoints of a run -----------------------------------------------------------------------------------------
@@ -128,21 +49,37 @@ def set_aside(folder: Path, word: str) -> Path:
 
 
 def last_complete(output: Path, training: TrainingArguments) -> Path | None:
-    """The checkpoint to go on from. Damaged ones are set aside and named, one line each."""
-    reasons = {path: damage(path, training.save_only_model) for path in list_checkpoints(output)}
-    whole = [path for path, reason in reasons.items() if reason is None]
-    missing = {path: _missing_random_states(path, training) for path in whole}
-    # One may have been cut off between the files of two processes. If none has them all, fewer processes saved them.
-    found = next((path for path in whole if missing[path] is None), whole[0] if whole else None)
-    for path in whole[: whole.index(found)] if found else []:
-        reasons[path] = f"{missing[path]} is missing"
-    for path, reason in reasons.items():
-        if reason is not None and training.should_save:
-            renamed = set_aside(path, "damaged")
-            logger.warning("Skipping %s, which is incomplete: %s. It is now %s", path, reason, renamed.name)
-    if reasons and not found:
+    """The checkpoint to go on from, the same on every process. Damaged ones are set aside and named, one line each."""
+
+    mine: dict[Path, tuple[str | None, str | None]] = {}
+
+    def look() -> dict[int, tuple[str | None, str | None]]:
+        """Step -> what is damaged; which random states are missing, if as many processes saved it."""
+        for path in list_checkpoints(output):
+            # Without a list of its files, a checkpoint may have been cut off between those of two processes.
+            missing = None if (path / MANIFEST).is_file() else _missing_random_states(path, training)
+            mine[path] = (damage(path, training.save_only_model), missing)
+        return {step_of(path): each for path, each in mine.items()}
+
+    looked = decided(look, training)
+    steps = sorted({step for each in looked for step in each}, reverse=True)
+    whole = [step for step in steps if all(step in each and each[step][0] is None for each in looked)]
+    # If none has all random states, another number of processes saved them.
+    found = next((step for step in whole if all(each[step][1] is None for each in looked)), None)
+    found = whole[0] if found is None and whole else found
+
+    def tidy() -> None:
+        for path, (reason, missing) in mine.items():
+            if reason is None and found is not None and step_of(path) > found:
+                reason = f"{missing} is missing" if missing else "another node does not have all of it"
+            if reason is not None:
+                renamed = set_aside(path, "damaged")
+                logger.warning("Skipping %s, which is incomplete: %s. It is now %s", path, reason, renamed.name)
+
+    decided(tidy, training)
+    if steps and found is None:
         logger.warning("No checkpoint in %s is complete: starting anew", output)
-    return found
+    return None if found is None else output / f"checkpoint-{found}"
 
 
 def _missing_random_states(folder: Path, training: TrainingArguments) -> str | None:
@@ -150,7 +87,9 @@ def _missing_random_states(folder: Path, training: TrainingArguments) -> str | N
     if training.save_only_model:
         return None
     ranks = range(training.world_size)
-    names = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    if training.save_on_each_node:  # a folder has those of its node
+        ranks = range(training.process_index, training.process_index + 1)
+    names = ["rng_state.pth"] if training.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
     return next((name for name in names if not (folder / name).is_file()), None)
 
 
@@ -168,34 +107,54 @@ def find_checkpoint(
         from_scratch: Ignore the checkpoints in the output folder.
         has_adapter: Whether the run trains LoRA.
     Returns: Its folder, None to start anew.
-    Raises: RecipeError if the checkpoint that was named is not complete, or was trained with other settings.
+    Raises: RecipeError if the checkpoint that was named is not complete, or was trained with other settings; on all
+        processes, if one of them does not see it.
     """
     wanted = None if training.resume_from_checkpoint in ("True", "true") else training.resume_from_checkpoint
     output = Path(training.output_dir)
-    # One process renames, before the others look.
-    with training.main_process_first(local=training.save_on_each_node, desc="looking for checkpoints"):
-        found = None
-        if wanted:
-            found = Path(wanted)
+    found = Path(wanted) if wanted else None
+    if found is None and not from_scratch:
+        found = last_complete(output, training)
+
+    def check() -> None:
+        if wanted and found:
             _check_named(found, training.save_only_model)
-        elif not from_scratch:
-            found = last_complete(output, training)
         if found:
             _check_settings(found, present)
             _check_adapter(found, has_adapter)
-        if training.should_save and (wanted or from_scratch):
+        if wanted or from_scratch:
             _set_aside_later(output, found)
+
+    decided(check, training)
     if not found:
         return None
-    if missing := _missing_random_states(found, training):
+    _wait_for(found, training)
+    processes, missing = read_manifest(found).get("processes"), _missing_random_states(found, training)
+    if missing:
         logger.warning(
-            "%s was saved by another number of processes than %d, it has no %s: dropout will draw other numbers",
+            "%s was saved by another number of processes than %d%s, it has no %s: dropout will draw other numbers",
             found,
             training.world_size,
+            f" (by {processes})" if processes else "",
             missing,
         )
     logger.warning("Resuming from %s (--from_scratch starts anew)", found)
     return str(found)
+
+
+def _wait_for(found: Path, training: TrainingArguments) -> None:
+    """Return when every process sees all files of a checkpoint. Raises: RecipeError on all of them."""
+    end = time.monotonic() + WAIT
+    reason = damage(found, training.save_only_model) if found.is_dir() else "there is no such folder"
+    while reason is not None and time.monotonic() < end:
+        time.sleep(0.5)
+        reason = damage(found, training.save_only_model) if found.is_dir() else "there is no such folder"
+    for rank, each in enumerate(gather(reason, training)):
+        if each is not None:
+            raise RecipeError(
+                f"Process {rank} does not see {found} as it was saved: {each}. Put --output_dir on a file system that "
+                "all nodes share, or give --save_on_each_node from the first start on."
+            )
 
 
 def _check_named(folder: Path, only_model: bool) -> None:

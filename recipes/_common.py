@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
+import os
 import platform
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -28,6 +31,9 @@ KEEP, SOFTMAX = "keep", "softmax"
 # Flags that say how the kind of `--attention` works.
 KIND_SETTINGS = ("window_size", "num_features", "num_landmarks", "attention_config")
 FORMATS = {suffix: builder for suffix, builder in TEXT_FORMATS.items() if suffix != ".txt"}  # of tables
+
+# What a full disk, a quota or limit, and a folder that is not to be written to say.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class RecipeError(ValueError):
@@ -180,12 +186,25 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def run(main: Any) -> None:
-    """Run a recipe's `main` as a program: mistakes of the user end it with their message alone, status 2."""
+    """Run a recipe's `main` as a program.
+
+    Mistakes of the user, and a disk that takes no more, end it with their message alone and status 2; Ctrl-C with 130.
+    """
     try:
         main()
     except (RecipeError, hf_linattn.errors.LinAttnError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(
+            f"error: {error.filename or 'A file'} could not be written: {os.strerror(error.errno)}.", file=sys.stderr
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Ctrl-C: stopped. The same command line goes on from the last complete checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         # Without this some runs of several processes crash on exit, after all the work is done.
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -25,10 +25,11 @@ from transformers import (
     set_seed,
 )
 
-from _adaptation import AdaptationArguments, Collate, adapt, add_adapter, check_adapter
+from _adaptation import SHARED, AdaptationArguments, Collate, adapt, add_adapter, check_adapter
 from _checkpoints import find_checkpoint
 from _common import AttentionArguments, RecipeError, linear_attention_of, versions
 from _data import Data, DataArguments, is_stream
+from _kept import Kept
 from _processes import Progress, describe_processes
 from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
@@ -144,9 +145,12 @@ def fine_tune(
         checkpoint = find_checkpoint(
             training, settings, flags.data.from_scratch, has_adapter=bool(flags.adaptation.lora_target_modules)
         )
+        kept = Kept(training, _comes_from(flags, settings), flags.data.from_scratch, checkpoint is None)
+        adapted = kept.done
         if checkpoint is None:
             rows = task.data["train"]
-            adapted = adapt(model, rows, _in_order(rows, flags), task.collate, flags.adaptation, training)
+            adapted = adapt(model, rows, _in_order(rows, flags), task.collate, flags.adaptation, training, kept)
+            set_seed(training.seed)  # how much was drawn depends on what was kept
     trainer = _trainer(flags, task, callbacks)
     if quiet:
         trainer.remove_callback(PrinterCallback)
@@ -189,7 +193,10 @@ def fine_tune(
         trainer.save_model()  # the tokenizer too; every rank takes part, as sharded models need
         trainer.save_state()
         trainer.create_model_card()
-    return trainer.finish(results)
+    found = trainer.finish(results)
+    if training.do_train:
+        kept.remove()
+    return found
 
 
 def write_predictions(path: Path, task: Task, predicted: Any) -> None:
@@ -214,6 +221,15 @@ def describe(task: Task, training: TrainingArguments) -> str:
     return (
         f"{type(task.model).__name__}: {kind}{f' ({sizes})' if sizes else ''}{where}; {describe_processes(training)}"
     )
+
+
+def _comes_from(flags: Flags, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The flags that decide what calibration and attention transfer end with."""
+    adaptation = {name: value for name, value in asdict(flags.adaptation).items() if not name.startswith("lora_")}
+    data = {name: value for name, value in asdict(flags.data).items() if name != "from_scratch"}
+    names = (*SHARED, "train_sampling_strategy", "per_device_eval_batch_size")
+    training = {name: getattr(flags.training, name) for name in names if not name.startswith(("save_", "enable_"))}
+    return {**asdict(flags.model), "linear_attention": settings, **adaptation, **data, **training}
 
 
 def _choose_sampling(training: RecipeTrainingArguments, rows: Data) -> None:

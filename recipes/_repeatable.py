@@ -19,6 +19,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
 from transformers.trainer_utils import TrainOutput, has_length
 
 from _common import RecipeError
+from _saving import CheckedSaves
+from _stopping import StoppableTrainer
 from hf_linattn.errors import did_you_mean
 from hf_linattn.training import ContextParallelTrainer
 
@@ -84,7 +86,7 @@ def _same_model(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-class RepeatableTrainer(ContextParallelTrainer):
+class RepeatableTrainer(StoppableTrainer, CheckedSaves, ContextParallelTrainer):
     """A `Trainer` whose resumed runs see the data, and draw the random numbers, of the undisturbed run.
 
     That of Transformers draws the order of `group_by_length` from the global generator when an epoch begins. A run

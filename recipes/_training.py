@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +19,12 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import TrainOutput
 
 from _common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
 from _processes import prepare_sharding, tell_missing_processes
 from _publish import Publisher
 from _repeatable import RepeatableTrainer
-from _stopping import STATUS, SaveOnSigterm
+from _together import existing, together
 from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
 
@@ -114,6 +112,8 @@ class RecipeTrainingArguments(TrainingArguments):
         place = self.output_dir and Path(self.output_dir)
         if place and place.exists() and not place.is_dir():
             raise RecipeError(f"--output_dir must be a folder; {self.output_dir!r} is a file.")
+        if place and not os.access(found := existing(place), os.W_OK | os.X_OK):
+            raise RecipeError(f"--output_dir {self.output_dir!r}: nothing can be written to {os.fspath(found)!r}.")
         super().__post_init__()
         get_reporting_integration_callbacks(self.report_to)  # a name that does not exist raises
 
@@ -226,22 +226,9 @@ class RecipeTrainer(RepeatableTrainer):
     def __init__(self, *, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.publisher = Publisher(args)
         prepare_sharding(kwargs["model"])
-        handler = signal.getsignal(signal.SIGTERM)
         size = args.context_parallel_size if args.do_train else 1
         super().__init__(args=args, callbacks=[*callbacks, self.publisher], context_parallel_size=size, **kwargs)
         self.publisher.trainer = self
-        self.stopping = SaveOnSigterm()
-        if args.enable_jit_checkpoint:
-            self.remove_callback(JITCheckpointCallback)
-            signal.signal(signal.SIGTERM, handler)
-            self.add_callback(self.stopping)
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Raises: SystemExit after SIGTERM, with the status that a shell gives such a process."""
-        found = super().train(*args, **kwargs)
-        if self.stopping.stopped:
-            raise SystemExit(STATUS)
-        return found
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:
@@ -293,8 +280,10 @@ class RecipeTrainer(RepeatableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             logger.warning("The weights are spread over processes: LoRA is saved without the model under it.")
             return
-        if self.is_world_process_zero():
-            self.model.save_pretrained(Path(self.args.output_dir, "adapter"))
+        adapter = Path(self.args.output_dir, "adapter")
+        with together("The adapter", adapter, self.args):
+            if self.is_world_process_zero():
+                self.model.save_pretrained(adapter)
         self.model = self.model_wrapped = self.model.merge_and_unload()
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:

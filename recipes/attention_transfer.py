@@ -38,6 +38,7 @@ from _common import (
     run,
     versions,
 )
+from _kept import Kept
 from _models import load_config, load_model, load_processor, load_vocabulary
 from _processes import Progress, describe_processes, strategy
 from _training import ModelArguments, parse_flags, start_logging
@@ -133,8 +134,15 @@ def main(
     if training_args.do_train:
         checkpoint = find_checkpoint(training_args, linear_attention_of(model), data_args.from_scratch)
     calibration_rows = 0
+    comes_from = {
+        **asdict(model_args),
+        **asdict(data_args),
+        "linear_attention": linear_attention_of(model),
+        "seed": seed,
+    }
+    kept = Kept(training_args, {**comes_from, "from_scratch": None}, data_args.from_scratch)
     if hf_linattn.needs_calibration(model):
-        calibrate(model, rows.calibration, rows.collate, training_args)
+        calibrate(model, rows.calibration, rows.collate, training_args, kept)
         calibration_rows = len(rows.calibration)
 
     check_transfer_strategy(training_args)
@@ -206,7 +214,9 @@ def main(
             **fidelity,
         )
         trainer.create_model_card()
-    return trainer.finish(results)
+    found = trainer.finish(results)
+    kept.remove()
+    return found
 
 
 if __name__ == "__main__":

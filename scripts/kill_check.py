@@ -1,7 +1,10 @@
-"""Kill runs of the text classification recipe and start them again: do they end with the same weights, bit by bit?
+"""Kill runs of recipes and start them again: do they end with the same weights, bit by bit?
 
     python scripts/kill_check.py                              # forty kills, a few minutes on one core
     python scripts/kill_check.py --kinds eva --kills 2        # some of them
+    python scripts/kill_check.py --processes 2                # twenty kills of two recipes, one process or both
+
+One process is one of text classification, with every kind; two are of any recipes (`--recipes`).
 
 Half of the kills of a kind fall into a save: the run ends itself in one of the states that its files pass through
 while checkpoints are written, old ones deleted and the model is saved at the end. The others come from outside, while
@@ -11,6 +14,7 @@ start of a run has the same command line.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -19,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # from a checkout, where nothing is installed
@@ -28,13 +32,17 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 from hf_linattn.bench.environment import describe
 from isolated import write_atomically
+from kill_parts.group_kills import check_groups
 from kill_parts.inputs import ARGUMENTS, SETTINGS, STEPS_PER_EPOCH, build, command_line
+from kill_parts.recipes import RECIPES, SHARED
+from kill_parts.recipes import build as build_all
 from kill_parts.runs import Ended, Moment, run
+from kill_parts.weights import difference
 
+TWO = ("text_classification", "language_modeling")
 RESULTS = ROOT / "experiments" / "results" / "kill_check.json"
 
 
@@ -57,16 +65,6 @@ def moments(whole: Ended, kills: int, draw: random.Random) -> list[Moment]:
             span = times[f"evaluated {epoch + 1}"] - times[f"evaluation {epoch + 1}"]
             found.append(Moment(event=f"evaluation {epoch + 1}", delay=draw.random() * span))
     return found
-
-
-def difference(ours: Path, theirs: Path) -> str:
-    """Empty if two files hold the same tensors, bit by bit."""
-    one, two = load_file(ours), load_file(theirs)
-    if one.keys() != two.keys():
-        return f"other tensors: {sorted(one.keys() ^ two.keys())}"
-    off = [name for name in one if one[name].numpy().tobytes() != two[name].numpy().tobytes()]
-    largest = max((float((one[name].double() - two[name].double()).abs().max()) for name in off), default=0.0)
-    return f"{len(off)} tensors differ, by at most {largest:.1e}" if off else ""
 
 
 def where(killed: Ended) -> dict[str, Any]:
@@ -107,12 +105,17 @@ def check_kill(folder: Path, place: Path, kind: str, moment: Moment, whole: Path
 
 
 def main(
+    processes: Annotated[int, typer.Option(help="Of a run.", min=1, max=4)] = 1,
+    recipes: Annotated[str, typer.Option(help="With several processes; separated by commas.")] = ",".join(TWO),
     kinds: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SETTINGS),
     kills: Annotated[int, typer.Option(help="Of each kind; half of them in saves.", min=2)] = 10,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    out: Annotated[Path, typer.Option(help="JSON of the results.")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="JSON of the results.")] = None,
 ) -> None:
     """Kill recipe runs at chosen moments, start them again, and compare their weights with undisturbed ones."""
+    out = out or (RESULTS if processes == 1 else RESULTS.with_name("kill_check_two_processes.json"))
+    if processes > 1:
+        _check_several(processes, [name.strip() for name in recipes.split(",")], kills, seed, out)
     chosen = [kind.strip() for kind in kinds.split(",")]
     for kind in chosen:
         if kind not in SETTINGS:
@@ -134,11 +137,8 @@ def main(
                 weights = place / "output" / "model.safetensors"
                 found.append(check_kill(folder, folder / kind / str(i), kind, moment, weights))
                 console.print(_line(found[-1]), markup=False, highlight=False, soft_wrap=True)
-    given = [Path(argument).name if argument == str(out) else argument for argument in sys.argv[1:]]
     content = {
-        "command": " ".join(["python", "scripts/kill_check.py", *given]),
-        "date": time.strftime("%Y-%m-%d"),
-        "environment": describe(),
+        **_header(out),
         "recipe": ARGUMENTS,
         "settings": {kind: SETTINGS[kind] for kind in chosen},
         "steps_per_epoch": STEPS_PER_EPOCH,
@@ -150,6 +150,48 @@ def main(
     console.print(_table(found))
     console.print(f"Results: {out}", soft_wrap=True)
     raise typer.Exit(1 if any(kill["wrong"] for kill in found) else 0)
+
+
+def _check_several(processes: int, recipes: list[str], kills: int, seed: int, out: Path) -> NoReturn:
+    """The same with runs of several processes."""
+    for recipe in recipes:
+        if recipe not in RECIPES:
+            raise typer.BadParameter(f"--recipes are {', '.join(RECIPES)}; got {recipe!r}.")
+        importlib.import_module(recipe)  # before the processes fork
+    console, begun = Console(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        build_all(Path(name))
+
+        def tell(kill: dict[str, Any]) -> None:
+            left = "".join(
+                f"; process {rank} ended with {status} after {after} s"
+                for rank, (status, after) in kill["left"].items()
+            )
+            skipped = f" ({'; '.join(kill['skipped'])})" if kill["skipped"] else ""
+            result = f"from {kill['resumed_from']}{skipped}: {kill['wrong'] or 'same weights'}"
+            line = f"{kill['recipe']}, {kill['moment']} ({kill['last_event']}{left}): {result}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        found, states = check_groups(Path(name), recipes, kills, seed, processes, tell)
+    content = {
+        **_header(out),
+        "recipes": {recipe: {**SHARED, **RECIPES[recipe]} for recipe in recipes},
+        "states_of_the_files_in_all_saves_by_process": states,
+        "kills": found,
+        "seconds": round(time.perf_counter() - begun),
+    }
+    write_atomically(out, json.dumps(content, indent=1) + "\n")
+    console.print(f"Results: {out}", soft_wrap=True)
+    raise typer.Exit(1 if any(kill["wrong"] for kill in found) else 0)
+
+
+def _header(out: Path) -> dict[str, Any]:
+    given = [Path(argument).name if argument == str(out) else argument for argument in sys.argv[1:]]
+    return {
+        "command": " ".join(["python", "scripts/kill_check.py", *given]),
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": describe(),
+    }
 
 
 def _line(kill: dict[str, Any]) -> str:

@@ -10,15 +10,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 from transformers import TrainerCallback
 
 import text_classification
+from _common import run as run_program
 
 Snapshot = frozenset[tuple[str, int]]
 
@@ -97,10 +98,13 @@ class Watch(TrainerCallback):
         now = snapshot(self.output)
         if now != self.last:
             self.last = now
-            self.states += 1
-            self.tell(f"state {self.states}")
-            if self.states == self.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            self.changed()
+
+    def changed(self) -> None:
+        self.states += 1
+        self.tell(f"state {self.states}")
+        if self.states == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tell("training")
@@ -130,6 +134,8 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.is_trained = True
+        if not args.do_eval:  # no evaluation stands between this and the last save
+            self.watch()
 
 
 def run(
@@ -143,7 +149,13 @@ def run(
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_here(argv, folder, log, Watch(writer, output, counts_states or kill_at is not None, kill_at))
+        run_here(
+            text_classification.main,
+            argv,
+            folder,
+            log,
+            Watch(writer, output, counts_states or kill_at is not None, kill_at),
+        )
     os.close(writer)
     text = b""
     waits_for = moment.event if moment else None
@@ -162,16 +174,22 @@ def run(
     return Ended(status == -signal.SIGKILL, status, log.read_text(encoding="utf-8"), events)
 
 
-def _run_here(argv: Sequence[str], folder: Path, log: Path, watch: Watch) -> None:
-    """In the child; never returns."""
-    status = 1
+def run_here(
+    main: Callable[..., Any], argv: Sequence[str], folder: Path, log: Path, watch: TrainerCallback
+) -> NoReturn:
+    """Run a recipe in the child that this is, as its program does; never returns."""
+    status: Any = 1
     try:
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        logging.root.handlers.clear()  # the recipe starts logging anew
         datasets.config.HF_DATASETS_CACHE = folder / "datasets"
-        text_classification.main(list(argv), [watch])
+        run_program(lambda: main(list(argv), [watch]))
         status = 0
+    except SystemExit as error:
+        status = error.code
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from recipe_groups import Groups
 from transformers.utils import logging as transformers_logging
 
 
@@ -16,3 +18,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     yield
     transformers_logging.set_verbosity(verbosity)
     transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    return Groups(tmp_path_factory.mktemp("groups"))

@@ -17,6 +17,7 @@ import text_classification
 from _adaptation import adapt
 from _common import RecipeError
 from _finetuning import read_flags
+from _kept import Kept
 from scripts.kill_parts.inputs import WORDS, build
 
 # Learned maps are trained, not drawn: without what is random in the other runs.
@@ -60,7 +61,9 @@ def test_labels_are_not_looked_at(folder: Path, tmp_path: Path, kind: str) -> No
     seen: set[str] = set()
     task.model.register_forward_pre_hook(lambda model, inputs, named: seen.update(named), with_kwargs=True)
     rows = task.data["train"]
-    done = adapt(task.model, rows, rows, task.collate, flags.adaptation, flags.training)
+    done = adapt(
+        task.model, rows, rows, task.collate, flags.adaptation, flags.training, Kept(flags.training, {}, False)
+    )
     assert done["transfer"]["steps"] == 3
     assert "input_ids" in seen
     assert not any("label" in name for name in seen)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from _checkpoints import damage, find_checkpoint
 from _common import RecipeError
+from _damage import MANIFEST
 from _training import RecipeTrainingArguments
 from scripts.kill_parts.inputs import SETTINGS, build
 
@@ -261,6 +261,7 @@ def test_a_shard_may_be_missing(output: Path) -> None:
     checkpoint = output / "checkpoint-12"
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
+    (checkpoint / MANIFEST).unlink()  # sharded by somebody else
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for name, part in shards.items():
@@ -285,13 +286,15 @@ def test_random_states_of_several_processes(
     output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(RecipeTrainingArguments, "world_size", 2)
-    monkeypatch.setattr(RecipeTrainingArguments, "main_process_first", lambda self, **options: nullcontext())
+    for module in ("_together", "_checkpoints"):
+        monkeypatch.setattr(f"{module}.gather", lambda value, training: [value])
     assert find(output) == str(output / "checkpoint-12")  # saved by one process: the best there is, but told
     assert "saved by another number of processes than 2" in caplog.text
     states = {number: output / f"checkpoint-{number}" / "rng_state.pth" for number in (10, 12)}
     shutil.copy(states[10], states[10].with_name("rng_state_1.pth"))
     for path in states.values():
         path.rename(path.with_name("rng_state_0.pth"))
+        (path.parent / MANIFEST).unlink()  # of a version that wrote none
     caplog.clear()
     assert find(output) == str(output / "checkpoint-10")  # the other was cut off before the second process wrote
     assert "rng_state_1.pth is missing" in caplog.text

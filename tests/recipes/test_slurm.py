@@ -169,8 +169,8 @@ def test_queued_again_at_the_time_limit(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_sigterm_saves(folder: Path, tmp_path: Path, processes: str) -> None:
+@pytest.mark.parametrize(("processes", "number"), [("1", signal.SIGTERM), ("2", signal.SIGTERM), ("2", signal.SIGINT)])
+def test_signals_save(folder: Path, tmp_path: Path, processes: str, number: signal.Signals) -> None:
     """Slurm signals all processes of the step: each launcher and each rank. The same line then goes on."""
     accelerate = "cpu" if processes == "2" else "single_gpu"
     both = ["--save_strategy", "no", "--num_train_epochs", "40"]
@@ -191,9 +191,9 @@ def test_sigterm_saves(folder: Path, tmp_path: Path, processes: str) -> None:
         while "Step 10 of" not in said.read_text():
             assert step.poll() is None, said.read_text()
             time.sleep(0.05)
-        os.killpg(step.pid, signal.SIGTERM)
+        os.killpg(step.pid, number)
         assert step.wait(timeout=200) != 0
-    assert "SIGTERM: saved checkpoint-" in said.read_text()
+    assert f"{number.name}: stopped after step" in said.read_text()
     assert not (tmp_path / "cut" / "results.json").exists()
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 1
     done = subprocess.run(words("cut"), env=env, cwd=ROOT, text=True, capture_output=True, timeout=400)
