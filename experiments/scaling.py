@@ -46,6 +46,7 @@ def plan(
     total: Annotated[float, typer.Option(min=0, help="Tokens of the whole training.")] = 1e10,
     peak: Annotated[float, typer.Option(help="bfloat16 operations per second of a GPU.")] = DEFAULT.peak,
     attained: Annotated[float, typer.Option(min=0, max=1, help="The share of it that is reached.")] = DEFAULT.attained,
+    bandwidth: Annotated[float, typer.Option(help="Bytes/s of its memory.")] = DEFAULT.bandwidth,
     memory: Annotated[float, typer.Option(help="Bytes of a GPU.")] = DEFAULT.memory,
     per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = DEFAULT.per_node,
     node_bandwidth: Annotated[float, typer.Option(help="Bytes/s within a node.")] = DEFAULT.node_bandwidth,
@@ -57,6 +58,7 @@ def plan(
     machine = Machine(
         peak=peak,
         attained=attained,
+        bandwidth=bandwidth,
         memory=memory,
         per_node=per_node,
         node_bandwidth=node_bandwidth,

@@ -47,21 +47,36 @@ def check_memory() -> list[dict[str, Any]]:
 
 
 def check_time(seconds: float) -> list[dict[str, Any]]:
-    """Time of a step on one core. The rate of operations is that of softmax at the first length; all else follows."""
+    """Time of a step on one core: computed from the rates of one product and one sum of this machine, and measured."""
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
-    rate = 0.0
+    rate, bandwidth = _rates(seconds)
+    found = []
     for tokens in LENGTHS:
         steps = {attention: _step(SMALL, attention, tokens) for attention in SETTINGS}
-        clock = partial(time_calls, clock=time.process_time)
-        for attention, timed in time_in_turns(steps, seconds=seconds, measure=clock).items():
-            if isinstance(timed, Failure):
-                raise RuntimeError(timed.reason)
+        for attention, timed in _time(steps, seconds).items():
             costs = count_layer(SMALL, SETTINGS[attention], tokens, bf16=False)
-            operations = SMALL.layers * (costs.forward + costs.backward)
-            rate = rate or operations / timed.median
-            row = {"tokens": tokens, "attention": attention, "computed s": operations / rate}
-            found.append({**row, "measured s": timed.median, "computed / measured": operations / rate / timed.median})
+            computed = SMALL.layers * costs.seconds(rate, bandwidth)
+            row = {"tokens": tokens, "attention": attention, "computed s": computed, "measured s": timed}
+            found.append({**row, "computed / measured": computed / timed})
+    return found
+
+
+def _rates(seconds: float) -> tuple[float, float]:
+    """Operations per second of a product of the size that a layer has, and bytes per second of a sum as large."""
+    x, weight = torch.randn(1024, 256), torch.randn(256, 1024)
+    y = torch.randn(1024, 1024)
+    timed = _time({"product": lambda: x @ weight, "sum": lambda: y + y}, seconds / 4)
+    return 2 * x.numel() * weight.shape[1] / timed["product"], 3 * 4 * y.numel() / timed["sum"]
+
+
+def _time(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median CPU seconds of each, measured in turns: other programs of the machine do not count."""
+    found = {}
+    timed_calls = time_in_turns(calls, seconds=seconds, measure=partial(time_calls, clock=time.process_time))
+    for name, timed in timed_calls.items():
+        if isinstance(timed, Failure):
+            raise RuntimeError(f"{name}: {timed.reason}")
+        found[name] = timed.median
     return found
 
 

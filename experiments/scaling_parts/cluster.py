@@ -43,20 +43,26 @@ LOGIT = 2 + 4 + 4 + 4
 class Machine:
     """Assumptions about GPUs and their network.
 
-    peak: bfloat16 operations per second. attained: The share of it that a training step reaches.
+    peak: bfloat16 operations per second. attained: The share of it that matrix products reach.
+    bandwidth: Bytes per second of the memory that operators reach.
     memory: Bytes of a GPU. reserved: What of it the driver, CUDA, NCCL and fragmentation take.
     per_node: GPUs of a node. node_bandwidth, network_bandwidth: Bytes per second and GPU, within a node and between
         nodes, that collectives reach. latency: Seconds before a collective moves anything, per doubling of processes.
     """
 
     peak: float = 989e12
-    attained: float = 0.35
+    attained: float = 0.5
+    bandwidth: float = 2.3e12
     memory: float = 80e9
     reserved: float = 6e9
     per_node: int = 8
     node_bandwidth: float = 300e9
     network_bandwidth: float = 35e9
     latency: float = 10e-6
+
+    @property
+    def rate(self) -> float:
+        return self.peak * self.attained
 
     def seconds(self, received: float, processes: int, calls: float = 1.0) -> float:
         """How long collectives among processes take in which each receives so many bytes."""
@@ -155,9 +161,9 @@ def _step(job: Job, strategy: Strategy, machine: Machine, replicas: int, share: 
     costs = layer(job.model, job.attention, tokens, strategy.checkpointing)
     processes = replicas * strategy.context
     parameters = architecture.parameters(job.tokens)
-    head = 2 * architecture.width * architecture.head_outputs * tokens
-    compute = share * (architecture.layers * (costs.forward + costs.backward) + 3 * head)
-    compute /= machine.peak * machine.attained
+    head = 3 * 2 * architecture.width * architecture.head_outputs * tokens
+    head += LOGIT * architecture.head_outputs * tokens * machine.rate / machine.bandwidth  # as if it were products
+    compute = share * (architecture.layers * costs.seconds(machine.rate, machine.bandwidth) + head / machine.rate)
     memory = _states(strategy, parameters, architecture.layer_parameters(), processes)
     memory += batch * _activations(job, strategy, costs, tokens)
     received, waiting = _gradients(strategy, machine, parameters, processes, share // batch, compute)

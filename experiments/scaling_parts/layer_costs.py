@@ -1,11 +1,13 @@
 """What one layer of a model costs, counted in the code that runs: no weights, no data, any number of tokens.
 
-The model runs on fake tensors, which have shapes and no contents. Matrix products are counted as they are called, and
-what is saved for the backward pass by its bytes. A layer is the difference between a model of two layers and of one.
+The model runs on fake tensors, which have shapes and no contents. Operators are counted as they are called: their matrix
+products, the bytes that they read and write, and the bytes that are saved for the backward pass. A layer is the
+difference between a model of two layers and of one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel, masking_utils
 
 import hf_linattn
@@ -22,6 +26,7 @@ import hf_linattn.functional  # registers the operators
 from hf_linattn.ops import inputs
 
 Shape = Any  # of a tensor: a sequence of integers
+Operators = Counter[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,27 @@ ARCHITECTURES = {
 class LayerCosts:
     """Of one layer and one row of so many tokens.
 
-    forward, backward: Floating-point operations in matrix products. saved: Bytes kept for the backward pass.
+    forward, backward: Operators that run, each as (floating-point operations in matrix products, bytes read and
+    written), and how often. saved: Bytes kept for the backward pass.
     """
 
     tokens: int
-    forward: float
-    backward: float
+    forward: Operators
+    backward: Operators
     saved: float
+
+    def seconds(self, rate: float, bandwidth: float) -> float:
+        """Forward and backward: every operator takes as long as its products or its memory, whatever is longer.
+
+        rate: Floating-point operations per second. bandwidth: Bytes per second.
+        """
+        both = self.forward + self.backward
+        return sum(count * max(flops / rate, moved / bandwidth) for (flops, moved), count in both.items())
+
+
+def products(operators: Operators) -> float:
+    """Floating-point operations in matrix products."""
+    return sum(count * flops for (flops, _), count in operators.items())
 
 
 def count_layer(
@@ -103,12 +122,12 @@ def count_layer(
         bf16: Under autocast. checkpointing: Only inputs of layers are kept, and layers computed again.
     """
     one, two = (_count(architecture, settings, tokens, layers, bf16, checkpointing) for layers in (1, 2))
-    return LayerCosts(tokens, *(b - a for a, b in zip(one, two, strict=True)))
+    return LayerCosts(tokens, two[0] - one[0], two[1] - one[1], two[2] - one[2])
 
 
 def _count(
     architecture: Architecture, settings: Any, tokens: int, layers: int, bf16: bool, checkpointing: bool
-) -> tuple[float, float, float]:
+) -> tuple[Operators, Operators, float]:
     config = type(architecture.config).from_dict(
         {**architecture.config.to_dict(), "num_hidden_layers": layers, "max_position_embeddings": tokens}
     )
@@ -131,19 +150,39 @@ def _count(
             kept.append(x)
         return x
 
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    forward, backward = OperatorCounter(), OperatorCounter()
     hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda x: x)
     # Fake positions cannot be seen to be those of one sequence.
     one_sequence = mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
     with fake, one_sequence, mock.patch.object(inputs, "stays_half", _stays_half_on_a_gpu):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         options = {"use_cache": False} if architecture.is_causal else {}
-        with counter, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), hooks:
+        with forward, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), hooks:
             output = model(input_ids=ids, **options).last_hidden_state
-        forward, held = counter.get_total_flops(), sum(saved.values())
-        with counter:
+        held = sum(saved.values())
+        with backward:
             output.sum().backward()
-    return forward, counter.get_total_flops(), held
+    return forward.found, backward.found, held
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that run within it. Views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Operators = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        changes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        if made and (changes or any(t.untyped_storage()._cdata not in given for t in made)):
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+            self.found[float(flops), float(sum(t.numel() * t.element_size() for t in [*read, *made]))] += 1
+        return result
 
 
 def _stays_half_on_a_gpu(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -> bool:
@@ -221,11 +260,16 @@ def _formulas() -> dict[Any, Callable[..., float]]:
             BACKWARD * _causal(*a[2:10], a[-1] if not isinstance(a[-1], str) else a[-2])
         ),
     }
-    return {op: _without_result(formula) for op, formula in (found | backward).items()}
+    return {op: _of_shapes(formula) for op, formula in (found | backward).items()}
 
 
-def _without_result(formula: Callable[..., float]) -> Callable[..., float]:
-    return lambda *arguments, out_shape=None, **options: formula(*arguments, **options)
+def _of_shapes(formula: Callable[..., float]) -> Callable[..., float]:
+    """A formula as the counter calls it: with tensors, and the result."""
+
+    def count(*arguments: Any, out_val: Any = None, **options: Any) -> float:
+        return formula(*[tuple(z.shape) if isinstance(z, Tensor) else z for z in arguments], **options)
+
+    return count
 
 
 FORMULAS = _formulas()
