@@ -157,15 +157,14 @@ def plan_step(job: Job, strategy: Strategy, machine: Machine) -> Step | None:
 
 def _step(job: Job, strategy: Strategy, machine: Machine, replicas: int, share: int, batch: int) -> Step:
     architecture = ARCHITECTURES[job.model]
-    tokens = job.tokens // strategy.context
-    costs = layer(job.model, job.attention, tokens, strategy.checkpointing)
+    costs = layer(job.model, job.attention, job.tokens, strategy.checkpointing)
     processes = replicas * strategy.context
     parameters = architecture.parameters(job.tokens)
-    head = 3 * 2 * architecture.width * architecture.head_outputs * tokens
-    head += LOGIT * architecture.head_outputs * tokens * machine.rate / machine.bandwidth  # as if it were products
-    compute = share * (architecture.layers * costs.seconds(machine.rate, machine.bandwidth) + head / machine.rate)
+    logits = architecture.head_outputs * job.tokens
+    head = 3 * 2 * architecture.width * logits / machine.rate + LOGIT * logits / machine.bandwidth
+    compute = share * (architecture.layers * costs.seconds(machine.rate, machine.bandwidth) + head) / strategy.context
     memory = _states(strategy, parameters, architecture.layer_parameters(), processes)
-    memory += batch * _activations(job, strategy, costs, tokens)
+    memory += batch * _activations(job, strategy, costs)
     received, waiting = _gradients(strategy, machine, parameters, processes, share // batch, compute)
     if strategy.context > 1:
         batches = share // batch
@@ -184,13 +183,13 @@ def _states(strategy: Strategy, parameters: int, largest: int, processes: int) -
     return ZERO2_WEIGHTS * parameters + ZERO2_SHARDED * parameters / processes
 
 
-def _activations(job: Job, strategy: Strategy, costs: LayerCosts, tokens: int) -> float:
-    """Of one row."""
+def _activations(job: Job, strategy: Strategy, costs: LayerCosts) -> float:
+    """Of one row, or the part of it that a GPU has: what linear attention saves grows with the tokens."""
     architecture = ARCHITECTURES[job.model]
-    held = architecture.layers * costs.saved + LOGIT * architecture.head_outputs * tokens
+    held = architecture.layers * costs.saved + LOGIT * architecture.head_outputs * job.tokens
     if strategy.checkpointing:  # and what one layer holds while it is computed again
-        held += layer(job.model, job.attention, tokens, False).saved
-    return held
+        held += layer(job.model, job.attention, job.tokens, False).saved
+    return held / strategy.context
 
 
 def _gradients(

@@ -1,7 +1,7 @@
 """What one layer of a model costs, counted in the code that runs: no weights, no data, any number of tokens.
 
-The model runs on fake tensors, which have shapes and no contents. Operators are counted as they are called: their matrix
-products, the bytes that they read and write, and the bytes that are saved for the backward pass. A layer is the
+The model runs on fake tensors, which have shapes and no contents. Operators are counted as they are called: their
+matrix products, the bytes that they read and write, and the bytes that are saved for the backward pass. A layer is the
 difference between a model of two layers and of one.
 """
 
