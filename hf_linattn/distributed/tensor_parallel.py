@@ -39,8 +39,9 @@ def split_heads(model: nn.Module, mesh: Any) -> int:
     Args:
         mesh: A `DeviceMesh` of one dimension.
     Returns: The number of layers.
-    Raises: ConfigError for a model without linear attention, for heads that cannot be split evenly, and for a mesh of several dimensions;
-        UnsupportedError for a model whose queries, keys and values come from one projection (GPT-2).
+    Raises: ConfigError for a model without linear attention, for heads that cannot be split evenly, and for a mesh of
+        several dimensions; UnsupportedError for a model whose queries, keys and values come from one projection
+        (GPT-2).
     """
     if mesh.ndim != 1:
         raise ConfigError(
