@@ -40,7 +40,8 @@ def split_heads(model: nn.Module, mesh: Any) -> int:
         mesh: A `DeviceMesh` of one dimension.
     Returns: The number of layers.
     Raises: ConfigError for a model without linear attention, for heads that cannot be split evenly, and for a mesh of
-        several dimensions; UnsupportedError for a model whose queries, keys and values come from one projection (GPT-2).
+        several dimensions; UnsupportedError for a model whose queries, keys and values come from one projection
+        (GPT-2).
     """
     if mesh.ndim != 1:
         raise ConfigError(
