@@ -83,9 +83,9 @@ def test_what_was_done_is_not_done_again(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (("--calibration_samples", "8"), "--calibration_samples"),
+        (("--calibration_samples", "8"), "(calibration_samples)"),
         (("--from_scratch",), ""),
-        (("--seed", "1"), "--seed"),
+        (("--seed", "1"), "(seed)"),
     ],
 )
 def test_other_flags_begin_anew(
