@@ -252,12 +252,10 @@ class LinearAttention(nn.Module, Generic[C]):
             output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
         return output
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What this process computes with: `held_tensors`, of its own heads where they are split."""
-        return self.held_tensors() if self.local_heads is None else self.local_heads(self.held_tensors())
-
-    def held_tensors(self) -> dict[str, Tensor]:
+    def tensors(self, *, all_heads: bool = False) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
+
+        Where heads are split over processes, those of this one's heads, unless `all_heads`.
 
         Not as registered parameters and buffers: a replica of DataParallel, FSDP with flat parameters, `prune` and
         `parametrize` take those away and leave a tensor under the name.
@@ -270,7 +268,7 @@ class LinearAttention(nn.Module, Generic[C]):
             if not isinstance(tensor, Tensor) or tensor.shape != shape:
                 raise UnsupportedError(self._not_whole(name, tensor))
             found[name] = tensor
-        return found
+        return found if all_heads or self.local_heads is None else self.local_heads(found)
 
     def _not_whole(self, name: str, tensor: Any) -> str:
         has = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"({tensor!r})"
@@ -284,7 +282,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @torch.no_grad()
     def set_tensors(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite some tensors in place, as after a calibration. Raises `InputError` for one that does not fit."""
-        own = self.held_tensors()
+        own = self.tensors(all_heads=True)
         for name, value in values.items():
             if name not in own or own[name].shape != value.shape:
                 raise InputError(

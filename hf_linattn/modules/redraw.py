@@ -53,7 +53,7 @@ class RedrawnAttention(LinearAttention[C]):
         interval = self.config.redraw_interval
         if interval is None or self._drawn == (step // interval, self.revision):
             return False
-        buffers = self.held_tensors()
+        buffers = self.tensors(all_heads=True)
         specs = self.state_spec(self.config, self.shape)
         redrawn = {name: spec.redraw for name, spec in specs.items() if spec.redraw is not None}
         if any(buffers[name].is_meta for name in redrawn):
