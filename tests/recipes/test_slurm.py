@@ -178,7 +178,9 @@ def test_signals_save(folder: Path, tmp_path: Path, processes: str, number: sign
     def words(name: str) -> list[str]:
         flags = train(folder, tmp_path / name, *both)
         flags[1], flags[3] = accelerate, processes
-        done = run(folder, "train.slurm", "--dry-run", *flags)
+        done = run(
+            folder, "train.slurm", "--dry-run", *flags, SLURM_JOB_ID=str(os.getpid() + number)
+        )  # a port of its own
         return shlex.split(done.stdout)
 
     env = child(folder, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="120", ACCELERATE_USE_CPU="true")
