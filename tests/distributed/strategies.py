@@ -51,9 +51,9 @@ def layers_of(model: nn.Module) -> list[LinearAttention[Any]]:
     return [module for module in model.modules() if isinstance(module, LinearAttention)]
 
 
-def shard(model: Any, *, param_dtype: torch.dtype | None = None, maps: bool = True) -> Any:
+def shard(model: Any, *, param_dtype: torch.dtype | None = None, maps: bool = True, mesh: Any = None) -> Any:
     """FSDP2 as a script of its own would use it; `maps`: learned maps are units."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype)}
     if maps:
         assert shard_linear_attention(model, mesh=mesh) == sum(bool(list(z.parameters())) for z in layers_of(model))
@@ -65,9 +65,9 @@ def shard(model: Any, *, param_dtype: torch.dtype | None = None, maps: bool = Tr
     return model
 
 
-def split(model: Any, *, heads: bool = True) -> Any:
+def split(model: Any, *, heads: bool = True, mesh: Any = None) -> Any:
     """Tensor parallelism; `heads`: linear attention follows."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     if heads:
         assert split_heads(model, mesh) == 2
     for layer in [module for module in model.modules() if type(module).__name__ in PLANS]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_checkpoints
 import torch
 from accelerated import as_launched
 from processes import run
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 import _adaptation
+import attention_transfer
 import text_classification
 from hf_linattn.modules.base import LinearAttention
 from scripts.kill_parts.inputs import build
@@ -110,3 +112,43 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, command: Callable[...
     run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
     again = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def work_transfer(argv: list[str], config: str | None) -> dict[str, Tensor]:
+    """Run the recipe of attention transfer. Returns what it logs and compares."""
+    if config is not None:
+        as_launched(config)
+        attention_transfer.strategy = _adaptation.strategy = lambda training: "FSDP2"
+    found = attention_transfer.main(argv, [])
+    fidelity = [report["mean_layer_error"] for report in found["fidelity"].values()]  # of the first process
+    errors = [entry["error"] for entry in found["log"] if "error" in entry]
+    return {"errors": torch.tensor(errors), "fidelity": torch.tensor(fidelity or [0.0, 0.0])}
+
+
+@pytest.mark.slow
+def test_attention_transfer_in_two_stages(tmp_path: Path) -> None:
+    """One process compares, with a whole model."""
+    tiny_checkpoints.build(tmp_path)
+    values = {
+        "model_name_or_path": tmp_path / "gpt2",
+        "attention": "favor_plus",
+        "attention_config": json.dumps({"learned": True, "num_features": 8, "window_size": 8}),
+        "train_file": tmp_path / "text.jsonl",
+        "max_steps": 4,
+        "second_stage_steps": 2,
+        "max_length": 40,
+        "max_eval_samples": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "disable_tqdm": "true",
+        "report_to": "none",
+    }
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    flags += ["--do_train", "--do_eval", "--per_device_train_batch_size"]
+    lines = {name: [*flags, rows, "--output_dir", str(tmp_path / name)] for name, rows in (("one", "4"), ("two", "2"))}
+    (expected,) = run(tmp_path / "a", 1, work_transfer, lines["one"], None)
+    first, second = run(tmp_path / "b", 2, work_transfer, lines["two"], "fsdp2.yaml")
+    torch.testing.assert_close(first["errors"], expected["errors"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second["errors"], expected["errors"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first["fidelity"], expected["fidelity"], rtol=1e-4, atol=1e-5)
+    assert first["fidelity"][1] < first["fidelity"][0]

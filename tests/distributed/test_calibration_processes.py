@@ -50,7 +50,7 @@ def calibrated(models: dict[str, Any], strategy: str) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["plain", pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_all_batches(tmp_path: Path, strategy: str, processes: int) -> None:
     models = {

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from cases import BERT, GPT2, VIT, ModelCase, away_from_start, converted
 from processes import run
-from strategies import loss_of, split, without_dropout
+from strategies import loss_of, shard, split, without_dropout
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed import DistributedConfig
@@ -73,6 +73,31 @@ def test_split_heads_are_those_of_one_process(tmp_path: Path, processes: int) ->
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     learned = [name for name in expected if ".linattn." in name]
     assert len(learned) > 20
+
+
+# -- with FSDP2 -------------------------------------------------------------------------------------------------------
+def train_on_a_grid(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two pairs of processes: those of a pair share the heads, the pairs share the rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "heads"))
+    split(model, mesh=mesh["heads"])
+    shard(model, mesh=mesh["rows"])
+    rows = {name: tensor.chunk(2)[mesh["rows"].get_local_rank()] for name, tensor in batch.items()}
+    loss_of([model(**rows)[0].double()]).backward()
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert learned lara", "vit learned favor_sharp"])
+def test_together_with_fsdp2(tmp_path: Path, name: str) -> None:
+    model, batch = built(name)
+    batch.pop("attention_mask", None)  # so that rows count alike
+    one = copy.deepcopy(model)
+    loss_of([one(**batch)[0].double()]).backward()
+    expected = {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+    for found in run(tmp_path, 4, train_on_a_grid, model, batch):
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
 
 
 # -- through Transformers ---------------------------------------------------------------------------------------------
