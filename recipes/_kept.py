@@ -26,6 +26,8 @@ from _together import decided, gather, together
 logger = logging.getLogger("hf_linattn.recipes")
 
 FOLDER, CALIBRATION, FLAGS = "_before_training", "calibration.safetensors", "flags.json"
+# Flags that another number of processes changes.
+CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
 
 
 class Kept:
@@ -48,7 +50,7 @@ class Kept:
 
         def look() -> dict[str, Any]:
             found = self._read()
-            if not from_scratch and found.get("comes_from") == self.comes_from:
+            if found and not from_scratch and self._is_same(found["comes_from"], () if is_needed else CUTS):
                 return dict(found["done"])
             if is_needed and self.folder.exists():
                 if found and not from_scratch:
@@ -63,6 +65,10 @@ class Kept:
             return {}
 
         self.done = decided(look, training)[0]
+
+    def _is_same(self, before: Mapping[str, Any], left_out: tuple[str, ...]) -> bool:
+        names = (before.keys() | self.comes_from.keys()).difference(left_out)
+        return all(before.get(name) == self.comes_from.get(name) for name in names)
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / FLAGS

@@ -96,6 +96,9 @@ class LocalHeads:
         }
         return cls(axes, mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
+    def __deepcopy__(self, memo: Any) -> LocalHeads:
+        return self  # a copy of the model belongs to the same processes, whose group cannot be copied
+
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._own(name, tensor) if name in self.axes else tensor for name, tensor in tensors.items()}
 

@@ -120,9 +120,10 @@ class LinAttnCallback(TrainerCallback):
     New directions come after every `redraw_interval` optimizer steps, never with a forward pass. The noise of LARA and
     EVA and the dropout of slots are those of the rows (`key_noise`, with `args.seed`), the same on any number of
     processes (DataParallel splits a batch after the fact: there they are those of torch's generators). Nothing is
-    stored in the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. With
-    `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole. Under FSDP2
-    through Accelerate, linear attention that is a unit keeps what it has learned in float32.
+    stored in the checkpoint but the directions: a resumed run draws those that belong to the step it resumes at. A run
+    that ended with an error leaves its last place behind: call `key_noise(model, None)` before a loop of your own.
+    With `push_to_hub` it warns of hidden files and links in `output_dir`, which a Trainer uploads as a whole. Under
+    FSDP2 through Accelerate, linear attention that is a unit keeps what it has learned in float32.
     """
 
     def __init__(self) -> None:

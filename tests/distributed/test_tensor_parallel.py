@@ -22,6 +22,7 @@ import hf_linattn
 from hf_linattn.distributed.fully_sharded import whole
 from hf_linattn.distributed.tensor_parallel import split_heads
 from hf_linattn.errors import ConfigError, UnsupportedError
+from hf_linattn.training import key_noise
 
 # Earlier releases know a class of this name that is for experts alone.
 HAS_DISTRIBUTED_CONFIG = "tp_plan" in inspect.signature(DistributedConfig).parameters
@@ -35,6 +36,8 @@ CASES = {
     "bert calibrated lara": (BERT, "lara", {"proposal_source": "calibrated", "sample_noise": False}),
     "bert eva": (BERT, "eva", {"sample_noise": False}),
     "vit learned eva": (VIT, "eva", {"learned": True}),
+    "bert eva with noise": (BERT, "eva", {"sample_noise": True, "slot_dropout": 0.3}),
+    "bert calibrated lara with noise": (BERT, "lara", {"proposal_source": "calibrated", "sample_noise": True}),
 }
 
 
@@ -51,6 +54,7 @@ def built(name: str) -> tuple[Any, dict[str, Tensor]]:
 def outputs(models: dict[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, (model, batch) in models.items():
+        assert key_noise(model, 1, rows=2) == (2 if "noise" in name else 0)
         output = model(**batch)
         loss_of([output[0].double()]).backward()
         gradients = {key: whole(p.grad) for key, p in model.named_parameters() if p.grad is not None}
@@ -59,7 +63,8 @@ def outputs(models: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def outputs_when_split(models: dict[str, Any]) -> dict[str, Tensor]:
-    return outputs({name: (split(model), batch) for name, (model, batch) in models.items()})
+    # Copies, as a moving average of the weights takes them, are split as well.
+    return outputs({name: (copy.deepcopy(split(model)), batch) for name, (model, batch) in models.items()})
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

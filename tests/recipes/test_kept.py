@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from recipe_runs import ROWS, CutError, arguments, assert_same_weights, train
 
 import _adaptation
+from _kept import Kept
 from scripts.kill_parts.inputs import build
 
 TRANSFER = ("--transfer_steps", "5", "--attention_config", '{"window_size": 2}', "--save_steps", "2")
@@ -105,6 +107,18 @@ def test_other_flags_begin_anew(
     assert ("Calibration and attention transfer begin anew" in caplog.text) == bool(told)
     assert told in caplog.text
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("is_needed", "changed", "expected"), [(False, 1, 8), (True, 1, None), (False, 2, None)])
+def test_what_was_done_is_told_on_another_number_of_processes(
+    tmp_path: Path, is_needed: bool, changed: int, expected: int | None
+) -> None:
+    """A run that goes on from a checkpoint with fewer rows in a batch; without one it would be done anew."""
+    flags = {"per_device_train_batch_size": 4, "seed": 0}
+    training: Any = SimpleNamespace(output_dir=tmp_path, world_size=1, process_index=0, should_save=True)
+    Kept(training, flags, from_scratch=False).record({"calibration_rows": 8})
+    now = {name: value + 1 if number < changed else value for number, (name, value) in enumerate(flags.items())}
+    assert Kept(training, now, False, is_needed).done.get("calibration_rows") == expected
 
 
 @pytest.mark.slow
