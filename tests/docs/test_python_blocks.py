@@ -2,7 +2,7 @@
 
 Models come by their names on the Hub from a folder laid out as its cache: MiniLM-L6 with its real weights, the others
 small and random. A block that begins with the comment `# Needs ...` is only compiled: it needs what the comment says;
-where that is several processes and their launcher, it runs on those in a slow test, with the block that goes on from it.
+where that is several processes and their launcher, a slow test runs it on those, with the block that goes on from it.
 A `text` block behind a Python block is what that prints, but for the last digits of numbers.
 """
 
