@@ -112,8 +112,8 @@ def test_block(block: list[Example], hub_cache: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("number", [i for i, block in enumerate(BLOCKS) if LAUNCHED.match(block[0].parsed)])
 def test_block_of_several_processes(number: int, hub_cache: Path, tmp_path: Path) -> None:
     code = BLOCKS[number][0].parsed
-    if BLOCKS[number + 1][0].parsed.startswith(CONTINUED):
-        code += BLOCKS[number + 1][0].parsed
+    for following in BLOCKS[number + 1 : number + 2]:
+        code += following[0].parsed if following[0].parsed.startswith(CONTINUED) else ""
     (tmp_path / "block.py").write_text(code)
     found = LAUNCHED.match(code)
     assert found is not None
