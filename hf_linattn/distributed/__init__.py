@@ -1,1 +1,1 @@
-"""One sequence on several processes: each has a part of the tokens, and they exchange what slots have read."""
+"""Layers on several processes that share sequences (each has a part of the tokens), heads, or weights (FSDP2)."""

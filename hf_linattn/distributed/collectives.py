@@ -83,7 +83,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         group = ctx.group
         grad = grad.clone(memory_format=torch.contiguous_format)  # it may be the gradient of something else as well
-        if dist.get_backend(group.group) == "gloo":  # which has no reduce_scatter in every release
+        # gloo has no reduce_scatter in every release. Groups with a backend for each device have another name.
+        if grad.device.type == "cpu" or dist.get_backend(group.group) == "gloo":
             dist.all_reduce(grad, group=group.group)
             own = grad[group.rank]
         else:

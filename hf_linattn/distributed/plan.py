@@ -73,7 +73,7 @@ def expected_traffic(layer: SharedLayer, processes: int, rank: int = 1) -> dict[
     """Bytes that process `rank` receives in one forward and one backward pass, by the names of `Traffic`.
 
     Names that end with "backward" belong to the backward pass. The sizes do not depend on the number of tokens, but
-    for EVA, whose chunks are exchanged.
+    for causal EVA without `max_chunks`, and for EVA whose chunks are longer than a window.
     """
     found: Counter[str] = Counter()
     if layer.is_causal:

@@ -63,7 +63,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     if state and any(map(is_part, module.parameters())):
         raise UnsupportedError(
             "Tensor parallelism gives this process some of the heads, and native mode would draw the same directions"
-            " for those of every process. Convert the model and call split_heads (docs/clusters.md)."
+            " for those of every process. Convert the model and call split_heads (docs/tensor_parallelism.md)."
             f" {convert_first(config)}"
         )
     if call.is_cross:

@@ -38,7 +38,7 @@ def context_parallel(
     Every process calls the model with the same whole rows. The model takes its own part of them, and its attention
     layers exchange what slots have read. Of what one process would compute with the whole rows, the loss is the mean
     over the processes, and so are the gradients: DistributedDataParallel over all processes, or `reduce_gradients`,
-    makes them complete. Forward and backward belong into the block.
+    makes them complete. The forward pass belongs into the block, with activation checkpointing the backward pass too.
 
     Args:
         model: A converted BERT or GPT-2, with any head, also within what other libraries put round it.

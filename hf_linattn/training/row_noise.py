@@ -32,7 +32,8 @@ def key_noise(
             optimizer.step()
         key_noise(model, None)
 
-    All forward passes until the next call have the same numbers, also those that activation checkpointing does again.
+    Processes that share sequences or heads have the same rows, so `rank` and `world_size` count replicas there. All
+    forward passes until the next call have the same numbers, also those that activation checkpointing does again.
     Without a call torch's generator draws a key in every pass. `LinAttnCallback` makes these calls in a `Trainer`.
 
     Args:

@@ -1,7 +1,8 @@
 """Every Python block of the README and the docs runs as a reader would paste it, each in a namespace of its own.
 
 Models come by their names on the Hub from a folder laid out as its cache: MiniLM-L6 with its real weights, the others
-small and random. A block that begins with the comment `# Needs ...` is only compiled: it needs what the comment says.
+small and random. A block that begins with the comment `# Needs ...` is only compiled: it needs what the comment says;
+where that is several processes and their launcher, a slow test runs it on those, with the block that goes on from it.
 A `text` block behind a Python block is what that prints, but for the last digits of numbers.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +27,8 @@ from sybil.parsers.markdown import CodeBlockParser
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = "# Needs "
+LAUNCHED = re.compile(r"# Needs \w+ processes: torchrun (--nproc_per_node \d)\n")
+CONTINUED = "# Needs the block above\n"
 NUMBER = re.compile(r"\d+\.\d+")
 PRINTED = "printed"
 
@@ -101,6 +106,23 @@ def test_block(block: list[Example], hub_cache: Path, tmp_path: Path, monkeypatc
     torch.manual_seed(0)
     for example in block:
         example.evaluate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [i for i, block in enumerate(BLOCKS) if LAUNCHED.match(block[0].parsed)])
+def test_block_of_several_processes(number: int, hub_cache: Path, tmp_path: Path) -> None:
+    code = BLOCKS[number][0].parsed
+    for following in BLOCKS[number + 1 : number + 2]:
+        code += following[0].parsed if following[0].parsed.startswith(CONTINUED) else ""
+    (tmp_path / "block.py").write_text(code)
+    found = LAUNCHED.match(code)
+    assert found is not None
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *found[1].split(), "block.py"]
+    environment = {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **environment, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def test_pages_with_blocks() -> None:
