@@ -83,7 +83,7 @@ def _row_noise(layer: EvaAttention, inputs: AttentionInputs, group: SequenceGrou
         return None
     noise = inputs.noise or RowNoise.drawn(inputs.query)
     keys = group.gather(torch.cat([noise.keys, noise.common]).to(inputs.query.device))[0]
-    return RowNoise(keys[:-1], keys[-1:])
+    return replace(noise, keys=keys[:-1], common=keys[-1:])
 
 
 @dataclass(frozen=True)
