@@ -28,6 +28,7 @@ def built(name: str) -> tuple[Any, list[dict[str, Tensor]]]:
 
 def train_with(model: Any, batches: list[dict[str, Tensor]], strategy: str, way: str) -> dict[str, Tensor]:
     """In the order that `fully_shard` asks for: first what is done to the layers, then sharding."""
+    counters.clear()  # of tests before this process was forked
     if way == "checkpointed":
         checkpoint_activations(model)
     else:
