@@ -117,7 +117,7 @@ def calibrate(
         return
     own = torch.arange(len(rows)).tensor_split(training.world_size)[training.process_index].tolist()
     loader = DataLoader(Subset(rows, own), batch_size=training.per_device_eval_batch_size, collate_fn=collate)
-    hf_linattn.calibrate(model.to(training.device), loader)
+    hf_linattn.calibrate(model.to(training.device), loader, first_row=own[0] if own else len(rows))
     kept.save_calibration(model)
     logger.info("Calibrated %s on %d rows", type(model).__name__, len(rows))
 

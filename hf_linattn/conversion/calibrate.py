@@ -36,6 +36,7 @@ def calibrate(
     attention: str = "softmax",
     max_batches: int | None = None,
     progress: bool = False,
+    first_row: int | None = None,
 ) -> PreTrainedModel:
     """Set what a converted model's layers take from data: statistics (FAVOR#), proposals (LARA).
 
@@ -53,6 +54,9 @@ def calibrate(
             "linear", their own, for a model that has been trained since its conversion (and calibrated before).
         max_batches: Stop after so many.
         progress: Show a progress bar.
+        first_row: In a distributed run, the number of this process's first row among the rows of all processes, which
+            number theirs on: the sample of LARA is then that of one process with all rows. `None`: every process
+            samples by itself.
     Returns: `model`.
     Raises:
         ConfigError: The model is not converted, no layer of it has statistics to set, or its learned maps, which
@@ -65,7 +69,9 @@ def calibrate(
     given, model = model, inside(model, "calibrate")
     check_model(model)
     layers = _calibratable(model)
-    observed: dict[nn.Module, Any] = {m: layer.new_calibration(stream=_rank()) for m, layer in layers.items()}
+    observed: dict[nn.Module, Any] = {
+        m: layer.new_calibration(stream=_rank(), first_row=first_row) for m, layer in layers.items()
+    }
 
     def on_call(module: nn.Module, call: Call) -> Tensor:
         if module in observed:

@@ -152,11 +152,12 @@ class LinearAttention(nn.Module, Generic[C]):
             "slot_dropout": self.config.slot_dropout if self.training else 0.0,
         }
 
-    def new_calibration(self, stream: int = 0) -> Calibration | None:
+    def new_calibration(self, stream: int = 0, first_row: int | None = None) -> Calibration | None:
         """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
 
-        `stream` is the process's rank: what is drawn at random differs between streams. A layer that has one keeps a
-        scalar buffer `calibrated_tokens`, the number of tokens it has been calibrated on.
+        `stream` is the process's rank: what is drawn at random differs between streams, unless `first_row` says which
+        rows the process has among those of all. A layer that has one keeps a scalar buffer `calibrated_tokens`, the
+        number of tokens it has been calibrated on.
         """
         return None
 

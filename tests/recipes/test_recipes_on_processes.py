@@ -13,9 +13,12 @@ import recipe_runs
 import tiny_checkpoints
 import torch
 import transfer_recipe
+from accelerated import as_launched
 from forked import in_processes
 from recipe_runs import CutAfter, CutError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
 
 import image_classification
 import language_modeling
@@ -42,10 +45,11 @@ class Run(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the four rows of a step are cut."""
+    """How the four rows of a step are cut. config: The Accelerate config of the launch; None for DDP without one."""
 
     processes: int
     accumulation: int = 1
+    config: str | None = None
 
     def flags(self) -> list[str]:
         batch = 4 // self.processes // self.accumulation
@@ -95,11 +99,21 @@ def command_line(run: Run, folder: Path, output: Path) -> list[str]:
     return [*argv, "--attention_config", json.dumps(settings), *COMMON]
 
 
-def train(recipe: str, argv: Sequence[str], cut_after: int | None) -> dict[str, Tensor]:
+class IsSharded(TrainerCallback):
+    """What is trained is sharded by FSDP2, and is not silently under DDP."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert isinstance(model, FSDPModule)
+
+
+def train(recipe: str, argv: Sequence[str], cut_after: int | None, config: str | None) -> dict[str, Tensor]:
     """The loss of every step, a mean over all processes."""
-    callback = CutAfter(cut_after)
+    callbacks: list[TrainerCallback] = [CutAfter(cut_after)]
+    if config is not None:
+        as_launched(config)
+        callbacks.append(IsSharded())
     try:
-        log = MAIN[recipe](argv, [callback])["log"]
+        log = MAIN[recipe](argv, callbacks)["log"]
     except CutError:
         return {"losses": torch.zeros(0)}
     return {"losses": torch.tensor([entry["loss"] for entry in log if "loss" in entry], dtype=torch.float64)}
@@ -107,7 +121,7 @@ def train(recipe: str, argv: Sequence[str], cut_after: int | None) -> dict[str, 
 
 def losses(run: Run, cut: Cut, folder: Path, output: Path, *changes: str, cut_after: int | None = None) -> Tensor:
     argv = [*command_line(run, folder, output), *cut.flags(), *changes]
-    return in_processes(output, cut.processes, train, run.recipe, argv, cut_after)[0]["losses"]
+    return in_processes(output, cut.processes, train, run.recipe, argv, cut_after, cut.config)[0]["losses"]
 
 
 CASES = [
@@ -119,6 +133,13 @@ CASES = [
     (Run("language_modeling", "gpt2", "favor_plus"), Cut(4)),
     (Run("image_classification", "vit", "eva"), Cut(2)),
     (Run("image_classification", "vit", "lara"), Cut(2, accumulation=2)),
+    (Run("text_classification", "bert", "eva"), Cut(2, config="fsdp2.yaml")),
+    (Run("text_classification", "bert", "favor_sharp"), Cut(4, config="fsdp2.yaml")),
+    (Run("language_modeling", "gpt2", "lara"), Cut(2, config="fsdp2.yaml")),
+    (Run("language_modeling", "gpt2", "lara"), Cut(2)),
+    (Run("language_modeling", "gpt2", "favor_plus"), Cut(4, config="fsdp2.yaml")),
+    (Run("image_classification", "vit", "favor_plus"), Cut(2, config="fsdp2.yaml")),
+    (Run("image_classification", "vit", "eva"), Cut(4, config="fsdp2.yaml")),
 ]
 
 

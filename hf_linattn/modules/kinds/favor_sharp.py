@@ -144,7 +144,7 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
         options = {**super().recurrence_options(), "statistics": statistics}
         return favor_recurrence(query, self.tensors()["projection"], scaling=scaling, **options)
 
-    def new_calibration(self, stream: int = 0) -> FavorCalibration | None:
+    def new_calibration(self, stream: int = 0, first_row: int | None = None) -> FavorCalibration | None:
         return FavorCalibration(self.config, self.shape) if self.config.statistics == "calibrated" else None
 
 

@@ -187,10 +187,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
         proposals = sample_proposals(state["centroids"], state["proposal_noise"], antithetic=antithetic)
         return lara_recurrence(query, proposals, scaling=scaling, offset=offset, **self.recurrence_options())
 
-    def new_calibration(self, stream: int = 0) -> ProposalCalibration | None:
+    def new_calibration(self, stream: int = 0, first_row: int | None = None) -> ProposalCalibration | None:
         if self.config.proposal_source != "calibrated":
             return None
-        return ProposalCalibration(self.config.num_landmarks, self.config, self.shape, stream)
+        return ProposalCalibration(self.config.num_landmarks, self.config, self.shape, stream, first_row)
 
     def learning_start(
         self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div

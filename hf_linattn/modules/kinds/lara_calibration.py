@@ -31,9 +31,18 @@ class ProposalCalibration:
         num_landmarks: How many proposals are sought.
         config, shape: Of the layer.
         stream: The process's rank: ranks must not draw the same priorities.
+        first_row: The number of the first row among those of all processes. Priorities are then those of the rows,
+            and the sample that of one process with all rows. `None`: they follow from `stream`.
     """
 
-    def __init__(self, num_landmarks: int, config: AttentionConfig, shape: LayerShape, stream: int = 0) -> None:
+    def __init__(
+        self,
+        num_landmarks: int,
+        config: AttentionConfig,
+        shape: LayerShape,
+        stream: int = 0,
+        first_row: int | None = None,
+    ) -> None:
         self._num_landmarks, self._config, self._shape = num_landmarks, config, shape
         size = max(SAMPLE_SIZE, 16 * num_landmarks)
         self._points = torch.zeros(shape.num_heads, size, shape.head_dim)
@@ -42,12 +51,17 @@ class ProposalCalibration:
         self._broken = torch.zeros(1, dtype=torch.int64)
         seed = derive_seed(config.seed, shape.layer_idx, "lara-sample", stream)
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._row = first_row
 
     @torch.no_grad()
     def update(self, inputs: AttentionInputs) -> None:
         """Take in one batch; padding does not count."""
         mask = inputs.key_mask
         for row in range(inputs.key.shape[0]):
+            if self._row is not None:
+                seed = derive_seed(self._config.seed, self._shape.layer_idx, "lara-sample-row", self._row)
+                self._generator.manual_seed(seed)
+                self._row += 1
             real = torch.ones_like(inputs.key[row, 0, :, 0], dtype=torch.bool) if mask is None else mask[row]
             places = real.nonzero().squeeze(-1)[self._config.num_global_tokens or 0 :]  # slots hold the others
             # Queries may be fewer than keys: they are the last ones.
