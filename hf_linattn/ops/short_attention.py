@@ -54,7 +54,8 @@ def _short_blocks(
             return None
     count = tokens.key.shape[2]
     blocks = Blocks(count, fit_window(options.window_size, count, tokens.grid), tokens.grid)
-    return blocks if suits_short(tokens.query, blocks.num_blocks) else None
+    # One window reads no slot.
+    return blocks if blocks.num_blocks > 1 and suits_short(tokens.query, blocks.num_blocks) else None
 
 
 def _short(
@@ -91,6 +92,7 @@ def _short(
         ),
         blocks.members,
         has_hidden=has_hidden,
+        with_lse=tokens.has_global,
     )
     output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)
     if on_grid:

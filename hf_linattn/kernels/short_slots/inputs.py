@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
-_TILE = 1 << 19
+_TILE = 1 << 21
 
 
 class ShortInputs(NamedTuple):
@@ -40,60 +40,89 @@ class ShortInputs(NamedTuple):
 OF_TOKENS = 7
 
 
-class Tile(NamedTuple):
-    """Some groups of tokens that share their slots: `inputs` without gaps, `[groups, rows, windows * places(, dim)]`.
+class Cut(NamedTuple):
+    """Where a tile is: some rows and heads. Rows share their slots, or (`is_own`) each has its own.
 
-    Slots are `[groups, slots(, dim)]`. Behind the last token there are hidden keys, up to a whole window.
+    In a tile tokens are `[groups, rows, tokens(, dim)]`, slots `[groups, slots(, dim)]`.
     """
 
-    place: tuple[slice, slice, slice]
+    rows: slice
+    heads: slice
+    slot_rows: slice
+    is_own: bool
     tokens: int
-    places: int
+    missing: int
+
+    def tokens_of(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """This part of `[batch, tokens, heads(, dim)]`, without gaps, padded to whole windows."""
+        x = self._arranged(x).contiguous()
+        if self.is_own:
+            x = x.flatten(0, 1).unsqueeze(1)
+        if self.missing:
+            x = F.pad(x, (0, self.missing) if x.ndim == 3 else (0, 0, 0, self.missing), value=fill)
+        return x
+
+    def slots_of(self, x: Tensor) -> Tensor:
+        """This part of `[batch or 1, heads, slots(, dim)]`."""
+        return x[self.slot_rows, self.heads].flatten(0, 1)
+
+    def write_tokens(self, x: Tensor, result: Tensor) -> None:
+        """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
+        target = self._arranged(x)
+        target.copy_(result[:, :, : self.tokens].view(target.shape))
+
+    def add_slots(self, x: Tensor, result: Tensor) -> None:
+        """The same for slots, added."""
+        target = x[self.slot_rows, self.heads]
+        target += result.view(target.shape)
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """A view with heads and rows, or with slots of their own rows and heads, before the tokens."""
+        part = x[self.rows, :, self.heads]
+        if self.is_own:
+            return part.transpose(1, 2)
+        return part.permute(2, 0, 1) if x.ndim == 3 else part.permute(2, 0, 1, 3)
+
+
+class Tile(NamedTuple):
+    """Inputs of some rows and heads, as `Cut` says; behind the last token there are hidden keys, to a whole window."""
+
+    cut: Cut
     inputs: ShortInputs
+    places: int
 
     @property
     def windows(self) -> int:
         return self.inputs.query.shape[2] // self.places
 
-    def cut(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """`by_group(...)[place]` as `[groups, rows, windows * places(, dim)]`, without gaps."""
-        x = x.flatten(0, 1)
-        missing = -self.tokens % self.places
-        if not missing:
-            return x.contiguous()
-        padding = (0, missing) if x.ndim == 3 else (0, 0, 0, missing)
-        return F.pad(x, padding, value=fill)
 
-    def write(self, x: Tensor, result: Tensor) -> None:
-        """Into `x`, from `by_group`, what belongs there of a result `[groups, rows, windows * places(, dim)]`."""
-        target = x[self.place]
-        target.copy_(result[:, :, : self.tokens].view(target.shape))
-
-
-def by_group(x: Tensor, inputs: ShortInputs) -> Tensor:
-    """`[batch, tokens, heads(, dim)]` as `[batch or 1, heads, rows, tokens(, dim)]`: rows of a group share slots."""
-    shared = inputs.query_slots.shape[0]
-    return x.unflatten(0, (shared, x.shape[0] // shared)).movedim(3, 1)
+def _even(count: int, most: int) -> int:
+    """How many at a time, so that parts of at most so many are about as large as each other."""
+    return -(-count // -(-count // max(1, most)))
 
 
 def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
-    """As many rows, then heads, then groups at a time as stay within the limit, at least one of each."""
+    """As many heads, then rows at a time as stay within the limit, at least one of each."""
     batch, tokens, heads, dim = inputs.query.shape
-    groups, slots = inputs.query_slots.shape[0], inputs.query_slots.shape[2]
-    rows, windows = batch // groups, -(-tokens // places)
+    shared, slots = inputs.query_slots.shape[0], inputs.query_slots.shape[2]
+    is_own, windows = 1 < shared == batch, -(-tokens // places)
     size = windows * (places * (2 * places + 4 * slots + 5 * dim) + 2 * slots * dim)
     budget = _TILE * torch.get_num_threads()
-    per_head = min(heads, max(1, budget // size))
-    per_row = min(rows, max(1, budget // (size * heads)))
-    per_group = min(groups, max(1, budget // (size * heads * rows)))
-    grouped = [None if z is None else by_group(z, inputs) for z in inputs[:OF_TOKENS]]
-    for group in range(0, groups, per_group):
-        for head in range(0, heads, per_head):
-            for row in range(0, rows, per_row):
-                some = slice(group, group + per_group), slice(head, head + per_head)
-                tile = Tile((*some, slice(row, row + per_row)), tokens, places, inputs)
-                cut = [None if z is None else tile.cut(z[tile.place]) for z in grouped[: OF_TOKENS - 1]]
-                hidden = float("-inf")
-                shared = [z[some].flatten(0, 1) for z in inputs[OF_TOKENS:]]
-                bias = tile.cut(grouped[OF_TOKENS - 1][tile.place], hidden)  # type: ignore[index]
-                yield tile._replace(inputs=ShortInputs(*cut, bias, *shared))
+    per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
+    together = batch if is_own else batch // shared  # rows among which a tile may be cut
+    for first in range(0, batch, together):
+        for start in range(first, first + together, per_row):
+            rows = slice(start, min(start + per_row, first + together))
+            slot_rows = rows if is_own else slice(first // together, first // together + 1)
+            for head in range(0, heads, per_head):
+                cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, tokens, -tokens % places)
+                *others, key_bias = inputs[:OF_TOKENS]
+                yield Tile(
+                    cut,
+                    ShortInputs(
+                        *[None if z is None else cut.tokens_of(z) for z in others],  # type: ignore[arg-type]
+                        cut.tokens_of(key_bias, float("-inf")),  # type: ignore[arg-type]
+                        *[cut.slots_of(z) for z in inputs[OF_TOKENS:]],  # type: ignore[arg-type]
+                    ),
+                    places,
+                )

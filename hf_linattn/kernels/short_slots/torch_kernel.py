@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from .inputs import OF_TOKENS, ShortInputs, Tile, by_group, tiles
+from .inputs import OF_TOKENS, ShortInputs, Tile, tiles
 
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
 # float32, is still above the smallest number.
@@ -34,16 +34,17 @@ _LEAST_MASS = math.exp(-59)
 _LARGEST = 512.0
 
 
-def short_forward(inputs: ShortInputs, places: int, has_hidden: bool) -> tuple[Tensor, Tensor]:
+def short_forward(inputs: ShortInputs, places: int, has_hidden: bool, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `short_slot_attention` describes them."""
     query, value = inputs.query, inputs.value
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-    outputs, sums = by_group(output, inputs), by_group(lse, inputs)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_full(query.shape[:-1], float("nan"), dtype=wide)
     for tile in tiles(inputs, places):
         read = _read(tile, has_hidden)
-        tile.write(outputs, read.output())
-        tile.write(sums, read.lse())
+        tile.cut.write_tokens(output, read.output())
+        if with_lse:
+            tile.cut.write_tokens(lse, read.lse())
     return output, lse
 
 
@@ -54,6 +55,7 @@ def short_backward(
     needs: Sequence[bool],
     places: int,
     has_hidden: bool,
+    with_lse: bool,
 ) -> list[Tensor | None]:
     """Gradients of the tensors of `inputs`, where `needs` says so. Weights are computed again, tile by tile."""
     wide = results[1].dtype
@@ -61,19 +63,20 @@ def short_backward(
         torch.zeros(z.shape, dtype=wide) if needed and z is not None else None
         for z, needed in zip(inputs, needs, strict=True)
     ]
-    upstream = [by_group(z, inputs) for z in grads]
-    has_lse = bool(grads.lse.any())
     for tile in tiles(inputs, places):
         read = _read(tile, has_hidden)
-        grad_output, grad_lse = (tile.cut(z[tile.place].to(read.weights.dtype)) for z in upstream)
-        of_tile = _gradients(tile, read, grad_output, grad_lse if has_lse else None, needs)
+        dtype, grad_lse = read.weights.dtype, None
+        grad_output = tile.cut.tokens_of(grads.output).to(dtype)
+        if with_lse:
+            grad_lse = tile.cut.tokens_of(grads.lse).to(dtype)
+        of_tile = _gradients(read, grad_output, grad_lse, needs)
         for number, (total, grad) in enumerate(zip(found, of_tile, strict=True)):
             if total is None or grad is None:
                 continue
             if number < OF_TOKENS:
-                tile.write(by_group(total, inputs), grad)
+                tile.cut.write_tokens(total, grad)
             else:
-                total[tile.place[:2]] += grad.view(total[tile.place[:2]].shape)
+                tile.cut.add_slots(total, grad)
     return [None if grad is None or z is None else grad.to(z.dtype) for grad, z in zip(found, inputs, strict=True)]
 
 
@@ -97,7 +100,7 @@ class _Read(NamedTuple):
     """What the queries of a tile read; `n` counts windows of all its groups and rows.
 
     weights: `[n, places, places + slots]`, of the keys of the window and of the slots; each query's add up to one.
-    largest: `[n, places]`, the largest logit.
+    logits: Of which they are the softmax.
     features: `[n, places, slots]`, weights of keys relative to the references.
     slot_values: `U`, `[n, slots, head_dim]`. mass: `Z`, `[n, slots, 1]`, 1 for none. values: `[n, places, head_dim]`.
     """
@@ -105,7 +108,7 @@ class _Read(NamedTuple):
     tile: Tile
     references: _References
     weights: Tensor
-    largest: Tensor
+    logits: Tensor
     features: Tensor
     slot_values: Tensor
     mass: Tensor
@@ -120,8 +123,9 @@ class _Read(NamedTuple):
 
     def lse(self) -> Tensor:
         """`[groups, rows, tokens]`: the largest logit minus the log of its weight."""
-        lse = self.largest - self.weights.amax(-1).log_()
-        lse.masked_fill_(self.largest == float("-inf"), float("-inf"))
+        largest = self.logits.amax(-1)
+        lse = largest - self.weights.amax(-1).log_()
+        lse.masked_fill_(largest == float("-inf"), float("-inf"))
         return lse.view(self.tile.inputs.query.shape[:3])
 
 
@@ -130,7 +134,7 @@ def _read(tile: Tile, has_hidden: bool) -> _Read:
     wide = torch.promote_types(inputs.query.dtype, torch.float32)
     if inputs.query.dtype != wide or inputs.value.dtype != wide:
         tile = tile._replace(inputs=_converted(inputs, wide))
-    has_hidden = has_hidden or bool(tile.tokens % tile.places)
+    has_hidden = has_hidden or bool(tile.cut.missing)
     read = _attempt(tile, has_hidden, _row_references)
     if read is None:
         tile = tile._replace(inputs=_converted(inputs, torch.float64))
@@ -143,14 +147,14 @@ def _converted(inputs: ShortInputs, dtype: torch.dtype) -> ShortInputs:
     return ShortInputs(*(None if z is None else z.to(dtype) for z in inputs))  # type: ignore[arg-type]
 
 
-def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile], _References]) -> _Read | None:
+def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile, bool], _References]) -> _Read | None:
     """`None` where references of the row leave too few digits."""
     inputs, places, windows = tile.inputs, tile.places, tile.windows
     groups, rows, tokens, dim = inputs.query.shape
     slots, number = inputs.query_slots.shape[1], groups * rows * windows
     key_tokens = inputs.key if inputs.key_tokens is None else inputs.key_tokens
     log_features = _logits(key_tokens, inputs.key_slots, inputs.key_bias)
-    references = references_of(log_features, tile)
+    references = references_of(log_features, tile, has_hidden)
     by_window = log_features.view(groups, rows, windows, places, slots)
     features = by_window.sub_(references.own.unsqueeze(3)).exp_().view(number, places, slots)
 
@@ -175,10 +179,10 @@ def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile
     if has_hidden:
         in_window.masked_fill_((inputs.key_bias == float("-inf")).view(number, 1, places), float("-inf"))
     logits = torch.cat([in_window, of_slots.view(number, places, slots)], -1)
-    largest, weights = logits.amax(-1), logits.softmax(-1)
-    if has_hidden:
-        weights.masked_fill_((largest == float("-inf")).unsqueeze(-1), 0.0)  # nothing to see
-    return _Read(tile, references, weights, largest, features, slot_values, mass, values)
+    weights = logits.softmax(-1)
+    if has_hidden:  # perhaps nothing to see
+        weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0.0)
+    return _Read(tile, references, weights, logits, features, slot_values, mass, values)
 
 
 def _logits(tokens: Tensor, slots: Tensor, bias: Tensor) -> Tensor:
@@ -191,9 +195,11 @@ def _logits(tokens: Tensor, slots: Tensor, bias: Tensor) -> Tensor:
 def _is_safe(mass: Tensor, reference: Tensor, tile: Tile, *, has_hidden: bool) -> bool:
     """Whether no sum has lost what counts, and no logit is large."""
     bias = tile.inputs.query_bias
-    if not (bool(reference.abs().amax() <= _LARGEST) and bool(bias.abs().amax() <= _LARGEST)):
-        return False
-    if bool(mass.amin() >= _LEAST_MASS):
+    for logits in (reference, bias):
+        least, most = torch.aminmax(logits)
+        if not (-_LARGEST <= float(least) and float(most) <= _LARGEST):
+            return False
+    if float(mass.amin()) >= _LEAST_MASS:
         return True
     if not has_hidden:
         return False
@@ -209,11 +215,12 @@ def _others(windows: int, dtype: torch.dtype) -> Tensor:
     return 1 - torch.eye(windows, dtype=dtype)
 
 
-def _row_references(log_features: Tensor, tile: Tile) -> _References:
+def _row_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> _References:
     """The largest of a row."""
     windows = tile.windows
     largest = log_features.amax(2, keepdim=True)
-    largest.masked_fill_(largest == float("-inf"), 0.0)
+    if has_hidden:
+        largest.masked_fill_(largest == float("-inf"), 0.0)
     others = _others(windows, largest.dtype)
 
     def merge(sums: Tensor) -> Tensor:
@@ -222,7 +229,7 @@ def _row_references(log_features: Tensor, tile: Tile) -> _References:
     return _References(largest, largest, merge, merge)
 
 
-def _own_references(log_features: Tensor, tile: Tile) -> _References:
+def _own_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> _References:
     """The largest of every window, and the largest of all the others."""
     groups, rows, _, slots = log_features.shape
     windows, lowest = tile.windows, torch.finfo(log_features.dtype).min
@@ -242,7 +249,7 @@ def _own_references(log_features: Tensor, tile: Tile) -> _References:
 
 # -- derivatives -----------------------------------------------------------------------------------------------------
 def _gradients(
-    tile: Tile, read: _Read, grad_output: Tensor, grad_lse: Tensor | None, needs: Sequence[bool]
+    read: _Read, grad_output: Tensor, grad_lse: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of the inputs of a tile, of tokens as `[groups, rows, tokens(, dim)]`."""
     tile = read.tile
@@ -254,8 +261,9 @@ def _gradients(
     pairs = [torch.bmm(grad_output, z.mT) for z in (read.values, read.slot_values)]
     grad_logits = torch._softmax_backward_data(torch.cat(pairs, -1), read.weights, -1, read.weights.dtype)
     if grad_lse is not None:
-        grad_lse = grad_lse.masked_fill(read.largest.view(grad_lse.shape) == float("-inf"), 0.0)
-        grad_logits.addcmul_(read.weights, grad_lse.view(number, places, 1))
+        sees = read.weights.any(-1, keepdim=True)
+        grad_lse = grad_lse.view(number, places, 1).masked_fill(~sees, 0.0)
+        grad_logits.addcmul_(read.weights, grad_lse)
     in_window, of_slots = grad_logits[..., :places], grad_logits[..., places:]
     # Of what the slots hold, back to the keys.
     grad_values = torch.bmm(read.weights[..., :places].mT, grad_output)
