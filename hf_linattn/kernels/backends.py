@@ -1,6 +1,6 @@
 """Which implementation of a kernel runs: plain torch, or Triton.
 
-A backend that is asked for by name runs or raises; only "auto" chooses. `operators.py` makes kernels operators of torch.
+A backend that is asked for by name runs or raises; only "auto" chooses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels as operators of torch, which are opaque to `torch.compile` and `torch.export`, and usable under `torch.func`.
+"""Kernels as operators of torch: opaque to `torch.compile` and `torch.export`, and usable under `torch.func`.
 
 The library calls a `torch.autograd.Function` around a forward and a backward operator: in that order
 `torch.func.grad` and `vmap` work. The forward operator has the same derivative when it is called by itself, as an
@@ -124,9 +124,9 @@ def register_pair(
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         given = arguments[:count]
         if not _is_plain(given):
-            return Pair.apply(*arguments)  # type: ignore[no-any-return]
+            return Pair.apply(*arguments)
         if torch.is_grad_enabled() and any([z is not None and z.requires_grad for z in given]):
-            return Plain.apply(*arguments)  # type: ignore[no-any-return]
+            return Plain.apply(*arguments)
         return tuple(compute(*arguments))
 
     # `torch.compile` counts parameters to see whether the function takes a context.

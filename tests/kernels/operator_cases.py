@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.short_slots import short_slot_attention
 
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
@@ -106,6 +107,7 @@ def window_chunks_case(
 
 def short_case(tokens: int, dtype: torch.dtype, *, others: bool = False, own: bool = False) -> tuple[Any, ...]:
     """Rows of five tokens in windows of two, as many as `tokens`."""
+    assert short_slot_attention  # its operator is defined where it is imported
     shape, rows = (tokens, 5, 2), tokens if own else 1
     bias = random(*shape, seed=6, dtype=wide(dtype))
     bias[0, 0] = -INF

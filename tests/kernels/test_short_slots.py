@@ -74,9 +74,7 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5}
 @pytest.mark.parametrize("others", [False, True], ids=["same tokens", "other tokens"])
 @pytest.mark.parametrize("own_slots", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize(("tokens", "hidden"), [(20, 0), (19, 0), (18, 7), (20, 20)], ids=str)
-def test_results_and_gradients(
-    tokens: int, hidden: int, own_slots: bool, others: bool, dtype: torch.dtype
-) -> None:
+def test_results_and_gradients(tokens: int, hidden: int, own_slots: bool, others: bool, dtype: torch.dtype) -> None:
     """Whole windows and a part of one, a row that fits in some of its windows, and one without any key."""
     given = case(tokens, others=others, own_slots=own_slots, hidden=hidden)
     check(given, 5, dtype, LIMITS[dtype], hides=bool(hidden))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,19 +110,14 @@ def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
     budget = _TILE * torch.get_num_threads()
     per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
+    others: Any = inputs[: OF_TOKENS - 1]
+    key_bias, of_slots = inputs.key_bias, inputs[OF_TOKENS:]
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
                 cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, tokens, -tokens % places)
-                *others, key_bias = inputs[:OF_TOKENS]
-                yield Tile(
-                    cut,
-                    ShortInputs(
-                        *[None if z is None else cut.tokens_of(z) for z in others],  # type: ignore[arg-type]
-                        cut.tokens_of(key_bias, float("-inf")),  # type: ignore[arg-type]
-                        *[cut.slots_of(z) for z in inputs[OF_TOKENS:]],  # type: ignore[arg-type]
-                    ),
-                    places,
-                )
+                parts: list[Any] = [None if z is None else cut.tokens_of(z) for z in others]
+                parts += [cut.tokens_of(key_bias, float("-inf")), *map(cut.slots_of, of_slots)]
+                yield Tile(cut, ShortInputs(*parts), places)
