@@ -111,7 +111,7 @@ def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
     per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
     others: Any = inputs[: OF_TOKENS - 1]
-    key_bias, of_slots = inputs.key_bias, inputs[OF_TOKENS:]
+    of_slots: Any = inputs[OF_TOKENS:]
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):
             rows = slice(start, min(start + per_row, first + together))
@@ -119,5 +119,5 @@ def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
             for head in range(0, heads, per_head):
                 cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, tokens, -tokens % places)
                 parts: list[Any] = [None if z is None else cut.tokens_of(z) for z in others]
-                parts += [cut.tokens_of(key_bias, float("-inf")), *map(cut.slots_of, of_slots)]
+                parts += [cut.tokens_of(inputs.key_bias, float("-inf")), *map(cut.slots_of, of_slots)]
                 yield Tile(cut, ShortInputs(*parts), places)
