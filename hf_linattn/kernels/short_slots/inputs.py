@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .workspace import scratch
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
 _TILE = 1 << 21
@@ -60,21 +61,24 @@ class Cut(NamedTuple):
             if x is None:
                 parts.append(None)
             elif number < OF_TOKENS:
-                parts.append(self.tokens_of(x, float("-inf") if number == OF_TOKENS - 1 else 0.0))
+                parts.append(self.tokens_of(x, ShortInputs._fields[number]))
             else:
                 parts.append(x[self.slot_rows, self.heads].flatten(0, 1))
         return ShortInputs(*parts)
 
-    def tokens_of(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """This part of `[batch, tokens, heads(, dim)]`, without gaps, padded to whole windows."""
+    def tokens_of(self, x: Tensor, name: str) -> Tensor:
+        """This part of `[batch, tokens, heads(, dim)]`, without gaps, in memory by that name.
+
+        What fills the last window has hidden keys.
+        """
         part = x[self.rows, :, self.heads]
-        if self.is_own:
-            part = part.transpose(1, 2).flatten(0, 1).unsqueeze(1)
-        else:
-            part = part.permute(_HEADS_FIRST[x.ndim])
+        part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
+        groups, rows, tokens, *dim = part.shape
+        taken = scratch(name, x, groups, rows, tokens + self.missing, *dim)
+        taken[:, :, :tokens].copy_(part)
         if self.missing:
-            return F.pad(part, (0, self.missing) if x.ndim == 3 else (0, 0, 0, self.missing), value=fill)
-        return part.contiguous()
+            taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
+        return taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken
 
     def write_tokens(self, x: Tensor, result: Tensor) -> None:
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""

@@ -67,9 +67,9 @@ def short_backward(
     for tile in tiles(inputs, places):
         read = _read(tile, has_hidden)
         dtype, grad_lse = read.weights.dtype, None
-        grad_output = tile.cut.tokens_of(grads.output).to(dtype)
+        grad_output = tile.cut.tokens_of(grads.output, "grad_output").to(dtype)
         if with_lse:
-            grad_lse = tile.cut.tokens_of(grads.lse).to(dtype)
+            grad_lse = tile.cut.tokens_of(grads.lse, "grad_lse").to(dtype)
         of_tile = _gradients(read, grad_output, grad_lse, needs)
         for number, (total, grad) in enumerate(zip(found, of_tile, strict=True)):
             if total is None or grad is None:
