@@ -75,9 +75,11 @@ class Cut(NamedTuple):
         part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
         groups, rows, tokens, *dim = part.shape
         taken = scratch(name, x, groups, rows, tokens + self.missing, *dim)
-        taken[:, :, :tokens].copy_(part)
         if self.missing:
             taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
+            taken[:, :, :tokens].copy_(part)
+        else:
+            taken.copy_(part)
         return taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken
 
     def write_tokens(self, x: Tensor, result: Tensor) -> None:

@@ -8,8 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
-# Larger tensors are not kept, in numbers.
-_MOST = 1 << 21
+# Numbers of tensors that are kept: smaller ones the allocator has at hand, larger ones are too much to keep.
+_LEAST, _MOST = 1 << 15, 1 << 21
 
 
 class _Kept(threading.local):
@@ -24,11 +24,12 @@ _kept = _Kept()
 
 def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
     """A tensor with any content, in the dtype of `like`. The next call for the same name gets the same memory."""
-    count, key = math.prod(shape), (name, like.dtype)
+    count = math.prod(shape)
+    if not _LEAST <= count <= _MOST:
+        return like.new_empty(shape)
+    key = (name, like.dtype)
     flat = _kept.tensors.get(key)
     if flat is None or flat.numel() < count:
-        if count > _MOST:
-            return like.new_empty(shape)
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
             flat = _kept.tensors[key] = torch.empty(count, dtype=like.dtype)
     return flat[:count].view(shape)
