@@ -1,4 +1,4 @@
-"""`short_slot_attention` in plain torch on a CPU: tile after tile, and the derivatives of what `reading.py` computes."""
+"""`short_slot_attention` in plain torch on a CPU, tile after tile, and the derivatives of `reading.py`."""
 
 from __future__ import annotations
 
