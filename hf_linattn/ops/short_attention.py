@@ -55,8 +55,10 @@ def _short_blocks(
             return None
     count = tokens.key.shape[2]
     blocks = Blocks(count, fit_window(options.window_size, count, tokens.grid), tokens.grid)
-    # One window reads no slot.
-    return blocks if blocks.num_blocks > 1 and suits_short(tokens.query, blocks.num_blocks) else None
+    if blocks.num_blocks == 1:  # which reads no slot
+        return None
+    suits = suits_short(tokens.query, blocks.num_blocks, blocks.members, query_weights.num_slots)
+    return blocks if suits else None
 
 
 def _short(
