@@ -44,7 +44,7 @@ class RowGroup:
 
 
 class _Places(NamedTuple):
-    """Where rows are taken from. numbers: `[n]` int64. empty: which of them are 0 instead, as numbers, or `[n]` bool."""
+    """Where rows are taken from. numbers: `[n]` int64. empty: which are 0 instead, as numbers, or as `[n]` bool."""
 
     numbers: Tensor
     empty: Tensor | None
