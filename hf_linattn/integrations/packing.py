@@ -84,11 +84,22 @@ def padded_sequences(mask: Any, key_mask: Tensor, query: Tensor) -> Sequences | 
 def exact_length(config: AttentionConfig, *, is_causal: bool) -> int:
     """Up to how many tokens a sequence is softmax attention in a layer, so that such rows are kept together."""
     length = 0
+    if torch.compiler.is_compiling():  # one group, whatever their lengths
+        return length
     if getattr(config, "is_exact_in_window", False):
         window = config.window_size or 0
         overlaps = is_causal and config.overlap_window
         length = 2 * window if overlaps else window + (config.num_global_tokens or 0)
     return max(length, getattr(config, "exact_below", 0))
+
+
+def check_has_positions(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise `InputError` for packed sequences without positions, which would be counted through the whole row."""
+    if kwargs.get("position_ids") is None and any(kwargs.get(name) is not None for name in PACKING):
+        raise InputError(
+            f"Packed sequences need position_ids that restart: {type(config).__name__} counts through the whole row"
+            f" without them. {PACKED}"
+        )
 
 
 def find_sequences(
