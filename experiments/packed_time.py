@@ -4,8 +4,8 @@
 
 16 texts of 64 to 512 tokens. "padded": the batch as it was computed before, every layer moving and masking its
 padding; "grouped": the same batch, which the layers take apart into rows of similar length; "packed": the texts in
-one row without padding; "sdpa": softmax, padded. Interleaved runs on one thread; the least processor time of each counts, which
-other work on the machine changes least.
+one row without padding; "sdpa": softmax, padded. Interleaved runs on one thread; the least
+processor time of each counts, which other work on the machine changes least.
 """
 
 from __future__ import annotations
