@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
+from .attach import convert_otherwise
 from .cache import RecurrentLayer
+from .packing import Sequences
 from .seams import softmax_name
 
 
@@ -31,6 +33,8 @@ class Call:
         on_softmax: Whether this is a layer of a converted model that conversion left on softmax.
         cache: The cache of a layer that keeps a state of what it has seen.
         grid: Rows and columns of patches, where the model says so.
+        sequences: What is taken apart, sequence by sequence: a packed batch, or a padded one, whose `key_mask` says
+            the same. `None`: neither.
         group_size: Heads of the query that share a head of key and value (grouped-query attention).
     """
 
@@ -48,6 +52,7 @@ class Call:
     cache: RecurrentLayer | None
     grid: tuple[int, int] | None
     group_size: int
+    sequences: Sequences | None = None
 
 
 def disagreement(module: nn.Module, is_causal: bool) -> UnsupportedError:
@@ -58,6 +63,20 @@ def disagreement(module: nn.Module, is_causal: bool) -> UnsupportedError:
         "token would see too much or too little. Set is_causal (of a BERT: is_decoder) in the config before the model "
         f"is made, or use attn_implementation={softmax_name(getattr(module, 'config', None))!r}, where the mask "
         "decides."
+    )
+
+
+def other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> UnsupportedError:
+    """A converted layer is of another kind, or of the other direction, than the call asks for."""
+    if layer.kind != call.kind:
+        return UnsupportedError(
+            f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {call.kind!r}. Call "
+            f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
+            f"to {call.kind!r}."
+        )
+    return UnsupportedError(
+        f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={call.is_causal}. "
+        f"{convert_otherwise(module.config, call.is_causal)}"
     )
 
 

@@ -34,7 +34,7 @@ def ablated_output(layer: Any, inputs: AttentionInputs) -> Tensor:
             nothing["num_heavy_keys"] = 0
         config, inputs = config.replace(**nothing), replace(inputs, grid=None)
     with ablate(layer.ablation) as asked:
-        output = layer.compute(config, layer.tensors(), inputs)
+        output = layer.compute_or_record(config, layer.tensors(), inputs)
     if not asked.was_followed:
         raise UnsupportedError(
             f"The kind {layer.kind!r} computes attention in a way of its own, in which it is unknown what goes through"

@@ -123,6 +123,9 @@ def learned_attention(
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Attention through learned slots.
@@ -136,7 +139,17 @@ def learned_attention(
     """
     options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     options.check(grid)
-    tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query,
+        key,
+        value,
+        key_mask,
+        factor_of(query, scaling),
+        is_causal,
+        num_global_tokens,
+        grid,
+        real_first=real_first,
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     tokens = tokens.packed()

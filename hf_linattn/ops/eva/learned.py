@@ -102,6 +102,9 @@ def learned_eva_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """EVA with learned summaries.
@@ -117,7 +120,17 @@ def learned_eva_attention(
     """
     options = _chunk_options(window_size, overlap_window, num_chunks, chunk_size, max_chunks, is_causal)
     options.check(grid)
-    tokens = prepare_tokens(query, key, value, key_mask, factor_of(query, scaling), is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query,
+        key,
+        value,
+        key_mask,
+        factor_of(query, scaling),
+        is_causal,
+        num_global_tokens,
+        grid,
+        real_first=real_first,
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     tokens = tokens.packed()
