@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.backends import use_backend
+from .exact import ONE_WINDOW, exact_softmax
 from .noise import RowNoise, SlotDropout
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
 
@@ -32,6 +33,7 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
 
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
+    Where `fn` gives `ONE_WINDOW`, the result is exact attention, in the dtype of the arguments.
 
     Args:
         in_half: Types of devices on which `fn` takes queries, keys and values in half precision (keeping logits and
@@ -47,13 +49,18 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         check_options(kwargs)
         dtype, device_type = query.dtype, query.device.type
         compute = compute_dtype(query, key, value, in_half)
-        query, key, value = query.to(compute), key.to(compute), value.to(compute)
+        computed = query.to(compute), key.to(compute), value.to(compute)
         backend = kwargs.get("backend")
         with torch.autocast(device_type, enabled=False):
             if backend is None:
-                return function(query, key, value, *args, **kwargs).to(dtype)
-            with use_backend(backend):
-                return function(query, key, value, *args, **kwargs).to(dtype)
+                output = function(*computed, *args, **kwargs)
+            else:
+                with use_backend(backend):
+                    output = function(*computed, *args, **kwargs)
+            if output is not ONE_WINDOW:
+                return output.to(dtype)
+        scaling, is_causal = factor_of(query, kwargs.get("scaling")), kwargs.get("is_causal", False)
+        return exact_softmax(query, key, value, kwargs.get("key_mask"), scaling=scaling, is_causal=is_causal)
 
     return cast(Fn, wrapper)
 
