@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.inputs import check_causal
+from ..ops.recurrent.exact_start import ExactStart
 from ..ops.recurrent.protocol import Recurrence
 from .ablation import ablated_output
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
+from .exactness import exact_output, is_exact, with_exact_part
 from .recorded import record
 from .sharded import like_sharded
 from .training_place import TrainingPlace, row_noise, slot_dropout
@@ -126,11 +128,19 @@ class LinearAttention(nn.Module, Generic[C]):
         }
 
     @classmethod
+    def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
+        if is_exact(config, inputs):
+            return exact_output(config, state, inputs)
+        output = cls.compute(config, state, inputs)
+        return with_exact_part(output, config, state, inputs) if config.exact_below else output
+
+    @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """`compute`, or one operator that does it where the call is recorded."""
+        """`compute_or_exact`, or one operator that does it where the call is recorded."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return record(config, state, inputs)
-        return cls.compute(config, state, inputs)
+        return cls.compute_or_exact(config, state, inputs)
 
     @classmethod
     def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
@@ -143,6 +153,11 @@ class LinearAttention(nn.Module, Generic[C]):
         Raises: `UnsupportedError` if there is none (`supports_recurrence`).
         """
         raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
+
+    def recurrent_form(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
+        """`recurrence`, with softmax attention for the first tokens of a row if the settings say so."""
+        recurrence, exact_below = self.recurrence(query, scaling=scaling), self.config.exact_below
+        return ExactStart(recurrence, exact_below, scaling) if exact_below else recurrence
 
     def recurrence_options(self) -> dict[str, Any]:
         """Arguments of a recurrent form that the shared settings say."""

@@ -78,27 +78,34 @@ def exact_softmax(
     Returns: `[batch, heads, queries, head_dim]`, computed in the dtype of the three and given in that of `query`.
     Cost: O(queries * keys * head_dim); with a mask the causal form also takes O(batch * queries * keys) memory.
     """
-    dtype_out = query.dtype
-    if not dtype_out == key.dtype == value.dtype:
-        dtype = torch.promote_types(torch.promote_types(dtype_out, key.dtype), value.dtype)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     queries, keys = query.shape[2], key.shape[2]
+    if key_mask is None:
+        if is_causal and 1 < queries < keys:
+            return masked_softmax(query, key, value, _earlier(queries, keys, query.device), scaling=scaling)
+        return masked_softmax(query, key, value, None, scaling=scaling, is_causal=is_causal and queries == keys)
+    # Whatever stands in the padding would come back through a weight of 0, or through a gradient.
+    real = key_mask[:, None, :, None]
+    key, value = torch.where(real, key, 0.0), torch.where(real, value, 0.0)
+    real = real if queries == keys else real[:, :, keys - queries :]
+    query, visible = torch.where(real, query, 0.0), _visible(key_mask, queries, is_causal=is_causal)
+    return torch.where(real, masked_softmax(query, key, value, visible, scaling=scaling), 0.0)
+
+
+def masked_softmax(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scaling: float, is_causal: bool = False
+) -> Tensor:
+    """`scaled_dot_product_attention` without autocast, in the dtype of the arguments; given in that of `query`.
+
+    Args:
+        visible: Bool, broadcast to `[batch, heads, queries, keys]`; `None` for all.
+    """
+    dtype = query.dtype
+    if not dtype == key.dtype == value.dtype:
+        wide = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
     with torch.autocast(query.device.type, enabled=False):
-        if key_mask is None:
-            if not is_causal or queries == keys:
-                output = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling)
-            else:
-                visible = None if queries == 1 else _earlier(queries, keys, query.device)
-                output = F.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
-            return output if output.dtype == dtype_out else output.to(dtype_out)
-        # Whatever stands in the padding would come back through a weight of 0, or through a gradient.
-        real = key_mask[:, None, :, None]
-        key, value = torch.where(real, key, 0.0), torch.where(real, value, 0.0)
-        real = real if queries == keys else real[:, :, keys - queries :]
-        query = torch.where(real, query, 0.0)
-        visible = _visible(key_mask, queries, is_causal=is_causal)
-        output = F.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
-        return torch.where(real, output, 0.0).to(dtype_out)
+        output = F.scaled_dot_product_attention(query, key, value, visible, is_causal=is_causal, scale=scaling)
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def _earlier(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -112,6 +112,10 @@ class LaraConfig(LearnedConfig):
         is_fixed = source == "calibrated" and not self.learned
         return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
 
+    @property
+    def is_exact_in_window(self) -> bool:
+        return True
+
     def validate(self) -> None:
         super().validate()
         self._check_even_overlap()
