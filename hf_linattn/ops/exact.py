@@ -103,8 +103,11 @@ def masked_softmax(
     if not dtype == key.dtype == value.dtype:
         wide = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    with torch.autocast(query.device.type, enabled=False):
-        output = F.scaled_dot_product_attention(query, key, value, visible, is_causal=is_causal, scale=scaling)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return masked_softmax(query, key, value, visible, scaling=scaling, is_causal=is_causal).to(dtype)
+    output = F.scaled_dot_product_attention(query, key, value, visible, is_causal=is_causal, scale=scaling)
     return output if output.dtype == dtype else output.to(dtype)
 
 
