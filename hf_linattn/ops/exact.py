@@ -65,6 +65,7 @@ def exact_softmax(
     *,
     scaling: float,
     is_causal: bool = False,
+    real_first: bool = False,
 ) -> Tensor:
     """Softmax attention between the tokens of one sequence, by `scaled_dot_product_attention`.
 
@@ -75,14 +76,18 @@ def exact_softmax(
         query: `[batch, heads, queries, head_dim]`, in the causal form at most as many as keys, otherwise as many.
         key, value: `[batch, heads, keys, head_dim]`. key_mask: `[batch, keys]` bool, True where a token is real.
         scaling: Factor of the dot product.
+        real_first: The real tokens of a row come first, padding is 0, and nobody reads what padded queries give: there
+            is less to do.
     Returns: `[batch, heads, queries, head_dim]`, computed in the dtype of the three and given in that of `query`.
     Cost: O(queries * keys * head_dim); with a mask the causal form also takes O(batch * queries * keys) memory.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if key_mask is None:
+    if key_mask is None or (real_first and is_causal and queries == keys):
         if is_causal and 1 < queries < keys:
             return masked_softmax(query, key, value, _earlier(queries, keys, query.device), scaling=scaling)
         return masked_softmax(query, key, value, None, scaling=scaling, is_causal=is_causal and queries == keys)
+    if real_first and not is_causal:
+        return masked_softmax(query, key, value, _visible(key_mask, queries, is_causal=False), scaling=scaling)
     # Whatever stands in the padding would come back through a weight of 0, or through a gradient.
     real = key_mask[:, None, :, None]
     key, value = torch.where(real, key, 0.0), torch.where(real, value, 0.0)
@@ -136,6 +141,7 @@ def with_exact_rows(
     scaling: float,
     exact_below: int,
     is_causal: bool,
+    real_first: bool = False,
 ) -> Tensor:
     """An estimate of attention, with softmax attention in its place where a row is short.
 
@@ -154,7 +160,7 @@ def with_exact_rows(
             f"exact_below={exact_below} needs queries and keys of the same tokens; got {queries} queries and {keys}"
             " keys. Set exact_below=0."
         )
-    if key_mask is None:
+    if key_mask is None or (real_first and is_causal and queries == keys):
         count = exact_below - (keys - queries) if is_causal else 0
         if count <= 0:
             return output
@@ -163,6 +169,13 @@ def with_exact_rows(
         return torch.cat([exact, output[:, :, count:]], dim=2)
     if queries != keys:
         query = F.pad(query, (0, 0, keys - queries, 0))
+    if real_first and not is_causal:
+        real = key_mask[:, :exact_below]
+        first = (query[:, :, :exact_below], key[:, :, :exact_below], value[:, :, :exact_below])
+        exact = exact_softmax(*first, real, scaling=scaling, real_first=True)
+        # A row has a token in the place after, or it is short.
+        short = ~key_mask[:, exact_below, None, None, None]
+        return torch.cat([torch.where(short, exact, output[:, :, :exact_below]), output[:, :, exact_below:]], dim=2)
     position = key_mask.long().cumsum(-1) - 1
     short = position < exact_below if is_causal else position[:, -1:] < exact_below
     order, real = real_tokens_first(key_mask)

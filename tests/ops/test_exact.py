@@ -146,6 +146,26 @@ def test_fewer_queries_than_keys_are_the_last(name: str, queries: int, masked: b
     torch.testing.assert_close(last, whole[:, :, -queries:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+def test_rows_whose_tokens_come_first(is_causal: bool) -> None:
+    """The shorter way for rows that have been sorted out already gives real tokens the same."""
+    mask = torch.arange(TOKENS) < torch.tensor([12, 7, 3])[:, None]
+    parts = [z.double().masked_fill(~mask[:, None, :, None], 0.0).requires_grad_() for z in inputs()]
+    real, weight = mask[:, None, :, None], rand(BATCH, HEADS, TOKENS, DIM, seed=9, dtype=torch.float64)
+    for exact_below in (TOKENS, 7, 5):
+
+        def attention(real_first: bool, exact_below: int = exact_below) -> Tensor:
+            if exact_below == TOKENS:
+                return exact_softmax(*parts, mask, scaling=SCALING, is_causal=is_causal, real_first=real_first)
+            options = {"exact_below": exact_below, "is_causal": is_causal, "real_first": real_first}
+            return with_exact_rows(parts[0].square(), *parts, mask, scaling=SCALING, **options)  # type: ignore[arg-type]
+
+        outputs = [attention(real_first) * real for real_first in (False, True)]
+        gradients = [torch.autograd.grad(output, parts, weight) for output in outputs]
+        for slow, fast in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+            torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+
+
 def test_refusals_stay_what_they_are() -> None:
     """Short inputs are no reason to take what long ones may not."""
     parts, short = inputs(), inputs(5)
