@@ -22,7 +22,7 @@ from .cache import RecurrentLayer
 from .call import Call, asks_cross, check_mask, check_prefix, disagreement
 from .checks import NO_PATTERN, check_positions, require, require_order, warn_attention_dropout
 from .expected import changed
-from .families import is_converted
+from .families import is_converted, read
 from .hand_over import give_back
 from .keywords import HARMLESS, check_keywords
 from .layers import ATTRIBUTE, linear_layer
@@ -49,7 +49,7 @@ def attention_function(kind: str) -> AttentionFunction:
     def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if torch.compiler.is_compiling():
             return kind_attention(kind, module, *inputs, **kwargs)
-        if getattr(getattr(module, "config", None), "model_type", None) not in canary.passed:
+        if read(getattr(module, "config", None), "model_type") not in canary.passed:
             canary.check_model(module)  # before the arguments are looked at
         try:
             return kind_attention(kind, module, *inputs, **kwargs)
@@ -253,7 +253,7 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         if call.cache is not None:
             output = call.cache.attend(held, query, key, value, mask, call.scaling)
         else:
-            grid = _converted_grid(config, layer, key, call) if hasattr(config, "image_size") else None
+            grid = _converted_grid(config, layer, key, call) if read(config, "image_size") is not None else None
             output = held(query, key, value, mask, scaling=call.scaling, grid=grid)
     return output.transpose(1, 2).contiguous()  # models take views of it
 

@@ -84,6 +84,11 @@ class LinearAttention(nn.Module, Generic[C]):
             config.fail("value_convolution", "False in a model of sequences", "Its filters are those of patches.")
 
     @classmethod
+    def is_exact_in_window(cls, config: C) -> bool:
+        """Whether a row that fits into one window is softmax attention: a kind that is sure of it says so."""
+        return False
+
+    @classmethod
     def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
         """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
         spec = cls.state_spec(config, shape)
@@ -130,7 +135,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
-        if is_exact(config, inputs):
+        if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
             return exact_output(config, state, inputs)
         output = cls.compute(config, state, inputs)
         return with_exact_part(output, config, state, inputs) if config.exact_below else output

@@ -128,11 +128,6 @@ class AttentionConfig:
         """Whether two forward passes in training give different outputs."""
         return self.slot_dropout > 0 or bool(self.sample_noise)
 
-    @property
-    def is_exact_in_window(self) -> bool:
-        """Whether a row that fits into one window is softmax attention: a kind that is sure of it says so."""
-        return False
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help(FavorSharpConfig)` describe all fields: add those of the base classes to the docstring."""
         super().__init_subclass__(**kwargs)

@@ -14,12 +14,16 @@ from .contract import AttentionInputs
 from .value_convolution import with_value_convolution
 
 
-def is_exact(config: AttentionConfig, inputs: AttentionInputs) -> bool:
-    """Whether the shapes of a call say that all of it is softmax attention."""
+def is_exact(config: AttentionConfig, inputs: AttentionInputs, *, in_window: bool) -> bool:
+    """Whether the shapes of a call say that all of it is softmax attention.
+
+    Args:
+        in_window: Whether a row that fits into one window is (`LinearAttention.is_exact_in_window`).
+    """
     query, key = inputs.query, inputs.key
     if key.shape[2] <= config.exact_below:
         return query.shape[2] == key.shape[2] or (inputs.is_causal and query.shape[2] < key.shape[2])
-    return config.is_exact_in_window and in_one_window(
+    return in_window and in_one_window(
         query,
         key,
         inputs.key_mask,

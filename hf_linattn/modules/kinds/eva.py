@@ -109,10 +109,6 @@ class EvaConfig(LearnedConfig):
             where = f"0 with relative_position={self.relative_position!r}"
             self.fail("exact_below", where, "Short inputs would lose their biases.")
 
-    @property
-    def is_exact_in_window(self) -> bool:
-        return self.chunking == "exclusive" and self.relative_position == "none"
-
     def own_defaults(self, group: str) -> dict[str, Any]:
         values = {**super().own_defaults(group), "relative_dims": 2 if group == "vision" else 1}
         if group == "decoder":
@@ -158,6 +154,11 @@ class EvaAttention(ProposalAttention[EvaConfig]):
                 f" chunk_size={config.chunk_size!r} and window_size={window!r}. Set"
                 f" chunk_size={default_chunk(window)}, or {AUTO!r}."
             )
+
+    @classmethod
+    def is_exact_in_window(cls, config: EvaConfig) -> bool:
+        # Published chunks are read beside the window that covers them; biases are no part of softmax attention.
+        return config.chunking == "exclusive" and config.relative_position == "none"
 
     @classmethod
     def check_grid(cls, config: EvaConfig, *, is_image: bool) -> None:

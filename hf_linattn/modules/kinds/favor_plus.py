@@ -69,10 +69,6 @@ class FavorConfig(LearnedConfig):
             del values["normalizer"]
         return values
 
-    @property
-    def is_exact_in_window(self) -> bool:
-        return True
-
     def validate(self) -> None:
         super().validate()
         self._check_even_overlap()
@@ -162,6 +158,10 @@ class FavorAttention(RedrawnAttention[F]):
     """
 
     projection: Tensor
+
+    @classmethod
+    def is_exact_in_window(cls, config: F) -> bool:
+        return True
 
     def learning_start(
         self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div

@@ -112,10 +112,6 @@ class LaraConfig(LearnedConfig):
         is_fixed = source == "calibrated" and not self.learned
         return {**values, "samples_per_landmark": 2 if is_fixed else 1, "antithetic": is_fixed}
 
-    @property
-    def is_exact_in_window(self) -> bool:
-        return True
-
     def validate(self) -> None:
         super().validate()
         self._check_even_overlap()
@@ -135,6 +131,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     """
 
     kind = "lara"
+
+    @classmethod
+    def is_exact_in_window(cls, config: LaraConfig) -> bool:
+        return True
 
     @classmethod
     def check(cls, config: LaraConfig, shape: LayerShape) -> None:
