@@ -19,7 +19,8 @@ from ...errors import InputError
 from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import check_grid, check_projection, checked_attention, factor_of, prepare_tokens
 from ..noise import SlotDropout
-from ..slot_attention import SlotOptions, exact_attention, slots_alone
+from ..short_attention import attention_with_slots
+from ..slot_attention import SlotOptions, slots_alone
 from .features import favor_feature_map
 from .statistics import FavorStatistics, RowStatistics
 
@@ -106,7 +107,6 @@ def favor_attention(
     tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
-    exact = exact_attention(tokens, options)
     feature_map = favor_feature_map(tokens.query, projection, statistics)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
-    return tokens.finish(exact.with_slots(query_weights, key_weights))
+    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
