@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
+from .attach import convert_otherwise
 from .cache import RecurrentLayer
 from .families import read
+from .packing import Sequences
 from .seams import softmax_name
 
 
@@ -32,6 +34,8 @@ class Call:
         on_softmax: Whether this is a layer of a converted model that conversion left on softmax.
         cache: The cache of a layer that keeps a state of what it has seen.
         grid: Rows and columns of patches, where the model says so.
+        sequences: What is taken apart, sequence by sequence: a packed batch, or a padded one, whose `key_mask` says
+            the same. `None`: neither.
         group_size: Heads of the query that share a head of key and value (grouped-query attention).
     """
 
@@ -49,6 +53,7 @@ class Call:
     cache: RecurrentLayer | None
     grid: tuple[int, int] | None
     group_size: int
+    sequences: Sequences | None = None
 
 
 def disagreement(module: nn.Module, is_causal: bool) -> UnsupportedError:
@@ -66,6 +71,20 @@ def attribute(module: nn.Module, name: str) -> Any:
     """`getattr(module, name, None)` of what is no parameter, buffer or module: torch looks for those at length."""
     own = module.__dict__
     return own[name] if name in own else getattr(module, name, None) if hasattr(type(module), name) else None
+
+
+def other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> UnsupportedError:
+    """A converted layer is of another kind, or of the other direction, than the call asks for."""
+    if layer.kind != call.kind:
+        return UnsupportedError(
+            f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {call.kind!r}. Call "
+            f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
+            f"to {call.kind!r}."
+        )
+    return UnsupportedError(
+        f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={call.is_causal}. "
+        f"{convert_otherwise(module.config, call.is_causal)}"
+    )
 
 
 def check_mask(mask: Any) -> None:

@@ -19,13 +19,22 @@ from ..errors import InputError, UnsupportedError
 from .seams import is_tracing
 
 PACKED = (
-    "Packed sequences (several in one row) are not supported by a linear attention kind: a token would attend to the "
-    "other sequences. Give one sequence per row with a 2-D attention_mask, or keep attn_implementation='sdpa'."
+    "Packed sequences (several in one row) need what DataCollatorWithFlattening makes, without attention_mask and with"
+    " use_cache=False (docs/packing.md); otherwise give one sequence per row with a 2-D attention_mask."
 )
-_UNORDERED = f"hf_linattn: position_ids must increase along the real tokens of a row. {PACKED}"
+MASKED = (
+    "Positions that restart say that a row holds several sequences, and attention_mask that it holds one: leave the"
+    f" mask out. {PACKED}"
+)
+# A compiled graph has shapes that follow from those of its inputs, and no values.
+TRACED = (
+    "Packed sequences in a compiled or exported model need cu_seq_lens_q and max_length_q, an int, which"
+    " DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes (docs/packing.md); torch.jit.trace takes none."
+)
+_UNORDERED = f"hf_linattn: position_ids must increase along the real tokens of a row. {TRACED}"
 NO_PATTERN = (
     "hf_linattn: position_ids must go up by one from token to token, or another mask over query-key pairs was asked"
-    f" for. {PACKED}"
+    f" for. {TRACED}"
 )
 
 _LIBRARY = torch.library.Library("hf_linattn", "FRAGMENT")
@@ -78,16 +87,15 @@ def require_order(query: Tensor, mask: Any, position_ids: Tensor, key_mask: Tens
     return query
 
 
-def require_plain(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor | None:
-    """Let the graph fail unless a mask over query-key pairs hides none of a row's tokens from later ones.
+def require_pattern(query: Tensor, mask: Any) -> Tensor:
+    """Let the graph fail where the mask over query-key pairs that a `TokenMask` was made of hides a token of its row.
 
-    Returns: the condition where it still has to be required.
+    Returns: `query`, to be used instead of it.
     """
-    pattern = _sees_whole_past(mask_function, batch_size, tokens, device)
-    if torch.jit.is_tracing():
-        return pattern
-    require(pattern, pattern, NO_PATTERN)
-    return None
+    query = require(query, mask.pattern, NO_PATTERN)
+    if not torch.is_grad_enabled() and not torch.jit.is_tracing():  # once per forward, as in `require_order`
+        mask.pattern = None
+    return query
 
 
 def out_of_order(position_ids: Tensor, key_mask: Tensor | None, query_tokens: int) -> Tensor:
@@ -106,20 +114,6 @@ def out_of_order(position_ids: Tensor, key_mask: Tensor | None, query_tokens: in
     lowest = torch.iinfo(torch.long).min
     highest = positions.long().masked_fill(~real, lowest).cummax(-1).values
     return has_earlier & real & (positions <= highest.roll(1, -1))
-
-
-def _sees_whole_past(mask_function: Any, batch_size: int, tokens: int, device: torch.device | str) -> Tensor:
-    """Whether a mask over query-key pairs lets every token see its row's first token and the one before, a scalar.
-
-    While it traces, Transformers adds the pattern of packed sequences to every mask whose positions it is told, since
-    their values are not there.
-    """
-    rows = torch.arange(batch_size, device=device)[:, None]
-    queries = torch.arange(tokens, device=device)[None]
-    head = queries.new_zeros(())
-    first = mask_function(rows, head, queries, torch.zeros_like(queries))
-    before = mask_function(rows, head, queries, (queries - 1).clamp_min(0))
-    return (first & before).all()
 
 
 def check_whole_sequences() -> None:
@@ -147,38 +141,46 @@ def _is_seen(tensor: Tensor | None, seen: _Seen | None) -> bool:
     return seen[0]() is tensor and seen[1] == tensor._version
 
 
-def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> bool:
-    """Raise `InputError` if the positions of a row's real tokens do not increase, as in packed sequences.
+def is_ordered(position_ids: Any, key_mask: Tensor | None, query_tokens: int) -> bool | None:
+    """Whether the positions of a row's real tokens increase; in packed sequences they do not.
 
-    Returns: whether that is left to the graph that is being made (`require_order`): while tracing
+    Returns: `None` where that is left to the graph that is being made (`require_order`): while tracing
         (`torch.compile`, export, `torch.jit.trace`) the values are not there.
+    Raises: InputError for positions of another shape.
     """
     global _last_checked
     if position_ids is None or query_tokens == 1 or not isinstance(position_ids, Tensor) or position_ids.is_meta:
-        return False
+        return True
     if position_ids.ndim != 2 or position_ids.shape[1] != query_tokens:
         raise InputError(
             f"position_ids must be [batch, tokens] with {query_tokens} tokens; got {tuple(position_ids.shape)}. Pass "
             "them in this shape; a model that hands others to its layers works with attn_implementation='sdpa'."
         )
     if is_tracing(position_ids):
-        return True
+        return None
     last = _last_checked
     versioned = not any(tensor.is_inference() for tensor in (position_ids, key_mask) if tensor is not None)
     if versioned and last is not None and _is_seen(position_ids, last[0]) and _is_seen(key_mask, last[1]):
+        return True
+    if bool(out_of_order(position_ids, key_mask, query_tokens).any()):
         return False
-    wrong = out_of_order(position_ids, key_mask, query_tokens)
-    if bool(wrong.any()):
-        row = int(wrong.any(-1).nonzero()[0])
-        positions = position_ids.expand(wrong.shape[0], -1)
-        raise InputError(
-            f"position_ids must increase along the real tokens of a row; row {row} has "
-            f"{positions[row].tolist()[:16]}. {PACKED}"
-        )
     if versioned:
         seen_mask = None if key_mask is None else (weakref.ref(key_mask), key_mask._version)
         _last_checked = ((weakref.ref(position_ids), position_ids._version), seen_mask)
-    return False
+    return True
+
+
+def check_positions(position_ids: Any, key_mask: Tensor | None, query_tokens: int, advice: str = PACKED) -> None:
+    """Raise `InputError` if the positions of a row's real tokens are there and do not increase."""
+    if is_ordered(position_ids, key_mask, query_tokens) is not False:
+        return
+    wrong = out_of_order(position_ids, key_mask, query_tokens)
+    row = int(wrong.any(-1).nonzero()[0])
+    positions = position_ids.expand(wrong.shape[0], -1)
+    raise InputError(
+        f"position_ids must increase along the real tokens of a row; row {row} has {positions[row].tolist()[:16]}."
+        f" {advice}"
+    )
 
 
 _dropout_warned = False

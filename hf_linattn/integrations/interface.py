@@ -7,6 +7,7 @@ attention is computed (`softmax_output`, `linear_output`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ from ..modules.base import LinearAttention
 from ..modules.registry import for_each_kind
 from ..ops.tracing import known
 from . import canary
-from .attach import convert_otherwise
 from .cache import RecurrentLayer
-from .call import Call, asks_cross, check_mask, check_prefix, disagreement
-from .checks import NO_PATTERN, check_positions, require, require_order, warn_attention_dropout
+from .call import Call, asks_cross, check_mask, check_prefix, disagreement, other_layer
+from .checks import is_ordered, require_order, require_pattern, warn_attention_dropout
 from .expected import changed
 from .families import is_converted, read
 from .hand_over import give_back
@@ -28,6 +28,7 @@ from .keywords import HARMLESS, check_keywords
 from .layers import ATTRIBUTE, linear_layer
 from .masks import linattn_mask
 from .native import image_grid, native_attention
+from .packing import Sequences, exact_length, find_sequences, padded_sequences
 from .seams import ARGUMENT, attempt, default_scaling, register_attention, softmax_attention, softmax_name
 from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens
 
@@ -125,9 +126,10 @@ def resolve_call(
                 f"{ARGUMENT!r} is a name of this library's own; got {type(cache).__name__}. Rename the key."
             )
         mask = new_tokens(mask, query.shape[2], cache.memory)
+    says_packing = False
     for name in given:
         if name not in HARMLESS:
-            check_keywords(kind, module, given)
+            says_packing = check_keywords(kind, module, given)
             break
     is_causal = causality(module, given)
     sizes = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
@@ -144,8 +146,9 @@ def resolve_call(
         if not is_causal and made.tokens is None and made.shape[1] != keys:
             found = f"{keys} keys for a mask of {made.shape[1]} tokens from {type(module).__name__}"
             raise changed("attention modules", found)
-        if made.pattern is not None:
-            query = require(query, made.pattern, NO_PATTERN)
+        if made.pattern is not None and not says_packing:
+            query = require_pattern(query, made)
+        says_packing = says_packing or made.starts is not None
         if made.refusal is not None:
             raise UnsupportedError(made.refusal)
         mask = None if made.tokens is None else made.tokens.to(query.device)
@@ -165,9 +168,16 @@ def resolve_call(
             )
         # A static cache has room for keys that it has not seen.
         key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-    positions = given.get("position_ids")
-    if positions is not None and not is_cross and check_positions(positions, mask, queries):
-        query = require_order(query, made, positions, mask)
+    positions, sequences = given.get("position_ids"), None
+    if positions is not None and not says_packing and not is_cross:
+        in_order = is_ordered(positions, mask, queries)
+        if in_order is None:
+            query = require_order(query, made, positions, mask)
+        says_packing = in_order is False
+    if says_packing:
+        sequences, query = find_sequences(given, made, query, keys, is_cross=is_cross, has_cache=cache is not None)
+    elif mask is not None and cache is None and queries == keys and not (is_cross or on_softmax):
+        sequences = padded_sequences(made, mask, query)
     if scaling is None:
         scaling = default_scaling(module, query.shape[-1])
     if queries != keys and not is_causal and not on_softmax:
@@ -187,6 +197,7 @@ def resolve_call(
         cache=cache,
         grid=given.get("grid"),
         group_size=heads // key_heads,
+        sequences=sequences,
     )
 
 
@@ -216,6 +227,8 @@ def causality(module: nn.Module, given: Mapping[str, Any]) -> bool:
 def softmax_output(module: nn.Module, call: Call) -> Tensor:
     """Exact attention, what `attn_implementation="sdpa"` computes, `[batch, queries, heads, head_dim]`."""
     query, key_mask = call.query, call.key_mask
+    if call.sequences is not None and call.sequences.is_packed:
+        return _packed_softmax(module, call, call.sequences)
     queries, keys = query.shape[2], call.key.shape[2]
     mask = None
     if call.is_causal and (key_mask is not None or 1 < queries < keys):
@@ -234,6 +247,18 @@ def softmax_output(module: nn.Module, call: Call) -> Tensor:
     )
 
 
+def _packed_softmax(module: nn.Module, call: Call, sequences: Sequences) -> Tensor:
+    """The same for packed sequences, group by group."""
+    rows = sequences.rows(call.query.device)
+    assert rows is not None
+    tokens = rows.split(call.query), rows.split(call.key), rows.split(call.value)
+    parts = []
+    for group, query, key, value in zip(rows.groups, *tokens, strict=True):
+        own = replace(call, query=query, key=key, value=value, key_mask=group.real, sequences=None)
+        parts.append(softmax_output(module, own).transpose(1, 2))
+    return rows.join(parts).transpose(1, 2)
+
+
 def linear_output(module: nn.Module, call: Call) -> Tensor:
     """Linear attention, of a converted layer or native: `[batch, queries, heads, head_dim]`.
 
@@ -247,29 +272,18 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         output = native_attention(module, call, key, value)
     else:
         if layer.kind != call.kind or layer.shape.is_causal != call.is_causal:
-            raise _other_layer(module, layer, call)
+            raise other_layer(module, layer, call)
         held: Any = module.linattn  # the layer, or what PEFT has put round it
         config: Any = module.config
         if call.cache is not None:
             output = call.cache.attend(held, query, key, value, mask, call.scaling)
         else:
             grid = _converted_grid(config, layer, key, call) if read(config, "image_size") is not None else None
-            output = held(query, key, value, mask, scaling=call.scaling, grid=grid)
+            rows = None
+            if call.sequences is not None and (call.sequences.is_packed or layer.takes_rows(grid)):
+                rows = call.sequences.rows(query.device, exact_length(layer.config, is_causal=call.is_causal))
+            output = held(query, key, value, mask, scaling=call.scaling, grid=grid, rows=rows)
     return output.transpose(1, 2).contiguous()  # models take views of it
-
-
-def _other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> UnsupportedError:
-    """A converted layer is of another kind, or of the other direction, than the call asks for."""
-    if layer.kind != call.kind:
-        return UnsupportedError(
-            f"This layer was converted to {layer.kind!r}, but the active attn_implementation is {call.kind!r}. Call "
-            f"set_attn_implementation({layer.kind!r}), or revert the model (`hf_linattn.revert`) and convert it "
-            f"to {call.kind!r}."
-        )
-    return UnsupportedError(
-        f"This layer was converted with is_causal={layer.shape.is_causal}; got is_causal={call.is_causal}. "
-        f"{convert_otherwise(module.config, call.is_causal)}"
-    )
 
 
 def _converted_grid(config: Any, layer: LinearAttention, key: Tensor, call: Call) -> tuple[int, int] | None:

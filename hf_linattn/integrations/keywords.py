@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
-from .checks import PACKED
 from .expected import installed
 from .seams import attention_keywords
+
+BORDERS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+# Arguments of padding-free collators beside positions, which say where packed sequences start.
+PACKING = frozenset({*BORDERS, *LONGEST, "seq_idx"})
 
 # What models pass on to the attention function and what does not change what attention computes.
 HARMLESS = frozenset(
@@ -61,17 +64,23 @@ REFUSED = {
     ),
     "head_mask": "A mask over heads is not supported by a linear attention kind. Use attn_implementation='eager'.",
     "cache": "A paged cache (continuous batching) is not supported. Use model.generate() with its default cache.",
-    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), PACKED),
 }
 
 
-def check_keywords(kind: str, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise `InputError` or `UnsupportedError` for an argument that changes the result in a way no kind can follow."""
+def check_keywords(kind: str, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Raise `InputError` or `UnsupportedError` for an argument that changes the result in a way no kind can follow.
+
+    Returns: whether some say where packed sequences start.
+    """
+    says_packing = False
     for name, value in kwargs.items():
         if value is None or value is False or name in HARMLESS:
             continue
+        if name in PACKING:
+            says_packing = True
+            continue
         if name in REFUSED:
-            error = InputError if REFUSED[name] is PACKED or name == "output_attentions" else UnsupportedError
+            error = InputError if name == "output_attentions" else UnsupportedError
             raise error(f"{REFUSED[name]} Got {name}={_short(value)} under {kind!r}.")
         if means_something(type(module), name):
             raise UnsupportedError(
@@ -80,6 +89,7 @@ def check_keywords(kind: str, module: nn.Module, kwargs: Mapping[str, Any]) -> N
                 f"a wrong result. If it comes from your call, drop it; if the model passes it, or {installed()}, use "
                 "attn_implementation='sdpa' for this model."
             )
+    return says_packing
 
 
 @torch.compiler.assume_constant_result

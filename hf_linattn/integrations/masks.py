@@ -12,9 +12,9 @@ from ..errors import InputError, UnsupportedError
 from ..ops.recurrent.pending import fingerprint
 from ..ops.tracing import known
 from .canary import check_seams
-from .checks import check_whole_sequences, require, require_plain
+from .checks import check_whole_sequences, require
 from .expected import changed
-from .patterns import is_unused, refusal
+from .patterns import Pattern, is_packed, is_unused, refusal
 from .seams import MASK_OPTIONS, bidirectional_mask_function, causal_mask_function, is_tracing
 from .token_mask import TokenMask
 
@@ -44,7 +44,8 @@ def linattn_mask(
         q_length, kv_length: Tokens of the queries and of the keys as the cache will return them.
         q_offset: Tokens already seen (a tensor under a static cache).
         kv_offset: Tokens before those that the cache returns: of a layer with a state all that were seen.
-        mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured.
+        mask_function: The pattern the model wants; only the plain causal and bidirectional ones can be honoured, and
+            that of packed sequences.
         attention_mask: `[batch, seen + q_length]`, True where a token is real.
         local_size, use_vmap: Set by Transformers for local windows and for user-defined overlays.
         kwargs: `MASK_OPTIONS`; another one might change the mask.
@@ -52,7 +53,7 @@ def linattn_mask(
         is longer than what has been seen (static cache): the attention function then drops the unseen keys.
     Raises: `InputError` for a mask that is not 2-D or has the wrong length; `UnsupportedError` for other patterns;
         `UnsupportedTransformersError` for an argument that is not known here, or missing.
-        What can only be read from tensors (packed sequences) raises when the graph runs, while tracing.
+        What can only be read from tensors (positions that restart) raises when the graph runs, while tracing.
     """
     check_seams(getattr(kwargs.get("config"), "model_type", None))
     unknown = [
@@ -74,7 +75,11 @@ def linattn_mask(
     is_plain = mask_function in _PLAIN
     # Transformers adds the pattern of packed sequences to all masks that it makes while tracing and without a cache.
     may_be_plain = is_plain or (tracing and not isinstance(q_offset, Tensor) and q_length == kv_length)
-    if local_size is not None or use_vmap or not may_be_plain:
+    starts, pattern = None, None
+    if not is_plain and local_size is None and not use_vmap and (tracing or is_packed(mask_function)):
+        pattern = Pattern(mask_function, batch_size, q_length, device)
+        starts = None if tracing else pattern.starts()
+    if local_size is not None or use_vmap or not (may_be_plain or starts is not None):
         patterned, config = None if tracing else mask_function, kwargs.get("config")
         reason = refusal(patterned, config, local_size)
         if not is_unused(patterned, config):
@@ -92,7 +97,7 @@ def linattn_mask(
     is_new = has_state and kv_length == q_length  # a cache that returns the new keys alone (`cache.RecurrentLayer`)
     bidirectional = mask_function is bidirectional_mask_function
     seen = q_length if is_new else _seen_tokens(q_length, kv_length, q_offset, attention_mask, bidirectional)
-    made = TokenMask(None, (batch_size, seen), device, in_graph=tracing)
+    made = TokenMask(None, (batch_size, seen), device, in_graph=tracing, was_given=attention_mask is not None)
     if seen > kv_length:
         raise UnsupportedError(
             f"The cache returns {kv_length} keys where {seen} tokens have been seen: a cache that forgets tokens is "
@@ -117,8 +122,10 @@ def linattn_mask(
         made.tokens = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
     if is_plain:
         made.is_causal = not bidirectional
-    else:
-        made.pattern = require_plain(mask_function, batch_size, q_length, device)
+    elif pattern is not None and starts is not None:
+        made.starts, made.is_causal = starts, pattern.is_causal(starts)
+    elif pattern is not None:
+        made.pattern, made.mask_function = pattern.is_whole(), pattern
     return made
 
 

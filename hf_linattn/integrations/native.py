@@ -18,7 +18,9 @@ from ..ops.tracing import known, outside_tracing
 from .advice import convert_first, converting, cross_settings, instead
 from .call import Call
 from .canary import ask_seams
+from .checks import PACKED
 from .families import FAMILIES, family_of, read, stock_type
+from .packing import exact_length
 from .settings import parse_settings, settings_dict
 from .token_mask import pad_one_key
 
@@ -71,8 +73,21 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
         if query.shape[2] == key.shape[2]:
             key, value, mask = pad_one_key(key, value, mask)  # or the queries would count as the keys' own tokens
     grid = image[0] if image is not None and image[1] == settings.num_global_tokens else None
+    rows = None
+    if call.sequences is not None and grid is not None and call.sequences.is_packed:
+        raise UnsupportedError(f"Packed sequences cannot be read as images, a grid {grid} of patches. {PACKED}")
+    if call.sequences is not None and grid is None:
+        rows = call.sequences.rows(query.device, exact_length(settings, is_causal=is_causal))
     inputs = AttentionInputs(
-        query, key, value, mask, scaling=call.scaling, is_causal=is_causal, grid=grid, training=module.training
+        query,
+        key,
+        value,
+        mask,
+        scaling=call.scaling,
+        is_causal=is_causal,
+        grid=grid,
+        training=module.training,
+        rows=rows,
     )
     return declared.module_cls.compute_or_record(settings, dict(state), inputs)
 

@@ -74,6 +74,11 @@ def _observe(
     """The attention function behind `OBSERVER`."""
     kind, on_call = _observed[module]
     call = resolve_call(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if call.sequences is not None and call.sequences.is_packed:
+        raise UnsupportedError(
+            "Calibration, attention transfer and comparisons read one sequence a row; got packed sequences. Pass"
+            " padded batches with a 2-D attention_mask (DataCollatorWithPadding)."
+        )
     return on_call(module, call), None
 
 

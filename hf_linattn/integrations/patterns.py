@@ -7,6 +7,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .families import stock_type
 from .seams import softmax_name
 
@@ -17,6 +20,8 @@ _OVERLAYS = {
     "chunked": "chunked attention",
     "blockwise": "attention in both directions within blocks of tokens, such as those of an image",
 }
+# What makes a mask of packed sequences, and of them alone.
+_PACKING = {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
 # Type of a layer in config.layer_types -> the overlay that it has.
 _LAYER_TYPES = {"sliding_attention": "sliding_window", "chunked_attention": "chunked"}
 # Fields with the width of an overlay.
@@ -31,8 +36,8 @@ def refusal(mask_function: Callable[..., Any] | None, config: Any, local_size: i
     softmax = f"attn_implementation={softmax_name(config)!r}"
     if overlay == "packed_sequence":
         return (
-            f"{plain}This input asks for packed sequences (several in one row), where a token would attend to the"
-            f" other sequences. Give one sequence per row with a 2-D attention_mask, or use {softmax}."
+            f"{plain}This input asks for packed sequences (several in one row) together with another pattern. Give"
+            f" one sequence per row with a 2-D attention_mask, or use {softmax}."
         )
     if overlay is None and local_size is not None:
         overlay = "sliding_window"
@@ -42,6 +47,56 @@ def refusal(mask_function: Callable[..., Any] | None, config: Any, local_size: i
     where = _where(overlay, config, local_size)
     title = "This model" if config is None else f"A model of type {stock_type(config)!r}"
     return f"{plain}{title} uses {_OVERLAYS[overlay]}{where}. {_switch_off(overlay, config)}{softmax}."
+
+
+def is_packed(mask_function: Callable[..., Any] | None) -> bool:
+    """Whether a mask function hides nothing but other sequences: Transformers makes it of positions that restart."""
+    names = set(_makers(mask_function))
+    return "packed_sequence_mask_function" in names and names <= _PACKING
+
+
+class Pattern:
+    """A mask function of Transformers, looked at in a few places for each token: it is never written out.
+
+    Args:
+        mask_function: From numbers of rows, heads, queries and keys, which broadcast, to whether the key is seen.
+    """
+
+    def __init__(self, mask_function: Callable[..., Any], batch: int, tokens: int, device: Any) -> None:
+        self.mask_function = mask_function
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.tokens = torch.arange(tokens, device=device)[None]
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """`[batch, tokens]` bool, for numbers of tokens that broadcast to it."""
+        seen: Tensor = self.mask_function(self.rows, self.tokens.new_zeros(()), queries, keys)
+        return seen
+
+    def is_whole(self) -> Tensor:
+        """Whether every token sees its row's first token and the one before: then it hides nothing else, a scalar."""
+        return self.shows(torch.zeros_like(self.tokens))
+
+    def shows(self, start: Tensor) -> Tensor:
+        """Whether every token sees the first of its sequence and the one before, and no sequence the one before it.
+
+        Args:
+            start: `[batch or 1, tokens]` int64, the first token of the sequence of every token.
+        """
+        before = (self.tokens - 1).clamp_min(0)
+        follows = self.sees(self.tokens, before) == ((start < self.tokens) | (self.tokens == 0))
+        return (self.sees(self.tokens, start) & follows).all()
+
+    def starts(self) -> Tensor | None:
+        """`[batch, tokens]` bool, where sequences start; `None` where it is not a mask of sequences. Reads values."""
+        starts = ~self.sees(self.tokens, (self.tokens - 1).clamp_min(0)) | (self.tokens == 0)
+        start = torch.where(starts, self.tokens, 0).cummax(-1).values
+        return starts if bool(self.shows(start)) else None
+
+    def is_causal(self, starts: Tensor) -> bool | None:
+        """Whether no token sees the next one of its sequence; `None` if none has a next one. Reads values."""
+        if bool(starts.all()):
+            return None
+        return not bool((self.sees((self.tokens - 1).clamp_min(0), self.tokens) & ~starts).any())
 
 
 def _read(config: Any, name: str) -> Any:

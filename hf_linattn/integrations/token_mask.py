@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import UnsupportedError
 from ..modules.memory import RecurrentMemory
 from ..ops.recurrent.pending import fingerprint
+from .patterns import Pattern
 from .seams import is_tracing
 
 
@@ -47,7 +48,12 @@ class TokenMask:
         refusal: Why no layer may use it.
         is_causal: Which of the two patterns the model asked for, if that is known.
         in_graph: Whether it was made while tracing, for the graph that is being made.
-        pattern: A scalar bool that must be True when that graph runs.
+        pattern: A scalar bool that must be True when that graph runs, unless the call says where sequences start.
+        mask_function: What it was made of, which must then show these sequences.
+        was_given: Whether there was an attention_mask.
+        starts: `[batch, tokens]` bool, where packed sequences start; `None` for one a row, or where not known.
+        found: What the layers found about packed sequences, and of which arguments (`packing.find_sequences`).
+        padded: The sequences of a padded batch, for layers that take them one by one.
         ordered: Positions that the graph checks already.
     """
 
@@ -61,6 +67,11 @@ class TokenMask:
     in_graph: bool = False
     pattern: Tensor | None = None
     ordered: Tensor | None = None
+    mask_function: Pattern | None = None
+    was_given: bool = False
+    starts: Tensor | None = None
+    found: tuple[tuple[Any, ...], Any] | None = None
+    padded: Any = None
 
     ndim: ClassVar[int] = 2
     dtype: ClassVar[torch.dtype] = torch.bool

@@ -29,6 +29,7 @@ from ..integrations.canary import check_seams
 from ..integrations.expected import changed
 from ..integrations.families import MODEL_TYPE_PREFIX, defaults_family
 from ..integrations.model_seams import initialize, loading_info, set_model_class, writes_files
+from ..integrations.packing import check_has_positions
 from ..integrations.seams import attention_of, causal_mask, find_cache
 from ..integrations.settings import LinearAttentionSettings, parse_settings
 from ..modules.base import LinearAttention
@@ -100,6 +101,7 @@ class LinAttnMixin:
                     "weights. Call model.set_attn_implementation('eager') first to get those of softmax attention."
                 )
             check_unchanged(self, kwargs.get("is_causal"))
+            check_has_positions(config, kwargs)
         check_seams(config.model_type)
         _check_positions(config, args, kwargs)
         return args, kwargs

@@ -36,7 +36,7 @@ def ablated_output(layer: Any, inputs: AttentionInputs) -> Tensor:
     if layer.ablation == SLOTS_ALONE and config.exact_below:
         config = config.replace(exact_below=0)
     with ablate(layer.ablation) as asked:
-        output = layer.compute_or_exact(config, layer.tensors(), inputs)
+        output = layer.compute_or_record(config, layer.tensors(), inputs)
     if not asked.was_followed:
         raise UnsupportedError(
             f"The kind {layer.kind!r} computes attention in a way of its own, in which it is unknown what goes through"

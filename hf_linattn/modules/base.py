@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,16 +13,23 @@ from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.inputs import check_causal
 from ..ops.recurrent.exact_start import ExactStart
 from ..ops.recurrent.protocol import Recurrence
+from ..ops.row_groups import RowGroups
 from .ablation import ablated_output
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
 from .exactness import exact_output, is_exact, with_exact_part
+from .grouped import by_groups
 from .recorded import record
 from .sharded import like_sharded
 from .training_place import TrainingPlace, row_noise, slot_dropout
 
 C = TypeVar("C", bound=AttentionConfig)
+
+_NOT_GROUPED = (
+    "with a cache, on a grid of patches, or spread over processes. Pass use_cache=False, and one sequence or image a"
+    " row with a 2-D attention_mask"
+)
 
 
 class LinearAttention(nn.Module, Generic[C]):
@@ -123,6 +131,7 @@ class LinearAttention(nn.Module, Generic[C]):
         dropout = config.slot_dropout if inputs.training else 0.0
         return {
             "key_mask": inputs.key_mask,
+            "real_first": inputs.real_first,
             "scaling": inputs.scaling,
             "is_causal": inputs.is_causal,
             "window_size": config.window_size or 0,
@@ -142,7 +151,9 @@ class LinearAttention(nn.Module, Generic[C]):
 
     @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """`compute_or_exact`, or one operator that does it where the call is recorded."""
+        """`compute_or_exact`, or one operator that does it where the call is recorded; for each group of rows."""
+        if inputs.rows is not None:
+            return by_groups(partial(cls.compute_or_record, config, state), inputs, inputs.rows)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return record(config, state, inputs)
         return cls.compute_or_exact(config, state, inputs)
@@ -215,6 +226,7 @@ class LinearAttention(nn.Module, Generic[C]):
         scaling: float | None = None,
         grid: tuple[int, int] | None = None,
         memory: Memory | None = None,
+        rows: RowGroups | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -226,6 +238,8 @@ class LinearAttention(nn.Module, Generic[C]):
             grid: Height and width in patches, when the tokens after the global ones are an image.
             memory: What the layer (a causal one) has seen before: all arguments are then those of new tokens alone,
                 which become part of it.
+            rows: The sequences of the batch, several in a row or padded, in groups that are computed one by one; in
+                place of `key_mask`.
         Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for queries that are padding.
         """
         if self._lacks_statistics:
@@ -245,8 +259,11 @@ class LinearAttention(nn.Module, Generic[C]):
             is_causal=self.shape.is_causal,
             grid=grid,
             training=self.training,
-            noise=row_noise(self, query) if self.training and self.config.is_random else None,
+            noise=row_noise(self, query, rows) if self.training and self.config.is_random else None,
+            rows=rows,
         )
+        if rows is not None and (memory is not None or grid is not None or self.sequence_parallel is not None):
+            raise UnsupportedError(f"Sequences in groups cannot be read {_NOT_GROUPED}.")
         if self.sequence_parallel is not None and (memory is not None or self.ablation is not None):
             instead = "Pass use_cache=False" if memory is not None else "Leave ablated(...)"
             raise UnsupportedError(f"A sequence that is spread over processes is read as a whole. {instead}.")
@@ -263,6 +280,10 @@ class LinearAttention(nn.Module, Generic[C]):
         else:
             output = memory.attend(self, inputs)
         return self.in_training(output) if self.training and torch.is_grad_enabled() else output
+
+    def takes_rows(self, grid: tuple[int, int] | None) -> bool:
+        """Whether sequences may come to the layer in groups (`rows` of `forward`)."""
+        return grid is None and self.sequence_parallel is None
 
     def in_training(self, output: Tensor) -> Tensor:
         """The output of a training pass, with every learned tensor in its graph, as distributed training needs it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.noise import RowNoise
+from ..ops.row_groups import RowGroups
 
 # The buffer of a layer with statistics of data that counts the tokens they are of; 0 until calibrated.
 CALIBRATED_TOKENS = "calibrated_tokens"
@@ -19,7 +20,10 @@ CALIBRATED_TOKENS = "calibrated_tokens"
 class AttentionInputs:
     """One call of a layer: what `LinearAttention.forward` documents, all of it filled in.
 
-    noise: Where random numbers come from, in training; `None` for torch's generator.
+    noise: Where random numbers come from, in training; `None` for torch's generator. With `rows` those of sequences.
+    rows: The sequences of the batch in groups, where it is computed by them; then `key_mask` says nothing.
+    real_first: The rows are those of a group.
+    shortest: Every row has at least so many real tokens, as far as is known.
     """
 
     query: Tensor
@@ -31,6 +35,9 @@ class AttentionInputs:
     grid: tuple[int, int] | None = None
     training: bool = False
     noise: RowNoise | None = None
+    rows: RowGroups | None = None
+    real_first: bool = False
+    shortest: int = 0
 
 
 @dataclass(frozen=True)

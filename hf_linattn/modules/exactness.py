@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +48,8 @@ def exact_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs: A
     if ABLATED:
         value = exact_value(value)
     scaling = factor_of(query, inputs.scaling)
-    output = exact_softmax(query, key, value, key_mask, scaling=scaling, is_causal=inputs.is_causal)
+    options: dict[str, Any] = {"is_causal": inputs.is_causal, "real_first": inputs.real_first}
+    output = exact_softmax(query, key, value, key_mask, scaling=scaling, **options)
     return with_value_convolution(output, config, state, inputs) if config.value_convolution else output
 
 
@@ -55,8 +57,8 @@ def with_exact_part(
     output: Tensor, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
 ) -> Tensor:
     """What a kind gives, with softmax attention in short rows (in a causal layer: for the first queries)."""
-    if inputs.grid is not None:
-        return output  # no token of an image is padding
+    if inputs.grid is not None or (inputs.shortest > config.exact_below and not inputs.is_causal):
+        return output  # all rows are long; no token of an image is padding
     return with_exact_rows(
         output,
         inputs.query,
@@ -66,4 +68,5 @@ def with_exact_part(
         scaling=inputs.scaling,
         exact_below=config.exact_below,
         is_causal=inputs.is_causal,
+        real_first=inputs.real_first,
     )

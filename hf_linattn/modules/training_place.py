@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.favor.random_features import derive_seed
 from ..ops.noise import RowNoise, SlotDropout
+from ..ops.row_groups import RowGroups
 from .contract import AttentionInputs
 
 LARGEST_ROW = 2**31 - 1
@@ -54,12 +55,16 @@ def step_key(seed: int, layer_seed: int, layer_idx: int, step: int) -> int:
     return derive_seed(seed, layer_seed, layer_idx, step, "noise")
 
 
-def row_noise(layer: Any, query: Tensor) -> RowNoise:
+def row_noise(layer: Any, query: Tensor, rows: RowGroups | None = None) -> RowNoise:
     """The random numbers of a training pass of a layer: those of its place in training, or of torch's generator.
+
+    With `rows` there are some for every sequence; those of one row are its parts, in their order.
 
     The replicas of DataParallel do not know which rows of the batch they have: theirs are of the generator.
     """
     place = layer.training_place
+    if rows is not None:
+        query = query[:1, :, :1, :1].expand(rows.num_sequences, -1, -1, -1)
     if place is None or getattr(layer, "_is_replica", False):
         return RowNoise.drawn(query)
     split = getattr(layer, "local_heads", None)  # by tensor parallelism

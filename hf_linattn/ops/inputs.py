@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,7 @@ from ..errors import InputError, UnsupportedError
 from ..kernels.backends import use_backend
 from .exact import ONE_WINDOW, exact_softmax
 from .noise import RowNoise, SlotDropout
+from .packed import packed_attention
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
@@ -32,6 +34,8 @@ ProposalMap = Callable[[Tensor], Tensor]
 def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
     """Check the shapes of (query, key, value, key_mask) and run `fn` in at least float32, autocast off.
 
+    Packed sequences (`cu_seqlens`) are taken apart here: `fn` gets padded rows.
+
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
     Where `fn` gives `ONE_WINDOW`, the result is exact attention, in the dtype of the arguments.
 
@@ -41,12 +45,14 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
     """
     if fn is None:
         return functools.partial(checked_attention, in_half=in_half)
-    function = fn
+    function, takes_packed = fn, "cu_seqlens" in inspect.signature(fn).parameters
 
     @functools.wraps(function)
     def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_inputs(query, key, value, kwargs.get("key_mask"))
         check_options(kwargs)
+        if takes_packed and (kwargs.get("cu_seqlens") is not None or kwargs.get("max_seqlen") is not None):
+            return packed_attention(wrapper, query, key, value, args, kwargs)
         dtype, device_type = query.dtype, query.device.type
         compute = compute_dtype(query, key, value, in_half)
         computed = query.to(compute), key.to(compute), value.to(compute)
@@ -59,8 +65,15 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
                     output = function(*computed, *args, **kwargs)
             if output is not ONE_WINDOW:
                 return output.to(dtype)
-        scaling, is_causal = factor_of(query, kwargs.get("scaling")), kwargs.get("is_causal", False)
-        return exact_softmax(query, key, value, kwargs.get("key_mask"), scaling=scaling, is_causal=is_causal)
+        return exact_softmax(
+            query,
+            key,
+            value,
+            kwargs.get("key_mask"),
+            scaling=factor_of(query, kwargs.get("scaling")),
+            is_causal=kwargs.get("is_causal", False),
+            real_first=kwargs.get("real_first", False),
+        )
 
     return cast(Fn, wrapper)
 
@@ -218,10 +231,16 @@ def prepare_tokens(
     is_causal: bool,
     num_global_tokens: int = 0,
     grid: tuple[int, int] | None = None,
+    *,
+    real_first: bool = False,
 ) -> Tokens:
     """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), move padding to the end, take out global tokens.
 
     In a causal layer queries may be fewer than keys (decoding with a kv cache); they are then the last ones.
+
+    Args:
+        real_first: The rows are as `RowGroups.split` makes them, real tokens first and zeros behind: nothing has to be
+            moved, and what queries of the padding read is left to who made the rows.
     Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a
         causal layer.
     """
@@ -243,7 +262,9 @@ def prepare_tokens(
     if grid is not None:
         check_grid(num_keys - count, grid, key_mask)
     order = valid = visible = global_tokens = None
-    if key_mask is not None:
+    if real_first:
+        valid = key_mask
+    elif key_mask is not None:
         order, valid = real_tokens_first(key_mask)
         query, key, value = (
             reorder_tokens(query, order, valid),

@@ -124,6 +124,9 @@ def learned_attention(
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Attention through learned slots.
@@ -140,7 +143,9 @@ def learned_attention(
     scaling = factor_of(query, scaling)
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     tokens = tokens.packed()

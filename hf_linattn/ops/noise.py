@@ -77,6 +77,10 @@ class RowNoise:
         key = torch.randint(0, _ALL_BITS + 1, (1,), device=like.device)
         return cls.keyed(key, torch.arange(like.shape[0], device=like.device))
 
+    def of_rows(self, rows: Tensor) -> RowNoise:
+        """The numbers of some of the rows, `[n]` int64."""
+        return replace(self, keys=self.keys[rows])
+
     def for_all_rows(self) -> RowNoise:
         """For a batch of one that stands for all rows."""
         return replace(self, keys=self.common)

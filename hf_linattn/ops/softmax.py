@@ -79,6 +79,9 @@ def softmax_attention(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     is_causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Exact softmax attention: what every kind is measured against.
@@ -92,7 +95,7 @@ def softmax_attention(
         key_mask: `[batch, keys]` bool, True where a key is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key; the last query is aligned with the last key.
-        backend: As in `favor_attention`.
+        cu_seqlens, max_seqlen, real_first, backend: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`.
     Raises: InputError if the shapes do not fit.
     Cost: O(queries * keys * head_dim) time. Memory: that of inputs and output, and what the kernel needs at a time; a

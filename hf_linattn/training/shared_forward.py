@@ -18,6 +18,7 @@ from ..distributed.layers import attend_across
 from ..distributed.parts import SequenceParts
 from ..errors import InputError, UnsupportedError
 from ..integrations.checks import check_positions
+from ..integrations.keywords import PACKING
 from ..integrations.seams import attention_of, find_cache
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
@@ -32,6 +33,7 @@ _REFUSED = {
     "head_mask": "Drop the argument.",
     "output_hidden_states": "They would be those of a part: pass gather_output=True to have the last ones of all.",
     "use_cache": "Generate outside of context_parallel; a cache would hold a part of the tokens.",
+    **dict.fromkeys(PACKING, "Give one sequence a row with a 2-D attention_mask; packed rows are for DDP."),
 }
 
 

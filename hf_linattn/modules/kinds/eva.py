@@ -231,7 +231,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         options = _layout_options(self.config, state, inputs.scaling, inputs.grid, is_causal=inputs.is_causal)
         options |= {"num_chunks": self.config.num_chunks, **self.call_options(self.config, inputs)}
         # Softmax has neither: the offset is that of the layer without them.
-        del options["window_bias"], options["slot_dropout"]
+        del options["window_bias"], options["slot_dropout"], options["real_first"]
         return eva_learning_start(inputs.query, inputs.key, learned_summariser(state), mean=mean, **options)
 
 

@@ -50,6 +50,9 @@ def eva_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """EVA attention.
@@ -100,7 +103,7 @@ def eva_attention(
             left: before it only). `reach` may be larger than what is seen; `window_size` is always large enough. With
             a grid both are flattened squares. Short inputs take the part that they need.
         grid, num_global_tokens, slot_dropout: As in `favor_attention`.
-        backend: As in `favor_attention`.
+        cu_seqlens, max_seqlen, real_first, backend: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes or options do not fit; UnsupportedError for options that exclude each other.
     Cost: O(tokens * (window_size + num_chunks) * head_dim); causal O(tokens * (window_size + tokens / chunk_size) *
@@ -126,7 +129,9 @@ def eva_attention(
     summarise.check()
     if window_bias is None and in_one_window(query, key, key_mask, **chunk_options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     return tokens.finish(

@@ -103,6 +103,9 @@ def learned_eva_attention(
     grid: tuple[int, int] | None = None,
     num_global_tokens: int = 0,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """EVA with learned summaries.
@@ -121,7 +124,9 @@ def learned_eva_attention(
     scaling = factor_of(query, scaling)
     if window_bias is None and in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     tokens = tokens.packed()

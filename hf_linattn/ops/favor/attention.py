@@ -44,6 +44,9 @@ def favor_attention(
     chunk_size: int | None = None,
     slot_dropout: float | SlotDropout = 0.0,
     is_cross: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """FAVOR+ (or FAVOR#, given `statistics`) attention.
@@ -72,6 +75,12 @@ def favor_attention(
         slot_dropout: Dropout on the weights of the slots.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries (bidirectional,
             without window and global tokens). Implied by different lengths.
+        cu_seqlens: `[sequences + 1]` int32 or int64, where packed sequences start among the tokens of a batch of one,
+            and where the last one ends. Each gives what it would give alone.
+        max_seqlen: Tokens of the longest of these sequences, or more. Needed while compiling, where all have rows of
+            this length.
+        real_first: The rows are as `RowGroups.split` makes them, real tokens first and zeros behind, which is not
+            checked: nothing is moved then. Of queries of the padding the output has no meaning.
         backend: What the kernels run on: "torch", "triton" (raises where it cannot run) or "auto"; `None` for that of
             `use_backend`. Changes cost, not the result.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
@@ -104,7 +113,9 @@ def favor_attention(
         )
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     feature_map = favor_feature_map(tokens.query, projection, statistics)

@@ -118,6 +118,9 @@ def generalized_attention(
     chunk_size: int | None = None,
     slot_dropout: float | SlotDropout = 0.0,
     is_cross: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
 ) -> Tensor:
     """Attention with a generalised kernel, `phi(q) . phi(k)` in place of `exp(q . k)`.
 
@@ -143,6 +146,7 @@ def generalized_attention(
         slot_dropout: Dropout on the weights of the slots.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries
             (bidirectional). Implied by different lengths.
+        cu_seqlens, max_seqlen, real_first: As in `favor_attention`.
     Returns: `[batch, heads, queries, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: InputError if shapes do not fit, for an unknown kernel or a negative or infinite `kernel_epsilon`;
         UnsupportedError for an exact window, heavy keys or global tokens.
@@ -174,7 +178,9 @@ def generalized_attention(
         return slots_alone(query, key, value, feature_map, key_mask=key_mask, is_cross=is_cross, dropout=slot_dropout)
     if is_cross:
         raise InputError("Cross-attention (is_cross=True) needs is_causal=False; got is_causal=True.")
-    tokens = prepare_tokens(query, key, value, key_mask, scaling=scaling, is_causal=True, grid=grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling=scaling, is_causal=True, grid=grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)

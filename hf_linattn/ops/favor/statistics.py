@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import InputError, did_you_mean
 from ..inputs import check_inputs, factor_of
+from ..packed import of_sequences
 from .balance import dense_transforms
 from .moments import Moments, diagonal_balance, merge_moments, row_moments, without_rounding
 
@@ -185,6 +186,7 @@ def check_variant(variant: str) -> None:
         )
 
 
+@of_sequences
 @torch.no_grad()
 def favor_statistics(
     query: Tensor,
@@ -195,6 +197,8 @@ def favor_statistics(
     variant: str = "saderf",
     centring: bool = True,
     is_cross: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> FavorStatistics:
     """FAVOR#'s constants from the real tokens of every row and head, without gradient. Bidirectional attention only.
 
@@ -218,6 +222,7 @@ def favor_statistics(
         centring: Take the means off first: changes nothing in expectation and reduces the variance.
         is_cross: Queries and keys are of different sequences, so `key_mask` says nothing about queries. Implied by
             different lengths.
+        cu_seqlens, max_seqlen: As in `favor_attention`: the statistics are those of every packed sequence.
     Returns: `FavorStatistics` per row, in the dtype of the inputs (float32 for half precisions). Transforms are dense
         for "aderf", "sderf" and "dense". The signs of rotated axes are fixed by convention.
     Raises: InputError for an unknown variant.

@@ -69,6 +69,9 @@ def lara_attention(
     num_global_tokens: int = 0,
     chunk_size: int | None = None,
     slot_dropout: float | SlotDropout = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    real_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""LARA attention, with proposals at landmarks of the sequence (bidirectional) or fixed in advance (any).
@@ -109,7 +112,7 @@ def lara_attention(
             keys.
         window_size, overlap_window, num_heavy_keys, grid, num_global_tokens, chunk_size, slot_dropout: As in
             `favor_attention`.
-        backend: As in `favor_attention`.
+        cu_seqlens, max_seqlen, real_first, backend: As in `favor_attention`.
     Returns: `[batch, heads, tokens, head_dim]`, dtype of `query`; zeros for padded queries.
     Raises: UnsupportedError if `is_causal` without `proposals`; InputError if shapes or options do not fit.
     Cost: O(tokens * samples * head_dim). Random: only through `noise` and `slot_dropout`.
@@ -142,7 +145,9 @@ def lara_attention(
     factor = noise_factor(noise_scale, scaling)
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
+    tokens = prepare_tokens(
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+    )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
