@@ -91,7 +91,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="A softmax model; the encoder is MiniLM-L6 by default.")] = None,
     train: Annotated[list[Path] | None, typer.Option(help="Texts to train maps on.")] = None,
     test: Annotated[list[Path] | None, typer.Option(help="Texts to score on.")] = None,
-    kinds: Annotated[str, typer.Option(help="Separated by commas.")] = "favor_plus,eva",
+    kinds: Annotated[str, typer.Option(help="Separated by commas.")] = "favor_plus",
     steps: Annotated[int, typer.Option(min=1, help="Of attention transfer.")] = 60,
     passages: Annotated[int, typer.Option(min=1, help="Passages, or windows, to score.")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON of the results, written after every kind.")] = None,
