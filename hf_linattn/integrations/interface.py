@@ -28,7 +28,7 @@ from .keywords import HARMLESS, check_keywords
 from .layers import ATTRIBUTE, linear_layer
 from .masks import linattn_mask
 from .native import image_grid, native_attention
-from .packing import Sequences, exact_length, find_sequences, padded_sequences
+from .packing import Sequences, find_sequences, grouped_rows, padded_sequences
 from .seams import ARGUMENT, attempt, default_scaling, register_attention, softmax_attention, softmax_name
 from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens
 
@@ -281,7 +281,7 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
             grid = _converted_grid(config, layer, key, call) if read(config, "image_size") is not None else None
             rows = None
             if call.sequences is not None and (call.sequences.is_packed or layer.takes_rows(grid)):
-                rows = call.sequences.rows(query.device, exact_length(layer.config, is_causal=call.is_causal))
+                rows = grouped_rows(call.sequences, layer.config, key, is_causal=call.is_causal)
             output = held(query, key, value, mask, scaling=call.scaling, grid=grid, rows=rows)
     return output.transpose(1, 2).contiguous()  # models take views of it
 

@@ -20,7 +20,7 @@ from .call import Call
 from .canary import ask_seams
 from .checks import PACKED
 from .families import FAMILIES, family_of, read, stock_type
-from .packing import exact_length
+from .packing import grouped_rows
 from .settings import parse_settings, settings_dict
 from .token_mask import pad_one_key
 
@@ -77,7 +77,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     if call.sequences is not None and grid is not None and call.sequences.is_packed:
         raise UnsupportedError(f"Packed sequences cannot be read as images, a grid {grid} of patches. {PACKED}")
     if call.sequences is not None and grid is None:
-        rows = call.sequences.rows(query.device, exact_length(settings, is_causal=is_causal))
+        rows = grouped_rows(call.sequences, settings, key, is_causal=is_causal)
     inputs = AttentionInputs(
         query,
         key,

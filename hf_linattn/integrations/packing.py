@@ -103,6 +103,20 @@ def check_has_positions(config: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def grouped_rows(sequences: Sequences, config: AttentionConfig, key: Tensor, *, is_causal: bool) -> RowGroups | None:
+    """The groups in which a layer takes the sequences of a batch.
+
+    Args:
+        key: `[batch, heads, tokens, head_dim]`.
+    Returns: `None` for a padded batch without real tokens, and for one whose width says that all of it is softmax
+        attention: that costs less than making groups.
+    """
+    length = exact_length(config, is_causal=is_causal)
+    if not sequences.is_packed and key.shape[2] <= length:
+        return None
+    return sequences.rows(key.device, length)
+
+
 def find_sequences(
     given: Mapping[str, Any], mask: Any, query: Tensor, keys: int, *, is_cross: bool, has_cache: bool
 ) -> tuple[Sequences | None, Tensor]:

@@ -92,7 +92,9 @@ def exact_softmax(
     real = key_mask[:, None, :, None]
     key, value = torch.where(real, key, 0.0), torch.where(real, value, 0.0)
     real = real if queries == keys else real[:, :, keys - queries :]
-    query, visible = torch.where(real, query, 0.0), _visible(key_mask, queries, is_causal=is_causal)
+    if torch.is_grad_enabled():  # of queries through a gradient alone
+        query = torch.where(real, query, 0.0)
+    visible = _visible(key_mask, queries, is_causal=is_causal)
     return torch.where(real, masked_softmax(query, key, value, visible, scaling=scaling), 0.0)
 
 
