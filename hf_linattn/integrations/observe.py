@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,12 +75,13 @@ def _observe(
     """The attention function behind `OBSERVER`."""
     kind, on_call = _observed[module]
     call = resolve_call(kind, module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    if call.sequences is not None and call.sequences.is_packed:
-        raise UnsupportedError(
-            "Calibration, attention transfer and comparisons read one sequence a row; got packed sequences. Pass"
-            " padded batches with a 2-D attention_mask (DataCollatorWithPadding)."
-        )
-    return on_call(module, call), None
+    if call.sequences is None or not call.sequences.is_packed:
+        return on_call(module, call), None
+    # Who looks on sees a padded batch.
+    rows = call.sequences.as_padded(query.device)
+    q, k, v = (rows.split(z)[0] for z in (call.query, call.key, call.value))
+    own = replace(call, query=q, key=k, value=v, key_mask=rows.groups[0].real, sequences=None)
+    return rows.join([on_call(module, own).transpose(1, 2)]).transpose(1, 2), None
 
 
 @contextmanager

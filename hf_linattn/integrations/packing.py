@@ -60,6 +60,11 @@ class Sequences:
             self._made[key] = self._rows(device, exact_length)
         return self._made[key]
 
+    def as_padded(self, device: torch.device) -> RowGroups:
+        """One group of all packed sequences: a padded batch."""
+        assert self.borders is not None
+        return RowGroups.from_cu_seqlens(self.borders, self.shape, device=device, is_one=True)
+
     def _rows(self, device: torch.device, exact_length: int) -> RowGroups | None:
         if self.borders is None:
             assert self.key_mask is not None

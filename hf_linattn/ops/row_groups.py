@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .row_partition import partition, parts
 
 # What a further group costs beside its tokens, in tokens: on a CPU some hundred calls of small operators, on a GPU the
 # launches of kernels that have little to do (experiments/packed_time.py).
 _GROUP_COST = {"cpu": 512, "cuda": 16384}
-# Lengths between which borders of groups are looked for, at most.
-_CANDIDATES = 48
-
 _STARTS = "cu_seqlens must start at 0, never fall and end at the number of tokens"
 
 
@@ -140,6 +138,7 @@ class RowGroups:
         max_length: int | None = None,
         exact_length: int = 0,
         device: torch.device | str | None = None,
+        is_one: bool = False,
     ) -> RowGroups:
         """Of packed sequences. Values are read once; while tracing they are not there, and there is one group.
 
@@ -150,6 +149,7 @@ class RowGroups:
             max_length: Tokens of the longest sequence, or more. Needed while tracing, where it is the length of rows.
             exact_length: Sequences of at most so many tokens have groups of their own (`is_exact`).
             device: Of the tokens; that of `cu_seqlens` if `None`.
+            is_one: One group, whatever it wastes.
         Raises: InputError for borders that are none; while tracing, a RuntimeError of torch when the graph runs.
         """
         device = cu_seqlens.device if device is None else torch.device(device)
@@ -168,7 +168,8 @@ class RowGroups:
             raise InputError(
                 f"max_length must be that of the longest sequence, {int(lengths.max())}, or more; got {max_length}."
             )
-        return cls._made(None, starts[:-1], lengths, shape, exact_length, device)
+        cost = None if is_one else _GROUP_COST.get(device.type, _GROUP_COST["cuda"])
+        return cls._made(None, starts[:-1], lengths, shape, exact_length, device, cost)
 
     @classmethod
     def from_lengths(
@@ -197,7 +198,9 @@ class RowGroups:
         if not numbers.shape[0]:
             return None
         shape = (key_mask.shape[0], key_mask.shape[1])
-        return cls._made(numbers, lengths.cumsum(0) - lengths, lengths, shape, exact_length, key_mask.device)
+        starts, device = lengths.cumsum(0) - lengths, key_mask.device
+        cost = _GROUP_COST.get(device.type, _GROUP_COST["cuda"])
+        return cls._made(numbers, starts, lengths, shape, exact_length, device, cost)
 
     @classmethod
     def _made(
@@ -208,19 +211,21 @@ class RowGroups:
         shape: tuple[int, int],
         exact_length: int,
         device: torch.device,
+        cost: int | None,
     ) -> RowGroups:
         """Of sequences that are neighbours in a list of tokens. All tensors are on the CPU.
 
         Args:
             numbers: `[n]`, the number of each token of the list in the batch; `None` if they are the same.
             starts, lengths: `[sequences]`, of the sequences in the list.
+            cost: Of a group, in tokens; `None` for one group.
         """
         order = lengths.argsort(descending=True, stable=True)
         ordered = lengths[order].tolist()
-        cost = _GROUP_COST.get(device.type, _GROUP_COST["cuda"])
         found = []
-        for first, last, is_exact in _parts(ordered, exact_length):
-            found += [(first + a, first + b, is_exact) for a, b in _partition(ordered[first:last], cost)]
+        for first, last, is_exact in parts(ordered, exact_length):
+            cuts = [(0, last - first)] if cost is None else partition(ordered[first:last], cost)
+            found += [(first + a, first + b, is_exact) for a, b in cuts]
         groups, indices, padding = [], [], []
         place, offset = torch.full((shape[0] * shape[1],), -1), 0
         for first, last, is_exact in found:
@@ -269,36 +274,3 @@ class RowGroups:
 
 def _or_none(numbers: Tensor, device: torch.device) -> Tensor | None:
     return numbers.to(device) if numbers.numel() else None
-
-
-def _parts(ordered: list[int], exact_length: int) -> list[tuple[int, int, bool]]:
-    """Rows that are longer than `exact_length`, and the others, without those that have no token."""
-    longer = sum(length > exact_length for length in ordered)
-    full = sum(length > 0 for length in ordered)
-    return [part for part in ((0, min(longer, full), False), (longer, full, True)) if part[0] < part[1]]
-
-
-def _partition(ordered: list[int], cost: int) -> list[tuple[int, int]]:
-    """Where to cut rows of falling lengths so that padded tokens and `cost` of a group are least, as `(first, last)`.
-
-    Cuts are looked for where the length changes, at `_CANDIDATES` places at most: O(_CANDIDATES ** 2).
-    """
-    borders = [0, *(n for n in range(1, len(ordered)) if ordered[n] != ordered[n - 1]), len(ordered)]
-    if len(borders) > _CANDIDATES:
-        step = (len(borders) - 1) / (_CANDIDATES - 1)
-        borders = [borders[round(n * step)] for n in range(_CANDIDATES)]
-    best: list[tuple[int, int]] = [
-        (0, 0)
-    ]  # of the rows before a border: what they cost, where their last group starts
-    for end in range(1, len(borders)):
-        tried = (
-            (best[start][0] + cost + (borders[end] - borders[start]) * ordered[borders[start]], start)
-            for start in range(end)
-        )
-        best.append(min(tried))
-    cuts, end = [], len(borders) - 1
-    while end:
-        start = best[end][1]
-        cuts.append((borders[start], borders[end]))
-        end = start
-    return cuts[::-1]

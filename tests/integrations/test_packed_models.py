@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from hf_linattn.errors import InputError, LinAttnError, UnsupportedError
+import hf_linattn
+from hf_linattn.errors import InputError, LinAttnError
 from hf_linattn.integrations import interface
-from hf_linattn.integrations.observe import observed_attention
 from hf_linattn.ops import row_groups
 from hf_linattn.training import key_noise
 
@@ -222,7 +222,14 @@ def test_images_are_not_packed(mode: Any) -> None:
         logits(model_of("favor_plus", VIT, mode), **VIT.inputs(1), cu_seq_lens_q=torch.tensor([0, 20, 37]))
 
 
-def test_layers_are_looked_into_with_padded_batches() -> None:
-    model = model_of("favor_plus", BERT, converted)
-    with observed_attention(model, interface.softmax_output), pytest.raises(UnsupportedError, match="one sequence a"):
-        model(**packed(texts([9, 4])))
+@pytest.mark.parametrize(("kind", "case"), [("lara", GPT2), ("favor_sharp", GPT2)], ids=["lara", "favor_sharp"])
+def test_calibration_on_packed_batches(kind: str, case: ModelCase) -> None:
+    """Layers are looked into as with the padded batch of the same texts."""
+    rows, found = texts([12, 30, 21]), []
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    padded = {"input_ids": ids, "attention_mask": (torch.arange(30) < torch.tensor([[12], [30], [21]])).long()}
+    for batch in (padded, packed(rows, **ALL_SAY)):
+        model = hf_linattn.convert(case.build(), case.settings(kind))
+        found.append(dict(hf_linattn.calibrate(model, [batch]).named_buffers()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=1e-4)

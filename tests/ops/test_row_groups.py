@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_linattn.errors import InputError
 from hf_linattn.ops import row_groups
-from hf_linattn.ops.row_groups import RowGroups, _partition
+from hf_linattn.ops.row_groups import RowGroups
+from hf_linattn.ops.row_partition import partition
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
@@ -144,10 +145,10 @@ def test_compiled_is_one_group_and_the_same(lengths: list[int]) -> None:
 
 
 def test_groups_cost_less_than_one_row_length() -> None:
-    assert _partition([512, 500, 64, 64, 60], 100) == [(0, 2), (2, 5)]
-    assert _partition([512, 500, 64, 64, 60], 10**6) == [(0, 5)]
+    assert partition([512, 500, 64, 64, 60], 100) == [(0, 2), (2, 5)]
+    assert partition([512, 500, 64, 64, 60], 10**6) == [(0, 5)]
     falling = list(range(2000, 0, -1))
-    cuts = _partition(falling, 0)
+    cuts = partition(falling, 0)
     assert cuts[0][0] == 0
     assert cuts[-1][1] == len(falling)
     assert sum((b - a) * falling[a] for a, b in cuts) < 1.1 * sum(falling)
