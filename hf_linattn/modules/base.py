@@ -288,11 +288,11 @@ class LinearAttention(nn.Module, Generic[C]):
     def in_training(self, output: Tensor) -> Tensor:
         """The output of a training pass, with every learned tensor in its graph, as distributed training needs it.
 
-        Rows that fit into one window use no learned proposals.
+        Short rows are softmax attention, without any.
         """
-        for name in self._learned:
-            output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
-        return output
+        if not self._learned:
+            return output
+        return output + sum(0.0 * getattr(self, name).sum().to(output.dtype) for name in self._learned)
 
     def tensors(self, *, all_heads: bool = False) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
