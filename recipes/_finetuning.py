@@ -215,7 +215,8 @@ def describe(task: Task, training: TrainingArguments) -> str:
     """What runs, in one line: model, kind, settings, layers, processes, device, strategy, effective batch."""
     settings = dict(linear_attention_of(task.model) or {"kind": "softmax"})
     kind, layers = settings.pop("kind"), settings.pop("layers", None)
-    shown = ("learned", "num_features", "num_landmarks", "num_chunks", "chunk_size", "window_size", "overlap_window")
+    shown = ("learned", "num_features", "num_landmarks", "num_chunks", "chunk_size")
+    shown = (*shown, "window_size", "overlap_window", "exact_below")
     sizes = ", ".join(f"{name}={settings[name]}" for name in shown if settings.get(name) not in (None, False))
     where = "" if layers is None else f" in layers {','.join(map(str, layers))}"
     return (

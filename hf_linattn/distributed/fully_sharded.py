@@ -159,6 +159,12 @@ def _learns(layer: nn.Module) -> bool:
     return any(True for _ in layer.parameters())
 
 
+def has_parts(module: nn.Module) -> bool:
+    """Whether a parameter of a module is this process's part of one; False without processes."""
+    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not is_alone and any(map(is_part, module.parameters()))
+
+
 def is_part(tensor: Tensor) -> bool:
     """Whether a tensor is this process's part of one (a DTensor)."""
     return hasattr(tensor, "full_tensor")  # without the import

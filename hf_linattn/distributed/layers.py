@@ -47,6 +47,8 @@ def refusal(layer: LinearAttention[Any], *, training: bool) -> str | None:
         return f"num_heavy_keys={config.num_heavy_keys}, and these are chosen among all tokens of a row. Set it to 0."
     if config.value_convolution:
         return "value_convolution=True, which is for images, and an image is not cut up. Set it to False."
+    if config.exact_below:
+        return f"exact_below={config.exact_below}, and no process sees how long a row is. Set it to 0."
     # Of bidirectional EVA all processes draw the same numbers.
     draws_alone = training and (layer.shape.is_causal or not isinstance(layer, EvaAttention))
     if draws_alone and config.slot_dropout:

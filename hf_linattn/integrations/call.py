@@ -12,11 +12,12 @@ from ..errors import InputError, UnsupportedError
 from ..modules.base import LinearAttention
 from .attach import convert_otherwise
 from .cache import RecurrentLayer
+from .families import read
 from .packing import Sequences
 from .seams import softmax_name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, which takes longer to make
 class Call:
     """One call of an attention function, all of it decided.
 
@@ -66,6 +67,12 @@ def disagreement(module: nn.Module, is_causal: bool) -> UnsupportedError:
     )
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name, None)` of what is no parameter, buffer or module: torch looks for those at length."""
+    own = module.__dict__
+    return own[name] if name in own else getattr(module, name, None) if hasattr(type(module), name) else None
+
+
 def other_layer(module: nn.Module, layer: LinearAttention, call: Call) -> UnsupportedError:
     """A converted layer is of another kind, or of the other direction, than the call asks for."""
     if layer.kind != call.kind:
@@ -96,17 +103,17 @@ def asks_cross(module: nn.Module, config: Any, given: Mapping[str, Any], is_caus
 
     Raises `UnsupportedError` where a module of an encoder-decoder model does not let one tell.
     """
-    declared = getattr(module, "is_cross_attention", None)
+    declared = attribute(module, "is_cross_attention")
     if declared is not None:
         return bool(declared)
-    if is_causal or getattr(module, "is_causal", False):  # or asked to be bidirectional, by the config or the call
+    if is_causal or attribute(module, "is_causal"):  # or asked to be bidirectional, by the config or the call
         return False
     if given.get("encoder_hidden_states") is not None or not same_length:
         return True
-    if getattr(config, "add_cross_attention", False):
+    if read(config, "add_cross_attention"):
         return True  # a decoder's self-attention is causal, so this is its other attention
-    is_decoder = getattr(module, "is_decoder", None)
-    if getattr(config, "is_encoder_decoder", False) and is_decoder is None:
+    is_decoder = attribute(module, "is_decoder")
+    if read(config, "is_encoder_decoder") and is_decoder is None:
         raise UnsupportedError(
             f"{type(module).__name__} of an encoder-decoder model does not say whether it attends to its own sequence "
             "or to the encoder's. Use attn_implementation='sdpa' for this model."

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError
@@ -48,9 +49,20 @@ FAMILIES = {
 MODEL_TYPE_PREFIX = "linattn_"
 
 
+def read(config: Any, name: str) -> Any:
+    """`getattr(config, name, None)`, without the Python that Transformers runs for every name: layers ask often."""
+    if not (torch.compiler.is_compiling() or config is None or hasattr(type(config), "__getattr__")):
+        own = object.__getattribute__(config, "__dict__")
+        if name in own:
+            return own[name]
+        if not hasattr(type(config), name) and name not in getattr(type(config), "attribute_map", ()):
+            return None
+    return getattr(config, name, None)
+
+
 def stock_type(config: Any) -> str:
     """The model type of a stock or converted config."""
-    return str(getattr(config, "model_type", None)).removeprefix(MODEL_TYPE_PREFIX)
+    return str(read(config, "model_type")).removeprefix(MODEL_TYPE_PREFIX)
 
 
 def takes_images(model: Any) -> bool:
@@ -60,7 +72,7 @@ def takes_images(model: Any) -> bool:
 
 def is_converted(config: Any) -> bool:
     """Whether a config belongs to a converted model (`model_type` `linattn_bert`, `linattn_gpt2`, `linattn_vit`)."""
-    return str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX)
+    return str(read(config, "model_type")).startswith(MODEL_TYPE_PREFIX)
 
 
 def get_family(config: Any) -> Family:

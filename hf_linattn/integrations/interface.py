@@ -22,13 +22,13 @@ from .cache import RecurrentLayer
 from .call import Call, asks_cross, check_mask, check_prefix, disagreement, other_layer
 from .checks import is_ordered, require_order, require_pattern, warn_attention_dropout
 from .expected import changed
-from .families import is_converted
+from .families import is_converted, read
 from .hand_over import give_back
 from .keywords import HARMLESS, check_keywords
 from .layers import ATTRIBUTE, linear_layer
 from .masks import linattn_mask
 from .native import image_grid, native_attention
-from .packing import Sequences, exact_length, find_sequences, padded_sequences
+from .packing import Sequences, find_sequences, grouped_rows, padded_sequences
 from .seams import ARGUMENT, attempt, default_scaling, register_attention, softmax_attention, softmax_name
 from .token_mask import TokenMask, causal_key_mask, check_past_is_here, new_tokens
 
@@ -50,7 +50,7 @@ def attention_function(kind: str) -> AttentionFunction:
     def attention(module: nn.Module, /, *inputs: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if torch.compiler.is_compiling():
             return kind_attention(kind, module, *inputs, **kwargs)
-        if getattr(getattr(module, "config", None), "model_type", None) not in canary.passed:
+        if read(getattr(module, "config", None), "model_type") not in canary.passed:
             canary.check_model(module)  # before the arguments are looked at
         try:
             return kind_attention(kind, module, *inputs, **kwargs)
@@ -278,10 +278,10 @@ def linear_output(module: nn.Module, call: Call) -> Tensor:
         if call.cache is not None:
             output = call.cache.attend(held, query, key, value, mask, call.scaling)
         else:
-            grid = _converted_grid(config, layer, key, call) if hasattr(config, "image_size") else None
+            grid = _converted_grid(config, layer, key, call) if read(config, "image_size") is not None else None
             rows = None
             if call.sequences is not None and (call.sequences.is_packed or layer.takes_rows(grid)):
-                rows = call.sequences.rows(query.device, exact_length(layer.config, is_causal=call.is_causal))
+                rows = grouped_rows(call.sequences, layer.config, key, is_causal=call.is_causal)
             output = held(query, key, value, mask, scaling=call.scaling, grid=grid, rows=rows)
     return output.transpose(1, 2).contiguous()  # models take views of it
 

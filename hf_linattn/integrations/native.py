@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fully_sharded import is_part
+from ..distributed.fully_sharded import has_parts
 from ..errors import ConfigError, UnsupportedError
 from ..modules.config import AttentionConfig
 from ..modules.contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape
@@ -19,8 +19,8 @@ from .advice import convert_first, converting, cross_settings, instead
 from .call import Call
 from .canary import ask_seams
 from .checks import PACKED
-from .families import FAMILIES, family_of, stock_type
-from .packing import exact_length
+from .families import FAMILIES, family_of, read, stock_type
+from .packing import grouped_rows
 from .settings import parse_settings, settings_dict
 from .token_mask import pad_one_key
 
@@ -47,7 +47,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     _check_supported(declared, config, is_causal=is_causal, cross=call.is_cross)
     family = family_of(config, is_causal=is_causal)
     image = image_grid(config, key.shape[2], call.grid) if family in ("vit", "vision") and not call.is_cross else None
-    given = getattr(config, "linear_attention", None)
+    given = read(config, "linear_attention")
     if isinstance(given, AttentionConfig) and not torch.compiler.is_compiling():
         config.linear_attention = given = given.to_dict()  # a settings object could not be saved as JSON
     settings, state = native_layer(
@@ -62,7 +62,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
         str(query.device),
         module.training,
     )
-    if state and any(map(is_part, module.parameters())):
+    if state and has_parts(module):
         raise UnsupportedError(
             "Tensor parallelism gives this process some of the heads, and native mode would draw the same directions"
             " for those of every process. Convert the model and call split_heads (docs/tensor_parallelism.md)."
@@ -77,7 +77,7 @@ def native_attention(module: nn.Module, call: Call, key: Tensor, value: Tensor) 
     if call.sequences is not None and grid is not None and call.sequences.is_packed:
         raise UnsupportedError(f"Packed sequences cannot be read as images, a grid {grid} of patches. {PACKED}")
     if call.sequences is not None and grid is None:
-        rows = call.sequences.rows(query.device, exact_length(settings, is_causal=is_causal))
+        rows = grouped_rows(call.sequences, settings, key, is_causal=is_causal)
     inputs = AttentionInputs(
         query,
         key,
@@ -149,10 +149,40 @@ def native_layer(
         the kind's `check` raises.
     """
     ask_seams(family)  # here also while torch compiles: this function is called, not traced
-    frozen = "{}" if settings is None else json.dumps(settings_dict(settings), sort_keys=True)
+    frozen = "{}" if settings is None else _frozen(settings)
+    return _layer(kind, family, frozen, num_heads, head_dim, layer_idx, is_causal, num_leading, device, training)
+
+
+@functools.lru_cache(maxsize=512)
+def _layer(
+    kind: str,
+    family: str,
+    settings: str,
+    num_heads: int,
+    head_dim: int,
+    layer_idx: int,
+    is_causal: bool,
+    num_leading: int | None,
+    device: str,
+    training: bool,
+) -> tuple[AttentionConfig, tuple[tuple[str, Tensor], ...]]:
     shape = LayerShape(num_heads, head_dim, layer_idx, is_causal)
-    config = _settings(kind, family, frozen, shape, num_leading, training)
+    config = _settings(kind, family, settings, shape, num_leading, training)
     return config, tuple(_state(config, shape, device).items())
+
+
+# The JSON of settings, by their `repr`, which is quicker to make: every layer asks in every call.
+_FROZEN: dict[str, str] = {}
+
+
+def _frozen(settings: Any) -> str:
+    written = repr(settings)
+    found = _FROZEN.get(written)
+    if found is None:
+        found = json.dumps(settings_dict(settings), sort_keys=True)
+        if len(_FROZEN) < 512:
+            _FROZEN[written] = found
+    return found
 
 
 @functools.lru_cache(maxsize=512)

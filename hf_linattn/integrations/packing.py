@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..modules.config import AttentionConfig
+from ..modules.registry import get_kind
 from ..ops.row_groups import RowGroups
 from .checks import MASKED, PACKED, TRACED, check_positions, is_ordered, require
 from .keywords import BORDERS, LONGEST, PACKING
@@ -91,11 +92,11 @@ def exact_length(config: AttentionConfig, *, is_causal: bool) -> int:
     length = 0
     if torch.compiler.is_compiling():  # one group, whatever their lengths
         return length
-    if getattr(config, "is_exact_in_window", False):
+    if get_kind(config.kind).module_cls.is_exact_in_window(config):
         window = config.window_size or 0
         overlaps = is_causal and config.overlap_window
         length = 2 * window if overlaps else window + (config.num_global_tokens or 0)
-    return max(length, getattr(config, "exact_below", 0))
+    return max(length, config.exact_below)
 
 
 def check_has_positions(config: Any, kwargs: Mapping[str, Any]) -> None:
@@ -105,6 +106,20 @@ def check_has_positions(config: Any, kwargs: Mapping[str, Any]) -> None:
             f"Packed sequences need position_ids that restart: {type(config).__name__} counts through the whole row"
             f" without them. {PACKED}"
         )
+
+
+def grouped_rows(sequences: Sequences, config: AttentionConfig, key: Tensor, *, is_causal: bool) -> RowGroups | None:
+    """The groups in which a layer takes the sequences of a batch.
+
+    Args:
+        key: `[batch, heads, tokens, head_dim]`.
+    Returns: `None` for a padded batch without real tokens, and for one whose width says that all of it is softmax
+        attention: that costs less than making groups.
+    """
+    length = exact_length(config, is_causal=is_causal)
+    if not sequences.is_packed and key.shape[2] <= length:
+        return None
+    return sequences.rows(key.device, length)
 
 
 def find_sequences(

@@ -33,6 +33,8 @@ def ablated_output(layer: Any, inputs: AttentionInputs) -> Tensor:
         if config.num_heavy_keys:
             nothing["num_heavy_keys"] = 0
         config, inputs = config.replace(**nothing), replace(inputs, grid=None)
+    if layer.ablation == SLOTS_ALONE and config.exact_below:
+        config = config.replace(exact_below=0)
     with ablate(layer.ablation) as asked:
         output = layer.compute_or_record(config, layer.tensors(), inputs)
     if not asked.was_followed:

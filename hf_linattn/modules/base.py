@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
 from ..ops.inputs import check_causal
+from ..ops.recurrent.exact_start import ExactStart
 from ..ops.recurrent.protocol import Recurrence
 from ..ops.row_groups import RowGroups
 from .ablation import ablated_output
 from .config import AttentionConfig
 from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
 from .defaults import resolve
+from .exactness import exact_output, is_exact, with_exact_part
 from .grouped import by_groups
 from .recorded import record
 from .sharded import like_sharded
@@ -90,6 +92,11 @@ class LinearAttention(nn.Module, Generic[C]):
             config.fail("value_convolution", "False in a model of sequences", "Its filters are those of patches.")
 
     @classmethod
+    def is_exact_in_window(cls, config: C) -> bool:
+        """Whether a row that fits into one window is softmax attention: a kind that is sure of it says so."""
+        return False
+
+    @classmethod
     def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
         """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
         spec = cls.state_spec(config, shape)
@@ -135,13 +142,21 @@ class LinearAttention(nn.Module, Generic[C]):
         }
 
     @classmethod
+    def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
+        if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
+            return exact_output(config, state, inputs)
+        output = cls.compute(config, state, inputs)
+        return with_exact_part(output, config, state, inputs) if config.exact_below else output
+
+    @classmethod
     def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """`compute`, or one operator that does it where the call is recorded; for each group of rows if there are."""
+        """`compute_or_exact`, or one operator that does it where the call is recorded; for each group of rows."""
         if inputs.rows is not None:
             return by_groups(partial(cls.compute_or_record, config, state), inputs, inputs.rows)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return record(config, state, inputs)
-        return cls.compute(config, state, inputs)
+        return cls.compute_or_exact(config, state, inputs)
 
     @classmethod
     def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
@@ -154,6 +169,11 @@ class LinearAttention(nn.Module, Generic[C]):
         Raises: `UnsupportedError` if there is none (`supports_recurrence`).
         """
         raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
+
+    def recurrent_form(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
+        """`recurrence`, with softmax attention for the first tokens of a row if the settings say so."""
+        recurrence, exact_below = self.recurrence(query, scaling=scaling), self.config.exact_below
+        return ExactStart(recurrence, exact_below, scaling) if exact_below else recurrence
 
     def recurrence_options(self) -> dict[str, Any]:
         """Arguments of a recurrent form that the shared settings say."""
@@ -268,11 +288,11 @@ class LinearAttention(nn.Module, Generic[C]):
     def in_training(self, output: Tensor) -> Tensor:
         """The output of a training pass, with every learned tensor in its graph, as distributed training needs it.
 
-        Rows that fit into one window use no learned proposals.
+        Short rows are softmax attention, without any.
         """
-        for name in self._learned:
-            output = output + 0.0 * getattr(self, name).sum().to(output.dtype)
-        return output
+        if not self._learned:
+            return output
+        return output + sum(0.0 * getattr(self, name).sum().to(output.dtype) for name in self._learned)
 
     def tensors(self, *, all_heads: bool = False) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.

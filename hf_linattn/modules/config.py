@@ -94,6 +94,10 @@ class AttentionConfig:
         overlap_window: The window reaches half a window beyond each side of its block (in a causal layer a whole
             window to the left). Needs an even `window_size` in FAVOR+, FAVOR# and LARA.
         slot_dropout: Probability of dropping a slot from a query's second softmax, in training only.
+        exact_below: Short inputs are softmax attention. In a bidirectional layer a row of at most so many tokens,
+            padding not counted; in a causal layer the first `exact_below` tokens of a row read all earlier ones
+            exactly, with and without a cache (which keeps them). 0 for never. Not where a kind estimates something
+            else (generalised kernels), or adds biases to its window.
         seed: Seed of everything random in the layer; the layer index is mixed in.
     """
 
@@ -106,6 +110,7 @@ class AttentionConfig:
     overlap_window: bool = flag(False)
     slot_dropout: float = number(0.0, "a number with 0 <= slot_dropout < 1", 1, below=True)
     seed: int = count(0, minimum=0, maximum=2**63 - 1)
+    exact_below: int = count(0, minimum=0)
 
     # Settings that only some kinds have, as what it means not to have them: not fields.
     num_heavy_keys = 0  # keys of the row that every query sees exactly
@@ -171,7 +176,10 @@ class AttentionConfig:
     # -- dictionary form --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the kind's name under `"kind"`."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        values = {"kind": self.kind, **dataclasses.asdict(self)}
+        if not self.exact_below:  # as a version without the field wrote and reads it
+            del values["exact_below"]
+        return values
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:

@@ -23,6 +23,7 @@ class AttentionInputs:
     noise: Where random numbers come from, in training; `None` for torch's generator. With `rows` those of sequences.
     rows: The sequences of the batch in groups, where it is computed by them; then `key_mask` says nothing.
     real_first: The rows are those of a group.
+    shortest: Every row has at least so many real tokens, as far as is known.
     """
 
     query: Tensor
@@ -36,6 +37,7 @@ class AttentionInputs:
     noise: RowNoise | None = None
     rows: RowGroups | None = None
     real_first: bool = False
+    shortest: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class LayerClass(Protocol):
     def state_spec(self, config: Any, shape: LayerShape) -> dict[str, StateTensor]: ...
 
     def compute(self, config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor: ...
+
+    def is_exact_in_window(self, config: Any) -> bool: ...
+
+    def compute_or_exact(self, config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor: ...
 
     def compute_or_record(self, config: Any, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor: ...
 

@@ -22,5 +22,5 @@ def by_groups(compute: Callable[[AttentionInputs], Tensor], inputs: AttentionInp
     for group, query, key, value in zip(rows.groups, *tokens, strict=True):
         noise = None if inputs.noise is None else inputs.noise.of_rows(group.sequences)
         own = replace(inputs, query=query, key=key, value=value, key_mask=group.real, noise=noise)
-        outputs.append(compute(replace(own, rows=None, real_first=True)))
+        outputs.append(compute(replace(own, rows=None, real_first=True, shortest=group.shortest)))
     return rows.join(outputs)

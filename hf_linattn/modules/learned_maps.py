@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.ablation import ABLATED, SLOT_SHARE, SLOTS_ALONE, current_ablations
 from ..ops.eva.learned import LearnedSummariser
 from ..ops.favor.statistics import FavorStatistics
 from ..ops.learned import LearnedFeatureMap, learned_attention, learning_start
 from ..ops.slot_attention import SlotOptions
-from ..ops.value_convolution import SIZE, value_convolution
+from ..ops.value_convolution import SIZE
 from .base import LinearAttention
 from .config import AttentionConfig
 from .contract import AttentionInputs, LayerShape, StateTensor
+from .value_convolution import VALUE_CONVOLUTION, with_value_convolution
 
-VALUE_CONVOLUTION = "value_convolution_weight"
 # Residual maps of whole tokens learn best with a smaller rate than everything else (docs/decisions.md).
 _RATES = {"query_adapter": 0.3, "key_adapter": 0.3}
 
@@ -121,19 +120,6 @@ def learned_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs:
         **LinearAttention.call_options(config, inputs),
     )
     return with_value_convolution(output, config, state, inputs)
-
-
-def with_value_convolution(
-    output: Tensor, config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs
-) -> Tensor:
-    """The output of attention, with the convolution of the values added if the layer has one."""
-    if not config.value_convolution:
-        return output
-    if ABLATED and current_ablations() & {SLOTS_ALONE, SLOT_SHARE}:  # it goes beside the slots
-        return output
-    count = config.num_global_tokens or 0
-    mixed = value_convolution(inputs.value, state[VALUE_CONVOLUTION], grid=inputs.grid, num_global_tokens=count)
-    return (output + mixed).to(output.dtype)
 
 
 def learned_start(

@@ -147,13 +147,13 @@ class RecurrentMemory:
         """The layer's recurrent form, made again only when something it is made of has changed."""
         query, scaling = inputs.query, inputs.scaling
         if torch.compiler.is_compiling():
-            return self._recurrence or layer.recurrence(query, scaling=scaling)
+            return self._recurrence or layer.recurrent_form(query, scaling=scaling)
         # The tensors are kept: another one may get the id of one that is gone. A learned one changes in place.
         tensors = tuple(layer.tensors().values())
         versions = [(id(t), None if t.is_inference() else t._version) for t in tensors]
         made_from = (versions, scaling, query.dtype, query.device)
         if self._recurrence is None or not keep or self._made_from is None or self._made_from[0] != made_from:
-            self._recurrence = layer.recurrence(query, scaling=scaling)
+            self._recurrence = layer.recurrent_form(query, scaling=scaling)
             self._made_from = (made_from, tensors) if keep else None
         return self._recurrence
 

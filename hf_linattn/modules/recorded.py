@@ -2,9 +2,9 @@
 
 `torch.jit.trace` and `torch.export` record what happens to be done for the sizes and values of one call: branches on
 lengths, numbers of windows and of padded tokens become constants, or are taken apart symbol by symbol. In such a graph
-the attention is `hf_linattn::attention`, which calls `LinearAttention.compute` when the graph runs: any batch size,
-length and mask, and no more of Python's code in the graph than that. `torch.compile`, which guards what it assumes,
-sees the attention itself.
+the attention is `hf_linattn::attention`, which calls `LinearAttention.compute_or_exact` when the graph runs: any batch
+size, length and mask, and no more of Python's code in the graph than that. `torch.compile`, which guards what it
+assumes, sees the attention itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_traced() -> bool:
 
 
 def record(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-    """`LinearAttention.compute` as one operator, for a call that is recorded (`is_traced`)."""
+    """`LinearAttention.compute_or_exact` as one operator, for a call that is recorded (`is_traced`)."""
     if _to_onnx():
         raise UnsupportedError(
             f"torch.onnx.export of a model with linear attention ({config.kind!r}) is not supported: ONNX has no"
@@ -91,7 +91,7 @@ def _attention(
     size = (grid[0], grid[1]) if grid else None
     inputs = AttentionInputs(query, key, value, key_mask, scaling=scaling, is_causal=is_causal, grid=size)
     named = dict(zip(names.split(",") if names else (), state, strict=True))
-    return module_cls.compute(config, named, inputs).contiguous()
+    return module_cls.compute_or_exact(config, named, inputs).contiguous()
 
 
 def _like_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

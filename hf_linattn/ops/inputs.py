@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
 from ..kernels.backends import use_backend
+from .exact import ONE_WINDOW, exact_softmax
 from .noise import RowNoise, SlotDropout
 from .packed import packed_attention
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
@@ -36,6 +37,7 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
     Packed sequences (`cu_seqlens`) are taken apart here: `fn` gets padded rows.
 
     Log-weights reach into the hundreds; in a half precision their rounding alone would be an error of e^0.5 and more.
+    Where `fn` gives `ONE_WINDOW`, the result is exact attention, in the dtype of the arguments.
 
     Args:
         in_half: Types of devices on which `fn` takes queries, keys and values in half precision (keeping logits and
@@ -53,13 +55,25 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
             return packed_attention(wrapper, query, key, value, args, kwargs)
         dtype, device_type = query.dtype, query.device.type
         compute = compute_dtype(query, key, value, in_half)
-        query, key, value = query.to(compute), key.to(compute), value.to(compute)
+        computed = query.to(compute), key.to(compute), value.to(compute)
         backend = kwargs.get("backend")
         with torch.autocast(device_type, enabled=False):
             if backend is None:
-                return function(query, key, value, *args, **kwargs).to(dtype)
-            with use_backend(backend):
-                return function(query, key, value, *args, **kwargs).to(dtype)
+                output = function(*computed, *args, **kwargs)
+            else:
+                with use_backend(backend):
+                    output = function(*computed, *args, **kwargs)
+            if output is not ONE_WINDOW:
+                return output.to(dtype)
+        return exact_softmax(
+            query,
+            key,
+            value,
+            kwargs.get("key_mask"),
+            scaling=factor_of(query, kwargs.get("scaling")),
+            is_causal=kwargs.get("is_causal", False),
+            real_first=kwargs.get("real_first", False),
+        )
 
     return cast(Fn, wrapper)
 
@@ -86,6 +100,10 @@ def stays_half(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
     """Raise `InputError` unless the shapes fit together."""
+    shape = key.shape
+    if query.shape == shape == value.shape and len(shape) == 4 and shape[2] and key_mask is None:
+        if query.is_floating_point() and key.is_floating_point() and value.is_floating_point():
+            return  # the common case
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise InputError(f"query, key and value must be [batch, heads, tokens, head_dim]; got {shapes}.")

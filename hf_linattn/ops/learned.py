@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .exact import ONE_WINDOW, in_one_window
 from .favor.features import FavorFeatureMap
 from .favor.statistics import FavorStatistics
 from .inputs import checked_attention, factor_of, prepare_tokens
@@ -139,16 +140,11 @@ def learned_attention(
     """
     options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     options.check(grid)
+    scaling = factor_of(query, scaling)
+    if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
+        return ONE_WINDOW
     tokens = prepare_tokens(
-        query,
-        key,
-        value,
-        key_mask,
-        factor_of(query, scaling),
-        is_causal,
-        num_global_tokens,
-        grid,
-        real_first=real_first,
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)

@@ -33,12 +33,14 @@ class RowGroup:
         real: `[rows, tokens]` bool, True where a token is real; `None` if all are.
         sequences: `[rows]` int64, the number of every row among the sequences of the batch.
         is_exact: Whether all rows have at most `exact_length` tokens.
+        shortest: Every row has at least so many tokens, as far as is known.
     """
 
     index: Tensor
     real: Tensor | None
     sequences: Tensor
     is_exact: bool = False
+    shortest: int = 0
 
 
 class _Places(NamedTuple):
@@ -238,7 +240,9 @@ class RowGroups:
             padding.append(places[~real])
             indices.append(index.flatten())
             is_full = not padding[-1].numel()
-            groups.append(RowGroup(index.to(device), None if is_full else real.to(device), rows.to(device), is_exact))
+            masked = None if is_full else real.to(device)
+            shortest = ordered[last - 1]
+            groups.append(RowGroup(index.to(device), masked, rows.to(device), is_exact, shortest))
         is_whole = len(groups) == 1 and torch.equal(place, torch.arange(offset))
         into = _Places(torch.cat(indices).to(device), _or_none(torch.cat(padding), device))
         back = _Places(place.clamp_min(0).to(device), _or_none((place < 0).nonzero().squeeze(-1), device))

@@ -7,7 +7,7 @@ under one softmax.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class SlotOptions(NamedTuple):
     num_heavy_keys: int = 0
     chunk_size: int | None = None
     dropout: float | SlotDropout = 0.0
+
+    def window(self, num_global_tokens: int, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """Arguments of `in_one_window`."""
+        return {
+            "window_size": self.window_size,
+            "overlap_window": self.overlap_window,
+            "is_causal": self.is_causal,
+            "num_global_tokens": num_global_tokens,
+            "grid": grid,
+        }
 
     def check(self, grid: tuple[int, int] | None) -> None:
         """Raise InputError or UnsupportedError for options that are impossible or do not go together."""

@@ -34,6 +34,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-learned": ("eva", {"window_size": 4, "chunk_size": 2, "learned": True}),
     "eva-positions": ("eva", {"window_size": 4, "chunk_size": 2, "relative_position": "table"}),
     "eva-published": ("eva", {"window_size": 4, "chunk_size": 2, "conventions": "published"}),
+    "favor_plus-exact": ("favor_plus", {"window_size": 0, "exact_below": 11}),
+    "favor_plus-overlap-exact": ("favor_plus", {"window_size": 4, "overlap_window": True, "exact_below": 7}),
+    "favor_sharp-exact": ("favor_sharp", {"window_size": 0, "variant": "dense", "exact_below": 20}),
+    "lara-exact": ("lara", {"window_size": 4, "exact_below": 9}),
+    "eva-exact": ("eva", {"window_size": 4, "chunk_size": 2, "exact_below": 13}),
+    "eva-sum-exact": ("eva", {"window_size": 6, "chunk_size": 3, "proposals": "sum", "exact_below": 10}),
 }
 CASES |= {
     kind: (kind, {"window_size": 4}) for kind in CAUSAL_KINDS if kind not in {kind for kind, _ in CASES.values()}

@@ -32,6 +32,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "num_global_tokens": [v for v in NOT_SIZES if v is not None],
         "overlap_window": NOT_BOOLS,
         "slot_dropout": [1.0, 1, -0.1, math.nan, math.inf, 10**400, "0.1", None, True],
+        "exact_below": NOT_SIZES,
         "seed": [-1, 2**63, 2**70, math.nan, 1.0, None, "0", True],
     },
     "favor": {

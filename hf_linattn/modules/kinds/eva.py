@@ -19,9 +19,10 @@ from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
 from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES, noise_factor
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
-from ..learned_maps import learned_summariser, summariser_spec, with_value_convolution
+from ..learned_maps import learned_summariser, summariser_spec
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
+from ..value_convolution import with_value_convolution
 
 AUTO = "auto"
 # Chunks of a row (bidirectional), and with learned summaries.
@@ -104,6 +105,9 @@ class EvaConfig(LearnedConfig):
         for field, value in LEARNED_VALUES.items():
             if self.learned and getattr(self, field) not in (None, value):
                 self.fail(field, f"{value!r} with learned=True", "Learned summaries are pooled, from the keys alone.")
+        if self.exact_below and self.relative_position != "none":
+            where = f"0 with relative_position={self.relative_position!r}"
+            self.fail("exact_below", where, "Short inputs would lose their biases.")
 
     def own_defaults(self, group: str) -> dict[str, Any]:
         values = {**super().own_defaults(group), "relative_dims": 2 if group == "vision" else 1}
@@ -150,6 +154,11 @@ class EvaAttention(ProposalAttention[EvaConfig]):
                 f" chunk_size={config.chunk_size!r} and window_size={window!r}. Set"
                 f" chunk_size={default_chunk(window)}, or {AUTO!r}."
             )
+
+    @classmethod
+    def is_exact_in_window(cls, config: EvaConfig) -> bool:
+        # Published chunks are read beside the window that covers them; biases are no part of softmax attention.
+        return config.chunking == "exclusive" and config.relative_position == "none"
 
     @classmethod
     def check_grid(cls, config: EvaConfig, *, is_image: bool) -> None:

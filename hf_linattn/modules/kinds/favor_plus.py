@@ -97,8 +97,8 @@ class FavorPlusConfig(FavorConfig):
             variance, a slight bias.
         kernel: "softmax" estimates softmax attention. "relu", "exp", "sigmoid", "softplus", "abs" and "square" make it
             generalised kernel attention with features `kernel(W z) + kernel_epsilon` (Performer-ReLU and others): an
-            attention of its own that a pretrained model has to be trained for, without window, global tokens and heavy
-            keys, which are 0 by default then.
+            attention of its own that a pretrained model has to be trained for, without window, global tokens, heavy
+            keys and exact short inputs, which are 0 by default then.
         kernel_epsilon: Part of a generalised kernel's definition; not used by "softmax", which has no epsilon. With 0
             a query whose features overlap those of no key gives 0.
     """
@@ -116,7 +116,7 @@ class FavorPlusConfig(FavorConfig):
     def validate(self) -> None:
         super().validate()
         if self.kernel != "softmax":
-            for field in ("window_size", "num_global_tokens", "num_heavy_keys"):
+            for field in ("window_size", "num_global_tokens", "num_heavy_keys", "exact_below"):
                 if getattr(self, field):
                     self.fail(field, f"0 with kernel={self.kernel!r}", NO_SOFTMAX)
             for field in ("overlap_window", "learned"):
@@ -158,6 +158,10 @@ class FavorAttention(RedrawnAttention[F]):
     """
 
     projection: Tensor
+
+    @classmethod
+    def is_exact_in_window(cls, config: F) -> bool:
+        return True
 
     def learning_start(
         self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div

@@ -133,6 +133,10 @@ class LaraAttention(ProposalAttention[LaraConfig]):
     kind = "lara"
 
     @classmethod
+    def is_exact_in_window(cls, config: LaraConfig) -> bool:
+        return True
+
+    @classmethod
     def check(cls, config: LaraConfig, shape: LayerShape) -> None:
         super().check(config, shape)
         if config.proposal_source != "calibrated":

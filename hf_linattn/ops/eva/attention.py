@@ -16,6 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
+from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
 from ..noise import RowNoise, SlotDropout
 from .chunks import Summariser
@@ -126,6 +127,8 @@ def eva_attention(
     factor = noise_factor(noise_scale, scaling)
     summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
     summarise.check()
+    if window_bias is None and in_one_window(query, key, key_mask, **chunk_options.window(num_global_tokens, grid)):
+        return ONE_WINDOW
     tokens = prepare_tokens(
         query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,16 @@ class ChunkOptions:
     overlap_side: str | None  # None: windows do not overlap
     is_causal: bool
     max_chunks: int | None = None
+
+    def window(self, num_global_tokens: int, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """Arguments of `in_one_window`; a window of 0 where every query reads every chunk."""
+        return {
+            "window_size": self.window_size if self.chunking == "exclusive" else 0,
+            "overlap_window": self.overlap_side is not None,
+            "is_causal": self.is_causal,
+            "num_global_tokens": num_global_tokens,
+            "grid": grid,
+        }
 
     def check(self, grid: tuple[int, int] | None) -> None:
         """Raises `InputError`, or `UnsupportedError` for what a layout cannot have."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import checked_attention, factor_of, prepare_tokens
 from ..learned import matching_offset
 from ..noise import RowNoise, SlotDropout
@@ -120,16 +121,11 @@ def learned_eva_attention(
     """
     options = _chunk_options(window_size, overlap_window, num_chunks, chunk_size, max_chunks, is_causal)
     options.check(grid)
+    scaling = factor_of(query, scaling)
+    if window_bias is None and in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
+        return ONE_WINDOW
     tokens = prepare_tokens(
-        query,
-        key,
-        value,
-        key_mask,
-        factor_of(query, scaling),
-        is_causal,
-        num_global_tokens,
-        grid,
-        real_first=real_first,
+        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)

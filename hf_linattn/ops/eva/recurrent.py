@@ -16,11 +16,11 @@ from ...errors import InputError, UnsupportedError
 from ..inputs import ProposalMap, compute_dtype, prepare_tokens
 from ..layout import Blocks
 from ..noise import SlotDropout
-from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of
+from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of, may_look
 from .chunks import MakesSummaries, Summaries, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, Chunks
-from .state import EvaState, may_look
+from .state import EvaState
 
 
 def eva_recurrence(

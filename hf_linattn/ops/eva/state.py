@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..inputs import compute_dtype
-from ..recurrent.window_tokens import Counts, WindowTokens, select_counts, take_tokens
+from ..recurrent.window_tokens import Counts, WindowTokens, may_look, select_counts, take_tokens
 from .bounded import EarlierChunks, merge_all
 from .chunks import Summaries
 
@@ -113,11 +113,6 @@ class EvaState:
             gone, kept = gone.first(number), row.map(lambda z: take_tokens(z, number, bound))
         assert self.older is not None
         return EvaState(window, _narrowed(kept, window), self.counts, merge_all(self.older.then(gone)))
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether reading a value costs nothing: on the CPU, and not while compiling."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _narrowed(chunks: Summaries, window: WindowTokens) -> Summaries:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import check_grid, check_projection, checked_attention, factor_of, prepare_tokens
 from ..noise import SlotDropout
 from ..short_attention import attention_with_slots
@@ -110,6 +111,8 @@ def favor_attention(
             "Cross-attention (is_cross=True) needs is_causal=False, window_size=0 and num_global_tokens=0; got"
             f" {is_causal}, {window_size} and {num_global_tokens}."
         )
+    if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
+        return ONE_WINDOW
     tokens = prepare_tokens(
         query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ...kernels.attend import attend
+from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import (
     LARGEST_FACTOR,
     ProposalMap,
@@ -142,6 +143,8 @@ def lara_attention(
         )
     scaling = factor_of(query, scaling)
     factor = noise_factor(noise_scale, scaling)
+    if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
+        return ONE_WINDOW
     tokens = prepare_tokens(
         query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )

@@ -1,4 +1,5 @@
-"""What every kind's recurrent form can do; `slots.SlotRecurrence` and EVA's are the two that exist."""
+"""What every kind's recurrent form can do; `slots.SlotRecurrence` and EVA's are the two that exist, and
+`exact_start.ExactStart` goes round either."""
 
 from __future__ import annotations
 

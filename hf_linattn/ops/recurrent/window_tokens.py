@@ -231,3 +231,8 @@ def take_tokens(z: Tensor, start: Tensor, places: int) -> Tensor:
 def each_of(tokens: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
     """`fn` of queries (if there are any), keys and values."""
     return None if tokens.query is None else fn(tokens.query), fn(tokens.key), fn(tokens.value)
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading a value costs nothing: on the CPU, and not while compiling."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
