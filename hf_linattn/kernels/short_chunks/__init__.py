@@ -1,3 +1,3 @@
-from .operator import short_chunk_attention
+from .operator import short_pooled, short_variates
 
-__all__ = ["short_chunk_attention"]
+__all__ = ["short_pooled", "short_variates"]

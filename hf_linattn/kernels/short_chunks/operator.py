@@ -1,39 +1,66 @@
-"""Attention in a window and to chunks elsewhere, of short inputs: chunks are read where they are made."""
+"""EVA of short inputs on a CPU: windows, and chunks that are made where they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..backends import current_backend, register_pair
 from . import torch_kernel
-from .joined import Sizes
+from .cutting import Sizes
 
 
-def short_chunk_attention(
-    query: Tensor, key: Tensor, value: Tensor, chunk_key: Tensor, proposal: Tensor, centre: Tensor, sizes: Sizes
+def short_variates(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_adapter: Tensor | None,
+    key_adapter: Tensor | None,
+    proposals: str,
+    sizes: Sizes,
 ) -> AttentionState:
-    """What queries read from the keys of their window, and from all chunks outside it.
-
-    A chunk's value is `sum_n softmax_n(proposal . y_n - |y_n|^2 / 2) v_n` over its members, with `y` the scaled keys
-    relative to its centre.
+    """What queries read from the keys of their window, and from all chunks outside it, which are control variates.
 
     Args:
-        query, key, value: `[batch, places, heads, head_dim]`, on the CPU; places are whole windows. Not scaled.
-        chunk_key, proposal, centre: `[batch, heads, chunks, head_dim]`, scaled: where a chunk is read, its proposal
-            relative to its centre, and the centre, a constant.
+        query, key, value: `[batch, places, heads, head_dim]` on the CPU; places are whole windows. Not scaled.
+        query_adapter, key_adapter: `[1, heads, head_dim, head_dim]`, residual maps of mean queries and keys.
+        proposals: As in `eva_attention`.
     Returns: output `[batch, places, heads, head_dim]` and log-sum-exp. Nothing that is of use for places without a
         token.
-    Cost: O(places * (window + chunks) * head_dim); memory `windows * (window + chunks) * head_dim` of some heads.
+    Cost: O(places * (window + chunks) * head_dim); memory that of `windows * (window + chunks)` keys and values, for
+        some heads at a time.
     """
-    backend = current_backend()
-    return AttentionState(*_ShortChunks.apply(query, key, value, chunk_key, proposal, centre, *sizes, backend))
+    arguments = (query, key, value, query_adapter, key_adapter, proposals, *sizes, current_backend())
+    return AttentionState(*_run(_Variates, "short_variates", arguments))
 
 
-_ShortChunks = register_pair(
-    "short_chunks(Tensor query, Tensor key, Tensor value, Tensor chunk_key, Tensor proposal, Tensor centre, int tokens,"
-    " int window, int chunk, bool weighs_size, float root) -> (Tensor output, Tensor lse)",
+def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tensor], sizes: Sizes) -> AttentionState:
+    """The same with learned chunks.
+
+    Args: maps: `[1, heads, ...]` each, the tensors of a `LearnedSummariser` in their order.
+    """
+    return AttentionState(*_run(_Pooled, "short_pooled", (query, key, value, *maps, *sizes, current_backend())))
+
+
+def _run(function, name, arguments):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return getattr(torch.ops.hf_linattn, name).default(*arguments)
+
+
+_SIZES = "int tokens, int window, int chunk, bool weighs_size, float root) -> (Tensor output, Tensor lse)"
+_Variates = register_pair(
+    "short_variates(Tensor query, Tensor key, Tensor value, Tensor? query_adapter, Tensor? key_adapter, str proposals,"
+    f" {_SIZES}",
     torch_kernel,
-    record=torch_kernel.ShortChunkInputs,
-    differentiable=(0, 1, 2, 3, 4),
+    record=torch_kernel.VariateInputs,
+)
+_Pooled = register_pair(
+    "short_pooled(Tensor query, Tensor key, Tensor value, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter,"
+    f" Tensor query_adapter, Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}",
+    torch_kernel,
+    record=torch_kernel.PooledInputs,
 )

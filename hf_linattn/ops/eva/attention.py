@@ -21,7 +21,7 @@ from ..noise import RowNoise, SlotDropout
 from .chunks import Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
-from .short import short_chunk, short_eva
+from .short import short_eva
 
 
 @checked_attention(in_half=("cuda",))
@@ -124,10 +124,10 @@ def eva_attention(
     factor = noise_factor(noise_scale, scaling)
     summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
     summarise.check()
-    if key_mask is None and grid is None and window_bias is None and not num_global_tokens and not slot_dropout:
-        chunk = short_chunk(query, key, value, chunk_options)
-        if chunk is not None and noise is False and not summarise.has_spread:
-            return short_eva(query, key, value, chunk, window_size, summarise)
+    if key_mask is None and grid is window_bias is None and noise is False and not (num_global_tokens or slot_dropout):
+        output = short_eva(query, key, value, chunk_options, summarise, scaling)
+        if output is not None:
+            return output
     tokens = prepare_tokens(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid)
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)

@@ -1,4 +1,4 @@
-"""EVA on short inputs, on a CPU: the same function in a few large products, with chunks made where they are read."""
+"""EVA on short inputs, on a CPU: the same function in one operator (`kernels/short_chunks`)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels.attend import attend
 from ...kernels.backends import current_backend, runs_on_triton
-from ...kernels.short_chunks import short_chunk_attention
-from ...kernels.short_chunks.joined import Sizes
+from ...kernels.short_chunks import short_pooled, short_variates
+from ...kernels.short_chunks.cutting import Sizes
 from ..ablation import ABLATED
-from .chunks import Summariser
+from ..inputs import ResidualMap
+from .chunks import MakesSummaries, Summariser
 from .exclusive import longest_chunk
 from .layout import ChunkOptions
+from .learned_summaries import LearnedSummariser
 
-# Most tokens of a short input; above, windows that each have all chunks beside them cost more than they save.
+# Most tokens of a short input. In longer ones, keys and values of all chunks beside those of every window cost more
+# than they save.
 LONGEST = 1024
 
 
-def short_chunk(query: Tensor, key: Tensor, value: Tensor, options: ChunkOptions) -> int | None:
-    """Tokens of a chunk of an input without padding that is short; `None` for one that is not."""
+def short_eva(
+    query: Tensor, key: Tensor, value: Tensor, options: ChunkOptions, summarise: MakesSummaries, scaling: float
+) -> Tensor | None:
+    """What all queries read of all tokens, `[batch, heads, tokens, head_dim]`, of an input without padding.
+
+    Returns: `None` for what is not short, or not on a CPU, or with options that this road does not know.
+    """
     tokens, window = key.shape[2], options.window_size
     if (
         not window < tokens <= LONGEST
@@ -36,45 +43,30 @@ def short_chunk(query: Tensor, key: Tensor, value: Tensor, options: ChunkOptions
     ):
         return None
     chunk = options.chunk_size or longest_chunk(window, options.num_chunks, tokens)
-    return chunk if chunk <= window else None
-
-
-def short_eva(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chunk: int,
-    window: int,
-    summarise: Summariser,
-) -> Tensor:
-    """What all queries read of all tokens, `[batch, heads, tokens, head_dim]`."""
-    root = summarise.root
-    if chunk == 1 and summarise.key_map is None:  # every key for itself
-        return attend(query * root**2, key, value).output
+    if chunk > window:
+        return None
+    adapters: list[Tensor | None] = [None, None]
+    if isinstance(summarise, Summariser):
+        if chunk == 1 and summarise.key_map is None and not summarise.has_spread:  # every key for itself
+            return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        if summarise.has_spread:
+            return None
+        for place, each in enumerate((summarise.query_map, summarise.key_map)):
+            if isinstance(each, ResidualMap):
+                adapters[place] = each.adapter.to(key.dtype).unsqueeze(0)
+            elif each is not None:
+                return None
+    elif not isinstance(summarise, LearnedSummariser):
+        return None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    tokens = key.shape[1]
     missing = -tokens % window
     if missing:
         query, key, value = (F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value))
-
-    def mean(x: Tensor) -> Tensor:
-        """`[batch, heads, chunks, head_dim]`, scaled."""
-        members = x.unflatten(1, (-1, chunk))
-        if chunk == 1:
-            found = members.squeeze(2)
-        elif missing:
-            number = (tokens - torch.arange(0, x.shape[1], chunk)).clamp_(1, chunk).to(x.dtype)
-            found = members.sum(2) / number[:, None, None]
-        else:
-            found = members.mean(2)
-        return found.transpose(1, 2) * root
-
-    centre = mean(key)
-    key_mean = summarise.mapped(centre, summarise.key_map)
-    centre = proposal = centre.detach()
-    if chunk > 1:
-        query_mean = mean(query) if summarise.uses_queries else None
-        proposal = summarise.proposal(query_mean, key_mean, centre)
-    sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", root)
-    output = short_chunk_attention(query, key, value, key_mean, proposal, centre, sizes).output
+    root = scaling**0.5
+    if isinstance(summarise, Summariser):
+        sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", root)
+        output = short_variates(query, key, value, *adapters, summarise.proposals, sizes).output
+    else:
+        maps = [z.to(key.dtype).unsqueeze(0) for z in vars(summarise).values()]
+        output = short_pooled(query, key, value, maps, Sizes(tokens, window, chunk, True, root)).output
     return (output[:, :tokens] if missing else output).transpose(1, 2)
