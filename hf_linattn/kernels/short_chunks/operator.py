@@ -51,7 +51,7 @@ def _run(function, name, arguments):  # type: ignore[no-untyped-def]
     return getattr(torch.ops.hf_linattn, name).default(*arguments)
 
 
-_SIZES = "int tokens, int window, int chunk, bool weighs_size, float root) -> (Tensor output, Tensor lse)"
+_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling) -> (Tensor output, Tensor lse)"
 _Variates = register_pair(
     "short_variates(Tensor query, Tensor key, Tensor value, Tensor? query_adapter, Tensor? key_adapter, str proposals,"
     f" {_SIZES}",

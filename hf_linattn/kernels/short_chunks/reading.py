@@ -1,185 +1,126 @@
 """Windows and chunks of short inputs under one softmax, forward and backward, for CPUs.
 
-Every window has its own keys and all chunks beside each other, so that all of it is one attention; the chunks that it
-does not read are hidden by a mask.
+Forward the two are read by torch's flash kernel, from where they lie in memory. Backward the weights are computed again
+by the kernel of windows and chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from .cutting import Places, Sizes, Tile, places, tiles
+from ..window_chunks.torch_kernel import WindowChunkInputs, window_chunks_backward
+from .cutting import Places, Sizes, places
 from .summaries import Members, Summaries
 
-# Chunks of a tile, from its members and the parameters of its heads.
-Summarise = Callable[[Members, Places, Sequence[Tensor | None]], Summaries]
+# Chunks, from their members and the parameters.
+Summarise = Callable[[Members, Places, Sequence[Tensor]], Summaries]
 
 
-class _Joined(NamedTuple):
-    """`[batch, windows, keys + chunks, heads, dim]`, and the summaries among them."""
-
-    keys: Tensor
-    values: Tensor
-    summaries: Summaries
-
-
-def _of_tile(tensors: Sequence[Tensor | None], tile: Tile) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Tokens `[batch, places, heads, dim]` of a tile, and its parameters `[heads, ...]`."""
-    parameters = [None if z is None else z[tile.parameters, tile.heads] for z in tensors[3:]]
-    return [z[tile.rows, :, tile.heads] for z in tensors[:3]], parameters  # type: ignore[index]
-
-
-def _joined(
-    tokens: Sequence[Tensor],
-    parameters: Sequence[Tensor | None],
-    sizes: Sizes,
-    summarise: Summarise,
-    *,
-    heads_first: bool,
-) -> _Joined:
-    """Keys and values of every window. heads_first: In memory heads come before windows."""
-    query, key, value = (sizes.windows(z) for z in tokens)
-    batch, windows, window, heads, _ = key.shape
-    width = window + windows * (window // sizes.chunk)
-
-    def room(like: Tensor) -> Tensor:
-        if heads_first:
-            return like.new_empty(batch, heads, windows, width, like.shape[-1]).permute(0, 2, 3, 1, 4)
-        return like.new_empty(batch, windows, width, heads, like.shape[-1])
-
-    keys, values = room(key), room(value)
-    own_keys, own_values = keys[:, :, :window], values[:, :, :window]
-    torch.mul(key, sizes.root, out=own_keys)
-    own_values.copy_(value)
-    members = Members(sizes.chunks(query), sizes.chunks(own_keys), sizes.chunks(own_values))
-    summaries = summarise(members, places(sizes, key.dtype), parameters)
-    keys[:, :, window:] = summaries.key.unsqueeze(1)
-    values[:, :, window:] = summaries.value.unsqueeze(1)
-    return _Joined(keys, values, summaries)
+def _members(tokens: Sequence[Tensor], sizes: Sizes) -> Members:
+    batch, _, heads, dim = tokens[0].shape
+    return Members(*(z.view(batch, -1, sizes.chunk, heads, dim) for z in tokens))
 
 
 def read_forward(
-    tensors: Sequence[Tensor | None], parameters: int, sizes: Sizes, summarise: Summarise
+    tokens: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sizes, summarise: Summarise
 ) -> tuple[Tensor, Tensor]:
     """Output `[batch, places, heads, head_dim]` and log-sum-exp.
 
     Args:
-        tensors: Queries, keys and values `[batch, places, heads, head_dim]`, and `[parameters, heads, ...]`, each for
-            as many rows.
+        tokens: Queries, keys and values `[batch, places, heads, head_dim]`.
+        parameters: `[heads, ...]`.
     """
-    query = tensors[0]
-    assert query is not None
-    shape, bias = query.shape, places(sizes, query.dtype).bias
-    all_tiles = list(tiles(query, sizes, parameters))
-    output = lse = query
-    if len(all_tiles) > 1:
-        output, lse = query.new_empty(shape), query.new_empty(shape[:-1])
-    for tile in all_tiles:
-        tokens, own = _of_tile(tensors, tile)
-        keys, values, summaries = _joined(tokens, own, sizes, summarise, heads_first=False)
-        batch, windows, width, heads, _ = keys.shape
-        mask = bias
-        if summaries.bias is not None:
-            mask = bias.repeat(batch, heads, 1, 1)
-            mask.view(batch, windows, heads, width)[..., sizes.window :] += summaries.bias.mT.unsqueeze(1)
-        elif batch > 1:
-            mask = bias.repeat(batch, 1, 1, 1)
-        queries = sizes.windows(tokens[0])
-        queries = queries if queries.stride(-1) == 1 else queries.contiguous()
-        some, some_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries.flatten(0, 1).transpose(1, 2),
-            keys.flatten(0, 1).transpose(1, 2),
-            values.flatten(0, 1).transpose(1, 2),
-            attn_mask=mask.expand(-1, heads, sizes.window, -1),
-            scale=sizes.root,
+    batch, length, heads, dim = tokens[0].shape
+    window, scaling = sizes.window, sizes.scaling
+    windows, fixed = length // window, places(sizes, tokens[0].dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    tokens = [z if z.stride(-1) == 1 else z.contiguous() for z in tokens]
+    summaries = summarise(_members(tokens, sizes), fixed, parameters)
+    query, key, value = (z.reshape(batch * windows, window, heads, dim).transpose(1, 2) for z in tokens)
+    mask = fixed.near
+    if mask is not None:
+        mask = mask.repeat(batch, 1, 1, 1).expand(-1, heads, window, -1)
+    near, near_lse = flash(query, key, value, attn_mask=mask, scale=scaling)
+    chunk_key, chunk_value, rows = summaries.key.transpose(1, 2), summaries.value.transpose(1, 2), []
+    for row in range(batch):  # those of one row have the same chunks
+        mask = fixed.far if summaries.bias is None else fixed.far + summaries.bias[row].unsqueeze(1)
+        rows.append(
+            flash(
+                query[row * windows : (row + 1) * windows],
+                chunk_key[row : row + 1].expand(windows, -1, -1, -1),
+                chunk_value[row : row + 1].expand(windows, -1, -1, -1),
+                attn_mask=mask.expand(-1, heads, window, -1),
+                scale=scaling,
+            )
         )
-        # In memory these have the order of tokens.
-        some, some_lse = some.transpose(1, 2).reshape(batch, -1, heads, shape[-1]), some_lse.transpose(1, 2)
-        some_lse = some_lse.reshape(batch, -1, heads)
-        if len(all_tiles) == 1:
-            return some.contiguous(), some_lse.contiguous()
-        output[tile.rows, :, tile.heads], lse[tile.rows, :, tile.heads] = some, some_lse
-    return output, lse
+    far, far_lse = rows[0] if batch == 1 else (torch.cat(parts) for parts in zip(*rows, strict=True))
+    # Every window has a key, and there is a chunk outside of it.
+    output = torch.lerp(near, far, torch.sigmoid(far_lse - near_lse).unsqueeze(-1))
+    lse = torch.logaddexp(near_lse, far_lse)
+    # In memory the results of the kernel have the order of tokens.
+    return output.transpose(1, 2).reshape(batch, length, heads, dim), lse.transpose(1, 2).reshape(batch, length, heads)
 
 
 def read_backward(
     grads: AttentionState,
-    tensors: Sequence[Tensor | None],
-    parameters: int,
-    needs: Sequence[bool],
+    results: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     sizes: Sizes,
     summarise: Summarise,
 ) -> list[Tensor | None]:
-    """Gradients of the tensors, where `needs` says so. Weights are computed again."""
-    query = tensors[0]
-    assert query is not None
-    found = [None if z is None else (torch.zeros if i > 2 else torch.empty)(z.shape, dtype=z.dtype) for i, z in enumerate(tensors)]
-    has_lse = bool(grads.lse.any())
-    for tile in tiles(query, sizes, parameters):
-        tokens, own = _of_tile(tensors, tile)
-        grad = grads.output[tile.rows, :, tile.heads]
-        grad_lse = grads.lse[tile.rows, :, tile.heads] if has_lse else None
-        of_tokens, of_own = _tile_backward(tokens, own, grad, grad_lse, sizes, summarise)
-        for result, part, factor in zip(found, of_tokens, (sizes.root, sizes.root, 1.0), strict=False):
-            torch.mul(part, factor, out=sizes.windows(result)[tile.rows, :, :, tile.heads])
-        for result, part in zip(found[3:], of_own, strict=True):
-            if result is not None and part is not None:
-                result[tile.parameters, tile.heads] += part
-    return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
-
-
-def _tile_backward(
-    tokens: Sequence[Tensor],
-    parameters: Sequence[Tensor | None],
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    sizes: Sizes,
-    summarise: Summarise,
-) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-    """Gradients of scaled queries and keys, and of values, `[batch, windows, places, heads, dim]`; of parameters."""
-    keys, values, summaries = _joined(tokens, parameters, sizes, summarise, heads_first=True)
-    batch, windows, width, heads, dim = keys.shape
-    window, count = sizes.window, width - sizes.window
-    keys, values = (z.permute(0, 3, 1, 2, 4).flatten(0, 2) for z in (keys, values))
+    """Gradients of the tokens and the parameters."""
+    batch, length, heads, dim = tokens[0].shape
+    window, fixed = sizes.window, places(sizes, tokens[0].dtype)
+    windows = length // window
+    summaries = summarise(_members(tokens, sizes), fixed, parameters)
+    count = summaries.key.shape[1]
 
     def by_head(x: Tensor) -> Tensor:
-        """`[batch, places, heads, dim]` -> `[batch * heads * windows, window, dim]`."""
-        return sizes.windows(x).permute(0, 3, 1, 2, 4).reshape(-1, window, x.shape[-1])
+        """`[batch, places, heads, dim]` -> `[batch * heads, windows, window, dim]`."""
+        return x.transpose(1, 2).reshape(batch * heads, windows, window, x.shape[-1])
 
-    def of_row(x: Tensor) -> Tensor:
-        """All windows of a head of a row beside each other."""
-        return x.unflatten(0, (-1, windows)).flatten(1, 2)
+    def of_chunks(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(batch * heads, count, dim)
 
-    query, grad = by_head(tokens[0]) * sizes.root, by_head(grad)
-    logits = torch.bmm(query, keys.mT)
-    logits.view(-1, windows, window, width).add_(places(sizes, keys.dtype).bias[:, 0])
+    bias = fixed.log_weight
     if summaries.bias is not None:
-        bias = summaries.bias.transpose(1, 2).reshape(-1, 1, count)
-        of_row(logits)[..., window:].add_(bias)
-    weights = logits.softmax(-1)
-    of_logits = torch._softmax_backward_data(torch.bmm(grad, values.mT), weights, -1, weights.dtype)
-    if grad_lse is not None:
-        of_logits.addcmul_(weights, by_head(grad_lse.unsqueeze(-1)))
-    of_query = torch.bmm(of_logits, keys)
-    of_key, of_value = torch.bmm(of_logits[..., :window].mT, query), torch.bmm(weights[..., :window].mT, grad)
-    of_chunks = of_row(of_logits)[..., window:]
-    of_chunk_key = torch.bmm(of_chunks.mT, of_row(query))
-    of_chunk_value = torch.bmm(of_row(weights)[..., window:].mT, of_row(grad))
+        bias = bias + summaries.bias.reshape(batch * heads, count)
+    given = WindowChunkInputs(
+        by_head(tokens[0]) * sizes.scaling,
+        by_head(tokens[1]),
+        by_head(tokens[2]),
+        None if fixed.near is None else (fixed.near == 0.0).view(1, windows, 1, window),
+        of_chunks(summaries.key),
+        bias.expand(batch * heads, count),
+        of_chunks(summaries.value),
+        fixed.own_from.expand(batch * heads, windows),
+        fixed.own_to.expand(batch * heads, windows),
+    )
+    upstream = AttentionState(by_head(grads.output), by_head(grads.lse.unsqueeze(-1)).squeeze(-1))
+    had = by_head(results[0]), by_head(results[1].unsqueeze(-1)).squeeze(-1)
+    has_bias = summaries.bias is not None
+    needs = [True] * 4 + [has_bias, True]
+    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = window_chunks_backward(
+        upstream, given, had, needs, is_causal=False
+    )
+    of_query.mul_(sizes.scaling)  # type: ignore[union-attr]
 
     def of_tokens(x: Tensor) -> Tensor:
-        return x.view(batch, heads, windows, window, dim).permute(0, 2, 3, 1, 4)
+        return x.view(batch, heads, length, dim).transpose(1, 2)
 
     def of_summaries(x: Tensor) -> Tensor:
-        return x.unflatten(0, (batch, heads)).transpose(1, 2)
+        return x.view(batch, heads, count, dim).transpose(1, 2)
 
-    of = [of_tokens(x) for x in (of_query, of_key, of_value)]
-    of_bias = None if summaries.bias is None else of_summaries(of_chunks.sum(1))
+    found = [of_tokens(x) for x in (of_query, of_key, of_value)]  # type: ignore[arg-type]
     of_parameters = summaries.backward(
-        of_summaries(of_chunk_key), of_summaries(of_chunk_value), of_bias, Members(*(sizes.chunks(x) for x in of))
+        of_summaries(of_chunk_key),  # type: ignore[arg-type]
+        of_summaries(of_chunk_value),  # type: ignore[arg-type]
+        of_bias.view(batch, heads, count) if has_bias else None,  # type: ignore[arg-type, union-attr]
+        _members(found, sizes),
     )
-    return of, of_parameters
+    return [*(z.contiguous() for z in found), *of_parameters]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
 from .cutting import Sizes
-from .reading import read_backward, read_forward
+from .reading import Summarise, read_backward, read_forward
 from .summaries import ControlVariates, Pooled
 
 
@@ -38,20 +40,9 @@ class PooledInputs(NamedTuple):
     key_slope: Tensor
 
 
-def _variates(inputs: VariateInputs, proposals: str, options: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments of `read_forward`, and of `read_backward` but for its gradients."""
-    sizes = Sizes(*options)
-    maps = [z for z in inputs[3:] if z is not None]
-
-    def summarise(members, places, adapters):  # type: ignore[no-untyped-def]
-        return ControlVariates(members, places, *adapters, proposals, sizes.root)
-
-    return inputs, maps[0].shape[0] if maps else 1, sizes, summarise
-
-
-def short_variates_forward(inputs: VariateInputs, proposals: str, *options: Any) -> tuple[Tensor, Tensor]:
+def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `short_variates` describes them."""
-    return read_forward(*_variates(inputs, proposals, options))
+    return _forward(inputs, Sizes(*sizes), _variates(proposals, sizes))
 
 
 def short_variates_backward(
@@ -60,28 +51,61 @@ def short_variates_backward(
     results: Sequence[Tensor],
     needs: Sequence[bool],
     proposals: str,
-    *options: Any,
+    *sizes: Any,
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    tensors, parameters, *how = _variates(inputs, proposals, options)
-    return read_backward(grads, tensors, parameters, needs, *how)
+    return _backward(grads, inputs, results, needs, Sizes(*sizes), _variates(proposals, sizes))
 
 
-def _pooled(members, places, maps):  # type: ignore[no-untyped-def]
-    return Pooled(members, places, *maps)
-
-
-def short_pooled_forward(inputs: PooledInputs, *options: Any) -> tuple[Tensor, Tensor]:
+def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `short_pooled` describes them."""
-    return read_forward(inputs, inputs.key_pooling.shape[0], Sizes(*options), _pooled)
+    return _forward(inputs, Sizes(*sizes), partial(Pooled, scaling=sizes[-1]))
 
 
 def short_pooled_backward(
-    grads: AttentionState,
-    inputs: PooledInputs,
-    results: Sequence[Tensor],
-    needs: Sequence[bool],
-    *options: Any,
+    grads: AttentionState, inputs: PooledInputs, results: Sequence[Tensor], needs: Sequence[bool], *sizes: Any
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return read_backward(grads, inputs, inputs.key_pooling.shape[0], needs, Sizes(*options), _pooled)
+    return _backward(grads, inputs, results, needs, Sizes(*sizes), partial(Pooled, scaling=sizes[-1]))
+
+
+def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVariates]:
+    return partial(ControlVariates, proposals=proposals, scaling=sizes[-1])
+
+
+def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, Tensor]:
+    parts = [read_forward(*part, sizes, summarise) for part in _parts(inputs)]
+    if len(parts) == 1:
+        return parts[0]
+    output, lse = (torch.cat(each) for each in zip(*parts, strict=True))
+    return output, lse
+
+
+def _backward(
+    grads: AttentionState,
+    inputs: Sequence[Any],
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
+    sizes: Sizes,
+    summarise: Summarise,
+) -> list[Tensor | None]:
+    parts = _parts(inputs)
+    some = zip(*(z.chunk(len(parts)) for z in (*grads, *results)), strict=True)
+    found = [
+        read_backward(AttentionState(*given[:2]), given[2:], *part, sizes, summarise)
+        for part, given in zip(parts, some, strict=True)
+    ]
+    grads_of = list(zip(*found, strict=True))
+    return [
+        None if not needed else (each[0] if len(each) == 1 else torch.cat(each)) if place < 3 else torch.stack(each)
+        for place, (each, needed) in enumerate(zip(grads_of, needs, strict=True))
+    ]
+
+
+def _parts(inputs: Sequence[Any]) -> list[tuple[Sequence[Tensor], list[Any]]]:
+    """Queries, keys and values, and their parameters. Under `vmap` parts of the batch may have different ones."""
+    number = next((len(z) for z in inputs[3:] if z is not None), 1)
+    if number == 1:
+        return [(inputs[:3], [None if z is None else z[0] for z in inputs[3:]])]
+    tokens = zip(*(z.chunk(number) for z in inputs[:3]), strict=True)
+    return [(each, [None if z is None else z[i] for z in inputs[3:]]) for i, each in enumerate(tokens)]

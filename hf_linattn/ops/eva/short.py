@@ -51,7 +51,9 @@ def short_eva(
             return F.scaled_dot_product_attention(query, key, value, scale=scaling)
         if summarise.has_spread:
             return None
-        for place, each in enumerate((summarise.query_map, summarise.key_map)):
+        # One token is its chunk's value, whatever the proposal.
+        query_map = summarise.query_map if summarise.uses_queries and chunk > 1 else None
+        for place, each in enumerate((query_map, summarise.key_map)):
             if isinstance(each, ResidualMap):
                 adapters[place] = each.adapter.to(key.dtype).unsqueeze(0)
             elif each is not None:
@@ -62,11 +64,10 @@ def short_eva(
     missing = -tokens % window
     if missing:
         query, key, value = (F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value))
-    root = scaling**0.5
     if isinstance(summarise, Summariser):
-        sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", root)
+        sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", scaling)
         output = short_variates(query, key, value, *adapters, summarise.proposals, sizes).output
     else:
         maps = [z.to(key.dtype).unsqueeze(0) for z in vars(summarise).values()]
-        output = short_pooled(query, key, value, maps, Sizes(tokens, window, chunk, True, root)).output
+        output = short_pooled(query, key, value, maps, Sizes(tokens, window, chunk, True, scaling)).output
     return (output[:, :tokens] if missing else output).transpose(1, 2)
