@@ -107,7 +107,7 @@ def attend_backward(
     """Gradients of query, key, value and bias, where `needs` says so. The weights are computed again, tile by tile.
 
     With `p` the weights, the gradient of a logit is `p (grad_output . value - grad_output . output + grad_lse)`.
-    Logits and sums are in float32 or wider, the other products in the dtype of the inputs. Large logits (`is_large`)
+    Logits and sums are in float32 or wider, the other products in the dtype of the inputs. Large logits (`_is_large`)
     are normalised again: `output` and `lse` are those of logits that were rounded differently.
     """
     wide = lse.dtype
@@ -122,7 +122,7 @@ def attend_backward(
     empty = lse == float("-inf")
     offset, total = lse.masked_fill(empty, 0.0), None
     by_keys, narrow = key.shape[2] > query.shape[2], torch.promote_types(query.dtype, key.dtype)
-    if is_large(query, key, bias):
+    if _is_large(query, key, bias):
         offset, total, shift = _normalised(grad_output, query, key, value, bias, visible, by_keys=by_keys)
     else:
         shift = (grad_output.to(wide) * output.to(wide)).sum(-1)
@@ -262,7 +262,7 @@ def _put(total: Tensor, place: tuple[slice, ...], left: Tensor, right: Tensor, *
 _ORDINARY = 128.0
 
 
-def is_large(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+def _is_large(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
     """Whether logits `query . key + bias` may be so large that weights have to be normalised anew.
 
     Always, where looking would make a device wait. Cost: one pass over the inputs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def short_variates(
         some heads at a time.
     """
     arguments = (query, key, value, query_adapter, key_adapter, proposals, *sizes, current_backend())
-    return AttentionState(*_run(_Variates, "short_variates", arguments))
+    return AttentionState(*_run(_Variates, "short_variates", arguments)[:2])
 
 
 def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tensor], sizes: Sizes) -> AttentionState:
@@ -42,7 +43,8 @@ def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tenso
 
     Args: maps: `[1, heads, ...]` each, the tensors of a `LearnedSummariser` in their order.
     """
-    return AttentionState(*_run(_Pooled, "short_pooled", (query, key, value, *maps, *sizes, current_backend())))
+    arguments = (query, key, value, *maps, *sizes, current_backend())
+    return AttentionState(*_run(_Pooled, "short_pooled", arguments)[:2])
 
 
 def _run(function, name, arguments):  # type: ignore[no-untyped-def]
@@ -51,16 +53,38 @@ def _run(function, name, arguments):  # type: ignore[no-untyped-def]
     return getattr(torch.ops.hf_linattn, name).default(*arguments)
 
 
-_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling) -> (Tensor output, Tensor lse)"
+_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling) -> (Tensor output, Tensor lse, Tensor chunk_key, Tensor chunk_value, Tensor "
+
+
+def _kept(key: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    chunks = key.new_empty(key.shape[0], key.shape[1] // chunk, *key.shape[2:])
+    return chunks, torch.empty_like(chunks)
+
+
+def _kept_weight(*arguments: Any) -> tuple[Tensor, ...]:
+    key, chunk = arguments[1], arguments[8]
+    batch, length, heads, _ = key.shape
+    weight = key.new_empty(0) if chunk == 1 else key.new_empty(batch, length // chunk, chunk, heads)
+    return *_kept(key, chunk), weight
+
+
+def _kept_keys(*arguments: Any) -> tuple[Tensor, ...]:
+    chunks, others = _kept(arguments[1], arguments[12])
+    return chunks, others, torch.empty_like(chunks)
+
+
 _Variates = register_pair(
     "short_variates(Tensor query, Tensor key, Tensor value, Tensor? query_adapter, Tensor? key_adapter, str proposals,"
-    f" {_SIZES}",
+    f" {_SIZES}weight)",
     torch_kernel,
     record=torch_kernel.VariateInputs,
+    kept=_kept_weight,
 )
 _Pooled = register_pair(
     "short_pooled(Tensor query, Tensor key, Tensor value, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter,"
-    f" Tensor query_adapter, Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}",
+    f" Tensor query_adapter, Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}"
+    "pooled)",
     torch_kernel,
     record=torch_kernel.PooledInputs,
+    kept=_kept_keys,
 )

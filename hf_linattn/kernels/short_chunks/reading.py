@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..window_chunks.torch_kernel import WindowChunkInputs, window_chunks_backward
-from .cutting import Places, Sizes, places
-from .summaries import Members, Summaries
+from .cutting import Sizes, places
+from .summaries import Kept, Members, Summaries
 
-# Chunks, from their members and the parameters.
-Summarise = Callable[[Members, Places, Sequence[Tensor]], Summaries]
+# Chunks, from their members, the parameters and, in the backward pass, what was kept.
+Summarise = Callable[..., Summaries]
 
 
 def _members(tokens: Sequence[Tensor], sizes: Sizes) -> Members:
@@ -27,8 +27,8 @@ def _members(tokens: Sequence[Tensor], sizes: Sizes) -> Members:
 
 def read_forward(
     tokens: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sizes, summarise: Summarise
-) -> tuple[Tensor, Tensor]:
-    """Output `[batch, places, heads, head_dim]` and log-sum-exp.
+) -> tuple[Tensor, ...]:
+    """Output `[batch, places, heads, head_dim]`, log-sum-exp, and what to keep of the summaries.
 
     Args:
         tokens: Queries, keys and values `[batch, places, heads, head_dim]`.
@@ -62,7 +62,8 @@ def read_forward(
     output = torch.lerp(near, far, torch.sigmoid(far_lse - near_lse).unsqueeze(-1))
     lse = torch.logaddexp(near_lse, far_lse)
     # In memory the results of the kernel have the order of tokens.
-    return output.transpose(1, 2).reshape(batch, length, heads, dim), lse.transpose(1, 2).reshape(batch, length, heads)
+    output = output.transpose(1, 2).reshape(batch, length, heads, dim)
+    return output, lse.transpose(1, 2).reshape(batch, length, heads), *summaries.kept
 
 
 def read_backward(
@@ -77,7 +78,7 @@ def read_backward(
     batch, length, heads, dim = tokens[0].shape
     window, fixed = sizes.window, places(sizes, tokens[0].dtype)
     windows = length // window
-    summaries = summarise(_members(tokens, sizes), fixed, parameters)
+    summaries = summarise(_members(tokens, sizes), fixed, parameters, results[2:])
     count = summaries.key.shape[1]
 
     def by_head(x: Tensor) -> Tensor:
@@ -90,8 +91,9 @@ def read_backward(
     bias = fixed.log_weight
     if summaries.bias is not None:
         bias = bias + summaries.bias.reshape(batch * heads, count)
+    scaled = torch.mul(tokens[0].transpose(1, 2), sizes.scaling, out=tokens[0].new_empty(batch, heads, length, dim))
     given = WindowChunkInputs(
-        by_head(tokens[0]) * sizes.scaling,
+        scaled.view(batch * heads, windows, window, dim),
         by_head(tokens[1]),
         by_head(tokens[2]),
         None if fixed.near is None else (fixed.near == 0.0).view(1, windows, 1, window),

@@ -22,12 +22,20 @@ class Members(NamedTuple):
     value: Tensor
 
 
+# What is kept for the backward pass: `key` and `value` of the summaries, and one more.
+Kept = tuple[Tensor, Tensor, Tensor]
+
+
 class Summaries(Protocol):
     """key, value: `[batch, chunks, heads, dim]`. bias: `[batch, heads, chunks]`, added to the logits, or `None`."""
 
     key: Tensor
     value: Tensor
     bias: Tensor | None
+
+    @property
+    def kept(self) -> Kept:
+        """All contiguous."""
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
@@ -54,25 +62,42 @@ class ControlVariates:
 
     Args:
         query_adapter, key_adapter: `[heads, dim, dim]`, residual maps of the means, or `None`.
+        kept: In the backward pass; the last are the weights of the members.
         proposals: As in `eva_attention`.
     """
 
     bias = None
 
     def __init__(
-        self, members: Members, places: Places, parameters: Sequence[Tensor | None], proposals: str, scaling: float
+        self,
+        members: Members,
+        places: Places,
+        parameters: Sequence[Tensor | None],
+        kept: Kept | None = None,
+        *,
+        proposals: str,
+        scaling: float,
     ) -> None:
         query, key, value = members
         self.query_adapter, self.key_adapter = parameters
         self.members, self.share, self.proposals, self.scaling = members, places.share, proposals, scaling
         self.is_single = key.shape[2] == 1
-        self.centre = centre = key.squeeze(2) if self.is_single else key.sum(2).mul_(places.share)
+        if kept is not None:
+            self.key, self.value, self.weight = kept
         residual = None
+        if self.is_single:
+            self.centre = centre = key.squeeze(2)
+        elif kept is not None and self.key_adapter is None:
+            self.centre = centre = self.key
+        else:
+            self.centre = centre = key.sum(2).mul_(places.share)
         if self.key_adapter is not None:
             residual = _like_tokens(_by_head(centre) @ self.key_adapter, centre)
-        self.key = centre if residual is None else centre + residual
+        if kept is None:
+            self.key = centre if residual is None else centre + residual
         if self.is_single:
-            self.value = value.squeeze(2)
+            if kept is None:
+                self.value, self.weight = value.squeeze(2), key.new_empty(0)
             return
         self.query_mean = None
         proposal = residual  # relative to the centre
@@ -88,11 +113,17 @@ class ControlVariates:
         # `mu . y - |y|^2 / 2` relative to the chunk's centre, which all members have in common, as one product.
         self.centred = key - centre.unsqueeze(2)
         self.apart = -self.centred if proposal is None else proposal.unsqueeze(2) - self.centred
+        if kept is not None:
+            return
         logits = torch.add(self.apart, self.centred, alpha=0.5).mul_(self.centred).sum(-1).mul_(scaling)
         if places.member is not None:  # a chunk without any has the mean of zeros
             logits.masked_fill_(~places.member.unsqueeze(-1), torch.finfo(logits.dtype).min)
         self.weight = logits.softmax(2)
         self.value = (self.weight.unsqueeze(-1) * value).sum(2)
+
+    @property
+    def kept(self) -> Kept:
+        return self.key.contiguous(), self.value.contiguous(), self.weight.contiguous()
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
@@ -131,24 +162,42 @@ class ControlVariates:
 class Pooled:
     """Keys and values pooled with learned weights, residual maps and a mass (`ops/eva/learned.py`).
 
-    Args: parameters: Tensors of a `LearnedSummariser`, in their order.
+    Args:
+        parameters: Tensors of a `LearnedSummariser`, in their order.
+        kept: In the backward pass; the last are the pooled keys.
     """
 
-    def __init__(self, members: Members, places: Places, parameters: Sequence[Tensor], scaling: float) -> None:
+    def __init__(
+        self,
+        members: Members,
+        places: Places,
+        parameters: Sequence[Tensor],
+        kept: Kept | None = None,
+        *,
+        scaling: float,
+    ) -> None:
         key, value = members.key, members.value
         key_pooling, value_pooling, key_adapter, query_adapter, far_offset, far_slope, key_slope = parameters
         self.members, self.places, self.parameters, self.root = members, places, parameters, scaling**0.5
         self.is_single = key.shape[2] == 1
-        pooled, self.value = key.squeeze(2), value.squeeze(2)
-        if not self.is_single:
+        if kept is not None:
+            self.key, self.value, pooled = kept
+        elif self.is_single:
+            pooled, self.value = key.squeeze(2), value.squeeze(2)
+        else:
             pooled, self.value = self._pooled(key_pooling, key), self._pooled(value_pooling, value)
-        self.pooled = _by_head(pooled)
-        self.mapped = torch.baddbmm(self.pooled, self.pooled, key_adapter)
-        read = torch.baddbmm(self.mapped, self.mapped, query_adapter.mT)
-        read.add_(far_slope.unsqueeze(1), alpha=1 / self.root)
-        self.key = read.unflatten(1, key.shape[:2]).permute(1, 2, 0, 3)
+        self.pooled = pooled
+        self.mapped = torch.baddbmm(_by_head(pooled), _by_head(pooled), key_adapter)
+        if kept is None:
+            read = torch.baddbmm(self.mapped, self.mapped, query_adapter.mT)
+            read.add_(far_slope.unsqueeze(1), alpha=1 / self.root)
+            self.key = read.unflatten(1, key.shape[:2]).permute(1, 2, 0, 3)
         bias = torch.baddbmm(far_offset.view(-1, 1, 1), self.mapped, key_slope.unsqueeze(-1), alpha=self.root)
         self.bias = bias.view(-1, *key.shape[:2]).transpose(0, 1)
+
+    @property
+    def kept(self) -> Kept:
+        return self.key.contiguous(), self.value.contiguous(), self.pooled.contiguous()
 
     def _pooled(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """A softmax over the members of a chunk, `[batch, chunks, heads, dim]`."""
@@ -174,7 +223,7 @@ class Pooled:
         of_mapped = torch.baddbmm(of_read, of_read, query_adapter)
         of_mapped.addcmul_(of_mass, key_slope.unsqueeze(1), value=self.root)
         of_maps = (
-            self.pooled.mT @ of_mapped,
+            _by_head(self.pooled).mT @ of_mapped,
             of_read.mT @ self.mapped,
             of_mass.sum((1, 2)),
             of_read.sum(1) / self.root,

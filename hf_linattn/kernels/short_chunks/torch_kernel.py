@@ -40,8 +40,8 @@ class PooledInputs(NamedTuple):
     key_slope: Tensor
 
 
-def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, as `short_variates` describes them."""
+def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp, as `short_variates` describes them, and what is kept of the chunks."""
     return _forward(inputs, Sizes(*sizes), _variates(proposals, sizes))
 
 
@@ -57,8 +57,8 @@ def short_variates_backward(
     return _backward(grads, inputs, results, needs, Sizes(*sizes), _variates(proposals, sizes))
 
 
-def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, as `short_pooled` describes them."""
+def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp, as `short_pooled` describes them, and what is kept of the chunks."""
     return _forward(inputs, Sizes(*sizes), partial(Pooled, scaling=sizes[-1]))
 
 
@@ -73,12 +73,11 @@ def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVari
     return partial(ControlVariates, proposals=proposals, scaling=sizes[-1])
 
 
-def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, Tensor]:
+def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
     parts = [read_forward(*part, sizes, summarise) for part in _parts(inputs)]
     if len(parts) == 1:
         return parts[0]
-    output, lse = (torch.cat(each) for each in zip(*parts, strict=True))
-    return output, lse
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def _backward(
