@@ -37,7 +37,7 @@ class Places(NamedTuple):
     near: `[windows, 1, 1, window]`, `-inf` for a place without a token; `None` if all have one.
     far: `[windows, 1, 1, chunks]`: `log_weight` of the chunks that a window reads, `-inf` of the others.
     member: `[chunks, members]`, False for a place without a token; `None` if all have one.
-    own_from, own_to: `[windows]`: chunks of the window itself.
+    seen: `[windows, 1, window]`, `read`: `[windows, 1, chunks]`: the same as factors, 1 or 0.
     """
 
     log_weight: Tensor
@@ -45,8 +45,8 @@ class Places(NamedTuple):
     near: Tensor | None
     far: Tensor
     member: Tensor | None
-    own_from: Tensor
-    own_to: Tensor
+    seen: Tensor | None
+    read: Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,11 +58,11 @@ def places(sizes: Sizes, dtype: torch.dtype) -> Places:
     members = real.view(-1, chunk).sum(-1).to(dtype)
     weight = members.log() if sizes.weighs_size else members.log().clamp_max_(0.0)
     hidden = torch.full((), float("-inf"), dtype=dtype, device="cpu")
-    own_from = torch.arange(0, count * per_window, per_window, device="cpu")
     own = torch.arange(len(members), device="cpu") // per_window == torch.arange(count, device="cpu")[:, None]
     far = torch.where(own, hidden, weight)[:, None, None]
+    read = (~own).to(dtype).unsqueeze(1)
     if tokens % window == 0:
-        return Places(weight, 1 / chunk, None, far, None, own_from, own_from + per_window)
+        return Places(weight, 1 / chunk, None, far, None, None, read)
     near = torch.where(real, torch.zeros_like(hidden), hidden).view(count, 1, 1, window)
     share = (1 / members).masked_fill_(members == 0, 0.0).view(-1, 1, 1)
-    return Places(weight, share, near, far, real.view(-1, chunk), own_from, own_from + per_window)
+    return Places(weight, share, near, far, real.view(-1, chunk), real.to(dtype).view(count, 1, window), read)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..window_chunks.torch_kernel import WindowChunkInputs, window_chunks_backward
+from ..window_chunks.torch_kernel import WindowChunkInputs, part_gradients
 from .cutting import Sizes, places
 from .summaries import Kept, Members, Summaries
 
@@ -96,19 +96,19 @@ def read_backward(
         scaled.view(batch * heads, windows, window, dim),
         by_head(tokens[1]),
         by_head(tokens[2]),
-        None if fixed.near is None else (fixed.near == 0.0).view(1, windows, 1, window),
+        None,
         of_chunks(summaries.key),
         bias.expand(batch * heads, count),
         of_chunks(summaries.value),
-        fixed.own_from.expand(batch * heads, windows),
-        fixed.own_to.expand(batch * heads, windows),
+        fixed.log_weight,
+        fixed.log_weight,
     )
     upstream = AttentionState(by_head(grads.output), by_head(grads.lse.unsqueeze(-1)).squeeze(-1))
     had = by_head(results[0]), by_head(results[1].unsqueeze(-1)).squeeze(-1)
     has_bias = summaries.bias is not None
     needs = [True] * 4 + [has_bias, True]
-    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = window_chunks_backward(
-        upstream, given, had, needs, is_causal=False
+    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = part_gradients(
+        upstream, given, had, needs, fixed.seen, fixed.read
     )
     of_query.mul_(sizes.scaling)  # type: ignore[union-attr]
 

@@ -146,51 +146,47 @@ def window_chunks_backward(
     Weights are relative to the joint log-sum-exp, so each part's gradients are those of an attention with these
     results.
     """
-    output, lse = results
-    # Where nothing is visible all weights are 0. The gradient of the log-sum-exp may be NaN: it does not count.
-    empty = lse == float("-inf")
-    grad_lse = grads.lse.masked_fill(empty, 0.0)
-    shift = (grads.output.to(lse.dtype) * output).sum(-1).masked_fill_(empty, 0.0).sub_(grad_lse)
-    rows = (lse.masked_fill(empty, 0.0), grads.output, grad_lse, shift)
+    wide = results[1].dtype
     like = (*inputs[:3], *inputs[4:7])  # all but the masks
     tiles = list(_tiles(inputs, is_causal))
-    found: list[Tensor | None] = [None] * 6
+    found: list[Tensor | None]
     if len(tiles) == 1 and tiles[0].inputs.chunk_key.shape == inputs.chunk_key.shape:
-        found = list(_gradients(tiles[0], *rows, needs, is_causal))
-    else:
-        found = [
-            (torch.empty if i < 3 else torch.zeros)(z.shape, dtype=lse.dtype, device=z.device) if needed else None
-            for i, (z, needed) in enumerate(zip(like, needs, strict=True))
-        ]
-        for tile in tiles:
-            parts = _gradients(tile, *(z[tile.windows] for z in rows), needs, is_causal)
-            for place, (whole, part) in enumerate(zip(found, parts, strict=True)):
-                if whole is None or part is None:
-                    continue
-                if place < 3:
-                    whole[tile.windows] = part
-                else:
-                    whole[tile.chunks] += part
+        found = list(part_gradients(grads, inputs, results, needs, *tiles[0].seen(is_causal)))
+        return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, like, strict=True)]
+    found = [
+        (torch.empty if i < 3 else torch.zeros)(z.shape, dtype=wide, device=z.device) if needed else None
+        for i, (z, needed) in enumerate(zip(like, needs, strict=True))
+    ]
+    for tile in tiles:
+        upstream = AttentionState(*(z[tile.windows] for z in grads))
+        had = [z[tile.windows] for z in results]
+        parts = part_gradients(upstream, tile.inputs, had, needs, *tile.seen(is_causal))
+        for place, (whole, part) in enumerate(zip(found, parts, strict=True)):
+            if whole is None or part is None:
+                continue
+            if place < 3:
+                whole[tile.windows] = part
+            else:
+                whole[tile.chunks] += part
     return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, like, strict=True)]
 
 
-def _gradients(
-    tile: _Tile,
-    lse: Tensor,
-    grad: Tensor,
-    grad_lse: Tensor,
-    shift: Tensor,
+def part_gradients(
+    grads: AttentionState,
+    inputs: WindowChunkInputs,
+    results: Sequence[Tensor],
     needs: Sequence[bool],
-    is_causal: bool,
+    visible: Tensor | None,
+    read: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a tile's inputs.
+    """`window_chunks_backward` of a part, at once, in the precision of the log-sum-exp.
 
-    Args: shift: `output . grad - grad_lse`, `[groups, windows, queries]`.
+    Args: visible, read: As `seen` of a tile returns them. The masks in `inputs` are not looked at.
     """
+    output, lse = results
     wide = lse.dtype
-    query, key, value, _, chunk_key, chunk_bias, chunk_value = (z if z is None else z.to(wide) for z in tile.inputs[:7])
+    query, key, value, _, chunk_key, chunk_bias, chunk_value = (z if z is None else z.to(wide) for z in inputs[:7])
     groups, windows, length, _ = query.shape
-    visible, read = tile.seen(is_causal)
 
     def of_window(x: Tensor) -> Tensor:
         return x.flatten(0, 1)
@@ -201,10 +197,15 @@ def _gradients(
     def by_window(x: Tensor) -> Tensor:
         return x.view(groups, windows, length, -1)
 
+    # Where nothing is visible all weights are 0. The gradient of the log-sum-exp may be NaN: it does not count.
+    empty = lse == float("-inf")
+    grad, grad_lse, lse = grads.output.to(wide), grads.lse.masked_fill(empty, 0.0), lse.masked_fill(empty, 0.0)
+    shift = (grad * output).sum(-1).masked_fill_(empty, 0.0).sub_(grad_lse).unsqueeze(-1)
+    lse = lse.unsqueeze(-1)
     # Hidden logits may be of any size. Their exponentials are multiplied by 0: that of -inf takes ten times as long.
-    grad, lse = grad.to(wide), lse.unsqueeze(-1)
-    near = torch.baddbmm(of_window(lse), of_window(query), of_window(key).mT, beta=-1).clamp_max_(0.0).exp_()
-    far = _less(of_group(query), chunk_key.mT, of_group(lse)).add_(chunk_bias.unsqueeze(1)).clamp_max_(0.0).exp_()
+    near = torch.bmm(of_window(query), of_window(key).mT).sub_(of_window(lse)).clamp_max_(0.0).exp_()
+    far = product(of_group(query), chunk_key.mT).add_(chunk_bias.unsqueeze(1))
+    far.sub_(of_group(lse)).clamp_max_(0.0).exp_()
     by_window(far).mul_(read)
     if visible is not None:
         by_window(near).mul_(visible)
@@ -225,9 +226,8 @@ def _gradients(
             by_window(near).mul_(shift.unsqueeze(-1)).neg_().add_(of_near)
             by_window(far).mul_(shift.unsqueeze(-1)).neg_().add_(of_far)
         else:
-            shift = shift.unsqueeze(-1)
-            near.mul_(torch.baddbmm(of_window(shift), of_window(grad), of_window(value).mT, beta=-1))
-            far.mul_(_less(of_group(grad), chunk_value.mT, of_group(shift)))
+            near.mul_(torch.bmm(of_window(grad), of_window(value).mT).sub_(of_window(shift)))
+            far.mul_(product(of_group(grad), chunk_value.mT).sub_(of_group(shift)))
     if needs[0]:
         of_query = torch.bmm(near, of_window(key)).view(groups, windows * length, -1)
         of_query = _plus(of_query, far, chunk_key).view(query.shape)
@@ -245,14 +245,11 @@ def _is_off(total: Tensor) -> bool:
 
     Weights and `shift` are then found anew. Always, where looking would make a device wait.
     """
-    return total.device.type != "cpu" or not bool((total - 1).abs_().amax() <= _ROUNDED * torch.finfo(total.dtype).eps)
-
-
-def _less(left: Tensor, right: Tensor, rows: Tensor) -> Tensor:
-    """`left @ right - rows`."""
-    if suits_onednn(left, left.shape[1] * right.numel()):
-        return product(left, right).sub_(rows)
-    return torch.baddbmm(rows, left, right, beta=-1)
+    if total.device.type != "cpu":
+        return True
+    least, most = total.aminmax()
+    bound = _ROUNDED * torch.finfo(total.dtype).eps
+    return not (1 - bound <= float(least) and float(most) <= 1 + bound)
 
 
 def _plus(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
