@@ -56,20 +56,21 @@ def _run(function, name, arguments):  # type: ignore[no-untyped-def]
 _SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling) -> (Tensor output, Tensor lse, Tensor chunk_key, Tensor chunk_value, Tensor "
 
 
-def _kept(key: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    chunks = key.new_empty(key.shape[0], key.shape[1] // chunk, *key.shape[2:])
-    return chunks, torch.empty_like(chunks)
+def _kept(key: Tensor, window: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Like what is kept of control variates (`summaries.py`)."""
+    batch, length, heads, _ = key.shape
+    lengths = [chunk, window] if chunk > window else [chunk]
+    chunks = key.new_empty(batch, sum(length // size for size in lengths), *key.shape[2:])
+    weight = key.new_empty(batch, length * sum(size > 1 for size in lengths), heads)
+    return chunks, torch.empty_like(chunks), weight
 
 
 def _kept_weight(*arguments: Any) -> tuple[Tensor, ...]:
-    key, chunk = arguments[1], arguments[8]
-    batch, length, heads, _ = key.shape
-    weight = key.new_empty(0) if chunk == 1 else key.new_empty(batch, length // chunk, chunk, heads)
-    return *_kept(key, chunk), weight
+    return _kept(arguments[1], *arguments[7:9])
 
 
 def _kept_keys(*arguments: Any) -> tuple[Tensor, ...]:
-    chunks, others = _kept(arguments[1], arguments[12])
+    chunks, others, _ = _kept(arguments[1], *arguments[11:13])
     return chunks, others, torch.empty_like(chunks)
 
 

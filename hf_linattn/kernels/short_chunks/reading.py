@@ -7,22 +7,79 @@ by the kernel of windows and chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..window_chunks.torch_kernel import WindowChunkInputs, part_gradients
-from .cutting import Sizes, places
-from .summaries import Kept, Members, Summaries
+from .cutting import Places, Sizes, places
+from .summaries import Members, Summaries
 
-# Chunks, from their members, the parameters and, in the backward pass, what was kept.
+# Chunks, from their members, what sort of chunks they are, the parameters and, in the backward pass, what was kept.
 Summarise = Callable[..., Summaries]
+# Logits of a part of the backward pass.
+_PART = 1 << 20
 
 
-def _members(tokens: Sequence[Tensor], sizes: Sizes) -> Members:
+class _AllSummaries:
+    """Summaries of all sorts beside each other."""
+
+    def __init__(
+        self,
+        tokens: Sequence[Tensor],
+        places: Places,
+        parameters: Sequence[Tensor],
+        summarise: Summarise,
+        kept: Sequence[Tensor] | None = None,
+    ) -> None:
+        sorts = places.sorts
+        counts = [tokens[0].shape[1] // sort.length for sort in sorts]
+        self.members = [_members(tokens, sort.length) for sort in sorts]
+        given: list[Any] = [None] * len(sorts)
+        if kept is not None and len(sorts) == 1:
+            given = [kept]
+        elif kept is not None:
+            last = [kept[2].shape[1] * count // sum(counts) for count in counts]
+            if kept[2].ndim == 3:  # weights of members
+                last = [tokens[0].shape[1] * (sort.length > 1) for sort in sorts]
+            given = list(zip(kept[0].split(counts, 1), kept[1].split(counts, 1), kept[2].split(last, 1), strict=True))
+        self.parts = [summarise(*each, parameters, had) for each, had in zip(zip(self.members, sorts), given)]
+        self.counts = counts
+        first = self.parts[0]
+        self.key, self.value, self.bias = first.key, first.value, first.bias
+        if len(self.parts) > 1:
+            self.key = torch.cat([part.key for part in self.parts], 1)
+            self.value = torch.cat([part.value for part in self.parts], 1)
+            if first.bias is not None:
+                self.bias = torch.cat([part.bias for part in self.parts], -1)  # type: ignore[misc]
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        if len(self.parts) == 1:
+            return self.parts[0].kept
+        return [torch.cat(each, 1) for each in zip(*(part.kept for part in self.parts), strict=True)]
+
+    def backward(
+        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Add to the gradients of the tokens, `[batch, places, heads, dim]`; returns those of the parameters."""
+        found: list[Sequence[Tensor | None]] = []
+        of_keys, of_values = of_key.split(self.counts, 1), of_value.split(self.counts, 1)
+        of_biases = [None] * len(of_keys) if of_bias is None else of_bias.split(self.counts, -1)
+        for part, members, *of in zip(self.parts, self.members, of_keys, of_values, of_biases, strict=True):
+            found.append(part.backward(*of, _members(grads, members.key.shape[2])))
+        if len(found) == 1:
+            return found[0]
+        return [
+            one if other is None else other if one is None else one + other for one, other in zip(*found, strict=True)
+        ]
+
+
+def _members(tokens: Sequence[Tensor], length: int) -> Members:
     batch, _, heads, dim = tokens[0].shape
-    return Members(*(z.view(batch, -1, sizes.chunk, heads, dim) for z in tokens))
+    return Members(*(z.view(batch, -1, length, heads, dim) for z in tokens))
 
 
 def read_forward(
@@ -36,10 +93,10 @@ def read_forward(
     """
     batch, length, heads, dim = tokens[0].shape
     window, scaling = sizes.window, sizes.scaling
-    windows, fixed = length // window, places(sizes, tokens[0].dtype)
+    windows, fixed = length // window, places(sizes, length, tokens[0].dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     tokens = [z if z.stride(-1) == 1 else z.contiguous() for z in tokens]
-    summaries = summarise(_members(tokens, sizes), fixed, parameters)
+    summaries = _AllSummaries(tokens, fixed, parameters, summarise)
     query, key, value = (z.reshape(batch * windows, window, heads, dim).transpose(1, 2) for z in tokens)
     mask = fixed.near
     if mask is not None:
@@ -76,9 +133,9 @@ def read_backward(
 ) -> list[Tensor | None]:
     """Gradients of the tokens and the parameters."""
     batch, length, heads, dim = tokens[0].shape
-    window, fixed = sizes.window, places(sizes, tokens[0].dtype)
+    window, fixed = sizes.window, places(sizes, length, tokens[0].dtype)
     windows = length // window
-    summaries = summarise(_members(tokens, sizes), fixed, parameters, results[2:])
+    summaries = _AllSummaries(tokens, fixed, parameters, summarise, results[2:])
     count = summaries.key.shape[1]
 
     def by_head(x: Tensor) -> Tensor:
@@ -100,15 +157,21 @@ def read_backward(
         of_chunks(summaries.key),
         bias.expand(batch * heads, count),
         of_chunks(summaries.value),
-        fixed.log_weight,
-        fixed.log_weight,
+        fixed.read,
+        fixed.read,
     )
     upstream = AttentionState(by_head(grads.output), by_head(grads.lse.unsqueeze(-1)).squeeze(-1))
     had = by_head(results[0]), by_head(results[1].unsqueeze(-1)).squeeze(-1)
     has_bias = summaries.bias is not None
     needs = [True] * 4 + [has_bias, True]
-    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = part_gradients(
-        upstream, given, had, needs, fixed.seen, fixed.read
+    step = max(1, _PART // (length * (window + count)))
+    parts = []
+    for start in range(0, batch * heads, step):
+        some = slice(start, start + step)
+        of_some = AttentionState(*(z[some] for z in upstream)), given.part(some), [z[some] for z in had]
+        parts.append(part_gradients(*of_some, needs, fixed.seen, fixed.read))
+    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = (
+        each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)
     )
     of_query.mul_(sizes.scaling)  # type: ignore[union-attr]
 
@@ -123,6 +186,6 @@ def read_backward(
         of_summaries(of_chunk_key),  # type: ignore[arg-type]
         of_summaries(of_chunk_value),  # type: ignore[arg-type]
         of_bias.view(batch, heads, count) if has_bias else None,  # type: ignore[arg-type, union-attr]
-        _members(found, sizes),
+        found,
     )
     return [*(z.contiguous() for z in found), *of_parameters]

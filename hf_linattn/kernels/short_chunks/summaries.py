@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .cutting import Places
+from .cutting import Sort
 
 
 class Members(NamedTuple):
@@ -22,7 +22,7 @@ class Members(NamedTuple):
     value: Tensor
 
 
-# What is kept for the backward pass: `key` and `value` of the summaries, and one more.
+# What is kept for the backward pass, `[batch, ..., heads(, dim)]`: `key` and `value` of the summaries, and one more.
 Kept = tuple[Tensor, Tensor, Tensor]
 
 
@@ -61,8 +61,9 @@ class ControlVariates:
     """Mean keys, and values at a proposal.
 
     Args:
+        sort: What kind of chunks these are.
         query_adapter, key_adapter: `[heads, dim, dim]`, residual maps of the means, or `None`.
-        kept: In the backward pass; the last are the weights of the members.
+        kept: In the backward pass; the last are the weights of the members, `[batch, tokens, heads]`.
         proposals: As in `eva_attention`.
     """
 
@@ -71,7 +72,7 @@ class ControlVariates:
     def __init__(
         self,
         members: Members,
-        places: Places,
+        sort: Sort,
         parameters: Sequence[Tensor | None],
         kept: Kept | None = None,
         *,
@@ -80,29 +81,30 @@ class ControlVariates:
     ) -> None:
         query, key, value = members
         self.query_adapter, self.key_adapter = parameters
-        self.members, self.share, self.proposals, self.scaling = members, places.share, proposals, scaling
+        self.members, self.share, self.proposals, self.scaling = members, sort.share, proposals, scaling
         self.is_single = key.shape[2] == 1
         if kept is not None:
-            self.key, self.value, self.weight = kept
+            self.key, self.value, weight = kept
+            self.weight = weight.view(key.shape[:-1]) if weight.numel() else weight
         residual = None
         if self.is_single:
             self.centre = centre = key.squeeze(2)
         elif kept is not None and self.key_adapter is None:
             self.centre = centre = self.key
         else:
-            self.centre = centre = key.sum(2).mul_(places.share)
+            self.centre = centre = key.sum(2).mul_(sort.share)
         if self.key_adapter is not None:
             residual = _like_tokens(_by_head(centre) @ self.key_adapter, centre)
         if kept is None:
             self.key = centre if residual is None else centre + residual
         if self.is_single:
             if kept is None:
-                self.value, self.weight = value.squeeze(2), key.new_empty(0)
+                self.value, self.weight = value.squeeze(2), key.new_empty(len(key), 0, key.shape[3])
             return
         self.query_mean = None
         proposal = residual  # relative to the centre
         if proposals in ("sum", "mean"):
-            self.query_mean = mean = query.sum(2).mul_(places.share)
+            self.query_mean = mean = query.sum(2).mul_(sort.share)
             if self.query_adapter is not None:
                 mean = mean + _like_tokens(_by_head(mean) @ self.query_adapter, mean)
             proposal = mean if proposal is None else proposal + mean
@@ -116,14 +118,14 @@ class ControlVariates:
         if kept is not None:
             return
         logits = torch.add(self.apart, self.centred, alpha=0.5).mul_(self.centred).sum(-1).mul_(scaling)
-        if places.member is not None:  # a chunk without any has the mean of zeros
-            logits.masked_fill_(~places.member.unsqueeze(-1), torch.finfo(logits.dtype).min)
+        if sort.member is not None:  # a chunk without any has the mean of zeros
+            logits.masked_fill_(~sort.member.unsqueeze(-1), torch.finfo(logits.dtype).min)
         self.weight = logits.softmax(2)
         self.value = (self.weight.unsqueeze(-1) * value).sum(2)
 
     @property
     def kept(self) -> Kept:
-        return self.key.contiguous(), self.value.contiguous(), self.weight.contiguous()
+        return self.key.contiguous(), self.value.contiguous(), self.weight.flatten(1, -2)
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
@@ -170,7 +172,7 @@ class Pooled:
     def __init__(
         self,
         members: Members,
-        places: Places,
+        sort: Sort,
         parameters: Sequence[Tensor],
         kept: Kept | None = None,
         *,
@@ -178,7 +180,7 @@ class Pooled:
     ) -> None:
         key, value = members.key, members.value
         key_pooling, value_pooling, key_adapter, query_adapter, far_offset, far_slope, key_slope = parameters
-        self.members, self.places, self.parameters, self.root = members, places, parameters, scaling**0.5
+        self.members, self.sort, self.parameters, self.root = members, sort, parameters, scaling**0.5
         self.is_single = key.shape[2] == 1
         if kept is not None:
             self.key, self.value, pooled = kept
@@ -201,7 +203,7 @@ class Pooled:
 
     def _pooled(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """A softmax over the members of a chunk, `[batch, chunks, heads, dim]`."""
-        key, mask = self.members.key.flatten(0, 1).transpose(1, 2), self.places.member
+        key, mask = self.members.key.flatten(0, 1).transpose(1, 2), self.sort.member
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=key.dtype).masked_fill_(~mask, torch.finfo(key.dtype).min)
             mask = mask[:, None, None].repeat(len(key) // len(mask), 1, 1, 1).expand(*key.shape[:2], 1, -1)
@@ -240,8 +242,8 @@ class Pooled:
         pooling = torch.stack([key_pooling, value_pooling], -1)
         keys = _by_head(key)
         logits = torch.bmm(keys, pooling).mul_(self.root).unflatten(1, key.shape[:3])
-        if self.places.member is not None:
-            logits.masked_fill_(~self.places.member[..., None], torch.finfo(logits.dtype).min)
+        if self.sort.member is not None:
+            logits.masked_fill_(~self.sort.member[..., None], torch.finfo(logits.dtype).min)
         weights = logits.softmax(3)
         of_weights = torch.stack([(key * of_pooled).sum(-1), (value * of_value).sum(-1)], -1).movedim(3, 0)
         of_logits = torch._softmax_backward_data(of_weights, weights, 3, weights.dtype).mul_(self.root)

@@ -32,6 +32,11 @@ class WindowChunkInputs(NamedTuple):
     hidden_from: Tensor
     hidden_to: Tensor
 
+    def part(self, groups: slice) -> WindowChunkInputs:
+        """Of some groups, without the masks."""
+        tensors = [z[groups] for z in (*self[:3], *self[4:7])]
+        return WindowChunkInputs(*tensors[:3], None, *tensors[3:], *self[7:])
+
 
 class _Tile(NamedTuple):
     """Where a tile is, and its inputs: some groups, some windows and the chunks that they may read."""

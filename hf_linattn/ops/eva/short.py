@@ -18,7 +18,7 @@ from .learned_summaries import LearnedSummariser
 
 # Most tokens of a short input. In longer ones, keys and values of all chunks beside those of every window cost more
 # than they save.
-LONGEST = 1024
+LONGEST = 4096
 
 
 def short_eva(
@@ -43,8 +43,6 @@ def short_eva(
     ):
         return None
     chunk = options.chunk_size or longest_chunk(window, options.num_chunks, tokens)
-    if chunk > window:
-        return None
     adapters: list[Tensor | None] = [None, None]
     if isinstance(summarise, Summariser):
         if chunk == 1 and summarise.key_map is None and not summarise.has_spread:  # every key for itself
@@ -61,7 +59,7 @@ def short_eva(
     elif not isinstance(summarise, LearnedSummariser):
         return None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    missing = -tokens % window
+    missing = -tokens % max(window, chunk)
     if missing:
         query, key, value = (F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value))
     if isinstance(summarise, Summariser):
