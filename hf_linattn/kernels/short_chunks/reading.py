@@ -35,25 +35,28 @@ class _AllSummaries:
         kept: Sequence[Tensor] | None = None,
     ) -> None:
         sorts = places.sorts
+        if len(sorts) == 1:
+            self.members, self.counts = [_members(tokens, sorts[0].length)], []
+            part = summarise(self.members[0], sorts[0], parameters, kept)
+            self.parts, self.key, self.value, self.bias = [part], part.key, part.value, part.bias
+            return
         counts = [tokens[0].shape[1] // sort.length for sort in sorts]
-        self.members = [_members(tokens, sort.length) for sort in sorts]
+        self.members, self.counts = [_members(tokens, sort.length) for sort in sorts], counts
         given: list[Any] = [None] * len(sorts)
-        if kept is not None and len(sorts) == 1:
-            given = [kept]
-        elif kept is not None:
+        if kept is not None:
             last = [kept[2].shape[1] * count // sum(counts) for count in counts]
             if kept[2].ndim == 3:  # weights of members
                 last = [tokens[0].shape[1] * (sort.length > 1) for sort in sorts]
             given = list(zip(kept[0].split(counts, 1), kept[1].split(counts, 1), kept[2].split(last, 1), strict=True))
-        self.parts = [summarise(*each, parameters, had) for each, had in zip(zip(self.members, sorts), given)]
-        self.counts = counts
-        first = self.parts[0]
-        self.key, self.value, self.bias = first.key, first.value, first.bias
-        if len(self.parts) > 1:
-            self.key = torch.cat([part.key for part in self.parts], 1)
-            self.value = torch.cat([part.value for part in self.parts], 1)
-            if first.bias is not None:
-                self.bias = torch.cat([part.bias for part in self.parts], -1)  # type: ignore[misc]
+        self.parts = [
+            summarise(members, sort, parameters, had)
+            for members, sort, had in zip(self.members, sorts, given, strict=True)
+        ]
+        self.key = torch.cat([part.key for part in self.parts], 1)
+        self.value = torch.cat([part.value for part in self.parts], 1)
+        self.bias = None
+        if self.parts[0].bias is not None:
+            self.bias = torch.cat([part.bias for part in self.parts], -1)  # type: ignore[misc]
 
     @property
     def kept(self) -> Sequence[Tensor]:
@@ -65,13 +68,14 @@ class _AllSummaries:
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """Add to the gradients of the tokens, `[batch, places, heads, dim]`; returns those of the parameters."""
-        found: list[Sequence[Tensor | None]] = []
+        if len(self.parts) == 1:
+            return self.parts[0].backward(of_key, of_value, of_bias, _members(grads, self.members[0].key.shape[2]))
         of_keys, of_values = of_key.split(self.counts, 1), of_value.split(self.counts, 1)
         of_biases = [None] * len(of_keys) if of_bias is None else of_bias.split(self.counts, -1)
-        for part, members, *of in zip(self.parts, self.members, of_keys, of_values, of_biases, strict=True):
-            found.append(part.backward(*of, _members(grads, members.key.shape[2])))
-        if len(found) == 1:
-            return found[0]
+        found = [
+            part.backward(*of, _members(grads, members.key.shape[2]))
+            for part, members, *of in zip(self.parts, self.members, of_keys, of_values, of_biases, strict=True)
+        ]
         return [
             one if other is None else other if one is None else one + other for one, other in zip(*found, strict=True)
         ]
@@ -79,7 +83,7 @@ class _AllSummaries:
 
 def _members(tokens: Sequence[Tensor], length: int) -> Members:
     batch, _, heads, dim = tokens[0].shape
-    return Members(*(z.view(batch, -1, length, heads, dim) for z in tokens))
+    return Members(*[z.view(batch, -1, length, heads, dim) for z in tokens])
 
 
 def read_forward(
@@ -97,7 +101,7 @@ def read_forward(
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     tokens = [z if z.stride(-1) == 1 else z.contiguous() for z in tokens]
     summaries = _AllSummaries(tokens, fixed, parameters, summarise)
-    query, key, value = (z.reshape(batch * windows, window, heads, dim).transpose(1, 2) for z in tokens)
+    query, key, value = [z.reshape(batch * windows, window, heads, dim).transpose(1, 2) for z in tokens]
     mask = fixed.near
     if mask is not None:
         mask = mask.repeat(batch, 1, 1, 1).expand(-1, heads, window, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +21,8 @@ from .learned_summaries import LearnedSummariser
 # Most tokens of a short input. In longer ones, keys and values of all chunks beside those of every window cost more
 # than they save.
 LONGEST = 4096
+
+_longest_chunk = functools.lru_cache(maxsize=256)(longest_chunk)
 
 
 def short_eva(
@@ -42,15 +46,15 @@ def short_eva(
         or runs_on_triton(current_backend(), query)
     ):
         return None
-    chunk = options.chunk_size or longest_chunk(window, options.num_chunks, tokens)
+    chunk = options.chunk_size or _longest_chunk(window, options.num_chunks, tokens)
     adapters: list[Tensor | None] = [None, None]
     if isinstance(summarise, Summariser):
-        if chunk == 1 and summarise.key_map is None and not summarise.has_spread:  # every key for itself
-            return F.scaled_dot_product_attention(query, key, value, scale=scaling)
-        if summarise.has_spread:
+        if summarise.weighting == "spread":
             return None
+        if chunk == 1 and summarise.key_map is None:  # every key for itself
+            return F.scaled_dot_product_attention(query, key, value, scale=scaling)
         # One token is its chunk's value, whatever the proposal.
-        query_map = summarise.query_map if summarise.uses_queries and chunk > 1 else None
+        query_map = summarise.query_map if summarise.proposals in ("sum", "mean") and chunk > 1 else None
         for place, each in enumerate((query_map, summarise.key_map)):
             if isinstance(each, ResidualMap):
                 adapters[place] = each.adapter.to(key.dtype).unsqueeze(0)
@@ -61,7 +65,7 @@ def short_eva(
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     missing = -tokens % max(window, chunk)
     if missing:
-        query, key, value = (F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value))
+        query, key, value = [F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value)]
     if isinstance(summarise, Summariser):
         sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", scaling)
         output = short_variates(query, key, value, *adapters, summarise.proposals, sizes).output
