@@ -6,20 +6,12 @@ Tokens are `[batch, chunks, members, heads, dim]` and not scaled, nor are the ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .cutting import Sort
-
-
-class Members(NamedTuple):
-    """Tokens of chunks."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
 
 
 # What is kept for the backward pass, `[batch, ..., heads(, dim)]`: `key` and `value` of the summaries, and one more.
@@ -38,13 +30,16 @@ class Summaries(Protocol):
         """All contiguous."""
 
     def backward(
-        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
-    ) -> tuple[Tensor | None, ...]:
-        """Add to the gradients of the tokens.
+        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """From the gradients of the summaries to those of the parameters, which it returns, and of queries, keys and
+        values, `[batch, places, heads, dim]`, which it adds to `grads`."""
 
-        Args: of_key, of_value, of_bias: Gradients of the summaries.
-        Returns: gradients of the parameters.
-        """
+
+def _members(tokens: Sequence[Tensor], length: int) -> list[Tensor]:
+    """`[batch, chunks, members, heads, dim]`, views."""
+    batch, _, heads, dim = tokens[0].shape
+    return [z.view(batch, -1, length, heads, dim) for z in tokens]
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ class ControlVariates:
 
     def __init__(
         self,
-        members: Members,
+        tokens: Sequence[Tensor],
         sort: Sort,
         parameters: Sequence[Tensor | None],
         kept: Kept | None = None,
@@ -79,9 +74,9 @@ class ControlVariates:
         proposals: str,
         scaling: float,
     ) -> None:
-        query, key, value = members
+        query, key, value = _members(tokens, sort.length)
         self.query_adapter, self.key_adapter = parameters
-        self.members, self.share, self.proposals, self.scaling = members, sort.share, proposals, scaling
+        self.value_members, self.sort, self.proposals, self.scaling = value, sort, proposals, scaling
         self.is_single = key.shape[2] == 1
         if kept is not None:
             self.key, self.value, weight = kept
@@ -128,19 +123,20 @@ class ControlVariates:
         return self.key.contiguous(), self.value.contiguous(), self.weight.flatten(1, -2)
 
     def backward(
-        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
-    ) -> tuple[Tensor | None, ...]:
+        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        to_query, to_key, to_value = _members(grads, self.sort.length)
         of_mean, of_value = of_key, of_value.unsqueeze(2)
         of_query_adapter = of_key_adapter = None
         if self.is_single:
-            grads.value.add_(of_value)
+            to_value.add_(of_value)
         else:
             weight = self.weight
-            of_weight = (self.members.value * of_value).sum(-1)
+            of_weight = (self.value_members * of_value).sum(-1)
             of_logits = torch._softmax_backward_data(of_weight, weight, 2, weight.dtype)
             of_logits = of_logits.mul_(self.scaling).unsqueeze(-1)
-            grads.value.addcmul_(weight.unsqueeze(-1), of_value)
-            grads.key.addcmul_(of_logits, self.apart)
+            to_value.addcmul_(weight.unsqueeze(-1), of_value)
+            to_key.addcmul_(of_logits, self.apart)
             if self.proposals != "none":
                 of_proposal = (of_logits * self.centred).sum(2)
                 if self.proposals == "mean":
@@ -152,12 +148,12 @@ class ControlVariates:
                     upstream = _by_head(of_query)
                     of_query_adapter = _by_head(self.query_mean).mT @ upstream
                     of_query = of_query + _like_tokens(upstream @ self.query_adapter.mT, of_query)
-                grads.query.add_((of_query * self.share).unsqueeze(2))
+                to_query.add_((of_query * self.sort.share).unsqueeze(2))
         if self.key_adapter is not None:
             upstream = _by_head(of_mean)
             of_key_adapter = _by_head(self.centre).mT @ upstream
             of_mean = of_mean + _like_tokens(upstream @ self.key_adapter.mT, of_mean)
-        grads.key.add_((of_mean * self.share).unsqueeze(2))
+        to_key.add_((of_mean * self.sort.share).unsqueeze(2))
         return of_query_adapter, of_key_adapter
 
 
@@ -171,16 +167,16 @@ class Pooled:
 
     def __init__(
         self,
-        members: Members,
+        tokens: Sequence[Tensor],
         sort: Sort,
         parameters: Sequence[Tensor],
         kept: Kept | None = None,
         *,
         scaling: float,
     ) -> None:
-        key, value = members.key, members.value
+        _, key, value = self.members = _members(tokens, sort.length)
         key_pooling, value_pooling, key_adapter, query_adapter, far_offset, far_slope, key_slope = parameters
-        self.members, self.sort, self.parameters, self.root = members, sort, parameters, scaling**0.5
+        self.sort, self.parameters, self.root = sort, parameters, scaling**0.5
         self.is_single = key.shape[2] == 1
         if kept is not None:
             self.key, self.value, pooled = kept
@@ -203,7 +199,7 @@ class Pooled:
 
     def _pooled(self, weights: Tensor, tokens: Tensor) -> Tensor:
         """A softmax over the members of a chunk, `[batch, chunks, heads, dim]`."""
-        key, mask = self.members.key.flatten(0, 1).transpose(1, 2), self.sort.member
+        key, mask = self.members[1].flatten(0, 1).transpose(1, 2), self.sort.member
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=key.dtype).masked_fill_(~mask, torch.finfo(key.dtype).min)
             mask = mask[:, None, None].repeat(len(key) // len(mask), 1, 1, 1).expand(*key.shape[:2], 1, -1)
@@ -217,8 +213,10 @@ class Pooled:
         return pooled.transpose(1, 2).reshape(*tokens.shape[:2], *tokens.shape[3:])
 
     def backward(
-        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor, grads: Members
-    ) -> tuple[Tensor | None, ...]:
+        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        assert of_bias is not None
+        _, to_key, to_value = _members(grads, self.sort.length)
         key_pooling, value_pooling, key_adapter, query_adapter, _, _, key_slope = self.parameters
         _, key, value = self.members
         of_read, of_mass = _by_head(of_key), of_bias.transpose(0, 1).flatten(1).unsqueeze(-1)
@@ -235,8 +233,8 @@ class Pooled:
         of_pooled = torch.baddbmm(of_mapped, of_mapped, key_adapter.mT).transpose(0, 1).reshape(shape)
         of_value = of_value.unsqueeze(2)
         if self.is_single:
-            grads.key.add_(of_pooled)
-            grads.value.add_(of_value)
+            to_key.add_(of_pooled)
+            to_value.add_(of_value)
             none = torch.zeros_like(key_slope)
             return none, none, *of_maps
         pooling = torch.stack([key_pooling, value_pooling], -1)
@@ -248,8 +246,8 @@ class Pooled:
         of_weights = torch.stack([(key * of_pooled).sum(-1), (value * of_value).sum(-1)], -1).movedim(3, 0)
         of_logits = torch._softmax_backward_data(of_weights, weights, 3, weights.dtype).mul_(self.root)
         weights = weights.movedim(0, 3).unsqueeze(-1)
-        grads.key.addcmul_(weights[..., 0, :], of_pooled)
-        grads.value.addcmul_(weights[..., 1, :], of_value)
+        to_key.addcmul_(weights[..., 0, :], of_pooled)
+        to_value.addcmul_(weights[..., 1, :], of_value)
         of_logits = of_logits.flatten(1, 3)
-        grads.key.add_(torch.bmm(of_logits, pooling.mT).unflatten(1, key.shape[:3]).movedim(0, 3))
+        to_key.add_(torch.bmm(of_logits, pooling.mT).unflatten(1, key.shape[:3]).movedim(0, 3))
         return *torch.bmm(keys.mT, of_logits).unbind(-1), *of_maps

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
 from ..noise import RowNoise, SlotDropout
-from .chunks import Summariser
+from .chunks import CHUNK_WEIGHTINGS, PROPOSALS, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
 from .short import short_eva
@@ -123,7 +123,8 @@ def eva_attention(
     scaling = factor_of(query, scaling)
     factor = noise_factor(noise_scale, scaling)
     summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
-    summarise.check()
+    if proposals not in PROPOSALS or weighting not in CHUNK_WEIGHTINGS:
+        summarise.check()
     if key_mask is None and grid is window_bias is None and noise is False and not (num_global_tokens or slot_dropout):
         output = short_eva(query, key, value, chunk_options, summarise, scaling)
         if output is not None:
