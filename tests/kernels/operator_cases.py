@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.short_chunks import short_pooled
 
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
@@ -104,6 +105,17 @@ def window_chunks_case(
     )
 
 
+def short_case(places: int, dtype: torch.dtype, *, learned: bool = False, chunk: int = 2) -> tuple[Any, ...]:
+    """Windows of two tokens, of which the last is not whole."""
+    assert short_pooled  # its operator is defined where it is imported
+    tokens = [random(2, 2 * places, 3, 4, seed=i, dtype=dtype) for i in range(3)]
+    square, row = (3, 4, 4), (3, 4)
+    shapes = [row, row, square, square, (3,), row, row] if learned else [square, square]
+    maps = [random(1, *shape, seed=3 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
+    sizes = (2 * places - 1, 2, chunk, True, 0.7)
+    return (*tokens, *maps, *(() if learned else ("sum",)), *sizes, "torch")
+
+
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     assert decode_step  # its operator is defined where it is imported
     state = wide(dtype)
@@ -134,6 +146,10 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "causal one by one": ("causal", lambda n, d: causal_case(n, d, 1)),
     "windows": ("window_chunks", window_chunks_case),
     "windows causal": ("window_chunks", lambda n, d: window_chunks_case(n, d, visible=False, is_causal=True)),
+    "short": ("short_variates", short_case),
+    "short, longer chunks": ("short_variates", lambda n, d: short_case(4 * n, d, chunk=4)),
+    "short, learned": ("short_pooled", lambda n, d: short_case(n, d, learned=True)),
+    "short, learned, longer chunks": ("short_pooled", lambda n, d: short_case(4 * n, d, learned=True, chunk=4)),
     "decode": ("decode_step", decode_case),
     "half_norm": ("half_norm", half_norm_case),
 }
@@ -143,6 +159,8 @@ GRADIENTS = {
     "blocks": tuple(range(8)),
     "causal": tuple(range(8)),
     "window_chunks": (0, 1, 2, 4, 5, 6),
+    "short_variates": tuple(range(5)),
+    "short_pooled": tuple(range(10)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 differentiable_case = pytest.mark.parametrize("name", [name for name, (op, _) in CASES.items() if op in GRADIENTS])

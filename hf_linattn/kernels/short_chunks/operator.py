@@ -47,20 +47,19 @@ def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tenso
     return AttentionState(*_run(_Pooled, "short_pooled", arguments)[:2])
 
 
-def _run(function, name, arguments):  # type: ignore[no-untyped-def]
+def _run(function: type[torch.autograd.Function], name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Without gradients the operator itself, which saves the time of a function that could make a node of a graph."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return getattr(torch.ops.hf_linattn, name).default(*arguments)
 
 
-_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling) -> (Tensor output, Tensor lse, Tensor chunk_key, Tensor chunk_value, Tensor "
-
-
 def _kept(key: Tensor, window: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Like what is kept of control variates (`summaries.py`)."""
-    batch, length, heads, _ = key.shape
+    batch, length, heads, dim = key.shape
     lengths = [chunk, window] if chunk > window else [chunk]
-    chunks = key.new_empty(batch, sum(length // size for size in lengths), *key.shape[2:])
+    key = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
+    chunks = key.new_empty(batch, sum(length // size for size in lengths), heads, dim)
     weight = key.new_empty(batch, length * sum(size > 1 for size in lengths), heads)
     return chunks, torch.empty_like(chunks), weight
 
@@ -74,17 +73,19 @@ def _kept_keys(*arguments: Any) -> tuple[Tensor, ...]:
     return chunks, others, torch.empty_like(chunks)
 
 
+_TOKENS = "Tensor query, Tensor key, Tensor value"
+_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling"
+_RESULTS = "Tensor output, Tensor lse, Tensor chunk_key, Tensor chunk_value"
 _Variates = register_pair(
-    "short_variates(Tensor query, Tensor key, Tensor value, Tensor? query_adapter, Tensor? key_adapter, str proposals,"
-    f" {_SIZES}weight)",
+    f"short_variates({_TOKENS}, Tensor? query_adapter, Tensor? key_adapter, str proposals, {_SIZES})"
+    f" -> ({_RESULTS}, Tensor weight)",
     torch_kernel,
     record=torch_kernel.VariateInputs,
     kept=_kept_weight,
 )
 _Pooled = register_pair(
-    "short_pooled(Tensor query, Tensor key, Tensor value, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter,"
-    f" Tensor query_adapter, Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}"
-    "pooled)",
+    f"short_pooled({_TOKENS}, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter, Tensor query_adapter,"
+    f" Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}) -> ({_RESULTS}, Tensor pooled)",
     torch_kernel,
     record=torch_kernel.PooledInputs,
     kept=_kept_keys,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .cutting import Sort
 
-
 # What is kept for the backward pass, `[batch, ..., heads(, dim)]`: `key` and `value` of the summaries, and one more.
 Kept = tuple[Tensor, Tensor, Tensor]
 

@@ -19,6 +19,7 @@ from .cutting import Places, Sizes, places
 from .sorts import AllSummaries, Summarise
 from .summaries import ControlVariates, Pooled
 
+_HALVES = (torch.float16, torch.bfloat16)
 # Logits of a part of the backward pass.
 _PART = 1 << 20
 
@@ -83,9 +84,8 @@ def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVari
 
 def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
     parts = [_read_forward(*part, sizes, summarise) for part in _parts(inputs)]
-    if len(parts) == 1:
-        return parts[0]
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+    output, *rest = parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+    return output.to(inputs[0].dtype), *rest
 
 
 def _backward(
@@ -97,20 +97,28 @@ def _backward(
     summarise: Summarise,
 ) -> list[Tensor | None]:
     parts = _parts(inputs)
-    some = zip(*(z.chunk(len(parts)) for z in (*grads, *results)), strict=True)
+    wide = [z.float() if z.dtype in _HALVES else z for z in (*grads, *results)]
+    some = zip(*(z.chunk(len(parts)) for z in wide), strict=True)
     found = [
         _read_backward(AttentionState(*given[:2]), given[2:], *part, sizes, summarise)
         for part, given in zip(parts, some, strict=True)
     ]
-    grads_of = list(zip(*found, strict=True))
-    return [
-        None if not needed else (each[0] if len(each) == 1 else torch.cat(each)) if place < 3 else torch.stack(each)
-        for place, (each, needed) in enumerate(zip(grads_of, needs, strict=True))
-    ]
+    grads_of: list[Tensor | None] = []
+    for place, (like, needed, each) in enumerate(zip(inputs, needs, zip(*found, strict=True), strict=True)):
+        if not needed:
+            grads_of.append(None)
+        elif place < 3:
+            grads_of.append((each[0] if len(each) == 1 else torch.cat(each)).to(like.dtype))
+        else:
+            grads_of.append(torch.stack(each).to(like.dtype))
+    return grads_of
 
 
 def _parts(inputs: Sequence[Any]) -> list[tuple[Sequence[Tensor], list[Any]]]:
-    """Queries, keys and values, and their parameters. Under `vmap` parts of the batch may have different ones."""
+    """Queries, keys and values, and their parameters, in float32 or wider. Under `vmap` parts of the batch may have
+    different ones."""
+    if inputs[0].dtype in _HALVES:
+        inputs = [None if z is None else z.float() for z in inputs]
     number = next((len(z) for z in inputs[3:] if z is not None), 1)
     if number == 1:
         return [(inputs[:3], [None if z is None else z[0] for z in inputs[3:]])]

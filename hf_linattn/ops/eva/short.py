@@ -35,6 +35,7 @@ def short_eva(
     tokens, window = key.shape[2], options.window_size
     if (
         not window < tokens <= LONGEST
+        or not query.numel()
         or options.is_causal
         or options.overlap_side is not None
         or options.chunking != "exclusive"
