@@ -53,7 +53,8 @@ class AllSummaries:
         of_keys, of_values = of_key.split(self.counts, 1), of_value.split(self.counts, 1)
         of_biases = [None] * len(of_keys) if of_bias is None else of_bias.split(self.counts, -1)
         found = [
-            part.backward(*of, grads) for part, *of in zip(self.parts, of_keys, of_values, of_biases, strict=True)
+            part.backward(key, value, bias, grads)
+            for part, key, value, bias in zip(self.parts, of_keys, of_values, of_biases, strict=True)
         ]
         return [
             one if other is None else other if one is None else one + other for one, other in zip(*found, strict=True)

@@ -20,9 +20,14 @@ Kept = tuple[Tensor, Tensor, Tensor]
 class Summaries(Protocol):
     """key, value: `[batch, chunks, heads, dim]`. bias: `[batch, heads, chunks]`, added to the logits, or `None`."""
 
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
+    @property
+    def key(self) -> Tensor: ...
+
+    @property
+    def value(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     @property
     def kept(self) -> Kept:
@@ -61,7 +66,7 @@ class ControlVariates:
         proposals: As in `eva_attention`.
     """
 
-    bias = None
+    bias: Tensor | None = None
 
     def __init__(
         self,

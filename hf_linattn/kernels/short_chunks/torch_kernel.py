@@ -229,7 +229,7 @@ def _read_backward(
     of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = (
         each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)
     )
-    of_query.mul_(sizes.scaling)  # type: ignore[union-attr]
+    of_query.mul_(sizes.scaling)
 
     def of_tokens(x: Tensor) -> Tensor:
         return x.view(batch, heads, length, dim).transpose(1, 2)
@@ -237,11 +237,11 @@ def _read_backward(
     def of_summaries(x: Tensor) -> Tensor:
         return x.view(batch, heads, count, dim).transpose(1, 2)
 
-    found = [of_tokens(x) for x in (of_query, of_key, of_value)]  # type: ignore[arg-type]
+    found = [of_tokens(x) for x in (of_query, of_key, of_value)]
     of_parameters = summaries.backward(
-        of_summaries(of_chunk_key),  # type: ignore[arg-type]
-        of_summaries(of_chunk_value),  # type: ignore[arg-type]
-        of_bias.view(batch, heads, count) if has_bias else None,  # type: ignore[arg-type, union-attr]
+        of_summaries(of_chunk_key),
+        of_summaries(of_chunk_value),
+        of_bias.view(batch, heads, count) if has_bias else None,
         found,
     )
     return [*(z.contiguous() for z in found), *of_parameters]

@@ -34,8 +34,9 @@ class WindowChunkInputs(NamedTuple):
 
     def part(self, groups: slice) -> WindowChunkInputs:
         """Of some groups, without the masks."""
-        tensors = [z[groups] for z in (*self[:3], *self[4:7])]
-        return WindowChunkInputs(*tensors[:3], None, *tensors[3:], *self[7:])
+        query, key, value, _, chunk_key, chunk_bias, chunk_value, *hidden = self
+        of_window = query[groups], key[groups], value[groups], None
+        return WindowChunkInputs(*of_window, chunk_key[groups], chunk_bias[groups], chunk_value[groups], *hidden)
 
 
 class _Tile(NamedTuple):
@@ -190,7 +191,9 @@ def part_gradients(
     """
     output, lse = results
     wide = lse.dtype
-    query, key, value, _, chunk_key, chunk_bias, chunk_value = (z if z is None else z.to(wide) for z in inputs[:7])
+    query, key, value = inputs.query.to(wide), inputs.key.to(wide), inputs.value.to(wide)
+    chunk_key, chunk_bias = inputs.chunk_key.to(wide), inputs.chunk_bias.to(wide)
+    chunk_value = inputs.chunk_value.to(wide)
     groups, windows, length, _ = query.shape
 
     def of_window(x: Tensor) -> Tensor:

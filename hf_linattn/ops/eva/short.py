@@ -44,6 +44,7 @@ def short_eva(
         or key.shape != value.shape
         or ABLATED
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or runs_on_triton(current_backend(), query)
     ):
         return None
@@ -69,7 +70,7 @@ def short_eva(
         query, key, value = [F.pad(z, (0, 0, 0, 0, 0, missing)) for z in (query, key, value)]
     if isinstance(summarise, Summariser):
         sizes = Sizes(tokens, window, chunk, summarise.weighting == "size", scaling)
-        output = short_variates(query, key, value, *adapters, summarise.proposals, sizes).output
+        output = short_variates(query, key, value, adapters[0], adapters[1], summarise.proposals, sizes).output
     else:
         maps = [z.to(key.dtype).unsqueeze(0) for z in vars(summarise).values()]
         output = short_pooled(query, key, value, maps, Sizes(tokens, window, chunk, True, scaling)).output
