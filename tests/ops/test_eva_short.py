@@ -124,16 +124,16 @@ def test_each_of_a_batch_of_models(kind: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["sum", "learned"])
 def test_gradients_where_logits_are_large(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, against float64: weights whose sum is off by rounding are normalised anew."""
+    """Weights are normalised anew where rounding shows: a query's gradient cancels what all keys have in common."""
     monkeypatch.setattr(short, "LONGEST", 100)
-    tensors, options = [z * 12 for z in inputs(16)], {"window_size": 4, "num_chunks": 8}
+    query, key, value = inputs(16)
+    tensors, options = [query + 8, key + 8, value], {"window_size": 4, "num_chunks": 8}
     maps = MAPS if kind == "learned" else []
-    expected = with_gradients(kind, tensors, maps, **options)[1:4]
+    expected = with_gradients(kind, tensors, maps, **options)[1]
     leaves = [z.float().requires_grad_() for z in tensors]
     output = attend(kind, leaves, [z.float() for z in maps], **options)
-    found = torch.autograd.grad(output, leaves, random(*output.shape, seed=9).float())
-    for ours, exact in zip(found, expected, strict=True):
-        assert float((ours - exact).abs().max()) < 3e-4 * float(exact.abs().max())
+    (found,) = torch.autograd.grad(output, leaves[:1], random(*output.shape, seed=9).float())
+    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
 
 
 def test_nothing_is_read_across_rows(monkeypatch: pytest.MonkeyPatch) -> None:
