@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.inputs import ProposalMap
+from ..ops.inputs import ProposalMap, ResidualMap
 from .base import C, LinearAttention
 from .contract import LayerShape, StateTensor, zeros
 
@@ -67,17 +67,13 @@ def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, Prop
     maps: list[ProposalMap | None] = []
     for side in ("query", "key"):
         if f"{side}_adapter" in state:
-            maps.append(functools.partial(_residual, state[f"{side}_adapter"]))
+            maps.append(ResidualMap(state[f"{side}_adapter"]))
         elif f"{side}_map_weight" in state:
             names = ("map_weight", "map_bias", "norm_weight", "norm_bias")
             maps.append(functools.partial(_linear, [state.get(f"{side}_{name}") for name in names]))
         else:
             maps.append(None)
     return maps[0], maps[1]
-
-
-def _residual(adapter: Tensor, z: Tensor) -> Tensor:
-    return z + z @ adapter.to(z.dtype)
 
 
 def _linear(tensors: Sequence[Any], z: Tensor) -> Tensor:

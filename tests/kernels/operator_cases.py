@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.short_chunks import short_pooled
 from hf_linattn.kernels.short_slots import short_slot_attention
 
 OPERATORS = torch.ops.hf_linattn
@@ -127,6 +128,17 @@ def short_case(tokens: int, dtype: torch.dtype, *, others: bool = False, own: bo
     )
 
 
+def short_chunks_case(places: int, dtype: torch.dtype, *, learned: bool = False, chunk: int = 2) -> tuple[Any, ...]:
+    """Windows of two tokens, of which the last is not whole."""
+    assert short_pooled  # its operator is defined where it is imported
+    tokens = [random(2, 2 * places, 3, 4, seed=i, dtype=dtype) for i in range(3)]
+    square, row = (3, 4, 4), (3, 4)
+    shapes = [row, row, square, square, (3,), row, row] if learned else [square, square]
+    maps = [random(1, *shape, seed=3 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
+    sizes = (2 * places - 1, 2, chunk, True, 0.7)
+    return (*tokens, *maps, *(() if learned else ("sum",)), *sizes, "torch")
+
+
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     assert decode_step  # its operator is defined where it is imported
     state = wide(dtype)
@@ -160,6 +172,10 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "short": ("short", short_case),
     "short, other tokens": ("short", lambda n, d: short_case(n, d, others=True)),
     "short, own slots": ("short", lambda n, d: short_case(n, d, own=True)),
+    "short chunks": ("short_variates", short_chunks_case),
+    "short chunks, longer": ("short_variates", lambda n, d: short_chunks_case(4 * n, d, chunk=4)),
+    "short chunks, learned": ("short_pooled", lambda n, d: short_chunks_case(n, d, learned=True)),
+    "short chunks, learned, longer": ("short_pooled", lambda n, d: short_chunks_case(4 * n, d, learned=True, chunk=4)),
     "decode": ("decode_step", decode_case),
     "half_norm": ("half_norm", half_norm_case),
 }
@@ -170,6 +186,8 @@ GRADIENTS = {
     "causal": tuple(range(8)),
     "window_chunks": (0, 1, 2, 4, 5, 6),
     "short": tuple(range(11)),
+    "short_variates": tuple(range(5)),
+    "short_pooled": tuple(range(10)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 differentiable_case = pytest.mark.parametrize("name", [name for name, (op, _) in CASES.items() if op in GRADIENTS])

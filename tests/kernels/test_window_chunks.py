@@ -154,7 +154,9 @@ def test_tiles_are_added_up(tile: int, causal: bool, own: bool, monkeypatch: pyt
         inputs[8:] = [torch.stack([z.roll(i) for i in range(5)]) for z in inputs[8:]]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setitem(portable._TILE, "cpu", tile)
-    tiles = list(portable._tiles(WindowChunkInputs(*inputs[:4], *inputs[5:8], *(z.expand(5, 4) for z in inputs[8:]))))
+    tiles = list(
+        portable._tiles(WindowChunkInputs(*inputs[:4], *inputs[5:8], *(z.expand(5, 4) for z in inputs[8:])), causal)
+    )
     assert len(tiles) == {1: 20, 160: 10, 320: 5, 640: 3, 960: 2}[tile]
     check("torch", inputs)
 

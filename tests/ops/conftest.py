@@ -1,15 +1,33 @@
-"""Attention through slots takes one road with short inputs on a CPU, and another with all others."""
+"""Attention takes one road with short inputs on a CPU, and another with all others: tests of what it computes take both.
+
+A module asks for both with `pytest.mark.usefixtures("road")`. Tests of EVA do not have to; they take the long road with
+`slow`, and by default with those inputs that the short one does not know (padding, images, causal layers).
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from hf_linattn.kernels.short_slots import operator
+from hf_linattn.ops.eva import short
 
 
-@pytest.fixture(params=["short", "long"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = metafunc.module.__name__
+    is_eva = name.startswith("test_eva") and name != "test_eva_short"
+    if not is_eva and "road" not in metafunc.fixturenames:
+        return
+    if is_eva:
+        metafunc.fixturenames.append("road")
+    long = pytest.param("long", marks=pytest.mark.slow) if is_eva else "long"
+    metafunc.parametrize("road", ["short", long], indirect=True)
+
+
+@pytest.fixture
 def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both, whatever the length: for tests of what attention functions compute."""
+    """Slots take it whatever the length; with "short" EVA takes the one that it takes anyway."""
     name: str = request.param
     monkeypatch.setattr(operator, "pays", lambda *_: name == "short")
+    if name == "long":
+        monkeypatch.setattr(short, "LONGEST", 0)
     return name

@@ -10,6 +10,7 @@ from helpers import MASKS, assert_same, inputs, patch_with_spy, random
 from torch import Tensor
 
 from hf_linattn.functional import eva_attention
+from hf_linattn.ops.eva import short
 from hf_linattn.ops.eva.learned import (
     LearnedSummariser,
     eva_learning_start,
@@ -37,6 +38,7 @@ untrained = LearnedSummariser(**{name: torch.zeros(HEADS, *shape).double() for n
 def test_kernels_get_the_tokens_of_a_head_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs()]
     where = {"window_size": 4, "chunk_size": 2}
+    monkeypatch.setattr(short, "LONGEST", 0)
     with monkeypatch.context() as patch:
         spy = patch_with_spy(patch, "hf_linattn.ops.eva.learned.eva_estimate")
         found = learned_eva_attention(*spread, trained, **where)

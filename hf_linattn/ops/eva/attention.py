@@ -19,9 +19,10 @@ from ...errors import InputError
 from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
 from ..noise import RowNoise, SlotDropout
-from .chunks import Summariser
+from .chunks import CHUNK_WEIGHTINGS, PROPOSALS, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk
+from .short import short_eva
 
 
 @checked_attention(in_half=("cuda",))
@@ -126,9 +127,14 @@ def eva_attention(
     scaling = factor_of(query, scaling)
     factor = noise_factor(noise_scale, scaling)
     summarise = Summariser(proposals, weighting, query_map, key_map, scaling**0.5, factor)
-    summarise.check()
+    if proposals not in PROPOSALS or weighting not in CHUNK_WEIGHTINGS:
+        summarise.check()
     if window_bias is None and in_one_window(query, key, key_mask, **chunk_options.window(num_global_tokens, grid)):
         return ONE_WINDOW
+    if key_mask is None and grid is window_bias is None and noise is False and not (num_global_tokens or slot_dropout):
+        output = short_eva(query, key, value, chunk_options, summarise, scaling)
+        if output is not None:
+            return output
     tokens = prepare_tokens(
         query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
     )
