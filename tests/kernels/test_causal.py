@@ -22,8 +22,7 @@ from references import (
 from torch import Tensor
 
 from hf_linattn.kernels.backends import use_backend
-from hf_linattn.kernels.causal_slots import causal_slot_attention
-from hf_linattn.kernels.causal_slots import pieces
+from hf_linattn.kernels.causal_slots import causal_slot_attention, pieces
 from hf_linattn.kernels.causal_slots import torch_kernel as portable
 from hf_linattn.kernels.slot_inputs import SlotInputs
 
@@ -146,12 +145,13 @@ def test_keys_far_apart(pattern: str, chunk: int, dtype: torch.dtype) -> None:
 def cuts(inputs: list[Tensor], chunk: int, where: slice | None = None) -> list[slice]:
     """Where the tokens `where` are cut, after one piece of all before them."""
     few = SlotInputs(*(z.flatten(0, 1).float() for z in inputs))
-    maps, top = pieces.Maps(few), torch.full((1, few.key_slots.shape[1]), torch.finfo(torch.float32).min)
+    memory = pieces.Memory(few.key)
+    maps, top = pieces.Maps(few, memory), torch.full((1, few.key_slots.shape[1]), torch.finfo(torch.float32).min)
     where = where or slice(0, few.key.shape[1])
     if where.start:
         before = slice(0, where.start)
-        *_, (_, top) = pieces.pieces(few, maps, before, where.start, top)
-    found = [piece for piece, _ in pieces.pieces(few, maps, where, chunk, top)]
+        top = list(pieces.pieces(few, maps, before, where.start, top, memory))[-1].top
+    found = list(pieces.pieces(few, maps, where, chunk, top, memory))
     assert all(len(piece.chunks(piece.keys)) * piece.chunk == piece.keys.shape[1] for piece in found)
     return [piece.where for piece in found]
 

@@ -1,7 +1,7 @@
 """Causal attention through slots in plain torch, piece by piece: features of keys and queries that share references.
 
-A piece is as many neighbouring tokens as can share one reference `m_j` for every slot (`torch_kernel`): whole chunks, or
-a part of one. References are the running maximum of the log-weights `c` of keys, so nothing overflows. They may be
+A piece is as many neighbouring tokens as can share one reference `m_j` for every slot (`torch_kernel`): whole chunks,
+or a part of one. References are the running maximum of the log-weights `c` of keys, so nothing overflows. They may be
 those of keys that some queries of the piece do not see. Where this could make what they do see underflow
 (`_safe_top`), the piece is cut in two; a piece of one token is always safe.
 
@@ -23,13 +23,46 @@ from ..slot_inputs import SlotInputs
 _LANES = 16
 
 
+class Memory:
+    """Tensors that are used again for every segment: new memory costs as much as many of the products.
+
+    Args: like: Has their device and precision.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name and shape, with whatever is in it."""
+        place = self._kept.get((name, shape))
+        if place is None:
+            place = self._kept[name, shape] = self._like.new_empty(shape)
+        return place
+
+    def with_column(self, name: str, x: Tensor, column: Tensor | float, *, filled: bool = False) -> Tensor:
+        """`x` with one more column and, if `filled`, some of zeros."""
+        *lead, dim = x.shape
+        place = self.empty(name, *lead, -(-(dim + 1) // _LANES) * _LANES)
+        place[..., :dim] = x
+        place[..., dim] = column
+        if not filled:
+            return place[..., : dim + 1]
+        place[..., dim + 1 :] = 0.0
+        return place
+
+    def fresh(self) -> Memory:
+        """Other memory."""
+        return Memory(self._like)
+
+
 class Maps:
     """The two linear maps from tokens to log-weights, of some groups: slots, and one more column for what is added."""
 
-    def __init__(self, inputs: SlotInputs) -> None:
+    def __init__(self, inputs: SlotInputs, memory: Memory) -> None:
         self.bias = inputs.query_slot_bias + inputs.key_slot_bias
-        self.of_keys = with_column(inputs.key_slots, 1.0, self.bias.dtype)
-        self.of_queries = with_column(inputs.query_slots, 0.0, self.bias.dtype)
+        self.of_keys = memory.with_column("key slots", inputs.key_slots, 1.0)
+        self.of_queries = memory.with_column("query slots", inputs.query_slots, 0.0)
 
 
 class Piece:
@@ -46,44 +79,67 @@ class Piece:
         query_top: `[groups, tokens, 1]`.
         pairs: Products of the features in each chunk, 0 for later keys, `[groups * chunks, chunk, chunk]`.
         decay: What sums over earlier keys are multiplied with, `[groups, slots]`.
+        memory: Free for what else is made of the piece.
     """
 
     def __init__(
-        self, inputs: SlotInputs, maps: Maps, where: slice, chunk: int, logits: Tensor, top: Tensor, before: Tensor
+        self,
+        inputs: SlotInputs,
+        maps: Maps,
+        where: slice,
+        chunk: int,
+        logits: Tensor,
+        top: Tensor,
+        before: Tensor,
+        memory: Memory,
     ) -> None:
-        self.where, self.chunk, self.decay = where, chunk, (before - top).exp_()
+        self.where, self.chunk, self.top, self.memory = where, chunk, top, memory
+        self.decay = (before - top).exp_()
         self.keys = logits.sub_(top.unsqueeze(1)).exp_()
         # References are large where keys are long, and similar: what they have in common is added last, to the lse.
         common = top.amax(1, keepdim=True)
         maps.of_queries[..., -1] = (top - common).add_(maps.bias)
-        self.queries = _logits(inputs.query[:, where], 1.0, maps.of_queries)
+        self.queries = _logits("queries", inputs.query[:, where], 1.0, maps.of_queries, memory)
         query_top = self.queries.amax(-1, keepdim=True)
         self.queries.sub_(query_top).exp_()
         self.query_top = query_top.add_(common.unsqueeze(1))
-        self.pairs = (self.joined(self.queries) @ self.joined(self.keys).mT).tril_()  # later keys have weight 0
+        self.pairs = self.products("pairs", self.queries, self.keys)
 
     def joined(self, x: Tensor) -> Tensor:
-        """`[groups, tokens, ...]`, without gaps, as `[groups * chunks, chunk, ...]`."""
+        """`[groups, tokens, ...]` as `[groups * chunks, chunk, ...]`."""
         return x.view(-1, self.chunk, x.shape[-1])
 
     def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[groups, tokens, ...]` as its chunks, `[groups, chunk, ...]`."""
         return x.unflatten(1, (-1, self.chunk)).unbind(1)
 
+    def products(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Of the queries and keys of each chunk, 0 for later keys: `[groups * chunks, chunk, chunk]`."""
+        left, right = self.joined(left), self.joined(right)
+        place = self.memory.empty(name, left.shape[0], self.chunk, self.chunk)
+        return torch.bmm(left, right.mT, out=place).tril_()
 
-def pieces(inputs: SlotInputs, maps: Maps, where: slice, chunk: int, top: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    """Tokens in as few pieces as is safe, given the references of the tokens before; each with its own references."""
+
+def pieces(
+    inputs: SlotInputs, maps: Maps, where: slice, chunk: int, before: Tensor, memory: Memory
+) -> Iterator[Piece]:
+    """Tokens in as few pieces as is safe, given the references of the tokens before.
+
+    Args: memory: For pieces of whole chunks and for one of what is left, not for parts of these.
+    """
     middle = where.stop - (where.stop - where.start) % chunk
     for part in (slice(where.start, middle), slice(middle, where.stop)):
         size = part.stop - part.start
         if not size:
             continue
-        logits = _logits(inputs.key[:, part], inputs.key_bias[:, part], maps.of_keys)
-        for cut, new_top in safe_cuts(logits, top, chunk):
-            tokens = slice(part.start + cut.start, part.start + cut.stop)
-            some = logits[:, cut].contiguous()
-            yield Piece(inputs, maps, tokens, min(chunk, cut.stop - cut.start), some, new_top, top), new_top
-            top = new_top
+        logits = _logits("keys", inputs.key[:, part], inputs.key_bias[:, part], maps.of_keys, memory)
+        for cut, top in safe_cuts(logits, before, chunk):
+            tokens, some, place = part, logits, memory
+            if cut.stop - cut.start < size:
+                tokens = slice(part.start + cut.start, part.start + cut.stop)
+                some, place = logits[:, cut].clone(memory_format=torch.contiguous_format), memory.fresh()
+            yield Piece(inputs, maps, tokens, min(chunk, tokens.stop - tokens.start), some, top, before, place)
+            before = top
 
 
 def safe_cuts(logits: Tensor, top: Tensor, chunk: int, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -108,21 +164,9 @@ def safe_cuts(logits: Tensor, top: Tensor, chunk: int, start: int = 0) -> Iterat
             top = new_top
 
 
-def with_column(x: Tensor, column: Tensor | float, dtype: torch.dtype, *, filled: bool = False) -> Tensor:
-    """`x` with one more column, and, if `filled`, some of zeros, in the precision of the sums."""
-    *lead, dim = x.shape
-    width = -(-(dim + 1) // _LANES) * _LANES
-    place = x.new_empty(*lead, width, dtype=dtype)
-    place[..., :dim] = x
-    place[..., dim] = column
-    if not filled:
-        return place[..., : dim + 1]
-    place[..., dim + 1 :] = 0.0
-    return place
-
-
-def _logits(tokens: Tensor, column: Tensor | float, slots: Tensor) -> Tensor:
-    return with_column(tokens, column, slots.dtype) @ slots.mT
+def _logits(name: str, tokens: Tensor, column: Tensor | float, slots: Tensor, memory: Memory) -> Tensor:
+    tokens = memory.with_column("tokens", tokens, column)
+    return torch.bmm(tokens, slots.mT, out=memory.empty(name, *tokens.shape[:2], slots.shape[1]))
 
 
 def _safe_top(logits: Tensor, before: Tensor) -> Tensor | None:
@@ -136,6 +180,7 @@ def _safe_top(logits: Tensor, before: Tensor) -> Tensor | None:
     room = -math.log(torch.finfo(logits.dtype).tiny) - 28
     if logits.shape[1] == 1 or bool((top - before).amax() <= room):
         return top
-    # Padding does not count.
-    lowest = logits.masked_fill(logits == float("-inf"), float("inf")).amin(1)
+    lowest = logits.amin(1)
+    if bool((lowest == float("-inf")).any()):  # padding does not count
+        lowest = logits.masked_fill(logits == float("-inf"), float("inf")).amin(1)
     return top if bool((top - torch.maximum(lowest, before)).amax() <= room) else None

@@ -10,8 +10,8 @@ mass, all the products of a chunk are, from the first chunk to the last,
 
     R = F S + A V,  A = lower triangle of F G^T        S <- S + G^T V        output and total are the columns of R
 
-and in the backward pass, with `d` the gradients of the output and the shift `-(d . output - d lse)` as one more column,
-both divided by the total, and `P` the lower triangle of `d V^T`,
+and in the backward pass, with `d` the gradients of the output and the shift `-(d . output - d lse)` as one more
+column, both divided by the total, and `P` the lower triangle of `d V^T`,
 
     dF = d S^T + P G    S <- S + G^T V         from the first chunk of a segment to the last, and
     dG = V U^T + P^T F    dV = G U + A^T d    U <- U + F^T d        from the last to the first.
@@ -29,13 +29,13 @@ from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..slot_inputs import SlotInputs
-from .pieces import Maps, Piece, pieces, with_column
+from .pieces import Maps, Memory, Piece, pieces
 
 # Features of keys of a segment, of some groups (rows and heads), per thread.
 _TILE = {"cpu": 1 << 19}
 _LARGE_TILE = 1 << 25
 # Chunks of a segment. The state before each is kept for the backward pass; those within are computed again.
-_SEGMENT = 16
+_SEGMENT = 8
 # Places in `SlotInputs` of what all tokens share: gradients are summed over them.
 _SLOTS = (1, 2, 5, 6)
 
@@ -52,14 +52,16 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
     output, lse = inputs.value.new_empty(groups, tokens, head_dim), wide.new_empty(groups, tokens)
     sums, masses = wide.new_empty(groups, kept, slots, head_dim), wide.new_empty(groups, kept, slots, 2)
     for part, group in _some_groups(inputs, chunk):
-        maps = Maps(group)
-        state = with_column(wide.new_zeros(*maps.bias.shape, head_dim), 0.0, wide.dtype, filled=True)
+        memory = Memory(wide)
+        maps = Maps(group, memory)
+        state = memory.with_column("state", wide.new_zeros(*maps.bias.shape, head_dim), 0.0, filled=True)
         top = torch.full_like(maps.bias, torch.finfo(wide.dtype).min)  # the lowest number
         for number, where in enumerate(_segments(tokens, chunk)):
             sums[part, number] = state[..., :head_dim]
             masses[part, number, :, 0], masses[part, number, :, 1] = state[..., head_dim], top
-            for piece, top in pieces(group, maps, where, chunk, top):
+            for piece in pieces(group, maps, where, chunk, top, memory):
                 _write_outputs(group, piece, state.mul_(piece.decay.unsqueeze(-1)), output[part], lse[part])
+                top = piece.top
     return output, lse, sums, masses
 
 
@@ -109,8 +111,8 @@ def _some_groups(inputs: SlotInputs, chunk: int) -> list[tuple[slice, SlotInputs
 def _write_outputs(inputs: SlotInputs, piece: Piece, state: Tensor, output: Tensor, lse: Tensor) -> None:
     """Write the results of a piece; `state`, `[groups, slots, columns]`, becomes that of the tokens after."""
     where, head_dim = piece.where, output.shape[-1]
-    value = with_column(inputs.value[:, where], 1.0, state.dtype, filled=True)
-    result = torch.empty_like(value)
+    value = piece.memory.with_column("value", inputs.value[:, where], 1.0, filled=True)
+    result = piece.memory.empty("result", *value.shape)
     chunks = (piece.chunks(z) for z in (result, piece.queries, piece.keys, value))
     for of_chunk, queries, keys, values in zip(*chunks, strict=True):
         torch.bmm(queries, state, out=of_chunk)
@@ -136,16 +138,17 @@ class _Backward:
         # Of a query that sees nothing all weights are 0 anyway, and the gradient of its log-sum-exp may be NaN.
         empty = lse == float("-inf")
         self.grad_output, self.grad_lse, self.output = grads.output, grads.lse.masked_fill(empty, 0.0), output
-        self.maps = Maps(inputs)
+        self.memory = Memory(lse)
+        self.maps = Maps(inputs, self.memory)
         self.after = lse.new_zeros(inputs.query.shape[0], output.shape[-1] + 1, self.maps.bias.shape[-1])
 
     def segment(self, where: slice, chunk: int, state: Tensor, top: Tensor) -> None:
         """Gradients of a segment, given the state before it and its references."""
         done = []
-        for piece, top in pieces(self.inputs, self.maps, where, chunk, top):
-            values = with_column(self.inputs.value[:, piece.where], 1.0, state.dtype)
+        for piece in pieces(self.inputs, self.maps, where, chunk, top, self.memory):
+            values = piece.memory.with_column("value", self.inputs.value[:, piece.where], 1.0)
             grads = self._grads(piece, state.mul_(piece.decay.unsqueeze(1)))
-            pairs = (piece.joined(grads) @ piece.joined(values).mT).tril_()  # later keys have weight 0
+            pairs = piece.products("gradients of pairs", grads, values)
             self._to_queries(piece, values, grads, pairs, state)
             done.append((piece, values, grads, pairs))
         while done:
@@ -160,11 +163,11 @@ class _Backward:
         mass = torch.cat([state[:, -1:], mass[:, :-1]], 1).cumsum_(1)  # before every chunk
         total = piece.joined(piece.queries) @ mass.flatten(0, 1).unsqueeze(-1)
         total = total.add_(piece.pairs.sum(-1, keepdim=True)).view_as(piece.query_top)
-        return with_column(grads, shift.neg_(), dtype).div_(total.masked_fill_(total == 0, 1.0))
+        return piece.memory.with_column("grads", grads, shift.neg_()).div_(total.masked_fill_(total == 0, 1.0))
 
     def _to_queries(self, piece: Piece, values: Tensor, grads: Tensor, pairs: Tensor, state: Tensor) -> None:
         """Gradients of queries; `state` becomes that of the tokens after."""
-        found = torch.empty_like(piece.queries)
+        found = piece.memory.empty("gradients of features", *piece.queries.shape)
         chunks = (piece.chunks(z) for z in (found, grads, piece.keys, values))
         for of_chunk, grad, keys, value in zip(*chunks, strict=True):
             torch.bmm(grad, state, out=of_chunk)
@@ -174,7 +177,8 @@ class _Backward:
 
     def _to_keys(self, piece: Piece, values: Tensor, grads: Tensor, pairs: Tensor) -> None:
         """Gradients of keys and values; `after` becomes that of the tokens before."""
-        found, of_values = torch.empty_like(piece.keys), grads.new_empty(*grads.shape[:-1], grads.shape[-1] - 1)
+        found = piece.memory.empty("gradients of features", *piece.keys.shape)
+        of_values = piece.memory.empty("gradients of values", *grads.shape[:-1], grads.shape[-1] - 1)
         chunks = (piece.chunks(z) for z in (found, of_values, piece.keys, values, piece.queries, grads))
         for of_chunk, of_value, keys, value, queries, grad in reversed(list(zip(*chunks, strict=True))):
             torch.bmm(value, self.after, out=of_chunk)
