@@ -81,7 +81,7 @@ def test_groups_and_segments(tile: int, segment: int, monkeypatch: pytest.Monkey
     assert (sums.shape, masses.shape) == ((3, kept, 5, 3), (3, kept, 5, 2))
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (129, 3)])
+@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
 def test_states_are_kept_at_the_start_of_segments(tokens: int, kept: int) -> None:
     assert portable.kept_states(tokens, 4) == kept
 
