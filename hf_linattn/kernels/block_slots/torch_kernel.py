@@ -2,54 +2,99 @@
 
 States of units of keys, `output` `[groups, units, slots, head_dim]` and `lse` `[groups, units, slots]`, are merged for
 every block of queries over the units it reads (`BlockReach`). Nothing is ever subtracted, and weights are summed
-relative to the largest so far: added up as logs, small ones would vanish beside log-sum-exps of 1e6.
+relative to the largest so far: added up as logs, small ones would vanish beside log-sum-exps of 1e6. Forward, all
+weights are known before the first state is touched, so that a state costs one or two operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attend.torch_kernel import attend_backward, attend_forward
-from ..attention_state import AttentionState, merge_states
+from ..attention_state import AttentionState
 from .inter_block import BlockReach, InterBlock
+
+
+class _Masses(NamedTuple):
+    """Sums of weights, `exp(top)` times `total`: both `[groups, ..., slots]`."""
+
+    total: Tensor
+    top: Tensor
+
+    def at(self, stops: Sequence[int]) -> _Masses:
+        """Those of so many units, of the sums up to every unit; 0 units have none."""
+        none = torch.zeros_like(self.total[:, :1]), torch.full_like(self.top[:, :1], torch.finfo(self.top.dtype).min)
+        return _Masses(*(_at(torch.cat([start, z], 1), stops) for start, z in zip(none, self, strict=True)))
+
+    def with_shares(self, others: _Masses) -> tuple[_Masses, Tensor]:
+        """Both together, and the share that the others have in them."""
+        top = torch.maximum(self.top, others.top)
+        other = (others.top - top).exp_().mul_(others.total)
+        total = (self.top - top).exp_().mul_(self.total).add_(other)
+        return _Masses(total, top), other.div_(total.masked_fill(total == 0, 1.0))
 
 
 def scan_forward(output: Tensor, lse: Tensor, blocks: int, reach: BlockReach) -> tuple[Tensor, Tensor]:
     """Merged states `[groups, blocks, slots, ...]`; a block that reads nothing gets output 0 and lse `-inf`."""
     groups, num_units, slots, head_dim = output.shape
-    merged, merged_lse = output.new_empty(groups, blocks, slots, head_dim), lse.new_empty(groups, blocks, slots)
-    units, results = _unbound(output, lse), _unbound(merged, merged_lse)
-    stops = [block * reach.units - reach.margin for block in range(blocks)]
-    for result, before in zip(results, _prefixes(units, stops), strict=True):
-        result.output.copy_(before.output)
-        result.lse.copy_(before.lse)
+    merged = lse.new_empty(groups, blocks, slots, head_dim)
+    units, results = output.unbind(1), merged.unbind(1)
+    mean, passed = lse.new_zeros(groups, slots, head_dim), 0
+    masses, shares = _prefixes(lse)
+    stops = [_clipped(block * reach.units - reach.margin, num_units) for block in range(blocks)]
+    for result, stop in zip(results, stops, strict=True):
+        for unit, share in zip(units[passed:stop], shares[passed:stop], strict=True):
+            mean = torch.lerp(mean, unit.to(mean.dtype), share, out=result)
+        if mean is not result:
+            result.copy_(mean)
+        mean, passed = result, max(passed, stop)
+    masses = masses.at(stops)
     if not reach.is_causal:
-        stops = [num_units - (block + 1) * reach.units - reach.margin for block in reversed(range(blocks))]
-        for result, after in zip(reversed(results), _prefixes(units[::-1], stops), strict=True):
-            both = merge_states([result, after])
-            result.output.copy_(both.output)
-            result.lse.copy_(both.lse)
-    return merged, merged_lse
+        after, shares = _prefixes(lse.flip(1))
+        stops = [_clipped(num_units - (block + 1) * reach.units - reach.margin, num_units) for block in range(blocks)]
+        masses, parts = masses.with_shares(after.at(stops))
+        mean, passed = lse.new_zeros(groups, slots, head_dim), 0
+        backwards = zip(results[::-1], stops[::-1], parts.unsqueeze(-1).unbind(1)[::-1], strict=True)
+        for result, stop, part in backwards:
+            for unit, share in zip(units[::-1][passed:stop], shares[passed:stop], strict=True):
+                mean.lerp_(unit.to(mean.dtype), share)
+            result.lerp_(mean, part)
+            passed = max(passed, stop)
+    return merged.to(output.dtype), masses.total.log_().add_(masses.top)
 
 
-def _prefixes(units: Sequence[AttentionState], stops: Sequence[int]) -> Iterator[AttentionState]:
-    """The units before each stop, merged; stops rise. What is yielded changes with the next step."""
-    mean = torch.zeros_like(units[0].output, dtype=units[0].lse.dtype)
-    # The weights so far, relative to the largest.
-    total, top = torch.zeros_like(units[0].lse), torch.full_like(units[0].lse, torch.finfo(mean.dtype).min)
-    passed = 0
-    for stop in stops:
-        for unit in units[passed : max(passed, stop)]:
-            new_top = torch.maximum(top, unit.lse)
-            new = (unit.lse - new_top).exp_()
-            total.mul_(top.sub_(new_top).exp_()).add_(new)
-            top = new_top
-            mean.lerp_(unit.output.to(new.dtype), (new / total.masked_fill(total == 0, 1.0)).unsqueeze(-1))
-        passed = max(passed, stop)
-        yield AttentionState(mean, total.log().add_(top))
+def _prefixes(lse: Tensor) -> tuple[_Masses, tuple[Tensor, ...]]:
+    """Sums over every unit and those before it, and the share `[groups, slots, 1]` that each unit has in its sum."""
+    lowest = torch.finfo(lse.dtype).min
+    top = lse.cummax(1).values.clamp_min_(lowest)
+    before = torch.cat([torch.full_like(top[:, :1], lowest), top[:, :-1]], 1)
+    new = (lse - top).exp_()
+    total = _recurrence((before - top).exp_(), new)
+    shares = new / total.masked_fill(total == 0, 1.0)
+    return _Masses(total, top), shares.unsqueeze(-1).unbind(1)
+
+
+def _recurrence(decay: Tensor, new: Tensor) -> Tensor:
+    """`x_n = decay_n x_(n-1) + new_n` along dimension 1, from 0."""
+    results = torch.empty_like(new)
+    before = torch.zeros_like(new[:, 0]) if new.shape[1] else new
+    for result, factor, term in zip(results.unbind(1), decay.unbind(1), new.unbind(1), strict=True):
+        before = torch.addcmul(term, before, factor, out=result)
+    return results
+
+
+def _clipped(stop: int, units: int) -> int:
+    return min(max(0, stop), units)
+
+
+def _at(x: Tensor, places: Sequence[int]) -> Tensor:
+    """Entries of dimension 1."""
+    entries = x.unbind(1)
+    return torch.stack([entries[place] for place in places], 1) if places else x[:, :0]
 
 
 def scan_backward(

@@ -21,7 +21,7 @@ def causal_slot_attention(inputs: SlotInputs, chunk: int) -> AttentionState:
         chunk: Tokens, a power of two, whose keys and queries meet one by one (intra-chunk) rather than through sums
             over keys (inter-chunk).
     Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
-    Cost: O(tokens * slots * (head_dim + chunk)) time; beside inputs and results O(tokens / (16 chunk) * slots *
+    Cost: O(tokens * slots * (head_dim + chunk)) time; beside inputs and results O(tokens / (8 chunk) * slots *
         head_dim) memory.
     """
     lead = inputs.query.shape[:2]

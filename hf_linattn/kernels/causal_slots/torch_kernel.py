@@ -1,63 +1,43 @@
 r"""Causal attention through slots in plain torch: chunk after chunk, sums over earlier keys are the prefix state.
 
 Query t reads key n <= t with weight `sum_j exp(a[t, j] + c[j, n])`. With a reference `m_j` for every slot this is a
-product of features `exp(a + m - s)` and `exp(c - m)`, so that a chunk needs the state
+product of features `F[t, j] = exp(a + m - s)` and `G[n, j] = exp(c - m)`, so that a chunk needs the state
 
     sums S_j = sum_n exp(c[j, n] - m_j) v_n        mass z_j = sum_n exp(c[j, n] - m_j)
 
-of the keys before it and the products inside it. `m_j` is the running maximum of `c`: nothing overflows. It may be
-that of a key which some queries of the chunk do not see yet. Where this could make what they do see underflow
-(`_safe_top`), the chunk is cut in two; a chunk of one token is always safe.
+of the keys before it and the products inside it. With `V` the values and a column of ones, and `S` the sums and the
+mass, all the products of a chunk are, from the first chunk to the last,
+
+    R = F S + A V,  A = lower triangle of F G^T        S <- S + G^T V        output and total are the columns of R
+
+and in the backward pass, with `d` the gradients of the output and the shift `-(d . output - d lse)` as one more
+column, both divided by the total, and `P` the lower triangle of `d V^T`,
+
+    dF = d S^T + P G    S <- S + G^T V         from the first chunk of a segment to the last, and
+    dG = V U^T + P^T F    dV = G U + A^T d    U <- U + F^T d        from the last to the first.
+
+Gradients of log-weights are those of features times the features. Only products with `S` and `U` wait for each other;
+all others are computed for a segment of chunks at a time. Its tokens share the references (`pieces`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..slot_inputs import SlotInputs
+from .pieces import Maps, Memory, Piece, pieces
 
-# Elements of the logits of a chunk, of some rows and heads, per thread.
-_TILE = {"cpu": 1 << 16}
+# Features of keys of a segment, of some groups (rows and heads), per thread.
+_TILE = {"cpu": 1 << 19}
 _LARGE_TILE = 1 << 25
-# A state is kept for the backward pass every so many chunks; those in between are computed again.
-_SEGMENT = 16
+# Chunks of a segment. The state before each is kept for the backward pass; those within are computed again.
+_SEGMENT = 8
 # Places in `SlotInputs` of what all tokens share: gradients are summed over them.
 _SLOTS = (1, 2, 5, 6)
-
-
-class _State(NamedTuple):
-    """`[groups, slots, head_dim]` and twice `[groups, slots, 1]`; `top` is the lowest number before the first key."""
-
-    sums: Tensor
-    mass: Tensor
-    top: Tensor
-
-
-class _Keys(NamedTuple):
-    """The keys of a chunk (or of a part of one), relative to the references of `before`."""
-
-    part: slice
-    features: Tensor  # `[groups, slots, tokens]`, at most 1
-    before: _State  # the keys before the chunk
-    decay: Tensor  # what their state was multiplied with, to be relative to the same references
-
-
-class _Queries(NamedTuple):
-    """The queries of a chunk: their weights are `exp(top)` times these."""
-
-    features: Tensor  # `[groups, tokens, slots]`, at most 1
-    product: Tensor  # with the keys of the chunk, `[groups, tokens, tokens]`, 0 for later ones
-    top: Tensor  # `[groups, tokens, 1]`
-
-    def total(self, before: _State) -> Tensor:
-        """The sum of a query's weights, of the keys before the chunk and in it, `[groups, tokens, 1]`."""
-        return (self.features @ before.mass).add_(self.product.sum(-1, keepdim=True))
 
 
 def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,29 +45,30 @@ def causal_forward(inputs: SlotInputs, chunk: int) -> tuple[Tensor, Tensor, Tens
 
     Args: as `causal_slot_attention`, with batch and heads as one dimension of groups.
     Returns: `[groups, tokens, head_dim]`, `[groups, tokens]`, `[groups, kept, slots, head_dim]` and `[groups, kept,
-        slots, 2]`.
+        slots, 2]`: sums, mass and reference.
     """
     (groups, tokens, _), slots, head_dim = inputs.query.shape, inputs.key_slots.shape[1], inputs.value.shape[-1]
     kept, wide = kept_states(tokens, chunk), inputs.key_bias
     output, lse = inputs.value.new_empty(groups, tokens, head_dim), wide.new_empty(groups, tokens)
     sums, masses = wide.new_empty(groups, kept, slots, head_dim), wide.new_empty(groups, kept, slots, 2)
     for part, group in _some_groups(inputs, chunk):
-        state = _empty_state(group)
-        for number, start in enumerate(range(0, tokens, chunk)):
-            if number % _SEGMENT == 0:
-                sums[part, number // _SEGMENT] = state.sums
-                masses[part, number // _SEGMENT] = torch.cat(state[1:], -1)
-            stop = min(start + chunk, tokens)
-            for keys, after in _safe_parts(group, slice(start, stop), state):
-                _write_outputs(group, keys, output[part], lse[part])
-                state = after
+        memory = Memory(wide)
+        maps = Maps(group, memory)
+        state = memory.with_column("state", wide.new_zeros(*maps.bias.shape, head_dim), 0.0, filled=True)
+        top = torch.full_like(maps.bias, torch.finfo(wide.dtype).min)  # the lowest number
+        for number, where in enumerate(_segments(tokens, chunk)):
+            sums[part, number] = state[..., :head_dim]
+            masses[part, number, :, 0], masses[part, number, :, 1] = state[..., head_dim], top
+            for piece in pieces(group, maps, where, chunk, top, memory):
+                _write_outputs(group, piece, state.mul_(piece.decay.unsqueeze(-1)), output[part], lse[part])
+                top = piece.top
     return output, lse, sums, masses
 
 
 def causal_backward(
     grads: AttentionState, inputs: SlotInputs, results: Sequence[Tensor], needs: Sequence[bool], chunk: int
 ) -> list[Tensor | None]:
-    """Gradients of the eight tensors of `inputs`, where `needs` says so: the chunks in reverse order.
+    """Gradients of the eight tensors of `inputs`, where `needs` says so: the segments in reverse order.
 
     Args:
         grads: Of output and log-sum-exp. results: All four of `causal_forward`. The log-sum-exp only says which
@@ -98,21 +79,15 @@ def causal_backward(
         (torch.zeros if i in _SLOTS else torch.empty)(z.shape, dtype=lse.dtype, device=z.device) if needed else None
         for i, (z, needed) in enumerate(zip(inputs, needs, strict=True))
     ]
-    tokens, length = inputs.query.shape[1], chunk * _SEGMENT
+    segments = _segments(inputs.query.shape[1], chunk)
     for part, group in _some_groups(inputs, chunk):
         of_group = [None if total is None else total[part] for total in found]
         upstream = AttentionState(grads.output[part], grads.lse[part])
         pass_back = _Backward(group, upstream, output[part], lse[part], of_group)
-        for segment in reversed(range(sums.shape[1])):
-            mass, top = masses[part, segment].split(1, -1)
-            start = segment * length
-            state, chunks = _State(sums[part, segment], mass, top), []
-            for first in range(start, min(start + length, tokens), chunk):
-                for keys, after in _safe_parts(group, slice(first, min(first + chunk, tokens)), state):
-                    chunks.append(keys)
-                    state = after
-            while chunks:
-                pass_back.chunk(chunks.pop())
+        for number in reversed(range(len(segments))):
+            mass, top = masses[part, number].unbind(-1)
+            state = torch.cat([sums[part, number], mass.unsqueeze(-1)], -1).mT.contiguous()
+            pass_back.segment(segments[number], chunk, state, top)
     return [None if grad is None else grad.to(z.dtype) for grad, z in zip(found, inputs, strict=True)]
 
 
@@ -121,88 +96,40 @@ def kept_states(tokens: int, chunk: int) -> int:
     return -(-tokens // (chunk * _SEGMENT))
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------
+def _segments(tokens: int, chunk: int) -> list[slice]:
+    length = chunk * _SEGMENT
+    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
 def _some_groups(inputs: SlotInputs, chunk: int) -> list[tuple[slice, SlotInputs]]:
-    """So many groups at a time that the logits of a chunk stay in the caches."""
+    """So many groups at a time that what is computed of a segment stays in the caches."""
     budget = _TILE["cpu"] * torch.get_num_threads() if inputs.query.device.type == "cpu" else _LARGE_TILE
-    return inputs.in_groups(chunk * inputs.key_slots.shape[1], budget)
+    tokens = min(inputs.query.shape[1], chunk * _SEGMENT)
+    return inputs.in_groups(tokens * inputs.key_slots.shape[1], budget)
 
 
-def _empty_state(inputs: SlotInputs) -> _State:
-    groups, slots, _ = inputs.key_slots.shape
-    sums = inputs.key_bias.new_zeros(groups, slots, inputs.value.shape[-1])
-    mass = sums.new_zeros(groups, slots, 1)
-    return _State(sums, mass, torch.full_like(mass, torch.finfo(mass.dtype).min))
-
-
-# -- one chunk -------------------------------------------------------------------------------------------------------
-
-
-def _safe_top(c: Tensor, state: _State) -> Tensor | None:
-    """The new reference of every slot, `[groups, slots, 1]`; `None` if the chunk has to be cut.
-
-    It is safe if nothing that a query sees can underflow because of the reference of a key that it does not see. A
-    query sees the keys before the chunk and its own: the reference may not be far above both. e^-28 of the largest
-    weight is below the rounding of float32; float64 has room to spare.
-    """
-    top = torch.maximum(c.amax(-1, keepdim=True), state.top)
-    room = -math.log(torch.finfo(c.dtype).tiny) - 28
-    if c.shape[-1] == 1 or bool((top - state.top).amax() <= room):
-        return top
-    # Padding does not count.
-    lowest = c.masked_fill(c == float("-inf"), float("inf")).amin(-1, keepdim=True)
-    return top if bool((top - torch.maximum(lowest, state.top)).amax() <= room) else None
-
-
-def _safe_parts(inputs: SlotInputs, part: slice, state: _State) -> Iterator[tuple[_Keys, _State]]:
-    """A chunk in as few parts as is safe, given the state before it; each with the state after it."""
-    # Without the bias of the slots, which may as well go to the query's side.
-    bias = inputs.key_bias[:, part].unsqueeze(1)
-    c = (inputs.key_slots.to(bias.dtype) @ inputs.key[:, part].to(bias.dtype).mT).add_(bias)
-    top = _safe_top(c, state)
-    if top is None:
-        middle = (part.start + part.stop + 1) // 2
-        for half in (slice(part.start, middle), slice(middle, part.stop)):
-            for keys, after in _safe_parts(inputs, half, state):
-                yield keys, after
-                state = after
-        return
-    decay = (state.top - top).exp_()
-    before = _State(state.sums * decay, state.mass * decay, top)
-    features = c.sub_(top).exp_()
-    sums = torch.baddbmm(before.sums, features, inputs.value[:, part].to(inputs.key_bias.dtype))
-    yield _Keys(part, features, before, decay), _State(sums, before.mass + features.sum(-1, keepdim=True), top)
-
-
-def _query_features(inputs: SlotInputs, keys: _Keys) -> _Queries:
-    # References are large where keys are long, and similar: what they have in common is added last, to the lse.
-    common, wide = keys.before.top.amax(1, keepdim=True), inputs.key_bias.dtype
-    slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).unsqueeze(1)
-    features = inputs.query[:, keys.part].to(wide) @ inputs.query_slots.to(wide).mT
-    features.add_((keys.before.top - common).mT + slot_bias)
-    top = features.amax(-1, keepdim=True)
-    features.sub_(top).exp_()
-    product = (features @ keys.features).tril_()  # later keys have weight 0
-    return _Queries(features, product, top + common)
-
-
-def _write_outputs(inputs: SlotInputs, keys: _Keys, output: Tensor, lse: Tensor) -> None:
-    """Write the results of a chunk."""
-    part, before, queries = keys.part, keys.before, _query_features(inputs, keys)
-    total = queries.total(before)
-    result = torch.baddbmm(
-        queries.features @ before.sums, queries.product, inputs.value[:, part].to(inputs.key_bias.dtype)
-    )
+def _write_outputs(inputs: SlotInputs, piece: Piece, state: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Write the results of a piece; `state`, `[groups, slots, columns]`, becomes that of the tokens after."""
+    where, head_dim = piece.where, output.shape[-1]
+    value = piece.memory.with_column("value", inputs.value[:, where], 1.0, filled=True)
+    result = piece.memory.empty("result", *value.shape)
+    chunks = (piece.chunks(z) for z in (result, piece.queries, piece.keys, value))
+    for of_chunk, queries, keys, values in zip(*chunks, strict=True):
+        torch.bmm(queries, state, out=of_chunk)
+        state.baddbmm_(keys.mT, values)
+    piece.joined(result).baddbmm_(piece.pairs, piece.joined(value))
+    total = result[..., head_dim : head_dim + 1].contiguous()
     empty = total == 0
     total.masked_fill_(empty, 1.0)
-    output[:, part] = result.div_(total)
-    lse[:, part] = total.log_().add_(queries.top).masked_fill_(empty, float("-inf")).squeeze(-1)
+    torch.div(result[..., :head_dim], total, out=output[:, where])
+    lse[:, where] = total.log_().add_(piece.query_top).masked_fill_(empty, float("-inf")).squeeze(-1)
 
 
 class _Backward:
-    """Carries the gradient of the state from later chunks to earlier ones."""
+    """Carries the gradient of the state, `after`, from later segments to earlier ones.
+
+    States are transposed here, `[groups, head_dim + 1, slots]`.
+    """
 
     def __init__(
         self, inputs: SlotInputs, grads: AttentionState, output: Tensor, lse: Tensor, found: list[Tensor | None]
@@ -211,47 +138,68 @@ class _Backward:
         # Of a query that sees nothing all weights are 0 anyway, and the gradient of its log-sum-exp may be NaN.
         empty = lse == float("-inf")
         self.grad_output, self.grad_lse, self.output = grads.output, grads.lse.masked_fill(empty, 0.0), output
-        self.sums, self.mass, _ = _empty_state(inputs)
+        self.memory = Memory(lse)
+        self.maps = Maps(inputs, self.memory)
+        self.after = lse.new_zeros(inputs.query.shape[0], output.shape[-1] + 1, self.maps.bias.shape[-1])
 
-    def chunk(self, keys: _Keys) -> None:
-        """Gradients of a chunk."""
-        part, before, queries = keys.part, keys.before, _query_features(self.inputs, keys)
-        values = self.inputs.value[:, part].to(self.inputs.key_bias.dtype)
-        grads = self.grad_output[:, part].to(values.dtype)
-        shift = (grads * self.output[:, part].to(values.dtype)).sum(-1, keepdim=True)
-        shift -= self.grad_lse[:, part].unsqueeze(-1)
-        # Everything is linear in features divided by the total of a query.
-        total = queries.total(before)
-        total.masked_fill_(total == 0, 1.0)
-        grads, shift = grads / total, shift / total
-        pairs = torch.baddbmm(-shift, grads, values.mT).tril_()  # later keys have weight 0
+    def segment(self, where: slice, chunk: int, state: Tensor, top: Tensor) -> None:
+        """Gradients of a segment, given the state before it and its references."""
+        done = []
+        for piece in pieces(self.inputs, self.maps, where, chunk, top, self.memory):
+            values = piece.memory.with_column("value", self.inputs.value[:, piece.where], 1.0)
+            grads = self._grads(piece, state.mul_(piece.decay.unsqueeze(1)))
+            pairs = piece.products("gradients of pairs", grads, values)
+            self._to_queries(piece, values, grads, pairs, state)
+            done.append((piece, values, grads, pairs))
+        while done:
+            self._to_keys(*done.pop())
 
-        grad_query = torch.baddbmm(grads @ before.sums.mT, pairs, keys.features.mT)
-        grad_query.addcmul_(shift, before.mass.mT, value=-1).mul_(queries.features)
-        grad_key = torch.baddbmm(self.sums @ values.mT, queries.features.mT, pairs).add_(self.mass).mul_(keys.features)
+    def _grads(self, piece: Piece, state: Tensor) -> Tensor:
+        """Gradients of output and total: everything is linear in features divided by the total of a query."""
+        where, dtype = piece.where, state.dtype
+        grads = self.grad_output[:, where].to(dtype)
+        shift = (grads * self.output[:, where].to(dtype)).sum(-1).sub_(self.grad_lse[:, where])
+        mass = piece.keys.unflatten(1, (-1, piece.chunk)).sum(2)
+        mass = torch.cat([state[:, -1:], mass[:, :-1]], 1).cumsum_(1)  # before every chunk
+        total = piece.joined(piece.queries) @ mass.flatten(0, 1).unsqueeze(-1)
+        total = total.add_(piece.pairs.sum(-1, keepdim=True)).view_as(piece.query_top)
+        return piece.memory.with_column("grads", grads, shift.neg_()).div_(total.masked_fill_(total == 0, 1.0))
+
+    def _to_queries(self, piece: Piece, values: Tensor, grads: Tensor, pairs: Tensor, state: Tensor) -> None:
+        """Gradients of queries; `state` becomes that of the tokens after."""
+        found = piece.memory.empty("gradients of features", *piece.queries.shape)
+        chunks = (piece.chunks(z) for z in (found, grads, piece.keys, values))
+        for of_chunk, grad, keys, value in zip(*chunks, strict=True):
+            torch.bmm(grad, state, out=of_chunk)
+            state.baddbmm_(value.mT, keys)
+        piece.joined(found).baddbmm_(pairs, piece.joined(piece.keys))
+        self._add((0, None, 1, 2), found.mul_(piece.queries), piece.where)
+
+    def _to_keys(self, piece: Piece, values: Tensor, grads: Tensor, pairs: Tensor) -> None:
+        """Gradients of keys and values; `after` becomes that of the tokens before."""
+        found = piece.memory.empty("gradients of features", *piece.keys.shape)
+        of_values = piece.memory.empty("gradients of values", *grads.shape[:-1], grads.shape[-1] - 1)
+        chunks = (piece.chunks(z) for z in (found, of_values, piece.keys, values, piece.queries, grads))
+        for of_chunk, of_value, keys, value, queries, grad in reversed(list(zip(*chunks, strict=True))):
+            torch.bmm(value, self.after, out=of_chunk)
+            torch.bmm(keys, self.after[:, :-1].mT, out=of_value)
+            self.after.baddbmm_(grad.mT, queries)
+        self.after.mul_(piece.decay.unsqueeze(1))
+        piece.joined(found).baddbmm_(pairs.mT, piece.joined(piece.queries))
+        self._add((3, 4, 5, 6), found.mul_(piece.keys), piece.where)
         if self.found[7] is not None:
-            _write(self.found[7][:, part], keys.features.mT, self.sums).baddbmm_(queries.product.mT, grads)
-        self._add((0, None, 1, 2), grad_query, part, of_keys=False)
-        self._add((3, 4, 5, 6), grad_key, part, of_keys=True)
+            piece.joined(of_values).baddbmm_(piece.pairs.mT, piece.joined(grads)[..., :-1])
+            self.found[7][:, piece.where] = of_values
 
-        self.sums = torch.baddbmm(self.sums, queries.features.mT, grads).mul_(keys.decay)
-        self.mass = self.mass.sub((queries.features * shift).sum(1).unsqueeze(-1)).mul_(keys.decay)
-
-    def _add(self, which: tuple[int, int | None, int, int], grad: Tensor, part: slice, *, of_keys: bool) -> None:
+    def _add(self, which: tuple[int, int | None, int, int], grad: Tensor, where: slice) -> None:
         """Add what follows from the gradients of logits to those of tokens, their bias, slots and their bias."""
         tokens, bias, slots, slot_bias = (None if i is None else self.found[i] for i in which)
         given_tokens, given_slots = self.inputs[which[0]], self.inputs[which[2]]
-        by_token = grad.mT if of_keys else grad
         if tokens is not None:
-            _write(tokens[:, part], by_token, given_slots.to(grad.dtype))
+            torch.bmm(grad, given_slots.to(grad.dtype), out=tokens[:, where])
         if bias is not None:
-            torch.sum(by_token, -1, out=bias[:, part])
+            torch.sum(grad, -1, out=bias[:, where])
         if slots is not None:
-            slots += by_token.mT @ given_tokens[:, part].to(grad.dtype)
+            slots.baddbmm_(grad.mT, given_tokens[:, where].to(grad.dtype))
         if slot_bias is not None:
-            slot_bias += by_token.sum(1)
-
-
-def _write(place: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` into a part of a tensor that may not be initialised."""
-    return torch.baddbmm(place, left, right, beta=0, out=place)
+            slot_bias += grad.sum(1)
