@@ -60,8 +60,9 @@ def faults(graph: torch.fx.Graph) -> list[str]:
     """What keeps a graph from being recorded: operators for the host, and tensors that are elsewhere."""
     found = []
     for node in graph.nodes:
-        devices = {z.device.type for z in tree_leaves(node.meta.get("val")) if isinstance(z, Tensor)}
-        if name_of(node.target) in HOST or devices - {"meta"} or node.op == "get_attr":
+        value = getattr(graph.owning_module, node.target) if node.op == "get_attr" else node.meta.get("val")
+        devices = {z.device.type for z in tree_leaves(value) if isinstance(z, Tensor)}
+        if name_of(node.target) in HOST or devices - {"meta"}:
             found.append(f"{node.format_node()} {devices}")
     return found
 
