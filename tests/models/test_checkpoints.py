@@ -17,6 +17,7 @@ from transformers import (
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError
 from hf_linattn.models import COUNTERPARTS
+from hf_linattn.modules.base import LinearAttention
 
 LOADING: list[dict[str, Any]] = [
     {},
