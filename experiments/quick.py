@@ -36,7 +36,8 @@ from hf_linattn.bench.results import Results
 
 RUNS = (
     "attention --lengths 256,1024,4096 --peers sdpa --seconds 0.1",
-    "models --lengths 256 --layers 1 --models minilm,gpt2,vit --seconds 0.2",
+    # The sizes are those that every version had by default, to compare the same with the same.
+    "models --lengths 256 --layers 1 --models minilm,gpt2,vit --batch 1 --num-features 256 --seconds 0.2",
     "generation --lengths 1024 --layers 2 --seconds 0.4",
 )
 MEAN_LIMIT, FIGURE_LIMIT = 1.03, 1.10

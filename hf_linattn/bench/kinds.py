@@ -20,6 +20,7 @@ from .workload import AttentionCall, Contender, Unavailable, Workload, make_inpu
 CALIBRATION_TOKENS = 2048
 # Of random features; peers have as many. Learned maps have the number of their kind's preset.
 SIZES = {"num_features": 256, "num_landmarks": 64, "num_chunks": 64}
+MODEL_SIZES = dict.fromkeys(SIZES, 64)  # in whole models
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class KindOptions:
             without a window (EVA) takes `eva_window` instead of 0.
         eva_chunk_size: Tokens per chunk in a causal layer that keeps a summary per chunk; a divisor of the window.
         learned: Learned maps, not trained: what they cost does not depend on their values.
+        exact_below: Tokens below which an input is exact softmax; 0 for none.
     """
 
     num_features: int | None = None
@@ -41,6 +43,7 @@ class KindOptions:
     eva_window: int = 64
     eva_chunk_size: int = 16
     learned: bool = False
+    exact_below: int = 0
 
     def __post_init__(self) -> None:
         for name, size in SIZES.items():
@@ -53,6 +56,8 @@ class KindOptions:
         values: dict[str, Any] = {"kind": kind, "window_size": self.window_size}
         if self.learned:
             values["learned"] = True
+        if self.exact_below:
+            values["exact_below"] = self.exact_below
         if getattr(self, declared.size_field, None) is not None:
             values[declared.size_field] = getattr(self, declared.size_field)
         if declared.bound_field is not None:
@@ -67,7 +72,8 @@ def kind_contender(kind: str, options: KindOptions) -> Contender:
     config = options.config(kind)
     learned = ", learned" if options.learned else ""
     window = f", window {config.window_size}" if config.window_size else ""
-    return Contender(f"{kind}{learned}{window}", "linear", partial(_build, config, options.learned), config)
+    exact = f", exact below {options.exact_below}" if options.exact_below else ""
+    return Contender(f"{kind}{learned}{window}{exact}", "linear", partial(_build, config, options.learned), config)
 
 
 def registered(name: str, module: nn.Module) -> AttentionCall:

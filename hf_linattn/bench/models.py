@@ -1,4 +1,4 @@
-"""Whole models with random weights on long inputs, under softmax and converted."""
+"""Whole models with random weights, under softmax and converted."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from .workload import DTYPES, Workload, check_length, choose
 
 PATCH, CHANNELS = 16, 3
 CALIBRATION_TOKENS = 1024
+# Texts of short classifiers, patches and [CLS] of a ViT, the longest input of BERT and of GPT-2, and documents.
+LENGTHS = (128, 14 * 14 + 1, 256, 512, 1024, 4096)
+BATCH, MOST_TOKENS = 8, 8192
 NO_DROPOUT = dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0
 )
@@ -50,24 +53,13 @@ def run_models(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row
 
 
 def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[Row]:
-    torch.manual_seed(0)
-    make_config, sizes = MODELS[name]
-    if plan.layers is not None:
-        sizes = {**sizes, "num_hidden_layers": plan.layers}
-    if name == "vit":
-        side = max(1, round(math.sqrt(tokens)))  # of the square image that has about so many patches
-        tokens, sizes = side**2 + 1, {**sizes, "image_size": PATCH * side, "patch_size": PATCH}  # and [CLS]
-    config: Any = make_config(**NO_DROPOUT, **sizes, max_position_embeddings=tokens)
-    heads, width = config.num_attention_heads, config.hidden_size
-    work = Workload(tokens, plan.batch, heads, width // heads, name == "gpt2", dtype, mode, plan.device)
-    model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
-    batch = _batch(work, config)
+    model, batch, work = stock_model(plan, name, tokens, dtype, mode)
 
     def make(config: AttentionConfig | None) -> Callable[[], object]:
         if config is None:
             check_length(work, plan.max_softmax_length)
-            return _step(model, batch, work)
-        return _step(converted(model, config, batch), batch, work)
+            return model_step(model, batch, work)
+        return model_step(converted(model, config, batch), batch, work)
 
     entries = []
     for contender in plan.model_contenders():
@@ -75,6 +67,29 @@ def _run_one(plan: Plan, name: str, tokens: int, dtype: str, mode: str) -> list[
         row.name += ", converted" if contender.config else ""
         entries.append((row, partial(make, contender.config)))
     return race(entries, plan.seconds)
+
+
+def stock_model(
+    plan: Plan, name: str, tokens: int, dtype: str = "float32", mode: str = "forward"
+) -> tuple[PreTrainedModel, dict[str, Tensor], Workload]:
+    """A model of `MODELS` under softmax, a batch for it, and what its attention is given.
+
+    Args:
+        tokens: Of a row; a ViT gets the square image that has about so many patches.
+    """
+    torch.manual_seed(0)
+    make_config, sizes = MODELS[name]
+    if plan.layers is not None:
+        sizes = {**sizes, "num_hidden_layers": plan.layers}
+    if name == "vit":
+        side = max(1, round(math.sqrt(tokens)))
+        tokens, sizes = side**2 + 1, {**sizes, "image_size": PATCH * side, "patch_size": PATCH}  # and [CLS]
+    config: Any = make_config(**NO_DROPOUT, **sizes, max_position_embeddings=tokens)
+    heads, width = config.num_attention_heads, config.hidden_size
+    batch_size = plan.batch if plan.most_tokens is None else max(1, min(plan.batch, plan.most_tokens // tokens))
+    work = Workload(tokens, batch_size, heads, width // heads, name == "gpt2", dtype, mode, plan.device)
+    model = AutoModel.from_config(config, attn_implementation="sdpa").to(work.device, DTYPES[dtype])
+    return model, _batch(work, config), work
 
 
 def converted(model: PreTrainedModel, config: AttentionConfig, batch: dict[str, Tensor]) -> PreTrainedModel:
@@ -108,7 +123,8 @@ def _batch(work: Workload, config: Any) -> dict[str, Tensor]:
     return {"input_ids": ids.to(work.device)}
 
 
-def _step(model: PreTrainedModel, batch: dict[str, Tensor], work: Workload) -> Callable[[], object]:
+def model_step(model: PreTrainedModel, batch: dict[str, Tensor], work: Workload) -> Callable[[], object]:
+    """What is timed: a forward pass without autograd, or one with the gradients of all parameters."""
     given = {**batch, **({"use_cache": False} if work.is_causal else {})}
 
     def step() -> object:

@@ -31,7 +31,9 @@ class Plan:
         causal: Directions to run: False, True or both.
         seconds: Time for each contender at each workload.
         max_softmax_length: Longest input for softmax; `None` for no limit.
+        beside: Other options that every kind also runs with, in the same turns.
         models: Names of `models.MODELS`, with so many `layers`; `None` for their own, in `generation` for 4.
+        most_tokens: Of a batch of `models`: longer inputs have fewer rows. `None` for no limit.
         checkpoint: A GPT-2 for `generation` instead of random weights; positions that it does not have are added.
         max_chunks: In `generation` also run kinds whose state can be bounded, with this bound; 0 for not.
         piece: Tokens per call while `generation` fills its caches.
@@ -50,12 +52,14 @@ class Plan:
     heads: int = 4
     head_dim: int = 64
     options: KindOptions = field(default_factory=KindOptions)
+    beside: tuple[KindOptions, ...] = ()
     device: str = "cpu"
     threads: int = 1
     seconds: float = 2.0
     max_softmax_length: int | None = 16384
     models: tuple[str, ...] = ("minilm", "bert", "gpt2", "vit")
     layers: int | None = None
+    most_tokens: int | None = None
     checkpoint: str | None = None
     max_chunks: int = 64
     piece: int = 2048
@@ -76,9 +80,9 @@ class Plan:
         self.contenders()
 
     def kind_contenders(self) -> list[Contender]:
-        """Every kind with every window."""
-        both = product(self.kinds, self.windows)
-        made = [kind_contender(kind, replace(self.options, window_size=window)) for kind, window in both]
+        """Every kind with all options and every window."""
+        every = product((self.options, *self.beside), self.kinds, self.windows)
+        made = [kind_contender(kind, replace(options, window_size=window)) for options, kind, window in every]
         return list({contender.name: contender for contender in made}.values())
 
     @property

@@ -15,9 +15,10 @@ from ..bench import report
 from ..bench.attention import run_attention
 from ..bench.environment import describe
 from ..bench.generation import CONTEXTS, LAYERS, run_generation
-from ..bench.kinds import SIZES, KindOptions
+from ..bench.kinds import MODEL_SIZES, SIZES, KindOptions
 from ..bench.memory import run_memory
-from ..bench.models import run_models
+from ..bench.models import BATCH, MOST_TOKENS, run_models
+from ..bench.models import LENGTHS as MODEL_LENGTHS
 from ..bench.peers import PEERS
 from ..bench.plan import Plan
 from ..bench.plot import write_plot
@@ -48,7 +49,8 @@ def _listed(help: str, *names: str, parser: Any = name_list, **options: Any) -> 
 
 def _size(help: str, name: str) -> Any:
     """An option for a number of slots."""
-    return typer.Option(min=1, help=help, show_default=f"{SIZES[name]}, or the preset's if --learned")
+    default = f"{SIZES[name]}, in models {MODEL_SIZES[name]}, with learned maps the preset's"
+    return typer.Option(min=1, help=help, show_default=default)
 
 
 Count = Annotated[int, typer.Option(min=1)]
@@ -58,7 +60,9 @@ Count = Annotated[int, typer.Option(min=1)]
 def bench(
     context: typer.Context,
     what: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(RUNS)} or all; default: attention.")] = None,
-    lengths: Annotated[Any, _listed("Numbers of tokens", parser=_integers, show_default="256 .. 65536")] = None,
+    lengths: Annotated[
+        Any, _listed("Numbers of tokens", parser=_integers, show_default="256 .. 65536, in models 128 .. 4096")
+    ] = None,
     kinds: Annotated[Any, _listed("Kinds of attention", show_default="all")] = None,
     windows: Annotated[
         Any, _listed("Window sizes, 0 for none", "--window", parser=_integers, show_default="0, or the family's")
@@ -67,10 +71,19 @@ def bench(
     dtypes: Annotated[Any, _listed("float32, bfloat16, float16", "--dtype")] = "float32",
     mode: Annotated[str, typer.Option(help=f"Passes to time: {', '.join(MODES)} or both.")] = "both",
     peers: Annotated[Any, _listed("What to compare with", show_default=", ".join(PEERS))] = None,
-    batch: Count = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows.", show_default=f"1; models {BATCH}, of at most {MOST_TOKENS} tokens together"),
+    ] = None,
     heads: Count = 4,
     head_dim: Count = 64,
-    learned: Annotated[bool, typer.Option("--learned", help="Learned maps in place of random ones.")] = False,
+    learned: Annotated[
+        bool | None,
+        typer.Option("--learned/--random", help="Learned maps, or random ones.", show_default="random, models both"),
+    ] = None,
+    exact_below: Annotated[
+        int, typer.Option(min=0, help="Also with exact softmax for shorter inputs than that; 0 for not.")
+    ] = 0,
     num_features: Annotated[int | None, _size("Of FAVOR+, FAVOR# and the peers.", "num_features")] = None,
     num_landmarks: Annotated[int | None, _size("Of LARA.", "num_landmarks")] = None,
     num_chunks: Annotated[int | None, _size("Of bidirectional EVA.", "num_chunks")] = None,
@@ -125,7 +138,8 @@ def make_plan(benchmark: str, given: dict[str, Any]) -> Plan:
     is_generation, is_model = benchmark == "generation", benchmark in ("models", "generation")
     limit = CPU_SOFTMAX_LENGTH if given["device"] == "cpu" and not is_generation else None  # a step's cost is linear
     defaults: dict[str, Any] = {
-        "lengths": CONTEXTS if is_generation else LENGTHS,
+        "lengths": {"generation": CONTEXTS, "models": MODEL_LENGTHS}.get(benchmark, LENGTHS),
+        "batch": BATCH if benchmark == "models" else 1,
         "kinds": tuple(list_kinds()),
         "windows": (None,) if is_model else (0,),
         "peers": PEERS,
@@ -135,8 +149,21 @@ def make_plan(benchmark: str, given: dict[str, Any]) -> Plan:
     chosen = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     chosen["causal"] = (False, True) if given["causal"] is None else (given["causal"],)
     chosen["modes"] = MODES if given["mode"] == "both" else (given["mode"],)
-    chosen["options"] = KindOptions(**_of(KindOptions, chosen))
-    return Plan(**_of(Plan, chosen))
+    if benchmark == "models" and given["batch"] is None:
+        chosen["most_tokens"] = MOST_TOKENS
+    chosen["options"], *beside = _settings(benchmark, chosen)
+    return Plan(**_of(Plan, {**chosen, "beside": tuple(beside)}))
+
+
+def _settings(benchmark: str, given: dict[str, Any]) -> list[KindOptions]:
+    """The options that every kind runs with: random or learned maps, or both, and those exact below a length."""
+    common = {name: value for name, value in _of(KindOptions, given).items() if name not in ("learned", "exact_below")}
+    sizes = MODEL_SIZES if benchmark == "models" else SIZES
+    chosen = {name: size for name, size in sizes.items() if common.get(name) is None}
+    random, learned = KindOptions(**{**common, **chosen}), KindOptions(**common, learned=True)
+    both = [random, learned] if benchmark == "models" else [random]
+    made = both if given["learned"] is None else [learned if given["learned"] else random]
+    return [*made, replace(made[0], exact_below=given["exact_below"])] if given["exact_below"] else made
 
 
 def _of(record: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def require(passed: Tensor, condition: Tensor, message: str) -> Tensor:
     """
     if torch.jit.is_tracing():
         return torch.ops.hf_linattn.require(passed, condition, message)
-    if condition.device.type not in ("cpu", "cuda"):
+    if condition.device.type not in ("cpu", "cuda", "meta"):
         condition = condition.cpu()
     torch._assert_async(condition, message)
     return passed

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_linattn.bench import peers
+from hf_linattn.bench import kinds, peers
 from hf_linattn.bench.attention import run_attention
 from hf_linattn.bench.kinds import SIZES, KindOptions, kind_contender
 from hf_linattn.bench.models import MODELS, run_models
@@ -17,11 +17,14 @@ from hf_linattn.bench.peers import peer_contenders
 from hf_linattn.bench.plan import Plan
 from hf_linattn.bench.workload import Unavailable, Workload, make_inputs, make_step
 from hf_linattn.errors import ConfigError
+from hf_linattn.modules.config import AttentionConfig
+from hf_linattn.modules.kinds.favor_plus import FavorPlusConfig
 from hf_linattn.modules.registry import get_kind, list_kinds
 from hf_linattn.ops.favor.attention import favor_attention
 
 SMALL = Workload(65, batch=2, heads=2, head_dim=16)
 OPTIONS = KindOptions(num_features=32, num_landmarks=8, num_chunks=8)
+EXACT_IS_NEW = all(field.name != "exact_below" for field in fields(AttentionConfig))
 LEARNED = KindOptions(num_features=8, window_size=None, learned=True)
 
 
@@ -144,6 +147,31 @@ def test_whole_models(name: str) -> None:
         assert row.tokens_per_second > 0, row
         assert row.ratio > 0
     assert rows[0].work.tokens == (37 if name == "vit" else 36)
+
+
+def test_several_settings_in_one_run() -> None:
+    """Random and learned maps beside each other, and as many rows of a length as the tokens of a batch allow."""
+    plan = Plan((36,), ("favor_plus",), windows=(None,), seconds=1e-3, options=OPTIONS, modes=("forward",), batch=5)
+    plan = replace(plan, beside=(LEARNED,), models=("minilm",), layers=1, most_tokens=80)
+    (rows,) = run_models(plan)
+    assert [row.name for row in rows] == ["sdpa", "favor_plus, converted", "favor_plus, learned, converted"]
+    assert [row.settings and row.settings["num_features"] for row in rows] == [None, 32, 8]
+    assert {row.work.batch for row in rows} == {2}
+    assert all(row.ratio > 0 for row in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeConfig(FavorPlusConfig):
+    exact_below: int = 0
+
+
+def test_exact_below_is_a_setting_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    if EXACT_IS_NEW:  # a version whose kinds do not have it yet
+        KindOptions().config("favor_plus")
+        monkeypatch.setattr(kinds, "config_from_dict", FakeConfig.from_dict)
+    contender = kind_contender("favor_plus", replace(OPTIONS, exact_below=40))
+    assert contender.name == "favor_plus, exact below 40"
+    assert contender.config.to_dict()["exact_below"] == 40
 
 
 @pytest.mark.parametrize("name", ["minilm", "vit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hf_linattn.cli import bench, main
 from hf_linattn.cli.app import app
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+NOTHING_ASKED = {"learned": None, "num_features": None, "num_landmarks": None, "num_chunks": None}
 TINY = ["--lengths", "32,64", "--heads", "2", "--head-dim", "16", "--num-features", "16", "--seconds", "0.001"]
 
 
@@ -82,6 +84,44 @@ def test_memory_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["benchmark"] for row in found} == {"memory", "models"}
     assert all("reason" not in row for row in found)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "given", "expected"),
+    [
+        ("models", {}, [("64", False), ("preset", True)]),
+        ("models", {"learned": True}, [("preset", True)]),
+        ("models", {"learned": False, "num_features": 7}, [("7", False)]),
+        ("models", {"num_features": 7}, [("7", False), ("7", True)]),
+        ("attention", {}, [("256", False)]),
+        ("attention", {"learned": True}, [("preset", True)]),
+        ("generation", {}, [("256", False)]),
+    ],
+)
+@pytest.mark.parametrize("exact_below", [0, 300])
+def test_settings_of_a_plan(benchmark: str, given: dict, expected: list, exact_below: int) -> None:
+    """Which maps, with how many features; those exact below a length come last."""
+    asked = {**NOTHING_ASKED, **given, "exact_below": exact_below}
+    options = bench._settings(benchmark, asked)
+    made = [(str(one.num_features or "preset"), one.learned) for one in options if not one.exact_below]
+    assert made == expected
+    last = options[len(expected) :]
+    assert [one.exact_below for one in last] == [exact_below] * bool(exact_below)
+    assert all(replace(one, exact_below=0) == options[0] for one in last)
+
+
+def test_lengths_and_rows_of_models() -> None:
+    given = {**NOTHING_ASKED, "kinds": ("eva",), "exact_below": 0, "lengths": None, "batch": None, "device": "cpu"}
+    given |= {"causal": None, "mode": "both", "peers": None, "windows": None, "models": None, "dtypes": ("float32",)}
+    given |= {"max_softmax_length": None}
+    plan = bench.make_plan("models", given)
+    assert plan.lengths == (128, 197, 256, 512, 1024, 4096)
+    assert (plan.batch, plan.most_tokens, plan.windows) == (8, 8192, (None,))
+    assert [contender.name for contender in plan.kind_contenders()] == ["eva", "eva, learned"]
+    assert (bench.make_plan("models", {**given, "batch": 16}).most_tokens, bench.make_plan("memory", given).batch) == (
+        None,
+        1,
+    )
 
 
 @pytest.mark.parametrize(

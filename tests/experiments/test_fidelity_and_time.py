@@ -42,10 +42,14 @@ def test_picture(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(name in picture for name in script.POINTS)
 
 
-def test_speedups(script: Any) -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_speedups(script: Any, trains: bool) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     stock = BertModel(BertConfig(vocab_size=20, **size)).eval()
-    models = {"softmax": stock, "eva": script.converted(stock, {"kind": "eva"})}
-    found = script.speedups(models, {"input_ids": torch.randint(20, (1, 64))})
+    settings = {"eva": {"kind": "eva"}, "lara, learned": {"kind": "lara", "learned": True}}
+    models = {"softmax": stock, **{name: script.converted(stock, given) for name, given in settings.items()}}
+    found = script.speedups(models, {"input_ids": torch.randint(20, (1, 64))}, trains=trains)
     assert found["softmax"] == 1
-    assert found["eva"] > 0
+    assert found.keys() == models.keys()
+    assert all(value > 0 for value in found.values())
+    assert all(p.grad is None for model in models.values() for p in model.parameters()) is not trains

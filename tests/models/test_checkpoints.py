@@ -17,6 +17,7 @@ from transformers import (
 import hf_linattn
 from hf_linattn.errors import CheckpointError, ConfigError
 from hf_linattn.models import COUNTERPARTS
+from hf_linattn.modules.base import LinearAttention
 
 LOADING: list[dict[str, Any]] = [
     {},
@@ -60,6 +61,20 @@ def test_stock_checkpoint_into_a_converted_class(
         assert largest(ours - theirs) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["favor_plus", "favor_sharp"])
+def test_a_checkpoint_keeps_its_number_of_features(kind: str, tmp_path: Path) -> None:
+    """Version 0.1 wrote 256, then the default, into the settings; what is not written is today's default."""
+    model = hf_linattn.convert(BERT.build(), {"kind": kind})
+    assert model.config.linear_attention["num_features"] == 64
+    older = {**model.config.linear_attention, "num_features": 256}
+    config = hf_linattn.LinAttnBertConfig(**{**BERT.config().to_dict(), "linear_attention": older})
+    hf_linattn.LinAttnBertForMaskedLM(config).save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.config.linear_attention["num_features"] == 256
+    layers = [module for module in loaded.modules() if isinstance(module, LinearAttention)]
+    assert [layer.tensors()["projection"].shape[1] for layer in layers] == [256, 256]
+
+
 @pytest.mark.parametrize("form", ["favor_plus", {"kind": "favor_plus", "num_features": 7}, "object"])
 def test_forms_of_linear_attention(form: Any, stock: Path) -> None:
     form = hf_linattn.FavorPlusConfig(num_features=7) if form == "object" else form
@@ -67,7 +82,7 @@ def test_forms_of_linear_attention(form: Any, stock: Path) -> None:
     values = model.config.linear_attention
     assert values["kind"] == "favor_plus"
     assert values["version"] == 1
-    assert values["num_features"] == (256 if form == "favor_plus" else 7)
+    assert values["num_features"] == (64 if form == "favor_plus" else 7)
     assert values["layers"] == [0, 1]
     assert values["attention_dropout"] == 0.1
     assert model.config.attention_probs_dropout_prob == 0

@@ -25,7 +25,7 @@ from ..redraw import RedrawnAttention
 from ..registry import AttentionKind, register_kind
 
 # Slots per head: random features, and learned ones.
-RANDOM_FEATURES, LEARNED_FEATURES = 256, 32
+RANDOM_FEATURES, LEARNED_FEATURES = 64, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class FavorConfig(LearnedConfig):
     """Settings shared by FAVOR+ and FAVOR#.
 
     Args:
-        num_features: Features per head (M); `None` is 256, or 32 learned ones. Cost grows with it, the error of random
+        num_features: Features per head (M); `None` is 64, or 32 learned ones. Cost grows with it, the error of random
             features falls like its square root.
         orthogonal: Orthogonal directions; False draws them independently.
         shared_projection: One set of directions for all heads of a layer instead of one per head.

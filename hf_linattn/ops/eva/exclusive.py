@@ -23,9 +23,11 @@ def chunk_length(window_size: int, num_chunks: int, tokens: Tensor) -> Tensor:
 
     It divides `window_size`, or is a multiple of it.
     """
-    divisors = torch.tensor(_divisors(window_size), device=tokens.device)
     wanted = (-(-tokens // num_chunks)).clamp_min(1)
-    within = divisors[torch.searchsorted(divisors, wanted.clamp_max(window_size))]
+    # Made where the tokens are: a list of the divisors would have to be copied to a GPU in every call.
+    number = torch.arange(1, window_size + 1, device=tokens.device)
+    fits = (window_size % number == 0) & (number >= wanted[..., None])
+    within = torch.where(fits, number, window_size).amin(-1)
     return torch.where(wanted <= window_size, within, -(-wanted // window_size) * window_size)
 
 
@@ -176,13 +178,13 @@ def grid_table(
 
     A function of plain values, so `torch.compile` takes it as a constant.
     """
-    visible, partly_seen_windows = _grid_table((height, width), window, chunk, reach)
-    with outside_tracing():
-        return visible.to(device), None if partly_seen_windows is None else partly_seen_windows.to(device)
+    return _grid_table((height, width), window, chunk, reach, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> tuple[Tensor, Tensor | None]:
+def _grid_table(
+    grid: tuple[int, int], window: int, chunk: int, reach: int, device: str
+) -> tuple[Tensor, Tensor | None]:
     tokens = grid[0] * grid[1]
 
     def membership(around: WindowedBlocks) -> Tensor:  # [blocks, tokens]
@@ -194,7 +196,7 @@ def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> t
         alone, seen = membership(WindowedBlocks(windows)), membership(WindowedBlocks(windows, reach, reach))
         chunks = membership(WindowedBlocks(Blocks(tokens, chunk, grid)))
         touched = seen @ chunks.T > 0  # [windows, chunks]
-        visible = ~touched[None, :, None]
+        visible = (~touched[None, :, None]).to(device)
         if chunk <= window:
             return visible, None
         around = (touched.float() @ chunks @ alone.T > 0) & ~(seen @ alone.T > 0)
@@ -204,4 +206,4 @@ def _grid_table(grid: tuple[int, int], window: int, chunk: int, reach: int) -> t
         for number, row in enumerate(around):
             members = row.nonzero().squeeze(-1)
             partly_seen_windows[number, : len(members)] = members
-        return visible, partly_seen_windows[None]
+        return visible, partly_seen_windows[None].to(device)

@@ -43,7 +43,7 @@ def _log_of(feature: Tensor, epsilon: float) -> Tensor:
 
 def _log_plus(log_feature: Tensor, epsilon: float) -> Tensor:
     """`log(exp(log_feature) + epsilon)`."""
-    return torch.logaddexp(log_feature, log_feature.new_tensor(math.log(epsilon))) if epsilon else log_feature
+    return torch.logaddexp(log_feature, log_feature.new_full((), math.log(epsilon))) if epsilon else log_feature
 
 
 def _log_softplus(z: Tensor) -> Tensor:
