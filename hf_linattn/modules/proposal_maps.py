@@ -67,7 +67,7 @@ def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, Prop
     maps: list[ProposalMap | None] = []
     for side in ("query", "key"):
         if f"{side}_adapter" in state:
-            maps.append(functools.partial(_residual, state[f"{side}_adapter"]))
+            maps.append(_Residual(state[f"{side}_adapter"]))
         elif f"{side}_map_weight" in state:
             names = ("map_weight", "map_bias", "norm_weight", "norm_bias")
             maps.append(functools.partial(_linear, [state.get(f"{side}_{name}") for name in names]))
@@ -76,8 +76,16 @@ def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, Prop
     return maps[0], maps[1]
 
 
-def _residual(adapter: Tensor, z: Tensor) -> Tensor:
-    return z + z @ adapter.to(z.dtype)
+class _Residual:
+    """`z + z W_h`, which commutes with factors: no change of coordinates is needed."""
+
+    is_homogeneous = True
+
+    def __init__(self, adapter: Tensor) -> None:
+        self.adapter = adapter
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z + z @ self.adapter.to(z.dtype)
 
 
 def _linear(tensors: Sequence[Any], z: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ NOISE_SCALES = ("corrected", "published")
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
-# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape.
+# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape. One that commutes
+# with factors may say so by an attribute `is_homogeneous`; then it is given scaled means as they are.
 ProposalMap = Callable[[Tensor], Tensor]
 
 
