@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.inputs import ProposalMap
+from ..ops.inputs import ProposalMap, ResidualMap
 from .base import C, LinearAttention
 from .contract import LayerShape, StateTensor, zeros
 
@@ -67,25 +67,13 @@ def proposal_maps(state: Mapping[str, Tensor]) -> tuple[ProposalMap | None, Prop
     maps: list[ProposalMap | None] = []
     for side in ("query", "key"):
         if f"{side}_adapter" in state:
-            maps.append(_Residual(state[f"{side}_adapter"]))
+            maps.append(ResidualMap(state[f"{side}_adapter"]))
         elif f"{side}_map_weight" in state:
             names = ("map_weight", "map_bias", "norm_weight", "norm_bias")
             maps.append(functools.partial(_linear, [state.get(f"{side}_{name}") for name in names]))
         else:
             maps.append(None)
     return maps[0], maps[1]
-
-
-class _Residual:
-    """`z + z W_h`, which commutes with factors: no change of coordinates is needed."""
-
-    is_homogeneous = True
-
-    def __init__(self, adapter: Tensor) -> None:
-        self.adapter = adapter
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z + z @ self.adapter.to(z.dtype)
 
 
 def _linear(tensors: Sequence[Any], z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,9 +25,18 @@ NOISE_SCALES = ("corrected", "published")
 
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
 
-# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape. One that commutes
-# with factors may say so by an attribute `is_homogeneous`; then it is given scaled means as they are.
+# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape.
 ProposalMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualMap:
+    """`z + z A`, with `A` `[heads, head_dim, head_dim]`."""
+
+    adapter: Tensor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z + z @ self.adapter.to(z.dtype)
 
 
 def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm import half_norm
+from ...kernels.half_norm import half_norm, length_bias
 from ..slot_weights import LinearSlotWeights
 from .statistics import FavorStatistics
 
@@ -36,7 +36,7 @@ class FavorFeatureMap:
         """Log-weights `a[t, j]` of queries `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(query.dtype), self.statistics
         if statistics is None:
-            bias = half_norm(query).unsqueeze(-1) * -(self.root**2) - self.log_count
+            bias = length_bias(query, factor=self.root**2, less=self.log_count)
             return LinearSlotWeights(query, bias, directions, self.feature_bias)
         wide = query.to(self.feature_bias.dtype)
         query_mean, key_mean = statistics.query_mean, statistics.key_mean
@@ -49,7 +49,7 @@ class FavorFeatureMap:
         """Log-weights `c[j, n]` of keys `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(key.dtype), self.statistics
         if statistics is None:
-            bias = half_norm(key).unsqueeze(-1) * -(self.root**2)
+            bias = length_bias(key, factor=self.root**2)
             return LinearSlotWeights(key, bias, directions, self.feature_bias)
         wide = key.to(self.feature_bias.dtype)
         shift = (wide * statistics.query_mean).sum(-1, keepdim=True)

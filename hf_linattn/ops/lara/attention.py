@@ -190,7 +190,7 @@ def _mass_correction(
     """
     probes, used = query_weights.map_tokens(landmarks.parts.middle), landmarks.used
     exact, slots = masses(probes.tokens, tokens, key_weights)
-    difference = exact - read_mass(probes, slots)
+    difference = exact - read_mass(probes, slots, has_hidden=used is not None)
     if used is None:
         correction = difference.mean(-1)
     else:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm import half_norm
+from ...kernels.half_norm import half_norm, length_bias
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
-from ..softmax import mask_logits
 from .landmarks import Landmarks
+from .mixture import log_densities, log_mixture_at_means
 from .proposals import CalibratedProposals
 
 IMPORTANCE_WEIGHTINGS = ("balance", "biased", "optimal")
@@ -33,7 +33,7 @@ def mixture_log_ratio(mu: Tensor, samples: Tensor, used: Tensor | None = None) -
             proposal out.
     Returns: `[..., samples, landmarks]`, and its log-sum-exp `[..., samples]`.
     """
-    density = mask_logits(samples @ mu.transpose(-1, -2) - half_norm(mu).unsqueeze(-2), used)
+    density = log_densities(mu, samples, used)
     return density, density.logsumexp(-1)
 
 
@@ -55,12 +55,16 @@ def importance_weights(
     query, key, used = tokens.query, tokens.key, landmarks.used
     mu = landmarks.mean
     repeats = samples.shape[-2] // mu.shape[-2]
-    density, mixture = mixture_log_ratio(mu, samples, used)
+    density = None
+    if samples is mu and weighting != "optimal":
+        mixture = log_mixture_at_means(mu, used)
+    else:
+        density, mixture = mixture_log_ratio(mu, samples, used)
     if repeats > 1:
         # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
         mixture = mixture + math.log(repeats)
     directions, pair_bias, log_density = samples, None, mixture
-    token_bias = -half_norm(query).unsqueeze(-1)
+    token_bias = length_bias(query)
     if weighting == "biased":
         directions = samples + torch.cat([mu] * repeats, dim=-2)
         if beside_exact:
@@ -69,6 +73,7 @@ def importance_weights(
             token_bias = token_bias - affinity.logsumexp(-1, keepdim=True) + _number_used(mu, used).log()
     elif weighting == "optimal":
         # Of each sample under its own proposal.
+        assert density is not None
         log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
         # Finite, so that a row without any real token gives no NaN.
         affinity = _finite(query @ landmarks.query_mean.transpose(-1, -2), tokens.visible)
@@ -86,7 +91,7 @@ def importance_weights(
         slot_bias = torch.where(_of_samples(used, repeats), slot_bias, float("-inf"))
     return (
         LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias),
-        LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
+        LinearSlotWeights(key, length_bias(key), samples, torch.zeros_like(slot_bias)),
     )
 
 
@@ -126,13 +131,13 @@ class ProposalFeatureMap:
 
     def query_weights(self, query: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
-        bias = -half_norm(query).unsqueeze(-1)
+        bias = length_bias(query)
         bias = bias if self.offset is None else bias + self.offset.to(query)
         return LinearSlotWeights(query, bias, self.samples, self.log_weight)
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
-        return LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
+        return LinearSlotWeights(key, length_bias(key), self.samples, torch.zeros_like(self.log_weight))
 
 
 def proposal_feature_map(

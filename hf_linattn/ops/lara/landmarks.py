@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import ProposalMap
+from ..inputs import ProposalMap, ResidualMap
 from ..padding import Tokens
 from ..softmax import mask_logits, softmax_with_lse
 from .parts import Parts, parts_of
@@ -51,12 +51,13 @@ def find_landmarks(
     if mixing not in MIXINGS:
         raise InputError(f"mixing must be one of {list(MIXINGS)}; got {mixing!r}.")
     parts = parts_of(tokens, num_landmarks)
-    root = scaling**0.5  # maps live in the coordinates of the arguments
+    # Maps live in the coordinates of the arguments; a residual one is the same in all that differ by a factor.
+    root = scaling**0.5
 
     def mapped(z: Tensor, mapping: ProposalMap | None) -> Tensor:
         if mapping is None:
             return z
-        return mapping(z) if getattr(mapping, "is_homogeneous", False) else mapping(z / root) * root
+        return mapping(z) if isinstance(mapping, ResidualMap) else mapping(z / root) * root
 
     def mean_of(z: Tensor, mapping: ProposalMap | None) -> Tensor:
         if map_stage == "tokens":  # no landmark has a padded token

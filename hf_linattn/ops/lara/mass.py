@@ -8,7 +8,6 @@ from torch import Tensor
 from ...kernels.attend import attend
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
-from ..softmax import mask_logits
 
 # Logits that are formed at a time, few enough for the caches of a CPU core, and keys of a piece.
 _AT_A_TIME, _PIECE = 1 << 18, 1024
@@ -26,28 +25,61 @@ def masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tu
     if probes.device.type != "cpu" or torch.compiler.is_compiling():
         return _streamed(probes, tokens, key_weights)
     batch, heads, count, _ = probes.shape
-    readers = torch.cat([probes, key_weights.slots], 2).flatten(0, 1)
-    keys, bias = tokens.key.flatten(0, 1).transpose(-1, -2), key_weights.token_bias.flatten(0, 1).transpose(-1, -2)
-    visible = None if tokens.visible is None else tokens.visible.expand(-1, heads, -1, -1).flatten(0, 1).mT
-    together = max(1, _AT_A_TIME // (readers.shape[1] * min(keys.shape[-1], _PIECE)))
+    readers, keys = torch.cat([probes, key_weights.slots], 2), tokens.key.transpose(-1, -2)
+    bias = key_weights.token_bias.transpose(-1, -2)
+    visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
+    if batch * heads * readers.shape[2] * keys.shape[-1] <= _AT_A_TIME:
+        mass = _dense(readers, keys, bias, visible, count)
+    else:
+        mass = _in_pieces(readers, keys, bias, visible, count)
+    return mass[..., :count], mass[..., count:]
+
+
+def _dense(readers: Tensor, keys: Tensor, bias: Tensor, visible: Tensor | None, count: int) -> Tensor:
+    """Mass of the keys for `readers` `[..., count + slots, dim]`; `bias` `[..., 1, keys]` is for the slots alone."""
+    logits = readers @ keys
+    logits[..., count:, :].add_(bias)
+    if visible is not None:
+        logits.masked_fill_(~visible, float("-inf"))
+    return consumed_logsumexp(logits, has_hidden=visible is not None)
+
+
+def _in_pieces(readers: Tensor, keys: Tensor, bias: Tensor, visible: Tensor | None, count: int) -> Tensor:
+    """The same, some heads and keys at a time."""
+    batch, heads, rows, _ = readers.shape
+    if visible is not None:
+        visible = visible.expand(-1, heads, -1, -1).flatten(0, 1)
+    readers, keys, bias = readers.flatten(0, 1), keys.flatten(0, 1), bias.flatten(0, 1)
+    together = max(1, _AT_A_TIME // (rows * min(keys.shape[-1], _PIECE)))
     found = []
     for start in range(0, batch * heads, together):
         some, pieces = slice(start, start + together), []
         for first in range(0, keys.shape[-1], _PIECE):
             part = slice(first, first + _PIECE)
-            logits = readers[some] @ keys[some, :, part]
-            logits[:, count:] += bias[some, :, part]
-            pieces.append(mask_logits(logits, None if visible is None else visible[some, :, part]).logsumexp(-1))
+            seen = None if visible is None else visible[some, :, part]
+            pieces.append(_dense(readers[some], keys[some, :, part], bias[some, :, part], seen, count))
         found.append(pieces[0] if len(pieces) == 1 else torch.stack(pieces).logsumexp(0))
-    mass = (found[0] if len(found) == 1 else torch.cat(found)).unflatten(0, (batch, heads))
-    return mass[..., :count], mass[..., count:]
+    return torch.cat(found).unflatten(0, (batch, heads))
 
 
-def read_mass(probes: LinearSlotWeights, slots: Tensor) -> Tensor:
-    """The mass that queries find in slots of mass `slots` `[batch, heads, slots]`: `[batch, heads, probes]`."""
-    linear = probes.tokens @ probes.slots.transpose(-1, -2) + (probes.slot_bias + slots).unsqueeze(-2)
-    logits = linear if probes.pair_bias is None else linear + probes.pair_bias
-    return logits.logsumexp(-1) + probes.token_bias.squeeze(-1)
+def consumed_logsumexp(logits: Tensor, *, has_hidden: bool) -> Tensor:
+    """Log-sum-exp over the last dimension of logits that nobody else needs. Without gradient."""
+    top = logits.amax(-1, keepdim=True)
+    if has_hidden:
+        top.clamp_min_(torch.finfo(logits.dtype).min)
+    return logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
+
+
+def read_mass(probes: LinearSlotWeights, slots: Tensor, *, has_hidden: bool) -> Tensor:
+    """The mass that queries find in slots of mass `slots` `[batch, heads, slots]`: `[batch, heads, probes]`.
+
+    has_hidden: Whether a slot's may be `-inf`.
+    """
+    logits = probes.tokens @ probes.slots.transpose(-1, -2)
+    logits.add_((probes.slot_bias + slots).unsqueeze(-2))
+    if probes.pair_bias is not None:
+        logits.add_(probes.pair_bias)
+    return consumed_logsumexp(logits, has_hidden=has_hidden).add_(probes.token_bias.squeeze(-1))
 
 
 def _streamed(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tuple[Tensor, Tensor]:
