@@ -1,0 +1,129 @@
+r"""FAVOR#'s log-weights with statistics of the row itself, where what is centred for the statistics is what is used.
+
+The same as `favor_statistics` and `favor_feature_map` one after the other, for variants with one `a` and a factor `t`
+for every coordinate of the queries (`1 / t` of the keys). With centred tokens `c` and `s = sqrt(1 - 4 a)` the
+directions stay those of the layer, and the two log-weights of a feature are
+
+    w . (s t c_x) + a |w|^2 + c_x . m_y - |t c_x|^2 / 2      and      w . (s c_y / t) + a |w|^2 + c_y . m_x - |c_y / t|^2 / 2
+
+What all features have in common, `m_x . m_y + dim log s`, is added to the query's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.functions import call
+from ..padding import Tokens
+from ..slot_weights import LinearSlotWeights
+from .fit import diagonal_constants
+from .statistics import DENSE_VARIANTS, FavorStatistics, favor_statistics
+
+# Up to so many tokens queries and keys are put into one tensor: half the operations, and one pass more.
+_STACKED = 256
+
+
+@dataclass(frozen=True)
+class RowFit:
+    """Statistics that are still to be taken of the row itself; the fields are arguments of `favor_statistics`."""
+
+    variant: str = "saderf"
+    centring: bool = True
+
+    def statistics(self, query: Tensor, key: Tensor, **options: Any) -> FavorStatistics:
+        """Those of these tokens; other options of `favor_statistics`."""
+        return favor_statistics(query, key, variant=self.variant, centring=self.centring, **options)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.variant not in DENSE_VARIANTS
+
+
+def fitted_weights(tokens: Tokens, projection: Tensor, fit: RowFit) -> tuple[LinearSlotWeights, LinearSlotWeights]:
+    """Log-weights of queries and keys in float32 or wider, of the rows' own diagonal statistics.
+
+    Args:
+        tokens: Those of the statistics too.
+        projection: `[heads, features, head_dim]` or `[features, head_dim]`.
+    """
+    query, key = tokens.query, tokens.key
+    options = None if tokens.valid is None else tokens.lengths, tokens.visible, fit
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        moved_query, moved_key, query_bias, key_bias, shape, *_ = call(_Fitted, query, key, *options)
+    else:
+        moved_query, moved_key, query_bias, key_bias, shape, *_ = _forward(query, key, *options)
+    directions = projection.to(query)
+    slot_bias = torch.linalg.vecdot(directions, directions) * shape
+    directions = directions.expand(*query.shape[:2], -1, -1)
+    query_bias = query_bias - math.log(projection.shape[-2])
+    return (
+        LinearSlotWeights(moved_query, query_bias, directions, slot_bias),
+        LinearSlotWeights(moved_key, key_bias, directions, slot_bias),
+    )
+
+
+def _forward(
+    query: Tensor, key: Tensor, lengths: Tensor | None, visible: Tensor | None, fit: RowFit
+) -> tuple[Tensor, ...]:
+    """Moved queries and keys, their biases, `a` `[batch, heads, 1]`, and what the backward pass needs: `s t`, `t / s`
+    and the mean of the other side, all of both sides."""
+    sides = [torch.stack([query, key])] if query.shape[2] <= _STACKED else [query, key]
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.stack(parts)
+
+    def of_sides(x: Tensor) -> list[Tensor]:
+        return [x] if len(sides) == 1 else list(x.unbind(0))
+
+    count = query.shape[2] if lengths is None else lengths.clamp_min(1).to(query)[:, None, None, None]
+    means = [z.sum(-2, keepdim=True) / count for z in sides]
+    centred = [z - mean for z, mean in zip(sides, means, strict=True)]
+    if visible is not None:
+        centred = [z.masked_fill_(~visible, 0.0) for z in centred]
+    second = together([torch.linalg.vecdot(z, z, dim=-2).unsqueeze(-2) for z in centred]) / count
+    mean = together(means)
+    x_mean, y_mean, forward, back, shape = diagonal_constants(mean, second, fit.variant, fit.centring)
+    transform, base = torch.stack([forward, back]), 1 - 4 * shape[..., :1]
+    stretch = base.sqrt()
+    factor, other = transform * stretch, torch.stack([y_mean, x_mean])
+    centred = centred if fit.centring else sides
+    pulls = zip(of_sides(other), centred, of_sides(transform.square()), strict=True)
+    biases = [torch.linalg.vecdot(z, torch.addcmul(m, z, square, value=-0.5)) for m, z, square in pulls]
+    moved = [z * f for z, f in zip(centred, of_sides(factor), strict=True)]
+    if len(sides) == 1:
+        (moved, biases) = (list(z[0].unbind(0)) for z in (moved, biases))
+    common = torch.linalg.vecdot(x_mean, y_mean) + base.squeeze(-1).log() * (query.shape[-1] / 2)
+    query_bias, key_bias = (biases[0] + common).unsqueeze(-1), biases[1].unsqueeze(-1)
+    return *moved, query_bias, key_bias, shape[..., 0], factor, transform / stretch, other
+
+
+class _Fitted(torch.autograd.Function):
+    """`_forward`, whose statistics are constants for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, lengths: Tensor | None, visible: Tensor | None, fit: RowFit
+    ) -> tuple[Tensor, ...]:
+        return _forward(query, key, lengths, visible, fit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[:2], *output[5:])
+        ctx.mark_non_differentiable(*output[4:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *moved, factor, shrink, other = ctx.saved_tensors
+        found = []
+        for side, z in enumerate(moved):
+            # Of a bias: m - t^2 c.
+            pull = torch.addcmul(other[side], z, shrink[side], value=-1)
+            found.append((grads[side] * factor[side]).addcmul_(pull, grads[2 + side]))
+        return *found, None, None, None
