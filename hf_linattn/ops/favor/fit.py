@@ -22,29 +22,38 @@ def optimal_shape(phi: Tensor) -> Tensor:
     Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1; per coordinate: Likhosherstov et al. 2023,
         arXiv:2302.00787, section 3.
     """
-    return (1 - 2 * phi - ((2 * phi + 1).square() + 8 * phi).sqrt()) / 16
+    double = 2 * phi
+    return (1 - double - ((double + 6) * double + 1).sqrt()) / 16
 
 
-def diagonal_constants(mean: Tensor, second: Tensor, variant: str, centring: bool) -> Constants:
-    """The constants of a variant whose transforms are factors of coordinates.
+def diagonal_fit(mean: Tensor, second: Tensor, variant: str, centring: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of coordinates of a variant that has no more, their squares, and `a`.
 
     Args:
         mean: Of queries and of keys, `[2, batch or 1, heads or 1, 1, dim]`. second: Moments about it, alike.
+    Returns: twice the same shape, and `[batch or 1, heads or 1, 1, 1]`.
     """
-    second = without_rounding(second, mean) if centring else second + mean.square()
-    (x_mean, y_mean), (x2, y2) = mean, second
+    # Without centring moments are those about zero.
+    second = without_rounding(second, mean) if centring else torch.addcmul(second, mean, mean)
     if variant == "saderf":
-        forward = diagonal_balance(x2, y2)
-        square = forward.square()
-        back, phi = forward.reciprocal(), torch.addcdiv(x2 * square, y2, square)
+        forward = diagonal_balance(*second.unbind(0))
+        transform = torch.stack([forward, forward.reciprocal()])
+        square = transform.square()
+        second = second * square
     else:
-        back = forward = torch.ones_like(x2)
-        phi = x2 + y2
-    if not centring:  # moments about zero, with what queries and keys then have in common
-        phi = phi + 2 * x_mean * y_mean
-        x_mean, y_mean = torch.zeros_like(mean)
-    shape = optimal_shape(phi.mean(-1, keepdim=True).clamp_min(0)).expand_as(phi)
-    return x_mean, y_mean, forward, back, shape
+        transform = square = torch.ones_like(second)
+    phi = second.sum((0, -1)).unsqueeze(-1) / mean.shape[-1]
+    if not centring:  # what queries and keys have in common
+        phi = (phi + 2 * mean.prod(0).mean(-1, keepdim=True)).clamp_min(0)
+    return transform, square, optimal_shape(phi)
+
+
+def diagonal_constants(mean: Tensor, second: Tensor, variant: str, centring: bool) -> Constants:
+    """The constants of such a variant; the arguments are those of `diagonal_fit`."""
+    transform, _, shape = diagonal_fit(mean, second, variant, centring)
+    x_mean, y_mean = (mean if centring else torch.zeros_like(mean)).unbind(0)
+    forward, back = transform.unbind(0)
+    return x_mean, y_mean, forward, back, shape.expand_as(forward)
 
 
 def dense_constants(mean: Tensor, second: Tensor, variant: str, centring: bool) -> Constants:

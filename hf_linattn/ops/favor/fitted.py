@@ -21,7 +21,7 @@ from torch import Tensor
 from ...kernels.functions import call
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
-from .fit import diagonal_constants
+from .fit import diagonal_fit
 from .statistics import DENSE_VARIANTS, FavorStatistics, favor_statistics
 
 # Up to so many tokens queries and keys are put into one tensor: half the operations, and one pass more.
@@ -70,8 +70,8 @@ def fitted_weights(tokens: Tokens, projection: Tensor, fit: RowFit) -> tuple[Lin
 def _forward(
     query: Tensor, key: Tensor, lengths: Tensor | None, visible: Tensor | None, fit: RowFit
 ) -> tuple[Tensor, ...]:
-    """Moved queries and keys, their biases, `a` `[batch, heads, 1]`, and what the backward pass needs: `s t`, `t / s`
-    and the mean of the other side, all of both sides."""
+    """Moved queries and keys, their biases, `a` `[batch, heads, 1]`, and what the backward pass needs of both sides:
+    `s t`, `t^2` and the mean of the other side."""
     sides = [torch.stack([query, key])] if query.shape[2] <= _STACKED else [query, key]
 
     def together(parts: list[Tensor]) -> Tensor:
@@ -87,19 +87,22 @@ def _forward(
         centred = [z.masked_fill_(~visible, 0.0) for z in centred]
     second = together([torch.linalg.vecdot(z, z, dim=-2).unsqueeze(-2) for z in centred]) / count
     mean = together(means)
-    x_mean, y_mean, forward, back, shape = diagonal_constants(mean, second, fit.variant, fit.centring)
-    transform, base = torch.stack([forward, back]), 1 - 4 * shape[..., :1]
-    stretch = base.sqrt()
-    factor, other = transform * stretch, torch.stack([y_mean, x_mean])
-    centred = centred if fit.centring else sides
-    pulls = zip(of_sides(other), centred, of_sides(transform.square()), strict=True)
-    biases = [torch.linalg.vecdot(z, torch.addcmul(m, z, square, value=-0.5)) for m, z, square in pulls]
+    transform, square, shape = diagonal_fit(mean, second, fit.variant, fit.centring)
+    base = 1 - 4 * shape
+    factor, other = transform * base.sqrt(), mean.flip(0)
+    # In common: m_x . m_y + dim log s.
+    common = base.squeeze(-1).log() * (query.shape[-1] / 2)
+    if fit.centring:
+        common = common + torch.linalg.vecdot(*mean.unbind(0))
+    else:
+        other, centred = torch.zeros_like(mean), sides
+    pulls = zip(of_sides(other), centred, of_sides(square), strict=True)
+    biases = [torch.linalg.vecdot(z, torch.addcmul(m, z, squares, value=-0.5)) for m, z, squares in pulls]
     moved = [z * f for z, f in zip(centred, of_sides(factor), strict=True)]
     if len(sides) == 1:
-        (moved, biases) = (list(z[0].unbind(0)) for z in (moved, biases))
-    common = torch.linalg.vecdot(x_mean, y_mean) + base.squeeze(-1).log() * (query.shape[-1] / 2)
+        moved, biases = (list(z[0].unbind(0)) for z in (moved, biases))
     query_bias, key_bias = (biases[0] + common).unsqueeze(-1), biases[1].unsqueeze(-1)
-    return *moved, query_bias, key_bias, shape[..., 0], factor, transform / stretch, other
+    return *moved, query_bias, key_bias, shape.squeeze(-1), factor, square, other
 
 
 class _Fitted(torch.autograd.Function):
@@ -120,8 +123,8 @@ class _Fitted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *moved, factor, shrink, other = ctx.saved_tensors
-        found = []
+        *moved, factor, square, other = ctx.saved_tensors
+        shrink, found = square / factor, []
         for side, z in enumerate(moved):
             # Of a bias: m - t^2 c.
             pull = torch.addcmul(other[side], z, shrink[side], value=-1)

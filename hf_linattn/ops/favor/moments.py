@@ -74,14 +74,14 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def without_rounding(second: Tensor, mean: Tensor) -> Tensor:
     """Central moments of equal tokens are 0, not what rounding of their mean leaves: balancing would amplify it."""
-    noise = (16 * torch.finfo(mean.dtype).eps * mean).square()
+    least = (16 * torch.finfo(mean.dtype).eps) ** 2
     if second.shape[-2] == 1:
-        return second.masked_fill(second <= noise, 0.0)
-    top = second.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    return second.masked_fill(top <= noise.amax(-1, keepdim=True), 0.0)
+        return second.masked_fill(torch.addcmul(second, mean, mean, value=-least) <= 0, 0.0)
+    noise, top = least * mean.square().amax(-1, keepdim=True), second.diagonal(dim1=-2, dim2=-1).amax(-1)
+    return second.masked_fill(top[..., None, None] <= noise, 0.0)
 
 
 def diagonal_balance(x2: Tensor, y2: Tensor) -> Tensor:
     """Factors of the queries with which both sides have equal second moments per coordinate; 1 where one is 0."""
-    both = (x2 > 0) & (y2 > 0)
-    return torch.where(both, y2 / x2, 1.0).sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)
+    ratio = (y2 / x2).masked_fill(torch.minimum(x2, y2) <= 0, 1.0)
+    return ratio.sqrt().sqrt().clamp(1 / _BALANCE_LIMIT, _BALANCE_LIMIT)
