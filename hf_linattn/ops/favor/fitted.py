@@ -22,7 +22,7 @@ from ...kernels.functions import call
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
 from .fit import diagonal_fit
-from .statistics import DENSE_VARIANTS, FavorStatistics, favor_statistics
+from .statistics import DENSE_VARIANTS, FavorStatistics, check_variant, favor_statistics
 
 # Up to so many tokens queries and keys are put into one tensor: half the operations, and one pass more.
 _STACKED = 256
@@ -34,6 +34,9 @@ class RowFit:
 
     variant: str = "saderf"
     centring: bool = True
+
+    def __post_init__(self) -> None:
+        check_variant(self.variant)
 
     def statistics(self, query: Tensor, key: Tensor, **options: Any) -> FavorStatistics:
         """Those of these tokens; other options of `favor_statistics`."""

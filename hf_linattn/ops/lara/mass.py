@@ -23,7 +23,7 @@ def masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tu
     Cost: O(tokens * (probes + slots) * head_dim). On a CPU logits are formed, some heads and keys at a time.
     """
     if probes.device.type != "cpu" or torch.compiler.is_compiling():
-        return _streamed(probes, tokens, key_weights)
+        return streamed_masses(probes, tokens, key_weights)
     batch, heads, count, _ = probes.shape
     readers, keys = torch.cat([probes, key_weights.slots], 2), tokens.key.transpose(-1, -2)
     bias = key_weights.token_bias.transpose(-1, -2)
@@ -82,7 +82,7 @@ def read_mass(probes: LinearSlotWeights, slots: Tensor, *, has_hidden: bool) -> 
     return consumed_logsumexp(logits, has_hidden=has_hidden).add_(probes.token_bias.squeeze(-1))
 
 
-def _streamed(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tuple[Tensor, Tensor]:
+def streamed_masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tuple[Tensor, Tensor]:
     """The same by a kernel that forms no logits."""
     visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
     exact = attend(probes, tokens.key, tokens.value, visible=visible).lse

@@ -39,7 +39,9 @@ def _forward(mu: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
     else:
         top = weights.masked_fill_(~used, float("-inf")).amax(-1, keepdim=True).clamp_min_(torch.finfo(mu.dtype).min)
     total = weights.sub_(top).exp_().sum(-1, keepdim=True)
-    return total.log().add_(top).squeeze(-1), weights.div_(total)
+    # Where no proposal is used all weights are 0.
+    shares = weights.div_(total if used is None else total.masked_fill(total == 0, 1.0))
+    return total.log().add_(top).squeeze(-1), shares
 
 
 class _LogMixture(torch.autograd.Function):
@@ -61,9 +63,7 @@ class _LogMixture(torch.autograd.Function):
             return None, None
         mu, used, shares = ctx.saved_tensors
         if torch.is_grad_enabled():  # of which a derivative may be taken
-            (grad_mu,) = torch.autograd.grad(
-                log_densities(mu, mu, used).logsumexp(-1), mu, grad, create_graph=True
-            )
+            (grad_mu,) = torch.autograd.grad(log_densities(mu, mu, used).logsumexp(-1), mu, grad, create_graph=True)
             return grad_mu, None
         # With `p` the shares, sample j pulls at itself by `sum_c p_jc mu_c` and at mean c by `p_jc (mu_j - mu_c)`.
         weights = shares * grad.unsqueeze(-1)
