@@ -15,5 +15,5 @@ def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     defaults: 13 of the 17 microseconds that a call took.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]

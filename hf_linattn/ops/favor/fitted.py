@@ -2,9 +2,10 @@ r"""FAVOR#'s log-weights with statistics of the row itself, where what is centre
 
 The same as `favor_statistics` and `favor_feature_map` one after the other, for variants with one `a` and a factor `t`
 for every coordinate of the queries (`1 / t` of the keys). With centred tokens `c` and `s = sqrt(1 - 4 a)` the
-directions stay those of the layer, and the two log-weights of a feature are
+directions stay those of the layer, and the log-weights of a feature are
 
-    w . (s t c_x) + a |w|^2 + c_x . m_y - |t c_x|^2 / 2      and      w . (s c_y / t) + a |w|^2 + c_y . m_x - |c_y / t|^2 / 2
+    w . (s t c_x) + a |w|^2 + c_x . m_y - |t c_x|^2 / 2           of a query
+    w . (s c_y / t) + a |w|^2 + c_y . m_x - |c_y / t|^2 / 2       of a key
 
 What all features have in common, `m_x . m_y + dim log s`, is added to the query's.
 """

@@ -1,8 +1,7 @@
 """The parts of a row that LARA's landmarks stand for: segments of a sequence, bins of an image.
 
-Of tokens that are all real the parts are views and small averages. Rows with padding of their own lengths take an index
-of their members (`IndexedParts`), which can describe all parts; it is the plain form that the others are tested
-against.
+Of tokens that are all real the parts are views and small averages. Padded rows take an index of the members of each
+part (`IndexedParts`), which can describe all parts: the plain form that the others are tested against.
 """
 
 from __future__ import annotations
