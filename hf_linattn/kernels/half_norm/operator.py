@@ -32,13 +32,8 @@ def length_bias(x: Tensor, *, factor: float = 1.0, less: float = 0.0) -> Tensor:
     backend = current_backend()
     if (x.requires_grad and torch.is_grad_enabled()) or x.is_cuda or backend == "triton":
         return call(_HalfNorm, x, -factor, -less, backend).unsqueeze(-1)
-    return _scaled(torch_kernel.half_norm_forward(x)[0], -factor, -less).unsqueeze(-1)
-
-
-def _scaled(half: Tensor, factor: float, constant: float) -> Tensor:
-    """In place, of a tensor that nobody else has."""
-    half = half if factor == 1.0 else half.mul_(factor)
-    return half if constant == 0.0 else half.add_(constant)
+    half = torch_kernel.half_norm_forward(x)[0].mul_(-factor)
+    return (half.sub_(less) if less else half).unsqueeze(-1)
 
 
 class _HalfNorm(torch.autograd.Function):
@@ -49,9 +44,10 @@ class _HalfNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, factor: float, constant: float, backend: str) -> Tensor:
         has_kernel = x.ndim == 4 and x.shape[-1] <= _MAX_DIM and not torch.compiler.is_compiling()
-        if has_kernel and runs_on_triton(backend, x):
-            return _scaled(_half_norm(x, backend)[0], factor, constant)
-        return _scaled(torch_kernel.half_norm_forward(x)[0], factor, constant)
+        on_triton = has_kernel and runs_on_triton(backend, x)
+        half = (_half_norm(x, backend) if on_triton else torch_kernel.half_norm_forward(x))[0]
+        half = half if factor == 1.0 else half.mul_(factor)
+        return half.add_(constant) if constant else half
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, float, str], output: Tensor) -> None:

@@ -34,6 +34,7 @@ from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
 from .mass import masses, read_mass
+from .parts import OwnTokens
 from .proposals import CalibratedProposals, draw_samples, landmark_noise, sample_numbers
 
 
@@ -151,7 +152,9 @@ def lara_attention(
         check_counts({"samples_per_landmark * landmarks": samples_per_landmark * mu.shape[2]})
         if isinstance(noise, RowNoise):
             noise = landmark_noise(noise, mu, samples_per_landmark)
-        samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
+        samples = mu
+        if noise is not False:
+            samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
         numbers = sample_numbers(samples, mu.shape[2]) if slot_dropout else None
         query_weights, key_weights = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
@@ -188,7 +191,8 @@ def _mass_correction(
 
     A probe is the middle token of a landmark.
     """
-    probes, used = query_weights.map_tokens(landmarks.parts.middle), landmarks.used
+    parts, used = landmarks.parts, landmarks.used
+    probes = query_weights if isinstance(parts, OwnTokens) else query_weights.map_tokens(parts.middle)
     exact, slots = masses(probes.tokens, tokens, key_weights)
     difference = exact - read_mass(probes, slots, has_hidden=used is not None)
     if used is None:

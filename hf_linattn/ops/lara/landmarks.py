@@ -24,16 +24,13 @@ class Landmarks:
 
     mean: Their sum, `[batch, heads, landmarks, head_dim]`, in scaled coordinates. query_mean: Its part of the queries.
     parts: The tokens that a landmark stands for.
+    used: `[batch or 1, 1, 1, landmarks]`, False for a landmark without tokens; `None` if all have some.
     """
 
     mean: Tensor
     query_mean: Tensor
     parts: Parts
-
-    @property
-    def used(self) -> Tensor | None:
-        """`[batch or 1, 1, 1, landmarks]`, False for a landmark without tokens; `None` if all have some."""
-        return self.parts.used
+    used: Tensor | None
 
 
 def find_landmarks(
@@ -54,21 +51,20 @@ def find_landmarks(
     # Maps live in the coordinates of the arguments; a residual one is the same in all that differ by a factor.
     root = scaling**0.5
 
-    def mapped(z: Tensor, mapping: ProposalMap | None) -> Tensor:
-        if mapping is None:
-            return z
-        return mapping(z) if isinstance(mapping, ResidualMap) else mapping(z / root) * root
-
     def mean_of(z: Tensor, mapping: ProposalMap | None) -> Tensor:
-        if map_stage == "tokens":  # no landmark has a padded token
-            return parts.mean(mapped(z, mapping))
-        return mapped(parts.mean(z), mapping)
+        if mapping is None:
+            return parts.mean(z)
+        on_tokens = map_stage == "tokens"  # no landmark has a padded token
+        z = z if on_tokens else parts.mean(z)
+        z = mapping(z) if isinstance(mapping, ResidualMap) else mapping(z / root) * root
+        return parts.mean(z) if on_tokens else z
 
     query_mean, key_mean = mean_of(tokens.query, query_map), mean_of(tokens.key, key_map)
+    used = parts.used
     if mixing != "none":
         value_mean = mean_of(tokens.value, None) if mixing == "key_value" else None
-        key_mean = mix_landmarks(key_mean, value_mean, parts.used)
-    return Landmarks(query_mean + key_mean, query_mean, parts)
+        key_mean = mix_landmarks(key_mean, value_mean, used)
+    return Landmarks(query_mean + key_mean, query_mean, parts, used)
 
 
 def mix_landmarks(key_mean: Tensor, value_mean: Tensor | None, used: Tensor | None) -> Tensor:
