@@ -88,7 +88,7 @@ def _forward(
     means = [z.sum(-2, keepdim=True) / count for z in sides]
     centred = [z - mean for z, mean in zip(sides, means, strict=True)]
     if visible is not None:
-        centred = [z.masked_fill_(~visible, 0.0) for z in centred]
+        centred = [z.mul_(visible) for z in centred]
     second = together([torch.linalg.vecdot(z, z, dim=-2).unsqueeze(-2) for z in centred]) / count
     mean = together(means)
     transform, square, shape = diagonal_fit(mean, second, fit.variant, fit.centring)

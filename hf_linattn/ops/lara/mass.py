@@ -27,28 +27,31 @@ def masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tu
     batch, heads, count, _ = probes.shape
     readers, keys = torch.cat([probes, key_weights.slots], 2), tokens.key.transpose(-1, -2)
     bias = key_weights.token_bias.transpose(-1, -2)
-    visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
+    hidden = None
+    if tokens.visible is not None:  # added: masks that are the same for many rows are slow to fill with
+        hidden = torch.where(tokens.visible, 0.0, float("-inf")).to(bias).transpose(-1, -2)
     if batch * heads * readers.shape[2] * keys.shape[-1] <= _AT_A_TIME:
-        mass = _dense(readers, keys, bias, visible, count)
+        mass = _dense(readers, keys, bias, hidden, count)
     else:
-        mass = _in_pieces(readers, keys, bias, visible, count)
+        mass = _in_pieces(readers, keys, bias, hidden, count)
     return mass[..., :count], mass[..., count:]
 
 
-def _dense(readers: Tensor, keys: Tensor, bias: Tensor, visible: Tensor | None, count: int) -> Tensor:
-    """Mass of the keys for `readers` `[..., count + slots, dim]`; `bias` `[..., 1, keys]` is for the slots alone."""
+def _dense(readers: Tensor, keys: Tensor, bias: Tensor, hidden: Tensor | None, count: int) -> Tensor:
+    """Mass of the keys for `readers` `[..., count + slots, dim]`; `bias` `[..., 1, keys]` is for the slots alone,
+    `hidden` for all: `-inf` for a key that counts nowhere."""
     logits = readers @ keys
     logits[..., count:, :].add_(bias)
-    if visible is not None:
-        logits.masked_fill_(~visible, float("-inf"))
-    return consumed_logsumexp(logits, has_hidden=visible is not None)
+    if hidden is not None:
+        logits.add_(hidden)
+    return consumed_logsumexp(logits, has_hidden=hidden is not None)
 
 
-def _in_pieces(readers: Tensor, keys: Tensor, bias: Tensor, visible: Tensor | None, count: int) -> Tensor:
+def _in_pieces(readers: Tensor, keys: Tensor, bias: Tensor, hidden: Tensor | None, count: int) -> Tensor:
     """The same, some heads and keys at a time."""
     batch, heads, rows, _ = readers.shape
-    if visible is not None:
-        visible = visible.expand(-1, heads, -1, -1).flatten(0, 1)
+    if hidden is not None:
+        hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
     readers, keys, bias = readers.flatten(0, 1), keys.flatten(0, 1), bias.flatten(0, 1)
     together = max(1, _AT_A_TIME // (rows * min(keys.shape[-1], _PIECE)))
     found = []
@@ -56,8 +59,8 @@ def _in_pieces(readers: Tensor, keys: Tensor, bias: Tensor, visible: Tensor | No
         some, pieces = slice(start, start + together), []
         for first in range(0, keys.shape[-1], _PIECE):
             part = slice(first, first + _PIECE)
-            seen = None if visible is None else visible[some, :, part]
-            pieces.append(_dense(readers[some], keys[some, :, part], bias[some, :, part], seen, count))
+            own = None if hidden is None else hidden[some, :, part]
+            pieces.append(_dense(readers[some], keys[some, :, part], bias[some, :, part], own, count))
         found.append(pieces[0] if len(pieces) == 1 else torch.stack(pieces).logsumexp(0))
     return torch.cat(found).unflatten(0, (batch, heads))
 
