@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..kernels.backends import backward_of
+from ..kernels.operators import backward_of
 from .config import AttentionConfig
 from .contract import AttentionInputs, LayerClass
 from .registry import config_from_dict, get_kind

@@ -30,6 +30,7 @@ from .inputs import checked_attention, factor_of, prepare_tokens
 from .noise import SlotDropout
 from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
+from .short_attention import attention_with_slots
 from .slot_attention import SlotOptions, exact_attention
 from .slot_weights import LinearSlotWeights
 from .softmax import causal_visibility, mask_logits
@@ -139,9 +140,8 @@ def learned_attention(
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     tokens = tokens.packed()
-    exact = exact_attention(tokens, options)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
-    return tokens.finish(exact.with_slots(query_weights, key_weights))
+    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
 
 
 @torch.no_grad()

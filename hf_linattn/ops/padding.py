@@ -84,6 +84,11 @@ class Tokens:
     _order: Tensor | None
     _mask: Tensor | None
 
+    @property
+    def has_global(self) -> bool:
+        """Whether there are global tokens: with them what is read of the others needs its log-sum-exp."""
+        return self._global is not None
+
     def packed(self) -> Tokens:
         """On a CPU with the tokens of a head next to each other: projections leave them between those of other heads,
         and every kernel would copy them, forward and backward."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.short_slots import short_slot_attention
 
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
@@ -104,6 +105,28 @@ def window_chunks_case(
     )
 
 
+def short_case(tokens: int, dtype: torch.dtype, *, others: bool = False, own: bool = False) -> tuple[Any, ...]:
+    """Rows of five tokens in windows of two, as many as `tokens`."""
+    assert short_slot_attention  # its operator is defined where it is imported
+    shape, rows = (tokens, 5, 2), tokens if own else 1
+    bias = random(*shape, seed=6, dtype=wide(dtype))
+    bias[0, 0] = -INF
+    return (
+        *(random(*shape, dim, seed=i, dtype=dtype) for i, dim in enumerate((4, 4, 3))),
+        *(random(*shape, 4, seed=i, dtype=dtype) if others else None for i in (3, 4)),
+        random(*shape, seed=5, dtype=wide(dtype)),
+        bias,
+        random(rows, 2, 6, 4, seed=7, dtype=dtype),
+        random(rows, 2, 6, seed=8, dtype=wide(dtype)),
+        random(rows, 2, 6, 4, seed=9, dtype=dtype),
+        random(rows, 2, 6, seed=10, dtype=wide(dtype)),
+        2,
+        True,
+        True,
+        "torch",
+    )
+
+
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     assert decode_step  # its operator is defined where it is imported
     state = wide(dtype)
@@ -134,6 +157,9 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "causal one by one": ("causal", lambda n, d: causal_case(n, d, 1)),
     "windows": ("window_chunks", window_chunks_case),
     "windows causal": ("window_chunks", lambda n, d: window_chunks_case(n, d, visible=False, is_causal=True)),
+    "short": ("short", short_case),
+    "short, other tokens": ("short", lambda n, d: short_case(n, d, others=True)),
+    "short, own slots": ("short", lambda n, d: short_case(n, d, own=True)),
     "decode": ("decode_step", decode_case),
     "half_norm": ("half_norm", half_norm_case),
 }
@@ -143,6 +169,7 @@ GRADIENTS = {
     "blocks": tuple(range(8)),
     "causal": tuple(range(8)),
     "window_chunks": (0, 1, 2, 4, 5, 6),
+    "short": tuple(range(11)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 differentiable_case = pytest.mark.parametrize("name", [name for name, (op, _) in CASES.items() if op in GRADIENTS])

@@ -225,7 +225,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         found.append((backend, decide(backend, tensor)))
         return found[-1][1]
 
-    monkeypatch.setattr("hf_linattn.kernels.backends.runs_on_triton", recorded)
+    monkeypatch.setattr("hf_linattn.kernels.operators.runs_on_triton", recorded)
     return found
 
 

@@ -15,6 +15,8 @@ from hf_linattn.errors import UnsupportedError
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
+from hf_linattn.kernels.short_slots import short_slot_attention
+from hf_linattn.kernels.short_slots.inputs import ShortInputs
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 
@@ -40,11 +42,16 @@ def _window_chunks(*tensors: Tensor) -> Any:
     return window_chunk_attention(*tensors[:3], None, False, *tensors[3:], number % 3, number % 3 + 1)
 
 
+def _short(*tensors: Tensor) -> Any:
+    return short_slot_attention(ShortInputs(*tensors), 2, has_hidden=True)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_attend, "attend without visible"),
     "blocks": (_blocks, "blocks causal"),
     "causal": (_causal, "causal"),
     "window_chunks": (_window_chunks, "windows"),
+    "short": (_short, "short, other tokens"),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 

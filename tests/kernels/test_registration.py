@@ -9,7 +9,7 @@ import torch
 from operator_cases import CASES, GRADIENTS, backward_of, differentiable_case, every_case, operator_of
 from torch import Tensor
 
-from hf_linattn.kernels import backends
+from hf_linattn.kernels import operators
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SIZES = [(3, dtype) for dtype in DTYPES] + [(1, torch.float32)]
@@ -17,7 +17,7 @@ SIZES = [(3, dtype) for dtype in DTYPES] + [(1, torch.float32)]
 
 def test_every_operator_is_here() -> None:
     known = {op for op, _ in CASES.values()} | {f"{op}_backward" for op in GRADIENTS}
-    defined = {name.split("::")[1] for name in backends._LIBRARY._op_defs}
+    defined = {name.split("::")[1] for name in operators._LIBRARY._op_defs}
     assert {name.split(".")[0] for name in defined} == known
 
 

@@ -22,6 +22,8 @@ from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 from hf_linattn.ops.reference import favor_reference
 
+pytestmark = pytest.mark.usefixtures("road")
+
 
 def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
     return draw_projection(heads, features, dim, seed=seed).double()
@@ -45,7 +47,7 @@ def test_favor_on_sequences(kind: str, mask: str, is_causal: bool, window: int) 
     expected = favor_reference(
         q, k, v, w, statistics=stats, key_mask=key_mask, is_causal=is_causal, window_size=window
     )
-    for chunk_size in (1, 2, 8, 64):
+    for chunk_size in (None, 1, 2, 8, 64):
         ours = favor_attention(
             q,
             k,
@@ -85,7 +87,7 @@ def test_favor_on_images(grid: tuple[int, int], window: int, count: int) -> None
     w = directions()
     stats = statistics("saderf", q, k, None)
     expected = favor_reference(q, k, v, w, statistics=stats, window_size=window, grid=grid, num_global_tokens=count)
-    for chunk_size in (1, 16, 64):
+    for chunk_size in (None, 1, 16, 64):
         ours = favor_attention(
             q, k, v, w, statistics=stats, window_size=window, grid=grid, num_global_tokens=count, chunk_size=chunk_size
         )
@@ -126,7 +128,7 @@ def test_a_huge_key_does_not_starve_earlier_queries(position: int) -> None:
     k[:, :, position] *= 60
     w = directions()
     expected = favor_reference(q, k, v, w, is_causal=True)
-    for chunk_size in (1, 4, 64):
+    for chunk_size in (None, 1, 4, 64):
         ours = favor_attention(q.float(), k.float(), v.float(), w, is_causal=True, chunk_size=chunk_size)
         torch.testing.assert_close(ours, expected.float(), rtol=1e-2, atol=1e-2)
         before = slice(0, position)
@@ -217,7 +219,7 @@ def test_a_masked_grid_is_refused() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+@pytest.mark.parametrize("chunk_size", [None, 1, 8, 64])
 def test_dropout_of_slots_reaches_every_query_and_keeps_the_mean(
     is_causal: bool, window: int, chunk_size: int
 ) -> None:

@@ -19,6 +19,8 @@ from hf_linattn.functional import (
 )
 from hf_linattn.ops.lara import attention as lara
 
+pytestmark = pytest.mark.usefixtures("road")
+
 # Statistics of the row itself carry no gradient, which finite differences cannot know.
 FIXED = [v for v in VARIANTS if v.name not in ("favor_sharp", "favor_sharp-dense")]
 TOKENS = 7

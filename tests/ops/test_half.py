@@ -11,6 +11,8 @@ from torch import Tensor
 from hf_linattn.functional import eva_attention, favor_attention, favor_statistics
 from hf_linattn.ops import inputs as checks
 
+pytestmark = pytest.mark.usefixtures("road")
+
 HALVES = [torch.float16, torch.bfloat16]
 HEADS, DIM = 4, 32
 MASK = torch.arange(100) < torch.tensor([[80], [100]])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("road")
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 

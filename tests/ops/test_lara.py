@@ -12,6 +12,8 @@ from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
 
+pytestmark = pytest.mark.usefixtures("road")
+
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)

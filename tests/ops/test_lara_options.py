@@ -17,6 +17,8 @@ from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara import attention as lara
 from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
 
+pytestmark = pytest.mark.usefixtures("road")
+
 
 def squash(shift: float) -> Callable[[Tensor], Tensor]:
     """A map that is not linear, so that it matters where and in which coordinates it is applied; `0 -> shift`."""

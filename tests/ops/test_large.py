@@ -22,6 +22,8 @@ from hf_linattn.functional import (
 )
 from hf_linattn.ops.lara.features import mixture_log_ratio
 
+pytestmark = pytest.mark.usefixtures("road")
+
 HEADS, DIM, SLOTS = 2, 16, 32
 PROJECTION = draw_projection(HEADS, SLOTS, DIM, seed=1).double()
 # Two proposals with as many samples as there are slots.

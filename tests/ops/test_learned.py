@@ -19,6 +19,8 @@ from hf_linattn.ops.learned import (
 from hf_linattn.ops.reference import learned_reference
 from hf_linattn.ops.slot_attention import SlotOptions
 
+pytestmark = pytest.mark.usefixtures("road")
+
 HEADS, SLOTS, DIM = 2, 5, 4
 SHAPES = {
     "query_directions": (SLOTS, DIM),
@@ -49,8 +51,8 @@ def test_kernels_get_the_tokens_of_a_head_in_one_piece(monkeypatch: pytest.Monke
     """Projections leave those of other heads between them: every kernel would copy them."""
     spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs()]
     with monkeypatch.context() as patch:
-        spy = patch_with_spy(patch, "hf_linattn.ops.learned.exact_attention")
-        found = learned_attention(*spread, maps(), window_size=4)
+        spy = patch_with_spy(patch, "hf_linattn.ops.short_attention.exact_attention")
+        found = learned_attention(*spread, maps(), window_size=4, chunk_size=32)
     assert all(x.is_contiguous() for x in (spy[0].query, spy[0].key, spy[0].value))
     assert_same(found, learned_attention(*inputs(), maps(), window_size=4))
 
@@ -63,7 +65,7 @@ def test_is_the_dense_formula(normalizer: str, mask: str, is_causal: bool, windo
     where = {"key_mask": MASKS[mask], "is_causal": is_causal, "window_size": window}
     tensors = inputs()
     expected = learned_reference(*tensors, maps(normalizer), **where)
-    for chunk_size in (1, 8, 64):
+    for chunk_size in (None, 1, 8, 64):
         assert_same(learned_attention(*tensors, maps(normalizer), chunk_size=chunk_size, **where), expected)
 
 

@@ -15,6 +15,8 @@ from variants import BIDIRECTIONAL, CAUSAL, VARIANTS, Variant, name_of
 from hf_linattn.errors import InputError
 from hf_linattn.functional import randomized_attention, softmax_attention
 
+pytestmark = pytest.mark.usefixtures("road")
+
 quick = settings(max_examples=25, derandomize=True, database=None)
 every = pytest.mark.parametrize("attend", VARIANTS, ids=name_of)
 every_causal = pytest.mark.parametrize("attend", CAUSAL, ids=name_of)

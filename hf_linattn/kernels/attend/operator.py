@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..backends import current_backend, register_pair
+from ..backends import current_backend
+from ..operators import register_pair
 from . import torch_kernel
 
 
@@ -44,13 +45,13 @@ def attend(
     query, key, value, bias, visible = folded  # type: ignore[assignment]
     bias = None if bias is None else bias.squeeze(-1)
     visible = None if visible is None else visible.expand(-1, -1, query.shape[2], key.shape[2])
-    output, lse = _Attend.apply(query, key, value, bias, visible, current_backend())
+    output, lse = _attend(query, key, value, bias, visible, current_backend())
     if len(lead) != 2:
         output, lse = output.reshape(*lead, *output.shape[2:]), lse.reshape(*lead, lse.shape[2])
     return AttentionState(output, lse)
 
 
-_Attend = register_pair(
+_attend = register_pair(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? visible) -> (Tensor output, Tensor lse)",
     torch_kernel,
     differentiable=(0, 1, 2, 3),

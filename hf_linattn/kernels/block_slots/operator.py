@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..attention_state import AttentionState
-from ..backends import current_backend, register_pair
+from ..backends import current_backend
+from ..operators import register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 from .inter_block import BlockReach
@@ -22,11 +23,11 @@ def block_slot_attention(inputs: SlotInputs, reach: BlockReach) -> AttentionStat
     """
     lead = inputs.query.shape[:2]
     options = [reach.units, reach.margin, int(reach.is_causal)]
-    output, lse = _BlockSlots.apply(*inputs.grouped(), options, current_backend())
+    output, lse = _block_slots(*inputs.grouped(), options, current_backend())
     return AttentionState(output.unflatten(0, lead), lse.unflatten(0, lead))
 
 
-_BlockSlots = register_pair(
+_block_slots = register_pair(
     "blocks(Tensor query, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias, Tensor key_slots,"
     " Tensor key_slot_bias, Tensor value, int[] reach) -> (Tensor output, Tensor lse)",
     torch_kernel,

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..backends import current_backend, register_pair
+from ..backends import current_backend
+from ..operators import register_pair
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 
@@ -24,7 +25,7 @@ def causal_slot_attention(inputs: SlotInputs, chunk: int) -> AttentionState:
         head_dim) memory.
     """
     lead = inputs.query.shape[:2]
-    output, lse, *_ = _CausalSlots.apply(*inputs.grouped(), chunk, current_backend())
+    output, lse, *_ = _causal_slots(*inputs.grouped(), chunk, current_backend())
     return AttentionState(output.unflatten(0, lead), lse.unflatten(0, lead))
 
 
@@ -35,7 +36,7 @@ def _kept(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return key_bias.new_empty(*kept, value.shape[-1]), key_bias.new_empty(*kept, 2)
 
 
-_CausalSlots = register_pair(
+_causal_slots = register_pair(
     "causal(Tensor query, Tensor query_slots, Tensor query_slot_bias, Tensor key, Tensor key_bias, Tensor key_slots,"
     " Tensor key_slot_bias, Tensor value, int chunk) -> (Tensor output, Tensor lse, Tensor sums, Tensor masses)",
     torch_kernel,

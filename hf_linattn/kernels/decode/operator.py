@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ..attention_state import AttentionState
-from ..backends import current_backend, dispatch, register
+from ..backends import current_backend
+from ..operators import dispatch, register
 from ..slot_inputs import SlotInputs
 from . import torch_kernel
 

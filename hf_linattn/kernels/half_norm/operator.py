@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import current_backend, dispatch, register, runs_on_triton
+from ..backends import current_backend, runs_on_triton
 from ..functions import call
+from ..operators import dispatch, register
 from . import torch_kernel
 
 # Of the Triton kernel, whose tile is a whole row.

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attention_state import AttentionState
-from ..backends import current_backend, register_pair
+from ..backends import current_backend
+from ..operators import register_pair
 from . import torch_kernel
 
 
@@ -46,10 +47,10 @@ def window_chunk_attention(
         visible = visible.expand(groups, windows, length, key.shape[2])
     hidden_from, hidden_to = hidden_from.expand(groups, windows), hidden_to.expand(groups, windows)
     chunks = (chunk_key, chunk_bias, chunk_value, hidden_from, hidden_to)
-    return AttentionState(*_WindowChunks.apply(query, key, value, visible, *chunks, is_causal, current_backend()))
+    return AttentionState(*_window_chunks(query, key, value, visible, *chunks, is_causal, current_backend()))
 
 
-_WindowChunks = register_pair(
+_window_chunks = register_pair(
     "window_chunks(Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor chunk_key, Tensor chunk_bias,"
     " Tensor chunk_value, Tensor hidden_from, Tensor hidden_to, bool is_causal) -> (Tensor output, Tensor lse)",
     torch_kernel,

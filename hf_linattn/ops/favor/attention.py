@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import InputError
 from ..inputs import check_grid, check_projection, checked_attention, factor_of, prepare_tokens
 from ..noise import SlotDropout
-from ..slot_attention import SlotOptions, exact_attention, slots_alone
+from ..short_attention import attention_with_slots
+from ..slot_attention import SlotOptions, slots_alone
 from .features import favor_feature_map
 from .fitted import RowFit, fitted_weights
 from .statistics import FavorStatistics, RowStatistics
@@ -110,8 +111,8 @@ def favor_attention(
         is_wide = tokens.query.dtype in (torch.float32, torch.float64)
         if statistics.is_diagonal and is_wide and not num_global_tokens and not torch.compiler.is_compiling():
             query_weights, key_weights = fitted_weights(tokens, projection, statistics)
-            return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights))
+            return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
         statistics = statistics.statistics(query, key, key_mask=key_mask, scaling=scaling)
     feature_map = favor_feature_map(tokens.query, projection, statistics)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
-    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights))
+    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))

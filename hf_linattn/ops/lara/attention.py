@@ -29,7 +29,8 @@ from ..inputs import (
 )
 from ..noise import RowNoise, SlotDropout
 from ..padding import Tokens
-from ..slot_attention import SlotOptions, exact_attention
+from ..short_attention import attention_with_slots
+from ..slot_attention import SlotOptions
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
@@ -167,7 +168,7 @@ def lara_attention(
             shift = offset if shift is None else shift + offset
         if shift is not None:
             query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
-    return tokens.finish(exact_attention(tokens, options).with_slots(query_weights, key_weights, numbers))
+    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights, numbers))
 
 
 def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:

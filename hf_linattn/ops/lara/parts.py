@@ -18,7 +18,6 @@ from ..layout import gather_tokens, masked_mean
 from ..padding import Tokens
 from ..tracing import outside_tracing
 
-
 # Entries of the matrices that average the tokens of padded rows; beyond it tokens are gathered.
 _MOST = 1 << 22
 

@@ -1,0 +1,143 @@
+"""Windows and slots of short inputs: against one dense softmax in float64, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from references import INF, assert_same, differentiated, logsumexp, random, softmax
+from torch import Tensor
+
+from hf_linattn.kernels.short_slots import inputs as parts
+from hf_linattn.kernels.short_slots import short_slot_attention, torch_kernel
+from hf_linattn.kernels.short_slots.inputs import ShortInputs
+
+BATCH, HEADS, SLOTS, DIM = 3, 2, 5, 4
+
+
+def case(
+    tokens: int = 20, *, scale: float = 1.0, others: bool = False, own_slots: bool = False, hidden: int = 0
+) -> list[Tensor | None]:
+    """The last `hidden` keys of the first row are hidden."""
+    rows = BATCH if own_slots else 1
+    shape = (BATCH, tokens, HEADS)
+    bias = random(*shape, seed=6, scale=scale)
+    if hidden:
+        bias[0, -hidden:] = -INF
+    return [
+        random(*shape, DIM, seed=0, scale=scale**0.5),
+        random(*shape, DIM, seed=1),
+        random(*shape, 3, seed=2),
+        random(*shape, DIM + 1, seed=3) if others else None,
+        random(*shape, DIM + 1, seed=4) if others else None,
+        random(*shape, seed=5, scale=scale),
+        bias,
+        random(rows, HEADS, SLOTS, DIM + others, seed=7),
+        random(rows, HEADS, SLOTS, seed=8),
+        random(rows, HEADS, SLOTS, DIM + others, seed=9),
+        random(rows, HEADS, SLOTS, seed=10),
+    ]
+
+
+def dense(places: int, *given: Any) -> tuple[Tensor, Tensor]:
+    """One softmax over all keys: exact logits in the window, logs of sums over slots elsewhere."""
+    *tokens, query_slots, query_slot_bias, key_slots, key_slot_bias = given
+    query, key, value, query_tokens, key_tokens, query_bias, key_bias = (
+        None if z is None else z.transpose(1, 2) for z in tokens
+    )
+    reading = (query if query_tokens is None else query_tokens) @ query_slots.mT + query_bias.unsqueeze(-1)
+    writing = (key if key_tokens is None else key_tokens) @ key_slots.mT + key_bias.unsqueeze(-1)
+    reading, writing = reading + query_slot_bias.unsqueeze(-2), writing + key_slot_bias.unsqueeze(-2)
+    far = logsumexp(reading.unsqueeze(-2) + writing.unsqueeze(-3))
+    window = torch.arange(query.shape[2]) // places
+    logits = torch.where(window[:, None] == window, query @ key.mT, far)
+    logits = logits.masked_fill((key_bias == -INF).unsqueeze(-2), -INF)
+    return (softmax(logits) @ value).transpose(1, 2), logsumexp(logits).transpose(1, 2)
+
+
+def ours(places: int, *given: Any, has_hidden: bool) -> tuple[Tensor, Tensor]:
+    return short_slot_attention(ShortInputs(*given), places, has_hidden=has_hidden)
+
+
+def check(given: list[Tensor | None], places: int, dtype: torch.dtype, limit: float, *, hides: bool) -> None:
+    found = differentiated(lambda *z: ours(places, *z, has_hidden=hides), given, dtype)
+    assert_same(found, differentiated(lambda *z: dense(places, *z), given), limit)
+
+
+LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("others", [False, True], ids=["same tokens", "other tokens"])
+@pytest.mark.parametrize("own_slots", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(("tokens", "hidden"), [(20, 0), (19, 0), (18, 7), (20, 20)], ids=str)
+def test_results_and_gradients(tokens: int, hidden: int, own_slots: bool, others: bool, dtype: torch.dtype) -> None:
+    """Whole windows and a part of one, a row that fits in some of its windows, and one without any key."""
+    given = case(tokens, others=others, own_slots=own_slots, hidden=hidden)
+    check(given, 5, dtype, LIMITS[dtype], hides=bool(hidden))
+
+
+@pytest.mark.parametrize("scale", [30.0, 300.0, 3000.0])
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_large_logits(scale: float, hidden: int) -> None:
+    """What one window's keys make underflow beside them, and what rounding takes from large sums, is all there."""
+    given = [None if z is None else z.float().double() for z in case(scale=scale, hidden=hidden)]
+    check(given, 5, torch.float32, 3e-7 * scale, hides=bool(hidden))
+
+
+def test_a_key_that_dwarfs_the_others() -> None:
+    """Others are read through slots although one key of the window weighs e^200 times as much in every slot."""
+    given = case()
+    assert given[6] is not None
+    given[6][:, 2] += 200.0
+    given[0][:, 2] = 0.0  # its own window sees it with an ordinary logit
+    check(given, 5, torch.float32, 1e-4, hides=False)
+
+
+@pytest.mark.parametrize("own_slots", [False, True])
+@pytest.mark.parametrize("budget", [1, 2000, 6000])
+def test_tiles_change_nothing(budget: int, own_slots: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(18, hidden=7, own_slots=own_slots)
+    whole = differentiated(lambda *z: ours(5, *z, has_hidden=True), given)
+    monkeypatch.setattr(parts, "_TILE", budget)
+    inputs = ShortInputs(*given)  # type: ignore[arg-type]
+    assert len(list(parts.tiles(inputs, 5))) > 1
+    assert_same(differentiated(lambda *z: ours(5, *z, has_hidden=True), given), whole, 1e-12)
+
+
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_gradcheck(hidden: int) -> None:
+    given = [None if z is None else z.requires_grad_() for z in case(13, hidden=hidden)]
+    assert torch.autograd.gradcheck(lambda *z: ours(5, *z, has_hidden=bool(hidden))[0], given)
+
+
+@given(st.lists(st.booleans(), min_size=17, max_size=17), st.integers(2, 9))
+def test_any_hidden_keys(seen: list[bool], places: int) -> None:
+    given = case(17)
+    assert given[6] is not None
+    given[6][0].masked_fill_(~torch.tensor(seen)[:, None], -INF)
+    check(given, places, torch.float64, 1e-12, hides=True)
+
+
+def test_the_slow_road_is_taken_where_it_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.dtype] = []
+    own = torch_kernel._own_references
+
+    def spy(log_features: Tensor, *rest: Any) -> Any:
+        taken.append(log_features.dtype)
+        return own(log_features, *rest)
+
+    monkeypatch.setattr(torch_kernel, "_own_references", spy)
+    for scale, expected in ((1.0, []), (3000.0, [torch.float64])):
+        taken.clear()
+        ours(5, *[None if z is None else z.float() for z in case(scale=scale)], has_hidden=False)
+        assert taken == expected
+
+
+def test_a_log_sum_exp_that_is_not_asked_for_is_nan() -> None:
+    state = short_slot_attention(ShortInputs(*case()), 5, has_hidden=False, with_lse=False)  # type: ignore[arg-type]
+    assert state.lse.isnan().all()
+    assert not state.output.isnan().any()
