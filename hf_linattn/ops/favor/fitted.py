@@ -76,21 +76,17 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Moved queries and keys, their biases, `a` `[batch, heads, 1]`, and what the backward pass needs of both sides:
     `s t`, `t^2` and the mean of the other side."""
-    sides = [torch.stack([query, key])] if query.shape[2] <= _STACKED else [query, key]
-
-    def together(parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.stack(parts)
-
-    def of_sides(x: Tensor) -> list[Tensor]:
-        return [x] if len(sides) == 1 else list(x.unbind(0))
-
     count = query.shape[2] if lengths is None else lengths.clamp_min(1).to(query)[:, None, None, None]
-    means = [z.sum(-2, keepdim=True) / count for z in sides]
-    centred = [z - mean for z, mean in zip(sides, means, strict=True)]
-    if visible is not None:
-        centred = [z.mul_(visible) for z in centred]
-    second = together([torch.linalg.vecdot(z, z, dim=-2).unsqueeze(-2) for z in centred]) / count
-    mean = together(means)
+    # What follows is written for sides that are one tensor, and done for each where they are two.
+    is_short = query.shape[2] <= _STACKED
+    sides = [torch.stack([query, key])] if is_short else [query, key]
+    means, centred, seconds = [], [], []
+    for z in sides:
+        means.append(z.sum(-2, keepdim=True) / count)
+        z = z - means[-1]
+        centred.append(z if visible is None else z.mul_(visible))
+        seconds.append(torch.linalg.vecdot(z, z, dim=-2).unsqueeze(-2) / count)
+    mean, second = (means[0], seconds[0]) if is_short else (torch.stack(means), torch.stack(seconds))
     transform, square, shape = diagonal_fit(mean, second, fit.variant, fit.centring)
     base = 1 - 4 * shape
     factor, other = transform * base.sqrt(), mean.flip(0)
@@ -100,11 +96,13 @@ def _forward(
         common = common + torch.linalg.vecdot(*mean.unbind(0))
     else:
         other, centred = torch.zeros_like(mean), sides
-    pulls = zip(of_sides(other), centred, of_sides(square), strict=True)
-    biases = [torch.linalg.vecdot(z, torch.addcmul(m, z, squares, value=-0.5)) for m, z, squares in pulls]
-    moved = [z * f for z, f in zip(centred, of_sides(factor), strict=True)]
-    if len(sides) == 1:
-        moved, biases = (list(z[0].unbind(0)) for z in (moved, biases))
+    moved, biases = [], []
+    for side, z in enumerate(centred):
+        own = (other, square, factor) if is_short else (other[side], square[side], factor[side])
+        biases.append(torch.linalg.vecdot(z, torch.addcmul(own[0], z, own[1], value=-0.5)))
+        moved.append(z * own[2])
+    if is_short:
+        moved, biases = list(moved[0].unbind(0)), list(biases[0].unbind(0))
     query_bias, key_bias = (biases[0] + common).unsqueeze(-1), biases[1].unsqueeze(-1)
     return *moved, query_bias, key_bias, shape.squeeze(-1), factor, square, other
 
