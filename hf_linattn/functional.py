@@ -15,6 +15,7 @@ from .ops.eva.attention import eva_attention
 from .ops.eva.relative_position import t5_bucket, t5_index, t5_sizes, table_index, table_size
 from .ops.favor.attention import favor_attention
 from .ops.favor.features import favor_log_features
+from .ops.favor.fit import optimal_shape
 from .ops.favor.generalized import generalized_attention
 from .ops.favor.random_features import derive_seed, draw_projection
 from .ops.favor.statistics import (
@@ -22,7 +23,6 @@ from .ops.favor.statistics import (
     FavorStatistics,
     favor_statistics,
     neutral_statistics,
-    optimal_shape,
 )
 from .ops.favor.variance import (
     kernel_relative_variance,

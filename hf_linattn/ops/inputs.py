@@ -115,21 +115,24 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | N
     if query.shape == shape == value.shape and len(shape) == 4 and shape[2] and key_mask is None:
         if query.is_floating_point() and key.is_floating_point() and value.is_floating_point():
             return  # the common case
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+
+    def shapes() -> str:
+        return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise InputError(f"query, key and value must be [batch, heads, tokens, head_dim]; got {shapes}.")
+        raise InputError(f"query, key and value must be [batch, heads, tokens, head_dim]; got {shapes()}.")
     if key.shape != value.shape and key.shape[:3] != value.shape[:3]:
-        raise InputError(f"key and value must agree in batch, heads and tokens; got {shapes}.")
+        raise InputError(f"key and value must agree in batch, heads and tokens; got {shapes()}.")
     if query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
         raise InputError(
-            f"query and key must agree in batch, heads and head_dim; got {shapes}. Repeat grouped heads first."
+            f"query and key must agree in batch, heads and head_dim; got {shapes()}. Repeat grouped heads first."
         )
     if not (query.is_floating_point() and key.is_floating_point() and value.is_floating_point()):
         raise InputError(
             f"query, key and value must be floating point; got {query.dtype}, {key.dtype} and {value.dtype}."
         )
     if not query.shape[2] or not key.shape[2]:
-        raise InputError(f"query and key must have at least one token; got {shapes}.")
+        raise InputError(f"query and key must have at least one token; got {shapes()}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
         raise InputError(
             f"key_mask must be a bool tensor [batch, key tokens] = {(key.shape[0], key.shape[2])}, True where a token"

@@ -13,7 +13,7 @@ from hf_linattn.kernels.attention_state import (
     merge_states,
     shifted_exp,
 )
-from hf_linattn.kernels.half_norm import half_norm
+from hf_linattn.kernels.half_norm import half_norm, length_bias
 
 INF = float("inf")
 
@@ -183,6 +183,16 @@ def test_half_norms_under_vmap_and_grad() -> None:
     grad = torch.func.vmap(torch.func.grad(lambda z: half_norm(z).sin()))(x)
     torch.testing.assert_close(grad, x * (x.square().sum(-1, keepdim=True) / 2).cos())
     torch.autograd.gradcheck(half_norm, (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("options", [{}, {"factor": 0.7}, {"less": 2.5}, {"factor": 0.7, "less": 2.5}], ids=str)
+def test_length_bias(options: dict[str, float]) -> None:
+    x = random(2, 3, 7, 4).requires_grad_()
+    expected = -options.get("factor", 1.0) * x.square().sum(-1, keepdim=True) / 2 - options.get("less", 0.0)
+    for given in (x, x.detach()):
+        torch.testing.assert_close(length_bias(given, **options), expected.detach() if given is not x else expected)
+    torch.autograd.gradcheck(lambda z: length_bias(z, **options), (x,))
+    torch.autograd.gradgradcheck(lambda z: length_bias(z, **options).sin(), (x,))
 
 
 def test_second_derivatives_of_half_norms() -> None:

@@ -1,7 +1,8 @@
-"""Attention takes one road with short inputs on a CPU, and another with all others: tests of what it computes take both.
+"""Attention takes one road with short inputs on a CPU, and another with all others.
 
-A module asks for both with `pytest.mark.usefixtures("road")`. Tests of EVA do not have to; they take the long road with
-`slow`, and by default with those inputs that the short one does not know (padding, images, causal layers).
+A module whose tests are to take both asks for them with `pytest.mark.usefixtures("road")`. Tests of EVA do not have to;
+they take the long road with `slow`, and by default with inputs that the short one does not know (padding, images,
+causal layers).
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from statistics_inputs import DIM, HEADS, MASK, centred_or_not, every_variant, i
 from torch import Tensor
 
 from hf_linattn.errors import InputError
+from hf_linattn.ops.favor.fit import optimal_shape
 from hf_linattn.ops.favor.statistics import (
     FAVOR_VARIANTS,
     FavorMoments,
     FavorStatistics,
     favor_statistics,
     neutral_statistics,
-    optimal_shape,
 )
 from hf_linattn.ops.favor.variance import mean_log_second_moment
 

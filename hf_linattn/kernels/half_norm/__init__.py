@@ -1,3 +1,3 @@
-from .operator import half_norm
+from .operator import half_norm, length_bias
 
-__all__ = ["half_norm"]
+__all__ = ["half_norm", "length_bias"]

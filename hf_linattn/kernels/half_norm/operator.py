@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import current_backend, runs_on_triton
+from ..functions import call
 from ..operators import dispatch, register
 from . import torch_kernel
 
@@ -23,28 +24,42 @@ def half_norm(x: Tensor) -> Tensor:
     """
     backend = current_backend()
     if x.requires_grad or x.is_cuda or backend == "triton":
-        return _HalfNorm.apply(x, backend)
+        return call(_HalfNorm, x, 1.0, 0.0, backend)
     return torch_kernel.half_norm_forward(x)[0]
 
 
+def length_bias(x: Tensor, *, factor: float = 1.0, less: float = 0.0) -> Tensor:
+    """`-factor |x|^2 / 2 - less`: the bias of tokens, `[..., tokens, dim]` -> `[..., tokens, 1]`."""
+    backend = current_backend()
+    if (x.requires_grad and torch.is_grad_enabled()) or x.is_cuda or backend == "triton":
+        return call(_HalfNorm, x, -factor, -less, backend).unsqueeze(-1)
+    half = torch_kernel.half_norm_forward(x)[0].mul_(-factor)
+    return (half.sub_(less) if less else half).unsqueeze(-1)
+
+
 class _HalfNorm(torch.autograd.Function):
+    """`factor |x|^2 / 2 + constant`."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, backend: str) -> Tensor:
+    def forward(x: Tensor, factor: float, constant: float, backend: str) -> Tensor:
         has_kernel = x.ndim == 4 and x.shape[-1] <= _MAX_DIM and not torch.compiler.is_compiling()
-        if has_kernel and runs_on_triton(backend, x):
-            return _half_norm(x, backend)[0]
-        return torch_kernel.half_norm_forward(x)[0]
+        on_triton = has_kernel and runs_on_triton(backend, x)
+        half = (_half_norm(x, backend) if on_triton else torch_kernel.half_norm_forward(x))[0]
+        half = half if factor == 1.0 else half.mul_(factor)
+        return half.add_(constant) if constant else half
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float, str], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        return (grad.unsqueeze(-1) * x).to(x.dtype), None
+        grad = grad if ctx.factor == 1.0 else grad * ctx.factor
+        return (grad.unsqueeze(-1) * x).to(x.dtype), None, None, None
 
 
 def _fake(x: Tensor, backend: str) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedError
 from ...ops.favor.attention import favor_attention
 from ...ops.favor.features import favor_feature_map
+from ...ops.favor.fitted import RowFit
 from ...ops.favor.moments import without_rounding
 from ...ops.favor.recurrent import favor_recurrence
 from ...ops.favor.statistics import (
@@ -20,7 +21,6 @@ from ...ops.favor.statistics import (
     FAVOR_VARIANTS,
     FavorMoments,
     FavorStatistics,
-    favor_statistics,
     neutral_statistics,
 )
 from ...ops.recurrent.slots import SlotRecurrence
@@ -112,17 +112,11 @@ class FavorSharpAttention(FavorAttention[FavorSharpConfig]):
     def compute(cls, config: FavorSharpConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         if config.learned:
             return learned_output(config, state, inputs)
+        statistics: FavorStatistics | RowFit
         if config.statistics == "calibrated":
             statistics = FavorStatistics.among(state)
         else:
-            statistics = favor_statistics(
-                inputs.query,
-                inputs.key,
-                key_mask=inputs.key_mask,
-                scaling=inputs.scaling,
-                variant=config.variant,
-                centring=config.centring,
-            )
+            statistics = RowFit(config.variant, config.centring)
         return favor_attention(
             inputs.query,
             inputs.key,

@@ -22,6 +22,7 @@ from ..noise import SlotDropout
 from ..short_attention import attention_with_slots
 from ..slot_attention import SlotOptions, slots_alone
 from .features import favor_feature_map
+from .fitted import RowFit, fitted_weights
 from .statistics import FavorStatistics, RowStatistics
 
 
@@ -35,7 +36,7 @@ def favor_attention(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     is_causal: bool = False,
-    statistics: FavorStatistics | None = None,
+    statistics: FavorStatistics | RowFit | None = None,
     window_size: int = 0,
     overlap_window: bool = False,
     num_heavy_keys: int = 0,
@@ -61,8 +62,8 @@ def favor_attention(
         key_mask: `[batch, keys]` bool, True where a key is real.
         scaling: Factor of the dot product; `head_dim ** -0.5` if `None`.
         is_causal: No query sees a later key.
-        statistics: FAVOR#'s constants: those of each row (`favor_statistics`, bidirectional only) or of other data
-            (`FavorMoments`). `None` is FAVOR+.
+        statistics: FAVOR#'s constants: those of each row (`favor_statistics`, or a `RowFit`, which takes them here;
+            bidirectional only) or of other data (`FavorMoments`). `None` is FAVOR+.
         window_size: Exact local window in tokens (side of the square with a `grid`); 0 for none.
         overlap_window: The window reaches half a window beyond each side of its block, in the causal form a whole
             window to the left. Needs an even `window_size`; not with a `grid`.
@@ -91,7 +92,7 @@ def favor_attention(
     check_projection(projection, query)
     options = SlotOptions(is_causal, window_size, overlap_window, num_heavy_keys, chunk_size, slot_dropout)
     options.check(grid)
-    if is_causal and isinstance(statistics, RowStatistics):
+    if is_causal and isinstance(statistics, (RowStatistics, RowFit)):
         raise InputError(
             "Causal attention needs statistics of other data; got those that `favor_statistics` has taken from the row"
             " itself, which know later tokens. Use FavorMoments.empty(...).update(...).statistics(variant)."
@@ -102,6 +103,8 @@ def favor_attention(
         if grid is not None:
             check_grid(key.shape[2], grid, key_mask)
         root = scaling**0.5  # of FAVOR+ a factor of the few directions, of FAVOR# one of the tokens
+        if isinstance(statistics, RowFit):
+            statistics = statistics.statistics(query, key, key_mask=key_mask, scaling=scaling, is_cross=is_cross)
         if statistics is not None:
             query, key, root = query * root, key * root, 1.0
         feature_map = favor_feature_map(query, projection, statistics, root=root)
@@ -118,6 +121,12 @@ def favor_attention(
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
+    if isinstance(statistics, RowFit):
+        is_wide = tokens.query.dtype in (torch.float32, torch.float64)
+        if statistics.is_diagonal and is_wide and not num_global_tokens and not torch.compiler.is_compiling():
+            query_weights, key_weights = fitted_weights(tokens, projection, statistics)
+            return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
+        statistics = statistics.statistics(query, key, key_mask=key_mask, scaling=scaling)
     feature_map = favor_feature_map(tokens.query, projection, statistics)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm import half_norm
+from ...kernels.half_norm import length_bias
 from ..slot_weights import LinearSlotWeights
-from .statistics import FavorStatistics
+from .statistics import FavorStatistics, transformed
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,35 @@ class FavorFeatureMap:
         """Log-weights `a[t, j]` of queries `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(query.dtype), self.statistics
         if statistics is None:
-            bias = half_norm(query).unsqueeze(-1) * -(self.root**2) - self.log_count
+            bias = length_bias(query, factor=self.root**2, less=self.log_count)
             return LinearSlotWeights(query, bias, directions, self.feature_bias)
         wide = query.to(self.feature_bias.dtype)
-        query_mean, key_mean = statistics.query_mean, statistics.key_mean
-        shift = (wide * key_mean).sum(-1, keepdim=True) - (query_mean * key_mean).sum(-1, keepdim=True)
-        query = statistics.transform_query(wide).to(query.dtype)
-        bias = shift - half_norm(query).unsqueeze(-1) - self.log_count
-        return LinearSlotWeights(query, bias, directions, self.feature_bias)
+        centred = wide - statistics.query_mean.to(wide)
+        moved, bias = in_coordinates(
+            centred, centred, statistics.key_mean.to(wide), statistics.query_transform.to(wide), query.dtype
+        )
+        return LinearSlotWeights(moved, bias - self.log_count, directions, self.feature_bias)
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights `c[j, n]` of keys `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(key.dtype), self.statistics
         if statistics is None:
-            bias = half_norm(key).unsqueeze(-1) * -(self.root**2)
+            bias = length_bias(key, factor=self.root**2)
             return LinearSlotWeights(key, bias, directions, self.feature_bias)
         wide = key.to(self.feature_bias.dtype)
-        shift = (wide * statistics.query_mean).sum(-1, keepdim=True)
-        key = statistics.transform_key(wide).to(key.dtype)
-        return LinearSlotWeights(key, shift - half_norm(key).unsqueeze(-1), directions, self.feature_bias)
+        centred = wide - statistics.key_mean.to(wide)
+        moved, bias = in_coordinates(
+            wide, centred, statistics.query_mean.to(wide), statistics.key_transform.to(wide), key.dtype
+        )
+        return LinearSlotWeights(moved, bias, directions, self.feature_bias)
+
+
+def in_coordinates(
+    z: Tensor, centred: Tensor, other_mean: Tensor, transform: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Centred tokens in the coordinates of the features, and their bias `z . other_mean - |moved|^2 / 2`."""
+    moved = transformed(centred, transform).to(dtype)
+    return moved, torch.linalg.vecdot(z, other_mean).unsqueeze(-1) + length_bias(moved)
 
 
 def favor_feature_map(
@@ -82,7 +92,7 @@ def favor_feature_map(
         statistics = statistics.to(dtype=wide, device=query.device)
     stretch = (1 - 4 * statistics.shape).sqrt()
     # w'Aw + log det(I - 4A) / 4, once for the query's factor and once for the key's.
-    bias = (projection.square() * statistics.shape).sum(-1) + stretch.log().sum(-1) / 2
+    bias = (projection.square() @ statistics.shape.mT).squeeze(-1) + stretch.log().sum(-1) / 2
     return FavorFeatureMap(projection * stretch, bias, statistics, log_count)
 
 

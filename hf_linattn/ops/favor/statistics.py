@@ -7,6 +7,7 @@ diagonal `A` of the features in them, are chosen to make the mean log second mom
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from torch import Tensor
 from ...errors import InputError, did_you_mean
 from ..inputs import check_inputs, factor_of
 from ..packed import of_sequences
-from .balance import dense_transforms
-from .moments import Moments, diagonal_balance, merge_moments, row_moments, without_rounding
+from .fit import dense_constants, diagonal_constants
+from .moments import Moments, merge_moments, row_moments, row_spread
 
 FAVOR_VARIANTS = ("gerf", "saderf", "aderf", "sderf", "dense")
 DENSE_VARIANTS = ("aderf", "sderf", "dense")
@@ -49,11 +50,11 @@ class FavorStatistics(NamedTuple):
 
     def transform_query(self, query: Tensor) -> Tensor:
         """Scaled queries in the coordinates of the features."""
-        return _transformed(query - self.query_mean.to(query), self.query_transform.to(query))
+        return transformed(query - self.query_mean.to(query), self.query_transform.to(query))
 
     def transform_key(self, key: Tensor) -> Tensor:
         """Scaled keys in the coordinates of the features."""
-        return _transformed(key - self.key_mean.to(key), self.key_transform.to(key))
+        return transformed(key - self.key_mean.to(key), self.key_transform.to(key))
 
     def transform(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled queries and keys in the coordinates of the features."""
@@ -75,17 +76,6 @@ def neutral_statistics(num_heads: int, head_dim: int, *, dense: bool = False) ->
     zero = torch.zeros(1, num_heads, 1, head_dim)
     same = torch.eye(head_dim).repeat(1, num_heads, 1, 1) if dense else torch.ones_like(zero)
     return FavorStatistics(zero, zero.clone(), same, same.clone(), zero.clone())
-
-
-def optimal_shape(phi: Tensor) -> Tensor:
-    """The `a` with the least mean log second moment, in (-inf, 0], elementwise.
-
-    `phi` is the mean of `(x_l + y_l)^2` over pairs: per coordinate, or over all coordinates for `A = a I`.
-
-    Source: Likhosherstov et al. 2022, arXiv:2205.15317, Theorem 3.1; per coordinate: Likhosherstov et al. 2023,
-        arXiv:2302.00787, section 3.
-    """
-    return (1 - 2 * phi - ((2 * phi + 1).square() + 8 * phi).sqrt()) / 16
 
 
 # -- moments --------------------------------------------------------------------------------------------------------
@@ -231,17 +221,25 @@ def favor_statistics(
     """
     check_variant(variant)
     check_inputs(query, key, key, key_mask)
-    dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    with torch.autocast(query.device.type, enabled=False):
-        moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=variant in DENSE_VARIANTS)
-        statistics = _statistics(moments.scaled(factor_of(query, scaling)), variant, centring)
+    scaling = factor_of(query, scaling)
+    with _without_autocast(query.device.type):
+        if variant in DENSE_VARIANTS:
+            moments = token_moments(query, key, key_mask, is_cross=is_cross, dense=True).scaled(scaling)
+            statistics = _statistics(moments, variant, centring)
+        else:
+            query_mask = None if is_cross else _query_mask(query, key, key_mask, False)
+            sides = zip(row_spread(query, query_mask), row_spread(key, key_mask), strict=True)
+            mean, second = (torch.stack(side) for side in sides)
+            constants = diagonal_constants(mean * scaling**0.5, second * scaling, variant, centring)
+            statistics = FavorStatistics(*constants)
+    dtype = torch.promote_types(query.dtype, torch.float32)
     return RowStatistics(*(statistics if statistics.shape.dtype == dtype else statistics.to(dtype=dtype)))
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _transformed(z: Tensor, transform: Tensor) -> Tensor:
+def transformed(z: Tensor, transform: Tensor) -> Tensor:
     """Row vectors in new coordinates; a single row of factors acts per coordinate."""
     return z * transform if transform.ndim < 2 or transform.shape[-2] == 1 else z @ transform
 
@@ -254,32 +252,16 @@ def _query_mask(x: Tensor, y: Tensor, key_mask: Tensor | None, is_causal: bool) 
 
 
 def _statistics(moments: FavorMoments, variant: str, centring: bool) -> FavorStatistics:
+    means, seconds = (moments.query_mean, moments.key_mean), (moments.query_scatter, moments.key_scatter)
     is_dense = variant in DENSE_VARIANTS
-    x2, y2 = moments.query_scatter, moments.key_scatter
-    if is_dense and x2.shape[-1] != x2.shape[-2]:
+    if is_dense and seconds[0].shape[-1] != seconds[0].shape[-2]:
         raise InputError(f"variant={variant!r} needs dense moments; got diagonal ones.")
-    if not is_dense and x2.shape[-2] != 1:
-        x2, y2 = x2.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), y2.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    x2, y2 = x2 / moments.query_count.clamp_min(1), y2 / moments.key_count.clamp_min(1)
-    x_offset, y_offset = moments.query_mean, moments.key_mean
-    x_mean, y_mean = torch.zeros_like(x_offset), torch.zeros_like(y_offset)
-    if centring:
-        x2, y2 = without_rounding(x2, x_offset), without_rounding(y2, y_offset)
-    else:
-        # Moments about zero, with what queries and keys then have in common.
-        x_offset, y_offset, x_mean, y_mean = x_mean, y_mean, x_offset, y_offset
-        x2, y2 = (z2 + (mean.mT @ mean if is_dense else mean.square()) for z2, mean in ((x2, x_mean), (y2, y_mean)))
-    if is_dense:
-        forward, back = dense_transforms(variant, x2, y2, x_mean, y_mean)
-        phi = ((x2 @ forward) * forward + (y2 @ back) * back).sum(-2, keepdim=True)
-        phi = phi + 2 * (x_mean @ forward) * (y_mean @ back)
-    else:
-        forward = diagonal_balance(x2, y2) if variant == "saderf" else torch.ones_like(x2)
-        back = forward.reciprocal()
-        phi = x2 * forward.square() + y2 * back.square() + 2 * x_mean * y_mean
-    if variant not in ("sderf", "dense"):
-        phi = phi.mean(-1, keepdim=True).expand_as(phi)
-    return FavorStatistics(x_offset, y_offset, forward, back, optimal_shape(phi.clamp_min(0)))
+    if not is_dense and seconds[0].shape[-2] != 1:
+        seconds = tuple(z.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) for z in seconds)  # type: ignore[assignment]
+    counts = moments.query_count.clamp_min(1), moments.key_count.clamp_min(1)
+    second = torch.stack([z / count for z, count in zip(seconds, counts, strict=True)])
+    fit = dense_constants if is_dense else diagonal_constants
+    return FavorStatistics(*fit(torch.stack(means), second, variant, centring))
 
 
 def token_moments(
@@ -293,8 +275,15 @@ def token_moments(
 
 
 def _gather(x: Tensor, y: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, dense: bool) -> FavorMoments:
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         return _of_sides(row_moments(x, query_mask, dense), row_moments(y, key_mask, dense))
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Switches autocast off where it is on: entering takes longer than the sums of a short row."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _of_sides(query: Moments, key: Moments) -> FavorMoments:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ...kernels.attend import attend
 from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import (
     LARGEST_FACTOR,
@@ -29,7 +28,6 @@ from ..inputs import (
     noise_factor,
     prepare_tokens,
 )
-from ..layout import gather_tokens
 from ..noise import RowNoise, SlotDropout
 from ..padding import Tokens
 from ..short_attention import attention_with_slots
@@ -37,6 +35,8 @@ from ..slot_attention import SlotOptions
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
+from .mass import masses, read_mass
+from .parts import OwnTokens
 from .proposals import CalibratedProposals, draw_samples, landmark_noise, sample_numbers
 
 
@@ -157,11 +157,13 @@ def lara_attention(
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     else:
         landmarks = find_landmarks(tokens, num_landmarks, scaling, query_map, key_map, map_stage, mixing)
-        mu = landmarks.query_mean + landmarks.key_mean
+        mu = landmarks.mean
         check_counts({"samples_per_landmark * landmarks": samples_per_landmark * mu.shape[2]})
         if isinstance(noise, RowNoise):
             noise = landmark_noise(noise, mu, samples_per_landmark)
-        samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
+        samples = mu
+        if noise is not False:
+            samples = draw_samples(mu, noise, samples_per_landmark, antithetic=antithetic, factor=factor)
         numbers = sample_numbers(samples, mu.shape[2]) if slot_dropout else None
         query_weights, key_weights = importance_weights(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
@@ -194,15 +196,17 @@ def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, o
 def _mass_correction(
     tokens: Tokens, landmarks: Landmarks, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
 ) -> Tensor:
-    """Mean over probe queries of (exact log-sum-exp - that through the slots), `[batch, heads, 1, 1]`."""
-    # The middle member of a landmark, counted per row so that padding in other rows has no influence.
-    size = landmarks.member.sum(-1, keepdim=True)
-    probe = landmarks.index.gather(-1, size // 2 % landmarks.index.shape[-1])
-    readers = query_weights.map_tokens(lambda z: gather_tokens(z, probe).squeeze(-2))
-    visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
-    exact = attend(readers.tokens, tokens.key, tokens.value, visible=visible).lse
-    slots = key_weights.masked(tokens.visible).summarise(tokens.value)
-    through_slots = readers.add_token_bias(readers.read(slots)).lse
-    used = landmarks.used.squeeze(-2)
-    difference = torch.where(used, exact - through_slots, 0.0).sum(-1) / used.sum(-1).clamp_min(1)
-    return difference[..., None, None].detach()  # an exported program forgets about `no_grad`
+    """Mean over probe queries of (exact log-sum-exp - that through the slots), `[batch, heads, 1, 1]`.
+
+    A probe is the middle token of a landmark.
+    """
+    parts, used = landmarks.parts, landmarks.used
+    probes = query_weights if isinstance(parts, OwnTokens) else query_weights.map_tokens(parts.middle)
+    exact, slots = masses(probes.tokens, tokens, key_weights)
+    difference = exact - read_mass(probes, slots, has_hidden=used is not None)
+    if used is None:
+        correction = difference.mean(-1)
+    else:
+        used = used.squeeze(-2)
+        correction = torch.where(used, difference, 0.0).sum(-1) / used.sum(-1).clamp_min(1)
+    return correction[..., None, None].detach()  # an exported program forgets about `no_grad`

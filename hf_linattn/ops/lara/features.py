@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm import half_norm
+from ...kernels.half_norm import half_norm, length_bias
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
-from ..softmax import mask_logits
 from .landmarks import Landmarks
+from .mixture import log_densities, log_mixture_at_means
 from .proposals import CalibratedProposals
 
 IMPORTANCE_WEIGHTINGS = ("balance", "biased", "optimal")
@@ -32,7 +33,7 @@ def mixture_log_ratio(mu: Tensor, samples: Tensor, used: Tensor | None = None) -
             proposal out.
     Returns: `[..., samples, landmarks]`, and its log-sum-exp `[..., samples]`.
     """
-    density = mask_logits(log_feature(mu, samples).transpose(-1, -2), used)
+    density = log_densities(mu, samples, used)
     return density, density.logsumexp(-1)
 
 
@@ -52,40 +53,63 @@ def importance_weights(
     Returns: weights of the queries and weights of the keys.
     """
     query, key, used = tokens.query, tokens.key, landmarks.used
-    mu = landmarks.query_mean + landmarks.key_mean
+    mu = landmarks.mean
     repeats = samples.shape[-2] // mu.shape[-2]
-    density, mixture = mixture_log_ratio(mu, samples, used)
-    # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
-    mixture = mixture + torch.tensor(float(repeats), dtype=query.dtype, device=query.device).log()
-    # An unused landmark (a row shorter than `num_landmarks`) has no density: take its terms out, not only its weight.
-    used_slots = torch.cat([used.squeeze(-2)] * repeats, dim=-1)
+    density = None
+    if samples is mu and weighting != "optimal":
+        mixture = log_mixture_at_means(mu, used)
+    else:
+        density, mixture = mixture_log_ratio(mu, samples, used)
+    if repeats > 1:
+        # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
+        mixture = mixture + math.log(repeats)
     directions, pair_bias, log_density = samples, None, mixture
-    token_bias = -half_norm(query).unsqueeze(-1)
+    token_bias = length_bias(query)
     if weighting == "biased":
         directions = samples + torch.cat([mu] * repeats, dim=-2)
         if beside_exact:
             # exp(mu_c . x) divided by its mean over the proposals: a redistribution of the weight between them.
-            count = used.sum(-1, keepdim=True).clamp_min(1).to(query.dtype)
-            affinity = (query @ mu.transpose(-1, -2)).masked_fill(~used, torch.finfo(query.dtype).min)
-            token_bias = token_bias - affinity.logsumexp(-1, keepdim=True) + count.log()
+            affinity = _finite(query @ mu.transpose(-1, -2), used)
+            token_bias = token_bias - affinity.logsumexp(-1, keepdim=True) + _number_used(mu, used).log()
     elif weighting == "optimal":
         # Of each sample under its own proposal.
+        assert density is not None
         log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
-        affinity = query @ landmarks.query_mean.transpose(-1, -2)
-        if tokens.visible is not None:
-            # Finite, so that a row without any real token gives no NaN.
-            affinity = affinity.masked_fill(~tokens.visible, torch.finfo(query.dtype).min)
+        # Finite, so that a row without any real token gives no NaN.
+        affinity = _finite(query @ landmarks.query_mean.transpose(-1, -2), tokens.visible)
         query_share = affinity.softmax(2)
-        count = used.sum(-1, keepdim=True).clamp_min(1)
-        centred = query_share - query_share.masked_fill(~used, 0.0).sum(-1, keepdim=True) / count
-        balance = log_density.masked_fill(~used_slots, 0.0) - mixture.masked_fill(~used_slots, 0.0)
+        total = (query_share if used is None else query_share.masked_fill(~used, 0.0)).sum(-1, keepdim=True)
+        centred = query_share - total / _number_used(mu, used)
+        balance = log_density - mixture
+        if used is not None:
+            balance = balance.masked_fill(~_of_samples(used, repeats), 0.0)
         alpha = balance.exp().unsqueeze(-2) + alpha_coeff * torch.cat([centred] * repeats, dim=-1)
         pair_bias = alpha.clamp_min(_SMALLEST_ALPHA).log()
-    slot_bias = torch.where(used_slots, -log_density, float("-inf"))
+    slot_bias = -log_density
+    if used is not None:
+        # An unused landmark (a row shorter than `num_landmarks`) has no density: its terms go, not only its weight.
+        slot_bias = torch.where(_of_samples(used, repeats), slot_bias, float("-inf"))
     return (
         LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias),
-        LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), samples, torch.zeros_like(slot_bias)),
+        LinearSlotWeights(key, length_bias(key), samples, torch.zeros_like(slot_bias)),
     )
+
+
+def _finite(logits: Tensor, visible: Tensor | None) -> Tensor:
+    """The lowest number where `visible` is False."""
+    return logits if visible is None else logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+
+
+def _number_used(mu: Tensor, used: Tensor | None) -> Tensor:
+    """The number of landmarks that are used, at least 1, `[batch or 1, 1, 1, 1]`."""
+    if used is None:
+        return mu.new_full((1, 1, 1, 1), mu.shape[-2])
+    return used.sum(-1, keepdim=True).clamp_min(1).to(mu.dtype)
+
+
+def _of_samples(used: Tensor, repeats: int) -> Tensor:
+    """`[batch or 1, 1, samples]`: which samples belong to a landmark that is used."""
+    return torch.cat([used.squeeze(-2)] * repeats, dim=-1)
 
 
 # -- calibrated -----------------------------------------------------------------------------------------------------
@@ -107,13 +131,13 @@ class ProposalFeatureMap:
 
     def query_weights(self, query: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
-        bias = -half_norm(query).unsqueeze(-1)
+        bias = length_bias(query)
         bias = bias if self.offset is None else bias + self.offset.to(query)
         return LinearSlotWeights(query, bias, self.samples, self.log_weight)
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
-        return LinearSlotWeights(key, -half_norm(key).unsqueeze(-1), self.samples, torch.zeros_like(self.log_weight))
+        return LinearSlotWeights(key, length_bias(key), self.samples, torch.zeros_like(self.log_weight))
 
 
 def proposal_feature_map(
@@ -137,5 +161,4 @@ def proposal_feature_map(
             f"Every proposal needs the same number of samples; got {samples.shape[1]} samples of {count} proposals."
         )
     _, mixture = mixture_log_ratio(centroids, samples)
-    per_proposal = torch.tensor(float(samples.shape[1] // count), dtype=query.dtype, device=query.device)
-    return ProposalFeatureMap(samples, -mixture - per_proposal.log(), offset)
+    return ProposalFeatureMap(samples, -mixture - math.log(samples.shape[1] // count), offset)
