@@ -151,7 +151,10 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return not any([z is not None and type(z) not in _ORDINARY for z in tensors])
+    for z in tensors:
+        if z is not None and type(z) not in _ORDINARY:
+            return False
+    return True
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -173,7 +176,7 @@ def dispatch(
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # also where a backward pass runs under it
                 return run(*arguments)
-        if runs_on_triton(arguments[-1], tensor):
+        if arguments[-1] != "torch" and runs_on_triton(arguments[-1], tensor):
             module = importlib.import_module(".triton_launch", kernels.__package__)
         packed, start = [], 0
         for make, count in records:

@@ -144,8 +144,11 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
-        if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
-            return exact_output(config, state, inputs)
+        window = (config.window_size or 0) * (2 if config.overlap_window else 1) + (config.num_global_tokens or 0)
+        # A look at the length first, which is too large as a rule.
+        if inputs.key.shape[2] <= max(window, config.exact_below) or inputs.grid is not None:
+            if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
+                return exact_output(config, state, inputs)
         output = cls.compute(config, state, inputs)
         return with_exact_part(output, config, state, inputs) if config.exact_below else output
 

@@ -65,7 +65,9 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         if takes_packed and (kwargs.get("cu_seqlens") is not None or kwargs.get("max_seqlen") is not None):
             return packed_attention(wrapper, query, key, value, args, kwargs)
         dtype, device_type = query.dtype, query.device.type
-        compute = compute_dtype(query, key, value, in_half)
+        compute = dtype  # the common case
+        if dtype != torch.float32 or key.dtype != dtype or value.dtype != dtype:
+            compute = compute_dtype(query, key, value, in_half)
         computed = query.to(compute), key.to(compute), value.to(compute)
         backend = kwargs.get("backend")
         with torch.autocast(device_type, enabled=False):

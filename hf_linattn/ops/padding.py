@@ -70,6 +70,7 @@ class Tokens:
     valid: `[batch, tokens]`, True for a real token; `None` if all are. visible: The same as `[batch, 1, tokens, 1]`.
     lengths: Real tokens of a row, `[batch]` (`[1]` without a mask).
     grid: Height and width, if the tokens are the patches of an image.
+    global_tokens: Those taken out; what is read of the others is merged with them by its log-sum-exp.
     """
 
     query: Tensor
@@ -80,14 +81,9 @@ class Tokens:
     lengths: Tensor
     grid: tuple[int, int] | None
     _num_queries: int
-    _global: GlobalTokens | None
+    global_tokens: GlobalTokens | None
     _order: Tensor | None
     _mask: Tensor | None
-
-    @property
-    def has_global(self) -> bool:
-        """Whether there are global tokens: with them what is read of the others needs its log-sum-exp."""
-        return self._global is not None
 
     def packed(self) -> Tokens:
         """On a CPU with the tokens of a head next to each other: projections leave them between those of other heads,
@@ -99,8 +95,8 @@ class Tokens:
 
     def finish(self, estimate: AttentionState | None) -> Tensor:
         """The attention output for all queries that were asked for: global tokens and padding put back."""
-        if self._global is not None:
-            output = self._global.join(estimate)
+        if self.global_tokens is not None:
+            output = self.global_tokens.join(estimate)
         else:
             assert estimate is not None
             output = estimate.output

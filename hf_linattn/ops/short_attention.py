@@ -54,10 +54,12 @@ def _short_blocks(
         if not isinstance(weights, LinearSlotWeights) or weights.pair_bias is not None:
             return None
     count = tokens.key.shape[2]
-    blocks = Blocks(count, fit_window(options.window_size, count, tokens.grid), tokens.grid)
+    size = min(options.window_size, count) if tokens.grid is None else fit_window(options.window_size, 0, tokens.grid)
+    blocks = Blocks(count, size, tokens.grid)
     if blocks.num_blocks == 1:  # which reads no slot
         return None
-    suits = suits_short(tokens.query, blocks.num_blocks, blocks.members, query_weights.num_slots)
+    slots = query_weights.slots.shape[-2]  # type: ignore[attr-defined]
+    suits = suits_short(tokens.query, blocks.num_blocks, blocks.members, slots)
     return blocks if suits else None
 
 
@@ -94,7 +96,9 @@ def _short(
         key_bias.squeeze(-1).transpose(1, 2),
         *_for_heads(heads, query_weights.slots, query_weights.slot_bias, key_weights.slots, key_weights.slot_bias),
     )
-    state = short_slot_attention(inputs, blocks.members, has_hidden=has_hidden, with_lse=tokens.has_global)
+    state = short_slot_attention(
+        inputs, blocks.members, has_hidden=has_hidden, with_lse=tokens.global_tokens is not None
+    )
     output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)
     if blocks.grid is not None:
         windows = (blocks.num_blocks, blocks.members)

@@ -1,7 +1,7 @@
 """Attention takes one road with short inputs on a CPU, and another with all others.
 
-A module whose tests are to take both asks for them with `pytest.mark.usefixtures("road")`. Tests of EVA do not need to;
-they take the long road with `slow`, and by default with inputs that the short one does not know (padding, images,
+A module whose tests are to take both asks for them with `pytest.mark.usefixtures("road")`. Those of EVA take
+both anyway: the long road with `slow`, and by default with inputs that the short one does not know (padding, images,
 causal layers).
 """
 

@@ -73,11 +73,13 @@ class Cut(NamedTuple):
                 continue
             part = x[self.rows, :, self.heads]
             part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
-            if not self.missing and part.numel() < SMALL:
+            is_small = part.numel() < SMALL
+            if is_small and not self.missing:
                 taken = part.contiguous()
             else:
                 groups, rows, tokens, *dim = part.shape
-                taken = scratch(name, x.dtype, groups, rows, tokens + self.missing, *dim)
+                shape = (groups, rows, tokens + self.missing, *dim)
+                taken = x.new_empty(shape) if is_small else scratch(name, x.dtype, *shape)
                 taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
                 taken[:, :, :tokens].copy_(part)
             found.append(taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .inputs import ShortInputs, Tile
-from .workspace import Workspace, workspace
+from .workspace import OWN, SMALL, Workspace, workspace
 
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
 # float32, is still above the smallest number.
@@ -108,7 +108,9 @@ def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile
     groups, rows, tokens, dim = inputs.query.shape
     slots, number = inputs.query_slots.shape[1], groups * rows * windows
     values = inputs.value.view(number, places, -1)
-    memory = workspace(groups, rows * tokens, number, slots, values.shape[-1], values.dtype)
+    memory = OWN
+    if groups * rows * tokens * (places + slots) >= SMALL:
+        memory = workspace(groups, rows * tokens, number, slots, values.shape[-1], values.dtype)
     key_tokens = inputs.key if inputs.key_tokens is None else inputs.key_tokens
     log_features = _logits(key_tokens, inputs.key_slots, inputs.key_bias, memory.features)
     references = references_of(log_features, tile, has_hidden)

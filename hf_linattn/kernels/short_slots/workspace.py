@@ -26,7 +26,7 @@ class Workspace(NamedTuple):
     output: Tensor | None = None
 
 
-_OWN = Workspace()
+OWN = Workspace()
 
 
 class _Kept(threading.local):
@@ -42,8 +42,6 @@ _kept = _Kept()
 def workspace(groups: int, count: int, windows: int, slots: int, dim: int, dtype: torch.dtype) -> Workspace:
     """For `groups` of `count` tokens each, in so many windows in all, with values of `dim`."""
     places = groups * count // windows
-    if groups * count * max(slots, places + slots) < SMALL:
-        return _OWN
     return Workspace(
         features=scratch("features", dtype, groups, count, slots),
         sums=scratch("sums", dtype, windows, slots, dim),
