@@ -7,9 +7,10 @@ import pytest
 from count_calls import count_calls, main
 
 # Calls of functions of the package in one attention call.
-MOST_CALLS = {"eva": 89, "favor_plus": 98, "favor_sharp": 122, "lara": 144}
-# On the way of a query from the function that Transformers calls to the first product of matrices.
-MOST_FILES, MOST_MOVES = 12, 40
+MOST_CALLS = {"eva": 60, "favor_plus": 60, "favor_sharp": 90, "lara": 80}
+# On the way of a query from the function that Transformers calls to the first product of matrices, which for short
+# inputs is in the one operator at its end.
+MOST_FILES, MOST_MOVES = 20, 40
 
 
 @pytest.mark.parametrize("kind", MOST_CALLS)
