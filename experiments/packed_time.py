@@ -4,7 +4,8 @@
 
 16 texts of 64 to 512 tokens. "padded": the batch as it was computed before, every layer moving and masking its
 padding; "grouped": the same batch, which the layers take apart into rows of similar length; "packed": the texts in
-one row without padding; "sdpa": softmax, padded. Interleaved runs; the least time of each counts.
+one row without padding; "sdpa": softmax, padded. Interleaved runs on one thread; the least
+processor time of each counts, which other work on the machine changes least.
 """
 
 from __future__ import annotations
@@ -68,19 +69,19 @@ def least(run: dict[str, Callable[[], None]], seconds: float) -> dict[str, float
     times: dict[str, list[float]] = {name: [] for name in run}
     for call in run.values():
         call()
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(times["sdpa"]) < 3:
+    begun = time.process_time()
+    while time.process_time() - begun < seconds or len(times["sdpa"]) < 3:
         for name, call in run.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: min(found) for name, found in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", default="favor_plus,eva,lara")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--models", default="bert,gpt2")
     parser.add_argument("--output", type=Path)

@@ -1,6 +1,7 @@
 """Fine-tune a language model, or train one from scratch: causal or masked, with softmax or any linear attention.
 
-Texts are joined and cut into rows of `--max_length` tokens. Runs with plain `python` or with `accelerate launch`, on
+Texts are joined and cut into rows of `--max_length` tokens; with `--packing` a row holds whole texts, none of which
+sees another one. Runs with plain `python` or with `accelerate launch`, on
 Hub names or local folders and files:
 
     python recipes/language_modeling.py --model_name_or_path openai-community/gpt2 --attention favor_plus \\
@@ -47,10 +48,11 @@ from _data import Data, DataArguments, encode, first_rows, is_stream, read_split
 from _finetuning import Flags, Scores, Task, fine_tune, read_flags
 from _masking import IGNORED, MaskingCollator, next_token_collator
 from _models import convert, extend, load_config, load_model, load_tokenizer
+from _packing import PackingCollator, check_packing
 from _text import LengthArguments, choose_max_length
 from _training import NewModelArguments
 from hf_linattn.data.files import TEXT_FORMATS
-from hf_linattn.data.rows import TEXT_NAMES, packed
+from hf_linattn.data.rows import TEXT_NAMES, packed, whole_texts
 
 logger = logging.getLogger("hf_linattn.recipes")
 
@@ -77,6 +79,13 @@ class LanguageModelingArguments(LengthArguments, DataArguments):
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted"})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Rows of whole texts, each of which sees itself alone, in place of texts joined and cut (causal "
+            "models whose mask follows positions, such as GPT-2)"
+        },
+    )
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Without validation data: the first so many percent of the training rows"}
     )
@@ -117,6 +126,8 @@ def prepare(flags: Flags) -> Task:
 
     config = load_config(flags.model)
     objective = choose_objective(flags.data.objective, config)
+    if flags.data.packing:
+        check_packing(config, objective)
     if objective == CAUSAL and flags.data.mlm_probability != LanguageModelingArguments.mlm_probability:
         raise RecipeError(f"--mlm_probability {flags.data.mlm_probability} is for --objective {MASKED}, not {CAUSAL}.")
     tokenizer = load_tokenizer(flags.model, config)
@@ -131,13 +142,16 @@ def prepare(flags: Flags) -> Task:
     max_length = choose_max_length(flags.data.max_length, tokenizer, model.config)
     with flags.training.main_process_first(desc="cutting texts into rows"):
         how = (flags.data.text_column, tokenizer, max_length, "text_column")
-        data = {split: packed(rows, *how) for split, rows in splits.items()}
+        rows_of = whole_texts if flags.data.packing else packed
+        data = {split: rows_of(rows, *how) for split, rows in splits.items()}
     data = {split: first_rows(rows, getattr(flags.data, LIMITS[split])) for split, rows in data.items()}
     check_rows(data, max_length)
     if objective == MASKED:
         collate: Any = MaskingCollator(tokenizer, flags.data.mlm_probability, seed_of(flags.training))
         scored = {split: rows for split, rows in data.items() if split != "train"}
         data |= encode(scored, collate.masked_once, flags.training, "masking")
+    elif flags.data.packing:
+        collate = PackingCollator(max_length, tokenizer.pad_token_id or 0)
     else:
         collate = next_token_collator
     return Task(

@@ -60,6 +60,37 @@ def packed(data: Any, column: str | None, tokenizer: PreTrainedTokenizerBase, ma
     return _of_texts(data, column, flag, pack)
 
 
+def whole_texts(data: Any, column: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int, flag: str) -> Any:
+    """Rows of at most `max_length` tokens that hold whole texts, with `position_ids` that restart with each.
+
+    Of a thousand texts at a time, the longest first, each goes into the fullest row that has room for it. A text of
+    more tokens is cut into several.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"A fast tokenizer cuts texts into rows; {type(tokenizer).__name__} is none.")
+
+    def pack(texts: list[str]) -> dict[str, list[Any]]:
+        options = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
+        texts = [text for text in texts if text.strip()]
+        pieces = tokenizer(texts, **options)["input_ids"] if texts else []
+        rows: list[list[list[int]]] = []
+        room: list[int] = []
+        for piece in sorted((piece for piece in pieces if piece), key=len, reverse=True):
+            fitting = [n for n, left in enumerate(room) if left >= len(piece)]
+            if not fitting:
+                rows.append([])
+                room.append(max_length)
+            row = min(fitting, key=room.__getitem__, default=len(rows) - 1)
+            rows[row].append(piece)
+            room[row] -= len(piece)
+        return {
+            "input_ids": [[token for piece in row for token in piece] for row in rows],
+            "position_ids": [[place for piece in row for place in range(len(piece))] for row in rows],
+        }
+
+    return _of_texts(data, column, flag, pack)
+
+
 def one_by_one(data: Any, column: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int, flag: str) -> Any:
     """A row for every text that is not empty, cut after `max_length` tokens."""
 

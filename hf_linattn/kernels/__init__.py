@@ -10,6 +10,6 @@ half_norm       |x|^2 / 2 of every token
 
 In each folder `operator` has the public function and its torch operators, `torch_kernel` and `triton_launch` (with
 `triton_kernel`) the two implementations; `short_slots` has the first alone. `operators` registers them, and `backends`
-decides which one runs. `slot_inputs` is what goes into attention through slots, and `attention_state` what comes out of
-a softmax.
+decides which one runs. `slot_inputs` is what goes into attention through slots, and `attention_state` what comes out
+of a softmax.
 """

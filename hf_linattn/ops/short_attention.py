@@ -16,6 +16,7 @@ from .layout import Blocks, fit_window
 from .padding import Tokens
 from .slot_attention import SlotOptions, exact_attention
 from .slot_weights import LinearSlotWeights, SlotWeights
+from .softmax import mask_logits
 
 
 def attention_with_slots(
@@ -61,48 +62,51 @@ def _short_blocks(
 def _short(
     tokens: Tokens, blocks: Blocks, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
 ) -> AttentionState:
-    on_grid = blocks.grid is not None
-
-    def placed(x: Tensor) -> Tensor:
-        """`[batch, heads, tokens, dim]` -> `[batch, tokens, heads, dim]`, window by window."""
-        return (blocks.split(x).flatten(2, 3) if on_grid else x).transpose(1, 2)
-
-    has_hidden = tokens.visible is not None or (on_grid and not blocks.is_whole)
-    key_bias = key_weights.token_bias
+    query, key, value = tokens.query, tokens.key, tokens.value
+    query_bias, key_bias, has_hidden = query_weights.token_bias, key_weights.token_bias, tokens.visible is not None
+    query_tokens = None if query_weights.tokens is query else query_weights.tokens
+    key_tokens = None if key_weights.tokens is key else key_weights.tokens
     if tokens.visible is not None:
         key_bias = key_bias.masked_fill(~tokens.visible, float("-inf"))
-    key_bias = placed(key_bias)
-    if on_grid and not blocks.is_whole:
-        real = placed(tokens.key.new_ones(1, 1, blocks.tokens, 1)) > 0
-        key_bias = key_bias.masked_fill(~real, float("-inf"))
-    query, key, heads = placed(tokens.query), placed(tokens.key), tokens.query.shape[1]
-    state = short_slot_attention(
-        ShortInputs(
-            query,
-            key,
-            placed(tokens.value),
-            None if query_weights.tokens is tokens.query else placed(query_weights.tokens),
-            None if key_weights.tokens is tokens.key else placed(key_weights.tokens),
-            placed(query_weights.token_bias).squeeze(-1),
-            key_bias.squeeze(-1),
-            _per_head(query_weights.slots, heads, 4),
-            _per_head(query_weights.slot_bias, heads, 3),
-            _per_head(key_weights.slots, heads, 4),
-            _per_head(key_weights.slot_bias, heads, 3),
-        ),
-        blocks.members,
-        has_hidden=has_hidden,
-        with_lse=tokens.has_global,
+    if blocks.grid is not None:
+        if not blocks.is_whole:
+            has_hidden, real = True, key.new_ones(1, 1, blocks.tokens, 1)
+            hidden = blocks.split(real).flatten(2, 3) == 0
+        else:
+            hidden = None
+        query, key, value, query_bias, key_bias = (
+            blocks.split(x).flatten(2, 3) for x in (query, key, value, query_bias, key_bias)
+        )
+        query_tokens, key_tokens = (
+            None if x is None else blocks.split(x).flatten(2, 3) for x in (query_tokens, key_tokens)
+        )
+        key_bias = mask_logits(key_bias, None if hidden is None else ~hidden)
+    heads = query.shape[1]
+    inputs = ShortInputs(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None if query_tokens is None else query_tokens.transpose(1, 2),
+        None if key_tokens is None else key_tokens.transpose(1, 2),
+        query_bias.squeeze(-1).transpose(1, 2),
+        key_bias.squeeze(-1).transpose(1, 2),
+        *_for_heads(query_weights, heads),
+        *_for_heads(key_weights, heads),
     )
+    state = short_slot_attention(inputs, blocks.members, has_hidden=has_hidden, with_lse=tokens.has_global)
     output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)
-    if on_grid:
+    if blocks.grid is not None:
         windows = (blocks.num_blocks, blocks.members)
         output = blocks.join(output.unflatten(2, windows))
         lse = blocks.join(lse.unsqueeze(-1).unflatten(2, windows)).squeeze(-1)
     return AttentionState(output, lse)
 
 
-def _per_head(x: Tensor, heads: int, ndim: int) -> Tensor:
-    """What slots have, with dimensions for rows (perhaps 1) and heads."""
-    x = x[(None,) * (ndim - x.ndim)]
-    return x if x.shape[1] == heads else x.expand(-1, heads, *x.shape[2:])
+def _for_heads(weights: LinearSlotWeights, heads: int) -> tuple[Tensor, Tensor]:
+    """Slots and their bias with dimensions for rows (perhaps 1) and heads."""
+    slots, bias = weights.slots, weights.slot_bias
+    slots = slots if slots.ndim == 4 else slots[(None,) * (4 - slots.ndim)]
+    bias = bias if bias.ndim == 3 else bias[(None,) * (3 - bias.ndim)]
+    if slots.shape[1] != heads:
+        slots = slots.expand(-1, heads, -1, -1)
+    return slots, bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)

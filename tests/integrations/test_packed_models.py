@@ -112,7 +112,7 @@ def _compiled(name: str, case: ModelCase, mode: Any, training: bool, *, slow: bo
     ("kind", "case", "mode", "training"),
     [
         _compiled("favor_plus", GPT2, converted, True, slow=False),
-        _compiled("favor_plus", BERT, native, False, slow=False),
+        _compiled("favor_plus", BERT, native, False),
         *[_compiled("eva", case, mode, True) for case in (BERT, GPT2) for mode in (native, converted)],
         _compiled("lara", BERT, converted, False),
     ],

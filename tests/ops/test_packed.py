@@ -122,11 +122,11 @@ COMPILED = {
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("favor_plus", "aot_eager"),
+        _slow("favor_plus"),
         ("favor_plus-causal", "aot_eager"),
         _slow("lara"),
         _slow("eva"),
-        ("eva-causal", "aot_eager"),
+        _slow("eva-causal"),
         pytest.param("eva-causal", "inductor", marks=pytest.mark.slow),
         pytest.param("favor_plus-causal", "inductor", marks=pytest.mark.slow),
     ],

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .workspace import scratch
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
 _TILE = 1 << 21
@@ -53,22 +54,38 @@ class Cut(NamedTuple):
     tokens: int
     missing: int
 
-    def tokens_of(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """This part of `[batch, tokens, heads(, dim)]`, without gaps, padded to whole windows."""
-        x = self._arranged(x).contiguous()
-        if self.is_own:
-            x = x.flatten(0, 1).unsqueeze(1)
-        if self.missing:
-            x = F.pad(x, (0, self.missing) if x.ndim == 3 else (0, 0, 0, self.missing), value=fill)
-        return x
+    def take(self, inputs: ShortInputs) -> ShortInputs:
+        """This part of everything."""
+        parts: list[Any] = []
+        for number, x in enumerate(inputs):
+            if x is None:
+                parts.append(None)
+            elif number < OF_TOKENS:
+                parts.append(self.tokens_of(x, ShortInputs._fields[number]))
+            else:
+                parts.append(x[self.slot_rows, self.heads].flatten(0, 1))
+        return ShortInputs(*parts)
 
-    def slots_of(self, x: Tensor) -> Tensor:
-        """This part of `[batch or 1, heads, slots(, dim)]`."""
-        return x[self.slot_rows, self.heads].flatten(0, 1)
+    def tokens_of(self, x: Tensor, name: str) -> Tensor:
+        """This part of `[batch, tokens, heads(, dim)]`, without gaps, in memory by that name.
+
+        What fills the last window has hidden keys.
+        """
+        part = x[self.rows, :, self.heads]
+        part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
+        groups, rows, tokens, *dim = part.shape
+        taken = scratch(name, x, groups, rows, tokens + self.missing, *dim)
+        if self.missing:
+            taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
+            taken[:, :, :tokens].copy_(part)
+        else:
+            taken.copy_(part)
+        return taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken
 
     def write_tokens(self, x: Tensor, result: Tensor) -> None:
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
-        target = self._arranged(x)
+        target = x[self.rows, :, self.heads]
+        target = target.transpose(1, 2) if self.is_own else target.permute(_HEADS_FIRST[x.ndim])
         target.copy_(result[:, :, : self.tokens].view(target.shape))
 
     def add_slots(self, x: Tensor, result: Tensor) -> None:
@@ -76,12 +93,9 @@ class Cut(NamedTuple):
         target = x[self.slot_rows, self.heads]
         target += result.view(target.shape)
 
-    def _arranged(self, x: Tensor) -> Tensor:
-        """A view with heads and rows, or with slots of their own rows and heads, before the tokens."""
-        part = x[self.rows, :, self.heads]
-        if self.is_own:
-            return part.transpose(1, 2)
-        return part.permute(2, 0, 1) if x.ndim == 3 else part.permute(2, 0, 1, 3)
+
+# Heads before rows, by the number of dimensions.
+_HEADS_FIRST = {3: (2, 0, 1), 4: (2, 0, 1, 3)}
 
 
 class Tile(NamedTuple):
@@ -90,10 +104,7 @@ class Tile(NamedTuple):
     cut: Cut
     inputs: ShortInputs
     places: int
-
-    @property
-    def windows(self) -> int:
-        return self.inputs.query.shape[2] // self.places
+    windows: int
 
 
 def _even(count: int, most: int) -> int:
@@ -110,14 +121,10 @@ def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
     budget = _TILE * torch.get_num_threads()
     per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
-    others: Any = inputs[: OF_TOKENS - 1]
-    of_slots: Any = inputs[OF_TOKENS:]
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
                 cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, tokens, -tokens % places)
-                parts: list[Any] = [None if z is None else cut.tokens_of(z) for z in others]
-                parts += [cut.tokens_of(inputs.key_bias, float("-inf")), *map(cut.slots_of, of_slots)]
-                yield Tile(cut, ShortInputs(*parts), places)
+                yield Tile(cut, cut.take(inputs), places, windows)

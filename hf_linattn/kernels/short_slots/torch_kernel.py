@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..attention_state import AttentionState
 from .inputs import OF_TOKENS, ShortInputs, Tile, tiles
+from .workspace import scratch
 
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
 # float32, is still above the smallest number.
@@ -66,9 +67,9 @@ def short_backward(
     for tile in tiles(inputs, places):
         read = _read(tile, has_hidden)
         dtype, grad_lse = read.weights.dtype, None
-        grad_output = tile.cut.tokens_of(grads.output).to(dtype)
+        grad_output = tile.cut.tokens_of(grads.output, "grad_output").to(dtype)
         if with_lse:
-            grad_lse = tile.cut.tokens_of(grads.lse).to(dtype)
+            grad_lse = tile.cut.tokens_of(grads.lse, "grad_lse").to(dtype)
         of_tile = _gradients(read, grad_output, grad_lse, needs)
         for number, (total, grad) in enumerate(zip(found, of_tile, strict=True)):
             if total is None or grad is None:
@@ -86,14 +87,15 @@ class _References(NamedTuple):
 
     own: `[groups, rows, windows or 1, slots]`, of what a window holds.
     others: The same, of what a window reads.
-    merge: `[groups * rows, windows, slots, n]` -> the same, for every window the sum of the others.
+    merge: `[groups * rows, windows, slots, n]` -> the same, for every window the sum of the others; perhaps in memory
+        by a name.
     merge_back: Its transpose.
     """
 
     own: Tensor
     others: Tensor
-    merge: Callable[[Tensor], Tensor]
-    merge_back: Callable[[Tensor], Tensor]
+    merge: Callable[[Tensor, str], Tensor]
+    merge_back: Callable[[Tensor, str], Tensor]
 
 
 class _Read(NamedTuple):
@@ -117,7 +119,9 @@ class _Read(NamedTuple):
     def output(self) -> Tensor:
         """`[groups, rows, tokens, head_dim]`."""
         places = self.tile.places
-        output = torch.bmm(self.weights[..., :places], self.values)
+        output = torch.bmm(
+            self.weights[..., :places], self.values, out=scratch("output", self.values, *self.values.shape)
+        )
         output.baddbmm_(self.weights[..., places:], self.slot_values)
         return output.view(*self.tile.inputs.query.shape[:3], -1)
 
@@ -153,14 +157,15 @@ def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile
     groups, rows, tokens, dim = inputs.query.shape
     slots, number = inputs.query_slots.shape[1], groups * rows * windows
     key_tokens = inputs.key if inputs.key_tokens is None else inputs.key_tokens
-    log_features = _logits(key_tokens, inputs.key_slots, inputs.key_bias)
+    log_features = _logits("features", key_tokens, inputs.key_slots, inputs.key_bias)
     references = references_of(log_features, tile, has_hidden)
     by_window = log_features.view(groups, rows, windows, places, slots)
     features = by_window.sub_(references.own.unsqueeze(3)).exp_().view(number, places, slots)
 
     values = inputs.value.view(number, places, -1)
-    sums = torch.bmm(features.mT, values).view(groups * rows, windows, slots, -1)
-    mass = references.merge(features.sum(1).view(groups * rows, windows, slots, 1))
+    sums = torch.bmm(features.mT, values, out=scratch("sums", values, number, slots, values.shape[-1]))
+    sums = sums.view(groups * rows, windows, slots, -1)
+    mass = references.merge(features.sum(1).view(groups * rows, windows, slots, 1), "mass")
     is_rough = references_of is _row_references
     if is_rough and not _is_safe(mass, references.own, tile, has_hidden=has_hidden):
         return None
@@ -168,27 +173,30 @@ def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile
     if has_hidden:
         mass.masked_fill_(mass == 0, 1.0)
     mass = mass.view(number, slots, 1)
-    slot_values = references.merge(sums).view(number, slots, -1).div_(mass)
+    slot_values = references.merge(sums, "slot values").view(number, slots, -1).div_(mass)
 
     slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).view(groups, 1, 1, 1, slots)
     query_tokens = inputs.query if inputs.query_tokens is None else inputs.query_tokens
-    of_slots = _logits(query_tokens, inputs.query_slots, inputs.query_bias)
+    of_slots = _logits("of slots", query_tokens, inputs.query_slots, inputs.query_bias)
     of_slots = of_slots.view(groups, rows, windows, places, slots)
     of_slots += log_mass + (references.others.unsqueeze(3) + slot_bias)
-    in_window = torch.bmm(inputs.query.view(number, places, dim), inputs.key.view(number, places, dim).mT)
+    query, key = inputs.query.view(number, places, dim), inputs.key.view(number, places, dim)
+    in_window = torch.bmm(query, key.mT, out=scratch("in window", query, number, places, places))
     if has_hidden:
         in_window.masked_fill_((inputs.key_bias == float("-inf")).view(number, 1, places), float("-inf"))
-    logits = torch.cat([in_window, of_slots.view(number, places, slots)], -1)
-    weights = logits.softmax(-1)
+    shape = (number, places, places + slots)
+    logits = torch.cat([in_window, of_slots.view(number, places, slots)], -1, out=scratch("logits", values, *shape))
+    weights = torch.softmax(logits, -1, out=scratch("weights", values, *shape))
     if has_hidden:  # perhaps nothing to see
         weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0.0)
     return _Read(tile, references, weights, logits, features, slot_values, mass, values)
 
 
-def _logits(tokens: Tensor, slots: Tensor, bias: Tensor) -> Tensor:
-    """`tokens . slots + bias`, `[groups, rows, tokens, slots]`."""
+def _logits(name: str, tokens: Tensor, slots: Tensor, bias: Tensor) -> Tensor:
+    """`tokens . slots + bias`, `[groups, rows, tokens, slots]`, in memory by that name."""
     groups, rows, count, dim = tokens.shape
-    logits = torch.baddbmm(bias.view(groups, rows * count, 1), tokens.view(groups, rows * count, dim), slots.mT)
+    bias, tokens = bias.view(groups, rows * count, 1), tokens.view(groups, rows * count, dim)
+    logits = torch.baddbmm(bias, tokens, slots.mT, out=scratch(name, tokens, groups, rows * count, slots.shape[1]))
     return logits.view(groups, rows, count, -1)
 
 
@@ -223,8 +231,10 @@ def _row_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> _Refe
         largest.masked_fill_(largest == float("-inf"), 0.0)
     others = _others(windows, largest.dtype)
 
-    def merge(sums: Tensor) -> Tensor:
-        return torch.bmm(others.expand(sums.shape[0], windows, windows), sums.flatten(2)).view(sums.shape)
+    def merge(sums: Tensor, name: str) -> Tensor:
+        flat = sums.flatten(2)
+        merged = torch.bmm(others.expand(sums.shape[0], windows, windows), flat, out=scratch(name, flat, *flat.shape))
+        return merged.view(sums.shape)
 
     return _References(largest, largest, merge, merge)
 
@@ -238,10 +248,10 @@ def _own_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> _Refe
     others = own.unsqueeze(2).masked_fill(~is_other, lowest).amax(3)  # [groups, rows, windows, slots]
     shares = (own.unsqueeze(2) - others.unsqueeze(3)).exp().masked_fill(~is_other, 0.0).flatten(0, 1)
 
-    def merge(sums: Tensor) -> Tensor:
+    def merge(sums: Tensor, name: str) -> Tensor:
         return torch.einsum("gikm,gkmd->gimd", shares, sums).contiguous()
 
-    def merge_back(grads: Tensor) -> Tensor:
+    def merge_back(grads: Tensor, name: str) -> Tensor:
         return torch.einsum("gikm,gimd->gkmd", shares, grads).contiguous()
 
     return _References(own, others, merge, merge_back)
@@ -259,7 +269,8 @@ def _gradients(
     grad_output = grad_output.view(number, places, -1)
     # Of logits: in the window, and of slots.
     pairs = [torch.bmm(grad_output, z.mT) for z in (read.values, read.slot_values)]
-    grad_logits = torch._softmax_backward_data(torch.cat(pairs, -1), read.weights, -1, read.weights.dtype)
+    of_weights = torch.cat(pairs, -1, out=scratch("logits", read.values, *read.weights.shape))
+    grad_logits = torch._softmax_backward_data(of_weights, read.weights, -1, read.weights.dtype)
     if grad_lse is not None:
         sees = read.weights.any(-1, keepdim=True)
         grad_lse = grad_lse.view(number, places, 1).masked_fill(~sees, 0.0)
@@ -273,7 +284,8 @@ def _gradients(
     grad_slots.div_(read.mass)
     by_row = (shape[0] * shape[1], tile.windows, slots, -1)
     grad_slots, grad_mass = (
-        read.references.merge_back(z.view(by_row)).reshape(number, slots, -1) for z in (grad_slots, grad_mass)
+        read.references.merge_back(z.view(by_row), name).reshape(number, slots, -1)
+        for z, name in ((grad_slots, "slot values, back"), (grad_mass, "mass, back"))
     )
     grad_features = torch.baddbmm(grad_mass.mT, read.values, grad_slots.mT)
     grad_values.baddbmm_(read.features, grad_slots)
