@@ -144,7 +144,7 @@ class LinearAttention(nn.Module, Generic[C]):
     @classmethod
     def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
         """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
-        if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
+        if is_exact(cls, config, inputs):
             return exact_output(config, state, inputs)
         output = cls.compute(config, state, inputs)
         return with_exact_part(output, config, state, inputs) if config.exact_below else output
