@@ -147,7 +147,7 @@ class LinearAttention(nn.Module, Generic[C]):
         window = (config.window_size or 0) * (2 if config.overlap_window else 1) + (config.num_global_tokens or 0)
         # A look at the length first, which is too large as a rule.
         if inputs.key.shape[2] <= max(window, config.exact_below) or inputs.grid is not None:
-            if is_exact(config, inputs, in_window=cls.is_exact_in_window(config)):
+            if is_exact(cls, config, inputs):
                 return exact_output(config, state, inputs)
         output = cls.compute(config, state, inputs)
         return with_exact_part(output, config, state, inputs) if config.exact_below else output

@@ -11,29 +11,33 @@ from ..ops.ablation import ABLATED, exact_value
 from ..ops.exact import exact_softmax, in_one_window, with_exact_rows
 from ..ops.inputs import check_grid, check_inputs, factor_of
 from .config import AttentionConfig
-from .contract import AttentionInputs
+from .contract import AttentionInputs, LayerClass
 from .value_convolution import with_value_convolution
 
 
-def is_exact(config: AttentionConfig, inputs: AttentionInputs, *, in_window: bool) -> bool:
+def is_exact(layer_cls: LayerClass, config: AttentionConfig, inputs: AttentionInputs) -> bool:
     """Whether the shapes of a call say that all of it is softmax attention.
 
     Args:
-        in_window: Whether a row that fits into one window is (`LinearAttention.is_exact_in_window`).
+        layer_cls: Says whether a row that fits into one window is.
     """
     query, key = inputs.query, inputs.key
     if key.shape[2] <= config.exact_below:
         return query.shape[2] == key.shape[2] or (inputs.is_causal and query.shape[2] < key.shape[2])
-    return in_window and in_one_window(
+    window, num_global_tokens = config.window_size or 0, config.num_global_tokens or 0
+    if inputs.grid is None and key.shape[2] > 2 * window + num_global_tokens:
+        return False  # without further calls
+    fits = in_one_window(
         query,
         key,
         inputs.key_mask,
-        window_size=config.window_size or 0,
+        window_size=window,
         overlap_window=config.overlap_window,
         is_causal=inputs.is_causal,
-        num_global_tokens=config.num_global_tokens or 0,
+        num_global_tokens=num_global_tokens,
         grid=inputs.grid,
     )
+    return fits and layer_cls.is_exact_in_window(config)
 
 
 def exact_output(config: AttentionConfig, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
