@@ -5,7 +5,8 @@
     python experiments/short_inputs.py --parts models --layers 1 --lengths 128,256 --kinds eva
     python experiments/short_inputs.py --resume                         # goes on where a run was cut short
 
-Whatever is compared runs in turns in one process on one thread; times are medians. The reference is `sdpa`, the
+Whatever is compared runs in turns in one process on one thread; times are medians of processor time, which other
+programs do not lengthen. The reference is `sdpa`, the
 function of Transformers, called through the same interface. The results are written after every case. Cases that are
 not measured keep what the file has of them.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ import shared
 import torch
 import typer
 from short_cases import PARTS, Case, Run
-from torch.utils.benchmark import Measurement, Timer, timer
+from torch.utils.benchmark import Measurement, Timer
 
 import hf_linattn
 from hf_linattn.bench.environment import write_experiment
@@ -36,7 +38,7 @@ OUT = Path(__file__).parent / "results" / "short_inputs.json"
 
 def once(call: Callable[[], object], seconds: float) -> Measurement:
     """One call: what takes long needs no second one to be timed by."""
-    return Timer("call()", globals={"call": call}, timer=timer, num_threads=torch.get_num_threads()).timeit(1)
+    return Timer("call()", globals={"call": call}, timer=time.process_time, num_threads=1).timeit(1)
 
 
 def lines_of(case: Case, run: Run) -> list[dict[str, Any]]:
@@ -45,7 +47,9 @@ def lines_of(case: Case, run: Run) -> list[dict[str, Any]]:
     rows = [(Row(case.part, entry.name, "", case.work), entry.make) for entry in entries]
     # One that takes longer than its seconds is timed in two rounds, too few outside of a quick run.
     timed = (
-        race(rows, 0.0 if run.is_quick else math.inf, once) if case.is_long else race(rows, run.seconds, time_calls)
+        race(rows, 0.0 if run.is_quick else math.inf, once)
+        if case.is_long
+        else race(rows, run.seconds, partial(time_calls, clock=time.process_time))
     )
     found = {row.name: row for row in timed}
     lines = []
