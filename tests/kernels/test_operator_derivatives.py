@@ -15,6 +15,8 @@ from hf_linattn.errors import UnsupportedError
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
+from hf_linattn.kernels.short_chunks import short_pooled, short_variates
+from hf_linattn.kernels.short_chunks.cutting import Sizes
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 
@@ -40,11 +42,25 @@ def _window_chunks(*tensors: Tensor) -> Any:
     return window_chunk_attention(*tensors[:3], None, False, *tensors[3:], number % 3, number % 3 + 1)
 
 
+SHORT = Sizes(tokens=5, window=2, chunk=2, weighs_size=True, scaling=0.7)
+
+
+def _short_variates(*tensors: Tensor) -> Any:
+    query, key, value, query_adapter, key_adapter = tensors
+    return short_variates(query, key, value, query_adapter, key_adapter, "sum", SHORT)
+
+
+def _short_pooled(*tensors: Tensor) -> Any:
+    return short_pooled(tensors[0], tensors[1], tensors[2], tensors[3:], SHORT)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_attend, "attend without visible"),
     "blocks": (_blocks, "blocks causal"),
     "causal": (_causal, "causal"),
     "window_chunks": (_window_chunks, "windows"),
+    "short_variates": (_short_variates, "short"),
+    "short_pooled": (_short_pooled, "short, learned"),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
