@@ -15,6 +15,8 @@ from hf_linattn.errors import UnsupportedError
 from hf_linattn.kernels.attend import attend
 from hf_linattn.kernels.block_slots import BlockReach, block_slot_attention
 from hf_linattn.kernels.causal_slots import causal_slot_attention
+from hf_linattn.kernels.short_chunks import short_pooled, short_variates
+from hf_linattn.kernels.short_chunks.cutting import Sizes
 from hf_linattn.kernels.short_slots import short_slot_attention
 from hf_linattn.kernels.short_slots.inputs import ShortInputs
 from hf_linattn.kernels.slot_inputs import SlotInputs
@@ -46,12 +48,26 @@ def _short(*tensors: Tensor) -> Any:
     return short_slot_attention(ShortInputs(*tensors), 2, has_hidden=True)
 
 
+SHORT = Sizes(tokens=5, window=2, chunk=2, weighs_size=True, scaling=0.7)
+
+
+def _short_variates(*tensors: Tensor) -> Any:
+    query, key, value, query_adapter, key_adapter = tensors
+    return short_variates(query, key, value, query_adapter, key_adapter, "sum", SHORT)
+
+
+def _short_pooled(*tensors: Tensor) -> Any:
+    return short_pooled(tensors[0], tensors[1], tensors[2], tensors[3:], SHORT)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "attend": (_attend, "attend without visible"),
     "blocks": (_blocks, "blocks causal"),
     "causal": (_causal, "causal"),
     "window_chunks": (_window_chunks, "windows"),
     "short": (_short, "short, other tokens"),
+    "short_variates": (_short_variates, "short chunks"),
+    "short_pooled": (_short_pooled, "short chunks, learned"),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 

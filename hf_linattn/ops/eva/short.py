@@ -20,7 +20,7 @@ from .learned_summaries import LearnedSummariser
 
 # Most tokens of a short input. In longer ones, keys and values of all chunks beside those of every window cost more
 # than they save.
-LONGEST = 4096
+LONGEST = 2048
 
 _longest_chunk = functools.lru_cache(maxsize=256)(longest_chunk)
 
