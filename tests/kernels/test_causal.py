@@ -159,16 +159,11 @@ def cuts(inputs: list[Tensor], chunk: int, where: slice | None = None) -> list[s
 @pytest.mark.parametrize(
     ("nats", "chunk", "starts"),
     [
-        (50.0, 64, [0]),
-        (50.0, 16, [0]),
-        (50.0, 48, [0, 48]),
-        (100.0, 64, [0, 32]),
-        (100.0, 16, [0, 32]),
-        (100.0, 24, [0, 24, 48]),
-        (300.0, 64, range(0, 64, 8)),
-        (300.0, 16, range(0, 64, 8)),
+        (50.0, 64, [0]), (50.0, 16, [0]), (50.0, 48, [0, 48]),
+        (100.0, 64, [0, 32]), (100.0, 16, [0, 32]), (100.0, 24, [0, 24, 48]),
+        (300.0, 64, range(0, 64, 8)), (300.0, 16, range(0, 64, 8)),
     ],
-)
+)  # fmt: skip
 def test_pieces_are_as_few_as_possible(nats: float, chunk: int, starts: Sequence[int]) -> None:
     """Whole chunks and the rest; by halves, down to as many as keep what is inside within the range of float32."""
     inputs = make(64, batch=1, heads=1)
