@@ -55,8 +55,10 @@ def _short_blocks(
             return None
     count = tokens.key.shape[2]
     blocks = Blocks(count, fit_window(options.window_size, count, tokens.grid), tokens.grid)
-    # One window reads no slot.
-    return blocks if blocks.num_blocks > 1 and suits_short(tokens.query, blocks.num_blocks) else None
+    if blocks.num_blocks == 1:  # which reads no slot
+        return None
+    suits = suits_short(tokens.query, blocks.num_blocks, blocks.members, query_weights.num_slots)
+    return blocks if suits else None
 
 
 def _short(
@@ -90,8 +92,7 @@ def _short(
         None if key_tokens is None else key_tokens.transpose(1, 2),
         query_bias.squeeze(-1).transpose(1, 2),
         key_bias.squeeze(-1).transpose(1, 2),
-        *_for_heads(query_weights, heads),
-        *_for_heads(key_weights, heads),
+        *_for_heads(heads, query_weights.slots, query_weights.slot_bias, key_weights.slots, key_weights.slot_bias),
     )
     state = short_slot_attention(inputs, blocks.members, has_hidden=has_hidden, with_lse=tokens.has_global)
     output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)
@@ -102,11 +103,11 @@ def _short(
     return AttentionState(output, lse)
 
 
-def _for_heads(weights: LinearSlotWeights, heads: int) -> tuple[Tensor, Tensor]:
-    """Slots and their bias with dimensions for rows (perhaps 1) and heads."""
-    slots, bias = weights.slots, weights.slot_bias
-    slots = slots if slots.ndim == 4 else slots[(None,) * (4 - slots.ndim)]
-    bias = bias if bias.ndim == 3 else bias[(None,) * (3 - bias.ndim)]
-    if slots.shape[1] != heads:
-        slots = slots.expand(-1, heads, -1, -1)
-    return slots, bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)
+def _for_heads(heads: int, *tensors: Tensor) -> list[Tensor]:
+    """Slots `[.., slots, dim]` and their bias `[.., slots]`, of queries and of keys, with dimensions for rows (perhaps
+    1) and heads."""
+    found = []
+    for x, ndim in zip(tensors, (4, 3, 4, 3), strict=True):
+        x = x if x.ndim == ndim else x[(None,) * (ndim - x.ndim)]
+        found.append(x if x.shape[1] == heads else x.expand(-1, heads, *x.shape[2:]))
+    return found

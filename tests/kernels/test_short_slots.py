@@ -12,7 +12,7 @@ from references import INF, assert_same, differentiated, logsumexp, random, soft
 from torch import Tensor
 
 from hf_linattn.kernels.short_slots import inputs as parts
-from hf_linattn.kernels.short_slots import short_slot_attention, torch_kernel
+from hf_linattn.kernels.short_slots import reading, short_slot_attention
 from hf_linattn.kernels.short_slots.inputs import ShortInputs
 
 BATCH, HEADS, SLOTS, DIM = 3, 2, 5, 4
@@ -124,13 +124,13 @@ def test_any_hidden_keys(seen: list[bool], places: int) -> None:
 
 def test_the_slow_road_is_taken_where_it_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []
-    own = torch_kernel._own_references
+    own = reading._own_references
 
     def spy(log_features: Tensor, *rest: Any) -> Any:
         taken.append(log_features.dtype)
         return own(log_features, *rest)
 
-    monkeypatch.setattr(torch_kernel, "_own_references", spy)
+    monkeypatch.setattr(reading, "_own_references", spy)
     for scale, expected in ((1.0, []), (3000.0, [torch.float64])):
         taken.clear()
         ours(5, *[None if z is None else z.float() for z in case(scale=scale)], has_hidden=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .workspace import scratch
+from .workspace import SMALL, scratch
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
 _TILE = 1 << 21
@@ -56,31 +56,32 @@ class Cut(NamedTuple):
 
     def take(self, inputs: ShortInputs) -> ShortInputs:
         """This part of everything."""
-        parts: list[Any] = []
-        for number, x in enumerate(inputs):
-            if x is None:
-                parts.append(None)
-            elif number < OF_TOKENS:
-                parts.append(self.tokens_of(x, ShortInputs._fields[number]))
-            else:
-                parts.append(x[self.slot_rows, self.heads].flatten(0, 1))
+        parts: list[Any] = self.tokens_of(inputs[:OF_TOKENS], ShortInputs._fields)
+        for x in inputs[OF_TOKENS:]:
+            parts.append(x[self.slot_rows, self.heads].flatten(0, 1))  # type: ignore[index]  # noqa: PERF401
         return ShortInputs(*parts)
 
-    def tokens_of(self, x: Tensor, name: str) -> Tensor:
-        """This part of `[batch, tokens, heads(, dim)]`, without gaps, in memory by that name.
+    def tokens_of(self, tensors: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
+        """This part of tensors `[batch, tokens, heads(, dim)]`, without gaps, in memory by their names.
 
         What fills the last window has hidden keys.
         """
-        part = x[self.rows, :, self.heads]
-        part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
-        groups, rows, tokens, *dim = part.shape
-        taken = scratch(name, x, groups, rows, tokens + self.missing, *dim)
-        if self.missing:
-            taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
-            taken[:, :, :tokens].copy_(part)
-        else:
-            taken.copy_(part)
-        return taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken
+        found: list[Tensor | None] = []
+        for x, name in zip(tensors, names, strict=False):
+            if x is None:
+                found.append(None)
+                continue
+            part = x[self.rows, :, self.heads]
+            part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
+            if not self.missing and part.numel() < SMALL:
+                taken = part.contiguous()
+            else:
+                groups, rows, tokens, *dim = part.shape
+                taken = scratch(name, x.dtype, groups, rows, tokens + self.missing, *dim)
+                taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
+                taken[:, :, :tokens].copy_(part)
+            found.append(taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken)
+        return found
 
     def write_tokens(self, x: Tensor, result: Tensor) -> None:
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
@@ -119,7 +120,9 @@ def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
     is_own, windows = 1 < shared == batch, -(-tokens // places)
     size = windows * (places * (2 * places + 4 * slots + 5 * dim) + 2 * slots * dim)
     budget = _TILE * torch.get_num_threads()
-    per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
+    per_head, per_row = heads, batch
+    if size * heads * batch > budget:
+        per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):

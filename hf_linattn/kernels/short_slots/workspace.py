@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Numbers of tensors that are kept: smaller ones the allocator has at hand, larger ones are too much to keep.
-_LEAST, _MOST = 1 << 15, 1 << 21
+SMALL, _MOST = 1 << 15, 1 << 21
+
+
+class Workspace(NamedTuple):
+    """Where results of a tile go; `None` for tensors of their own. See `reading.Read` for what they are."""
+
+    features: Tensor | None = None
+    sums: Tensor | None = None
+    others: Tensor | None = None
+    of_slots: Tensor | None = None
+    in_window: Tensor | None = None
+    logits: Tensor | None = None
+    weights: Tensor | None = None
+    output: Tensor | None = None
+
+
+_OWN = Workspace()
 
 
 class _Kept(threading.local):
-    """Of each thread, by name: at most a few times `_MOST` numbers."""
+    """Of each thread, by name and dtype: at most a few times `_MOST` numbers."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -22,14 +39,31 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
-    """A tensor with any content, in the dtype of `like`. The next call for the same name gets the same memory."""
+def workspace(groups: int, count: int, windows: int, slots: int, dim: int, dtype: torch.dtype) -> Workspace:
+    """For `groups` of `count` tokens each, in so many windows in all, with values of `dim`."""
+    places = groups * count // windows
+    if groups * count * max(slots, places + slots) < SMALL:
+        return _OWN
+    return Workspace(
+        features=scratch("features", dtype, groups, count, slots),
+        sums=scratch("sums", dtype, windows, slots, dim),
+        others=scratch("others", dtype, windows, slots, dim),
+        of_slots=scratch("of slots", dtype, groups, count, slots),
+        in_window=scratch("in window", dtype, windows, places, places),
+        logits=scratch("logits", dtype, windows, places, places + slots),
+        weights=scratch("weights", dtype, windows, places, places + slots),
+        output=scratch("output", dtype, windows, places, dim),
+    )
+
+
+def scratch(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor with any content. The next call for the same name gets the same memory."""
     count = math.prod(shape)
-    if not _LEAST <= count <= _MOST:
-        return like.new_empty(shape)
-    key = (name, like.dtype)
+    if not SMALL <= count <= _MOST:
+        return torch.empty(shape, dtype=dtype)
+    key = (name, dtype)
     flat = _kept.tensors.get(key)
     if flat is None or flat.numel() < count:
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
-            flat = _kept.tensors[key] = torch.empty(count, dtype=like.dtype)
+            flat = _kept.tensors[key] = torch.empty(count, dtype=dtype)
     return flat[:count].view(shape)
