@@ -156,9 +156,6 @@ def test_a_trainer_that_keeps_all_columns(tmp_path: Path) -> None:
         ("sliding_window", 4, UnsupportedError),
         ("s_aux", torch.zeros(4), UnsupportedError),
         ("position_bias", torch.zeros(1, 4, 40, 40), UnsupportedError),
-        ("cu_seq_lens_q", torch.tensor([0, 10, 40]), InputError),
-        ("max_length_k", 30, InputError),
-        ("seq_idx", TOKENS_2, InputError),
     ],
 )
 def test_what_attention_reads_raises(build: Any, name: str, value: Any, error: type[Exception]) -> None:
