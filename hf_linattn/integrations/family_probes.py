@@ -189,9 +189,10 @@ def _decoder(model: Any, ids: Tensor) -> str | None:
     whole = _output(model, input_ids=ids, use_cache=False)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    padded = _output(model, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    if _differs(padded[:1, 2:], _output(model, input_ids=ids[:1, 2:], use_cache=False)):
+    # Positions that go on from the padding: if they began again, they alone would say where the row begins.
+    positions = torch.arange(2, ids.shape[1])[None]
+    alone = _output(model, input_ids=ids[:1, 2:], position_ids=positions, use_cache=False)
+    if _differs(_output(model, input_ids=ids, attention_mask=mask, use_cache=False)[:1, 2:], alone):
         return "padding that changes what is real"
     other = ids.clone()
     other[:, -1] = 0

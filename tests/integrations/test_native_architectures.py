@@ -95,7 +95,9 @@ def test_other_architectures(kind: str, name: str) -> None:
         if kind == "eva":
             model.config.linear_attention["chunk_size"] = 1 if window == 4 else 2
         errors.append(float((logits(model, **inputs) - exact).square().mean()))
-    assert 0 < errors[1] < errors[0], errors
+    # EVA with chunks of one token is softmax attention.
+    assert errors[1] < errors[0], errors
+    assert errors[1] > 0 or kind == "eva"
     if name in VISION:
         return
     alone = logits(model, input_ids=inputs["input_ids"][:1, :25])
