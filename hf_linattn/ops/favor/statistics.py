@@ -89,8 +89,6 @@ def optimal_shape(phi: Tensor) -> Tensor:
 
 
 # -- moments --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FavorMoments:
     """Second-order moments of scaled queries and keys, per head, that can be gathered in pieces and in any order.
