@@ -79,8 +79,6 @@ def neutral_statistics(num_heads: int, head_dim: int, *, dense: bool = False) ->
 
 
 # -- moments --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FavorMoments:
     """Second-order moments of scaled queries and keys, per head, that can be gathered in pieces and in any order.
