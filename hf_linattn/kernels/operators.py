@@ -124,7 +124,7 @@ def register_pair(
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         given = arguments[:count]
         if not _is_plain(given):
-            return Pair.apply(*arguments)
+            return Pair.apply(*_each_once(given), *arguments[count:])
         if torch.is_grad_enabled() and any([z is not None and z.requires_grad for z in given]):
             return Plain.apply(*arguments)
         return tuple(compute(*arguments))
@@ -143,6 +143,14 @@ def register_pair(
     given = ["Tensor grad_output", "Tensor grad_lse", *tensors, *results, "bool[] needs", *options]
     backward_operator = register(f"{name}_backward({', '.join(given)}) -> Tensor[]", backward_kernel, backward_fake)
     return call
+
+
+def _each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same with a view in place of what was there before: `torch.compile` takes no tensor twice."""
+    found: list[Tensor | None] = []
+    for z in tensors:
+        found.append(z.view_as(z) if z is not None and any(z is other for other in found) else z)
+    return found
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
