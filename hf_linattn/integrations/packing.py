@@ -202,7 +202,7 @@ def _read(
             )
     if not bool(starts[:, 1:].any()):
         return None
-    borders = torch.cat([starts.flatten().nonzero().squeeze(-1), torch.tensor([starts.numel()])])
+    borders = torch.cat([starts.flatten().nonzero().squeeze(-1), torch.tensor([starts.numel()], device="cpu")])
     longest = int(borders.diff().max())
     for name in LONGEST:
         if name in asked and int(asked[name]) < longest:
@@ -213,14 +213,14 @@ def _read(
 def _starts_of_borders(name: str, borders: Any, shape: tuple[int, int]) -> Tensor:
     total = shape[0] * shape[1]
     is_list = isinstance(borders, Tensor) and borders.ndim == 1 and not borders.is_floating_point()
-    numbers = borders.to("cpu", torch.int64) if is_list else torch.zeros(2)
+    numbers = borders.to("cpu", torch.int64) if is_list else torch.zeros(2, device="cpu")
     is_whole = numbers.numel() > 1 and [int(numbers[0]), int(numbers[-1])] == [0, total]
     if shape[0] != 1 or not is_whole or bool(numbers.diff().lt(0).any()):
         raise InputError(
             f"{name} must start at 0, never fall and end at the {total} tokens of the one row; got"
             f" {numbers.tolist()[:16] if is_list else borders!r} for {shape[0]} rows."
         )
-    starts = torch.zeros(shape, dtype=torch.bool)
+    starts = torch.zeros(shape, dtype=torch.bool, device="cpu")
     starts[0, numbers[numbers < total]] = True
     return starts
 

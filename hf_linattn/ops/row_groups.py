@@ -181,7 +181,7 @@ class RowGroups:
         device: torch.device | str = "cpu",
     ) -> RowGroups:
         """`from_cu_seqlens` of sequences of these lengths, one after the other."""
-        borders = torch.tensor([0, *lengths]).cumsum(0)
+        borders = torch.tensor([0, *lengths], device="cpu").cumsum(0)
         return cls.from_cu_seqlens(borders, shape, exact_length=exact_length, device=device)
 
     @classmethod
@@ -227,14 +227,14 @@ class RowGroups:
             cuts = [(0, last - first)] if cost is None else partition(ordered[first:last], cost)
             found += [(first + a, first + b, is_exact) for a, b in cuts]
         groups, indices, padding = [], [], []
-        place, offset = torch.full((shape[0] * shape[1],), -1), 0
+        place, offset = torch.full((shape[0] * shape[1],), -1, device="cpu"), 0
         for first, last, is_exact in found:
             rows = order[first:last].sort().values  # as they came, which is how they lie in memory
-            position = torch.arange(ordered[first])
+            position = torch.arange(ordered[first], device="cpu")
             real = position < lengths[rows, None]
             index = (starts[rows, None] + position).where(real, starts[rows, None])
             index = index if numbers is None else numbers[index]
-            places = offset + torch.arange(index.numel()).view_as(index)
+            places = offset + torch.arange(index.numel(), device="cpu").view_as(index)
             offset += index.numel()
             place[index[real]] = places[real]
             padding.append(places[~real])
@@ -243,7 +243,7 @@ class RowGroups:
             masked = None if is_full else real.to(device)
             shortest = ordered[last - 1]
             groups.append(RowGroup(index.to(device), masked, rows.to(device), is_exact, shortest))
-        is_whole = len(groups) == 1 and torch.equal(place, torch.arange(offset))
+        is_whole = len(groups) == 1 and torch.equal(place, torch.arange(offset, device="cpu"))
         into = _Places(torch.cat(indices).to(device), _or_none(torch.cat(padding), device))
         back = _Places(place.clamp_min(0).to(device), _or_none((place < 0).nonzero().squeeze(-1), device))
         return cls(tuple(groups), place.to(device), shape, len(ordered), is_whole, into, back)

@@ -205,7 +205,7 @@ class Pooled:
         """A softmax over the members of a chunk, `[batch, chunks, heads, dim]`."""
         key, mask = self.members[1].flatten(0, 1).transpose(1, 2), self.sort.member
         if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=key.dtype).masked_fill_(~mask, torch.finfo(key.dtype).min)
+            mask = key.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(key.dtype).min)
             mask = mask[:, None, None].repeat(len(key) // len(mask), 1, 1, 1).expand(*key.shape[:2], 1, -1)
         pooled, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             weights.unsqueeze(1).expand(len(key), -1, 1, -1),

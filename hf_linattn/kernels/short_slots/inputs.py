@@ -118,6 +118,8 @@ def _even(count: int, most: int) -> int:
 def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
     """As many heads, then rows at a time as stay within the limit, at least one of each."""
     batch, tokens, heads, dim = inputs.query.shape
+    if not batch or not heads:
+        return
     shared, slots = inputs.query_slots.shape[0], inputs.query_slots.shape[2]
     is_own, windows = 1 < shared == batch, -(-tokens // places)
     size = windows * (places * (2 * places + 4 * slots + 5 * dim) + 2 * slots * dim)

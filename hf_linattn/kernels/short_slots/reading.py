@@ -172,7 +172,7 @@ def _is_safe(mass: Tensor, reference: Tensor, tile: Tile, *, has_hidden: bool) -
 @functools.lru_cache(maxsize=128)
 def _others(windows: int, dtype: torch.dtype) -> Tensor:
     """`[windows, windows]`, 1 for another window."""
-    return 1 - torch.eye(windows, dtype=dtype)
+    return 1 - torch.eye(windows, dtype=dtype, device="cpu")
 
 
 def _row_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> References:

@@ -38,7 +38,7 @@ def short_backward(
     """Gradients of the tensors of `inputs`, where `needs` says so. Weights are computed again, tile by tile."""
     wide = results[1].dtype
     found = [
-        torch.zeros(z.shape, dtype=wide) if needed and z is not None else None
+        z.new_zeros(z.shape, dtype=wide) if needed and z is not None else None
         for z, needed in zip(inputs, needs, strict=True)
     ]
     for tile in tiles(inputs, places):

@@ -58,10 +58,10 @@ def scratch(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """A tensor with any content. The next call for the same name gets the same memory."""
     count = math.prod(shape)
     if not SMALL <= count <= _MOST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     key = (name, dtype)
     flat = _kept.tensors.get(key)
     if flat is None or flat.numel() < count:
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
-            flat = _kept.tensors[key] = torch.empty(count, dtype=dtype)
+            flat = _kept.tensors[key] = torch.empty(count, dtype=dtype, device="cpu")
     return flat[:count].view(shape)
