@@ -23,8 +23,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, Pretraine
 
 import hf_linattn
 import hf_linattn.functional  # registers the operators
-from hf_linattn.kernels.short_slots import operator as short_slots
-from hf_linattn.ops import inputs
+from hf_linattn.ops import inputs, short_attention
 from hf_linattn.ops.eva import short as short_eva
 
 Shape = Any  # of a tensor: a sequence of integers
@@ -157,7 +156,10 @@ def _count(
     # Fake positions cannot be seen to be those of one sequence.
     one_sequence = mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
     # The road of a GPU, not that of short inputs on a CPU.
-    any_length = mock.patch.object(short_slots, "pays", return_value=False), mock.patch.object(short_eva, "LONGEST", 0)
+    any_length = (
+        mock.patch.object(short_attention, "suits_short", return_value=False),
+        mock.patch.object(short_eva, "LONGEST", 0),
+    )
     half = mock.patch.object(inputs, "stays_half", _stays_half_on_a_gpu)
     with fake, one_sequence, half, any_length[0], any_length[1]:
         ids = torch.zeros(1, tokens, dtype=torch.long)

@@ -184,7 +184,7 @@ def dispatch(
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # also where a backward pass runs under it
                 return run(*arguments)
-        if arguments[-1] != "torch" and runs_on_triton(arguments[-1], tensor):
+        if runs_on_triton(arguments[-1], tensor):
             module = importlib.import_module(".triton_launch", kernels.__package__)
         packed, start = [], 0
         for make, count in records:

@@ -20,8 +20,8 @@ from hf_linattn.training.trained_layers import start, trained_layers
 from hf_linattn.training.transfer import transfer_attention
 
 KINDS = {
-    "favor_plus": 256,
-    "favor_sharp": 256,
+    "favor_plus": 64,
+    "favor_sharp": 64,
     "lara": 64,
     "eva": 128,
 }  # with their number of slots without learned maps

@@ -42,7 +42,11 @@ def test_the_same_errors(kind: str, case: ModelCase) -> None:
             {"inputs_embeds": torch.ones(1, 80, 32)},
             {**inputs, "attention_mask": torch.ones(2, 1, 40, 40)},
             {**inputs, "attention_mask": tokens[:, :23]},
-            {**inputs, "position_ids": torch.arange(20).repeat(2, 2)},
+            {
+                **inputs,
+                "position_ids": torch.arange(20).repeat(2, 2),
+                "attention_mask": (tokens.cumsum(-1) < 40).long(),
+            },
             {**inputs, "cu_seq_lens_q": torch.tensor([0, 20, 40])},
         ]
     for arguments in bad:

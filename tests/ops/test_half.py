@@ -70,14 +70,15 @@ def run(attend: Callable[..., Tensor], dtype: torch.dtype, half: torch.dtype, sc
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize(("attend", "options"), cases())
 def test_a_few_roundings_off(
-    attend: Callable[..., Tensor], options: dict, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    attend: Callable[..., Tensor], options: dict, half: torch.dtype, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(attend, torch.float32, half, 1.0, options)
     monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: False)
     rounded = run(attend, half, half, 1.0, options)
     monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
     found = run(attend, half, half, 1.0, options)
-    assert not torch.equal(found[0], rounded[0])  # it did stay half
+    if attend is not eva_attention or road == "long":  # the short road of EVA is float32 throughout
+        assert not torch.equal(found[0], rounded[0])  # it did stay half
     for ours, wide in zip(found, expected, strict=True):
         assert ours.dtype == half
         error = (ours.float() - wide).abs().max() / wide.abs().max()

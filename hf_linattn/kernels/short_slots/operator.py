@@ -12,16 +12,13 @@ from .inputs import ShortInputs
 
 
 def suits_short(like: Tensor, windows: int, places: int, slots: int) -> bool:
-    """Whether tensors like this one, cut into so many windows of so many places, take the short road."""
-    return pays(windows, places, slots) and like.device.type == "cpu" and current_backend() != "triton"
+    """Whether tensors like this one, cut into so many windows of so many places, take the short road.
 
-
-def pays(windows: int, places: int, slots: int) -> bool:
-    """Whether this is faster than states of windows and a scan (measured on a CPU core: up to three times).
-
-    The sums over other windows cost as much as `windows / places` more slots, and are kept for every window.
+    It does where that is faster than states of windows and a scan (measured on a CPU core: up to three times). Sums
+    over other windows cost as much as `windows / places` more slots, and are kept for every window.
     """
-    return windows <= 256 and windows <= 32 * places and slots <= 64 * places
+    pays = windows <= 256 and windows <= 32 * places and slots <= 64 * places
+    return pays and like.device.type == "cpu" and current_backend() != "triton"
 
 
 def short_slot_attention(
