@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Numbers of tensors that are kept: smaller ones the allocator has at hand, larger ones are too much to keep.
-SMALL, _MOST = 1 << 15, 1 << 21
+SMALL, _MOST = 1 << 15, 1 << 20
 
 
 class Workspace(NamedTuple):
@@ -30,7 +30,7 @@ OWN = Workspace()
 
 
 class _Kept(threading.local):
-    """Of each thread, by name and dtype: at most a few times `_MOST` numbers."""
+    """Of each thread, by name and dtype: at most 15 times `_MOST` numbers."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
