@@ -154,13 +154,13 @@ def _each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call has ordinary tensors, and no tracing, transform or mode that wants to see operators."""
+    """Whether a call has ordinary tensors with contents, and no tracing, transform or mode wants to see operators."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     for z in tensors:
-        if z is not None and type(z) not in _ORDINARY:
+        if z is not None and (type(z) not in _ORDINARY or z.is_meta):
             return False
     return True
 
