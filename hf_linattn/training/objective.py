@@ -123,6 +123,7 @@ def linear_rows(module: nn.Module, call: Call) -> Tensor:
         key=call.key.repeat_interleave(parts, dim=0),
         value=columns.expand(batch, parts, heads, keys, dim).flatten(0, 1),
         key_mask=None if call.key_mask is None else call.key_mask.repeat_interleave(parts, dim=0),
+        sequences=None,  # groups of the rows that there were; the mask says the same
     )
     rows = linear_output(module, parts_of_call).unflatten(0, (batch, parts))  # [batch, parts, queries, heads, dim]
     return rows.permute(0, 3, 2, 1, 4).flatten(-2)[..., :keys]
