@@ -77,9 +77,10 @@ def test_every_text_gives_what_it_gives_alone(
             weights = [weight for weight in model.parameters() if weight.requires_grad]
             loss = torch.randn_like(mine)
             pairs = [torch.autograd.grad(output, weights, loss, allow_unused=True) for output in (mine, theirs)]
-            for one, other in zip(*pairs, strict=True):
-                if other is not None and one is not None:
-                    assert largest(one - other) <= 1e-5 * max(1.0, float(other.abs().max()))
+            found = [pair for pair in zip(*pairs, strict=True) if all(z is not None for z in pair)]
+            # Of all gradients: that of a bias of keys is 0, and what is left of it a sum of roundings.
+            size = max(largest(other) for _, other in found)
+            assert max(largest(one - other) for one, other in found) <= 1e-5 * max(1.0, size)
     finally:
         model.to(torch.float32)
 
