@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.inputs import ProposalMap, ResidualMap
+from ..ops.proposal_map import ProposalMap, ResidualMap
 from .base import LinearAttention
 from .contract import LayerShape, StateTensor, zeros
 from .definition import C

@@ -16,7 +16,8 @@ from ...ops.eva.layout import CHUNKINGS, ChunkOptions, default_chunk, nominal_re
 from ...ops.eva.learned import LearnedSummariser, eva_learning_start, learned_eva_attention, learned_eva_recurrence
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
 from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
-from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES, noise_factor
+from ...ops.inputs import LARGEST_COUNT
+from ...ops.noise import NOISE_SCALES, noise_factor
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_summariser, summariser_spec
