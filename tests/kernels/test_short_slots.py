@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.short_slots import inputs as parts
 from hf_linattn.kernels.short_slots import reading, short_slot_attention
-from hf_linattn.kernels.short_slots.inputs import ShortInputs
+from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
 
 BATCH, HEADS, SLOTS, DIM = 3, 2, 5, 4
 
@@ -59,7 +59,7 @@ def dense(places: int, *given: Any) -> tuple[Tensor, Tensor]:
 
 
 def ours(places: int, *given: Any, has_hidden: bool) -> tuple[Tensor, Tensor]:
-    return short_slot_attention(ShortInputs(*given), places, has_hidden=has_hidden)
+    return short_slot_attention(ShortInputs(*given), ShortOptions(places, has_hidden=has_hidden))
 
 
 def check(given: list[Tensor | None], places: int, dtype: torch.dtype, limit: float, *, hides: bool) -> None:
@@ -104,7 +104,7 @@ def test_tiles_change_nothing(budget: int, own_slots: bool, monkeypatch: pytest.
     whole = differentiated(lambda *z: ours(5, *z, has_hidden=True), given)
     monkeypatch.setattr(parts, "_TILE", budget)
     inputs = ShortInputs(*given)  # type: ignore[arg-type]
-    assert len(list(parts.tiles(inputs, 5))) > 1
+    assert len(list(parts.tiles(inputs, ShortOptions(5)))) > 1
     assert_same(differentiated(lambda *z: ours(5, *z, has_hidden=True), given), whole, 1e-12)
 
 
@@ -138,6 +138,6 @@ def test_the_slow_road_is_taken_where_it_has_to_be(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_log_sum_exp_that_is_not_asked_for_is_nan() -> None:
-    state = short_slot_attention(ShortInputs(*case()), 5, has_hidden=False, with_lse=False)  # type: ignore[arg-type]
+    state = short_slot_attention(ShortInputs(*case()), ShortOptions(5, with_lse=False))  # type: ignore[arg-type]
     assert state.lse.isnan().all()
     assert not state.output.isnan().any()

@@ -175,7 +175,7 @@ def lara_attention(
             offset = offset[None, :, None, None] if offset.ndim == 1 else offset
             shift = offset if shift is None else shift + offset
         if shift is not None:
-            query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
+            query_weights = query_weights.plus(shift.to(tokens.query))
     return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights, numbers))
 
 
