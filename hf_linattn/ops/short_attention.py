@@ -27,11 +27,13 @@ def attention_with_slots(
     query_weights: SlotWeights,
     key_weights: SlotWeights,
     slot_numbers: Tensor | None = None,
+    probes: tuple[int, ...] = (),
 ) -> AttentionState:
     """Queries read the keys of their window and heavy keys one by one, and all others through slots.
 
     Args:
         options: Some that `SlotOptions.check` lets pass.
+        probes: Tokens by which the mass of the slots is corrected; only where `corrects_mass` says so.
         The others as in `ExactAttention.with_slots`.
     Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
     """
@@ -40,7 +42,16 @@ def attention_with_slots(
         blocks = short_blocks(tokens, options, query_weights.num_slots)
     if blocks is None:
         return exact_attention(tokens.scaled(), options).with_slots(query_weights, key_weights, slot_numbers)
-    return _short(tokens, blocks, query_weights, key_weights)  # type: ignore[arg-type]
+    return _short(tokens, blocks, query_weights, key_weights, probes)  # type: ignore[arg-type]
+
+
+def corrects_mass(
+    tokens: Tokens, options: SlotOptions, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
+) -> bool:
+    """Whether `attention_with_slots` takes `probes`: of rows without padding that take the short road."""
+    if tokens.grid is not None or tokens.visible is not None or not _are_linear(query_weights):
+        return False
+    return _are_linear(key_weights) and short_blocks(tokens, options, query_weights.num_slots) is not None
 
 
 def _are_linear(weights: SlotWeights) -> bool:
@@ -66,7 +77,11 @@ def short_blocks(tokens: Tokens, options: SlotOptions, slots: int) -> Blocks | N
 
 
 def _short(
-    tokens: Tokens, blocks: Blocks, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
+    tokens: Tokens,
+    blocks: Blocks,
+    query_weights: LinearSlotWeights,
+    key_weights: LinearSlotWeights,
+    probes: tuple[int, ...],
 ) -> AttentionState:
     query, key, value, has_hidden = tokens.query, tokens.key, tokens.value, tokens.visible is not None
     assert tokens.root == query_weights.rule.root == key_weights.rule.root
@@ -101,6 +116,7 @@ def _short(
         key_weights.rule.spreads,
         has_hidden,
         tokens.global_tokens is not None,
+        probes,
     )
     state = short_slot_attention(inputs, options)
     output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)

@@ -51,6 +51,9 @@ class ShortOptions(NamedTuple):
     spreads: Each key spreads one unit of weight: the log-sum-exp of its log-weights over the slots is taken off.
     has_hidden: Whether some `key_bias` are `-inf`: those keys are read by nothing.
     with_lse: Whether the log-sum-exp is needed; it is NaN otherwise.
+    probes: Numbers of tokens. With some, a number is added to the log-weights of every row's and head's queries: with
+        it the probes, as queries, find on average as much mass in the slots as in all keys. It has no gradient. Not
+        with hidden keys.
     """
 
     places: int
@@ -61,6 +64,7 @@ class ShortOptions(NamedTuple):
     spreads: bool = False
     has_hidden: bool = False
     with_lse: bool = True
+    probes: tuple[int, ...] = ()
 
 
 class Cut(NamedTuple):

@@ -37,7 +37,7 @@ _short = register_pair(
     "short(Tensor query, Tensor key, Tensor value, Tensor? query_tokens, Tensor? key_tokens, Tensor? query_bias,"
     " Tensor? key_bias, Tensor query_slots, Tensor? query_slot_bias, Tensor key_slots, Tensor? key_slot_bias,"
     " int places, float root, float query_norm, float key_norm, float shift, bool spreads, bool has_hidden,"
-    " bool with_lse) -> (Tensor output, Tensor lse)",
+    " bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
     torch_kernel,
     record=ShortInputs,
 )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .inputs import ShortInputs, ShortOptions, Tile
+from .probes import mass_shift
 from .workspace import OWN, SMALL, Workspace, workspace
 
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
@@ -119,25 +120,28 @@ def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) ->
     by_window = log_features.view(all_rows, windows, places, slots)
     features = by_window.sub_(references.own.unsqueeze(2)).exp_().view(number, places, slots)
     sums = torch.bmm(features.mT, values, out=memory.sums)
-    mass = references.merge(features.sum(1).view(all_rows, windows, slots))
+    held = features.sum(1).view(all_rows, windows, slots)
+    mass = references.merge(held)
 
     query_tokens = inputs.query if inputs.query_tokens is None else inputs.query_tokens
     query_bias = _token_bias(query_tokens, inputs.query_bias, options.query_norm * root**2)
     if references_of is _row_references and not _is_safe(mass, references.own, query_bias, tile):
         return None
+    of_slots = _logits(query_tokens, inputs.query_slots, query_bias, root, memory.of_slots)
     log_mass = mass.log().add_(references.others)
     slot_bias = inputs.query_slot_bias
     if inputs.key_slot_bias is not None and not options.spreads:
         slot_bias = inputs.key_slot_bias if slot_bias is None else slot_bias + inputs.key_slot_bias
     if slot_bias is not None:
         log_mass.view(groups, -1, slots).add_(slot_bias.unsqueeze(1))
+    if options.probes:
+        log_mass.add_(mass_shift(tile, of_slots, slot_bias, held, references.own))
     if has_hidden:
         mass.masked_fill_(mass == 0, 1.0)
     mass = mass.view(number, slots)
     slot_values = references.merge(sums.view(all_rows, windows, -1), memory.others)
     slot_values = slot_values.view(sums.shape).div_(mass.unsqueeze(-1))
 
-    of_slots = _logits(query_tokens, inputs.query_slots, query_bias, root, memory.of_slots)
     query, key = inputs.query.view(number, places, -1), inputs.key.view(number, places, -1)
     in_window = torch.bmm(query, key.mT, out=memory.in_window)
     logits = values.new_empty(number, places, places + slots) if memory.logits is None else memory.logits

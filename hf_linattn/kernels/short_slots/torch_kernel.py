@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from .inputs import OF_TOKENS, ShortInputs, ShortOptions, tiles
 from .reading import Read, read_tile
 
 
-def short_forward(inputs: ShortInputs, *options: float) -> tuple[Tensor, Tensor]:
+def options_of(options: Sequence[Any]) -> ShortOptions:
+    """From the arguments of an operator, in which numbers of tokens are a list."""
+    return ShortOptions(*options[:-1], tuple(options[-1]))
+
+
+def short_forward(inputs: ShortInputs, *options: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `short_slot_attention` describes them."""
-    query, value, of_call = inputs.query, inputs.value, ShortOptions._make(options)
+    query, value, of_call = inputs.query, inputs.value, options_of(options)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full(query.shape[:-1], float("nan"), dtype=wide)
@@ -30,7 +36,7 @@ def short_backward(
     grads: AttentionState, inputs: ShortInputs, results: Sequence[Tensor], needs: Sequence[bool], *options: float
 ) -> list[Tensor | None]:
     """Gradients of the tensors of `inputs`, where `needs` says so. Weights are computed again, tile by tile."""
-    wide, of_call = results[1].dtype, ShortOptions._make(options)
+    wide, of_call = results[1].dtype, options_of(options)
     found: list[Tensor | None] = []
     for number, (z, needed) in enumerate(zip(inputs, needs, strict=True)):
         new = torch.empty if number < OF_TOKENS else torch.zeros  # those of slots are sums

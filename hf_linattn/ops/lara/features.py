@@ -47,6 +47,7 @@ def importance_weights(
     """Log-weights of queries and keys for every sample, on the scale of `exp(x . y)`.
 
     Args:
+        tokens: Scaled ones, unless `weighting` is "balance".
         landmarks: The sum of their mean query and mean key is the mean of a proposal.
         samples: `[batch, heads, samples, dim]` from `draw_samples`.
         weighting: One of `IMPORTANCE_WEIGHTINGS`, with `alpha_coeff` for "optimal".
@@ -64,7 +65,7 @@ def importance_weights(
     if repeats > 1:
         # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
         mixture = mixture + math.log(repeats)
-    directions, pair_bias, log_density = samples, None, mixture
+    directions, pair_bias, log_density, rule = samples, None, mixture, _HALF_NORM._replace(root=tokens.root)
     token_bias = None
     if weighting == "biased":
         directions = samples + torch.cat([mu] * repeats, dim=-2)
@@ -74,7 +75,7 @@ def importance_weights(
             token_bias = _number_used(mu, used).log() - affinity.logsumexp(-1, keepdim=True)
     elif weighting == "optimal":
         # Of each sample under its own proposal.
-        assert density is not None
+        assert density is not None and landmarks.query_mean is not None
         log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
         # Finite, so that a row without any real token gives no NaN.
         affinity = _finite(query @ landmarks.query_mean.transpose(-1, -2), tokens.visible)
@@ -91,8 +92,8 @@ def importance_weights(
         # An unused landmark (a row shorter than `num_landmarks`) has no density: its terms go, not only its weight.
         slot_bias = torch.where(_of_samples(used, repeats), slot_bias, float("-inf"))
     return (
-        LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias, rule=_HALF_NORM),
-        LinearSlotWeights(key, None, samples, None, rule=_HALF_NORM),
+        LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias, rule),
+        LinearSlotWeights(key, None, samples, None, rule=rule),
     )
 
 
