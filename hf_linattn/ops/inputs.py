@@ -1,11 +1,10 @@
-"""What every attention function starts with: checks of inputs and options, the dtype to compute in, scaled tokens."""
+"""What every attention function starts with: checks of inputs and options, scaled tokens."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,31 +14,17 @@ from torch.nn import functional as F
 from ..errors import InputError, UnsupportedError
 from ..kernels.backends import current_backend, use_backend
 from .exact import ONE_WINDOW, exact_softmax
-from .noise import RowNoise, SlotDropout
+from .noise import SlotDropout
 from .packed import packed_attention
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
+from .precision import compute_dtype
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
 LARGEST_COUNT = 2**20  # of tokens, features, landmarks, samples and chunks
 LARGEST_FACTOR = 1e6  # of factors that float32 multiplies with
 LARGEST_SCALING = 1e30  # of the factor of dot products, and of its inverse
 
-NOISE_SCALES = ("corrected", "published")
-
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
-
-# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape.
-ProposalMap = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualMap:
-    """`z + z A`, with `A` `[heads, head_dim, head_dim]`."""
-
-    adapter: Tensor
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z + z @ self.adapter.to(z.dtype)
 
 
 def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
@@ -87,26 +72,6 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         )
 
     return cast(Fn, wrapper)
-
-
-def compute_dtype(query: Tensor, key: Tensor, value: Tensor, in_half: tuple[str, ...] = ()) -> torch.dtype:
-    """What attention computes in: at least float32, unless halves are multiplied faster (`stays_half`)."""
-    # They may differ under autocast, where rotary positions lift queries and keys to float32.
-    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    return dtype if stays_half(dtype, query.device.type, in_half) else torch.promote_types(dtype, torch.float32)
-
-
-_MATRIX_UNIT = torch.cpu._is_amx_tile_supported()
-
-
-def stays_half(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -> bool:
-    """Whether a function that takes halves on these types of devices gets them.
-
-    On CPUs only with a matrix unit (AMX): with vector instructions alone, float32 was as fast.
-    """
-    if dtype not in (torch.float16, torch.bfloat16) or device_type not in devices:
-        return False
-    return device_type == "cuda" or (device_type == "cpu" and dtype == torch.bfloat16 and _MATRIX_UNIT)
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
@@ -212,22 +177,6 @@ def factor_of(query: Tensor, scaling: float | None) -> float:
             f" {scaling!r}."
         )
     return scaling
-
-
-def noise_factor(noise_scale: str, scaling: float) -> float:
-    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
-    if noise_scale not in NOISE_SCALES:
-        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
-    return 1.0 if noise_scale == "corrected" else scaling**0.5
-
-
-def add_noise(mu: Tensor, noise: Tensor | RowNoise | bool, factor: float = 1.0) -> Tensor:
-    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
-    if noise is False:
-        return mu
-    if isinstance(noise, RowNoise):
-        noise = noise.normal(mu)
-    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
 
 
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:

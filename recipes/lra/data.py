@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from _common import RecipeError
-from _data import Data, DataArguments, is_stream
+from parts.common import RecipeError
+from parts.data import Data, DataArguments, is_stream
 
 from .tasks import ColumnArguments
 

@@ -8,7 +8,7 @@ from helpers import MASKS, assert_same, inputs, random
 from torch import Tensor
 
 from hf_linattn.functional import lara_attention
-from hf_linattn.ops.inputs import ResidualMap, prepare_tokens
+from hf_linattn.ops.inputs import prepare_tokens
 from hf_linattn.ops.lara import attention as lara
 from hf_linattn.ops.lara import landmarks, mass
 from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
@@ -25,6 +25,7 @@ from hf_linattn.ops.lara.parts import (
     segment_index,
 )
 from hf_linattn.ops.padding import Tokens
+from hf_linattn.ops.proposal_map import ResidualMap
 from hf_linattn.ops.slot_weights import LinearSlotWeights
 
 

@@ -12,11 +12,11 @@ from cases import BERT
 from transformers import GPT2Config
 
 import hf_linattn
-from _common import RecipeError
-from _data import DataArguments
-from _finetuning import describe, read_flags
-from _models import override
 from hf_linattn import FavorPlusConfig
+from parts.common import RecipeError
+from parts.data import DataArguments
+from parts.finetuning import describe, read_flags
+from parts.models import override
 
 BASE = ["--model_name_or_path", "somewhere", "--output_dir", "out"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from _processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
+from parts.processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
 
 @pytest.fixture(autouse=True)

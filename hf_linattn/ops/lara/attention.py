@@ -19,17 +19,10 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ..exact import ONE_WINDOW, in_one_window
-from ..inputs import (
-    LARGEST_FACTOR,
-    ProposalMap,
-    check_counts,
-    checked_attention,
-    factor_of,
-    noise_factor,
-    prepare_tokens,
-)
-from ..noise import RowNoise, SlotDropout
+from ..inputs import LARGEST_FACTOR, check_counts, checked_attention, factor_of, prepare_tokens
+from ..noise import RowNoise, SlotDropout, noise_factor
 from ..padding import Tokens
+from ..proposal_map import ProposalMap
 from ..short_attention import attention_with_slots, corrects_mass
 from ..slot_attention import SlotOptions
 from ..slot_weights import LinearSlotWeights

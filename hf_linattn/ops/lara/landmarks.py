@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import ProposalMap, ResidualMap
 from ..padding import Tokens
+from ..proposal_map import ProposalMap, ResidualMap
 from ..softmax import mask_logits, softmax_with_lse
 from .parts import Parts, parts_of
 
