@@ -6,6 +6,7 @@ each rank was fed goes to RECORD-rank.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -143,3 +144,4 @@ if __name__ == "__main__":
         pass
     Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(callback.seen))
     torch.distributed.destroy_process_group()
+    gc.collect()  # the trainer, which refers to itself and to the group: its threads end
