@@ -7,6 +7,7 @@ windows, so long inputs cannot take it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def _short(
 ) -> AttentionState:
     query, key, value, has_hidden = tokens.query, tokens.key, tokens.value, tokens.visible is not None
     assert tokens.root == query_weights.rule.root == key_weights.rule.root
-    of_tokens = [
+    of_tokens: list[Any] = [
         query,
         key,
         value,
@@ -101,12 +102,11 @@ def _short(
             has_hidden, of_tokens[6] = True, _hiding(of_tokens[6], real)
     *of_tokens, query_bias, key_bias = (None if x is None else x.transpose(1, 2) for x in of_tokens)
     shape = (key.shape[0], -1, key.shape[1])
-    inputs = ShortInputs(
-        *of_tokens,
+    biases = [
         None if query_bias is None else query_bias.squeeze(-1),
         None if key_bias is None else key_bias.squeeze(-1).expand(shape),
-        *_for_heads(key.shape[1], query_weights, key_weights),
-    )
+    ]
+    inputs = ShortInputs._make([*of_tokens, *biases, *_for_heads(key.shape[1], query_weights, key_weights)])
     options = ShortOptions(
         blocks.members,
         tokens.root,

@@ -1,4 +1,4 @@
-"""How much more or less mass than the keys themselves the slots have: what some queries find, with and without them."""
+"""How much more or less mass the slots have than the keys themselves, as some queries find it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .inputs import Tile
 
 
 def mass_shift(tile: Tile, of_slots: Tensor, slot_bias: Tensor | None, held: Tensor, reference: Tensor) -> Tensor:
-    """Mean over the probes of (exact log-sum-exp over all keys of the row - that through the slots): `[all rows, 1, 1]`.
+    """Mean over probes of (exact log-sum-exp over the keys of the row - that through slots), `[all rows, 1, 1]`.
 
     Args:
         of_slots: `[groups, tokens, slots]`, what queries add to the log-mass of a slot, without `slot_bias` `[groups,
@@ -20,7 +20,7 @@ def mass_shift(tile: Tile, of_slots: Tensor, slot_bias: Tensor | None, held: Ten
         held: `[all rows, windows, slots]`, what the slots hold of every window, relative to `reference` (`[all rows,
             windows or 1, slots]`). The tile's keys are all real, but for those that fill the last window.
     """
-    inputs, (groups, tokens, dim), slots = tile.inputs, tile.inputs.query.shape, of_slots.shape[-1]
+    inputs, (groups, _, dim), slots = tile.inputs, tile.inputs.query.shape, of_slots.shape[-1]
     all_rows, count = groups * tile.rows, tile.cut.tokens
     index = _index(tile.options.probes)
     if reference.shape[1] == 1:
@@ -34,7 +34,7 @@ def mass_shift(tile: Tile, of_slots: Tensor, slot_bias: Tensor | None, held: Ten
     keys = inputs.key.view(all_rows, -1, dim)[:, :count]
     exact = torch.bmm(probes.mul_(tile.options.root**2), keys.mT)
     difference = consumed_logsumexp(exact) - consumed_logsumexp(found)
-    return difference.mean(-1).view(-1, 1, 1)
+    return difference.mean(-1).sub_(tile.options.shift).view(-1, 1, 1)
 
 
 @functools.lru_cache(maxsize=128)

@@ -157,9 +157,7 @@ def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) ->
     return Read(tile, references, weights, logits, features, slot_values, mass, values, spread, memory)
 
 
-def _key_logits(
-    inputs: ShortInputs, options: ShortOptions, memory: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _key_logits(inputs: ShortInputs, options: ShortOptions, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-weights of keys `[groups, tokens, slots]`, and how they spread their weight."""
     tokens, slots = inputs.key if inputs.key_tokens is None else inputs.key_tokens, inputs.key_slots
     bias = _token_bias(tokens, inputs.key_bias, options.key_norm * options.root**2)

@@ -15,7 +15,7 @@ from .reading import Read, read_tile
 
 def options_of(options: Sequence[Any]) -> ShortOptions:
     """From the arguments of an operator, in which numbers of tokens are a list."""
-    return ShortOptions(*options[:-1], tuple(options[-1]))
+    return ShortOptions._make((*options[:-1], tuple(options[-1])))
 
 
 def short_forward(inputs: ShortInputs, *options: Any) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,7 @@ def _gradients(read: Read, grad_output: Tensor, grad_lse: Tensor | None, needs: 
     grad_mass = (grad_slot_bias - torch.linalg.vecdot(grad_slots, read.slot_values)).div_(read.mass)
     grad_slots.div_(read.mass.unsqueeze(-1))
     by_row = (groups * tile.rows, tile.windows, -1)
-    grad_slots, grad_mass = (
-        read.references.merge_back(z.view(by_row)).view(z.shape) for z in (grad_slots, grad_mass)
-    )
+    grad_slots, grad_mass = (read.references.merge_back(z.view(by_row)).view(z.shape) for z in (grad_slots, grad_mass))
     grad_features = torch.baddbmm(grad_mass.unsqueeze(1), read.values, grad_slots.mT)
     grad_values.baddbmm_(read.features, grad_slots)
     of_features = grad_features.mul_(read.features)
@@ -143,13 +141,11 @@ def _through_slots(
     of_bias: Of the bias of tokens, of which `-norm |root tokens|^2 / 2` is a part.
     """
     if tokens is None:
-        of_tokens, tokens = grad.view(own.shape).baddbmm_(of_logits, slots, alpha=root), own
-        result = None, of_tokens
+        of_tokens = grad = grad.view(own.shape).baddbmm_(of_logits, slots, alpha=root)
     else:
         of_tokens = torch.bmm(of_logits, slots)
         of_tokens = of_tokens if root == 1 else of_tokens.mul_(root)
-        result = of_tokens, grad
     if norm:
         assert of_bias is not None
-        of_tokens.addcmul_(of_bias.unsqueeze(-1), tokens, value=-norm * root**2)
-    return result
+        of_tokens.addcmul_(of_bias.unsqueeze(-1), own if tokens is None else tokens, value=-norm * root**2)
+    return None if tokens is None else of_tokens, grad

@@ -73,8 +73,8 @@ def favor_feature_map(
 
     Args:
         projection: `[heads, features, head_dim]` or `[features, head_dim]`.
-        root: Square root of `scaling` for tokens that are not scaled: it becomes a factor of the few directions instead
-            of all tokens, which saves reading and writing these. Without statistics.
+        root: Square root of `scaling` for tokens that are not scaled: it becomes a factor of the few directions
+            instead of all tokens, which saves reading and writing these. Without statistics.
     Raises: InputError if the statistics are those of other heads.
     """
     wide, log_count = torch.promote_types(query.dtype, torch.float32), math.log(projection.shape[-2])

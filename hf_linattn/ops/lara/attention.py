@@ -12,8 +12,6 @@ where `e` holds the importance weight (`features.py`). With proposals that are f
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 

@@ -75,7 +75,8 @@ def importance_weights(
             token_bias = _number_used(mu, used).log() - affinity.logsumexp(-1, keepdim=True)
     elif weighting == "optimal":
         # Of each sample under its own proposal.
-        assert density is not None and landmarks.query_mean is not None
+        assert density is not None
+        assert landmarks.query_mean is not None
         log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
         # Finite, so that a row without any real token gives no NaN.
         affinity = _finite(query @ landmarks.query_mean.transpose(-1, -2), tokens.visible)

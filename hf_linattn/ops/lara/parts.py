@@ -106,7 +106,12 @@ class Segments:
 def _mean(z: Tensor) -> Tensor:
     """Mean over dimension 3. A few tensors are added faster than that is found."""
     size = z.shape[3]
-    return z.mean(3) if size > _FEW or not z.is_floating_point() else sum(z.unbind(3)) / size  # type: ignore[arg-type]
+    if size > _FEW:
+        return z.mean(3)
+    total, *others = z.unbind(3)
+    for other in others:
+        total = total + other
+    return total / size
 
 
 @dataclass(frozen=True)
