@@ -95,11 +95,6 @@ def _short(
         _for_tokens(query_weights.given_bias, query),
         _hiding(_for_tokens(key_weights.given_bias, key), tokens.visible),
     ]
-    if blocks.grid is not None:
-        of_tokens = [None if x is None else blocks.split(x).flatten(2, 3) for x in of_tokens]
-        if not blocks.is_whole:
-            real = blocks.split(key.new_ones(1, 1, blocks.tokens, 1)).flatten(2, 3) > 0
-            has_hidden, of_tokens[6] = True, _hiding(of_tokens[6], real)
     *of_tokens, query_bias, key_bias = (None if x is None else x.transpose(1, 2) for x in of_tokens)
     shape = (key.shape[0], -1, key.shape[1])
     biases = [
@@ -109,6 +104,7 @@ def _short(
     inputs = ShortInputs._make([*of_tokens, *biases, *_for_heads(key.shape[1], query_weights, key_weights)])
     options = ShortOptions(
         blocks.members,
+        () if blocks.grid is None else (*blocks.grid, blocks.size),
         tokens.root,
         query_weights.rule.norm,
         key_weights.rule.norm,
@@ -119,12 +115,7 @@ def _short(
         probes,
     )
     state = short_slot_attention(inputs, options)
-    output, lse = state.output.transpose(1, 2), state.lse.transpose(1, 2)
-    if blocks.grid is not None:
-        windows = (blocks.num_blocks, blocks.members)
-        output = blocks.join(output.unflatten(2, windows))
-        lse = blocks.join(lse.unsqueeze(-1).unflatten(2, windows)).squeeze(-1)
-    return AttentionState(output, lse)
+    return AttentionState(state.output.transpose(1, 2), state.lse.transpose(1, 2))
 
 
 def _for_tokens(bias: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -123,7 +123,7 @@ def short_case(
         None if bare else random(rows, 2, 6, seed=8, dtype=wide(dtype)),
         random(rows, 2, 6, 4, seed=9, dtype=dtype),
         None if bare else random(rows, 2, 6, seed=10, dtype=wide(dtype)),
-        *(2, 0.7, 1.0, 0.5, -1.3, bare, not bare, True, []),
+        *(2, [], 0.7, 1.0, 0.5, -1.3, bare, not bare, True, []),
         "torch",
     )
 

@@ -67,6 +67,9 @@ def dense(options: ShortOptions, *given: Any) -> tuple[Tensor, Tensor]:
         shift = (logsumexp(exact[:, :, probes]) - logsumexp(far[:, :, probes])).mean(-1).detach()
         far = far + shift[..., None, None]
     window = torch.arange(query.shape[2]) // options.places
+    if options.grid:
+        height, width, side = options.grid
+        window = (torch.arange(height)[:, None] // side * width + torch.arange(width) // side).flatten()
     logits = torch.where(window[:, None] == window, exact, far)
     if key_bias is not None:
         logits = logits.masked_fill((key_bias == -INF).unsqueeze(-2), -INF)
@@ -107,10 +110,10 @@ def test_results_and_gradients(tokens: int, hidden: int, own_slots: bool, others
     [
         ShortOptions(5, root=0.6),
         ShortOptions(5, query_norm=1.0, shift=-0.7),
-        ShortOptions(5, 0.6, 0.5, 1.0, 0.3),
-        ShortOptions(5, 0.6, spreads=True),
-        ShortOptions(5, 0.6, 1.0, 1.0, -0.7, spreads=True),
-        ShortOptions(5, 0.6, 1.0, 1.0, -0.7, probes=(0, 3, 11)),
+        ShortOptions(5, (), 0.6, 0.5, 1.0, 0.3),
+        ShortOptions(5, (), 0.6, spreads=True),
+        ShortOptions(5, (), 0.6, 1.0, 1.0, -0.7, spreads=True),
+        ShortOptions(5, (), 0.6, 1.0, 1.0, -0.7, probes=(0, 3, 11)),
         ShortOptions(5, probes=tuple(range(18))),
     ],
     ids=str,
@@ -124,6 +127,17 @@ def test_options(options: ShortOptions, tokens: int, others: bool, own_slots: bo
     check(given, options, torch.float64, 1e-12 * scale)
     if scale == 1.0:
         check(given, options, torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("own_slots", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("grid", [(4, 6, 2), (5, 4, 2), (4, 5, 2), (5, 7, 3), (2, 9, 4), (3, 3, 2)], ids=str)
+def test_images(grid: tuple[int, int, int], own_slots: bool) -> None:
+    """Windows are squares, at the edges parts of squares."""
+    given = case(grid[0] * grid[1], own_slots=own_slots, hidden=2)
+    check(given, ShortOptions(grid[2] ** 2, grid, has_hidden=True), torch.float64, 1e-12)
+    for absent in (5, 6, 8, 10):
+        given[absent] = None
+    check(given, ShortOptions(grid[2] ** 2, grid, query_norm=1.0, key_norm=1.0), torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize("scale", [30.0, 300.0, 3000.0])

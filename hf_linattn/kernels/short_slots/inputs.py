@@ -45,6 +45,8 @@ class ShortOptions(NamedTuple):
     """What log-weights and logits are made of.
 
     places: Tokens of a window.
+    grid: Height and width of an image whose patches the tokens are, row by row, and the side of its windows. Empty for
+        a sequence, whose windows follow one another.
     root: Factor of all tokens (but values): its square is that of `query . key`.
     query_norm, key_norm: So many times half the squared length of a token is taken off its log-weights.
     shift: Added to the log-weights of queries.
@@ -57,6 +59,7 @@ class ShortOptions(NamedTuple):
     """
 
     places: int
+    grid: tuple[int, ...] = ()
     root: float = 1.0
     query_norm: float = 0.0
     key_norm: float = 0.0
@@ -80,6 +83,7 @@ class Cut(NamedTuple):
     is_whole: bool
     tokens: int
     missing: int
+    grid: tuple[int, ...]
 
     def take(self, inputs: ShortInputs) -> ShortInputs:
         """This part of everything."""
@@ -99,17 +103,31 @@ class Cut(NamedTuple):
         part = self._by_head(x)
         groups, rows, tokens, *dim = part.shape
         is_small = part.numel() < SMALL
-        if is_small and not self.missing:
+        if is_small and not self.missing and not self.grid:
             taken = part.contiguous()
         else:
             shape = (groups, rows, tokens + self.missing, *dim)
             taken = x.new_empty(shape) if is_small else scratch(name, x.dtype, *shape)
             if self.missing:
-                taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
-                taken[:, :, :tokens].copy_(part)
-            else:
-                taken.copy_(part)
+                taken.fill_(float("-inf") if name == "key_bias" else 0.0)
+            for of_tokens, of_places in self._parts(part, taken):
+                of_places.copy_(of_tokens)
         return taken.flatten(0, 1) if self.is_own else taken.flatten(1, 2)
+
+    def _parts(self, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same tokens in both tensors `[.., .., tokens or places(, dim)]`, so that all are in some part."""
+        if not self.grid:
+            yield tokens, places[:, :, : self.tokens] if self.missing else places
+            return
+        height, width, side = self.grid
+        columns = -(-width // side)
+        tokens = tokens.unflatten(2, (height, width))
+        places = places.unflatten(2, (-1, columns, side, side)).transpose(3, 4)  # .. rows, side, columns, side
+        for rows, row_side, of_height in _stretches(height, side):
+            for columns_, column_side, of_width in _stretches(width, side):
+                part = tokens[:, :, of_height, of_width]
+                part = part.unflatten(3, (-1, column_side)).unflatten(2, (-1, row_side))
+                yield part, places[:, :, rows, :row_side, columns_, :column_side]
 
     def _of(self, x: Tensor, rows: slice, heads_at: int = 1) -> Tensor:
         if self.is_whole:
@@ -125,12 +143,22 @@ class Cut(NamedTuple):
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
         target = self._by_head(x)
         result = result.view(*target.shape[:2], self.tokens + self.missing, *target.shape[3:])
-        target.copy_(result[:, :, : self.tokens] if self.missing else result)
+        for of_tokens, of_places in self._parts(target, result):
+            of_tokens.copy_(of_places)
 
     def add_slots(self, x: Tensor, result: Tensor) -> None:
         """The same for slots, added."""
         target = self._of(x, self.slot_rows)
         target += result.view(target.shape)
+
+
+def _stretches(length: int, side: int) -> Iterator[tuple[slice, int, slice]]:
+    """Windows along one side of an image, how much of each is image, and which part of it: the whole ones, the last."""
+    whole = length // side
+    if whole:
+        yield slice(0, whole), side, slice(0, whole * side)
+    if length % side:
+        yield slice(whole, whole + 1), length % side, slice(whole * side, length)
 
 
 # Heads before rows, by the number of dimensions.
@@ -161,7 +189,11 @@ def tiles(inputs: ShortInputs, options: ShortOptions) -> Iterator[Tile]:
     if not batch or not heads:
         return
     places, shared, slots = options.places, inputs.query_slots.shape[0], inputs.query_slots.shape[2]
-    is_own, windows, missing = 1 < shared == batch, -(-tokens // places), -tokens % places
+    is_own, windows = 1 < shared == batch, -(-tokens // places)
+    if options.grid:
+        height, width, side = options.grid
+        windows = -(-height // side) * -(-width // side)
+    missing = windows * places - tokens
     if missing:
         options = options._replace(has_hidden=True)
         if inputs.key_bias is None:
@@ -178,6 +210,6 @@ def tiles(inputs: ShortInputs, options: ShortOptions) -> Iterator[Tile]:
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
-                cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing)
+                cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing, options.grid)
                 of_group = 1 if is_own else rows.stop - rows.start
                 yield Tile(cut, cut.take(inputs), options, of_group, windows)

@@ -24,7 +24,7 @@ def suits_short(like: Tensor, windows: int, places: int, slots: int) -> bool:
 def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> AttentionState:
     """What every query reads from the keys of its window, one by one, and from all others through slots.
 
-    Tokens are cut into windows, one after the other; the last may be shorter.
+    Tokens are cut into windows; the last may be shorter.
 
     Returns: output `[batch, tokens, heads, head_dim]`, log-sum-exp `[batch, tokens, heads]`. A query that sees nothing
         has output 0 and log-sum-exp `-inf`.
@@ -36,7 +36,7 @@ def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> Attentio
 _short = register_pair(
     "short(Tensor query, Tensor key, Tensor value, Tensor? query_tokens, Tensor? key_tokens, Tensor? query_bias,"
     " Tensor? key_bias, Tensor query_slots, Tensor? query_slot_bias, Tensor key_slots, Tensor? key_slot_bias,"
-    " int places, float root, float query_norm, float key_norm, float shift, bool spreads, bool has_hidden,"
+    " int places, int[] grid, float root, float query_norm, float key_norm, float shift, bool spreads, bool has_hidden,"
     " bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
     torch_kernel,
     record=ShortInputs,

@@ -14,8 +14,9 @@ from .reading import Read, read_tile
 
 
 def options_of(options: Sequence[Any]) -> ShortOptions:
-    """From the arguments of an operator, in which numbers of tokens are a list."""
-    return ShortOptions._make((*options[:-1], tuple(options[-1])))
+    """From the arguments of an operator, which has lists in place of tuples."""
+    places, grid, *others, probes = options
+    return ShortOptions._make((places, tuple(grid), *others, tuple(probes)))
 
 
 def short_forward(inputs: ShortInputs, *options: Any) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def short_backward(
 
 def _gradients(read: Read, grad_output: Tensor, grad_lse: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
     """Gradients of the inputs of a tile, of tokens as `[groups, tokens(, dim)]` or in windows."""
-    tile, (places, root, query_norm, key_norm, *_) = read.tile, read.tile.options
+    tile, (places, _, root, query_norm, key_norm, *_) = read.tile, read.tile.options
     inputs, (groups, tokens, _) = tile.inputs, tile.inputs.query.shape
     number, _, slots = read.features.shape
     grad_output = grad_output.view(number, places, -1)
