@@ -45,7 +45,7 @@ def _window_chunks(*tensors: Tensor) -> Any:
 
 
 def _short(*tensors: Tensor) -> Any:
-    return short_slot_attention(ShortInputs(*tensors), ShortOptions(2, has_hidden=True))
+    return short_slot_attention(ShortInputs(*tensors), ShortOptions(2, (), 0.7, 1.0, 0.5, -1.3, has_hidden=True))
 
 
 SHORT = Sizes(tokens=5, window=2, chunk=2, weighs_size=True, scaling=0.7)

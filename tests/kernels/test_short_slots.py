@@ -61,10 +61,15 @@ def dense(options: ShortOptions, *given: Any) -> tuple[Tensor, Tensor]:
     x, y = query if query_tokens is None else query_tokens, key if key_tokens is None else key_tokens
     reading = logits_of(x, query_slots, query_slot_bias, query_bias, options.query_norm, spreads=False) + options.shift
     writing = logits_of(y, key_slots, key_slot_bias, key_bias, options.key_norm, spreads=options.spreads)
-    far, exact = logsumexp(reading.unsqueeze(-2) + writing.unsqueeze(-3)), query @ key.mT
+
+    def through(reading: Tensor, writing: Tensor) -> Tensor:
+        return logsumexp(reading.unsqueeze(-2) + writing.unsqueeze(-3))
+
+    far, exact = through(reading, writing), query @ key.mT
     if options.probes:
         probes = list(options.probes)
-        shift = (logsumexp(exact[:, :, probes]) - logsumexp(far[:, :, probes])).mean(-1).detach()
+        found = far if key_slot_bias is None else through(reading, writing - key_slot_bias.unsqueeze(-2))
+        shift = (logsumexp(exact[:, :, probes]) - logsumexp(found[:, :, probes])).mean(-1).detach()
         far = far + shift[..., None, None]
     window = torch.arange(query.shape[2]) // options.places
     if options.grid:

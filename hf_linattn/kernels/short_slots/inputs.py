@@ -54,8 +54,8 @@ class ShortOptions(NamedTuple):
     has_hidden: Whether some `key_bias` are `-inf`: those keys are read by nothing.
     with_lse: Whether the log-sum-exp is needed; it is NaN otherwise.
     probes: Numbers of tokens. With some, a number is added to the log-weights of every row's and head's queries: with
-        it the probes, as queries, find on average as much mass in the slots as in all keys. It has no gradient. Not
-        with hidden keys.
+        it the probes, as queries, find on average as much mass in the slots as in all keys, but for `key_slot_bias`,
+        which comes on top. It has no gradient. Not with hidden keys.
     """
 
     places: int
@@ -210,6 +210,8 @@ def tiles(inputs: ShortInputs, options: ShortOptions) -> Iterator[Tile]:
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
-                cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing, options.grid)
+                cut = Cut(
+                    rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing, options.grid
+                )
                 of_group = 1 if is_own else rows.stop - rows.start
                 yield Tile(cut, cut.take(inputs), options, of_group, windows)

@@ -11,12 +11,11 @@ from ..attention_state import consumed_logsumexp
 from .inputs import Tile
 
 
-def mass_shift(tile: Tile, of_slots: Tensor, slot_bias: Tensor | None, held: Tensor, reference: Tensor) -> Tensor:
+def mass_shift(tile: Tile, of_slots: Tensor, held: Tensor, reference: Tensor) -> Tensor:
     """Mean over probes of (exact log-sum-exp over the keys of the row - that through slots), `[all rows, 1, 1]`.
 
     Args:
-        of_slots: `[groups, tokens, slots]`, what queries add to the log-mass of a slot, without `slot_bias` `[groups,
-            slots]`.
+        of_slots: `[groups, tokens, slots]`, what queries add to the log-mass of a slot, without the slots' biases.
         held: `[all rows, windows, slots]`, what the slots hold of every window, relative to `reference` (`[all rows,
             windows or 1, slots]`). The tile's keys are all real, but for those that fill the last window.
     """
@@ -27,8 +26,8 @@ def mass_shift(tile: Tile, of_slots: Tensor, slot_bias: Tensor | None, held: Ten
         log_mass = held.sum(1, keepdim=True).log_().add_(reference)
     else:
         log_mass = (held.log() + reference).logsumexp(1, keepdim=True)
-    if slot_bias is not None:
-        log_mass.view(groups, -1, slots).add_(slot_bias.unsqueeze(1))
+    if inputs.query_slot_bias is not None:
+        log_mass.view(groups, -1, slots).add_(inputs.query_slot_bias.unsqueeze(1))
     found = of_slots.view(all_rows, -1, slots).index_select(1, index).add_(log_mass)
     probes = inputs.query.view(all_rows, -1, dim).index_select(1, index)
     keys = inputs.key.view(all_rows, -1, dim)[:, :count]

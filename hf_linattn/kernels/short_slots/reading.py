@@ -135,7 +135,7 @@ def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) ->
     if slot_bias is not None:
         log_mass.view(groups, -1, slots).add_(slot_bias.unsqueeze(1))
     if options.probes:
-        log_mass.add_(mass_shift(tile, of_slots, slot_bias, held, references.own))
+        log_mass.add_(mass_shift(tile, of_slots, held, references.own))
     if has_hidden:
         mass.masked_fill_(mass == 0, 1.0)
     mass = mass.view(number, slots)

@@ -12,6 +12,8 @@ where `e` holds the importance weight (`features.py`). With proposals that are f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -170,7 +172,11 @@ def lara_attention(
     if beside_exact:
         if offset is not None:
             offset = offset[None, :, None, None] if offset.ndim == 1 else offset
-            shift = offset if shift is None else shift + offset
+            if probes:  # the correction is made where the slots are read, and must not take this back
+                of_slots = offset.to(tokens.query)[..., 0].expand(*query.shape[:2], query_weights.num_slots)
+                key_weights = replace(key_weights, given_slot_bias=of_slots)
+            else:
+                shift = offset if shift is None else shift + offset
         if shift is not None:
             query_weights = query_weights.plus(shift.to(tokens.query))
     return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights, numbers, probes))
