@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
-from ..kernels.backends import use_backend
+from ..kernels.backends import current_backend, use_backend
 from .exact import ONE_WINDOW, exact_softmax
 from .noise import SlotDropout
 from .packed import packed_attention
@@ -49,20 +49,18 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         check_options(kwargs)
         if takes_packed and (kwargs.get("cu_seqlens") is not None or kwargs.get("max_seqlen") is not None):
             return packed_attention(wrapper, query, key, value, args, kwargs)
-        dtype, device_type = query.dtype, query.device.type
-        compute = dtype  # the common case
+        dtype, device_type, backend = query.dtype, query.device.type, kwargs.get("backend")
+        computed = query, key, value
         if dtype != torch.float32 or key.dtype != dtype or value.dtype != dtype:
             compute = compute_dtype(query, key, value, in_half)
-        computed = query.to(compute), key.to(compute), value.to(compute)
-        backend = kwargs.get("backend")
-        with torch.autocast(device_type, enabled=False):
-            if backend is None:
+            computed = query.to(compute), key.to(compute), value.to(compute)
+        if backend is None and not torch.is_autocast_enabled(device_type):  # the common case
+            output = function(*computed, *args, **kwargs)
+        else:
+            with torch.autocast(device_type, enabled=False), use_backend(backend or current_backend()):
                 output = function(*computed, *args, **kwargs)
-            else:
-                with use_backend(backend):
-                    output = function(*computed, *args, **kwargs)
-            if output is not ONE_WINDOW:
-                return output.to(dtype)
+        if output is not ONE_WINDOW:
+            return output if output.dtype == dtype else output.to(dtype)
         return exact_softmax(
             query,
             key,
@@ -198,6 +196,7 @@ def prepare_tokens(
     grid: tuple[int, int] | None = None,
     *,
     real_first: bool = False,
+    scaled: bool = True,
 ) -> Tokens:
     """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), move padding to the end, take out global tokens.
 
@@ -206,6 +205,7 @@ def prepare_tokens(
     Args:
         real_first: The rows are as `RowGroups.split` makes them, real tokens first and zeros behind: nothing has to be
             moved, and what queries of the padding read is left to who made the rows.
+        scaled: False leaves the scaling to the functions that are given the tokens (`Tokens.root`).
     Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a
         causal layer.
     """
@@ -215,7 +215,8 @@ def prepare_tokens(
     if is_causal and grid is not None:
         raise UnsupportedError(f"A causal layer reads a sequence, not an image; got grid={grid!r}. Pass grid=None.")
     root = scaling**0.5
-    query, key = query * root, key * root
+    if scaled:
+        query, key, root = query * root, key * root, 1.0
     if num_queries != num_keys:
         if not is_causal or num_queries > num_keys:
             raise InputError(
@@ -237,14 +238,12 @@ def prepare_tokens(
             reorder_tokens(value, order, valid),
         )
     if count:
-        global_tokens = GlobalTokens(count, query, key, value, valid)
+        global_tokens = GlobalTokens(count, query, key, value, valid, root**2)
         query, key, value = query[:, :, count:], key[:, :, count:], value[:, :, count:]
-    if valid is None:
-        lengths = torch.full((1,), num_keys - count, device=key.device)
-    else:
+    if valid is not None:
         valid = valid[:, count:]
-        visible, lengths = valid[:, None, :, None], valid.sum(-1)
-    return Tokens(query, key, value, valid, visible, lengths, grid, num_queries, global_tokens, order, key_mask)
+        visible = valid[:, None, :, None]
+    return Tokens(query, key, value, valid, visible, grid, num_queries, global_tokens, order, key_mask, root)
 
 
 def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:
