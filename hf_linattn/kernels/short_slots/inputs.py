@@ -153,7 +153,7 @@ class Cut(NamedTuple):
 
 
 def _stretches(length: int, side: int) -> Iterator[tuple[slice, int, slice]]:
-    """Windows along one side of an image, how much of each is image, and which part of it: the whole ones, the last."""
+    """Windows along one side of an image, how much of each is image, and which part of it: whole ones, the last."""
     whole = length // side
     if whole:
         yield slice(0, whole), side, slice(0, whole * side)

@@ -36,8 +36,8 @@ def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> Attentio
 _short = register_pair(
     "short(Tensor query, Tensor key, Tensor value, Tensor? query_tokens, Tensor? key_tokens, Tensor? query_bias,"
     " Tensor? key_bias, Tensor query_slots, Tensor? query_slot_bias, Tensor key_slots, Tensor? key_slot_bias,"
-    " int places, int[] grid, float root, float query_norm, float key_norm, float shift, bool spreads, bool has_hidden,"
-    " bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
+    " int places, int[] grid, float root, float query_norm, float key_norm, float shift, bool spreads,"
+    " bool has_hidden, bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
     torch_kernel,
     record=ShortInputs,
 )
