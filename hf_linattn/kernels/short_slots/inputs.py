@@ -11,7 +11,7 @@ from torch import Tensor
 from .workspace import SMALL, scratch
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
-_TILE = 1 << 21
+_TILE = 1 << 22
 
 
 class ShortInputs(NamedTuple):
