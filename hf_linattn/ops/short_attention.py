@@ -6,7 +6,6 @@ windows, so long inputs cannot take it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ def attention_with_slots(
     Returns: output `[batch, heads, tokens, head_dim]` and its log-sum-exp.
     """
     blocks = None
-    if _are_linear(query_weights) and _are_linear(key_weights):
-        blocks = short_blocks(tokens, options, query_weights.num_slots)
+    if isinstance(query_weights, LinearSlotWeights) and isinstance(key_weights, LinearSlotWeights):
+        if query_weights.pair_bias is None is key_weights.pair_bias:
+            blocks = short_blocks(tokens, options, query_weights.slots.shape[-2])
     if blocks is None:
         return exact_attention(tokens.scaled(), options).with_slots(query_weights, key_weights, slot_numbers)
     return _short(tokens, blocks, query_weights, key_weights, probes)  # type: ignore[arg-type]
@@ -50,13 +50,11 @@ def corrects_mass(
     tokens: Tokens, options: SlotOptions, query_weights: LinearSlotWeights, key_weights: LinearSlotWeights
 ) -> bool:
     """Whether `attention_with_slots` takes `probes`: of rows without padding that take the short road."""
-    if tokens.grid is not None or tokens.visible is not None or not _are_linear(query_weights):
+    if tokens.grid is not None or tokens.visible is not None:
         return False
-    return _are_linear(key_weights) and short_blocks(tokens, options, query_weights.num_slots) is not None
-
-
-def _are_linear(weights: SlotWeights) -> bool:
-    return isinstance(weights, LinearSlotWeights) and weights.pair_bias is None
+    if query_weights.pair_bias is not None or key_weights.pair_bias is not None:
+        return False
+    return short_blocks(tokens, options, query_weights.slots.shape[-2]) is not None
 
 
 def short_blocks(tokens: Tokens, options: SlotOptions, slots: int) -> Blocks | None:
@@ -84,24 +82,28 @@ def _short(
     key_weights: LinearSlotWeights,
     probes: tuple[int, ...],
 ) -> AttentionState:
-    query, key, value, has_hidden = tokens.query, tokens.key, tokens.value, tokens.visible is not None
+    query, key, value = tokens.query, tokens.key, tokens.value
     assert tokens.root == query_weights.rule.root == key_weights.rule.root
-    of_tokens: list[Any] = [
-        query,
-        key,
-        value,
-        None if query_weights.tokens is query else query_weights.tokens,
-        None if key_weights.tokens is key else key_weights.tokens,
-        _for_tokens(query_weights.given_bias, query),
-        _hiding(_for_tokens(key_weights.given_bias, key), tokens.visible),
-    ]
-    *of_tokens, query_bias, key_bias = (None if x is None else x.transpose(1, 2) for x in of_tokens)
-    shape = (key.shape[0], -1, key.shape[1])
-    biases = [
-        None if query_bias is None else query_bias.squeeze(-1),
-        None if key_bias is None else key_bias.squeeze(-1).expand(shape),
-    ]
-    inputs = ShortInputs._make([*of_tokens, *biases, *_for_heads(key.shape[1], query_weights, key_weights)])
+    query_tokens, key_tokens = query_weights.tokens, key_weights.tokens
+    query_bias, key_bias, visible = query_weights.given_bias, key_weights.given_bias, tokens.visible
+    if query_bias is not None:
+        query_bias = query_bias.expand(*query.shape[:3], 1).squeeze(-1).transpose(1, 2)
+    if visible is not None:  # a bias of -inf hides a key
+        if key_bias is None:
+            key_bias = torch.zeros_like(visible, dtype=torch.float32)
+        key_bias = key_bias.masked_fill(~visible, float("-inf"))
+    if key_bias is not None:
+        key_bias = key_bias.expand(*key.shape[:3], 1).squeeze(-1).transpose(1, 2)
+    inputs = ShortInputs(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None if query_tokens is query else query_tokens.transpose(1, 2),
+        None if key_tokens is key else key_tokens.transpose(1, 2),
+        query_bias,
+        key_bias,
+        *_maps(key.shape[1], query_weights, key_weights),
+    )
     options = ShortOptions(
         blocks.members,
         () if blocks.grid is None else (*blocks.grid, blocks.size),
@@ -110,7 +112,7 @@ def _short(
         key_weights.rule.norm,
         query_weights.rule.shift,
         key_weights.rule.spreads,
-        has_hidden,
+        visible is not None,
         tokens.global_tokens is not None,
         probes,
     )
@@ -118,25 +120,16 @@ def _short(
     return AttentionState(state.output.transpose(1, 2), state.lse.transpose(1, 2))
 
 
-def _for_tokens(bias: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """A bias `[batch, heads, tokens or 1, 1]` for all of them."""
-    return bias if bias is None or bias.shape[:3] == tokens.shape[:3] else bias.expand(*tokens.shape[:3], 1)
-
-
-def _hiding(bias: Tensor | None, visible: Tensor | None) -> Tensor | None:
-    """A bias of keys, `-inf` where they are not `visible` (`[batch or 1, 1, tokens, 1]`)."""
-    if visible is None:
-        return bias
-    if bias is None:
-        return torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
-    return bias.masked_fill(~visible, float("-inf"))
-
-
-def _for_heads(heads: int, *weights: LinearSlotWeights) -> Iterator[Tensor | None]:
+def _maps(heads: int, *weights: LinearSlotWeights) -> Any:
     """Slots `[rows (perhaps 1), heads, slots, dim]` and their bias `[rows, heads, slots]`, of queries and of keys."""
+    found: list[Tensor | None] = []
     for side in weights:
-        for x, ndim in ((side.slots, 4), (side.given_slot_bias, 3)):
-            if x is not None:
-                x = x if x.ndim == ndim else x[(None,) * (ndim - x.ndim)]
-                x = x if x.shape[1] == heads else x.expand(-1, heads, *x.shape[2:])
-            yield x
+        slots, bias = side.slots, side.given_slot_bias
+        if slots.ndim < 4:
+            slots = slots[(None,) * (4 - slots.ndim)]
+        if slots.shape[1] != heads:
+            slots = slots.expand(-1, heads, -1, -1)
+        if bias is not None:
+            bias = bias[(None,) * (3 - bias.ndim)].expand(slots.shape[:3])
+        found += slots, bias
+    return found

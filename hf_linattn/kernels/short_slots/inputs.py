@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class ShortOptions(NamedTuple):
     """
 
     places: int
-    grid: tuple[int, ...] = ()
+    grid: Sequence[int] = ()
     root: float = 1.0
     query_norm: float = 0.0
     key_norm: float = 0.0
@@ -67,7 +67,7 @@ class ShortOptions(NamedTuple):
     spreads: bool = False
     has_hidden: bool = False
     with_lse: bool = True
-    probes: tuple[int, ...] = ()
+    probes: Sequence[int] = ()
 
 
 class Cut(NamedTuple):
@@ -83,24 +83,28 @@ class Cut(NamedTuple):
     is_whole: bool
     tokens: int
     missing: int
-    grid: tuple[int, ...]
+    grid: Sequence[int]
+    axes: Mapping[int, tuple[int, ...]]
 
     def take(self, inputs: ShortInputs) -> ShortInputs:
         """This part of everything."""
-        parts: list[Any] = self.tokens_of(inputs[:OF_TOKENS], ShortInputs._fields)
-        for x in inputs[OF_TOKENS:]:
-            parts.append(None if x is None else self._of(x, self.slot_rows).flatten(0, 1))
+        parts: list[Any] = []
+        for x, name in zip(inputs, ShortInputs._fields, strict=True):
+            if x is None:
+                parts.append(None)
+            elif len(parts) < OF_TOKENS:
+                parts.append(self.tokens_of(x, name))
+            else:
+                x = x if self.is_whole else x[self.slot_rows, self.heads]
+                parts.append(x.flatten(0, 1))
         return ShortInputs(*parts)
 
-    def tokens_of(self, tensors: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
-        """This part of tensors `[batch, tokens, heads(, dim)]`, without gaps: `[groups, tokens of all rows(, dim)]`.
+    def tokens_of(self, x: Tensor, name: str) -> Tensor:
+        """This part of `[batch, tokens, heads(, dim)]`, without gaps: `[groups, tokens of all rows(, dim)]`.
 
         What fills the last window has hidden keys. Large results lie in memory that goes by their names.
         """
-        return [None if x is None else self._tokens(x, name) for x, name in zip(tensors, names, strict=False)]
-
-    def _tokens(self, x: Tensor, name: str) -> Tensor:
-        part = self._by_head(x)
+        part = (x if self.is_whole else x[self.rows, :, self.heads]).permute(self.axes[x.ndim])
         groups, rows, tokens, *dim = part.shape
         is_small = part.numel() < SMALL
         if is_small and not self.missing and not self.grid:
@@ -110,15 +114,15 @@ class Cut(NamedTuple):
             taken = x.new_empty(shape) if is_small else scratch(name, x.dtype, *shape)
             if self.missing:
                 taken.fill_(float("-inf") if name == "key_bias" else 0.0)
-            for of_tokens, of_places in self._parts(part, taken):
-                of_places.copy_(of_tokens)
+            if not self.grid:
+                (taken[:, :, : self.tokens] if self.missing else taken).copy_(part)
+            else:
+                for of_tokens, of_places in self._parts(part, taken):
+                    of_places.copy_(of_tokens)
         return taken.flatten(0, 1) if self.is_own else taken.flatten(1, 2)
 
     def _parts(self, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same tokens in both tensors `[.., .., tokens or places(, dim)]`, so that all are in some part."""
-        if not self.grid:
-            yield tokens, places[:, :, : self.tokens] if self.missing else places
-            return
+        """The same patches in both tensors `[.., .., tokens or places(, dim)]`, so that all are in some part."""
         height, width, side = self.grid
         columns = -(-width // side)
         tokens = tokens.unflatten(2, (height, width))
@@ -129,26 +133,19 @@ class Cut(NamedTuple):
                 part = part.unflatten(3, (-1, column_side)).unflatten(2, (-1, row_side))
                 yield part, places[:, :, rows, :row_side, columns_, :column_side]
 
-    def _of(self, x: Tensor, rows: slice, heads_at: int = 1) -> Tensor:
-        if self.is_whole:
-            return x
-        return x[rows, self.heads] if heads_at == 1 else x[rows, :, self.heads]
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """A view `[heads, rows, tokens(, dim)]`, or rows first if each is a group."""
-        part = self._of(x, self.rows, 2)
-        return part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
-
     def write_tokens(self, x: Tensor, result: Tensor) -> None:
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
-        target = self._by_head(x)
+        target = (x if self.is_whole else x[self.rows, :, self.heads]).permute(self.axes[x.ndim])
         result = result.view(*target.shape[:2], self.tokens + self.missing, *target.shape[3:])
+        if not self.grid:
+            target.copy_(result[:, :, : self.tokens] if self.missing else result)
+            return
         for of_tokens, of_places in self._parts(target, result):
             of_tokens.copy_(of_places)
 
     def add_slots(self, x: Tensor, result: Tensor) -> None:
         """The same for slots, added."""
-        target = self._of(x, self.slot_rows)
+        target = x if self.is_whole else x[self.slot_rows, self.heads]
         target += result.view(target.shape)
 
 
@@ -161,8 +158,8 @@ def _stretches(length: int, side: int) -> Iterator[tuple[slice, int, slice]]:
         yield slice(whole, whole + 1), length % side, slice(whole * side, length)
 
 
-# Heads before rows, by the number of dimensions.
-_HEADS_FIRST = {3: (2, 0, 1), 4: (2, 0, 1, 3)}
+# From `[batch, tokens, heads(, dim)]` to groups, rows and tokens, by the number of dimensions.
+_HEADS_FIRST, _ROWS_FIRST = {3: (2, 0, 1), 4: (2, 0, 1, 3)}, {3: (0, 2, 1), 4: (0, 2, 1, 3)}
 
 
 class Tile(NamedTuple):
@@ -204,14 +201,14 @@ def tiles(inputs: ShortInputs, options: ShortOptions) -> Iterator[Tile]:
     if size * heads * batch > budget:
         per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
+    grid, axes = options.grid, _ROWS_FIRST if is_own else _HEADS_FIRST
     is_whole = per_head == heads and per_row == batch == together
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
-                cut = Cut(
-                    rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing, options.grid
-                )
+                some = slice(head, head + per_head)
+                cut = Cut(rows, some, slot_rows, is_own, is_whole, tokens, missing, grid, axes)
                 of_group = 1 if is_own else rows.stop - rows.start
                 yield Tile(cut, cut.take(inputs), options, of_group, windows)

@@ -21,7 +21,7 @@ def mass_shift(tile: Tile, of_slots: Tensor, held: Tensor, reference: Tensor) ->
     """
     inputs, (groups, _, dim), slots = tile.inputs, tile.inputs.query.shape, of_slots.shape[-1]
     all_rows, count = groups * tile.rows, tile.cut.tokens
-    index = _index(tile.options.probes)
+    index = _index(tuple(tile.options.probes))
     if reference.shape[1] == 1:
         log_mass = held.sum(1, keepdim=True).log_().add_(reference)
     else:

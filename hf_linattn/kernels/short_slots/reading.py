@@ -124,10 +124,10 @@ def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) ->
     mass = references.merge(held)
 
     query_tokens = inputs.query if inputs.query_tokens is None else inputs.query_tokens
-    query_bias = _token_bias(query_tokens, inputs.query_bias, options.query_norm * root**2)
+    bias, norm = inputs.query_bias, options.query_norm * root**2
+    of_slots, query_bias = _logits(query_tokens, inputs.query_slots, bias, norm, root, memory.of_slots)
     if references_of is _row_references and not _is_safe(mass, references.own, query_bias, tile):
         return None
-    of_slots = _logits(query_tokens, inputs.query_slots, query_bias, root, memory.of_slots)
     log_mass = mass.log().add_(references.others)
     slot_bias = inputs.query_slot_bias
     if inputs.key_slot_bias is not None and not options.spreads:
@@ -160,11 +160,13 @@ def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) ->
 def _key_logits(inputs: ShortInputs, options: ShortOptions, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-weights of keys `[groups, tokens, slots]`, and how they spread their weight."""
     tokens, slots = inputs.key if inputs.key_tokens is None else inputs.key_tokens, inputs.key_slots
-    bias = _token_bias(tokens, inputs.key_bias, options.key_norm * options.root**2)
+    norm = options.key_norm * options.root**2
     if not options.spreads:
-        return _logits(tokens, slots, bias, options.root, memory), None
-    slot_bias = None if inputs.key_slot_bias is None else inputs.key_slot_bias.unsqueeze(1)
-    spread = torch.log_softmax(_logits(tokens, slots, slot_bias, options.root, memory), -1)
+        return _logits(tokens, slots, inputs.key_bias, norm, options.root, memory)[0], None
+    products, _ = _logits(tokens, slots, None, 0.0, options.root, memory)
+    if inputs.key_slot_bias is not None:
+        products.add_(inputs.key_slot_bias.unsqueeze(1))
+    spread, bias = torch.log_softmax(products, -1), _token_bias(tokens, inputs.key_bias, norm)
     return spread.clone() if bias is None else torch.add(spread, bias, out=memory), spread
 
 
@@ -176,12 +178,16 @@ def _token_bias(tokens: Tensor, bias: Tensor | None, norm: float) -> Tensor | No
     return None if bias is None else bias.unsqueeze(-1)
 
 
-def _logits(tokens: Tensor, slots: Tensor, bias: Tensor | None, root: float, memory: Tensor | None) -> Tensor:
-    """`root tokens . slots + bias`, `[groups, tokens, slots]`."""
-    if bias is not None:
-        return torch.baddbmm(bias, tokens, slots.mT, alpha=root, out=memory)
+def _logits(
+    tokens: Tensor, slots: Tensor, bias: Tensor | None, norm: float, root: float, memory: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`root tokens . slots + bias - norm |tokens|^2 / 2`, `[groups, tokens, slots]`, and its part without slots."""
+    if bias is not None or norm:
+        of_tokens = _token_bias(tokens, bias, norm)
+        assert of_tokens is not None
+        return torch.baddbmm(of_tokens, tokens, slots.mT, alpha=root, out=memory), of_tokens
     products = torch.bmm(tokens, slots.mT, out=memory)
-    return products if root == 1 else products.mul_(root)
+    return products if root == 1 else products.mul_(root), None
 
 
 def _is_safe(mass: Tensor, reference: Tensor, query_bias: Tensor | None, tile: Tile) -> bool:

@@ -13,15 +13,9 @@ from .inputs import OF_TOKENS, ShortInputs, ShortOptions, tiles
 from .reading import Read, read_tile
 
 
-def options_of(options: Sequence[Any]) -> ShortOptions:
-    """From the arguments of an operator, which has lists in place of tuples."""
-    places, grid, *others, probes = options
-    return ShortOptions._make((places, tuple(grid), *others, tuple(probes)))
-
-
 def short_forward(inputs: ShortInputs, *options: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `short_slot_attention` describes them."""
-    query, value, of_call = inputs.query, inputs.value, options_of(options)
+    query, value, of_call = inputs.query, inputs.value, ShortOptions._make(options)
     output = value.new_empty(*query.shape[:-1], value.shape[-1])
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full(query.shape[:-1], float("nan"), dtype=wide)
@@ -37,7 +31,7 @@ def short_backward(
     grads: AttentionState, inputs: ShortInputs, results: Sequence[Tensor], needs: Sequence[bool], *options: float
 ) -> list[Tensor | None]:
     """Gradients of the tensors of `inputs`, where `needs` says so. Weights are computed again, tile by tile."""
-    wide, of_call = results[1].dtype, options_of(options)
+    wide, of_call = results[1].dtype, ShortOptions._make(options)
     found: list[Tensor | None] = []
     for number, (z, needed) in enumerate(zip(inputs, needs, strict=True)):
         new = torch.empty if number < OF_TOKENS else torch.zeros  # those of slots are sums
@@ -45,10 +39,9 @@ def short_backward(
     upstream = grads if of_call.with_lse else grads[:1]
     for tile in tiles(inputs, of_call):
         read = read_tile(tile)
+        dtype = read.weights.dtype
         grad_output, *rest = (
-            z.to(read.weights.dtype)
-            for z in tile.cut.tokens_of(upstream, ("grad_output", "grad_lse"))
-            if z is not None
+            tile.cut.tokens_of(z, name).to(dtype) for z, name in zip(upstream, AttentionState._fields, strict=False)
         )
         of_tile = _gradients(read, grad_output, rest[0] if rest else None, needs)
         for number, (total, grad) in enumerate(zip(found, of_tile, strict=True)):

@@ -49,10 +49,9 @@ def find_landmarks(
     if mixing not in MIXINGS:
         raise InputError(f"mixing must be one of {list(MIXINGS)}; got {mixing!r}.")
     parts = parts_of(tokens, num_landmarks)
-    if tokens.root != 1:
-        if query_map is None and key_map is None and mixing == "none":
-            return Landmarks(parts.mean(tokens.query + tokens.key) * tokens.root, None, parts, parts.used)
-        tokens = tokens.scaled()
+    is_raw = tokens.root != 1
+    if is_raw and query_map is None and key_map is None and mixing == "none":
+        return Landmarks(parts.mean(tokens.query + tokens.key) * tokens.root, None, parts, parts.used)
     # Maps live in the coordinates of the arguments; a residual one is the same in all that differ by a factor.
     root = scaling**0.5
 
@@ -61,10 +60,12 @@ def find_landmarks(
             return parts.mean(z)
         on_tokens = map_stage == "tokens"  # no landmark has a padded token
         z = z if on_tokens else parts.mean(z)
-        z = mapping(z) if isinstance(mapping, ResidualMap) else mapping(z / root) * root
+        z = mapping(z) if is_raw or isinstance(mapping, ResidualMap) else mapping(z / root) * root
         return parts.mean(z) if on_tokens else z
 
     query_mean, key_mean = mean_of(tokens.query, query_map), mean_of(tokens.key, key_map)
+    if is_raw:
+        query_mean, key_mean = query_mean * tokens.root, key_mean * tokens.root
     used = parts.used
     if mixing != "none":
         value_mean = mean_of(tokens.value, None) if mixing == "key_value" else None
