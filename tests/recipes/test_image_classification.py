@@ -73,7 +73,7 @@ def test_two_processes_have_the_metric_of_one(folder: Path, tmp_path: Path) -> N
         if name == "one":
             run(argv)
         else:
-            two_processes(RECIPE, argv, folder / "home")
+            two_processes(image_classification.main, argv, folder / "home")
         found[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert [found[name]["processes"] for name in ("one", "two")] == [1, 2]
     one, two = (found[name]["metrics"]["eval"] for name in ("one", "two"))
