@@ -6,12 +6,15 @@ each rank was fed goes to RECORD-rank.json.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+import evaluate_checkpoint
 import text_classification
 from recipes.local_hub import LocalHub
 from scripts.kill_parts.inputs import SETTINGS
@@ -107,6 +111,15 @@ def two_processes(main: Callable[..., Any], argv: Sequence[str], folder: Path) -
 def _run(main: Callable[..., Any], argv: Sequence[str]) -> dict[str, Tensor]:
     main(argv)
     return {}
+
+
+@contextlib.contextmanager
+def forked_measurements() -> Iterator[None]:
+    """`evaluate_checkpoint.py` forks the processes that it measures in, instead of starting new interpreters."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+        patch.setattr(evaluate_checkpoint, "multiprocessing", fork)
+        yield
 
 
 def pushed(recipe: str, argv: Sequence[str], home: Path, code: str) -> tuple[set[str], str]:

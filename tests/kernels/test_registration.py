@@ -31,8 +31,16 @@ def test_opcheck(name: str, tokens: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("all_of_them", [True, False], ids=["all", "some"])
-@pytest.mark.parametrize(("tokens", "dtype"), SIZES, ids=str)
+# By default each size and dtype once, half of them with all gradients.
+SOME = [(size, place % 2 == 0) for place, size in enumerate(SIZES)]
+OF_BACKWARD = [
+    pytest.param(*size, all_of_them, marks=[] if (size, all_of_them) in SOME else pytest.mark.slow)
+    for size in SIZES
+    for all_of_them in (True, False)
+]
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "all_of_them"), OF_BACKWARD, ids=str)
 @differentiable_case
 def test_opcheck_of_backward(name: str, tokens: int, dtype: torch.dtype, all_of_them: bool) -> None:
     torch.library.opcheck(*backward_of(name, tokens, dtype, all_of_them=all_of_them))

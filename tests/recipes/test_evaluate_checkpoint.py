@@ -12,7 +12,7 @@ import pytest
 import yaml
 from forked import in_processes
 from huggingface_hub import ModelCard
-from recipe_runs import ROWS, arguments, train
+from recipe_runs import ROWS, arguments, forked_measurements, train
 from torch import Tensor
 
 import evaluate_checkpoint
@@ -56,7 +56,8 @@ def test_one_process_measures_all(folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 def measure(argv: list[str]) -> dict[str, Tensor]:
-    evaluate_checkpoint.main(argv)
+    with forked_measurements():
+        evaluate_checkpoint.main(argv)
     return {}
 
 
