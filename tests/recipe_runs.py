@@ -142,7 +142,7 @@ def assert_mistake(
     """A recipe tells what is wrong in one line, ends with status 2, and writes nothing."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        sys.modules["_common"].run(lambda: main(argv))
+        sys.modules["parts.common"].run(lambda: main(argv))
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

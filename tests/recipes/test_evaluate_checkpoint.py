@@ -16,8 +16,8 @@ from recipe_runs import ROWS, arguments, forked_measurements, train
 from torch import Tensor
 
 import evaluate_checkpoint
-from _common import RecipeError
-from _evaluation import paired
+from parts.common import RecipeError
+from parts.evaluation import paired
 from scripts.kill_parts.inputs import build
 
 

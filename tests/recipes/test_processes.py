@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-import _common
-from _processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
+from parts import common
+from parts.processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
 
 @pytest.fixture(autouse=True)
@@ -168,5 +168,5 @@ def test_no_thread_of_a_group_is_left(tmp_path: Path) -> None:
         assert threads() > before
 
     before = threads()
-    _common.run(main)
+    common.run(main)
     assert threads() == before

@@ -12,7 +12,7 @@ from ...kernels.backends import current_backend, runs_on_triton
 from ...kernels.short_chunks import short_pooled, short_variates
 from ...kernels.short_chunks.cutting import Sizes
 from ..ablation import ABLATED
-from ..inputs import ResidualMap
+from ..proposal_map import ResidualMap
 from .chunks import MakesSummaries, Summariser
 from .exclusive import longest_chunk
 from .layout import ChunkOptions
