@@ -19,9 +19,11 @@ if not torch.cuda.is_available():
 
 import hf_linattn.integrations.checks as checks
 
-# How long an example takes says nothing on a shared machine.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# How long an example takes says nothing on a shared machine. Tests that name a number of examples scale it as well
+# (`helpers.examples`). All of them: pytest --hypothesis-profile=thorough.
+settings.register_profile("brief", deadline=None, max_examples=35)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile("brief")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,8 @@
-"""Several processes of one training run, forked so that nothing is imported again."""
+"""Several processes on one machine, forked so that nothing is imported again."""
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import time
@@ -19,9 +20,12 @@ SECONDS = 300  # after which a run counts as hanging
 
 
 def in_processes(
-    folder: Path, count: int, function: Callable[..., dict[str, Tensor]], *args: Any
+    folder: Path, count: int, function: Callable[..., dict[str, Tensor]], *args: Any, launched: bool = False
 ) -> list[dict[str, Tensor]]:
     """The tensors that `function(*args)` returns in each of `count` processes, which share a group (gloo).
+
+    Args:
+        launched: As a launcher starts a training run: with its variables, and one process has no group.
 
     Raises: AssertionError with the traceback of one that fails, or if they hang.
     """
@@ -29,7 +33,8 @@ def in_processes(
     for path in folder.glob("process-*"):
         path.unlink()
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=_work, args=(folder, rank, count, function, args)) for rank in range(count)]
+    work = (folder, count, launched, function, args)
+    started = [context.Process(target=_work, args=(rank, *work)) for rank in range(count)]
     for process in started:
         process.start()
     until = time.monotonic() + SECONDS
@@ -49,22 +54,34 @@ def in_processes(
     return [load_file(folder / f"process-{rank}-result") for rank in range(count)]
 
 
-def _work(folder: Path, rank: int, count: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, folder: Path, count: int, launched: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     try:
         torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        os.environ.update(ACCELERATE_USE_CPU="true")
-        if count > 1:
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            os.environ.update({name: str(value) for name, value in environment.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # not used: the group is made here
-            meeting = f"file://{folder / 'process-meeting'}"
-            torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
-        found = {name: tensor.detach().clone() for name, tensor in function(*args).items()}
+        torch.manual_seed(0)
+        if launched:
+            _as_launched(rank, count)
+        has_group = count > 1 or not launched
+        if has_group:
+            meeting, limit = f"file://{folder / 'process-meeting'}", datetime.timedelta(seconds=60)
+            torch.distributed.init_process_group(
+                "gloo", init_method=meeting, rank=rank, world_size=count, timeout=limit
+            )
+        found = {name: tensor.detach().contiguous().clone() for name, tensor in function(*args).items()}
         save_file(found, folder / f"process-{rank}-result")
-        if count > 1:
+        if has_group:
             torch.distributed.destroy_process_group()
     except BaseException:
         (folder / f"process-{rank}-error").write_text(traceback.format_exc())
         os._exit(1)
+
+
+def _as_launched(rank: int, count: int) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.update(ACCELERATE_USE_CPU="true")
+    if count > 1:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # not used: the group is made here

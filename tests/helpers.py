@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 TOKENS = 23
@@ -22,6 +23,11 @@ MASKS: dict[str, Tensor | None] = {
     "all": torch.tensor([[0] * 23, [1] * 23]).bool(),  # one row is nothing but padding
     "one": torch.tensor([[0] * 22 + [1], [1] * 23]).bool(),
 }
+
+
+def examples(count: int) -> int:
+    """Of `count` examples of Hypothesis those of this run: all with its profile "thorough", a third by default."""
+    return max(4, count * settings.default.max_examples // 100)
 
 
 def random(

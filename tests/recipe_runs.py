@@ -6,28 +6,39 @@ each rank was fed goes to RECORD-rank.json.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import in_processes
 from hub_server import environment, run
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+import evaluate_checkpoint
 import text_classification
 from recipes.local_hub import LocalHub
 from scripts.kill_parts.inputs import SETTINGS
 
 ROWS = 24
 STEPS_PER_EPOCH = 6  # of 4 rows
+# As `python RECIPE ARGUMENTS...`, and then goes on.
+RUN = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 INPUTS = ("input_ids", "pixel_values")
 
 
@@ -89,22 +100,37 @@ def train(
     return callback
 
 
-def two_processes(recipe: str, argv: Sequence[str], home: Path) -> subprocess.CompletedProcess[str]:
-    """Run a recipe as a program under `accelerate launch`."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return run([*launch, recipe, *argv], environment(HF_HOME=str(home), ACCELERATE_USE_CPU="true"))
+def two_processes(main: Callable[..., Any], argv: Sequence[str], folder: Path) -> None:
+    """Run a recipe's `main` in two forked processes, with the variables of a launcher.
+
+    What `accelerate launch` itself does to a recipe is seen in tests/recipes/test_recipes.py.
+    """
+    in_processes(folder, 2, _run, main, argv, launched=True)
+
+
+def _run(main: Callable[..., Any], argv: Sequence[str]) -> dict[str, Tensor]:
+    main(argv)
+    return {}
+
+
+@contextlib.contextmanager
+def forked_measurements() -> Iterator[None]:
+    """`evaluate_checkpoint.py` forks the processes that it measures in, instead of starting new interpreters."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+        patch.setattr(evaluate_checkpoint, "multiprocessing", fork)
+        yield
 
 
 def pushed(recipe: str, argv: Sequence[str], home: Path, code: str) -> tuple[set[str], str]:
-    """Run a recipe as a program that pushes `local/it` to a Hub, then `code` with that Hub.
+    """Run a recipe as a program that pushes `local/it` to a Hub, then `code` with that Hub, in one process.
 
     Returns: The files of the repository and its model card.
     """
     with LocalHub() as hub:
         env = environment(**hub.environment(home), HF_HUB_OFFLINE="0")
-        run([recipe, *argv, "--push_to_hub", "--hub_model_id", "local/it"], env)
-        run(["-c", code], env)
+        program = [recipe, *argv, "--push_to_hub", "--hub_model_id", "local/it"]
+        run(["-c", RUN + code, *program], env)
     repo = hub.repos["local/it"]
     files = repo.commits[repo.branches["main"]]
     return set(files), hub.blobs[files["README.md"]].decode()

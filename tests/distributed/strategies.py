@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes import share
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -37,6 +36,12 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 LAYERS = ("BertLayer", "GPT2Block", "ViTLayer")
 ROWS = 8
+
+
+def share(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a batch that are this process's."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return {name: tensor.tensor_split(size)[rank] for name, tensor in batch.items()}
 
 
 def without_dropout(model: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoints
 import torch
 from accelerated import as_launched
-from processes import run
+from forked import in_processes
 from recipe_runs import arguments
 from safetensors.torch import load_file
 from torch import Tensor
@@ -84,8 +84,8 @@ def test_a_recipe_is_that_of_one_process(tmp_path: Path, command: Callable[..., 
     no_dropout = json.loads((tmp_path / "model" / "config.json").read_text())
     no_dropout |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "model" / "config.json").write_text(json.dumps(no_dropout))
-    (expected,) = run(tmp_path / "a", 1, work, command("one", 4, *steps), None)
-    for found in run(tmp_path / "b", 2, work, command("two", 2, *steps), config):
+    (expected,) = in_processes(tmp_path / "a", 1, work, command("one", 4, *steps), None)
+    for found in in_processes(tmp_path / "b", 2, work, command("two", 2, *steps), config):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -97,7 +97,7 @@ def test_a_recipe_is_that_of_one_process(tmp_path: Path, command: Callable[..., 
 def test_with_bfloat16_learned_maps_stay_float32(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     """In transfer, which would raise otherwise, and in fine-tuning. Accelerate gives all units one policy."""
     steps = ["--max_steps", "1", "--save_strategy", "no", "--transfer_steps", "1", "--bf16", "true"]
-    for found in run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml"):
+    for found in in_processes(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml"):
         assert found["float32"]
     assert load_file(tmp_path / "two" / "model.safetensors")["classifier.weight"].dtype == torch.float32
 
@@ -105,11 +105,11 @@ def test_with_bfloat16_learned_maps_stay_float32(tmp_path: Path, command: Callab
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     steps = ["--max_steps", "5", "--save_steps", "3", "--transfer_steps", "2"]
-    run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
+    in_processes(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
     whole = load_file(tmp_path / "two" / "model.safetensors")
     shutil.rmtree(tmp_path / "two" / "checkpoint-5")
     (tmp_path / "two" / "model.safetensors").unlink()
-    run(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
+    in_processes(tmp_path / "b", 2, work, command("two", 2, *steps), "fsdp2.yaml")
     again = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
@@ -146,8 +146,8 @@ def test_attention_transfer_in_two_stages(tmp_path: Path) -> None:
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     flags += ["--do_train", "--do_eval", "--per_device_train_batch_size"]
     lines = {name: [*flags, rows, "--output_dir", str(tmp_path / name)] for name, rows in (("one", "4"), ("two", "2"))}
-    (expected,) = run(tmp_path / "a", 1, work_transfer, lines["one"], None)
-    first, second = run(tmp_path / "b", 2, work_transfer, lines["two"], "fsdp2.yaml")
+    (expected,) = in_processes(tmp_path / "a", 1, work_transfer, lines["one"], None)
+    first, second = in_processes(tmp_path / "b", 2, work_transfer, lines["two"], "fsdp2.yaml")
     torch.testing.assert_close(first["errors"], expected["errors"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(second["errors"], expected["errors"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first["fidelity"], expected["fidelity"], rtol=1e-4, atol=1e-5)

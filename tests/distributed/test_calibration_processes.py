@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import BERT, GPT2
-from processes import run
+from forked import in_processes
 from strategies import layers_of, shard, whole_tensors
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_all_batches(
         for name, (case, kind, changes) in SETTINGS.items()
     }
     expected = calibrated(copy.deepcopy(models), "one")
-    every = run(tmp_path, processes, calibrated, models, strategy)
+    every = in_processes(tmp_path, processes, calibrated, models, strategy)
     for name, tensor in expected.items():
         assert all(torch.equal(found[name], every[0][name]) for found in every), name
         torch.testing.assert_close(every[0][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BERT, GPT2, VIT, checkpoint_activations, converted
-from processes import run
+from forked import in_processes
 from strategies import LAYERS, ROWS, train
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -53,7 +53,7 @@ def train_with(model: Any, batches: list[dict[str, Tensor]], strategy: str, way:
 def test_a_run_is_the_plain_one(tmp_path: Path, way: str, name: str, strategy: str) -> None:
     model, batches = built(name)
     expected = train(copy.deepcopy(model), "one", batches)
-    for found in run(tmp_path, 2, train_with, model, batches, strategy, way):
+    for found in in_processes(tmp_path, 2, train_with, model, batches, strategy, way):
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")

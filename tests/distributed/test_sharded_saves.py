@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import BERT, GPT2, VIT, ModelCase, converted
-from processes import run, share
+from forked import in_processes
 from safetensors.torch import load_file
-from strategies import loss_of, shard, split, whole_tensors
+from strategies import loss_of, shard, share, split, whole_tensors
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -81,7 +81,7 @@ def save(model: Any, case: ModelCase, layout: str, folder: Path) -> dict[str, Te
 def test_what_is_saved_loads_into_one_process(tmp_path: Path, name: str, layout: str) -> None:
     case, model = built(name)
     folder = tmp_path / "saved"
-    expected = run(tmp_path / "work", 2, save, model, case, layout, folder)[0]
+    expected = in_processes(tmp_path / "work", 2, save, model, case, layout, folder)[0]
     if layout == "dcp":
         dcp_to_torch_save(folder / "dcp", folder / "whole.pt")
         state = torch.load(folder / "whole.pt", weights_only=True)  # noqa: TID251

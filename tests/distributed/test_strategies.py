@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BERT, GPT2, VIT, ModelCase, converted
-from processes import run, share
-from strategies import ROWS, layers_of, loss_of, shard, train, without_dropout
+from forked import in_processes
+from strategies import ROWS, layers_of, loss_of, shard, share, train, without_dropout
 from torch import Tensor
 
 # Pairwise: every kind and every model at least twice, with and without what is learned.
@@ -45,7 +45,7 @@ def train_all(models: dict[str, Any], strategy: str) -> dict[str, Tensor]:
 def test_a_run_is_that_of_one_process(tmp_path: Path, strategy: str, processes: int) -> None:
     models = {name: built(name) for name in CASES}
     expected = train_all(copy.deepcopy(models), "one")
-    for found in run(tmp_path, processes, train_all, models, strategy):
+    for found in in_processes(tmp_path, processes, train_all, models, strategy):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -77,7 +77,7 @@ def test_with_bfloat16_what_is_learned_stays_float32(tmp_path: Path, maps: bool)
     """If it is a unit of its own; what `fully_shard` alone would do shows that the test sees it."""
     model, batches = built("bert learned favor_sharp")
     learned = dict(layers_of(model)[0].named_parameters())
-    for found in run(tmp_path, 2, seen_dtypes, model, batches[0], maps):
+    for found in in_processes(tmp_path, 2, seen_dtypes, model, batches[0], maps):
         assert not found.pop("query")
         for name, is_float32 in found.items():
             assert bool(is_float32) == (maps or name not in learned), name

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import BERT, GPT2, VIT, ModelCase, away_from_start, converted
-from processes import run
+from forked import in_processes
 from strategies import loss_of, shard, split, without_dropout
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,7 +72,7 @@ def test_split_heads_are_those_of_one_process(tmp_path: Path, processes: int) ->
     """With four processes each has one head, which would otherwise read all of them without an error."""
     models = {name: built(name) for name in CASES}
     expected = outputs(copy.deepcopy(models))
-    for found in run(tmp_path, processes, outputs_when_split, models):
+    for found in in_processes(tmp_path, processes, outputs_when_split, models):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -99,7 +99,7 @@ def test_together_with_fsdp2(tmp_path: Path, name: str) -> None:
     one = copy.deepcopy(model)
     loss_of([one(**batch)[0].double()]).backward()
     expected = {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
-    for found in run(tmp_path, 4, train_on_a_grid, model, batch):
+    for found in in_processes(tmp_path, 4, train_on_a_grid, model, batch):
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
@@ -147,7 +147,7 @@ def test_a_plan_of_transformers(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / case.name)
         expected[case.name] = model(**case.inputs(2))[0].detach()
     BERT.build().save_pretrained(tmp_path / "stock")
-    for found in run(tmp_path / "run", 2, by_plan, tmp_path):
+    for found in in_processes(tmp_path / "run", 2, by_plan, tmp_path):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     for case in (BERT, VIT):
@@ -177,7 +177,7 @@ def refusals(model: Any, gpt2: Any, batch: dict[str, Tensor]) -> dict[str, Tenso
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_cannot_be_split_is_refused(tmp_path: Path, processes: int) -> None:
     model, batch = built("bert favor_sharp")
-    run(tmp_path, processes, refusals, model, converted(GPT2, "favor_plus"), batch)
+    in_processes(tmp_path, processes, refusals, model, converted(GPT2, "favor_plus"), batch)
 
 
 def uneven(model: Any) -> dict[str, Tensor]:
@@ -187,4 +187,4 @@ def uneven(model: Any) -> dict[str, Tensor]:
 
 
 def test_heads_that_do_not_go_evenly(tmp_path: Path) -> None:
-    run(tmp_path, 3, uneven, converted(BERT, "favor_plus"))
+    in_processes(tmp_path, 3, uneven, converted(BERT, "favor_plus"))

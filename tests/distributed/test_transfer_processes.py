@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BERT, GPT2, VIT, VOCAB, ModelCase
-from processes import run, share
-from strategies import shard, whole_tensors
+from forked import in_processes
+from strategies import shard, share, whole_tensors
 from torch import Tensor
 from transfer_settings import EVA, FAVOR, LARA, transferable
 
@@ -87,7 +87,7 @@ def refused(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def test_maps_that_are_gathered_with_their_layers_are_refused(tmp_path: Path) -> None:
     """Those layers run without gradients, and FSDP2 would take the maps away before the backward pass."""
-    run(tmp_path, 2, refused, transferable(BERT, FAVOR), equal_rows(BERT))
+    in_processes(tmp_path, 2, refused, transferable(BERT, FAVOR), equal_rows(BERT))
 
 
 @pytest.mark.parametrize("strategy", ["plain", "fsdp2"])
@@ -95,7 +95,7 @@ def test_maps_that_are_gathered_with_their_layers_are_refused(tmp_path: Path) ->
 def test_several_processes_are_one(tmp_path: Path, strategy: str, processes: int) -> None:
     models = {name: transferable(case, settings) for name, (case, settings, *_) in RUNS.items()}
     expected = transfer_all(copy.deepcopy(models), "one")
-    for found in run(tmp_path, processes, transfer_all, models, strategy):
+    for found in in_processes(tmp_path, processes, transfer_all, models, strategy):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     errors = {name: tensor for name, tensor in expected.items() if name.endswith("errors")}

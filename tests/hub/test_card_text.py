@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from cases import BERT, BY_NAME
+from helpers import examples
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +89,7 @@ def test_every_fact_of_a_card(field: str, text: str) -> None:
     check(**{field: {text: 0.5} if field == "metrics" else text})
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     st.text(alphabet="ab \n\r\t`|\\<>[]()!*_#-+:.&;'\"{}%$~=0", max_size=24), st.sampled_from(["dataset", "repo_id"])
 )
@@ -96,7 +97,7 @@ def test_any_text_in_a_card(text: str, field: str) -> None:
     check(**{field: f"x{text}x"})
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.text(alphabet='ab \n`|\\<>[]()!*_#-:.&;"~$', max_size=24))
 def test_markup_shows_what_it_is_given(text: str) -> None:
     flat = " ".join(text.split())

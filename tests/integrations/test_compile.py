@@ -94,6 +94,9 @@ def window_of(case: ModelCase, window: bool) -> int:
 # -- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+TRAINED = [(CLASSIFIER, "favor_plus"), (GPT2, "eva"), (VIT, "favor_plus")]  # by default
+
+
 def check_compiled(case: ModelCase, kind: str, window: bool, mode: Callable[..., Any], backend: Any) -> None:
     torch._dynamo.reset()
     model = one_layer(case, kind, mode, window_size=window_of(case, window))
@@ -107,7 +110,7 @@ def check_compiled(case: ModelCase, kind: str, window: bool, mode: Callable[...,
 @pytest.mark.parametrize(
     ("case", "kind", "window"),
     [
-        pytest.param(*c.values, id=c.id, marks=[] if c.values[1] in ("favor_plus", "eva") else pytest.mark.slow)
+        pytest.param(*c.values, id=c.id, marks=[] if c.values[:2] in TRAINED else pytest.mark.slow)
         for c in combinations(native_mode=False, windows=(True,))
     ],
 )

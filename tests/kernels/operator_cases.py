@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_linattn import kernels
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
 from hf_linattn.kernels.short_chunks import short_pooled
 from hf_linattn.kernels.short_slots import short_slot_attention
 
+# Attention functions define an operator when they are first called; here all are wanted, whatever ran before.
+for package in pkgutil.iter_modules(kernels.__path__):
+    if package.ispkg:
+        importlib.import_module(f"hf_linattn.kernels.{package.name}.operator")
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
 

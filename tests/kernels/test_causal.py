@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import (
@@ -32,7 +33,7 @@ NAMES = (
 )  # fmt: skip
 QUERY, KEY, KEY_BIAS, KEY_SLOTS, VALUE = 0, 3, 4, 5, 7
 SLOTS = (1, 2, 5, 6)  # of queries and keys, and their biases
-quick = settings(max_examples=60, derandomize=True, database=None)
+quick = settings(max_examples=examples(60), derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)

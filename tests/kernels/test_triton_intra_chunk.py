@@ -97,7 +97,7 @@ def test_matches_a_dense_logsumexp(tokens: int, chunk: int, slots: int, dim: int
     check(case(2, tokens, slots, dim, width), chunk)
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("chunk", [16, pytest.param(32, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("pattern", ["rising", "falling", "random", "between segments", "one key"])
 def test_keys_hundreds_of_nats_apart(pattern: str, chunk: int) -> None:
     """Every branch: a later key outweighs earlier ones by far, in all slots or some, within segments or between."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import CAUSAL_KINDS, KINDS
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,7 +79,7 @@ def test_training_keeps_every_learned_tensor_in_the_graph(kind: str, is_causal: 
 
 
 @every
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(data=st.data())
 def test_a_row_is_what_it_is_alone(kind: str, is_causal: bool, data: Any) -> None:
     """Whatever shares a batch with it, and wherever its padding is: the number of real tokens decides."""

@@ -75,10 +75,6 @@ for case in (BERT, GPT2):
 """
 
 
-def test_learned_tensors_are_trained_and_refused_in_native_mode() -> None:
-    run("-c", LEARNED)
-
-
 COMMAND = """
 import sys, fifth_kind
 from hf_linattn.cli import main
@@ -89,5 +85,6 @@ main()
 """
 
 
-def test_the_command_measures_it() -> None:
-    assert run("-c", COMMAND).count(NAME) >= 4  # forward and with gradients, causal and not
+def test_learned_tensors_are_trained_and_refused_in_native_mode_and_the_command_measures_it() -> None:
+    """One after the other in one process, which imports everything once."""
+    assert run("-c", LEARNED + COMMAND).count(NAME) >= 4  # forward and with gradients, causal and not

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import BERT, GPT2, MATRIX, VIT, ModelCase, converted, largest, matrix
+from forked import in_processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import replicate
@@ -134,38 +135,31 @@ def test_a_tensor_that_is_not_there_raises(kind: str, case: ModelCase, change: s
         model(**case.inputs())
 
 
-def _train_in_fsdp(rank: int, port: int, use_orig_params: bool) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        for kind, case in (("lara", BERT), ("eva", GPT2)):
-            model = trained(case, kind)
-            inputs = case.inputs()
-            want = model(**inputs)[0].detach()
-            wrapped = FullyShardedDataParallel(
-                model,
-                use_orig_params=use_orig_params,
-                sharding_strategy=ShardingStrategy.FULL_SHARD,
-                device_id=torch.device("cpu"),
-            )
-            optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-            got = wrapped(**inputs)[0]
-            assert torch.equal(got, want), (kind, largest(got - want))
-            got.square().mean().backward()
-            optimizer.step()
-            assert largest(wrapped(**inputs)[0] - want) > 1e-5
-            with FullyShardedDataParallel.summon_full_params(wrapped):
-                assert all(layer.tensors() for layer in attention_layers(wrapped))
-    finally:
-        torch.distributed.destroy_process_group()
+def _train_in_fsdp(use_orig_params: bool) -> dict[str, Tensor]:
+    for kind, case in (("lara", BERT), ("eva", GPT2)):
+        model = trained(case, kind)
+        inputs = case.inputs()
+        want = model(**inputs)[0].detach()
+        wrapped = FullyShardedDataParallel(
+            model,
+            use_orig_params=use_orig_params,
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
+            device_id=torch.device("cpu"),
+        )
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        got = wrapped(**inputs)[0]
+        assert torch.equal(got, want), (kind, largest(got - want))
+        got.square().mean().backward()
+        optimizer.step()
+        assert largest(wrapped(**inputs)[0] - want) > 1e-5
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            assert all(layer.tensors() for layer in attention_layers(wrapped))
+    return {}
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_flat_parameters_of_fsdp(use_orig_params: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run: Callable[..., Any] = torch.multiprocessing.start_processes
-    run(_train_in_fsdp, (port, use_orig_params), nprocs=2, start_method="spawn")
+def test_flat_parameters_of_fsdp(tmp_path: Path, use_orig_params: bool) -> None:
+    in_processes(tmp_path, 2, _train_in_fsdp, use_orig_params)
 
 
 def test_calibration_finds_the_layers_of_a_parametrized_model() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from helpers import assert_same, inputs
+from helpers import assert_same, examples, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +21,7 @@ from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.ops.eva.bounded import latest_chunks
 from hf_linattn.ops.eva.chunks import Summaries
 
-quick = settings(max_examples=60, derandomize=True, database=None)
+quick = settings(max_examples=examples(60), derandomize=True, database=None)
 Part = tuple[Tensor, Tensor, Tensor, float]  # mean key, value, spread, log-weight
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import naive
 import pytest
 import torch
-from helpers import assert_same, random
+from helpers import assert_same, examples, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_linattn.functional import eva_attention, softmax_attention
 
-quick = settings(max_examples=60, derandomize=True, database=None)
+quick = settings(max_examples=examples(60), derandomize=True, database=None)
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
 
 
 @given(case=cases("sequence"))
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=examples(150))
 def test_layouts_of_sequences(case: Case) -> None:
     # Exclusive chunks that are cut by the window become their other windows, which get no noise.
     case.compare()

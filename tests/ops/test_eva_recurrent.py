@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, random
+from helpers import assert_same, examples, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +22,7 @@ from hf_linattn.ops.recurrent.protocol import state_tensors
 
 BATCH, HEADS, DIM, VALUE_DIM = 3, 2, 3, 4
 SCALING = 0.7
-quick = settings(max_examples=80, derandomize=True, database=None)
+quick = settings(max_examples=examples(80), derandomize=True, database=None)
 Parts = Sequence[Tensor]
 
 

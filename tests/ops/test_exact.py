@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -111,7 +112,7 @@ def test_one_token_more_is_an_estimate(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "grid"])
 @function
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(bits=st.lists(st.booleans(), min_size=BATCH * TOKENS, max_size=BATCH * TOKENS), empty=st.booleans())
 def test_padding_does_not_count(name: str, layout: str, bits: list[bool], empty: bool) -> None:
     """Wherever it is and whatever stands there; a row of padding alone gives 0, and its gradient is 0."""
@@ -212,7 +213,7 @@ def test_mixed_dtypes_and_autocast() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_exact_rows_against_one_row_at_a_time(is_causal: bool, data: Any) -> None:
     """`with_exact_rows`: which rows, or queries, are softmax, and that the others are left alone."""

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statistics_inputs import DIM, HEADS, MASK, centred_or_not, every_variant, inputs
@@ -47,7 +48,7 @@ def all_at_once() -> FavorMoments:
 
 
 @given(order=st.permutations(range(5)), cuts=st.lists(st.integers(0, 5), min_size=2, max_size=2))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_pieces_in_any_order_are_the_whole(order: list[int], cuts: list[int]) -> None:
     parts = [batches()[i] for i in order]
     first, second = sorted(cuts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statistics_inputs import DIM, HEADS, MASK, centred_or_not, every_variant, inputs
@@ -117,7 +118,7 @@ def test_transforms_of_every_variant(centring: bool) -> None:
 
 
 @given(seed=st.integers(0, 10_000), tokens=st.integers(2, 30), dim=st.integers(1, 6))
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_more_general_statistics_have_less_variance(seed: int, tokens: int, dim: int) -> None:
     """The order that follows from what each variant minimises over."""
     q, k = inputs(tokens, dim, seed)

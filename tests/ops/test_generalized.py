@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import per_row
@@ -182,7 +183,7 @@ def test_nothing_of_a_later_token_enters(kernel: str, epsilon: float, chunk_size
     seed=st.integers(0, 2**16),
     data=st.data(),
 )
-@settings(max_examples=80, derandomize=True, database=None)
+@settings(max_examples=examples(80), derandomize=True, database=None)
 def test_any_shape_and_any_padding(
     kernel: str,
     tokens: int,

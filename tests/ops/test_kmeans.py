@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,7 +47,7 @@ def test_a_seed_gives_the_same_result_and_heads_are_alone() -> None:
 
 
 @given(count=st.integers(1, 30), centroids=st.integers(1, 8), distinct=st.integers(1, 30), seed=st.integers(0, 99))
-@settings(max_examples=60, derandomize=True, database=None)
+@settings(max_examples=examples(60), derandomize=True, database=None)
 def test_centroids_are_the_means_of_their_points(count: int, centroids: int, distinct: int, seed: int) -> None:
     centroids = min(centroids, count)
     given = points(2, count, 2, seed)[:, torch.arange(count) % distinct].double()

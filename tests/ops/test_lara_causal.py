@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import MASKS, assert_same
+from helpers import MASKS, assert_same, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,7 +41,7 @@ def some_proposals(count: int = 3, each: int = 2, *, antithetic: bool = False) -
     global_tokens=st.sampled_from([0, 2]),
     offset=st.booleans(),
 )
-@settings(max_examples=120, derandomize=True, database=None)
+@settings(max_examples=examples(120), derandomize=True, database=None)
 def test_against_the_reference(
     is_causal: bool,
     mask: str,

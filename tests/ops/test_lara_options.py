@@ -8,7 +8,7 @@ from collections.abc import Callable
 import naive
 import pytest
 import torch
-from helpers import MASKS, assert_same, inputs, random
+from helpers import MASKS, assert_same, examples, inputs, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,7 +44,7 @@ option_cases = st.fixed_dictionaries(
 
 
 @given(case=option_cases)
-@settings(max_examples=150, derandomize=True, database=None)
+@settings(max_examples=examples(150), derandomize=True, database=None)
 def test_every_option_of_lara(case: dict) -> None:
     q, k, v = inputs()
     layout = {"grid": (2, 11) if case["count"] else (23, 1)} if case["layout"] == "grid" else {}

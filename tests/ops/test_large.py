@@ -87,11 +87,17 @@ def lara(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return lara_attention(q, k, v, proposals=PROPOSALS, **options)
 
 
-@pytest.mark.parametrize(("kind", "value_dim"), [(favor, DIM), (favor, 9), (lara, DIM)])
-@pytest.mark.parametrize(
-    ("is_causal", "window", "overlap"),
-    [(False, 0, False), (False, 16, False), (False, 100, True), (True, 0, False), (True, 7, False), (True, 64, True)],
-)
+LAYOUTS = [(False, 0, False), (False, 16, False), (False, 100, True), (True, 0, False), (True, 7, False)]
+LAYOUTS += [(True, 64, True)]
+NARROW = [LAYOUTS[1], LAYOUTS[5]]  # by default with values of another dimension
+LARGE = [
+    pytest.param(kind, dim, *layout, marks=[] if dim == DIM or layout in NARROW else pytest.mark.slow)
+    for layout in LAYOUTS
+    for kind, dim in ((favor, DIM), (favor, 9), (lara, DIM))
+]
+
+
+@pytest.mark.parametrize(("kind", "value_dim", "is_causal", "window", "overlap"), LARGE)
 def test_slots_of_large_inputs(
     kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool
 ) -> None:

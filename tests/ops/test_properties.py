@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ from hf_linattn.functional import randomized_attention, softmax_attention
 
 pytestmark = pytest.mark.usefixtures("road")
 
-quick = settings(max_examples=25, derandomize=True, database=None)
+quick = settings(max_examples=examples(25), derandomize=True, database=None)
 every = pytest.mark.parametrize("attend", VARIANTS, ids=name_of)
 every_causal = pytest.mark.parametrize("attend", CAUSAL, ids=name_of)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +36,7 @@ def sequences_of(groups: RowGroups, parts: list[Tensor]) -> dict[int, Tensor]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(LENGTHS, st.integers(0, 45))
 def test_split_cuts_sequences_out_and_join_puts_them_back(lengths: list[int], exact_length: int) -> None:
     total = sum(lengths)
@@ -53,7 +54,7 @@ def test_split_cuts_sequences_out_and_join_puts_them_back(lengths: list[int], ex
     assert torch.equal(groups.join(parts), x)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, 5), st.integers(1, 30), st.integers(0, 2**30), st.integers(0, 20))
 def test_padding_may_stand_anywhere(batch: int, count: int, seed: int, exact_length: int) -> None:
     mask = torch.rand(batch, count, generator=torch.Generator().manual_seed(seed)) < 0.6

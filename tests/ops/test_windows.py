@@ -119,7 +119,9 @@ def test_states_around_is_a_merge(blocks: int, readers: int, seed: int) -> None:
 @pytest.mark.parametrize("attention", ["favor", "lara"])
 @pytest.mark.parametrize("options", [{"overlap_window": True, "window_size": 4}, {"num_heavy_keys": 3}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_of_windows(attention: str, options: dict[str, Any], masked: bool) -> None:
+@pytest.mark.parametrize("entry", ["one direction", pytest.param("every entry", marks=pytest.mark.slow)])
+def test_gradients_of_windows(attention: str, options: dict[str, Any], masked: bool, entry: str) -> None:
+    """Along one random direction a wrong entry shows with probability one."""
     q, k, v = (z.requires_grad_() for z in draw(1, 11))
     mask = torch.arange(11)[None] != 4 if masked else None
 
@@ -130,7 +132,7 @@ def test_gradients_of_windows(attention: str, options: dict[str, Any], masked: b
         noise = torch.ones(1, 2, 3, DIM, dtype=torch.float64) / 3
         return lara_attention(q, k, v, num_landmarks=3, key_mask=mask, noise=noise, **options)
 
-    assert torch.autograd.gradcheck(run, (q, k, v))
+    assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=entry == "one direction")
 
 
 @pytest.mark.parametrize("attention", ["favor", "lara"])

@@ -99,7 +99,7 @@ def test_two_processes_adapt_and_train_as_one_does(tmp_path: Path) -> None:
     changes = (*TRANSFER, *LORA, "--save_strategy", "no", "--per_device_eval_batch_size", "5")
     train(short(tmp_path, tmp_path / "one", "favor_plus", *changes))
     argv = short(tmp_path, tmp_path / "two", "favor_plus", *changes, "--per_device_train_batch_size", "2")
-    two_processes("recipes/text_classification.py", argv, tmp_path / "home")
+    two_processes(text_classification.main, argv, tmp_path / "home")
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["adaptation"]["transfer"]["error"] == pytest.approx(one["adaptation"]["transfer"]["error"], rel=1e-4)

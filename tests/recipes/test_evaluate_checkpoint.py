@@ -10,18 +10,15 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from hub_server import environment, run
+from forked import in_processes
 from huggingface_hub import ModelCard
-from recipe_runs import ROWS, arguments, train
+from recipe_runs import ROWS, arguments, forked_measurements, train
+from torch import Tensor
 
 import evaluate_checkpoint
 from parts.common import RecipeError
 from parts.evaluation import paired
 from scripts.kill_parts.inputs import build
-
-EVALUATE = "recipes/evaluate_checkpoint.py"
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +55,18 @@ def test_one_process_measures_all(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "±" in shown
 
 
+def measure(argv: list[str]) -> dict[str, Tensor]:
+    with forked_measurements():
+        evaluate_checkpoint.main(argv)
+    return {}
+
+
 @pytest.mark.parametrize("batch_size", ["5"])  # 24 rows: the last batch has fewer
 def test_processes_share_the_rows(folder: Path, tmp_path: Path, batch_size: str) -> None:
-    env = environment(HF_HOME=str(folder / "home")) | {"ACCELERATE_USE_CPU": "true"}
     reports = {}
-    for name, launch in (("one", []), ("two", LAUNCH)):
+    for count, name in enumerate(("one", "two"), 1):
         changes = ["--repeats", "0", "--batch_size", batch_size, "--output", str(tmp_path / f"{name}.json")]
-        run([*launch, EVALUATE, *flags(folder, *changes)], env)
+        in_processes(tmp_path, count, measure, flags(folder, *changes), launched=True)
         reports[name] = json.loads((tmp_path / f"{name}.json").read_text())
     one, two = reports["one"], reports["two"]
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from image_runs import SCRATCH, SIZE, arguments, build_images, evaluated, picture, run, without, write
-from recipe_runs import assert_same_weights, pushed, train, two_processes, weights
+from recipe_runs import assert_same_weights, forked_measurements, pushed, train, two_processes, weights
 from safetensors.torch import load_file
 from tiny_checkpoints import IMAGE_LABELS, encoded
 from transformers import (
@@ -73,7 +73,7 @@ def test_two_processes_have_the_metric_of_one(folder: Path, tmp_path: Path) -> N
         if name == "one":
             run(argv)
         else:
-            two_processes(RECIPE, argv, folder / "home")
+            two_processes(image_classification.main, argv, folder / "home")
         found[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert [found[name]["processes"] for name in ("one", "two")] == [1, 2]
     one, two = (found[name]["metrics"]["eval"] for name in ("one", "two"))
@@ -244,7 +244,8 @@ def test_evaluate_checkpoint(folder: Path, tmp_path: Path) -> None:
     trained = run(arguments(folder, tmp_path / "out", "lara", "--max_steps", "1"))
     argv = ["--model_name_or_path", str(tmp_path / "out"), "--validation_file", str(folder / "images.parquet")]
     argv += ["--max_eval_samples", "18", "--repeats", "1", "--timed_batches", "1"]
-    found = evaluate_checkpoint.main(argv)
+    with forked_measurements():
+        found = evaluate_checkpoint.main(argv)
     assert found["checkpoint"]["accuracy"] == trained["metrics"]["eval"]["eval_accuracy"]
     assert found["checkpoint"]["rows"] == 18
     assert found["original"]["attention"] == "softmax"

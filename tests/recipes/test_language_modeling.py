@@ -195,7 +195,7 @@ def test_two_processes_measure_what_one_does(folder: Path, tmp_path: Path, famil
     argv = [arguments(folder, tmp_path / name, family, "eva", "--max_eval_samples", "13") for name in ("one", "two")]
     still = ["--learning_rate", "0", "--max_steps", "2", "--per_device_eval_batch_size", "2"]
     one = run([*argv[0], *still])
-    two_processes(RECIPE, [*argv[1], *still], folder / "home")
+    two_processes(language_modeling.main, [*argv[1], *still], folder / "home")
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in ("eval_nll", "eval_perplexity", "eval_accuracy", "eval_loss"):

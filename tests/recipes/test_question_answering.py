@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recipe_runs import assert_mistake, assert_same_weights, pushed, train, two_processes
+from recipe_runs import assert_mistake, assert_same_weights, forked_measurements, pushed, train, two_processes
 from tiny_checkpoints import WORDS, build
 from transfer_recipe import arguments as transfer_arguments
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
@@ -240,7 +240,7 @@ def test_two_processes_have_the_metric_of_one(folder: Path, tmp_path: Path) -> N
         if name == "one":
             run(argv)
         else:
-            two_processes(RECIPE, argv, folder / "home")
+            two_processes(question_answering.main, argv, folder / "home")
         found[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert [found[name]["processes"] for name in ("one", "two")] == [1, 2]
     one, two = (found[name]["metrics"]["eval"] for name in ("one", "two"))
@@ -266,7 +266,8 @@ def test_evaluate_checkpoint(folder: Path, tmp_path: Path) -> None:
     trained = run(arguments(folder, tmp_path / "out", "bert", "lara", "--max_steps", "1"))
     argv = ["--model_name_or_path", str(tmp_path / "out"), "--validation_file", str(folder / "qa.jsonl")]
     argv += ["--max_length", "40", "--doc_stride", "8", "--repeats", "1", "--timed_batches", "1"]
-    found = evaluate_checkpoint.main(argv)
+    with forked_measurements():
+        found = evaluate_checkpoint.main(argv)
     assert found["checkpoint"]["f1"] == pytest.approx(trained["metrics"]["eval"]["eval_f1"])
     assert found["original"]["attention"] == "softmax"
 

@@ -139,12 +139,12 @@ def test_converted_run_and_resume(
     assert kept["metrics"]["eval"]["eval_accuracy"] == results(output)["metrics"]["eval"]["eval_accuracy"]
 
 
-def test_accelerate_launch_on_two_processes(folder: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_on_two_processes(folder: Path, tmp_path: Path, run_here: Callable[..., None]) -> None:
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = child(folder) | {"ACCELERATE_USE_CPU": "true"}
     run([*launch, *recipe(folder, tmp_path / "two", "--attention", "eva", "--learning_rate", "0")], env)
-    run(recipe(folder, tmp_path / "one", "--attention", "eva", "--learning_rate", "0"), env)
+    run_here(recipe(folder, tmp_path / "one", "--attention", "eva", "--learning_rate", "0"))
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     # Nothing was learned, so both evaluate the same weights: same metrics, and a loss not summed over processes.

@@ -121,7 +121,9 @@ def train(recipe: str, argv: Sequence[str], cut_after: int | None, config: str |
 
 def losses(run: Run, cut: Cut, folder: Path, output: Path, *changes: str, cut_after: int | None = None) -> Tensor:
     argv = [*command_line(run, folder, output), *cut.flags(), *changes]
-    return in_processes(output, cut.processes, train, run.recipe, argv, cut_after, cut.config)[0]["losses"]
+    return in_processes(output, cut.processes, train, run.recipe, argv, cut_after, cut.config, launched=True)[0][
+        "losses"
+    ]
 
 
 CASES = [

@@ -227,7 +227,7 @@ def test_two_processes_measure_what_one_does(folder: Path, tmp_path: Path) -> No
     for flags in argv:
         flags[flags.index("--max_eval_samples") + 1] = "13"
     one = run(argv[0])["metrics"]["eval"]
-    two_processes(RECIPE, argv[1], folder / "home")
+    two_processes(token_classification.main, argv[1], folder / "home")
     assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
     for name in ("eval_accuracy", "eval_precision", "eval_recall", "eval_f1", "eval_loss"):
         assert metrics_of(tmp_path / "two")[name] == pytest.approx(one[name])

@@ -139,7 +139,7 @@ def run(
     """The mean loss of every step, and the weights, which all processes share."""
     case = BY_NAME[name]
     model = ready(hf_linattn.convert(case.build(**NO_DROPOUT[name]), case.settings(kind, **SETTINGS[kind])))
-    found = in_processes(folder, way.processes, train, folder, model, name, way, told, steps, resume)
+    found = in_processes(folder, way.processes, train, folder, model, name, way, told, steps, resume, launched=True)
     losses = torch.stack([tensors.pop("losses") for tensors in found])
     for weights in found[1:]:
         assert all(torch.equal(weights[key], found[0][key]) for key in weights)

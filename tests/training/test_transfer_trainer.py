@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import BERT, GPT2, ModelCase
-from safetensors.torch import load_file
+from forked import in_processes
+from torch import Tensor
 from transfer_runs import (
     LARA,
     SETTINGS,
@@ -90,31 +88,20 @@ def test_logs_have_the_error_of_every_layer(tmp_path: Path, layers: Any) -> None
     assert not any(name.startswith("error_layer_0") for name in trained.state.log_history[0]) or layers is None
 
 
-ON_TWO = """
-import sys
-from pathlib import Path
-from safetensors.torch import save_file
-from transfer_runs import own, train
-for target in ("attention", "hidden_states"):
-    folder = Path(sys.argv[1]) / target
-    trainer = train(folder, per_device_train_batch_size=2, save_strategy="no", options={"target": target})
-    if trainer.is_world_process_zero():
-        save_file(own(trainer.accelerator.unwrap_model(trainer.model)), str(folder) + ".safetensors")
-"""
+def train_on_two(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for target in ("attention", "hidden_states"):
+        options = {"target": target}
+        trainer = train(folder / target, per_device_train_batch_size=2, save_strategy="no", options=options)
+        weights = own(trainer.accelerator.unwrap_model(trainer.model))
+        found |= {f"{target} {name}": tensor for name, tensor in weights.items()}
+    return found
 
 
 def test_two_processes_are_one_with_the_same_batches(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    script = tmp_path / "on_two.py"
-    script.write_text(ON_TWO)
-    places = map(str, (root, root / "tests", root / "tests" / "training"))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    found = in_processes(tmp_path / "two", 2, train_on_two, tmp_path / "two", launched=True)[0]
     for target in ("attention", "hidden_states"):
-        two = load_file(tmp_path / f"{target}.safetensors")
+        two = {name.split(" ")[1]: tensor for name, tensor in found.items() if name.startswith(target)}
         one = own(train(tmp_path / "one" / target, save_strategy="no", options={"target": target}).model)
         assert one.keys() == two.keys()
         for name, expected in one.items():

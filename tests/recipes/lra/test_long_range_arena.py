@@ -126,7 +126,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_weights(folder: Path, tmp_p
 
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     common = ["--attention", "eva", "--learning_rate", "0"]
-    two_processes(RECIPE, flags(folder, tmp_path / "two", "matching", *common), folder / "home")
+    two_processes(long_range_arena.main, flags(folder, tmp_path / "two", "matching", *common), folder / "home")
     long_range_arena.main(flags(folder, tmp_path / "one", "matching", *common))
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
