@@ -5,7 +5,7 @@ The library calls a `torch.autograd.Function` around a forward and a backward op
 exported program does. Derivatives in forward mode and second derivatives raise: torch takes whatever has none for a
 constant, and would answer 0.
 
-Where nothing looks at a call (`_is_plain`) the kernels are called without their operators: finding the way through
+Where nothing looks at a call (`is_plain`) the kernels are called without their operators: finding the way through
 torch's dispatcher into Python, twice, takes longer than a short input.
 """
 
@@ -116,14 +116,14 @@ def register_pair(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            if torch.is_grad_enabled() or not _is_plain(grads[:2]):
+            if torch.is_grad_enabled() or not is_plain(grads[:2]):
                 return Pair.backward(ctx, *grads)
             needs = [ctx.needs_input_grad[place] for place in places]
             return in_their_places(ctx, backward_kernel(*grads[:2], *ctx.saved_tensors, needs, *ctx.options))
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         given = arguments[:count]
-        if not _is_plain(given):
+        if not is_plain(given):
             return Pair.apply(*_each_once(given), *arguments[count:])
         if torch.is_grad_enabled() and any([z is not None and z.requires_grad for z in given]):
             return Plain.apply(*arguments)
@@ -153,7 +153,7 @@ def _each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call has ordinary tensors with contents, and no tracing, transform or mode wants to see operators."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same, inputs, patch_with_spy, random
 from torch import Tensor
 
-from hf_linattn.kernels.short_chunks import torch_kernel
+from hf_linattn.kernels.short_chunks import reading, torch_kernel
 from hf_linattn.ops.eva import short
 from hf_linattn.ops.eva.attention import eva_attention
 from hf_linattn.ops.eva.learned import LearnedSummariser, learned_eva_attention
@@ -55,7 +55,7 @@ def test_equals_the_long_road(
     options = {"window_size": window, "num_chunks": chunks}
     monkeypatch.setattr(short, "LONGEST", 100)
     found = with_gradients(*given, **options)
-    monkeypatch.setattr(torch_kernel, "_PART", 1)  # one head of one row at a time
+    monkeypatch.setattr(reading, "_PART", 1)  # one head of one row at a time
     in_parts = with_gradients(*given, **options)
     monkeypatch.setattr(short, "LONGEST", 0)
     for ours, parts, expected in zip(found, in_parts, with_gradients(*given, **options), strict=True):
