@@ -43,7 +43,10 @@ def with_gradients(kind: str, tensors: list[Tensor], maps: list[Tensor], **optio
     if options.get("real_first"):  # what padded queries read is nobody's
         output = output.masked_fill(~options["key_mask"][:, None, :, None], 0.0)
     grads = torch.autograd.grad(output, leaves, random(*output.shape, seed=9), allow_unused=True)
-    return [output, *(torch.zeros_like(z) if g is None else g for z, g in zip(leaves, grads, strict=True))]
+    found = [torch.zeros_like(z) if g is None else g for z, g in zip(leaves, grads, strict=True)]
+    if options.get("real_first"):
+        found[:3] = [z.masked_fill(~options["key_mask"][:, None, :, None], 0.0) for z in found[:3]]
+    return [output, *found]
 
 
 def on_both_roads(

@@ -27,11 +27,11 @@ def short_variates(
     """What queries read from the keys of their window, and from all chunks outside it, which are control variates.
 
     Args:
-        query, key, value: `[batch, tokens, heads, head_dim]` on the CPU, global tokens first. Not scaled. Tokens that
+        query, key, value: `[batch, heads, tokens, head_dim]` on the CPU, global tokens first. Not scaled. Tokens that
             are not real (`lengths` of `sizes`) are finite.
         query_adapter, key_adapter: `[heads, head_dim, head_dim]`, residual maps of mean queries and keys.
         proposals: As in `eva_attention`.
-    Returns: output `[batch, tokens, heads, head_dim]` and log-sum-exp. Nothing that is of use for tokens that are not
+    Returns: output `[batch, heads, tokens, head_dim]` and log-sum-exp. Nothing that is of use for tokens that are not
         real.
     Cost: O(tokens * (window + chunks) * head_dim) time, O(tokens * (head_dim + chunks)) memory.
     """
@@ -50,7 +50,7 @@ def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tenso
 
 def _kept(key: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """Like what is kept of control variates (`summaries.py`)."""
-    batch, length, heads, dim = key.shape
+    batch, heads, length, dim = key.shape
     key = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
     if sizes.lengths:
         return key, torch.empty_like(key), torch.empty_like(key)
@@ -81,6 +81,8 @@ _variates = register_pair(
     torch_kernel,
     record=torch_kernel.VariateInputs,
     kept=_kept_weight,
+    heads_first=3,
+    takes_no_grad_lse=True,
 )
 _pooled = register_pair(
     f"short_pooled({_TOKENS}, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter, Tensor query_adapter,"
@@ -88,4 +90,6 @@ _pooled = register_pair(
     torch_kernel,
     record=torch_kernel.PooledInputs,
     kept=_kept_keys,
+    heads_first=3,
+    takes_no_grad_lse=True,
 )

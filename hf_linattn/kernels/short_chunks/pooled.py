@@ -92,7 +92,11 @@ class Pooled:
     @property
     def kept(self) -> Kept:
         shape = (-1, self.chunks, *self.shape[1:])
-        return self.read.transpose(0, 1).reshape(shape), self.pooled_value.view(shape), self.pooled.view(shape)
+        return (
+            self.read.transpose(0, 1).contiguous().view(shape),
+            self.pooled_value.view(shape),
+            self.pooled.view(shape),
+        )
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
@@ -128,4 +132,5 @@ class Pooled:
         of_logits = of_logits.flatten(1, 2)
         pooling = torch.stack([key_pooling, value_pooling], 1)
         to_key.view(-1, *self.shape[1:]).transpose(0, 1).add_(torch.bmm(of_logits, pooling))
-        return *torch.bmm(_by_head(self.tokens[0]).mT, of_logits).unbind(-1), *of_maps
+        of_pooling = torch.bmm(of_logits.mT, _by_head(self.tokens[0]))
+        return *(z.clone() for z in of_pooling.unbind(1)), *of_maps

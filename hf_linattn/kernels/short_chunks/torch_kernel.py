@@ -81,13 +81,21 @@ def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVari
 
 
 class _Part(NamedTuple):
-    """Rows that are cut alike: `rows` says which, an index or a slice. Parameters are `parameters[models]`."""
+    """Rows that are cut alike, and whose summaries have the same parameters.
+
+    rows: Their numbers, or a slice; `None` for all. models: Which heads of all parameters `parameters` are, alike.
+    tokens: `[batch, tokens, heads, dim]`.
+    """
 
     rows: Any
-    models: slice
+    models: slice | None
     tokens: Sequence[Tensor]
     parameters: Sequence[Tensor | None]
     sizes: Sizes
+
+
+def _some(x: Any, rows: Any) -> Any:
+    return x if x is None or rows is None else x[rows]
 
 
 def _parts(inputs: Sequence[Any], sizes: Sizes) -> Iterator[_Part]:
@@ -95,47 +103,64 @@ def _parts(inputs: Sequence[Any], sizes: Sizes) -> Iterator[_Part]:
     the batch, one after the other."""
     if inputs[0].dtype in _HALVES:
         inputs = [None if z is None else z.float() for z in inputs]
-    tokens, parameters = inputs[:3], inputs[3:]
-    batch, heads = tokens[0].shape[0], tokens[0].shape[2]
+    tokens, parameters = [z.transpose(1, 2) for z in inputs[:3]], inputs[3:]
+    batch, _, heads, _ = tokens[0].shape
     given = next((len(z) for z in parameters if z is not None), heads)
-    if given == heads and not sizes.lengths:
-        yield _Part(slice(None), slice(None), tokens, parameters, sizes)
-    elif given == heads:
-        for chunk in sorted(set(sizes.chunks)):
-            some = [row for row, own in enumerate(sizes.chunks) if own == chunk]
-            lengths = tuple(sizes.lengths[row] for row in some)
-            own = sizes._replace(chunk=chunk, lengths=lengths, chunks=())
-            if len(some) == batch:
-                yield _Part(slice(None), slice(None), tokens, parameters, own)
-                return
-            index = torch.tensor(some, device="cpu")
-            yield _Part(index, slice(None), [z[index] for z in tokens], parameters, own)
-    else:
+    if given != heads:
         number = given // heads
         for i in range(number):
             rows, models = (slice(i * n, (i + 1) * n) for n in (batch // number, heads))
-            own_parameters = [None if z is None else z[models] for z in parameters]
-            yield _Part(rows, models, [z[rows] for z in tokens], own_parameters, sizes)
+            yield _Part(rows, models, [z[rows] for z in tokens], [_some(z, models) for z in parameters], sizes)
+    elif len(set(sizes.chunks)) > 1:
+        for chunk in sorted(set(sizes.chunks)):
+            some = [row for row, own in enumerate(sizes.chunks) if own == chunk]
+            own_sizes = sizes._replace(chunk=chunk, lengths=tuple(sizes.lengths[row] for row in some), chunks=())
+            index = torch.tensor(some, device="cpu")
+            yield _Part(index, None, [z[index] for z in tokens], parameters, own_sizes)
+    else:
+        if sizes.lengths:
+            sizes = sizes._replace(chunk=sizes.chunks[0], chunks=())
+        yield _Part(None, None, tokens, parameters, sizes)
+
+
+def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Row by row, in float64."""
+    for part in parts:
+        count = len(part.tokens[0])
+        rows = (
+            part.rows.tolist()
+            if isinstance(part.rows, Tensor)
+            else range(part.rows.start, part.rows.stop)
+            if part.rows
+            else range(count)
+        )
+        parameters = [None if z is None else z.double() for z in part.parameters]
+        for place, row in enumerate(rows):
+            some = slice(place, place + 1)
+            sizes = part.sizes._replace(lengths=part.sizes.lengths[some])
+            tokens = [z[some].double() for z in part.tokens]
+            yield _Part(slice(row, row + 1), part.models, tokens, parameters, sizes)
 
 
 def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
-    found = []
-    for part in _parts(inputs, sizes):
+    parts = list(_parts(inputs, sizes))
+    found: list[Sequence[Tensor]] = []
+    for part in parts:
         read = Reading(part.tokens, part.parameters, part.sizes, summarise)
         kept: Sequence[Tensor] = read.summaries.kept if not sizes.lengths else ()
-        found.append((part.rows, (*read.forward(), *kept)))
-    results = found[0][1] if len(found) == 1 else _joined(found, len(inputs[0]))
+        found.append((*read.forward(), *kept))
+    results = found[0]
+    if len(parts) > 1:
+        results = [z.new_empty(len(inputs[0]), *z.shape[1:]) for z in results]
+        for part, of_part in zip(parts, found, strict=True):
+            for whole, own in zip(results, of_part, strict=True):
+                whole[part.rows] = own
+    output, lse, *rest = results
     if sizes.lengths:  # what is kept would have other sizes in every row
-        results = (*results, *(results[1].new_empty(0) for _ in range(3)))
-    return results[0].to(inputs[0].dtype), *results[1:]
-
-
-def _joined(parts: Sequence[tuple[Any, Sequence[Tensor]]], batch: int) -> tuple[Tensor, ...]:
-    joined = tuple(z.new_empty(batch, *z.shape[1:]) for z in parts[0][1])
-    for rows, found in parts:
-        for whole, part in zip(joined, found, strict=True):
-            whole[rows] = part
-    return joined
+        rest = [lse.new_empty(0) for _ in range(3)]
+    if output.dtype != inputs[0].dtype:
+        output = output.to(inputs[0].dtype)
+    return output.transpose(1, 2), lse.transpose(1, 2), *rest
 
 
 def _backward(
@@ -147,32 +172,36 @@ def _backward(
     summarise: Summarise,
 ) -> list[Tensor | None]:
     wide = results[1].dtype
-    grad, grad_lse, *results = (z.to(wide) for z in (*grads, *results))
-    upstream = grad, (grad_lse if bool(grad_lse.any()) else None)
+    given = [None if z is None else z.transpose(1, 2) for z in (*grads, *results[:2])]
+    if given[0].dtype != wide:  # type: ignore[union-attr]
+        given = [None if z is None else z.to(wide) for z in given]
+    is_large = wide == torch.float32 and _is_large(results[1])
     parts = list(_parts(inputs, sizes))
-    found: list[tuple[_Part, Sequence[Tensor | None]]] = []
-    if wide == torch.float32 and _is_large(results[1]):
-        parts = [row for part in parts for row in _single_rows(part)]
-        for part in parts:
+    totals: list[Tensor | None] = []
+    for part in _single_rows(parts) if is_large else parts:
+        upstream = [_some(z, part.rows) for z in given]
+        if is_large:
             read = Reading(part.tokens, part.parameters, part.sizes, summarise)
-            of_part = [None if z is None else z[part.rows].double() for z in upstream]
-            found.append((part, read.backward(*of_part, *read.forward())))
-    else:
-        for part in parts:
-            kept = None if sizes.lengths else [z[part.rows] for z in results[2:]]
-            read = Reading(part.tokens, part.parameters, part.sizes, summarise, kept)
-            of_part = [None if z is None else z[part.rows] for z in (*upstream, *results[:2])]
-            found.append((part, read.backward(*of_part)))
-    if len(found) == 1:
-        totals = list(found[0][1])
-    else:
-        totals = [None if z is None else z.new_zeros(z.shape, dtype=wide) for z in inputs]
-        for part, of_part in found:
-            for number, (total, of_it) in enumerate(zip(totals, of_part, strict=True)):
-                if total is not None and of_it is not None:
-                    total[part.rows if number < 3 else part.models] += of_it.to(wide)
+            found = read.backward(*(None if z is None else z.double() for z in upstream[:2]), *read.forward())
+        else:
+            kept = None if sizes.lengths else [_some(z, part.rows) for z in results[2:]]
+            found = Reading(part.tokens, part.parameters, part.sizes, summarise, kept).backward(*upstream)
+        if part.rows is None:
+            totals = found
+            break
+        if not totals:
+            like = [*given[:1] * 3, *inputs[3:]]
+            totals = [None if z is None else z.new_zeros(z.shape, dtype=wide) for z in like]
+        for number, (total, own) in enumerate(zip(totals, found, strict=True)):
+            if total is None or own is None:
+                continue
+            if number < 3:
+                total[part.rows] = own.to(wide)
+            else:
+                _some(total, part.models).add_(own)
+    totals[:3] = [z.transpose(1, 2) for z in totals[:3]]  # type: ignore[union-attr]
     return [
-        total.to(z.dtype) if needed and total is not None else None
+        (total if total.dtype == z.dtype else total.to(z.dtype)) if needed and total is not None else None
         for total, z, needed in zip(totals, inputs, needs, strict=True)
     ]
 
@@ -182,17 +211,3 @@ def _is_large(lse: Tensor) -> bool:
         return False
     least, most = lse.aminmax()
     return not (-_LARGEST <= float(least) and float(most) <= _LARGEST)
-
-
-def _single_rows(part: _Part) -> Iterator[_Part]:
-    """Row by row, in float64."""
-    parameters = [None if z is None else z.double() for z in part.parameters]
-    rows = part.rows
-    if isinstance(rows, slice):
-        rows = range(*rows.indices(rows.stop if rows.stop is not None else len(part.tokens[0])))
-    for place, row in enumerate(rows):
-        sizes = part.sizes
-        if sizes.lengths:
-            sizes = sizes._replace(lengths=sizes.lengths[place : place + 1])
-        tokens = [z[place : place + 1].double() for z in part.tokens]
-        yield _Part(slice(int(row), int(row) + 1), part.models, tokens, parameters, sizes)

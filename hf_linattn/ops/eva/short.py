@@ -87,12 +87,10 @@ def short_eva(
     chunks = tuple(options.chunk_size or _longest_chunk(window, options.num_chunks, n) for n in lengths)
     weighs_size = not isinstance(summarise, Summariser) or summarise.weighting == "size"
     sizes = Sizes(window, chunk, weighs_size, scaling, height, width, num_global_tokens, lengths, chunks)
-    given = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(summarise, Summariser):
-        output = short_variates(*given, parameters[0], parameters[1], summarise.proposals, sizes).output
+        output = short_variates(query, key, value, parameters[0], parameters[1], summarise.proposals, sizes).output
     else:
-        output = short_pooled(*given, cast(list[Tensor], parameters), sizes).output
-    output = output.transpose(1, 2)
+        output = short_pooled(query, key, value, cast(list[Tensor], parameters), sizes).output
     if key_mask is None or real_first:
         return output
     if moved is not None:
