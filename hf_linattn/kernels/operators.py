@@ -128,7 +128,7 @@ def register_pair(
                 if given[i] is None and (is_unusual or not (i and takes_no_grad_lse)):
                     given[i] = torch.zeros_like(like)
             if is_unusual:
-                return Pair.backward(ctx, *given)
+                return Pair.backward(ctx, *given)  # type: ignore[arg-type]
             needs = [ctx.needs_input_grad[place] for place in places]
             return in_their_places(ctx, backward_kernel(*given, *ctx.saved_tensors, needs, *ctx.options))
 

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same, inputs, patch_with_spy, random
 from torch import Tensor
 
-from hf_linattn.kernels.short_chunks import reading, torch_kernel
+from hf_linattn.kernels.short_chunks import reading
 from hf_linattn.ops.eva import short
 from hf_linattn.ops.eva.attention import eva_attention
 from hf_linattn.ops.eva.learned import LearnedSummariser, learned_eva_attention

@@ -40,8 +40,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[Any]) -> Sizes:
         """From what an operator got."""
-        *numbers, lengths, chunks = values
-        return cls(*numbers, tuple(lengths), tuple(chunks))
+        return cls._make([*values[:-2], tuple(values[-2]), tuple(values[-1])])
 
     @property
     def members(self) -> list[int]:
@@ -80,20 +79,21 @@ class Places(NamedTuple):
 
     Summaries of all sorts are numbered one sort after the other, and behind them the global tokens.
 
-    index: `[places]`, the token of a place, 0 where there is none; `inverse`: `[tokens]`, its place. `None` where
+    total: Places of a row.
+    token_of: `[places]`, the token of a place, 0 where there is none; `place_of`: `[tokens]`, its place. `None` where
         places are tokens in their order.
     near: `[batch * windows, 1, 1, window]`, `-inf` for a place without a token; `None` if all have one.
-    empty: `[places]`, True for a place without a token, where there is an `index` and one has none.
+    empty: `[places]`, True for a place without a token, where tokens are sorted and a place has none.
     far: `[rows, 1, tokens, summaries]`: log-weights of the summaries that a token reads, `-inf` of the others.
     read: `[rows, tokens, summaries]`: 1 for those that it reads, else 0.
     alone: `[rows, tokens, 1]`, True where it reads none of them; `None` if no token is alone. In `shown` they read
         all.
     """
 
-    count: int
+    total: int
     sorts: list[Sort]
-    index: Tensor | None
-    inverse: Tensor | None
+    token_of: Tensor | None
+    place_of: Tensor | None
     near: Tensor | None
     empty: Tensor | None
     far: Tensor
@@ -126,10 +126,10 @@ def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places
         if size < sizes.members[0]:  # windows, where their chunk is not read
             own = own | (start // sizes.members[0] != first // sizes.members[0])
         reads.append(~own)
-        number, is_member = batch * (count // size), real.view(len(real), -1, 1, size)
-        ones = torch.ones(1, 1, size, dtype=dtype).expand(number, 1, size)
+        summaries, is_member = batch * (count // size), real.view(len(real), -1, 1, size)
+        ones = torch.ones(1, 1, size, dtype=dtype).expand(summaries, 1, size)
         if is_whole:
-            sorts.append(Sort(size, (ones[:1] / size).expand(number, 1, size), ones, None))
+            sorts.append(Sort(size, (ones[:1] / size).expand(summaries, 1, size), ones, None))
             continue
         is_member = is_member.expand(batch, -1, -1, -1).flatten(0, 1)
         share = is_member.to(dtype)
@@ -178,12 +178,12 @@ def _order(sizes: Sizes) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def _of_rows(sizes: Sizes, tokens: int, batch: int) -> tuple[Tensor, Tensor]:
-    """`index` of `places` among the tokens of all rows, global ones included, and `inverse` among all places."""
+    """`token_of` among the tokens of all rows, global ones included, and `place_of` among all places."""
     fixed, row = places(sizes, batch, tokens, torch.float32), torch.arange(batch, device="cpu")[:, None]
-    assert fixed.index is not None
-    assert fixed.inverse is not None
-    index = row * (tokens + sizes.num_global) + sizes.num_global + fixed.index
-    return index.flatten(), (row * fixed.count + fixed.inverse).flatten()
+    assert fixed.token_of is not None
+    assert fixed.place_of is not None
+    index = row * (tokens + sizes.num_global) + sizes.num_global + fixed.token_of
+    return index.flatten(), (row * fixed.total + fixed.place_of).flatten()
 
 
 def to_places(x: Tensor, sizes: Sizes) -> Tensor:

@@ -6,7 +6,7 @@ their results are one softmax by their log-sum-exps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ _PART = 1 << 18
 _LEAST = -80.0
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+def flash(tokens: Iterable[Tensor], mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, `[batch, heads, tokens(, dim)]`; in memory tokens come before heads."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, attn_mask=mask, scale=scaling)
+    return kernel(*tokens, attn_mask=mask, scale=scaling)
 
 
 def flash_backward(
-    grads: Sequence[Tensor | None], tokens: Sequence[Tensor], results: Sequence[Tensor], *mask_and_scaling: Any
+    grads: Sequence[Tensor | None], tokens: Sequence[Tensor], results: Sequence[Any], *mask_and_scaling: Any
 ) -> Sequence[Tensor]:
     """Gradients of queries, keys and values.
 
@@ -102,7 +102,7 @@ class Reading:
         """Output `[batch, tokens, heads, dim]` and log-sum-exp."""
         sizes, scaling = self.sizes, self.sizes.scaling
         batch, length, heads, dim = self.tokens[0].shape
-        near, near_lse = flash(*(self._windows(z) for z in self.placed), self.fixed.near, scaling)
+        near, near_lse = flash((self._windows(z) for z in self.placed), self.fixed.near, scaling)
         near = to_tokens(near.transpose(1, 2).reshape(batch, -1, heads, dim), sizes, self.count)
         near_lse = to_tokens(near_lse.transpose(1, 2).reshape(batch, -1, heads), sizes, self.count)
         far, far_lse = self._far()
@@ -112,7 +112,7 @@ class Reading:
         output, lse = far.new_empty(batch, length, heads, dim), far_lse.new_empty(batch, length, heads)
         torch.lerp(far, near, share, out=output[:, sizes.num_global :])
         torch.logaddexp(near_lse, far_lse, out=lse[:, sizes.num_global :])
-        first = flash(*self._global_reads(), None, scaling)
+        first = flash(self._global_reads(), None, scaling)
         for x, found in zip((output, lse), first, strict=True):
             x[:, : sizes.num_global].copy_(found.transpose(1, 2))
         return output, lse
@@ -126,12 +126,12 @@ class Reading:
         """What queries read of summaries, `[batch, tokens, heads(, dim)]`."""
         query, bias, mask = self._own(self.tokens[0]).transpose(1, 2), self._bias(), self.fixed.shown
         if bias is None:
-            far, lse = flash(query, self.key, self.value, mask, self.sizes.scaling)
+            far, lse = flash((query, self.key, self.value), mask, self.sizes.scaling)
         else:
             parts = []
             for some in _rows(len(query), query[0, ..., 0].numel() * self.key.shape[2]):
                 part = bias[some] + (mask if len(mask) == 1 else mask[some])
-                parts.append(flash(query[some], self.key[some], self.value[some], part, self.sizes.scaling))
+                parts.append(flash((query[some], self.key[some], self.value[some]), part, self.sizes.scaling))
             far, lse = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
         far, lse = far.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
         if self.fixed.alone is not None:
@@ -143,14 +143,15 @@ class Reading:
         sizes, scaling = self.sizes, self.sizes.scaling
         batch, _, heads, dim = self.tokens[0].shape
         given = grad, grad_lse, output, lse
-        placed = [None if z is None else to_places(z, sizes) for z in given]
+        placed: list[Any] = [None if z is None else to_places(z, sizes) for z in given]
         if self.fixed.empty is not None:  # which would count a token twice
             placed[3].masked_fill_(self.fixed.empty.unsqueeze(-1), float("inf"))
         placed = [None if z is None else self._windows(z) for z in placed]
         tokens = [self._windows(z) for z in self.placed]
         near = flash_backward(placed[:2], tokens, placed[2:], self.fixed.near, scaling)
         found = [z.transpose(1, 2).reshape(batch, -1, heads, dim) for z in near]
-        of_query, of_key, of_value, of_bias = self._far_backward(*(None if z is None else self._own(z) for z in given))
+        own: list[Any] = [None if z is None else self._own(z) for z in given]
+        of_query, of_key, of_value, of_bias = self._far_backward(*own)
         count = self.key.shape[2] - sizes.num_global
         of_summaries = of_key[:, :, :count], of_value[:, :, :count], None if of_bias is None else of_bias[..., :count]
         of_parameters = self.summaries.backward(*of_summaries, found)
@@ -161,8 +162,8 @@ class Reading:
             upstream = [None if z is None else z[:, first].transpose(1, 2) for z in given]
             of_first, *of_all = flash_backward(upstream[:2], self._global_reads(), upstream[2:], None, scaling)
             of_all = [z.transpose(1, 2) for z in of_all]
-            for total, own, extra in zip(of_all, grads[1:], (of_key, of_value), strict=True):
-                total[:, sizes.num_global :].add_(own)
+            for total, part, extra in zip(of_all, grads[1:], (of_key, of_value), strict=True):
+                total[:, sizes.num_global :].add_(part)
                 total[:, first].add_(extra[:, :, count:].transpose(1, 2))
             grads = [torch.cat([of_first.transpose(1, 2), grads[0]], 1), *of_all]
         return [*(z.contiguous() for z in grads), *of_parameters]
@@ -175,9 +176,9 @@ class Reading:
         query, bias, scaling = self._own(self.tokens[0]), self._bias(), self.sizes.scaling
         mask, read = self.fixed.far, self.fixed.read
         if bias is None:
-            upstream = [None if z is None else z.transpose(1, 2) for z in (grad, grad_lse, output, lse)]
+            given = [None if z is None else z.transpose(1, 2) for z in (grad, grad_lse, output, lse)]
             tokens = query.transpose(1, 2), self.key, self.value
-            of_query, *others = flash_backward(upstream[:2], tokens, upstream[2:], mask, scaling)
+            of_query, *others = flash_backward(given[:2], tokens, given[2:], mask, scaling)
             return of_query.transpose(1, 2), others[0], others[1], None
         of_query, of_bias = grad.new_empty(grad.shape), bias.new_empty(bias.shape)
         of_key, of_value = bias.new_empty(self.key.shape), bias.new_empty(self.key.shape)

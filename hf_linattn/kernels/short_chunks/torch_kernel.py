@@ -173,16 +173,18 @@ def _backward(
 ) -> list[Tensor | None]:
     wide = results[1].dtype
     given = [None if z is None else z.transpose(1, 2) for z in (*grads, *results[:2])]
-    if given[0].dtype != wide:  # type: ignore[union-attr]
+    if grads.output.dtype != wide:
         given = [None if z is None else z.to(wide) for z in given]
     is_large = wide == torch.float32 and _is_large(results[1])
     parts = list(_parts(inputs, sizes))
     totals: list[Tensor | None] = []
     for part in _single_rows(parts) if is_large else parts:
-        upstream = [_some(z, part.rows) for z in given]
+        upstream: list[Any] = [_some(z, part.rows) for z in given]
         if is_large:
             read = Reading(part.tokens, part.parameters, part.sizes, summarise)
-            found = read.backward(*(None if z is None else z.double() for z in upstream[:2]), *read.forward())
+            upstream = [None if z is None else z.double() for z in upstream[:2]]
+            output, lse = read.forward()
+            found = read.backward(upstream[0], upstream[1], output, lse)
         else:
             kept = None if sizes.lengths else [_some(z, part.rows) for z in results[2:]]
             found = Reading(part.tokens, part.parameters, part.sizes, summarise, kept).backward(*upstream)
