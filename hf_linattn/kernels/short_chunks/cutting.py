@@ -79,7 +79,7 @@ class Places(NamedTuple):
 
     Summaries of all sorts are numbered one sort after the other, and behind them the global tokens.
 
-    total: Places of a row.
+    total: Places of a row, `window` of them in a window. is_plain: Every token is at the place of its number.
     token_of: `[places]`, the token of a place, 0 where there is none; `place_of`: `[tokens]`, its place. `None` where
         places are tokens in their order.
     near: `[batch * windows, 1, 1, window]`, `-inf` for a place without a token; `None` if all have one.
@@ -91,6 +91,8 @@ class Places(NamedTuple):
     """
 
     total: int
+    window: int
+    is_plain: bool
     sorts: list[Sort]
     token_of: Tensor | None
     place_of: Tensor | None
@@ -151,6 +153,8 @@ def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places
         near = torch.where(seen, torch.zeros_like(hidden), hidden)[:, None, None].repeat(batch // len(real), 1, 1, 1)
     return Places(
         count,
+        window,
+        index is None and count == tokens and not sizes.num_global,
         sorts,
         None if index is None else torch.where(index < tokens, index, 0),
         None if index is None else place,

@@ -72,7 +72,11 @@ class Reading:
         self.tokens = [z if z.stride(-1) == 1 else z.contiguous() for z in tokens]
         self.sizes, self.count = sizes, tokens[0].shape[1] - sizes.num_global
         self.fixed: Places = places(sizes, len(tokens[0]), self.count, tokens[0].dtype)
-        self.placed = [to_places(z, sizes) for z in self.tokens]
+        # The fewer steps, the faster a short input.
+        if self.fixed.is_plain:
+            self.placed = [z.contiguous() for z in self.tokens]
+        else:
+            self.placed = [to_places(z, sizes) for z in self.tokens]
         sorts = self.fixed.sorts
         if len(sorts) == 1:
             self.summaries: Summaries = summarise(self.placed, sorts[0], parameters, kept)
@@ -85,7 +89,7 @@ class Reading:
 
     def _windows(self, x: Tensor) -> Tensor:
         """`[batch, places, heads(, dim)]` -> `[batch * windows, heads, window(, dim)]`."""
-        return x.view(-1, self.sizes.places_of_window, *x.shape[2:]).transpose(1, 2)
+        return x.view(-1, self.fixed.window, *x.shape[2:]).transpose(1, 2)
 
     def _own(self, x: Tensor) -> Tensor:
         """Without global tokens."""
@@ -102,9 +106,12 @@ class Reading:
         """Output `[batch, tokens, heads, dim]` and log-sum-exp."""
         sizes, scaling = self.sizes, self.sizes.scaling
         batch, length, heads, dim = self.tokens[0].shape
-        near, near_lse = flash((self._windows(z) for z in self.placed), self.fixed.near, scaling)
-        near = to_tokens(near.transpose(1, 2).reshape(batch, -1, heads, dim), sizes, self.count)
-        near_lse = to_tokens(near_lse.transpose(1, 2).reshape(batch, -1, heads), sizes, self.count)
+        windows = [z.view(-1, self.fixed.window, heads, dim).transpose(1, 2) for z in self.placed]
+        near, near_lse = flash(windows, self.fixed.near, scaling)
+        near = near.transpose(1, 2).reshape(batch, -1, heads, dim)
+        near_lse = near_lse.transpose(1, 2).reshape(batch, -1, heads)
+        if not self.fixed.is_plain:
+            near, near_lse = (to_tokens(z, sizes, self.count) for z in (near, near_lse))
         far, far_lse = self._far()
         share = (near_lse - far_lse).sigmoid_().unsqueeze(-1)  # of the window
         if not sizes.num_global:

@@ -67,7 +67,7 @@ class ControlVariates:
         self.flat = (self.batch * self.chunks, sort.length, self.heads * dim)
         self.sort, self.proposals, self.scaling = sort, proposals, scaling
         self.query_adapter, self.key_adapter = parameters
-        query, key, self.members = (z.view(self.flat) for z in tokens)
+        query, key, self.members = [z.view(self.flat) for z in tokens]
         self.is_single = sort.length == 1
         if kept is not None:
             shape = (len(key), 1, -1)

@@ -98,29 +98,37 @@ def _some(x: Any, rows: Any) -> Any:
     return x if x is None or rows is None else x[rows]
 
 
-def _parts(inputs: Sequence[Any], sizes: Sizes) -> Iterator[_Part]:
+def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
     """All rows, in float32 or wider, or those of each length of chunks. Under `vmap` there are parameters for parts of
     the batch, one after the other."""
     if inputs[0].dtype in _HALVES:
         inputs = [None if z is None else z.float() for z in inputs]
     tokens, parameters = [z.transpose(1, 2) for z in inputs[:3]], inputs[3:]
     batch, _, heads, _ = tokens[0].shape
-    given = next((len(z) for z in parameters if z is not None), heads)
+    given = heads
+    for z in parameters:
+        if z is not None:
+            given = len(z)
+            break
     if given != heads:
-        number = given // heads
+        number, found = given // heads, []
         for i in range(number):
             rows, models = (slice(i * n, (i + 1) * n) for n in (batch // number, heads))
-            yield _Part(rows, models, [z[rows] for z in tokens], [_some(z, models) for z in parameters], sizes)
-    elif len(set(sizes.chunks)) > 1:
+            own = [_some(z, models) for z in parameters]
+            found.append(_Part(rows, models, [z[rows] for z in tokens], own, sizes))
+        return found
+    if len(set(sizes.chunks)) > 1:
+        found = []
         for chunk in sorted(set(sizes.chunks)):
-            some = [row for row, own in enumerate(sizes.chunks) if own == chunk]
-            own_sizes = sizes._replace(chunk=chunk, lengths=tuple(sizes.lengths[row] for row in some), chunks=())
+            some = [row for row, own_chunk in enumerate(sizes.chunks) if own_chunk == chunk]
+            lengths = tuple(sizes.lengths[row] for row in some)
             index = torch.tensor(some, device="cpu")
-            yield _Part(index, None, [z[index] for z in tokens], parameters, own_sizes)
-    else:
-        if sizes.lengths:
-            sizes = sizes._replace(chunk=sizes.chunks[0], chunks=())
-        yield _Part(None, None, tokens, parameters, sizes)
+            own_sizes = sizes._replace(chunk=chunk, lengths=lengths, chunks=())
+            found.append(_Part(index, None, [z[index] for z in tokens], parameters, own_sizes))
+        return found
+    if sizes.lengths:
+        sizes = sizes._replace(chunk=sizes.chunks[0], chunks=())
+    return [_Part(None, None, tokens, parameters, sizes)]
 
 
 def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
@@ -143,7 +151,7 @@ def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
 
 
 def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
-    parts = list(_parts(inputs, sizes))
+    parts = _parts(inputs, sizes)
     found: list[Sequence[Tensor]] = []
     for part in parts:
         read = Reading(part.tokens, part.parameters, part.sizes, summarise)
@@ -176,7 +184,7 @@ def _backward(
     if grads.output.dtype != wide:
         given = [None if z is None else z.to(wide) for z in given]
     is_large = wide == torch.float32 and _is_large(results[1])
-    parts = list(_parts(inputs, sizes))
+    parts = _parts(inputs, sizes)
     totals: list[Tensor | None] = []
     for part in _single_rows(parts) if is_large else parts:
         upstream: list[Any] = [_some(z, part.rows) for z in given]

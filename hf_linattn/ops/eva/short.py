@@ -84,7 +84,9 @@ def short_eva(
             query, key, value, moved = _real_first(query, key, value, key_mask, lengths)
         if min(lengths) == tokens:
             lengths = ()
-    chunks = tuple(options.chunk_size or _longest_chunk(window, options.num_chunks, n) for n in lengths)
+    chunks: tuple[int, ...] = ()
+    if lengths:
+        chunks = tuple([options.chunk_size or _longest_chunk(window, options.num_chunks, n) for n in lengths])
     weighs_size = not isinstance(summarise, Summariser) or summarise.weighting == "size"
     sizes = Sizes(window, chunk, weighs_size, scaling, height, width, num_global_tokens, lengths, chunks)
     if isinstance(summarise, Summariser):
