@@ -190,10 +190,9 @@ def _of_rows(sizes: Sizes, tokens: int, batch: int) -> tuple[Tensor, Tensor]:
     return index.flatten(), (row * fixed.total + fixed.place_of).flatten()
 
 
-def to_places(x: Tensor, sizes: Sizes) -> Tensor:
-    """`[batch, tokens, heads(, dim)]`, global tokens included -> `[batch, places, heads(, dim)]`, without gaps."""
+def to_places(x: Tensor, sizes: Sizes, count: int) -> Tensor:
+    """`[batch, tokens, heads(, dim)]`, global tokens included -> `[batch, count, heads(, dim)]`, without gaps."""
     tokens = x.shape[1] - sizes.num_global
-    count = sizes.count(tokens)
     if sizes.height:
         index, _ = _of_rows(sizes, tokens, len(x))
         return x.reshape(-1, *x.shape[2:]).index_select(0, index).view(len(x), count, *x.shape[2:])

@@ -76,7 +76,7 @@ class Reading:
         if self.fixed.is_plain:
             self.placed = [z.contiguous() for z in self.tokens]
         else:
-            self.placed = [to_places(z, sizes) for z in self.tokens]
+            self.placed = [to_places(z, sizes, self.fixed.total) for z in self.tokens]
         sorts = self.fixed.sorts
         if len(sorts) == 1:
             self.summaries: Summaries = summarise(self.placed, sorts[0], parameters, kept)
@@ -111,7 +111,7 @@ class Reading:
         near = near.transpose(1, 2).reshape(batch, -1, heads, dim)
         near_lse = near_lse.transpose(1, 2).reshape(batch, -1, heads)
         if not self.fixed.is_plain:
-            near, near_lse = (to_tokens(z, sizes, self.count) for z in (near, near_lse))
+            near, near_lse = to_tokens(near, sizes, self.count), to_tokens(near_lse, sizes, self.count)
         far, far_lse = self._far()
         share = (near_lse - far_lse).sigmoid_().unsqueeze(-1)  # of the window
         if not sizes.num_global:
@@ -131,7 +131,8 @@ class Reading:
 
     def _far(self) -> tuple[Tensor, Tensor]:
         """What queries read of summaries, `[batch, tokens, heads(, dim)]`."""
-        query, bias, mask = self._own(self.tokens[0]).transpose(1, 2), self._bias(), self.fixed.shown
+        query, mask = self.tokens[0].transpose(1, 2)[:, :, self.sizes.num_global :], self.fixed.shown
+        bias = None if self.summaries.bias is None else self._bias()
         if bias is None:
             far, lse = flash((query, self.key, self.value), mask, self.sizes.scaling)
         else:
@@ -150,7 +151,7 @@ class Reading:
         sizes, scaling = self.sizes, self.sizes.scaling
         batch, _, heads, dim = self.tokens[0].shape
         given = grad, grad_lse, output, lse
-        placed: list[Any] = [None if z is None else to_places(z, sizes) for z in given]
+        placed: list[Any] = [None if z is None else to_places(z, sizes, self.fixed.total) for z in given]
         if self.fixed.empty is not None:  # which would count a token twice
             placed[3].masked_fill_(self.fixed.empty.unsqueeze(-1), float("inf"))
         placed = [None if z is None else self._windows(z) for z in placed]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class PooledInputs(NamedTuple):
 
 def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_variates` describes them, and what is kept of the chunks."""
-    return _forward(inputs, Sizes.of(sizes), _variates(proposals, sizes))
+    return _forward(inputs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3]))
 
 
 def short_variates_backward(
@@ -61,7 +61,9 @@ def short_variates_backward(
     *sizes: Any,
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return _backward(grads, inputs, results, needs, Sizes.of(sizes), _variates(proposals, sizes))
+    return _backward(
+        grads, inputs, results, needs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3])
+    )
 
 
 def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
@@ -74,10 +76,6 @@ def short_pooled_backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
     return _backward(grads, inputs, results, needs, Sizes.of(sizes), partial(Pooled, scaling=sizes[3]))
-
-
-def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVariates]:
-    return partial(ControlVariates, proposals=proposals, scaling=sizes[3])
 
 
 class _Part(NamedTuple):
@@ -103,22 +101,29 @@ def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
     the batch, one after the other."""
     if inputs[0].dtype in _HALVES:
         inputs = [None if z is None else z.float() for z in inputs]
-    tokens, parameters = [z.transpose(1, 2) for z in inputs[:3]], inputs[3:]
+    tokens = [inputs[0].transpose(1, 2), inputs[1].transpose(1, 2), inputs[2].transpose(1, 2)]
+    parameters = inputs[3:]
     batch, _, heads, _ = tokens[0].shape
     given = heads
     for z in parameters:
         if z is not None:
             given = len(z)
             break
+    found: list[_Part] = []
     if given != heads:
-        number, found = given // heads, []
+        number = given // heads
+        each = batch // number
         for i in range(number):
-            rows, models = (slice(i * n, (i + 1) * n) for n in (batch // number, heads))
-            own = [_some(z, models) for z in parameters]
-            found.append(_Part(rows, models, [z[rows] for z in tokens], own, sizes))
+            rows, models = slice(i * each, (i + 1) * each), slice(i * heads, (i + 1) * heads)
+            own = [z[rows] for z in inputs[:3]], [_some(z, models) for z in parameters]
+            for part in _parts([*own[0], *own[1]], sizes):
+                own_rows = rows if part.rows is None else part.rows + rows.start
+                found.append(part._replace(rows=own_rows, models=models))
         return found
+    if len(sizes.lengths) not in (0, batch):  # under `vmap`
+        repeats = batch // len(sizes.lengths)
+        sizes = sizes._replace(lengths=sizes.lengths * repeats, chunks=sizes.chunks * repeats)
     if len(set(sizes.chunks)) > 1:
-        found = []
         for chunk in sorted(set(sizes.chunks)):
             some = [row for row, own_chunk in enumerate(sizes.chunks) if own_chunk == chunk]
             lengths = tuple(sizes.lengths[row] for row in some)
