@@ -66,8 +66,8 @@ def majority(flags: Sequence[str], split: str) -> tuple[float, int]:
 
 def _task(flags: Sequence[str]) -> Any:
     import long_range_arena
-    from _finetuning import read_flags
     from lra.data import ArenaDataArguments
+    from parts.finetuning import read_flags
 
     found = read_flags(ArenaDataArguments, flags, None, quiet=True, model_class=long_range_arena.ArenaArguments)
     return long_range_arena.prepare(found)

@@ -23,7 +23,7 @@ import typer
 
 import hf_linattn
 from hf_linattn.bench.environment import write_experiment
-from hf_linattn.bench.memory import peak_bytes
+from hf_linattn.bench.memory import give_back_free_memory, peak_bytes
 from hf_linattn.distributed.collectives import SequenceGroup
 from hf_linattn.distributed.layers import attend_across
 from hf_linattn.modules.contract import AttentionInputs, LayerShape
@@ -49,6 +49,7 @@ def make_layer(kind: str, is_causal: bool) -> Any:
 def measure(rank: int, count: int, layer: Any, tokens: int, folder: str, answers: Any) -> None:
     """One process: bytes held at most in a step, and bytes received in it."""
     torch.set_num_threads(1)
+    give_back_free_memory()  # before the first step, so that no step leaves holes that the next one fills in part
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     assert dist.group.WORLD is not None
     group = SequenceGroup(dist.group.WORLD)

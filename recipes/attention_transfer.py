@@ -27,9 +27,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 import hf_linattn
-from _adaptation import calibrate, check_transfer_strategy
-from _checkpoints import find_checkpoint
-from _common import (
+from hf_linattn.cli.checkpoints import model_class
+from hf_linattn.distributed.fully_sharded import copy_learned
+from hf_linattn.hub import TransferRecord
+from parts.adaptation import calibrate, check_transfer_strategy
+from parts.checkpoints import find_checkpoint
+from parts.common import (
     AttentionArguments,
     RecipeError,
     apply_attention,
@@ -38,15 +41,12 @@ from _common import (
     run,
     versions,
 )
-from _kept import Kept
-from _models import load_config, load_model, load_processor, load_vocabulary
-from _processes import Progress, describe_processes, strategy
-from _training import ModelArguments, parse_flags, start_logging
-from _transfer_stages import TransferArguments, TransferTrainer, TransferTrainingArguments
-from _unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
-from hf_linattn.cli.checkpoints import model_class
-from hf_linattn.distributed.fully_sharded import copy_learned
-from hf_linattn.hub import TransferRecord
+from parts.kept import Kept
+from parts.models import load_config, load_model, load_processor, load_vocabulary
+from parts.processes import Progress, describe_processes, strategy
+from parts.training import ModelArguments, parse_flags, start_logging
+from parts.transfer_stages import TransferArguments, TransferTrainer, TransferTrainingArguments
+from parts.unlabelled import Rows, UnlabelledArguments, read_rows, takes_images
 
 logger = logging.getLogger("hf_linattn.recipes")
 

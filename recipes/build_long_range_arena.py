@@ -21,12 +21,12 @@ from typing import Any
 
 import datasets
 
-from _common import RecipeError, load_splits, run
-from _text import TEXT_NAMES
 from hf_linattn.data.files import find_column
 from lra.listops import ListOps
 from lra.matching import pairs, passages
 from lra.pathfinder import Pathfinder
+from parts.common import RecipeError, load_splits, run
+from parts.text import TEXT_NAMES
 
 
 def listops(args: argparse.Namespace) -> datasets.Dataset:

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from _characters import character_tokenizer
-from _common import RecipeError, run
 from hf_linattn.cli.inputs import IMAGE_FORMATS, load_files, load_images, only_images
+from parts.characters import character_tokenizer
+from parts.common import RecipeError, run
 
 LETTERS = [bytes_to_unicode()[level] for level in range(256)]  # a printable character for each level
 SPECIAL = {"bos_token": "⟨bos⟩", "pad_token": "⟨pad⟩"}  # no characters of a text

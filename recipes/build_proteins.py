@@ -23,8 +23,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from _characters import character_tokenizer
-from _common import RecipeError, run
+from parts.characters import character_tokenizer
+from parts.common import RecipeError, run
 
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 OTHERS = "BOUXZ"  # B: D or N, Z: E or Q, X: any, O: pyrrolysine, U: selenocysteine

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from _common import RecipeError, run
 from build_proteins import STANDARD
+from parts.common import RecipeError, run
 
 
 def imagenet(folder: Path, rows: int, random: np.random.Generator) -> None:

@@ -28,12 +28,12 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from _common import RecipeError, run, versions, write_json
-from _evaluation import attention_of, known_tasks, load, measure_cost, paired, predict, recipe_of
-from _processes import ADVICE, missing_processes
-from _training import parse_flags
 from hf_linattn.hub import Measurement, write_results
 from hf_linattn.hub.results import check_card
+from parts.common import RecipeError, run, versions, write_json
+from parts.evaluation import attention_of, known_tasks, load, measure_cost, paired, predict, recipe_of
+from parts.processes import ADVICE, missing_processes
+from parts.training import parse_flags
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COSTS = (

@@ -32,14 +32,14 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainerCallback
 
 import hf_linattn
-from _augmentation import AugmentationArguments, trainer_with
-from _common import RecipeError, run
-from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _images import ImageArguments, image_size_of, load_image_processor, read_images
-from _labels import read_labels
-from _models import convert, load_config, load_model
-from _pixels import PixelCollator, read_pixels
-from _training import NewModelArguments
+from parts.augmentation import AugmentationArguments, trainer_with
+from parts.common import RecipeError, run
+from parts.finetuning import Flags, Scores, Task, fine_tune, read_flags
+from parts.images import ImageArguments, image_size_of, load_image_processor, read_images
+from parts.labels import read_labels
+from parts.models import convert, load_config, load_model
+from parts.pixels import PixelCollator, read_pixels
+from parts.training import NewModelArguments
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -43,16 +43,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from _common import RecipeError, run
-from _data import Data, DataArguments, encode, first_rows, is_stream, read_splits
-from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _masking import IGNORED, MaskingCollator, next_token_collator
-from _models import convert, extend, load_config, load_model, load_tokenizer
-from _packing import PackingCollator, check_packing
-from _text import LengthArguments, choose_max_length
-from _training import NewModelArguments
 from hf_linattn.data.files import TEXT_FORMATS
 from hf_linattn.data.rows import TEXT_NAMES, packed, whole_texts
+from parts.common import RecipeError, run
+from parts.data import Data, DataArguments, encode, first_rows, is_stream, read_splits
+from parts.finetuning import Flags, Scores, Task, fine_tune, read_flags
+from parts.masking import IGNORED, MaskingCollator, next_token_collator
+from parts.models import convert, extend, load_config, load_model, load_tokenizer
+from parts.packing import PackingCollator, check_packing
+from parts.text import LengthArguments, choose_max_length
+from parts.training import NewModelArguments
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -20,16 +20,16 @@ from typing import Any, Literal
 
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from _common import RecipeError, run
-from _data import encode, read_splits
-from _finetuning import Flags, Task, fine_tune, read_flags
-from _labels import Labels
-from _metrics import CLASSIFICATION
-from _models import convert
 from hf_linattn.data.files import column_names
 from lra.data import ArenaDataArguments, published_pathfinder
 from lra.model import BertForLongRangeArena
 from lra.tasks import TASKS, ArenaTask, collate, encoder_of
+from parts.common import RecipeError, run
+from parts.data import encode, read_splits
+from parts.finetuning import Flags, Task, fine_tune, read_flags
+from parts.labels import Labels
+from parts.metrics import CLASSIFICATION
+from parts.models import convert
 from text_classification import score, tell_lengths
 
 

@@ -28,14 +28,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from _common import RecipeError, run
-from _data import Data, is_stream
-from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _models import convert, extend, load_config, load_model, load_tokenizer
-from _questions import Encoder, Example, QuestionArguments, QuestionColumns, read_questions
-from _spans import best_answers, score_answers
-from _text import choose_max_length
 from hf_linattn.data.files import column_names
+from parts.common import RecipeError, run
+from parts.data import Data, is_stream
+from parts.finetuning import Flags, Scores, Task, fine_tune, read_flags
+from parts.models import convert, extend, load_config, load_model, load_tokenizer
+from parts.questions import Encoder, Example, QuestionArguments, QuestionColumns, read_questions
+from parts.spans import best_answers, score_answers
+from parts.text import choose_max_length
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, TrainerCallback
 
-from _common import RecipeError, run
-from _data import Data, DataArguments, encode, is_stream, read_splits
-from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _glue import DATASET, TASKS
-from _labels import Labels, read_labels, without_missing_labels
-from _metrics import CLASSIFICATION, REGRESSION, LocalMetrics
-from _models import convert, extend, load_config, load_model, load_tokenizer
-from _text import ColumnArguments, choose_max_length, find_columns, tokenizer_function
+from parts.common import RecipeError, run
+from parts.data import Data, DataArguments, encode, is_stream, read_splits
+from parts.finetuning import Flags, Scores, Task, fine_tune, read_flags
+from parts.glue import DATASET, TASKS
+from parts.labels import Labels, read_labels, without_missing_labels
+from parts.metrics import CLASSIFICATION, REGRESSION, LocalMetrics
+from parts.models import convert, extend, load_config, load_model, load_tokenizer
+from parts.text import ColumnArguments, choose_max_length, find_columns, tokenizer_function
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -32,14 +32,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from _common import RecipeError, run
-from _data import Data, DataArguments, encode, is_stream, read_splits
-from _finetuning import Flags, Scores, Task, fine_tune, read_flags
-from _labels import Labels, find_label_column, read_labels
-from _metrics import CLASSIFICATION, LocalMetrics
-from _models import convert, extend, load_config, load_model, load_tokenizer
-from _text import LengthArguments, choose_max_length
 from hf_linattn.data.files import TAGGED_FORMATS, column_names, find_column
+from parts.common import RecipeError, run
+from parts.data import Data, DataArguments, encode, is_stream, read_splits
+from parts.finetuning import Flags, Scores, Task, fine_tune, read_flags
+from parts.labels import Labels, find_label_column, read_labels
+from parts.metrics import CLASSIFICATION, LocalMetrics
+from parts.models import convert, extend, load_config, load_model, load_tokenizer
+from parts.text import LengthArguments, choose_max_length
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -6,6 +6,7 @@ each rank was fed goes to RECORD-rank.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -115,7 +116,7 @@ def assert_mistake(
     """A recipe tells what is wrong in one line, ends with status 2, and writes nothing."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        sys.modules["_common"].run(lambda: main(argv))
+        sys.modules["parts.common"].run(lambda: main(argv))
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -143,3 +144,4 @@ if __name__ == "__main__":
         pass
     Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(callback.seen))
     torch.distributed.destroy_process_group()
+    gc.collect()  # the trainer, which refers to itself and to the group: its threads end

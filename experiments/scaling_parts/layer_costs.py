@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, Pretraine
 
 import hf_linattn
 import hf_linattn.functional  # registers the operators
-from hf_linattn.ops import inputs, short_attention
+from hf_linattn.ops import precision, short_attention
 from hf_linattn.ops.eva import short as short_eva
 
 Shape = Any  # of a tensor: a sequence of integers
@@ -160,7 +160,7 @@ def _count(
         mock.patch.object(short_attention, "suits_short", return_value=False),
         mock.patch.object(short_eva, "LONGEST", 0),
     )
-    half = mock.patch.object(inputs, "stays_half", _stays_half_on_a_gpu)
+    half = mock.patch.object(precision, "stays_half", _stays_half_on_a_gpu)
     with fake, one_sequence, half, any_length[0], any_length[1]:
         ids = torch.zeros(1, tokens, dtype=torch.long)
         options = {"use_cache": False} if architecture.is_causal else {}
@@ -193,7 +193,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def _stays_half_on_a_gpu(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -> bool:
-    """As `inputs.stays_half` of a GPU: fake tensors on one need a PyTorch that was built for it."""
+    """As `precision.stays_half` of a GPU: fake tensors on one need a PyTorch that was built for it."""
     return dtype in (torch.float16, torch.bfloat16) and "cuda" in devices
 
 

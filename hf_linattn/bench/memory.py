@@ -27,6 +27,7 @@ LARGE_BLOCK = 2**17
 
 def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row]]:
     """Peak memory of a training step. Yields the rows of one workload at a time."""
+    give_back_free_memory()
     for work in plan.workloads("forward+backward"):
         report(f"memory, {work.tokens} tokens, {work.direction}, {work.dtype}")
         rows = []
@@ -44,7 +45,8 @@ def run_memory(plan: Plan, report: Report = lambda _: None) -> Iterator[list[Row
 def give_back_free_memory() -> None:
     """Let resident memory be what is held: all that is free now, and later every large block as soon as it is free.
 
-    Left alone, glibc keeps freed blocks below a threshold that grows with them.
+    Left alone, glibc keeps freed blocks below a threshold that grows with them. To be called before the first large
+    block: pieces that were kept earlier are used again, and how they are cut decides how much becomes resident.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         libc = ctypes.CDLL(None)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..modules.base import LinearAttention
 from ..modules.contract import AttentionInputs
 from ..modules.kinds.eva import EvaAttention
-from ..ops.inputs import compute_dtype
+from ..ops.precision import compute_dtype
 from .collectives import SequenceGroup
 from .eva import eva_reader
 from .global_tokens import beside_global_tokens

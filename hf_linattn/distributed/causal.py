@@ -23,7 +23,7 @@ from ..ops.eva.bounded import merge_all
 from ..ops.eva.chunks import Summaries
 from ..ops.eva.recurrent import EvaRecurrence
 from ..ops.eva.state import EvaState
-from ..ops.inputs import compute_dtype
+from ..ops.precision import compute_dtype
 from ..ops.recurrent.slots import SlotRecurrence, SlotState
 from ..ops.recurrent.window_tokens import WindowTokens
 from ..ops.softmax import mask_logits

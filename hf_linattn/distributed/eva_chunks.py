@@ -20,8 +20,7 @@ from ..kernels.attention_state import log_or_minus_inf
 from ..kernels.half_norm import half_norm
 from ..ops.eva.chunks import Summaries, Summariser
 from ..ops.eva.learned import LearnedSummariser
-from ..ops.inputs import add_noise
-from ..ops.noise import RowNoise
+from ..ops.noise import RowNoise, add_noise
 from ..ops.padding import Tokens
 from .collectives import SequenceGroup
 

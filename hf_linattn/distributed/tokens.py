@@ -23,4 +23,4 @@ def part_tokens(inputs: AttentionInputs, dtype: torch.dtype) -> Tokens:
 
 def with_mask(tokens: Tokens, mask: Tensor) -> Tokens:
     """These tokens, of which those are real where `mask` `[batch, tokens]` is True."""
-    return replace(tokens, valid=mask, visible=mask[:, None, :, None], lengths=mask.sum(-1))
+    return replace(tokens, valid=mask, visible=mask[:, None, :, None])

@@ -25,6 +25,17 @@ def shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (logits - top).exp(), top.squeeze(-1)
 
 
+def consumed_logsumexp(logits: Tensor, *, has_hidden: bool = False) -> Tensor:
+    """Log-sum-exp over the last dimension of logits that nobody else needs. Without gradient.
+
+    has_hidden: Whether all of one sum may be `-inf`.
+    """
+    top = logits.amax(-1, keepdim=True)
+    if has_hidden:
+        top.clamp_min_(torch.finfo(logits.dtype).min)
+    return logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
+
+
 def log_or_minus_inf(total: Tensor) -> tuple[Tensor, Tensor]:
     """A divisor that is never 0 and the logarithm of `total`, `-inf` (with zero gradient) where it is 0."""
     empty = total == 0

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UncalibratedError, UnsupportedError
-from ..ops.inputs import check_causal
-from ..ops.recurrent.exact_start import ExactStart
-from ..ops.recurrent.protocol import Recurrence
 from ..ops.row_groups import RowGroups
 from .ablation import ablated_output
 from .config import AttentionConfig
-from .contract import CALIBRATED_TOKENS, AttentionInputs, Calibration, LayerShape, Memory, StateTensor
+from .contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, Memory
 from .defaults import resolve
+from .definition import C, KindDefinition
 from .exactness import exact_output, is_exact, with_exact_part
 from .grouped import by_groups
 from .recorded import record
 from .sharded import like_sharded
 from .training_place import TrainingPlace, row_noise, slot_dropout
-
-C = TypeVar("C", bound=AttentionConfig)
 
 _NOT_GROUPED = (
     "with a cache, on a grid of patches, or spread over processes. Pass use_cache=False, and one sequence or image a"
@@ -32,15 +28,15 @@ _NOT_GROUPED = (
 )
 
 
-class LinearAttention(nn.Module, Generic[C]):
+class LinearAttention(KindDefinition[C]):
     """Attention of one layer, `[batch, heads, tokens, head_dim]` in and out.
 
-    Subclasses define `state_spec` (which tensors the layer has) and `compute` (the pure function that uses them).
+    Subclasses define `state_spec` (which tensors the layer has), `compute` (the pure function that uses them) and
+    what else `KindDefinition` lists.
+
     Buffers are float32 whatever the model's dtype, and stay so under `.to(dtype)`, `.half()` and `.bfloat16()`:
     directions and statistics are constants of the estimator, not weights.
     """
-
-    kind: ClassVar[str]
 
     # How often buffers have got new values (`invalidate`): what was made from the old ones is of no use then.
     revision = 0
@@ -59,7 +55,7 @@ class LinearAttention(nn.Module, Generic[C]):
         super().__init__()
         config = resolve(config, "decoder" if shape.is_causal else "encoder")
         self.check(config, shape)
-        self.config: C = config
+        self.config = config
         self.shape = shape
         self.num_local_heads = shape.num_heads
         spec = self.state_spec(config, shape)
@@ -72,139 +68,6 @@ class LinearAttention(nn.Module, Generic[C]):
                 self.register_buffer(name, torch.empty(tensor.shape, dtype=torch.float32))
         self.reset_parameters()
 
-    # -- to be defined by a kind ------------------------------------------------------------------------------------
-    @classmethod
-    def check(cls, config: C, shape: LayerShape) -> None:
-        """Raise `UnsupportedError` or `ConfigError` if the settings cannot work in such a layer. Extends this one."""
-        if shape.is_causal:
-            check_causal(config.num_global_tokens or 0, config.num_heavy_keys)
-            if config.value_convolution:
-                where = "False in a causal layer, which reads a sequence"
-                config.fail("value_convolution", where, "A convolution of the values is for images.")
-
-    @classmethod
-    def check_grid(cls, config: C, *, is_image: bool) -> None:
-        """Raise `ConfigError` for settings that contradict what the model's tokens are: patches, or a sequence.
-
-        Extends this one.
-        """
-        if config.value_convolution and not is_image:
-            config.fail("value_convolution", "False in a model of sequences", "Its filters are those of patches.")
-
-    @classmethod
-    def is_exact_in_window(cls, config: C) -> bool:
-        """Whether a row that fits into one window is softmax attention: a kind that is sure of it says so."""
-        return False
-
-    @classmethod
-    def native_refusal(cls, config: C, shape: LayerShape, *, training: bool) -> str | None:
-        """Why native mode, which keeps no tensors, cannot serve such a layer, and what to do; `None` if it can."""
-        spec = cls.state_spec(config, shape)
-        needed = [name for name, tensor in spec.items() if tensor.learned and not tensor.optional]
-        if needed:
-            return f"{cls.kind!r} learns {', '.join(needed)}, and native mode has no parameters. Take another kind"
-        if CALIBRATED_TOKENS in spec and not shape.is_causal:  # of causal ones the kind's record says it
-            return (
-                f"config.linear_attention asks for calibrated {cls.kind!r}, but native mode keeps no statistics."
-                " Leave out the field: bidirectional models take their statistics from each row"
-            )
-        if training and config.redraw_interval is not None:
-            return (
-                f"config.linear_attention asks for redraw_interval={config.redraw_interval}, but native mode has no"
-                " layers that could keep new directions. Set redraw_interval to None"
-            )
-        return None
-
-    @classmethod
-    def state_spec(cls, config: C, shape: LayerShape) -> dict[str, StateTensor]:
-        """Names and shapes of the layer's tensors, and how each gets its first value."""
-        raise NotImplementedError  # abstract: every registered kind has its own
-
-    @classmethod
-    def compute(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """The attention itself: a pure function of its arguments. Native mode calls it with buffers alone."""
-        raise NotImplementedError  # abstract: every registered kind has its own
-
-    @staticmethod
-    def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
-        """The keyword arguments that the attention functions of all kinds share."""
-        dropout = config.slot_dropout if inputs.training else 0.0
-        return {
-            "key_mask": inputs.key_mask,
-            "real_first": inputs.real_first,
-            "scaling": inputs.scaling,
-            "is_causal": inputs.is_causal,
-            "window_size": config.window_size or 0,
-            "overlap_window": config.overlap_window,
-            "grid": inputs.grid,
-            "num_global_tokens": config.num_global_tokens or 0,
-            "slot_dropout": slot_dropout(dropout, inputs) if dropout else 0.0,
-        }
-
-    @classmethod
-    def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
-        window = (config.window_size or 0) * (2 if config.overlap_window else 1) + (config.num_global_tokens or 0)
-        # A look at the length first, which is too large as a rule.
-        if inputs.key.shape[2] <= max(window, config.exact_below) or inputs.grid is not None:
-            if is_exact(cls, config, inputs):
-                return exact_output(config, state, inputs)
-        output = cls.compute(config, state, inputs)
-        return with_exact_part(output, config, state, inputs) if config.exact_below else output
-
-    @classmethod
-    def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
-        """`compute_or_exact`, or one operator that does it where the call is recorded; for each group of rows."""
-        if inputs.rows is not None:
-            return by_groups(partial(cls.compute_or_record, config, state), inputs, inputs.rows)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return record(config, state, inputs)
-        return cls.compute_or_exact(config, state, inputs)
-
-    @classmethod
-    def supports_recurrence(cls, config: C, *, is_causal: bool) -> bool:
-        """Whether such a layer can read a sequence piece by piece with a state (`recurrence`)."""
-        return is_causal and cls.recurrence is not LinearAttention.recurrence
-
-    def recurrence(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
-        """The layer's recurrent form, for queries like `query` `[batch, heads, tokens, head_dim]`.
-
-        Raises: `UnsupportedError` if there is none (`supports_recurrence`).
-        """
-        raise UnsupportedError(f"{type(self).__name__} has no recurrent form: it reads whole sequences only.")
-
-    def recurrent_form(self, query: Tensor, *, scaling: float) -> Recurrence[Any]:
-        """`recurrence`, with softmax attention for the first tokens of a row if the settings say so."""
-        recurrence, exact_below = self.recurrence(query, scaling=scaling), self.config.exact_below
-        return ExactStart(recurrence, exact_below, scaling) if exact_below else recurrence
-
-    def recurrence_options(self) -> dict[str, Any]:
-        """Arguments of a recurrent form that the shared settings say."""
-        return {
-            "window_size": self.config.window_size or 0,
-            "overlap_window": self.config.overlap_window,
-            "slot_dropout": self.config.slot_dropout if self.training else 0.0,
-        }
-
-    def new_calibration(self, stream: int = 0, first_row: int | None = None) -> Calibration | None:
-        """An empty `Calibration`, or `None` if the layer has nothing to learn from data in closed form.
-
-        `stream` is the process's rank: what is drawn at random differs between streams, unless `first_row` says which
-        rows the process has among those of all. A layer that has one keeps a scalar buffer `calibrated_tokens`, the
-        number of tokens it has been calibrated on.
-        """
-        return None
-
-    def learning_start(
-        self, inputs: AttentionInputs, mean: Callable[[Tensor, Tensor], Tensor] = torch.div
-    ) -> dict[str, Tensor]:
-        """Values in closed form of learned tensors, by name, from one call: where attention transfer starts.
-
-        `mean` makes of a sum over these tokens and of their number the mean over the tokens of all processes.
-        """
-        return {}
-
-    # -- shared -----------------------------------------------------------------------------------------------------
     def initial_state(self) -> dict[str, Tensor]:
         """First values of all tensors: a deterministic function of (settings, shape). float32, on the CPU."""
         return {name: spec.draw() for name, spec in self.state_spec(self.config, self.shape).items()}
@@ -283,6 +146,42 @@ class LinearAttention(nn.Module, Generic[C]):
         else:
             output = memory.attend(self, inputs)
         return self.in_training(output) if self.training and torch.is_grad_enabled() else output
+
+    @staticmethod
+    def call_options(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
+        """The keyword arguments that the attention functions of all kinds share."""
+        dropout = config.slot_dropout if inputs.training else 0.0
+        return {
+            "key_mask": inputs.key_mask,
+            "real_first": inputs.real_first,
+            "scaling": inputs.scaling,
+            "is_causal": inputs.is_causal,
+            "window_size": config.window_size or 0,
+            "overlap_window": config.overlap_window,
+            "grid": inputs.grid,
+            "num_global_tokens": config.num_global_tokens or 0,
+            "slot_dropout": slot_dropout(dropout, inputs) if dropout else 0.0,
+        }
+
+    @classmethod
+    def compute_or_exact(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """`compute`, or softmax attention where the input is short: all of it, or some rows or queries."""
+        window = (config.window_size or 0) * (2 if config.overlap_window else 1) + (config.num_global_tokens or 0)
+        # A look at the length first, which is too large as a rule.
+        if inputs.key.shape[2] <= max(window, config.exact_below) or inputs.grid is not None:
+            if is_exact(cls, config, inputs):
+                return exact_output(config, state, inputs)
+        output = cls.compute(config, state, inputs)
+        return with_exact_part(output, config, state, inputs) if config.exact_below else output
+
+    @classmethod
+    def compute_or_record(cls, config: C, state: Mapping[str, Tensor], inputs: AttentionInputs) -> Tensor:
+        """`compute_or_exact`, or one operator that does it where the call is recorded; for each group of rows."""
+        if inputs.rows is not None:
+            return by_groups(partial(cls.compute_or_record, config, state), inputs, inputs.rows)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return record(config, state, inputs)
+        return cls.compute_or_exact(config, state, inputs)
 
     def takes_rows(self, grid: tuple[int, int] | None) -> bool:
         """Whether sequences may come to the layer in groups (`rows` of `forward`)."""

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from ..ops.recurrent.pending import PendingTokens, added, fingerprint
+from ..ops.recurrent.pending import PendingTokens
 from ..ops.recurrent.protocol import Recurrence, map_state, state_tensors
 from .base import LinearAttention
 from .contract import AttentionInputs
 from .memory_reader import FirstReader, check_piece
+from .offload import copying_stream, wait_for_copy
+from .seen_tokens import SeenTokens
 
 # Tokens of earlier calls that stay available to `crop`: more than a draft model proposes in one go.
 CROPPABLE_TOKENS = 256
@@ -41,8 +43,7 @@ class RecurrentMemory:
         self.is_recording = False
         self.state: Any = None
         self._pending: PendingTokens | None = None
-        self._real: tuple[int, ...] | None = None  # which tokens were real (`fingerprint`); None: all
-        self._seen = 0
+        self._seen = SeenTokens()  # without static shapes
         self._reader: FirstReader | None = None
         self._recurrence: Recurrence[Any] | None = None
         self._made_from: Any = None  # what `_recurrence` is of
@@ -168,37 +169,15 @@ class RecurrentMemory:
                 " cache, or use its batch_repeat_interleave or batch_select_indices."
             )
 
-    # -- bookkeeping of padding -------------------------------------------------------------------------------------
     def _note(self, inputs: AttentionInputs) -> None:
         """Remember what was real, for `check_past`. Reads values; not with static shapes, which may compile."""
-        if self.static_tokens is not None:
-            return
-        tokens, key_mask = inputs.key.shape[2], inputs.key_mask
-        if key_mask is not None or self._real is not None:
-            self._real = added(self._fingerprint(), self._fingerprint_of(key_mask, tokens, self._seen))
-        self._seen += tokens
-
-    def _fingerprint(self) -> tuple[int, ...]:
-        return self._fingerprint_of(None, self._seen, 0) if self._real is None else self._real
-
-    def _fingerprint_of(self, key_mask: Tensor | None, tokens: int, start: int) -> tuple[int, ...]:
-        if key_mask is not None:
-            return fingerprint(key_mask, start)
-        return fingerprint(torch.ones(1, tokens, dtype=torch.bool), start) * self.batch
+        if self.static_tokens is None:
+            self._seen = self._seen.then(inputs.key_mask, inputs.key.shape[2], self.batch)
 
     def check_past(self, real: tuple[int, ...] | None) -> None:
         """Raise `InputError` if a mask calls other earlier tokens real than were read; `None` stands for all."""
-        if self.static_tokens is not None or not self._seen or (real is None and self._real is None):
-            return
-        told = self._fingerprint_of(None, self._seen, 0) if real is None else real
-        rows = [row for row, pair in enumerate(zip(told, self._fingerprint(), strict=True)) if pair[0] != pair[1]]
-        if rows:
-            raise InputError(
-                f"attention_mask calls other tokens real among the {self._seen} earlier ones than when they were read,"
-                f" in rows {rows}. What a layer with a state of constant size has read cannot be masked, or unmasked,"
-                " later: pass the attention_mask over all tokens that was used before, followed by that of the new"
-                " ones. (Given none, `generate` makes one from pad_token_id.)"
-            )
+        if self.static_tokens is None:
+            self._seen.check(real, self.batch)
 
     # -- rows and time ----------------------------------------------------------------------------------------------
     @property
@@ -221,8 +200,7 @@ class RecurrentMemory:
         if self.state is not None:
             self._store(self.state.rows(index))
         self._pending = map_state(self._pending, lambda z: z.index_select(0, index))
-        if self._real is not None:
-            self._real = tuple(self._real[row] for row in index.tolist())
+        self._seen = self._seen.rows(index)
 
     def crop(self, count: int) -> None:
         """Take the last `count` tokens back. Those before them become final.
@@ -248,11 +226,8 @@ class RecurrentMemory:
                 "A copied cache, or one filled under autograd without recording, cannot be cropped before it has read"
                 " its next tokens. Crop before copying."
             )
-        self._seen -= count
-        if self._real is not None:
-            mask = None if pending.mask is None else pending.mask[:, pending.tokens - count :]
-            gone = self._fingerprint_of(mask, count, self._seen)
-            self._real = added(self._real, tuple(-z for z in gone))
+        mask = None if pending.mask is None else pending.mask[:, pending.tokens - count :]
+        self._seen = self._seen.without_last(mask, count, self.batch)
         self._pending = kept if kept.tokens else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and pending.requires_grad()):
             self._absorb_pending(self._recurrence)
@@ -294,7 +269,7 @@ class RecurrentMemory:
         A cache that offloads calls this on a stream of its own, and copies to pinned memory are not waited for: a copy
         starts after the one before it, and `_arrive` makes others wait for the last one.
         """
-        stream = _current_stream(device, next(self._tensors(), None))
+        stream = copying_stream(device, next(self._tensors(), None))
         if self._stream is not None and stream is not None:
             stream.wait_stream(self._stream)  # also for what that stream still does with the tensors given up here
         self.state, self._pending = (
@@ -304,30 +279,15 @@ class RecurrentMemory:
         return self
 
     def _arrive(self) -> None:
-        """Wait for the last copy of `to` where its tensors are used next: on this stream, or on the host."""
-        if self._stream is None:
-            return
-        tensor = next(self._tensors(), None)
-        if tensor is None or tensor.device.type == "cpu":
-            self._stream.synchronize()
-            self._stream = None
-        else:  # kept: the next copy waits for what this stream is about to do
-            current = torch.cuda.current_stream(tensor.device)
-            current.wait_stream(self._stream)
-            self._stream = current
+        """Wait for the last copy of `to` where its tensors are used next."""
+        if self._stream is not None:
+            self._stream = wait_for_copy(self._stream, next(self._tensors(), None))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state and of pending tokens."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
-
-
-def _current_stream(device: torch.device | str, tensor: Tensor | None) -> torch.cuda.Stream | None:
-    """The stream that copies between a tensor's device and another one; `None` if no GPU takes part."""
-    devices = (torch.device(device), *([] if tensor is None else [tensor.device]))
-    gpu = next((found for found in devices if found.type == "cuda"), None)
-    return None if gpu is None else torch.cuda.current_stream(gpu)
 
 
 def _requires_grad(layer: LinearAttention, inputs: AttentionInputs) -> bool:

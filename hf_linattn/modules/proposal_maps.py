@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.inputs import ProposalMap, ResidualMap
-from .base import C, LinearAttention
+from ..ops.proposal_map import ProposalMap, ResidualMap
+from .base import LinearAttention
 from .contract import LayerShape, StateTensor, zeros
+from .definition import C
 
 PROPOSAL_MAPS = ("residual", "linear", "linear_norm", "dense_norm", "none")
 _EPSILON = 1e-5  # of layer norm, as in torch

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import C, LinearAttention
+from .base import LinearAttention
+from .definition import C
 
 
 def check_step(step: Any) -> int:

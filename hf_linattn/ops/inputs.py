@@ -1,11 +1,10 @@
-"""What every attention function starts with: checks of inputs and options, the dtype to compute in, scaled tokens."""
+"""What every attention function starts with: checks of inputs and options, scaled tokens."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,33 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedError
-from ..kernels.backends import use_backend
+from ..kernels.backends import current_backend, use_backend
 from .exact import ONE_WINDOW, exact_softmax
-from .noise import RowNoise, SlotDropout
+from .noise import SlotDropout
 from .packed import packed_attention
 from .padding import GlobalTokens, Tokens, real_tokens_first, reorder_tokens
+from .precision import compute_dtype
 
 # How large options may be: beyond it nothing is meant, and integers or memory overflow somewhere else.
 LARGEST_COUNT = 2**20  # of tokens, features, landmarks, samples and chunks
 LARGEST_FACTOR = 1e6  # of factors that float32 multiplies with
 LARGEST_SCALING = 1e30  # of the factor of dot products, and of its inverse
 
-NOISE_SCALES = ("corrected", "published")
-
 Fn = TypeVar("Fn", bound=Callable[..., Tensor])
-
-# Learned map of the mean query or key of a landmark or chunk: `[..., head_dim]` to the same shape.
-ProposalMap = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualMap:
-    """`z + z A`, with `A` `[heads, head_dim, head_dim]`."""
-
-    adapter: Tensor
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z + z @ self.adapter.to(z.dtype)
 
 
 def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) -> Any:
@@ -64,20 +49,18 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         check_options(kwargs)
         if takes_packed and (kwargs.get("cu_seqlens") is not None or kwargs.get("max_seqlen") is not None):
             return packed_attention(wrapper, query, key, value, args, kwargs)
-        dtype, device_type = query.dtype, query.device.type
-        compute = dtype  # the common case
+        dtype, device_type, backend = query.dtype, query.device.type, kwargs.get("backend")
+        computed = query, key, value
         if dtype != torch.float32 or key.dtype != dtype or value.dtype != dtype:
             compute = compute_dtype(query, key, value, in_half)
-        computed = query.to(compute), key.to(compute), value.to(compute)
-        backend = kwargs.get("backend")
-        with torch.autocast(device_type, enabled=False):
-            if backend is None:
+            computed = query.to(compute), key.to(compute), value.to(compute)
+        if backend is None and not torch.is_autocast_enabled(device_type):  # the common case
+            output = function(*computed, *args, **kwargs)
+        else:
+            with torch.autocast(device_type, enabled=False), use_backend(backend or current_backend()):
                 output = function(*computed, *args, **kwargs)
-            else:
-                with use_backend(backend):
-                    output = function(*computed, *args, **kwargs)
-            if output is not ONE_WINDOW:
-                return output.to(dtype)
+        if output is not ONE_WINDOW:
+            return output if output.dtype == dtype else output.to(dtype)
         return exact_softmax(
             query,
             key,
@@ -89,26 +72,6 @@ def checked_attention(fn: Fn | None = None, *, in_half: tuple[str, ...] = ()) ->
         )
 
     return cast(Fn, wrapper)
-
-
-def compute_dtype(query: Tensor, key: Tensor, value: Tensor, in_half: tuple[str, ...] = ()) -> torch.dtype:
-    """What attention computes in: at least float32, unless halves are multiplied faster (`stays_half`)."""
-    # They may differ under autocast, where rotary positions lift queries and keys to float32.
-    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    return dtype if stays_half(dtype, query.device.type, in_half) else torch.promote_types(dtype, torch.float32)
-
-
-_MATRIX_UNIT = torch.cpu._is_amx_tile_supported()
-
-
-def stays_half(dtype: torch.dtype, device_type: str, devices: tuple[str, ...]) -> bool:
-    """Whether a function that takes halves on these types of devices gets them.
-
-    On CPUs only with a matrix unit (AMX): with vector instructions alone, float32 was as fast.
-    """
-    if dtype not in (torch.float16, torch.bfloat16) or device_type not in devices:
-        return False
-    return device_type == "cuda" or (device_type == "cpu" and dtype == torch.bfloat16 and _MATRIX_UNIT)
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
@@ -216,22 +179,6 @@ def factor_of(query: Tensor, scaling: float | None) -> float:
     return scaling
 
 
-def noise_factor(noise_scale: str, scaling: float) -> float:
-    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
-    if noise_scale not in NOISE_SCALES:
-        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
-    return 1.0 if noise_scale == "corrected" else scaling**0.5
-
-
-def add_noise(mu: Tensor, noise: Tensor | RowNoise | bool, factor: float = 1.0) -> Tensor:
-    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
-    if noise is False:
-        return mu
-    if isinstance(noise, RowNoise):
-        noise = noise.normal(mu)
-    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))
-
-
 def scale_inputs(query: Tensor, key: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
     """Scaled coordinates, `x = sqrt(s) q` and `y = sqrt(s) k`, in which the weight of a key is `exp(x . y)`."""
     root = factor_of(query, scaling) ** 0.5
@@ -249,6 +196,7 @@ def prepare_tokens(
     grid: tuple[int, int] | None = None,
     *,
     real_first: bool = False,
+    scaled: bool = True,
 ) -> Tokens:
     """Scale queries and keys (`x = sqrt(s) q`, `y = sqrt(s) k`), move padding to the end, take out global tokens.
 
@@ -257,6 +205,7 @@ def prepare_tokens(
     Args:
         real_first: The rows are as `RowGroups.split` makes them, real tokens first and zeros behind: nothing has to be
             moved, and what queries of the padding read is left to who made the rows.
+        scaled: False leaves the scaling to the functions that are given the tokens (`Tokens.root`).
     Raises: InputError for queries and keys of different sequences, UnsupportedError for global tokens in a
         causal layer.
     """
@@ -266,7 +215,8 @@ def prepare_tokens(
     if is_causal and grid is not None:
         raise UnsupportedError(f"A causal layer reads a sequence, not an image; got grid={grid!r}. Pass grid=None.")
     root = scaling**0.5
-    query, key = query * root, key * root
+    if scaled:
+        query, key, root = query * root, key * root, 1.0
     if num_queries != num_keys:
         if not is_causal or num_queries > num_keys:
             raise InputError(
@@ -288,14 +238,12 @@ def prepare_tokens(
             reorder_tokens(value, order, valid),
         )
     if count:
-        global_tokens = GlobalTokens(count, query, key, value, valid)
+        global_tokens = GlobalTokens(count, query, key, value, valid, root**2)
         query, key, value = query[:, :, count:], key[:, :, count:], value[:, :, count:]
-    if valid is None:
-        lengths = torch.full((1,), num_keys - count, device=key.device)
-    else:
+    if valid is not None:
         valid = valid[:, count:]
-        visible, lengths = valid[:, None, :, None], valid.sum(-1)
-    return Tokens(query, key, value, valid, visible, lengths, grid, num_queries, global_tokens, order, key_mask)
+        visible = valid[:, None, :, None]
+    return Tokens(query, key, value, valid, visible, grid, num_queries, global_tokens, order, key_mask, root)
 
 
 def check_grid(tokens: int, grid: tuple[int, int], mask: Tensor | None) -> None:

@@ -31,9 +31,9 @@ from .inputs import checked_attention, factor_of, prepare_tokens
 from .noise import SlotDropout
 from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
-from .short_attention import attention_with_slots
+from .short_attention import attention_with_slots, short_blocks
 from .slot_attention import SlotOptions, exact_attention
-from .slot_weights import LinearSlotWeights
+from .slot_weights import LinearSlotWeights, TokenRule
 from .softmax import causal_visibility, mask_logits
 
 NORMALIZERS = ("slots", "kernel")
@@ -52,6 +52,7 @@ class LearnedFeatureMap:
         normalizer: "slots" or "kernel".
         statistics: With the normaliser "kernel" those of FAVOR#: directions, shifts and slope are then in its
             coordinates. `None` for tokens as they are.
+        root: The square root of `scaling` where tokens are not scaled; 1 where they are. Only without statistics.
     """
 
     query_directions: Tensor
@@ -63,6 +64,7 @@ class LearnedFeatureMap:
     far_slope: Tensor
     normalizer: str = "slots"
     statistics: FavorStatistics | None = None
+    root: float = 1.0
 
     @property
     def num_slots(self) -> int:
@@ -71,15 +73,13 @@ class LearnedFeatureMap:
     def query_weights(self, query: Tensor) -> LinearSlotWeights:
         """Log-weights `a[t, j]` of scaled queries `[batch, heads, tokens, head_dim]`."""
         wide = torch.promote_types(query.dtype, torch.float32)
-        directions, shift, slope = (z.to(wide) for z in (self.query_directions, self.query_shift, self.far_slope))
-        slot_bias = self.slot_bias.to(wide) - moved_by(directions, shift)
-        offset = self.far_offset.to(wide) - (slope * shift).sum(-1)
+        # The mass of the slots is a part of all of their directions and biases.
+        directions = self.query_directions.to(wide) + self.far_slope.to(wide).unsqueeze(-2)
+        slot_bias = self.slot_bias.to(wide) + self.far_offset.to(wide).unsqueeze(-1)
+        slot_bias = slot_bias - moved_by(directions, self.query_shift.to(wide))
         if self.normalizer == "kernel":
-            weights = self._features(directions, slot_bias).query_weights(query)
-            far_mass = weights.tokens.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
-            return replace(weights, token_bias=weights.token_bias + far_mass)
-        far_mass = query.to(wide) @ slope.unsqueeze(-1) + offset[:, None, None]
-        return LinearSlotWeights(query, far_mass, directions.to(query.dtype), slot_bias)
+            return self._features(directions, slot_bias).query_weights(query)
+        return LinearSlotWeights(query, None, directions.to(query.dtype), slot_bias, rule=TokenRule(root=self.root))
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights `c[j, n]` of scaled keys `[batch, heads, tokens, head_dim]`."""
@@ -88,9 +88,8 @@ class LearnedFeatureMap:
         slot_bias = -moved_by(directions, self.key_shift.to(wide))
         if self.normalizer == "kernel":
             return self._features(directions, slot_bias).key_weights(key)
-        logits = key.to(wide) @ directions.transpose(-1, -2) + slot_bias.unsqueeze(-2)
-        bias = -logits.logsumexp(-1, keepdim=True)
-        return LinearSlotWeights(key, bias, directions.to(key.dtype), slot_bias)
+        rule = TokenRule(spreads=True, root=self.root)
+        return LinearSlotWeights(key, None, directions.to(key.dtype), slot_bias, rule=rule)
 
     def in_coordinates(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled tokens as the directions meet them."""
@@ -99,12 +98,12 @@ class LearnedFeatureMap:
     def _features(self, directions: Tensor, slot_bias: Tensor) -> FavorFeatureMap:
         statistics, log_count = self.statistics, math.log(self.num_slots)
         statistics = None if statistics is None else statistics.to(dtype=slot_bias.dtype, device=slot_bias.device)
-        return FavorFeatureMap(directions, slot_bias, statistics, log_count)
+        return FavorFeatureMap(directions, slot_bias, statistics, log_count, self.root)
 
 
 def moved_by(directions: Tensor, shift: Tensor) -> Tensor:
     """What a shift `[heads, head_dim]` of the tokens takes off the log-weights of every slot, `[heads, slots]`."""
-    return (directions * shift.unsqueeze(-2)).sum(-1)
+    return torch.linalg.vecdot(directions, shift.to(directions).unsqueeze(-2))
 
 
 @checked_attention(in_half=("cpu", "cuda"))
@@ -144,11 +143,16 @@ def learned_attention(
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
     tokens = prepare_tokens(
-        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+        *(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid),
+        real_first=real_first,
+        scaled=feature_map.statistics is not None,
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
-    tokens = tokens.packed()
+    if short_blocks(tokens, options, feature_map.num_slots) is None:
+        tokens = tokens.scaled().packed()
+    if tokens.root != 1:
+        feature_map = replace(feature_map, root=tokens.root)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
 

@@ -24,6 +24,9 @@ _MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)  # of the hash "lowbias32", both below 2
 
 _AT_ONCE = 2**22  # hashes of decisions
 
+# Of the noise of proposals: the scale that the densities assume, or that of the published code.
+NOISE_SCALES = ("corrected", "published")
+
 # What numbers are for: each use has its own.
 _ANGLE, _APART, _DROPOUT = 1, 2, 3
 
@@ -183,3 +186,19 @@ def dropped_slots(
         return None
     mask = dropout.noise.below(dropout.probability, like, _DROPOUT + use, token, slot)
     return Dropped(mask, 1 - dropout.probability)
+
+
+def noise_factor(noise_scale: str, scaling: float) -> float:
+    """What standard normal noise is multiplied by: the densities assume 1 in scaled coordinates."""
+    if noise_scale not in NOISE_SCALES:
+        raise InputError(f"noise_scale must be one of {list(NOISE_SCALES)}; got {noise_scale!r}.")
+    return 1.0 if noise_scale == "corrected" else scaling**0.5
+
+
+def add_noise(mu: Tensor, noise: Tensor | RowNoise | bool, factor: float = 1.0) -> Tensor:
+    """Samples of the proposals N(mu, I) (`factor` 1); `mu` itself without noise."""
+    if noise is False:
+        return mu
+    if isinstance(noise, RowNoise):
+        noise = noise.normal(mu)
+    return mu + factor * (torch.randn_like(mu) if noise is True else noise.to(mu))

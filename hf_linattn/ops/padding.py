@@ -40,13 +40,17 @@ def reorder_tokens(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
 
 
 class GlobalTokens(NamedTuple):
-    """The first `number` tokens see and are seen exactly. Tensors are those of all tokens, `valid` as in `Tokens`."""
+    """The first `number` tokens see and are seen exactly. Tensors are those of all tokens, `valid` as in `Tokens`.
+
+    scaling: Factor of the dot product of these tensors.
+    """
 
     number: int
     query: Tensor
     key: Tensor
     value: Tensor
     valid: Tensor | None
+    scaling: float = 1.0
 
     def join(self, rest: AttentionState | None) -> Tensor:
         """Outputs of all tokens, from what the others have read of each other (`None` if there are none)."""
@@ -54,21 +58,33 @@ class GlobalTokens(NamedTuple):
         if ABLATED:
             value = exact_value(value)
         visible = None if self.valid is None else self.valid[:, None, None, :]
-        output = attend(query[:, :, :number], key, value, visible=visible).output
+        first_query, first_key = query[:, :, :number], key[:, :, :number]
+        if self.scaling != 1:  # of the few
+            first_query, first_key = first_query * self.scaling, first_key * self.scaling
+        output = attend(first_query, key, value, visible=visible).output
         if rest is None:
             return output
+        if number == 1 and visible is None and query.dtype in (torch.float32, torch.float64):
+            others = _with_a_key(rest, query[:, :, 1:], first_key, value[:, :, :1])
+            return torch.cat([output, others], dim=2)
         visible = None if visible is None else visible[..., :number]
-        seen = attend(query[:, :, number:], key[:, :, :number], value[:, :, :number], visible=visible)
+        seen = attend(query[:, :, number:], first_key, value[:, :, :number], visible=visible)
         return torch.cat([output, merge_states([rest, seen]).output], dim=2)
+
+
+def _with_a_key(state: AttentionState, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The output with one key more, which all queries see: `[batch, heads, 1, dim]`."""
+    share = torch.sigmoid(torch.linalg.vecdot(query, key) - state.lse)
+    return torch.lerp(state.output, value, share.unsqueeze(-1))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Scaled inputs with the padding last and without global tokens: what an estimator works on.
+    """Inputs with the padding last and without global tokens: what an estimator works on.
 
-    query, key, value: `[batch, heads, tokens, head_dim]`, real tokens first. Queries and keys are scaled.
+    query, key, value: `[batch, heads, tokens, head_dim]`, real tokens first. Queries and keys are scaled, but for
+        `root`.
     valid: `[batch, tokens]`, True for a real token; `None` if all are. visible: The same as `[batch, 1, tokens, 1]`.
-    lengths: Real tokens of a row, `[batch]` (`[1]` without a mask).
     grid: Height and width, if the tokens are the patches of an image.
     global_tokens: Those taken out; what is read of the others is merged with them by its log-sum-exp.
     """
@@ -78,12 +94,26 @@ class Tokens:
     value: Tensor
     valid: Tensor | None
     visible: Tensor | None
-    lengths: Tensor
     grid: tuple[int, int] | None
     _num_queries: int
     global_tokens: GlobalTokens | None
     _order: Tensor | None
     _mask: Tensor | None
+    # What queries and keys still have to be multiplied by: the square root of the factor of their dot product.
+    root: float = 1.0
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of a row, `[batch]` (`[1]` without a mask)."""
+        if self.valid is None:
+            return torch.full((1,), self.key.shape[2], device=self.key.device)
+        return self.valid.sum(-1)
+
+    def scaled(self) -> Tokens:
+        """With scaled queries and keys."""
+        if self.root == 1:
+            return self
+        return replace(self, query=self.query * self.root, key=self.key * self.root, root=1.0)
 
     def packed(self) -> Tokens:
         """On a CPU with the tokens of a head next to each other: projections leave them between those of other heads,

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from _common import RecipeError
-from _data import Data, DataArguments, is_stream
+from parts.common import RecipeError
+from parts.data import Data, DataArguments, is_stream
 
 from .tasks import ColumnArguments
 
@@ -25,7 +25,7 @@ class ArenaDataArguments(ColumnArguments, DataArguments):
         default=None,
         metadata={
             "help": "pathfinder: a published folder, such as pathfinder32/curv_contour_length_14, with metadata and "
-            "images; of its rows, shuffled with --split_seed, 80 % train, 10 % validate, 10 % test"
+            "images; of its rows, shuffled with --split_seed, 80 %% train, 10 %% validate, 10 %% test"
         },
     )
     train_val_split: float | None = field(

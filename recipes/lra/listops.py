@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from _common import RecipeError
+from parts.common import RecipeError
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 CLOSE = "]"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from _common import RecipeError
+from parts.common import RecipeError
 
 
 def passages(text: str, length: int) -> list[str]:

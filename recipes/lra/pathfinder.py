@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from _common import RecipeError
+from parts.common import RecipeError
 
 # Pixels. Dashes have round ends, so one is 2 long and the black gap to the next 1.
 DASH, GAP, THICKNESS = 1.2, 1.8, 0.8

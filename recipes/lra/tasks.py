@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from _common import RecipeError
-from _text import LABEL_NAMES
 from hf_linattn.data.files import BUILDER_OPTIONS, find_column
 from hf_linattn.data.rows import EIGHT_BIT_MODES, IMAGE_NAMES, TEXT_NAMES
+from parts.common import RecipeError
+from parts.text import LABEL_NAMES
 
 from .tokens import byte_tokenizer, grey_ids, listops_tokenizer
 

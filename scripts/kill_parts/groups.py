@@ -20,7 +20,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-import _adaptation
+from parts import adaptation
 
 from .runs import Watch, run_here
 
@@ -125,14 +125,14 @@ class SaveWatch(Watch):
 
 def _watch_transfer(watch: SaveWatch) -> None:
     """Add a callback to the Trainer of attention transfer, which no recipe hands out."""
-    make = _adaptation._transfer_trainer
+    make = adaptation._transfer_trainer
 
     def made(*args: Any, **kwargs: Any) -> Any:
         trainer = make(*args, **kwargs)
         trainer.add_callback(watch)
         return trainer
 
-    _adaptation._transfer_trainer = made
+    adaptation._transfer_trainer = made
 
 
 def run_group(

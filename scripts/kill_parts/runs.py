@@ -19,7 +19,7 @@ import datasets
 from transformers import TrainerCallback
 
 import text_classification
-from _common import run as run_program
+from parts.common import run as run_program
 
 Snapshot = frozenset[tuple[str, int]]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-import _adaptation
 import attention_transfer
 import text_classification
 from hf_linattn.modules.base import LinearAttention
+from parts import adaptation
 from scripts.kill_parts.inputs import build
 
 LEARNED = {"learned": True, "num_features": 16, "window_size": 4}
@@ -52,7 +52,7 @@ def work(argv: list[str], config: str | None) -> dict[str, Tensor]:
     if config is not None:
         as_launched(config)
     if is_sharded:
-        _adaptation.strategy = lambda training: "FSDP2"  # the device says something else
+        adaptation.strategy = lambda training: "FSDP2"  # the device says something else
     look = Look(is_sharded)
     found = text_classification.main(argv, [look])
     losses = [entry["loss"] for entry in found["log"] if "loss" in entry]
@@ -118,7 +118,7 @@ def work_transfer(argv: list[str], config: str | None) -> dict[str, Tensor]:
     """Run the recipe of attention transfer. Returns what it logs and compares."""
     if config is not None:
         as_launched(config)
-        attention_transfer.strategy = _adaptation.strategy = lambda training: "FSDP2"
+        attention_transfer.strategy = adaptation.strategy = lambda training: "FSDP2"
     found = attention_transfer.main(argv, [])
     fidelity = [report["mean_layer_error"] for report in found["fidelity"].values()]  # of the first process
     errors = [entry["error"] for entry in found["log"] if "error" in entry]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from _finetuning import read_flags
-from _training import ModelArguments, NewModelArguments
 from hf_linattn.modules.registry import get_kind
+from parts.finetuning import read_flags
+from parts.training import ModelArguments, NewModelArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("small_vit", "small_glue", "small_plays")

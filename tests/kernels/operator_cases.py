@@ -107,8 +107,10 @@ def window_chunks_case(
     )
 
 
-def short_case(tokens: int, dtype: torch.dtype, *, others: bool = False, own: bool = False) -> tuple[Any, ...]:
-    """Rows of five tokens in windows of two, as many as `tokens`."""
+def short_case(
+    tokens: int, dtype: torch.dtype, *, others: bool = False, own: bool = False, bare: bool = False
+) -> tuple[Any, ...]:
+    """Rows of five tokens in windows of two, as many as `tokens`; `bare` without any bias."""
     assert short_slot_attention  # its operator is defined where it is imported
     shape, rows = (tokens, 5, 2), tokens if own else 1
     bias = random(*shape, seed=6, dtype=wide(dtype))
@@ -116,15 +118,13 @@ def short_case(tokens: int, dtype: torch.dtype, *, others: bool = False, own: bo
     return (
         *(random(*shape, dim, seed=i, dtype=dtype) for i, dim in enumerate((4, 4, 3))),
         *(random(*shape, 4, seed=i, dtype=dtype) if others else None for i in (3, 4)),
-        random(*shape, seed=5, dtype=wide(dtype)),
-        bias,
+        None if bare else random(*shape, seed=5, dtype=wide(dtype)),
+        None if bare else bias,
         random(rows, 2, 6, 4, seed=7, dtype=dtype),
-        random(rows, 2, 6, seed=8, dtype=wide(dtype)),
+        None if bare else random(rows, 2, 6, seed=8, dtype=wide(dtype)),
         random(rows, 2, 6, 4, seed=9, dtype=dtype),
-        random(rows, 2, 6, seed=10, dtype=wide(dtype)),
-        2,
-        True,
-        True,
+        None if bare else random(rows, 2, 6, seed=10, dtype=wide(dtype)),
+        *(2, [], 0.7, 1.0, 0.5, -1.3, bare, not bare, True, []),
         "torch",
     )
 
@@ -177,6 +177,7 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "short": ("short", short_case),
     "short, other tokens": ("short", lambda n, d: short_case(n, d, others=True)),
     "short, own slots": ("short", lambda n, d: short_case(n, d, own=True)),
+    "short, bare": ("short", lambda n, d: short_case(n, d, bare=True)),
     "short chunks": ("short_variates", short_chunks_case),
     "short chunks, longer": ("short_variates", lambda n, d: short_chunks_case(4 * n, d, chunk=4)),
     "short chunks, learned": ("short_pooled", lambda n, d: short_chunks_case(n, d, learned=True)),

@@ -18,7 +18,7 @@ from hf_linattn.kernels.causal_slots import causal_slot_attention
 from hf_linattn.kernels.short_chunks import short_pooled, short_variates
 from hf_linattn.kernels.short_chunks.cutting import Sizes
 from hf_linattn.kernels.short_slots import short_slot_attention
-from hf_linattn.kernels.short_slots.inputs import ShortInputs
+from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
 from hf_linattn.kernels.slot_inputs import SlotInputs
 from hf_linattn.kernels.window_chunks import window_chunk_attention
 
@@ -45,7 +45,7 @@ def _window_chunks(*tensors: Tensor) -> Any:
 
 
 def _short(*tensors: Tensor) -> Any:
-    return short_slot_attention(ShortInputs(*tensors), 2, has_hidden=True)
+    return short_slot_attention(ShortInputs(*tensors), ShortOptions(2, (), 0.7, 1.0, 0.5, -1.3, has_hidden=True))
 
 
 SHORT = Sizes(window=2, chunk=2, weighs_size=True, scaling=0.7)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_linattn.kernels.short_slots import inputs as parts
 from hf_linattn.kernels.short_slots import reading, short_slot_attention
-from hf_linattn.kernels.short_slots.inputs import ShortInputs
+from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
 
 BATCH, HEADS, SLOTS, DIM = 3, 2, 5, 4
 
@@ -42,29 +42,55 @@ def case(
     ]
 
 
-def dense(places: int, *given: Any) -> tuple[Tensor, Tensor]:
+def dense(options: ShortOptions, *given: Any) -> tuple[Tensor, Tensor]:
     """One softmax over all keys: exact logits in the window, logs of sums over slots elsewhere."""
     *tokens, query_slots, query_slot_bias, key_slots, key_slot_bias = given
     query, key, value, query_tokens, key_tokens, query_bias, key_bias = (
         None if z is None else z.transpose(1, 2) for z in tokens
     )
-    reading = (query if query_tokens is None else query_tokens) @ query_slots.mT + query_bias.unsqueeze(-1)
-    writing = (key if key_tokens is None else key_tokens) @ key_slots.mT + key_bias.unsqueeze(-1)
-    reading, writing = reading + query_slot_bias.unsqueeze(-2), writing + key_slot_bias.unsqueeze(-2)
-    far = logsumexp(reading.unsqueeze(-2) + writing.unsqueeze(-3))
-    window = torch.arange(query.shape[2]) // places
-    logits = torch.where(window[:, None] == window, query @ key.mT, far)
-    logits = logits.masked_fill((key_bias == -INF).unsqueeze(-2), -INF)
+    query, key, query_tokens, key_tokens = (
+        None if z is None else z * options.root for z in (query, key, query_tokens, key_tokens)
+    )
+
+    def logits_of(x: Tensor, slots: Tensor, slot_bias: Any, bias: Any, norm: float, *, spreads: bool) -> Tensor:
+        logits = x @ slots.mT if slot_bias is None else x @ slots.mT + slot_bias.unsqueeze(-2)
+        logits = logits - logsumexp(logits).unsqueeze(-1) if spreads else logits
+        logits = logits - norm * x.square().sum(-1, keepdim=True) / 2
+        return logits if bias is None else logits + bias.unsqueeze(-1)
+
+    x, y = query if query_tokens is None else query_tokens, key if key_tokens is None else key_tokens
+    reading = logits_of(x, query_slots, query_slot_bias, query_bias, options.query_norm, spreads=False) + options.shift
+    writing = logits_of(y, key_slots, key_slot_bias, key_bias, options.key_norm, spreads=options.spreads)
+
+    def through(reading: Tensor, writing: Tensor) -> Tensor:
+        return logsumexp(reading.unsqueeze(-2) + writing.unsqueeze(-3))
+
+    far, exact = through(reading, writing), query @ key.mT
+    if options.probes:
+        probes = list(options.probes)
+        found = far if key_slot_bias is None else through(reading, writing - key_slot_bias.unsqueeze(-2))
+        shift = (logsumexp(exact[:, :, probes]) - logsumexp(found[:, :, probes])).mean(-1).detach()
+        far = far + shift[..., None, None]
+    window = torch.arange(query.shape[2]) // options.places
+    if options.grid:
+        height, width, side = options.grid
+        window = (torch.arange(height)[:, None] // side * width + torch.arange(width) // side).flatten()
+    logits = torch.where(window[:, None] == window, exact, far)
+    if key_bias is not None:
+        logits = logits.masked_fill((key_bias == -INF).unsqueeze(-2), -INF)
     return (softmax(logits) @ value).transpose(1, 2), logsumexp(logits).transpose(1, 2)
 
 
 def ours(places: int, *given: Any, has_hidden: bool) -> tuple[Tensor, Tensor]:
-    return short_slot_attention(ShortInputs(*given), places, has_hidden=has_hidden)
+    return short_slot_attention(ShortInputs(*given), ShortOptions(places, has_hidden=has_hidden))
 
 
-def check(given: list[Tensor | None], places: int, dtype: torch.dtype, limit: float, *, hides: bool) -> None:
-    found = differentiated(lambda *z: ours(places, *z, has_hidden=hides), given, dtype)
-    assert_same(found, differentiated(lambda *z: dense(places, *z), given), limit)
+def check(
+    given: list[Tensor | None], options: ShortOptions | int, dtype: torch.dtype, limit: float, *, hides: bool = False
+) -> None:
+    options = ShortOptions(options, has_hidden=hides) if isinstance(options, int) else options
+    found = differentiated(lambda *z: short_slot_attention(ShortInputs(*z), options), given, dtype)
+    assert_same(found, differentiated(lambda *z: dense(options, *z), given), limit)
 
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -78,6 +104,45 @@ def test_results_and_gradients(tokens: int, hidden: int, own_slots: bool, others
     """Whole windows and a part of one, a row that fits in some of its windows, and one without any key."""
     given = case(tokens, others=others, own_slots=own_slots, hidden=hidden)
     check(given, 5, dtype, LIMITS[dtype], hides=bool(hidden))
+
+
+@pytest.mark.parametrize("own_slots", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("others", [False, True], ids=["same tokens", "other tokens"])
+@pytest.mark.parametrize("tokens", [20, 18])
+@pytest.mark.parametrize("scale", [1.0, 3000.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ShortOptions(5, root=0.6),
+        ShortOptions(5, query_norm=1.0, shift=-0.7),
+        ShortOptions(5, (), 0.6, 0.5, 1.0, 0.3),
+        ShortOptions(5, (), 0.6, spreads=True),
+        ShortOptions(5, (), 0.6, 1.0, 1.0, -0.7, spreads=True),
+        ShortOptions(5, (), 0.6, 1.0, 1.0, -0.7, probes=(0, 3, 11)),
+        ShortOptions(5, probes=tuple(range(18))),
+    ],
+    ids=str,
+)
+def test_options(options: ShortOptions, tokens: int, others: bool, own_slots: bool, scale: float) -> None:
+    """Scaled tokens, half norms, weights that add up to one and a corrected mass; also where float64 has to help."""
+    given = case(tokens, others=others, own_slots=own_slots, scale=scale)
+    check(given, options, torch.float64, 1e-12 * scale)
+    for absent in (5, 6, 8, 10):
+        given[absent] = None
+    check(given, options, torch.float64, 1e-12 * scale)
+    if scale == 1.0:
+        check(given, options, torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("own_slots", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("grid", [(4, 6, 2), (5, 4, 2), (4, 5, 2), (5, 7, 3), (2, 9, 4), (3, 3, 2)], ids=str)
+def test_images(grid: tuple[int, int, int], own_slots: bool) -> None:
+    """Windows are squares, at the edges parts of squares."""
+    given = case(grid[0] * grid[1], own_slots=own_slots, hidden=2)
+    check(given, ShortOptions(grid[2] ** 2, grid, has_hidden=True), torch.float64, 1e-12)
+    for absent in (5, 6, 8, 10):
+        given[absent] = None
+    check(given, ShortOptions(grid[2] ** 2, grid, query_norm=1.0, key_norm=1.0), torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize("scale", [30.0, 300.0, 3000.0])
@@ -104,7 +169,7 @@ def test_tiles_change_nothing(budget: int, own_slots: bool, monkeypatch: pytest.
     whole = differentiated(lambda *z: ours(5, *z, has_hidden=True), given)
     monkeypatch.setattr(parts, "_TILE", budget)
     inputs = ShortInputs(*given)  # type: ignore[arg-type]
-    assert len(list(parts.tiles(inputs, 5))) > 1
+    assert len(list(parts.tiles(inputs, ShortOptions(5)))) > 1
     assert_same(differentiated(lambda *z: ours(5, *z, has_hidden=True), given), whole, 1e-12)
 
 
@@ -138,6 +203,6 @@ def test_the_slow_road_is_taken_where_it_has_to_be(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_log_sum_exp_that_is_not_asked_for_is_nan() -> None:
-    state = short_slot_attention(ShortInputs(*case()), 5, has_hidden=False, with_lse=False)  # type: ignore[arg-type]
+    state = short_slot_attention(ShortInputs(*case()), ShortOptions(5, with_lse=False))  # type: ignore[arg-type]
     assert state.lse.isnan().all()
     assert not state.output.isnan().any()

@@ -34,7 +34,7 @@ def test_logits_of_a_stored_checkpoint(name: str) -> None:
     assert type(model) is getattr(hf_linattn, model.config.architectures[0])
     with torch.no_grad():
         logits = model(**given).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=2e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.compat("save and load")

@@ -13,7 +13,7 @@ from hf_linattn.kernels.short_chunks import reading
 from hf_linattn.ops.eva import short
 from hf_linattn.ops.eva.attention import eva_attention
 from hf_linattn.ops.eva.learned import LearnedSummariser, learned_eva_attention
-from hf_linattn.ops.inputs import ResidualMap
+from hf_linattn.ops.proposal_map import ResidualMap
 
 HEADS, DIM = 2, 4
 SQUARE, ROW = (HEADS, DIM, DIM), (HEADS, DIM)

@@ -42,6 +42,7 @@ def check(function: object, *tensors: Tensor) -> None:
 def _no_mass_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     """LARA's correction carries no gradient by design, which finite differences cannot know: make it a constant."""
     monkeypatch.setattr(lara, "_mass_correction", lambda *_: torch.tensor(0.8, dtype=torch.float64))
+    monkeypatch.setattr(lara, "corrects_mass", lambda *_: False)
 
 
 @pytest.mark.parametrize("attend", FIXED, ids=name_of)
@@ -122,6 +123,7 @@ def test_statistics_and_correction_carry_no_gradient(monkeypatch: pytest.MonkeyP
     seen = []
     real = lara._mass_correction
     monkeypatch.setattr(lara, "_mass_correction", lambda *a: seen.append(real(*a)) or seen[-1])
+    monkeypatch.setattr(lara, "corrects_mass", lambda *_: False)
     lara_attention(q, k, v, num_landmarks=3, window_size=2).sum().backward()
     assert not seen[0].requires_grad
     assert seen[0].shape == (1, 1, 1, 1)

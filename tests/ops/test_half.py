@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_linattn.functional import eva_attention, favor_attention, favor_statistics
-from hf_linattn.ops import inputs as checks
+from hf_linattn.ops import precision
 
 pytestmark = pytest.mark.usefixtures("road")
 
@@ -73,9 +73,9 @@ def test_a_few_roundings_off(
     attend: Callable[..., Tensor], options: dict, half: torch.dtype, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(attend, torch.float32, half, 1.0, options)
-    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: False)
+    monkeypatch.setattr(precision, "stays_half", lambda dtype, device_type, devices: False)
     rounded = run(attend, half, half, 1.0, options)
-    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
+    monkeypatch.setattr(precision, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
     found = run(attend, half, half, 1.0, options)
     if attend is not eva_attention or road == "long":  # the short road of EVA is float32 throughout
         assert not torch.equal(found[0], rounded[0])  # it did stay half
@@ -90,6 +90,6 @@ def test_a_few_roundings_off(
 def test_large_inputs_stay_finite(
     attend: Callable[..., Tensor], options: dict, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
+    monkeypatch.setattr(precision, "stays_half", lambda dtype, device_type, devices: bool(devices) and dtype in HALVES)
     for z in run(attend, half, half, 100.0, options):
         assert z.isfinite().all()

@@ -160,6 +160,7 @@ def test_noise_puts_the_slots_on_the_scale_of_exact_keys(options: dict) -> None:
 @pytest.mark.parametrize("window", [0, 2])
 def test_gradients_of_every_option(masked: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lara, "_mass_correction", lambda *_: torch.tensor(0.8, dtype=torch.float64))
+    monkeypatch.setattr(lara, "corrects_mass", lambda *_: False)
     q, k, v = (z[:1, :1, :7, :2].clone().requires_grad_() for z in inputs())
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1]]).bool() if masked else None
     noise = random(1, 1, 6, 2, seed=7)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from variants import BIDIRECTIONAL, VARIANTS, Variant, name_of
 
-from hf_linattn.ops import inputs as checks
+from hf_linattn.ops import precision
 
 every = pytest.mark.parametrize("attend", VARIANTS, ids=name_of)
 HALF = [torch.float16, torch.bfloat16]
@@ -16,7 +16,7 @@ HALF = [torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on processors that would keep half precision; `test_half.py` is about those."""
-    monkeypatch.setattr(checks, "stays_half", lambda dtype, device_type, devices: False)
+    monkeypatch.setattr(precision, "stays_half", lambda dtype, device_type, devices: False)
 
 
 def inputs(tokens: int = 21, dim: int = 8, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:

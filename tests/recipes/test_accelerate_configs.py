@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import hf_linattn
-from _common import RecipeError
-from _processes import prepare_sharding
 from hf_linattn import FavorPlusConfig
 from hf_linattn.modules.base import LinearAttention
 from hf_linattn.training import LinAttnCallback
+from parts.common import RecipeError
+from parts.processes import prepare_sharding
 
 FOLDER = ROOT / "recipes" / "configs" / "accelerate"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import text_classification
-from _adaptation import adapt
-from _common import RecipeError
-from _finetuning import read_flags
-from _kept import Kept
+from parts.adaptation import adapt
+from parts.common import RecipeError
+from parts.finetuning import read_flags
+from parts.kept import Kept
 from scripts.kill_parts.inputs import WORDS, build
 
 # Learned maps are trained, not drawn: without what is random in the other runs.
@@ -139,7 +139,7 @@ def test_lora_does_not_go_on_from_a_whole_model(folder: Path, tmp_path: Path) ->
 def test_modules_are_checked_before_the_transfer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
 ) -> None:
-    monkeypatch.setattr("_finetuning.adapt", lambda *_: pytest.fail("attention transfer ran"))
+    monkeypatch.setattr("parts.finetuning.adapt", lambda *_: pytest.fail("attention transfer ran"))
     with pytest.raises(RecipeError, match=message):
         text_classification.main(short(folder, tmp_path / "out", "lara", *TRANSFER, "--lora_target_modules", target))
     assert not (tmp_path / "out").exists()

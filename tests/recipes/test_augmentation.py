@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from _augmentation import (
+from parts.augmentation import (
     AugmentationArguments,
     augment,
     crop_padded,
@@ -18,7 +18,7 @@ from _augmentation import (
     flip,
     mix,
 )
-from _common import RecipeError
+from parts.common import RecipeError
 
 BATCH, HEIGHT, WIDTH = 16, 10, 14
 

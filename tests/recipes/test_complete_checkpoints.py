@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dcp
 from recipe_groups import Groups
 from safetensors.torch import save_file
 
-import _checkpoints
-from _damage import MANIFEST, damage, sizes
-from _training import RecipeTrainingArguments
+from parts import checkpoints
+from parts.damage import MANIFEST, damage, sizes
+from parts.training import RecipeTrainingArguments
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def asks(change: Callable[[int], list[str]]) -> Any:
             os.environ["LOCAL_RANK"] = "0"
         training = RecipeTrainingArguments(output_dir=str(place), save_on_each_node="each node" in flags)
         try:
-            found = _checkpoints.find_checkpoint(training, None)
+            found = checkpoints.find_checkpoint(training, None)
         except ValueError as error:
             found = f"error: {error}"
         (output / f"found-{rank}.txt").write_text(str(found))
@@ -180,15 +180,15 @@ def lagging(looks: int) -> Callable[[int], list[str]]:
     """The second process sees the last checkpoint after so many looks; it gives up after a second."""
 
     def change(rank: int) -> list[str]:
-        _checkpoints.WAIT = 1.0
+        checkpoints.WAIT = 1.0
         if rank == 1:
-            told, seen = _checkpoints.damage, [0]
+            told, seen = checkpoints.damage, [0]
 
             def late(folder: Path, *args: Any) -> str | None:
                 seen[0] += folder.name == "checkpoint-4"
                 return "model.safetensors is missing" if seen[0] <= looks else told(folder, *args)
 
-            _checkpoints.damage = late  # type: ignore[assignment]
+            checkpoints.damage = late  # type: ignore[assignment]
         return []
 
     return change

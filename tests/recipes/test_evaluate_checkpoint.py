@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from recipe_runs import ROWS, arguments, train
 
 import evaluate_checkpoint
-from _common import RecipeError
-from _evaluation import paired
+from parts.common import RecipeError
+from parts.evaluation import paired
 from scripts.kill_parts.inputs import build
 
 EVALUATE = "recipes/evaluate_checkpoint.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from cases import BERT
 from transformers import GPT2Config
 
 import hf_linattn
-from _common import RecipeError
-from _data import DataArguments
-from _finetuning import describe, read_flags
-from _models import override
 from hf_linattn import FavorPlusConfig
+from parts.common import RecipeError
+from parts.data import DataArguments
+from parts.finetuning import describe, read_flags
+from parts.models import override
 
+SCRIPTS = [path.stem for path in sorted(Path("recipes").glob("*.py")) if "\nfrom parts." in path.read_text()]
 BASE = ["--model_name_or_path", "somewhere", "--output_dir", "out"]
 
 
@@ -127,3 +129,14 @@ def test_one_line_says_what_runs(tmp_path: Path) -> None:
     assert line.endswith("8 rows a step (4 in a batch x 2 batches x 1)")
     stock = describe(SimpleNamespace(model=BERT.build()), flags.training)
     assert ": softmax; 1 process" in stock
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_prints_its_flags(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main()
+    assert not stop.value.code
+    assert "usage: " in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 from recipe_groups import RECIPES, Groups, contents
 from transformers import Trainer
 
-from _saving import CheckedSaves
+from parts.saving import CheckedSaves
 
 ROOM = 20_000  # bytes that are left: less than any checkpoint of these runs takes
 FILLER = "filler"

@@ -11,10 +11,10 @@ import pytest
 from recipe_runs import ROWS, arguments
 
 import text_classification
-from _common import RecipeError
-from _glue import TASKS
-from _metrics import METRICS
 from hf_linattn.errors import InputError
+from parts.common import RecipeError
+from parts.glue import TASKS
+from parts.metrics import METRICS
 from scripts.kill_parts.inputs import build
 
 

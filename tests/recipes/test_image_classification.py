@@ -24,10 +24,10 @@ from transformers import (
 
 import evaluate_checkpoint
 import image_classification
-from _images import ImageColumns, load_image_processor
-from _labels import Labels
-from _pixels import PixelCollator, PixelReader
-from _training import ModelArguments
+from parts.images import ImageColumns, load_image_processor
+from parts.labels import Labels
+from parts.pixels import PixelCollator, PixelReader
+from parts.training import ModelArguments
 
 RECIPE = "recipes/image_classification.py"
 VARIED = ["--crop_padding", "2", "--random_erasing", "0.5", "--mixup_alpha", "0.8", "--cutmix_alpha", "1"]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from recipe_runs import ROWS, CutError, arguments, assert_same_weights, train
 
-import _adaptation
-from _kept import Kept
+from parts import adaptation
+from parts.kept import Kept
 from scripts.kill_parts.inputs import build
 
 TRANSFER = ("--transfer_steps", "5", "--attention_config", '{"window_size": 2}', "--save_steps", "2")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts rows that are read for calibration, and steps of attention transfer."""
     counted = {"calibrations": 0, "steps": 0}
-    calibrate, step = _adaptation.hf_linattn.calibrate, _adaptation._Transfer.training_step
+    calibrate, step = adaptation.hf_linattn.calibrate, adaptation._Transfer.training_step
 
     def calibrating(*args: Any, **kwargs: Any) -> Any:
         counted["calibrations"] += 1
@@ -44,8 +44,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             raise CutError
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(_adaptation.hf_linattn, "calibrate", calibrating)
-    monkeypatch.setattr(_adaptation._Transfer, "training_step", stepping)
+    monkeypatch.setattr(adaptation.hf_linattn, "calibrate", calibrating)
+    monkeypatch.setattr(adaptation._Transfer, "training_step", stepping)
     return counted
 
 

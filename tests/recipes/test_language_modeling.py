@@ -27,7 +27,7 @@ from transformers import (
 
 import evaluate_checkpoint
 import language_modeling
-from _masking import IGNORED, MaskingCollator, next_token_collator
+from parts.masking import IGNORED, MaskingCollator, next_token_collator
 
 RECIPE = "recipes/language_modeling.py"
 TRANSFER = ("--transfer_steps", "2", "--attention_config", '{"window_size": 2}')

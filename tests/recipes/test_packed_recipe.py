@@ -16,9 +16,9 @@ from transfer_recipe import arguments as transfer_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import language_modeling
-from _masking import IGNORED
-from _packing import PackingCollator
 from hf_linattn.data.rows import whole_texts
+from parts.masking import IGNORED
+from parts.packing import PackingCollator
 
 
 @pytest.fixture(scope="module")

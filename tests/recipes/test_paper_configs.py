@@ -23,13 +23,13 @@ import image_classification
 import language_modeling
 import long_range_arena
 import text_classification
-from _common import SOFTMAX, RecipeError
-from _finetuning import Flags, read_flags
-from _models import override
-from _training import ModelArguments, NewModelArguments
 from hf_linattn.modules.registry import get_kind
 from lra.data import ArenaDataArguments
 from lra.tasks import TASKS
+from parts.common import SOFTMAX, RecipeError
+from parts.finetuning import Flags, read_flags
+from parts.models import override
+from parts.training import ModelArguments, NewModelArguments
 
 PAPERS = Path("recipes/configs/papers")
 FILES = sorted(PAPERS.glob("*/*.yaml"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from _processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
+from parts import common
+from parts.processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +150,23 @@ def test_one_process_tells_the_progress(caplog: pytest.LogCaptureFixture) -> Non
     state.global_step = 2
     progress.on_train_end(None, state, None)
     assert not caplog.messages
+
+
+# -- at the end -------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_no_thread_of_a_group_is_left(tmp_path: Path) -> None:
+    """Such a thread can abort the process on exit. A trainer, which refers to itself, refers to the group."""
+
+    def threads() -> int:
+        return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+    def main() -> None:
+        meeting = f"file://{tmp_path / 'meeting'}"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+        trainer = SimpleNamespace(group=torch.distributed.group.WORLD)
+        trainer.callback = SimpleNamespace(trainer=trainer)
+        assert threads() > before
+
+    before = threads()
+    common.run(main)
+    assert threads() == before

@@ -20,7 +20,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 import evaluate_checkpoint
 import question_answering
-from _questions import Encoder, QuestionArguments, QuestionColumns
+from parts.questions import Encoder, QuestionArguments, QuestionColumns
 
 RECIPE = "recipes/question_answering.py"
 ROWS = 24

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_checkpoints import build, encoded
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-import _common
+from parts import common
 
 BERT, GPT2 = "--model_name_or_path {bert-classifier} ", "--model_name_or_path {gpt2} "
 VIT, PLAIN = "--model_name_or_path {vit} ", "--model_name_or_path {bert} "
@@ -137,7 +137,7 @@ def test_one_line_status_2_and_nothing_written(
     argv += [] if output in argv else [output, str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [f"{recipe}.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        _common.run(importlib.import_module(recipe).main)
+        common.run(importlib.import_module(recipe).main)
     assert stop.value.code == 2
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     assert len(errors) == 1
@@ -156,15 +156,15 @@ def test_a_metric_that_does_not_exist(folder: Path, tmp_path: Path) -> None:
     )
     argv = [part if part[0] != "{" else str(folder / part[1:-1]) for part in argv.split()]
     argv += ["--load_best_model_at_end", "--metric_for_best_model", "accurasy", "--output_dir", str(tmp_path)]
-    with pytest.raises(_common.RecipeError, match=r"must be one of loss, accuracy, .* Did you mean 'accuracy'\?"):
+    with pytest.raises(common.RecipeError, match=r"must be one of loss, accuracy, .* Did you mean 'accuracy'\?"):
         text_classification.main([*argv, "--report_to", "none"])
 
 
 @pytest.mark.parametrize("name", ["config", "help"])
 def test_flags_that_a_file_cannot_give(name: str, tmp_path: Path) -> None:
-    from _training import config_flags
+    from parts.training import config_flags
 
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: other.yaml")
-    with pytest.raises(_common.RecipeError, match=f"'{name}' is a flag of the command line alone"):
+    with pytest.raises(common.RecipeError, match=f"'{name}' is a flag of the command line alone"):
         config_flags([str(path)], {"--config": None, "--help": None})

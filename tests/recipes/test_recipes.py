@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from recipes._metrics import CLASSIFICATION, REGRESSION, LocalMetrics
 from recipes.build_documents import BuildError, build_documents
+from recipes.parts.metrics import CLASSIFICATION, REGRESSION, LocalMetrics
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "bad", "good", "film", "not", "very", "plot", "the", "dull", "fine"]
 RECIPE = "recipes/text_classification.py"
@@ -72,7 +72,8 @@ def child(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Run a recipe in this process, which saves its imports. What is said of programs is tested with `run`."""
-    from recipes import _common, text_classification
+    from recipes import text_classification
+    from recipes.parts import common
 
     programs = {RECIPE: text_classification.main}
     verbosity = transformers_logging.get_verbosity()
@@ -80,7 +81,7 @@ def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
     def run(arguments: list[str], *, mistake: bool = False) -> None:
         monkeypatch.setattr(sys, "argv", arguments)
-        run_main = sys.modules.get("_common", _common).run
+        run_main = sys.modules.get("parts.common", common).run
         if not mistake:
             return run_main(programs[arguments[0]])
         with pytest.raises(SystemExit) as stop:
@@ -195,7 +196,7 @@ def test_mistakes_get_a_clear_error(
 ) -> None:
     if message.startswith("holds"):  # few rows: every sentence would pass for a class
         message = "holds"
-        monkeypatch.setattr("_labels.MAX_LABELS", 5)
+        monkeypatch.setattr("parts.labels.MAX_LABELS", 5)
     run_here(recipe(folder, tmp_path / "out", *changes), mistake=True)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()

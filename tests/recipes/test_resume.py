@@ -22,10 +22,10 @@ from recipe_runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from _checkpoints import damage, find_checkpoint
-from _common import RecipeError
-from _damage import MANIFEST
-from _training import RecipeTrainingArguments
+from parts.checkpoints import damage, find_checkpoint
+from parts.common import RecipeError
+from parts.damage import MANIFEST
+from parts.training import RecipeTrainingArguments
 from scripts.kill_parts.inputs import SETTINGS, build
 
 
@@ -286,7 +286,7 @@ def test_random_states_of_several_processes(
     output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(RecipeTrainingArguments, "world_size", 2)
-    for module in ("_together", "_checkpoints"):
+    for module in ("parts.together", "parts.checkpoints"):
         monkeypatch.setattr(f"{module}.gather", lambda value, training: [value])
     assert find(output) == str(output / "checkpoint-12")  # saved by one process: the best there is, but told
     assert "saved by another number of processes than 2" in caplog.text

@@ -20,7 +20,7 @@ import pytest
 from hub_server import ROOT, environment
 from recipe_runs import ROWS, arguments, assert_same_weights
 
-from _stopping import STATUS
+from parts.stopping import STATUS
 from scripts.kill_parts.inputs import build
 
 SCRIPTS = sorted((ROOT / "recipes" / "slurm").iterdir())

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import question_answering
-from _questions import Example, QuestionArguments
-from _spans import best_answers, exact_match, f1, score_answers
+from parts.questions import Example, QuestionArguments
+from parts.spans import best_answers, exact_match, f1, score_answers
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

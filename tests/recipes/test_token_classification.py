@@ -18,9 +18,9 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, EvalPre
 
 import evaluate_checkpoint
 import token_classification
-from _labels import Labels
 from build_documents import BuildError
 from build_truecasing import build_rows
+from parts.labels import Labels
 from token_classification import IGNORED, choose_metrics, score, tagging_function
 
 RECIPE = "recipes/token_classification.py"

@@ -13,7 +13,7 @@ from recipe_groups import Groups
 from transformers import TrainerCallback
 
 import text_classification
-from _stopping import SaveOnSignal
+from parts.stopping import SaveOnSignal
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 RECIPE = "text_classification"

@@ -29,9 +29,9 @@ from transformers import (
 
 import attention_transfer
 import hf_linattn
-from _common import RecipeError
-from _unlabelled import UnlabelledArguments, read_rows
 from hf_linattn.modules.registry import get_kind
+from parts.common import RecipeError
+from parts.unlabelled import UnlabelledArguments, read_rows
 
 STOCK = {**{name: case.stock for name, case in BY_NAME.items()}, "bert": BertModel}
 CONVERTED = {name: getattr(hf_linattn, f"LinAttn{stock.__name__}") for name, stock in STOCK.items()}

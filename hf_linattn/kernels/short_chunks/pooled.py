@@ -47,7 +47,7 @@ class Pooled:
         self.is_single = sort.length == 1
         _, _, key_adapter, query_adapter, far_offset, far_slope, key_slope = parameters
         if kept is not None:
-            read, self.pooled_value, self.pooled = (z.view(self.shape) for z in kept)
+            read, self.pooled_value, self.pooled = (z.reshape(self.shape) for z in kept)
             self.read = read.transpose(0, 1)
         elif self.is_single:
             self.pooled, self.pooled_value = key.view(self.shape), value.view(self.shape)

@@ -71,7 +71,7 @@ class ControlVariates:
         self.is_single = sort.length == 1
         if kept is not None:
             shape = (len(key), 1, -1)
-            self.mean, self.content, self.weight = kept[0].view(shape), kept[1].view(shape), kept[2]
+            self.mean, self.content, self.weight = kept[0].reshape(shape), kept[1].reshape(shape), kept[2]
         residual = None
         if self.is_single:
             self.centre = key
@@ -149,7 +149,7 @@ class ControlVariates:
         if self.is_single:
             to_value.add_(of_content)
         else:
-            weight = self.weight.view(*self.flat[:2], self.heads)
+            weight = self.weight.reshape(*self.flat[:2], self.heads)
             of_weight = self._by_head(self.members * of_content).sum(-1)
             of_logits = torch._softmax_backward_data(of_weight, weight, 1, weight.dtype)
             of_logits = of_logits.mul_(self.scaling).unsqueeze(-1)

@@ -11,17 +11,17 @@ from torch import Tensor
 from .workspace import SMALL, scratch
 
 # Numbers that the tensors of a tile hold in all, per thread: about what stays in a core's cache.
-_TILE = 1 << 21
+_TILE = 1 << 22
 
 
 class ShortInputs(NamedTuple):
     """Tokens `[batch, tokens, heads, dim]` with any strides, and the maps of the slots.
 
-    query, key, value: Queries and keys are scaled: their products are the logits of a window.
     query_tokens, key_tokens: What the maps of the slots are applied to; `None` for `query` and `key`.
-    query_bias, key_bias: `[batch, tokens, heads]`, what a token adds to its log-weight for every slot. `-inf` hides a
-        key, from its window too.
-    query_slots, key_slots: `[batch or 1, heads, slots, dim]`; their biases without `dim`.
+    query_bias, key_bias: `[batch, tokens, heads]`, what a token adds to its log-weight for every slot; `None` for 0.
+        `-inf` hides a key, from its window too.
+    query_slots, key_slots: `[batch or 1, heads, slots, dim]`.
+    query_slot_bias, key_slot_bias: The same without `dim`; `None` for 0.
     """
 
     query: Tensor
@@ -29,72 +29,136 @@ class ShortInputs(NamedTuple):
     value: Tensor
     query_tokens: Tensor | None
     key_tokens: Tensor | None
-    query_bias: Tensor
-    key_bias: Tensor
+    query_bias: Tensor | None
+    key_bias: Tensor | None
     query_slots: Tensor
-    query_slot_bias: Tensor
+    query_slot_bias: Tensor | None
     key_slots: Tensor
-    key_slot_bias: Tensor
+    key_slot_bias: Tensor | None
 
 
 # The first fields are of tokens; what follows is shared by the tokens of a group.
 OF_TOKENS = 7
 
 
+class ShortOptions(NamedTuple):
+    """What log-weights and logits are made of.
+
+    places: Tokens of a window.
+    grid: Height and width of an image whose patches the tokens are, row by row, and the side of its windows. Empty for
+        a sequence, whose windows follow one another.
+    root: Factor of all tokens (but values): its square is that of `query . key`.
+    query_norm, key_norm: So many times half the squared length of a token is taken off its log-weights.
+    shift: Added to the log-weights of queries.
+    spreads: Each key spreads one unit of weight: the log-sum-exp of its log-weights over the slots is taken off.
+    has_hidden: Whether some `key_bias` are `-inf`: those keys are read by nothing.
+    with_lse: Whether the log-sum-exp is needed; it is NaN otherwise.
+    probes: Numbers of tokens. With some, a number is added to the log-weights of every row's and head's queries: with
+        it the probes, as queries, find on average as much mass in the slots as in all keys, but for `key_slot_bias`,
+        which comes on top. It has no gradient. Not with hidden keys.
+    """
+
+    places: int
+    grid: tuple[int, ...] = ()
+    root: float = 1.0
+    query_norm: float = 0.0
+    key_norm: float = 0.0
+    shift: float = 0.0
+    spreads: bool = False
+    has_hidden: bool = False
+    with_lse: bool = True
+    probes: tuple[int, ...] = ()
+
+
 class Cut(NamedTuple):
     """Where a tile is: some rows and heads. Rows share their slots, or (`is_own`) each has its own.
 
-    In a tile tokens are `[groups, rows, tokens(, dim)]`, slots `[groups, slots(, dim)]`.
+    A group has the same slots: of a head the tokens of all `rows`, or of one.
     """
 
     rows: slice
     heads: slice
     slot_rows: slice
     is_own: bool
+    is_whole: bool
     tokens: int
     missing: int
+    grid: tuple[int, ...]
 
     def take(self, inputs: ShortInputs) -> ShortInputs:
         """This part of everything."""
         parts: list[Any] = self.tokens_of(inputs[:OF_TOKENS], ShortInputs._fields)
         for x in inputs[OF_TOKENS:]:
-            parts.append(x[self.slot_rows, self.heads].flatten(0, 1))  # type: ignore[index]  # noqa: PERF401
+            parts.append(None if x is None else self._of(x, self.slot_rows).flatten(0, 1))
         return ShortInputs(*parts)
 
     def tokens_of(self, tensors: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
-        """This part of tensors `[batch, tokens, heads(, dim)]`, without gaps, in memory by their names.
+        """This part of tensors `[batch, tokens, heads(, dim)]`, without gaps: `[groups, tokens of all rows(, dim)]`.
 
-        What fills the last window has hidden keys.
+        What fills the last window has hidden keys. Large results lie in memory that goes by their names.
         """
-        found: list[Tensor | None] = []
-        for x, name in zip(tensors, names, strict=False):
-            if x is None:
-                found.append(None)
-                continue
-            part = x[self.rows, :, self.heads]
-            part = part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
-            is_small = part.numel() < SMALL
-            if is_small and not self.missing:
-                taken = part.contiguous()
-            else:
-                groups, rows, tokens, *dim = part.shape
-                shape = (groups, rows, tokens + self.missing, *dim)
-                taken = x.new_empty(shape) if is_small else scratch(name, x.dtype, *shape)
-                taken[:, :, tokens:].fill_(float("-inf") if name == "key_bias" else 0.0)
-                taken[:, :, :tokens].copy_(part)
-            found.append(taken.flatten(0, 1).unsqueeze(1) if self.is_own else taken)
-        return found
+        return [None if x is None else self._tokens(x, name) for x, name in zip(tensors, names, strict=False)]
+
+    def _tokens(self, x: Tensor, name: str) -> Tensor:
+        part = self._by_head(x)
+        groups, rows, tokens, *dim = part.shape
+        is_small = part.numel() < SMALL
+        if is_small and not self.missing and not self.grid:
+            taken = part.contiguous()
+        else:
+            shape = (groups, rows, tokens + self.missing, *dim)
+            taken = x.new_empty(shape) if is_small else scratch(name, x.dtype, *shape)
+            if self.missing:
+                taken.fill_(float("-inf") if name == "key_bias" else 0.0)
+            for of_tokens, of_places in self._parts(part, taken):
+                of_places.copy_(of_tokens)
+        return taken.flatten(0, 1) if self.is_own else taken.flatten(1, 2)
+
+    def _parts(self, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same tokens in both tensors `[.., .., tokens or places(, dim)]`, so that all are in some part."""
+        if not self.grid:
+            yield tokens, places[:, :, : self.tokens] if self.missing else places
+            return
+        height, width, side = self.grid
+        columns = -(-width // side)
+        tokens = tokens.unflatten(2, (height, width))
+        places = places.unflatten(2, (-1, columns, side, side)).transpose(3, 4)  # .. rows, side, columns, side
+        for rows, row_side, of_height in _stretches(height, side):
+            for columns_, column_side, of_width in _stretches(width, side):
+                part = tokens[:, :, of_height, of_width]
+                part = part.unflatten(3, (-1, column_side)).unflatten(2, (-1, row_side))
+                yield part, places[:, :, rows, :row_side, columns_, :column_side]
+
+    def _of(self, x: Tensor, rows: slice, heads_at: int = 1) -> Tensor:
+        if self.is_whole:
+            return x
+        return x[rows, self.heads] if heads_at == 1 else x[rows, :, self.heads]
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """A view `[heads, rows, tokens(, dim)]`, or rows first if each is a group."""
+        part = self._of(x, self.rows, 2)
+        return part.transpose(1, 2) if self.is_own else part.permute(_HEADS_FIRST[x.ndim])
 
     def write_tokens(self, x: Tensor, result: Tensor) -> None:
         """A result of this tile into its place in `[batch, tokens, heads(, dim)]`."""
-        target = x[self.rows, :, self.heads]
-        target = target.transpose(1, 2) if self.is_own else target.permute(_HEADS_FIRST[x.ndim])
-        target.copy_(result[:, :, : self.tokens].view(target.shape))
+        target = self._by_head(x)
+        result = result.view(*target.shape[:2], self.tokens + self.missing, *target.shape[3:])
+        for of_tokens, of_places in self._parts(target, result):
+            of_tokens.copy_(of_places)
 
     def add_slots(self, x: Tensor, result: Tensor) -> None:
         """The same for slots, added."""
-        target = x[self.slot_rows, self.heads]
+        target = self._of(x, self.slot_rows)
         target += result.view(target.shape)
+
+
+def _stretches(length: int, side: int) -> Iterator[tuple[slice, int, slice]]:
+    """Windows along one side of an image, how much of each is image, and which part of it: whole ones, the last."""
+    whole = length // side
+    if whole:
+        yield slice(0, whole), side, slice(0, whole * side)
+    if length % side:
+        yield slice(whole, whole + 1), length % side, slice(whole * side, length)
 
 
 # Heads before rows, by the number of dimensions.
@@ -102,11 +166,15 @@ _HEADS_FIRST = {3: (2, 0, 1), 4: (2, 0, 1, 3)}
 
 
 class Tile(NamedTuple):
-    """Inputs of some rows and heads, as `Cut` says; behind the last token there are hidden keys, to a whole window."""
+    """Inputs of some groups: tokens `[groups, tokens of all rows(, dim)]`, slots `[groups, slots(, dim)]`.
+
+    Behind the last token of a row there are hidden keys, to a whole window.
+    """
 
     cut: Cut
     inputs: ShortInputs
-    places: int
+    options: ShortOptions
+    rows: int
     windows: int
 
 
@@ -115,23 +183,35 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // max(1, most)))
 
 
-def tiles(inputs: ShortInputs, places: int) -> Iterator[Tile]:
+def tiles(inputs: ShortInputs, options: ShortOptions) -> Iterator[Tile]:
     """As many heads, then rows at a time as stay within the limit, at least one of each."""
     batch, tokens, heads, dim = inputs.query.shape
     if not batch or not heads:
         return
-    shared, slots = inputs.query_slots.shape[0], inputs.query_slots.shape[2]
+    places, shared, slots = options.places, inputs.query_slots.shape[0], inputs.query_slots.shape[2]
     is_own, windows = 1 < shared == batch, -(-tokens // places)
+    if options.grid:
+        height, width, side = options.grid
+        windows = -(-height // side) * -(-width // side)
+    missing = windows * places - tokens
+    if missing:
+        options = options._replace(has_hidden=True)
+        if inputs.key_bias is None:
+            inputs = inputs._replace(key_bias=inputs.key.new_zeros(batch, tokens, heads))
     size = windows * (places * (2 * places + 4 * slots + 5 * dim) + 2 * slots * dim)
     budget = _TILE * torch.get_num_threads()
     per_head, per_row = heads, batch
     if size * heads * batch > budget:
         per_head, per_row = _even(heads, budget // size), _even(batch, budget // (size * heads))
     together = batch if is_own else batch // shared  # rows among which a tile may be cut
+    is_whole = per_head == heads and per_row == batch == together
     for first in range(0, batch, together):
         for start in range(first, first + together, per_row):
             rows = slice(start, min(start + per_row, first + together))
             slot_rows = rows if is_own else slice(first // together, first // together + 1)
             for head in range(0, heads, per_head):
-                cut = Cut(rows, slice(head, head + per_head), slot_rows, is_own, tokens, -tokens % places)
-                yield Tile(cut, cut.take(inputs), places, windows)
+                cut = Cut(
+                    rows, slice(head, head + per_head), slot_rows, is_own, is_whole, tokens, missing, options.grid
+                )
+                of_group = 1 if is_own else rows.stop - rows.start
+                yield Tile(cut, cut.take(inputs), options, of_group, windows)

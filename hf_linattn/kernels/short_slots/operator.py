@@ -8,7 +8,7 @@ from ..attention_state import AttentionState
 from ..backends import current_backend
 from ..operators import register_pair
 from . import torch_kernel
-from .inputs import ShortInputs
+from .inputs import ShortInputs, ShortOptions
 
 
 def suits_short(like: Tensor, windows: int, places: int, slots: int) -> bool:
@@ -21,26 +21,23 @@ def suits_short(like: Tensor, windows: int, places: int, slots: int) -> bool:
     return pays and like.device.type == "cpu" and current_backend() != "triton"
 
 
-def short_slot_attention(
-    inputs: ShortInputs, places: int, *, has_hidden: bool, with_lse: bool = True
-) -> AttentionState:
+def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> AttentionState:
     """What every query reads from the keys of its window, one by one, and from all others through slots.
 
-    Args:
-        inputs: Tokens are cut into windows of `places`, one after the other; the last may be shorter.
-        has_hidden: Whether some `key_bias` are `-inf`: those keys are read by nothing.
-        with_lse: Whether the log-sum-exp is needed; it is NaN otherwise.
+    Tokens are cut into windows; the last may be shorter.
+
     Returns: output `[batch, tokens, heads, head_dim]`, log-sum-exp `[batch, tokens, heads]`. A query that sees nothing
         has output 0 and log-sum-exp `-inf`.
     Cost: O(tokens * (places + slots) * head_dim + windows^2 * slots * head_dim) time.
     """
-    return AttentionState(*_short(*inputs, places, has_hidden, with_lse, "torch"))
+    return AttentionState(*_short(*inputs, *options, "torch"))
 
 
 _short = register_pair(
-    "short(Tensor query, Tensor key, Tensor value, Tensor? query_tokens, Tensor? key_tokens, Tensor query_bias,"
-    " Tensor key_bias, Tensor query_slots, Tensor query_slot_bias, Tensor key_slots, Tensor key_slot_bias, int places,"
-    " bool has_hidden, bool with_lse) -> (Tensor output, Tensor lse)",
+    "short(Tensor query, Tensor key, Tensor value, Tensor? query_tokens, Tensor? key_tokens, Tensor? query_bias,"
+    " Tensor? key_bias, Tensor query_slots, Tensor? query_slot_bias, Tensor key_slots, Tensor? key_slot_bias,"
+    " int places, int[] grid, float root, float query_norm, float key_norm, float shift, bool spreads,"
+    " bool has_hidden, bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
     torch_kernel,
     record=ShortInputs,
 )

@@ -1,7 +1,8 @@
 r"""What queries of a tile read from their windows and, through slots, from all others.
 
-Query t of window i has the logits `x_t . y_n` of the keys of its window and, for each slot j, `a[t, j] + b[i, j]` with
-the log-mass `b` of the keys outside of the window. With a reference `r_j` these are sums over the other windows k,
+Query t of window i has the logits `x_t . y_n` of the keys of its window and, for each slot j, `a[t, j] + b[i, j]`
+with the log-mass `b` of the keys outside of the window. With a reference `r_j` these are sums over the other windows
+k,
 
     S[k, j] = sum_{n in k} exp(c[j, n] - r_j) v_n        z[k, j] = sum_{n in k} exp(c[j, n] - r_j)
     Z[i, j] = sum_{k != i} z[k, j]      U[i, j] = sum_{k != i} S[k, j] / Z[i, j]      b[i, j] = r_j + log Z[i, j]
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import ShortInputs, Tile
+from .inputs import ShortInputs, ShortOptions, Tile
+from .probes import mass_shift
 from .workspace import OWN, SMALL, Workspace, workspace
 
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
@@ -37,10 +39,10 @@ _LARGEST = 512.0
 class References(NamedTuple):
     """References of slots, and how sums of windows that are relative to them are summed over the others of each.
 
-    own: `[groups, rows, windows or 1, slots]`, of what a window holds.
+    own: `[all rows, windows or 1, slots]`, of what a window holds; `all rows` are those of all groups.
     others: The same, of what a window reads.
-    merge: `[groups * rows, windows, slots, n]` -> the same, for every window the sum of the others; into memory of as
-        many numbers, if given.
+    merge: `[all rows, windows, n]` (`[.., slots, n]` flattened) -> the same, for every window the sum of the others,
+        times the exponential of the queries' shift; into memory of as many numbers, if given.
     merge_back: Its transpose.
     """
 
@@ -56,7 +58,8 @@ class Read(NamedTuple):
     weights: `[n, places, places + slots]`, of the keys of the window and of the slots; each query's add up to one.
     logits: Of which they are the softmax.
     features: `[n, places, slots]`, weights of keys relative to the references.
-    slot_values: `U`, `[n, slots, head_dim]`. mass: `Z`, `[n, slots, 1]`, 1 for none. values: `[n, places, head_dim]`.
+    slot_values: `U`, `[n, slots, head_dim]`. mass: `Z`, `[n, slots]`, 1 for none. values: `[n, places, head_dim]`.
+    spread: `[groups, tokens, slots]`, how a key spreads its unit of weight, as logarithms; `None` without that.
     """
 
     tile: Tile
@@ -67,33 +70,32 @@ class Read(NamedTuple):
     slot_values: Tensor
     mass: Tensor
     values: Tensor
+    spread: Tensor | None
     memory: Workspace
 
     def output(self) -> Tensor:
-        """`[groups, rows, tokens, head_dim]`."""
-        places = self.tile.places
+        """`[n, places, head_dim]`."""
+        places = self.tile.options.places
         output = torch.bmm(self.weights[..., :places], self.values, out=self.memory.output)
-        output.baddbmm_(self.weights[..., places:], self.slot_values)
-        return output.view(*self.tile.inputs.query.shape[:3], -1)
+        return output.baddbmm_(self.weights[..., places:], self.slot_values)
 
     def lse(self) -> Tensor:
-        """`[groups, rows, tokens]`: the largest logit minus the log of its weight."""
+        """`[n, places]`: the largest logit minus the log of its weight."""
         largest = self.logits.amax(-1)
         lse = largest - self.weights.amax(-1).log_()
-        lse.masked_fill_(largest == float("-inf"), float("-inf"))
-        return lse.view(self.tile.inputs.query.shape[:3])
+        return lse.masked_fill_(largest == float("-inf"), float("-inf"))
 
 
-def read_tile(tile: Tile, has_hidden: bool) -> Read:
+def read_tile(tile: Tile) -> Read:
     inputs = tile.inputs
-    wide = torch.promote_types(inputs.query.dtype, torch.float32)
-    if inputs.query.dtype != wide or inputs.value.dtype != wide:
+    dtype = inputs.query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype != wide or inputs.value.dtype != wide:
         tile = tile._replace(inputs=_converted(inputs, wide))
-    has_hidden = has_hidden or bool(tile.cut.missing)
-    read = _attempt(tile, has_hidden, _row_references)
+    read = _attempt(tile, _row_references)
     if read is None:
         tile = tile._replace(inputs=_converted(inputs, torch.float64))
-        read = _attempt(tile, has_hidden, _own_references)
+        read = _attempt(tile, _own_references)
         assert read is not None
     return read
 
@@ -102,112 +104,138 @@ def _converted(inputs: ShortInputs, dtype: torch.dtype) -> ShortInputs:
     return ShortInputs(*(None if z is None else z.to(dtype) for z in inputs))  # type: ignore[arg-type]
 
 
-def _attempt(tile: Tile, has_hidden: bool, references_of: Callable[[Tensor, Tile, bool], References]) -> Read | None:
+def _attempt(tile: Tile, references_of: Callable[[Tensor, Tile], References]) -> Read | None:
     """`None` where references of the row leave too few digits."""
-    inputs, places, windows = tile.inputs, tile.places, tile.windows
-    groups, rows, tokens, dim = inputs.query.shape
-    slots, number = inputs.query_slots.shape[1], groups * rows * windows
+    inputs, options, windows = tile.inputs, tile.options, tile.windows
+    places, root, has_hidden = options.places, options.root, options.has_hidden
+    (groups, tokens, _), slots = inputs.query.shape, inputs.query_slots.shape[1]
+    all_rows, number = groups * tile.rows, groups * tokens // places
     values = inputs.value.view(number, places, -1)
     memory = OWN
-    if groups * rows * tokens * (places + slots) >= SMALL:
-        memory = workspace(groups, rows * tokens, number, slots, values.shape[-1], values.dtype)
-    key_tokens = inputs.key if inputs.key_tokens is None else inputs.key_tokens
-    log_features = _logits(key_tokens, inputs.key_slots, inputs.key_bias, memory.features)
-    references = references_of(log_features, tile, has_hidden)
-    by_window = log_features.view(groups, rows, windows, places, slots)
-    features = by_window.sub_(references.own.unsqueeze(3)).exp_().view(number, places, slots)
+    if groups * tokens * (places + slots) >= SMALL:
+        memory = workspace(groups, tokens, number, slots, values.shape[-1], values.dtype)
 
+    log_features, spread = _key_logits(inputs, options, memory.features)
+    references = references_of(log_features.view(all_rows, -1, slots), tile)
+    by_window = log_features.view(all_rows, windows, places, slots)
+    features = by_window.sub_(references.own.unsqueeze(2)).exp_().view(number, places, slots)
     sums = torch.bmm(features.mT, values, out=memory.sums)
-    sums = sums.view(groups * rows, windows, slots, -1)
-    mass = references.merge(features.sum(1).view(groups * rows, windows, slots, 1), None)
-    is_rough = references_of is _row_references
-    if is_rough and not _is_safe(mass, references.own, tile, has_hidden=has_hidden):
+    held = features.sum(1).view(all_rows, windows, slots)
+    mass = references.merge(held)
+
+    query_tokens = inputs.query if inputs.query_tokens is None else inputs.query_tokens
+    query_bias = _token_bias(query_tokens, inputs.query_bias, options.query_norm * root**2)
+    if references_of is _row_references and not _is_safe(mass, references.own, query_bias, tile):
         return None
-    log_mass = mass.log().view(groups, rows, windows, 1, slots)
+    of_slots = _logits(query_tokens, inputs.query_slots, query_bias, root, memory.of_slots)
+    log_mass = mass.log().add_(references.others)
+    slot_bias = inputs.query_slot_bias
+    if inputs.key_slot_bias is not None and not options.spreads:
+        slot_bias = inputs.key_slot_bias if slot_bias is None else slot_bias + inputs.key_slot_bias
+    if slot_bias is not None:
+        log_mass.view(groups, -1, slots).add_(slot_bias.unsqueeze(1))
+    if options.probes:
+        log_mass.add_(mass_shift(tile, of_slots, held, references.own))
     if has_hidden:
         mass.masked_fill_(mass == 0, 1.0)
-    mass = mass.view(number, slots, 1)
-    slot_values = references.merge(sums, memory.others).view(number, slots, -1).div_(mass)
+    mass = mass.view(number, slots)
+    slot_values = references.merge(sums.view(all_rows, windows, -1), memory.others)
+    slot_values = slot_values.view(sums.shape).div_(mass.unsqueeze(-1))
 
-    slot_bias = (inputs.query_slot_bias + inputs.key_slot_bias).view(groups, 1, 1, 1, slots)
-    query_tokens = inputs.query if inputs.query_tokens is None else inputs.query_tokens
-    of_slots = _logits(query_tokens, inputs.query_slots, inputs.query_bias, memory.of_slots)
-    of_slots = of_slots.view(groups, rows, windows, places, slots)
-    of_slots += log_mass + (references.others.unsqueeze(3) + slot_bias)
-    query, key = inputs.query.view(number, places, dim), inputs.key.view(number, places, dim)
+    query, key = inputs.query.view(number, places, -1), inputs.key.view(number, places, -1)
     in_window = torch.bmm(query, key.mT, out=memory.in_window)
+    logits = values.new_empty(number, places, places + slots) if memory.logits is None else memory.logits
+    torch.mul(in_window, root**2, out=logits[..., :places])
+    torch.add(of_slots.view(number, places, slots), log_mass.view(number, 1, slots), out=logits[..., places:])
     if has_hidden:
-        in_window.masked_fill_((inputs.key_bias == float("-inf")).view(number, 1, places), float("-inf"))
-    logits = torch.cat([in_window, of_slots.view(number, places, slots)], -1, out=memory.logits)
+        assert inputs.key_bias is not None
+        hidden = (inputs.key_bias == float("-inf")).view(number, 1, places)
+        logits[..., :places].masked_fill_(hidden, float("-inf"))
     weights = torch.softmax(logits, -1, out=memory.weights)
     if has_hidden:  # perhaps nothing to see
         weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0.0)
-    return Read(tile, references, weights, logits, features, slot_values, mass, values, memory)
+    return Read(tile, references, weights, logits, features, slot_values, mass, values, spread, memory)
 
 
-def _logits(tokens: Tensor, slots: Tensor, bias: Tensor, memory: Tensor | None) -> Tensor:
-    """`tokens . slots + bias`, `[groups, rows, tokens, slots]`."""
-    groups, rows, count, dim = tokens.shape
-    bias, tokens = bias.view(groups, rows * count, 1), tokens.view(groups, rows * count, dim)
-    return torch.baddbmm(bias, tokens, slots.mT, out=memory).view(groups, rows, count, -1)
+def _key_logits(inputs: ShortInputs, options: ShortOptions, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Log-weights of keys `[groups, tokens, slots]`, and how they spread their weight."""
+    tokens, slots = inputs.key if inputs.key_tokens is None else inputs.key_tokens, inputs.key_slots
+    bias = _token_bias(tokens, inputs.key_bias, options.key_norm * options.root**2)
+    if not options.spreads:
+        return _logits(tokens, slots, bias, options.root, memory), None
+    slot_bias = None if inputs.key_slot_bias is None else inputs.key_slot_bias.unsqueeze(1)
+    spread = torch.log_softmax(_logits(tokens, slots, slot_bias, options.root, memory), -1)
+    return spread.clone() if bias is None else torch.add(spread, bias, out=memory), spread
 
 
-def _is_safe(mass: Tensor, reference: Tensor, tile: Tile, *, has_hidden: bool) -> bool:
+def _token_bias(tokens: Tensor, bias: Tensor | None, norm: float) -> Tensor | None:
+    """`bias - norm |tokens|^2 / 2`, `[groups, tokens, 1]`; `None` for 0."""
+    if norm:
+        half = torch.linalg.vecdot(tokens, tokens).mul_(-norm / 2)
+        bias = half if bias is None else half.add_(bias)
+    return None if bias is None else bias.unsqueeze(-1)
+
+
+def _logits(tokens: Tensor, slots: Tensor, bias: Tensor | None, root: float, memory: Tensor | None) -> Tensor:
+    """`root tokens . slots + bias`, `[groups, tokens, slots]`."""
+    if bias is not None:
+        return torch.baddbmm(bias, tokens, slots.mT, alpha=root, out=memory)
+    products = torch.bmm(tokens, slots.mT, out=memory)
+    return products if root == 1 else products.mul_(root)
+
+
+def _is_safe(mass: Tensor, reference: Tensor, query_bias: Tensor | None, tile: Tile) -> bool:
     """Whether no sum has lost what counts, and no logit is large."""
-    bias = tile.inputs.query_bias
-    for logits in (reference, bias):
+    for logits in (reference, query_bias):
+        if logits is None:
+            continue
         least, most = torch.aminmax(logits)
         if not (-_LARGEST <= float(least) and float(most) <= _LARGEST):
             return False
-    if float(mass.amin()) >= _LEAST_MASS:
+    least_mass = _LEAST_MASS * math.exp(tile.options.shift)
+    if float(mass.amin()) >= least_mass:
         return True
-    if not has_hidden:
+    if not tile.options.has_hidden:
         return False
-    groups, rows, _ = bias.shape
-    is_real = (tile.inputs.key_bias > float("-inf")).view(groups * rows, tile.windows, tile.places).any(-1)
-    has_others = _others(tile.windows, mass.dtype) @ is_real.unsqueeze(-1).to(mass.dtype) > 0
-    return not bool(((mass < _LEAST_MASS) & has_others.unsqueeze(-1)).any())
+    assert tile.inputs.key_bias is not None
+    is_real = (tile.inputs.key_bias > float("-inf")).view(*mass.shape[:2], -1).any(-1, keepdim=True)
+    has_others = _others(tile.windows, 1.0, mass.dtype) @ is_real.to(mass.dtype) > 0
+    return not bool(((mass < least_mass) & has_others).any())
 
 
 @functools.lru_cache(maxsize=128)
-def _others(windows: int, dtype: torch.dtype) -> Tensor:
-    """`[windows, windows]`, 1 for another window."""
-    return 1 - torch.eye(windows, dtype=dtype, device="cpu")
+def _others(windows: int, factor: float, dtype: torch.dtype) -> Tensor:
+    """`[windows, windows]`, `factor` for another window."""
+    return factor * (1 - torch.eye(windows, dtype=dtype, device="cpu"))
 
 
-def _row_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> References:
-    """The largest of a row."""
+def _row_references(log_features: Tensor, tile: Tile) -> References:
+    """The largest of a row. log_features: `[all rows, tokens, slots]`."""
     windows = tile.windows
-    largest = log_features.amax(2, keepdim=True)
-    if has_hidden:
+    largest = log_features.amax(1, keepdim=True)
+    if tile.options.has_hidden:
         largest.masked_fill_(largest == float("-inf"), 0.0)
-    others = _others(windows, largest.dtype)
+    others = _others(windows, math.exp(tile.options.shift), largest.dtype).expand(largest.shape[0], windows, windows)
 
     def merge(sums: Tensor, memory: Tensor | None = None) -> Tensor:
-        flat = sums.flatten(2)
-        merged = torch.bmm(
-            others.expand(sums.shape[0], windows, windows),
-            flat,
-            out=None if memory is None else memory.view(flat.shape),
-        )
-        return merged.view(sums.shape)
+        return torch.bmm(others, sums, out=None if memory is None else memory.view(sums.shape))
 
     return References(largest, largest, merge, merge)
 
 
-def _own_references(log_features: Tensor, tile: Tile, has_hidden: bool) -> References:
+def _own_references(log_features: Tensor, tile: Tile) -> References:
     """The largest of every window, and the largest of all the others."""
-    groups, rows, _, slots = log_features.shape
+    all_rows, _, slots = log_features.shape
     windows, lowest = tile.windows, torch.finfo(log_features.dtype).min
-    own = log_features.view(groups, rows, windows, tile.places, slots).amax(3).clamp_min_(lowest)
-    is_other = _others(windows, own.dtype).bool()[..., None]
-    others = own.unsqueeze(2).masked_fill(~is_other, lowest).amax(3)  # [groups, rows, windows, slots]
-    shares = (own.unsqueeze(2) - others.unsqueeze(3)).exp().masked_fill(~is_other, 0.0).flatten(0, 1)
+    own = log_features.view(all_rows, windows, -1, slots).amax(2).clamp_min_(lowest)
+    is_other = _others(windows, 1.0, own.dtype).bool()[..., None]
+    others = own.unsqueeze(1).masked_fill(~is_other, lowest).amax(2)  # [all rows, windows, slots]
+    shares = (own.unsqueeze(1) - others.unsqueeze(2) + tile.options.shift).exp().masked_fill(~is_other, 0.0)
+
+    def summed(sums: Tensor, rule: str) -> Tensor:
+        return torch.einsum(rule, shares, sums.unflatten(2, (slots, -1))).flatten(2).contiguous()
 
     def merge(sums: Tensor, memory: Tensor | None = None) -> Tensor:
-        return torch.einsum("gikm,gkmd->gimd", shares, sums).contiguous()
+        return summed(sums, "gikm,gkmd->gimd")
 
-    def merge_back(grads: Tensor) -> Tensor:
-        return torch.einsum("gikm,gimd->gkmd", shares, grads).contiguous()
-
-    return References(own, others, merge, merge_back)
+    return References(own, others, merge, lambda grads: summed(grads, "gikm,gimd->gkmd"))

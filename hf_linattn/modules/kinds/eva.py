@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, InputError
+from ...errors import ConfigError
 from ...ops.eva.attention import eva_attention
 from ...ops.eva.chunks import CHUNK_WEIGHTINGS, PROPOSALS, Summariser
-from ...ops.eva.layout import CHUNKINGS, ChunkOptions, default_chunk, nominal_reach
+from ...ops.eva.layout import CHUNKINGS, ChunkOptions, default_chunk
 from ...ops.eva.learned import LearnedSummariser, eva_learning_start, learned_eva_attention, learned_eva_recurrence
 from ...ops.eva.recurrent import EvaRecurrence, eva_recurrence
-from ...ops.eva.relative_position import constant_index, t5_sizes, table_size
-from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES, noise_factor
+from ...ops.inputs import LARGEST_COUNT
+from ...ops.noise import NOISE_SCALES, noise_factor
 from ..config import CONVENTIONS, LearnedConfig, choice, count, flag
 from ..contract import AttentionInputs, LayerShape, StateTensor, zeros
 from ..learned_maps import learned_summariser, summariser_spec
 from ..proposal_maps import PROPOSAL_MAPS, ProposalAttention, proposal_maps, proposal_spec
 from ..registry import AttentionKind, register_kind
 from ..value_convolution import with_value_convolution
+from .eva_positions import table_entries, window_bias
 
 AUTO = "auto"
 # Chunks of a row (bidirectional), and with learned summaries.
@@ -143,7 +144,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
             config.fail("max_chunks", where, "Use num_chunks to bound their number.")
         if config.max_chunks is not None and published:
             config.fail("max_chunks", "None with chunking='published'", "Set chunking='exclusive'.")
-        if config.relative_position != "none" and _table_entries(config, shape.is_causal) > LARGEST_COUNT:
+        if config.relative_position != "none" and table_entries(config, shape.is_causal) > LARGEST_COUNT:
             raise ConfigError(
                 f"EvaConfig.relative_position must be 'none' with so large a window: its table would have more than"
                 f" {LARGEST_COUNT} entries per head; got window_size={window!r}. Take a smaller window, or 't5'."
@@ -172,7 +173,7 @@ class EvaAttention(ProposalAttention[EvaConfig]):
         if config.proposals in ("sum", "mean"):
             spec |= proposal_spec(config.proposal_map, "query", shape)
         if config.relative_position != "none":
-            spec["relative_table"] = zeros(shape.num_heads, _table_entries(config, shape.is_causal), learned=True)
+            spec["relative_table"] = zeros(shape.num_heads, table_entries(config, shape.is_causal), learned=True)
         return spec
 
     @classmethod
@@ -243,7 +244,7 @@ def _layout_options(
     return {
         "chunk_size": config.chunk_size if is_causal else None,
         "max_chunks": config.max_chunks,
-        "window_bias": None if table is None else _window_bias(config, table, grid, scaling, is_causal=is_causal),
+        "window_bias": None if table is None else window_bias(config, table, grid, scaling, is_causal=is_causal),
     }
 
 
@@ -257,43 +258,6 @@ def _variate_options(config: EvaConfig, state: Mapping[str, Tensor]) -> dict[str
         "query_map": query_map,
         "key_map": key_map,
     }
-
-
-def _position_options(config: EvaConfig, is_causal: bool) -> dict[str, Any]:
-    """Arguments of `table_size`, `table_index` and `t5_index`: a window with its bounds, how positions count."""
-    window, reach = config.window_size or 1, 0
-    if config.overlap_window:
-        reach = nominal_reach(window, config.chunking or "exclusive", is_causal)
-    options: dict[str, Any] = {"window_size": window, "left": reach, "right": 0 if is_causal else reach}
-    options |= {"is_grid": config.relative_dims == 2, "convention": config.relative_index or config.conventions}
-    if config.relative_position == "t5":
-        buckets, distance = t5_sizes(window, reach)
-        options |= {"num_buckets": buckets, "max_distance": distance, "is_causal": is_causal}
-    return options
-
-
-def _table_entries(config: EvaConfig, is_causal: bool) -> int:
-    options = _position_options(config, is_causal)
-    if config.relative_position == "t5":
-        is_squared = options["is_grid"] and options["convention"] == "corrected"
-        return int(options["num_buckets"] ** (2 if is_squared else 1))
-    return table_size(**options)
-
-
-def _window_bias(
-    config: EvaConfig, table: Tensor, grid: tuple[int, int] | None, scaling: float, *, is_causal: bool
-) -> Tensor:
-    """`[heads, queries, slots]` from the learned table."""
-    dims = 1 if grid is None else 2
-    if dims != (config.relative_dims or 1):
-        raise InputError(
-            f"This layer's relative positions are those of {config.relative_dims or 1} dimension(s); got"
-            f" grid={grid!r}. Set EvaConfig.relative_dims={dims} when converting. (An image has a grid only if"
-            f" num_global_tokens, here {config.num_global_tokens}, is the number of tokens before its patches.)"
-        )
-    options, kind = _position_options(config, is_causal), config.relative_position
-    bias = table[:, constant_index(kind, device=str(table.device), **options)]
-    return bias * scaling if kind == "t5" and options["convention"] == "published" else bias
 
 
 register_kind(

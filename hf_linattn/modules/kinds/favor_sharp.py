@@ -187,6 +187,7 @@ def _kernel_start(config: FavorSharpConfig, shape: LayerShape, statistics: Favor
     features = favor_feature_map(directions.unsqueeze(0), directions, statistics)
     stretched = features.directions.squeeze(0).float()
     # The bias of a feature enters the log-weights of queries and of keys.
+    assert features.feature_bias is not None  # with statistics
     slot_bias = 2 * features.feature_bias.squeeze(0).float()
     return {"query_directions": stretched, "key_directions": stretched, "slot_bias": slot_bias}
 

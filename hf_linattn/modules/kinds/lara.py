@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...ops.favor.random_features import derive_seed, draw_projection
-from ...ops.inputs import LARGEST_COUNT, NOISE_SCALES
+from ...ops.inputs import LARGEST_COUNT
 from ...ops.lara.attention import lara_attention
 from ...ops.lara.features import IMPORTANCE_WEIGHTINGS
 from ...ops.lara.landmarks import MAP_STAGES, MIXINGS
 from ...ops.lara.proposals import sample_proposals
 from ...ops.lara.recurrent import lara_recurrence
 from ...ops.learned import learned_recurrence
+from ...ops.noise import NOISE_SCALES
 from ...ops.recurrent.slots import SlotRecurrence
 from ..config import CONVENTIONS, LearnedConfig, choice, count, factor, flag
 from ..contract import CALIBRATED_TOKENS, AttentionInputs, LayerShape, StateTensor, zeros

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..exact import ONE_WINDOW, in_one_window
-from ..inputs import ProposalMap, checked_attention, factor_of, noise_factor, prepare_tokens
-from ..noise import RowNoise, SlotDropout
+from ..inputs import checked_attention, factor_of, prepare_tokens
+from ..noise import RowNoise, SlotDropout, noise_factor
+from ..proposal_map import ProposalMap
 from .chunks import CHUNK_WEIGHTINGS, PROPOSALS, Summariser
 from .estimate import eva_estimate
 from .layout import ChunkOptions, default_chunk

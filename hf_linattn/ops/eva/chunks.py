@@ -14,9 +14,9 @@ from ...errors import InputError
 from ...kernels.attend import attend
 from ...kernels.attention_state import AttentionState, merge_logits, merge_states
 from ...kernels.half_norm import half_norm
-from ..inputs import ProposalMap, add_noise
 from ..layout import gather_tokens, masked_mean
-from ..noise import Dropped, RowNoise
+from ..noise import Dropped, RowNoise, add_noise
+from ..proposal_map import ProposalMap
 from ..softmax import mask_logits, softmax_with_lse
 from .layout import Chunks
 

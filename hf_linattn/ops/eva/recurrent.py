@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
-from ..inputs import ProposalMap, compute_dtype, prepare_tokens
+from ..inputs import prepare_tokens
 from ..layout import Blocks
 from ..noise import SlotDropout
+from ..precision import compute_dtype
+from ..proposal_map import ProposalMap
 from ..recurrent.window_tokens import WindowShape, WindowTokens, each_of, may_look
 from .chunks import MakesSummaries, Summaries, Summariser
 from .estimate import eva_estimate

@@ -14,8 +14,9 @@ from ...kernels.short_chunks import short_pooled, short_variates
 from ...kernels.short_chunks.cutting import Sizes
 from ..ablation import ABLATED
 from ..exact import exact_softmax
-from ..inputs import ResidualMap, check_grid
+from ..inputs import check_grid
 from ..padding import real_tokens_first
+from ..proposal_map import ResidualMap
 from .chunks import MakesSummaries, Summariser
 from .exclusive import longest_chunk
 from .layout import ChunkOptions, integer_root

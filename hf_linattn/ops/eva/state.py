@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import compute_dtype
+from ..precision import compute_dtype
 from ..recurrent.window_tokens import Counts, WindowTokens, may_look, select_counts, take_tokens
 from .bounded import EarlierChunks, merge_all
 from .chunks import Summaries

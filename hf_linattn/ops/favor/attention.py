@@ -117,7 +117,9 @@ def favor_attention(
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
     tokens = prepare_tokens(
-        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+        *(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid),
+        real_first=real_first,
+        scaled=statistics is not None,
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
@@ -127,6 +129,6 @@ def favor_attention(
             query_weights, key_weights = fitted_weights(tokens, projection, statistics)
             return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))
         statistics = statistics.statistics(query, key, key_mask=key_mask, scaling=scaling)
-    feature_map = favor_feature_map(tokens.query, projection, statistics)
+    feature_map = favor_feature_map(tokens.query, projection, statistics, root=tokens.root)
     query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
     return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kernels.half_norm import length_bias
-from ..slot_weights import LinearSlotWeights
+from ..slot_weights import LinearSlotWeights, TokenRule
 from .statistics import FavorStatistics, transformed
 
 
@@ -20,14 +20,14 @@ class FavorFeatureMap:
 
     Args:
         directions: `[heads, features, head_dim]`, with statistics `[batch or 1, heads, features, head_dim]`.
-        feature_bias: `[.., features]`: what a feature adds to the log-weight of every token.
+        feature_bias: `[.., features]`: what a feature adds to the log-weight of every token; `None` for 0.
         statistics: FAVOR#'s constants, in at least float32; `None` is FAVOR+.
         log_count: Logarithm of the number of features.
         root: The square root of `scaling` where tokens come as they are; 1 where they are scaled. Only for FAVOR+.
     """
 
     directions: Tensor
-    feature_bias: Tensor
+    feature_bias: Tensor | None
     statistics: FavorStatistics | None
     log_count: float
     root: float = 1.0
@@ -36,9 +36,9 @@ class FavorFeatureMap:
         """Log-weights `a[t, j]` of queries `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(query.dtype), self.statistics
         if statistics is None:
-            bias = length_bias(query, factor=self.root**2, less=self.log_count)
-            return LinearSlotWeights(query, bias, directions, self.feature_bias)
-        wide = query.to(self.feature_bias.dtype)
+            rule = TokenRule(1.0, -self.log_count, root=self.root)
+            return LinearSlotWeights(query, None, directions, self.feature_bias, rule=rule)
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))
         centred = wide - statistics.query_mean.to(wide)
         moved, bias = in_coordinates(
             centred, centred, statistics.key_mean.to(wide), statistics.query_transform.to(wide), query.dtype
@@ -49,9 +49,8 @@ class FavorFeatureMap:
         """Log-weights `c[j, n]` of keys `[batch, heads, tokens, head_dim]`."""
         directions, statistics = self.directions.to(key.dtype), self.statistics
         if statistics is None:
-            bias = length_bias(key, factor=self.root**2)
-            return LinearSlotWeights(key, bias, directions, self.feature_bias)
-        wide = key.to(self.feature_bias.dtype)
+            return LinearSlotWeights(key, None, directions, self.feature_bias, rule=TokenRule(1.0, root=self.root))
+        wide = key.to(torch.promote_types(key.dtype, torch.float32))
         centred = wide - statistics.key_mean.to(wide)
         moved, bias = in_coordinates(
             wide, centred, statistics.query_mean.to(wide), statistics.key_transform.to(wide), key.dtype
@@ -74,15 +73,14 @@ def favor_feature_map(
 
     Args:
         projection: `[heads, features, head_dim]` or `[features, head_dim]`.
-        root: Square root of `scaling` for tokens that are not scaled: a factor of the few directions instead of all
-            tokens, which saves reading and writing these. Without statistics.
+        root: Square root of `scaling` for tokens that are not scaled: it becomes a factor of the few directions
+            instead of all tokens, which saves reading and writing these. Without statistics.
     Raises: InputError if the statistics are those of other heads.
     """
     wide, log_count = torch.promote_types(query.dtype, torch.float32), math.log(projection.shape[-2])
     projection = projection.to(wide)
     if statistics is None:
-        bias = torch.zeros_like(projection[..., 0])
-        return FavorFeatureMap(projection if root == 1 else projection * root, bias, None, log_count, root)
+        return FavorFeatureMap(projection, None, None, log_count, root)
     if statistics.query_mean.shape[1] not in (1, query.shape[1]) or statistics.query_mean.shape[-1] != query.shape[-1]:
         raise InputError(
             f"statistics must be those of {query.shape[1]} heads of dimension {query.shape[-1]}; got means"

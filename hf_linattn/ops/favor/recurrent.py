@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..inputs import compute_dtype
 from ..noise import SlotDropout
+from ..precision import compute_dtype
 from ..recurrent.slots import FeatureMap, SlotRecurrence
 from ..slot_attention import SlotOptions
 from .features import favor_feature_map

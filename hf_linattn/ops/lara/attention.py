@@ -19,18 +19,11 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedError
 from ..exact import ONE_WINDOW, in_one_window
-from ..inputs import (
-    LARGEST_FACTOR,
-    ProposalMap,
-    check_counts,
-    checked_attention,
-    factor_of,
-    noise_factor,
-    prepare_tokens,
-)
-from ..noise import RowNoise, SlotDropout
+from ..inputs import LARGEST_FACTOR, check_counts, checked_attention, factor_of, prepare_tokens
+from ..noise import RowNoise, SlotDropout, noise_factor
 from ..padding import Tokens
-from ..short_attention import attention_with_slots
+from ..proposal_map import ProposalMap
+from ..short_attention import attention_with_slots, corrects_mass
 from ..slot_attention import SlotOptions
 from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
@@ -146,12 +139,15 @@ def lara_attention(
     if in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
     tokens = prepare_tokens(
-        query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid, real_first=real_first
+        *(query, key, value, key_mask, scaling, is_causal, num_global_tokens, grid),
+        real_first=real_first,
+        scaled=weighting != "balance" or proposals is not None,  # or factors of the few landmarks do
     )
     if tokens.key.shape[2] == 0:
         return tokens.finish(None)
     beside_exact = bool(window_size or num_global_tokens or num_heavy_keys)
     shift = numbers = None
+    probes: tuple[int, ...] = ()
     if proposals is not None:
         feature_map = proposal_feature_map(tokens.query, proposals)
         query_weights, key_weights = feature_map.query_weights(tokens.query), feature_map.key_weights(tokens.key)
@@ -169,14 +165,21 @@ def lara_attention(
             tokens, landmarks, samples, weighting=weighting, alpha_coeff=alpha_coeff, beside_exact=beside_exact
         )
         if beside_exact and noise is False:
-            shift = _mass_correction(tokens, landmarks, query_weights, key_weights)
+            if corrects_mass(tokens, options, query_weights, key_weights):
+                probes = landmarks.parts.middles()
+            if not probes:
+                shift = _mass_correction(tokens, landmarks, query_weights, key_weights)
     if beside_exact:
         if offset is not None:
             offset = offset[None, :, None, None] if offset.ndim == 1 else offset
-            shift = offset if shift is None else shift + offset
+            if probes:  # the correction is made where the slots are read, and must not take this back
+                of_slots = offset.to(tokens.query)[..., 0].expand(*query.shape[:2], query_weights.num_slots)
+                key_weights = replace(key_weights, given_slot_bias=of_slots)
+            else:
+                shift = offset if shift is None else shift + offset
         if shift is not None:
-            query_weights = replace(query_weights, token_bias=query_weights.token_bias + shift.to(tokens.query))
-    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights, numbers))
+            query_weights = query_weights.plus(shift.to(tokens.query))
+    return tokens.finish(attention_with_slots(tokens, options, query_weights, key_weights, numbers, probes))
 
 
 def _check_calibrated(proposals: CalibratedProposals, **options: tuple[object, object]) -> None:

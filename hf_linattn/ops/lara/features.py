@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.half_norm import half_norm, length_bias
+from ...kernels.half_norm import half_norm
 from ..padding import Tokens
-from ..slot_weights import LinearSlotWeights
+from ..slot_weights import LinearSlotWeights, TokenRule
 from .landmarks import Landmarks
 from .mixture import log_densities, log_mixture_at_means
 from .proposals import CalibratedProposals
 
 IMPORTANCE_WEIGHTINGS = ("balance", "biased", "optimal")
 _SMALLEST_ALPHA = 1e-8  # part of the published definition of the optimal weights
+_HALF_NORM = TokenRule(norm=1.0)
 
 
 def log_feature(x: Tensor, w: Tensor) -> Tensor:
@@ -46,6 +47,7 @@ def importance_weights(
     """Log-weights of queries and keys for every sample, on the scale of `exp(x . y)`.
 
     Args:
+        tokens: Scaled ones, unless `weighting` is "balance".
         landmarks: The sum of their mean query and mean key is the mean of a proposal.
         samples: `[batch, heads, samples, dim]` from `draw_samples`.
         weighting: One of `IMPORTANCE_WEIGHTINGS`, with `alpha_coeff` for "optimal".
@@ -63,17 +65,18 @@ def importance_weights(
     if repeats > 1:
         # The log of `samples / landmarks` times the sum of densities: then the sum over samples is the right average.
         mixture = mixture + math.log(repeats)
-    directions, pair_bias, log_density = samples, None, mixture
-    token_bias = length_bias(query)
+    directions, pair_bias, log_density, rule = samples, None, mixture, _HALF_NORM._replace(root=tokens.root)
+    token_bias = None
     if weighting == "biased":
         directions = samples + torch.cat([mu] * repeats, dim=-2)
         if beside_exact:
             # exp(mu_c . x) divided by its mean over the proposals: a redistribution of the weight between them.
             affinity = _finite(query @ mu.transpose(-1, -2), used)
-            token_bias = token_bias - affinity.logsumexp(-1, keepdim=True) + _number_used(mu, used).log()
+            token_bias = _number_used(mu, used).log() - affinity.logsumexp(-1, keepdim=True)
     elif weighting == "optimal":
         # Of each sample under its own proposal.
         assert density is not None
+        assert landmarks.query_mean is not None
         log_density = density.unflatten(-2, (repeats, mu.shape[-2])).diagonal(dim1=-2, dim2=-1).flatten(-2)
         # Finite, so that a row without any real token gives no NaN.
         affinity = _finite(query @ landmarks.query_mean.transpose(-1, -2), tokens.visible)
@@ -90,8 +93,8 @@ def importance_weights(
         # An unused landmark (a row shorter than `num_landmarks`) has no density: its terms go, not only its weight.
         slot_bias = torch.where(_of_samples(used, repeats), slot_bias, float("-inf"))
     return (
-        LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias),
-        LinearSlotWeights(key, length_bias(key), samples, torch.zeros_like(slot_bias)),
+        LinearSlotWeights(query, token_bias, directions, slot_bias, pair_bias, rule),
+        LinearSlotWeights(key, None, samples, None, rule=rule),
     )
 
 
@@ -131,13 +134,12 @@ class ProposalFeatureMap:
 
     def query_weights(self, query: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled queries `[batch, heads, tokens, head_dim]`."""
-        bias = length_bias(query)
-        bias = bias if self.offset is None else bias + self.offset.to(query)
-        return LinearSlotWeights(query, bias, self.samples, self.log_weight)
+        weights = LinearSlotWeights(query, None, self.samples, self.log_weight, rule=_HALF_NORM)
+        return weights if self.offset is None else weights.plus(self.offset.to(query))
 
     def key_weights(self, key: Tensor) -> LinearSlotWeights:
         """Log-weights of scaled keys `[batch, heads, tokens, head_dim]`."""
-        return LinearSlotWeights(key, length_bias(key), self.samples, torch.zeros_like(self.log_weight))
+        return LinearSlotWeights(key, None, self.samples, None, rule=_HALF_NORM)
 
 
 def proposal_feature_map(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import ProposalMap, ResidualMap
 from ..padding import Tokens
+from ..proposal_map import ProposalMap, ResidualMap
 from ..softmax import mask_logits, softmax_with_lse
 from .parts import Parts, parts_of
 
@@ -22,13 +22,14 @@ _NORM_EPSILON = 1e-4  # part of the published definition of mixing with values
 class Landmarks:
     """Where LARA's proposals are: at the sum of a landmark's mean query and mean key.
 
-    mean: Their sum, `[batch, heads, landmarks, head_dim]`, in scaled coordinates. query_mean: Its part of the queries.
+    mean: Their sum, `[batch, heads, landmarks, head_dim]`, in scaled coordinates. query_mean: Its part of the queries,
+        of tokens that are scaled; `None` of others.
     parts: The tokens that a landmark stands for.
     used: `[batch or 1, 1, 1, landmarks]`, False for a landmark without tokens; `None` if all have some.
     """
 
     mean: Tensor
-    query_mean: Tensor
+    query_mean: Tensor | None
     parts: Parts
     used: Tensor | None
 
@@ -48,6 +49,10 @@ def find_landmarks(
     if mixing not in MIXINGS:
         raise InputError(f"mixing must be one of {list(MIXINGS)}; got {mixing!r}.")
     parts = parts_of(tokens, num_landmarks)
+    if tokens.root != 1:
+        if query_map is None and key_map is None and mixing == "none":
+            return Landmarks(parts.mean(tokens.query + tokens.key) * tokens.root, None, parts, parts.used)
+        tokens = tokens.scaled()
     # Maps live in the coordinates of the arguments; a residual one is the same in all that differ by a factor.
     root = scaling**0.5
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.attend import attend
+from ...kernels.attention_state import consumed_logsumexp
 from ..padding import Tokens
 from ..slot_weights import LinearSlotWeights
 
@@ -17,7 +18,7 @@ def masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tu
     """The exact mass of all keys for every probe, and what every slot has read of them.
 
     Args:
-        probes: Queries, `[batch, heads, probes, head_dim]`.
+        probes: Queries as those of `tokens`, `[batch, heads, probes, head_dim]`.
         key_weights: Log-weights of the keys of `tokens` for the slots, which have no bias.
     Returns: `[batch, heads, probes]` and `[batch, heads, slots]`.
     Cost: O(tokens * (probes + slots) * head_dim). On a CPU logits are formed, some heads and keys at a time.
@@ -25,7 +26,9 @@ def masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tu
     if probes.device.type != "cpu" or torch.compiler.is_compiling():
         return streamed_masses(probes, tokens, key_weights)
     batch, heads, count, _ = probes.shape
-    readers, keys = torch.cat([probes, key_weights.slots], 2), tokens.key.transpose(-1, -2)
+    probes = probes if tokens.root == 1 else probes * tokens.root**2
+    slots, keys = key_weights.for_tokens_as_they_are().slots, tokens.key.transpose(-1, -2)
+    readers = torch.cat([probes, slots], 2)
     bias = key_weights.token_bias.transpose(-1, -2)
     hidden = None
     if tokens.visible is not None:  # added: masks that are the same for many rows are slow to fill with
@@ -65,20 +68,12 @@ def _in_pieces(readers: Tensor, keys: Tensor, bias: Tensor, hidden: Tensor | Non
     return torch.cat(found).unflatten(0, (batch, heads))
 
 
-def consumed_logsumexp(logits: Tensor, *, has_hidden: bool) -> Tensor:
-    """Log-sum-exp over the last dimension of logits that nobody else needs. Without gradient."""
-    top = logits.amax(-1, keepdim=True)
-    if has_hidden:
-        top.clamp_min_(torch.finfo(logits.dtype).min)
-    return logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(-1))
-
-
 def read_mass(probes: LinearSlotWeights, slots: Tensor, *, has_hidden: bool) -> Tensor:
     """The mass that queries find in slots of mass `slots` `[batch, heads, slots]`: `[batch, heads, probes]`.
 
     has_hidden: Whether a slot's may be `-inf`.
     """
-    logits = probes.tokens @ probes.slots.transpose(-1, -2)
+    logits = probes.tokens @ probes.for_tokens_as_they_are().slots.transpose(-1, -2)
     logits.add_((probes.slot_bias + slots).unsqueeze(-2))
     if probes.pair_bias is not None:
         logits.add_(probes.pair_bias)
@@ -88,5 +83,6 @@ def read_mass(probes: LinearSlotWeights, slots: Tensor, *, has_hidden: bool) -> 
 def streamed_masses(probes: Tensor, tokens: Tokens, key_weights: LinearSlotWeights) -> tuple[Tensor, Tensor]:
     """The same by a kernel that forms no logits."""
     visible = None if tokens.visible is None else tokens.visible.transpose(-1, -2)
+    probes = probes if tokens.root == 1 else probes * tokens.root**2
     exact = attend(probes, tokens.key, tokens.value, visible=visible).lse
     return exact, key_weights.masked(tokens.visible).summarise(tokens.value).lse

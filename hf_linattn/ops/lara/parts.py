@@ -20,6 +20,8 @@ from ..tracing import outside_tracing
 
 # Entries of the matrices that average the tokens of padded rows; beyond it tokens are gathered.
 _MOST = 1 << 22
+# Tokens of a segment that are added one by one.
+_FEW = 4
 
 
 class Parts(Protocol):
@@ -34,6 +36,9 @@ class Parts(Protocol):
     def middle(self, z: Tensor) -> Tensor:
         """The middle token of every part, of the same shapes."""
 
+    def middles(self) -> tuple[int, ...]:
+        """Its number, where all rows have the same parts; nothing where it has to be computed."""
+
 
 def parts_of(tokens: Tokens, num_landmarks: int) -> Parts:
     """The parts of the rows of `tokens`; of an image the largest square number up to `num_landmarks`."""
@@ -41,7 +46,7 @@ def parts_of(tokens: Tokens, num_landmarks: int) -> Parts:
     if tokens.grid is not None:
         return Bins(tokens.grid, math.isqrt(num_landmarks))
     if longest <= num_landmarks:
-        return OwnTokens(None if tokens.valid is None else tokens.valid[:, None, None, :])
+        return OwnTokens(None if tokens.valid is None else tokens.valid[:, None, None, :], longest)
     if tokens.valid is None:
         return Segments(longest, num_landmarks)
     index = segment_index(tokens.lengths, num_landmarks, longest)
@@ -54,12 +59,16 @@ class OwnTokens:
     """Every token is a part. used: which tokens are real; the others are 0."""
 
     used: Tensor | None
+    count: int
 
     def mean(self, z: Tensor) -> Tensor:
         return z
 
     def middle(self, z: Tensor) -> Tensor:
         return z
+
+    def middles(self) -> tuple[int, ...]:
+        return () if self.used is not None else tuple(range(self.count))
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,14 @@ class Segments:
     used = None
 
     def mean(self, z: Tensor) -> Tensor:
-        parts = [part.mean(3) for part in self._of_equal_size(z)]
+        parts = [_mean(part) for part in self._of_equal_size(z)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def middles(self) -> tuple[int, ...]:
+        size, longer = divmod(self.tokens, self.count)
+        shorter = self.count - longer
+        starts = [number * size + max(0, number - shorter) for number in range(self.count)]
+        return tuple(start + (size + (number >= shorter)) // 2 for number, start in enumerate(starts))
 
     def middle(self, z: Tensor) -> Tensor:
         parts = [part[..., part.shape[3] // 2, :] for part in self._of_equal_size(z)]
@@ -86,6 +101,17 @@ class Segments:
         border = (self.count - longer) * size
         shorter = z[:, :, :border].unflatten(2, (self.count - longer, size))
         return [shorter, z[:, :, border:].unflatten(2, (longer, size + 1))]
+
+
+def _mean(z: Tensor) -> Tensor:
+    """Mean over dimension 3. A few tensors are added faster than that is found."""
+    size = z.shape[3]
+    if size > _FEW:
+        return z.mean(3)
+    total, *others = z.unbind(3)
+    for other in others:
+        total = total + other
+    return total / size
 
 
 @dataclass(frozen=True)
@@ -105,6 +131,9 @@ class Bins:
     def middle(self, z: Tensor) -> Tensor:
         return z.index_select(2, bin_table(*self.grid, self.bins, str(z.device), str(z.dtype))[2])
 
+    def middles(self) -> tuple[int, ...]:
+        return ()  # of an image they are asked for by no kernel
+
 
 @dataclass(frozen=True)
 class IndexedParts:
@@ -123,6 +152,9 @@ class IndexedParts:
         # Counted per row, so that padding in other rows has no influence; of a part without tokens any.
         size = (self.index >= 0).sum(-1, keepdim=True)
         return gather_tokens(z, self.index.gather(-1, size // 2 % self.index.shape[-1])).squeeze(-2)
+
+    def middles(self) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)

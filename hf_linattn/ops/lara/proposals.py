@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import add_noise
-from ..noise import RowNoise
+from ..noise import RowNoise, add_noise
 
 
 def draw_samples(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..inputs import add_noise, checked_attention, factor_of, noise_factor
+from ..inputs import checked_attention, factor_of
+from ..noise import add_noise, noise_factor
 from ..padding import without_padding
 from ..softmax import mask_logits, softmax_with_lse, visible_keys
 from .features import log_feature

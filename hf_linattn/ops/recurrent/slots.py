@@ -16,8 +16,9 @@ from torch import Tensor
 from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.backends import current_backend
 from ...kernels.decode import decode_step
-from ..inputs import compute_dtype, prepare_tokens
+from ..inputs import prepare_tokens
 from ..noise import with_noise
+from ..precision import compute_dtype
 from ..slot_attention import SlotOptions, exact_attention
 from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights, dropped_from
 from ..softmax import softmax_with_lse, without_empty

@@ -23,7 +23,7 @@ from hf_linattn.ops.reference import learned_reference
 HEADS, SLOTS, DIM = 2, 5, 4
 SCALE = DIM**-0.5
 SETTINGS = {"num_global_tokens": 0, "num_landmarks": SLOTS, "learned": True}
-MAPS = [name for name in LearnedFeatureMap.__dataclass_fields__ if name not in ("normalizer", "statistics")]
+MAPS = [name for name in LearnedFeatureMap.__dataclass_fields__ if name not in ("normalizer", "statistics", "root")]
 ADAPTERS = ["query_adapter", "key_adapter"]
 
 

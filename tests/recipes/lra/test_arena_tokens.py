@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from _common import RecipeError
 from hf_linattn.errors import InputError
 from lra.data import ArenaDataArguments
 from lra.listops import WORDS
 from lra.tasks import TASKS, collate, encoder_of
 from lra.tokens import byte_tokenizer, grey_ids, listops_tokenizer
+from parts.common import RecipeError
 
 
 @pytest.mark.parametrize("text", ["a film", " naïve\n\t“quotes” \x00\x7f 映画", "(a)"])

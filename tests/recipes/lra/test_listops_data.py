@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from _common import RecipeError
 from lra.listops import WORDS, ListOps
+from parts.common import RecipeError
 
 
 def rows(number: int, seed: int = 0, **settings: float) -> list[tuple[str, int]]:

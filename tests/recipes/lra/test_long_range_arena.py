@@ -17,15 +17,15 @@ from recipe_runs import assert_same_weights, pushed, two_processes
 
 import build_long_range_arena
 import long_range_arena
-from _common import RecipeError
-from _common import run as run_program
-from _finetuning import read_flags
-from _labels import Labels
-from _metrics import CLASSIFICATION
 from hf_linattn.errors import InputError
 from lra.data import ArenaDataArguments
 from lra.model import BertForLongRangeArena
 from lra.tasks import TASKS
+from parts.common import RecipeError
+from parts.common import run as run_program
+from parts.finetuning import read_flags
+from parts.labels import Labels
+from parts.metrics import CLASSIFICATION
 from text_classification import score
 
 CONFIGS = sorted(Path("recipes/configs/lra").glob("*.yaml"))

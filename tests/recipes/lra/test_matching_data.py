@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-from _common import RecipeError
 from lra.matching import pairs, passages
+from parts.common import RecipeError
 
 SOURCES = {name: [f"{name} {i}" for i in range(9)] for name in ("plays", "reviews", "articles")}
 

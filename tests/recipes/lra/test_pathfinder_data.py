@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from _common import RecipeError
 from lra.pathfinder import CLEARANCE, GAP, MARGIN, Pathfinder, render
+from parts.common import RecipeError
 
 LENGTHS = (6, 9, 14)
 SCALE = 8  # pixels of the picture that is searched, to one of the image

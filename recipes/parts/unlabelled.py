@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, default_data_collator
 
-from _common import RecipeError, load_splits, refuse_idle_flags
-from _data import Data, first_rows, is_stream
-from _text import choose_max_length
 from hf_linattn.data.files import IMAGE_FORMATS, TEXT_FORMATS, load_images
 from hf_linattn.data.rows import IMAGE_NAMES, TEXT_NAMES, ImageCollator, only_images, packed
 from hf_linattn.integrations.families import takes_images
+
+from .common import RecipeError, load_splits, refuse_idle_flags
+from .data import Data, first_rows, is_stream
+from .text import choose_max_length
 
 OF_TEXT = ("text_column", "max_length")
 OF_IMAGES = ("train_dir", "validation_dir", "image_column")

@@ -13,7 +13,7 @@ class GlueTask:
 
     Args:
         text, pair: Columns; None where a row has one text.
-        metrics: Names, as in `_metrics.METRICS`; the first is the one that counts.
+        metrics: Names, as in `metrics.METRICS`; the first is the one that counts.
         validation, test: Splits on the Hub: the first is that of `--do_eval` or `--do_predict`, others follow it.
     """
 

@@ -25,15 +25,16 @@ from transformers import (
     set_seed,
 )
 
-from _adaptation import SHARED, AdaptationArguments, Collate, adapt, add_adapter, check_adapter
-from _checkpoints import find_checkpoint
-from _common import AttentionArguments, RecipeError, linear_attention_of, versions
-from _data import Data, DataArguments, is_stream
-from _kept import Kept
-from _processes import Progress, describe_processes
-from _training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 from hf_linattn.training import LinAttnCallback
 from hf_linattn.training.context_parallel_trainer import check_context_parallel
+
+from .adaptation import SHARED, AdaptationArguments, Collate, adapt, add_adapter, check_adapter
+from .checkpoints import find_checkpoint
+from .common import AttentionArguments, RecipeError, linear_attention_of, versions
+from .data import Data, DataArguments, is_stream
+from .kept import Kept
+from .processes import Progress, describe_processes
+from .training import ModelArguments, RecipeTrainer, RecipeTrainingArguments, parse_flags, start_logging
 
 logger = logging.getLogger("hf_linattn.recipes")
 

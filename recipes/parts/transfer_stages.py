@@ -1,6 +1,6 @@
 """The flags and the Trainer of attention transfer, in one or two stages: attention outputs, then hidden states.
 
-For `attention_transfer.py` alone; the order of a fine-tuning run, `--transfer_steps` among it, is in `_finetuning.py`.
+For `attention_transfer.py` alone; the order of a fine-tuning run, `--transfer_steps` among it, is in `finetuning.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 
-from _common import RecipeError
-from _training import RecipeTrainer, RecipeTrainingArguments
 from hf_linattn.training import AttentionTransferTrainer
 from hf_linattn.training.transfer import LEARNING_RATES
+
+from .common import RecipeError
+from .training import RecipeTrainer, RecipeTrainingArguments
 
 STEPS = 200
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from _common import RecipeError
-from _processes import agree
+from .common import RecipeError
+from .processes import agree
 
 T = TypeVar("T")
 

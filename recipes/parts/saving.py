@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from _damage import MANIFEST, STATE, damage, sizes
-from _together import SaveError, describe_failure, gather, is_write_failure, together
+from .damage import MANIFEST, STATE, damage, sizes
+from .together import SaveError, describe_failure, gather, is_write_failure, together
 
 
 class CheckedSaves(Trainer):

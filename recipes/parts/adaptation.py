@@ -16,16 +16,17 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import hf_linattn
-from _checkpoints import last_complete
-from _common import RecipeError, refuse_idle_flags
-from _data import Data, first_rows, is_stream
-from _kept import Kept
-from _processes import prepare_sharding, strategy
-from _repeatable import RepeatableTrainer
 from hf_linattn.cli.values import name_list
 from hf_linattn.distributed.fully_sharded import copy_learned
 from hf_linattn.training import AttentionTransferTrainer
 from hf_linattn.training.transfer import LEARNING_RATES
+
+from .checkpoints import last_complete
+from .common import RecipeError, refuse_idle_flags
+from .data import Data, first_rows, is_stream
+from .kept import Kept
+from .processes import prepare_sharding, strategy
+from .repeatable import RepeatableTrainer
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from _common import RecipeError
-from _training import RecipeTrainer
+from .common import RecipeError
+from .training import RecipeTrainer
 
 # Share of the image that random erasing blanks, and the sides of what it blanks and of random crops (height / width).
 ERASED_AREA, ERASED_RATIO, CROP_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3), (3 / 4, 4 / 3)

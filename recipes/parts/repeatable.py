@@ -18,11 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
 from transformers.trainer_utils import TrainOutput, has_length
 
-from _common import RecipeError
-from _saving import CheckedSaves
-from _stopping import StoppableTrainer
 from hf_linattn.errors import did_you_mean
 from hf_linattn.training import ContextParallelTrainer
+
+from .common import RecipeError
+from .saving import CheckedSaves
+from .stopping import StoppableTrainer
 
 logger = logging.getLogger("hf_linattn.recipes")
 

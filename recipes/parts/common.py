@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.metadata
 import json
 import logging
@@ -206,6 +207,8 @@ def run(main: Any) -> None:
         print("Ctrl-C: stopped. The same command line goes on from the last complete checkpoint.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
-        # Without this some runs of several processes crash on exit, after all the work is done.
+        # Without this some runs of several processes crash on exit, after all the work is done. A group's threads end
+        # with the last reference to it, and a trainer refers to itself: what is left of it is collected.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            gc.collect()

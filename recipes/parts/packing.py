@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithFlattening, PreTrainedConfig
 
-from _common import RecipeError
-from _masking import IGNORED
+from .common import RecipeError
+from .masking import IGNORED
 
 
 def check_packing(config: PreTrainedConfig, objective: str) -> None:

@@ -20,13 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from _common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
-from _processes import prepare_sharding, tell_missing_processes
-from _publish import Publisher
-from _repeatable import RepeatableTrainer
-from _together import existing, together
 from hf_linattn.errors import did_you_mean
 from hf_linattn.hub import write_card
+
+from .common import KIND_SETTINGS, RecipeError, linear_attention_of, write_json
+from .processes import prepare_sharding, tell_missing_processes
+from .publish import Publisher
+from .repeatable import RepeatableTrainer
+from .together import existing, together
 
 logger = logging.getLogger("hf_linattn.recipes")
 

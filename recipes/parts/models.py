@@ -17,12 +17,13 @@ from transformers import (
 )
 
 import hf_linattn
-from _adaptation import AdaptationArguments
-from _common import AttentionArguments, RecipeError, apply_attention, linear_attention_of, refuse_idle_flags
-from _text import LengthArguments
-from _training import ModelArguments, NewModelArguments
 from hf_linattn.cli.checkpoints import has_vocabulary
 from hf_linattn.errors import LinAttnError, did_you_mean
+
+from .adaptation import AdaptationArguments
+from .common import AttentionArguments, RecipeError, apply_attention, linear_attention_of, refuse_idle_flags
+from .text import LengthArguments
+from .training import ModelArguments, NewModelArguments
 
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:

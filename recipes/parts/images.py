@@ -19,14 +19,15 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
-from _common import RecipeError
-from _data import SPLITS, Data, DataArguments, read_splits
-from _labels import find_label_column, without_missing_labels
-from _models import is_new, load_processor
-from _text import LABEL_NAMES
-from _training import ModelArguments
 from hf_linattn.data.files import IMAGE_FORMATS, check_folder, column_names, find_column, load_images
 from hf_linattn.data.rows import EIGHT_BIT_MODES, IMAGE_NAMES
+
+from .common import RecipeError
+from .data import SPLITS, Data, DataArguments, read_splits
+from .labels import find_label_column, without_missing_labels
+from .models import is_new, load_processor
+from .text import LABEL_NAMES
+from .training import ModelArguments
 
 logger = logging.getLogger("hf_linattn.recipes")
 

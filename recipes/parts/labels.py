@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedConfig
 
-from _common import RecipeError
-from _data import Data, is_stream
 from hf_linattn.data.files import column_names, find_column
+
+from .common import RecipeError
+from .data import Data, is_stream
 
 MAX_LABELS = 1000  # more is a column of something else
 MISSING = (None, -1)  # -1: of a test set whose labels are kept secret

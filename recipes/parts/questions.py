@@ -11,10 +11,11 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from _common import RecipeError, load_splits, refuse_idle_flags
-from _data import SPLITS, Data, DataArguments, read_splits
-from _text import LengthArguments
 from hf_linattn.data.files import column_names, find_column
+
+from .common import RecipeError, load_splits, refuse_idle_flags
+from .data import SPLITS, Data, DataArguments, read_splits
+from .text import LengthArguments
 
 CONTEXT_NAMES, QUESTION_NAMES, ANSWER_NAMES = ("context", "document", "text"), ("question", "query"), ("answers",)
 # What a row of SQuAD's own JSON holds: articles, or the whole file in one row.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from _questions import Example, QuestionArguments
+from .questions import Example, QuestionArguments
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

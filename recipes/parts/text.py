@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from _common import RecipeError
-from _data import Data
-from _labels import Labels, find_label_column
 from hf_linattn.data import rows
 from hf_linattn.data.files import column_names, find_column
 from hf_linattn.data.rows import TEXT_NAMES
+
+from .common import RecipeError
+from .data import Data
+from .labels import Labels, find_label_column
 
 PAIR_NAMES = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
 LABEL_NAMES = ("label", "labels", "target", "class")

@@ -16,12 +16,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from _adaptation import AdaptationArguments
-from _common import KEEP, SOFTMAX, AttentionArguments, RecipeError, linear_attention_of
-from _finetuning import Flags, Scores, Task
-from _repeatable import RepeatableTrainer
-from _training import ModelArguments, RecipeTrainingArguments
 from hf_linattn.integrations.batches import is_label
+
+from .adaptation import AdaptationArguments
+from .common import KEEP, SOFTMAX, AttentionArguments, RecipeError, linear_attention_of
+from .finetuning import Flags, Scores, Task
+from .repeatable import RepeatableTrainer
+from .training import ModelArguments, RecipeTrainingArguments
 
 # What the head of a checkpoint is for -> the recipe of the task.
 RECIPES = {

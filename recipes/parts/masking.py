@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
-from _common import RecipeError
+from .common import RecipeError
 
 IGNORED = -100  # a label that no loss counts
 

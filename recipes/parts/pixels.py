@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, TrainingArguments
 
-from _common import RecipeError
-from _data import Data, is_stream
-from _images import CONVERTIBLE_MODES, ImageArguments, ImageColumns, image_size_of
-from _labels import Labels
 from hf_linattn.data.files import column_names
+
+from .common import RecipeError
+from .data import Data, is_stream
+from .images import CONVERTIBLE_MODES, ImageArguments, ImageColumns, image_size_of
+from .labels import Labels
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from _damage import file_damage
-from _saving import write_atomically
-from _together import decided, gather, together
+from .damage import file_damage
+from .saving import write_atomically
+from .together import decided, gather, together
 
 logger = logging.getLogger("hf_linattn.recipes")
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from _common import RecipeError
 from hf_linattn.modules.base import LinearAttention
+
+from .common import RecipeError
 
 logger = logging.getLogger("hf_linattn.recipes")
 

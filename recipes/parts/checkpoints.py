@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from _common import RecipeError
-from _damage import ADAPTER, CONFIG, MANIFEST, STATE, damage, read_manifest
-from _together import decided, gather
+from .common import RecipeError
+from .damage import ADAPTER, CONFIG, MANIFEST, STATE, damage, read_manifest
+from .together import decided, gather
 
 logger = logging.getLogger("hf_linattn.recipes")
 

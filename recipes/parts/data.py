@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
-from _common import RecipeError, load_splits, refuse_idle_flags
 from hf_linattn.data.files import UNREADABLE, column_names
+
+from .common import RecipeError, load_splits, refuse_idle_flags
 
 FORMATS_HELP = "parquet, csv, tsv, json or jsonl"
 SPLITS = ("train", "validation", "test")
