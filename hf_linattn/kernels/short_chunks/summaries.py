@@ -102,12 +102,12 @@ class ControlVariates:
         if kept is not None:
             return
         # `mu . y - |y|^2 / 2` relative to the chunk's centre, which all members have in common, as one product.
-        shape = (len(key), sort.length, self.heads, dim)
-        logits = self._apart(0.5).mul_(self.centred).view(shape).sum(-1).mul_(scaling)
+        by_head = (len(key), sort.length, self.heads, dim)
+        logits = self._apart(0.5).mul_(self.centred).view(by_head).sum(-1).mul_(scaling)
         if sort.absent is not None:  # a chunk without any has the mean of zeros
             logits.masked_fill_(sort.absent, torch.finfo(logits.dtype).min)
         self.weight = weight = logits.softmax(1)
-        weighted = weight.unsqueeze(-1) * self.members.view(shape)
+        weighted = weight.unsqueeze(-1) * self.members.view(by_head)
         self.content = torch.bmm(sort.ones, weighted.view(self.flat))
 
     def _by_head(self, x: Tensor) -> Tensor:
