@@ -5,7 +5,7 @@ The library calls a `torch.autograd.Function` around a forward and a backward op
 exported program does. Derivatives in forward mode and second derivatives raise: torch takes whatever has none for a
 constant, and would answer 0.
 
-Where nothing looks at a call (`_is_plain`) the kernels are called without their operators: finding the way through
+Where nothing looks at a call (`is_plain`) the kernels are called without their operators: finding the way through
 torch's dispatcher into Python, twice, takes longer than a short input.
 """
 
@@ -34,6 +34,8 @@ def register_pair(
     record: type | None = None,
     kept: Callable[..., tuple[Tensor, ...]] | None = None,
     differentiable: Sequence[int] | None = None,
+    heads_first: int = 0,
+    takes_no_grad_lse: bool = False,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Define the operators `hf_linattn::<name>` and `hf_linattn::<name>_backward` of a softmax and its derivative.
 
@@ -48,6 +50,9 @@ def register_pair(
             `<name>_backward(grads, inputs, results, needs, *options)`.
         kept: Empty tensors like the results after the log-sum-exp, from the arguments of the operator.
         differentiable: Which tensors have gradients, if not all.
+        heads_first: So many tensors, the first, and the results are `[batch, heads, tokens(, dim)]`; gradients and
+            results have the heads of a token next to each other in memory.
+        takes_no_grad_lse: Whether the backward kernel takes `None` for the gradient of a log-sum-exp that has none.
     Returns: the function of tensors, options and the name of a backend.
     """
     name, rest = schema.split("(", 1)
@@ -62,8 +67,8 @@ def register_pair(
 
     def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         query, value = arguments[0], arguments[value_place]
-        output = value.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        output = _empty(value, (*query.shape[:-1], value.shape[-1]), heads_first > 0)
+        lse = _empty(query, query.shape[:-1], heads_first > 0).to(torch.promote_types(query.dtype, torch.float32))
         return output, lse, *(() if kept is None else kept(*arguments))
 
     def backward_kernel(*arguments: Any) -> list[Tensor]:  # an operator cannot return None
@@ -71,8 +76,8 @@ def register_pair(
 
     def backward_fake(*arguments: Any) -> list[Tensor]:
         given, needs = arguments[2 : 2 + count], arguments[2 + count + len(results)]
-        wanted = [given[place] for place, needed in zip(places, needs, strict=True) if needed]
-        return [z.new_empty(z.shape) for z in wanted]
+        wanted = [(given[place], place) for place, needed in zip(places, needs, strict=True) if needed]
+        return [_empty(z, z.shape, place < heads_first) for z, place in wanted]
 
     compute = dispatch(kernels, f"{name}_forward", records=inputs)
 
@@ -112,18 +117,24 @@ def register_pair(
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
             results = tuple(compute(*arguments))
             setup(ctx, arguments, results)
+            ctx.set_materialize_grads(False)  # of what is kept
             return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            if torch.is_grad_enabled() or not _is_plain(grads[:2]):
-                return Pair.backward(ctx, *grads)
+            is_unusual = torch.is_grad_enabled() or not is_plain(grads[:2])
+            given: list[Tensor | None] = list(grads[:2])
+            for i, like in enumerate(ctx.saved_tensors[count : count + 2]):
+                if given[i] is None and (is_unusual or not (i and takes_no_grad_lse)):
+                    given[i] = torch.zeros_like(like)
+            if is_unusual:
+                return Pair.backward(ctx, *given)  # type: ignore[arg-type]
             needs = [ctx.needs_input_grad[place] for place in places]
-            return in_their_places(ctx, backward_kernel(*grads[:2], *ctx.saved_tensors, needs, *ctx.options))
+            return in_their_places(ctx, backward_kernel(*given, *ctx.saved_tensors, needs, *ctx.options))
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         given = arguments[:count]
-        if not _is_plain(given):
+        if not is_plain(given):
             return Pair.apply(*_each_once(given), *arguments[count:])
         if torch.is_grad_enabled() and any([z is not None and z.requires_grad for z in given]):
             return Plain.apply(*arguments)
@@ -145,6 +156,14 @@ def register_pair(
     return call
 
 
+def _empty(like: Tensor, shape: Sequence[int], heads_first: bool) -> Tensor:
+    """An empty tensor, contiguous or with tokens before heads in memory."""
+    if not heads_first:
+        return like.new_empty(shape)
+    batch, heads, tokens, *dim = shape
+    return like.new_empty(batch, tokens, heads, *dim).transpose(1, 2)
+
+
 def _each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same with a view in place of what was there before: `torch.compile` takes no tensor twice."""
     found: list[Tensor | None] = []
@@ -153,7 +172,7 @@ def _each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call has ordinary tensors with contents, and no tracing, transform or mode wants to see operators."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

@@ -15,6 +15,7 @@ from hf_linattn import kernels
 from hf_linattn.kernels.decode import decode_step
 from hf_linattn.kernels.half_norm import half_norm
 from hf_linattn.kernels.short_chunks import short_pooled
+from hf_linattn.kernels.short_chunks.cutting import Sizes
 from hf_linattn.kernels.short_slots import short_slot_attention
 
 # Attention functions define an operator when they are first called; here all are wanted, whatever ran before.
@@ -135,15 +136,19 @@ def short_case(
     )
 
 
-def short_chunks_case(places: int, dtype: torch.dtype, *, learned: bool = False, chunk: int = 2) -> tuple[Any, ...]:
-    """Windows of two tokens, of which the last is not whole."""
+def short_chunks_case(
+    tokens: int, dtype: torch.dtype, *, learned: bool = False, chunk: int = 2, **others: Any
+) -> tuple[Any, ...]:
+    """Windows of two tokens, of which the last is not whole. others: Of `Sizes`."""
     assert short_pooled  # its operator is defined where it is imported
-    tokens = [random(2, 2 * places, 3, 4, seed=i, dtype=dtype) for i in range(3)]
+    count = others["height"] * others["width"] + 1 if others.get("height") else 2 * tokens - 1
+    # Tokens come before heads in memory.
+    given = [random(2, count, 3, 4, seed=i, dtype=dtype).transpose(1, 2) for i in range(3)]
     square, row = (3, 4, 4), (3, 4)
     shapes = [row, row, square, square, (3,), row, row] if learned else [square, square]
-    maps = [random(1, *shape, seed=3 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
-    sizes = (2 * places - 1, 2, chunk, True, 0.7)
-    return (*tokens, *maps, *(() if learned else ("sum",)), *sizes, "torch")
+    maps = [random(*shape, seed=3 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
+    sizes = [list(z) if isinstance(z, tuple) else z for z in Sizes(2, chunk, True, 0.7, **others)]
+    return (*given, *maps, *(() if learned else ("sum",)), *sizes, "torch")
 
 
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -184,6 +189,12 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
     "short chunks, longer": ("short_variates", lambda n, d: short_chunks_case(4 * n, d, chunk=4)),
     "short chunks, learned": ("short_pooled", lambda n, d: short_chunks_case(n, d, learned=True)),
     "short chunks, learned, longer": ("short_pooled", lambda n, d: short_chunks_case(4 * n, d, learned=True, chunk=4)),
+    "short chunks, image": ("short_variates", lambda n, d: short_chunks_case(n, d, height=3, width=5, num_global=1)),
+    "short chunks, learned, image": (
+        "short_pooled",
+        lambda n, d: short_chunks_case(n, d, learned=True, height=3, width=4, num_global=1),
+    ),
+    "short chunks, lengths": ("short_variates", lambda n, d: short_chunks_case(4, d, lengths=(7, 4), chunks=(2, 1))),
     "decode": ("decode_step", decode_case),
     "half_norm": ("half_norm", half_norm_case),
 }

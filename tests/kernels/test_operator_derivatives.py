@@ -48,7 +48,7 @@ def _short(*tensors: Tensor) -> Any:
     return short_slot_attention(ShortInputs(*tensors), ShortOptions(2, (), 0.7, 1.0, 0.5, -1.3, has_hidden=True))
 
 
-SHORT = Sizes(tokens=5, window=2, chunk=2, weighs_size=True, scaling=0.7)
+SHORT = Sizes(window=2, chunk=2, weighs_size=True, scaling=0.7)
 
 
 def _short_variates(*tensors: Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same, inputs, patch_with_spy, random
 from torch import Tensor
 
-from hf_linattn.kernels.short_chunks import torch_kernel
+from hf_linattn.kernels.short_chunks import reading
 from hf_linattn.ops.eva import short
 from hf_linattn.ops.eva.attention import eva_attention
 from hf_linattn.ops.eva.learned import LearnedSummariser, learned_eva_attention
@@ -40,27 +40,123 @@ def with_gradients(kind: str, tensors: list[Tensor], maps: list[Tensor], **optio
     """The output, and the gradients of all that it depends on."""
     leaves = [z.detach().requires_grad_() for z in (*tensors, *maps)]
     output = attend(kind, leaves[:3], leaves[3:], **options)
+    if options.get("real_first"):  # what padded queries read is nobody's
+        output = output.masked_fill(~options["key_mask"][:, None, :, None], 0.0)
     grads = torch.autograd.grad(output, leaves, random(*output.shape, seed=9), allow_unused=True)
-    return [output, *(torch.zeros_like(z) if g is None else g for z, g in zip(leaves, grads, strict=True))]
+    found = [torch.zeros_like(z) if g is None else g for z, g in zip(leaves, grads, strict=True)]
+    if options.get("real_first"):
+        found[:3] = [z.masked_fill(~options["key_mask"][:, None, :, None], 0.0) for z in found[:3]]
+    return [output, *found]
 
 
-@pytest.mark.parametrize(
+def on_both_roads(
+    patch: pytest.MonkeyPatch, kind: str, tensors: list[Tensor], with_maps: bool, **options: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Outputs and gradients of the short road, of the same in parts, and of the long road."""
+    given = kind, tensors, MAPS if with_maps else []
+    name = "short_pooled" if kind == "learned" else "short_variates"
+    patch.setattr(short, "LONGEST", 100)
+    with patch.context() as spied:
+        spy = patch_with_spy(spied, f"hf_linattn.ops.eva.short.{name}")
+        found = with_gradients(*given, **options)
+        assert spy
+    patch.setattr(reading, "_PART", 1)  # one head of one row at a time
+    in_parts = with_gradients(*given, **options)
+    patch.setattr(short, "LONGEST", 0)
+    return found, in_parts, with_gradients(*given, **options)
+
+
+BOTH = pytest.mark.parametrize(
     ("kind", "with_maps"), [("learned", True), *((kind, maps) for kind in list(KINDS)[:-1] for maps in (False, True))]
 )
+SOME = pytest.mark.parametrize(("kind", "with_maps"), [("learned", True), ("sum", True), ("mean", False)])
+
+
+def assert_all_same(*found: list[Tensor]) -> None:
+    for ours, parts, expected in zip(*found, strict=True):
+        assert_same(ours, expected)
+        assert_same(parts, expected)
+
+
+@BOTH
 @pytest.mark.parametrize(("tokens", "window", "chunks"), LAYOUTS)
 def test_equals_the_long_road(
     kind: str, tokens: int, window: int, chunks: int, with_maps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = kind, inputs(tokens), MAPS if with_maps else []
     options = {"window_size": window, "num_chunks": chunks}
-    monkeypatch.setattr(short, "LONGEST", 100)
-    found = with_gradients(*given, **options)
-    monkeypatch.setattr(torch_kernel, "_PART", 1)  # one head of one row at a time
-    in_parts = with_gradients(*given, **options)
-    monkeypatch.setattr(short, "LONGEST", 0)
-    for ours, parts, expected in zip(found, in_parts, with_gradients(*given, **options), strict=True):
-        assert_same(ours, expected)
-        assert_same(parts, expected)
+    if chunks == tokens and not with_maps:
+        return  # every key for itself: neither road
+    assert_all_same(*on_both_roads(monkeypatch, kind, inputs(tokens), with_maps, **options))
+
+
+# Grid, window, chunks, global tokens: chunks as large as windows, smaller, larger, of one patch; partly filled ones.
+GRIDS = [
+    ((4, 6), 2, 6, 1),
+    ((4, 4), 4, 4, 0),
+    ((5, 7), 4, 16, 2),
+    ((6, 5), 2, 4, 1),
+    ((3, 7), 2, 49, 1),
+    ((8, 1), 2, 9, 0),
+]
+
+
+@SOME
+@pytest.mark.parametrize(("grid", "window", "chunks", "first"), GRIDS)
+def test_images(
+    kind: str,
+    with_maps: bool,
+    grid: tuple[int, int],
+    window: int,
+    chunks: int,
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"window_size": window, "num_chunks": chunks, "grid": grid, "num_global_tokens": first}
+    tensors = inputs(grid[0] * grid[1] + first, batch=3)
+    if window >= max(grid) or (chunks >= max(grid) ** 2 and not with_maps):
+        return
+    assert_all_same(*on_both_roads(monkeypatch, kind, tensors, with_maps, **options))
+
+
+@SOME
+@pytest.mark.parametrize(("tokens", "window", "chunks"), LAYOUTS)
+def test_global_tokens_of_a_sequence(
+    kind: str, with_maps: bool, tokens: int, window: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"window_size": window, "num_chunks": chunks, "num_global_tokens": 2}
+    if chunks == tokens and not with_maps:
+        return
+    assert_all_same(*on_both_roads(monkeypatch, kind, inputs(tokens + 2), with_maps, **options))
+
+
+LENGTHS = {"alike": [13, 13, 13], "mixed": [17, 9, 5], "short": [17, 3, 1], "empty": [12, 0, 17], "chunks": [16, 8, 6]}
+
+
+@SOME
+@pytest.mark.parametrize("where", ["end", "start", "between", "real first"])
+@pytest.mark.parametrize(("window", "chunks"), [(4, 12), (4, 4), (4, 2), (8, 3)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_padding(
+    kind: str,
+    with_maps: bool,
+    where: str,
+    window: int,
+    chunks: int,
+    lengths: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = torch.tensor(LENGTHS[lengths])[:, None]
+    mask = torch.arange(17) < count
+    if where == "start":
+        mask = mask.flip(-1)
+    elif where == "between":
+        mask = mask[:, torch.randperm(17, generator=torch.Generator().manual_seed(0))]
+    tensors = [
+        z.masked_fill(~mask[:, None, :, None], 0.0 if where == "real first" else float("nan"))
+        for z in inputs(17, batch=3)
+    ]
+    options = {"window_size": window, "num_chunks": chunks, "key_mask": mask, "real_first": where == "real first"}
+    assert_all_same(*on_both_roads(monkeypatch, kind, tensors, with_maps, **options))
 
 
 @pytest.mark.parametrize(
@@ -70,13 +166,15 @@ def test_equals_the_long_road(
         ({"weighting": "spread"}, False),
         ({"overlap_window": True}, False),
         ({"is_causal": True}, False),
-        ({"num_global_tokens": 1}, False),
+        ({"num_global_tokens": 1}, True),
+        ({"num_global_tokens": 1, "key_mask": torch.ones(2, 12, dtype=torch.bool)}, False),
+        ({"grid": (4, 3), "window_size": 2}, True),
         ({"grid": (4, 3)}, False),
         ({"noise": True}, False),
         ({"slot_dropout": 0.1}, False),
         ({"chunking": "published"}, False),
         ({"key_map": torch.tanh}, False),
-        ({"key_mask": torch.ones(2, 12, dtype=torch.bool)}, False),
+        ({"key_mask": torch.ones(2, 12, dtype=torch.bool)}, True),
         ({"window_bias": torch.zeros(1, 4, 4)}, False),
         ({"window_size": 12}, False),
     ],
@@ -86,12 +184,9 @@ def test_which_inputs_are_short(options: dict[str, Any], is_short: bool, monkeyp
     spy = patch_with_spy(monkeypatch, "hf_linattn.ops.eva.short.short_variates")
     eva_attention(*inputs(12), **({"window_size": 4, "num_chunks": 6} | options))
     assert bool(spy) == is_short
-    eva_attention(*inputs(13), **({"window_size": 4, "num_chunks": 6} | options | DROPPED.get(tuple(options), {})))
+    fitting = {"grid": None, "key_mask": None, "num_global_tokens": 0}  # what would not fit, or not be longer
+    eva_attention(*inputs(13), **({"window_size": 4, "num_chunks": 6} | options | fitting))
     assert len(spy) == is_short
-
-
-# What would not fit 13 tokens.
-DROPPED: dict[tuple[str, ...], dict[str, Any]] = {("grid",): {"grid": None}, ("key_mask",): {"key_mask": None}}
 
 
 def test_chunks_of_one_token_are_softmax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,95 +1,210 @@
 """How short inputs are cut into windows and chunks.
 
-Tokens come before heads, as they lie in the memory of models: `[batch, windows, places of a window, heads, dim]`, and
-`[batch, chunks, members, heads, dim]`.
+Tokens get places, so that the tokens of a window are neighbours, and those of a chunk too: one of the two divides the
+other. In a sequence that is the order of the tokens; the patches of an image are sorted.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Sizes(NamedTuple):
     """How tokens are cut.
 
-    tokens: Real tokens of every row; what comes after them fills the last window, and the last chunk.
-    window, chunk: Tokens of each, one of which divides the other. Of a chunk longer than a window, the windows are
-        read one by one, each as a summary, where one of them is the query's own.
+    window, chunk: Tokens of each (sides of squares with a grid), one of which divides the other. Of a chunk longer
+        than a window, the windows are read one by one, each as a summary, where one of them is the query's own.
     weighs_size: Summaries weigh by their number of tokens, or all the same.
     scaling: Factor of the dot product.
+    height, width: Of the grid of patches that the tokens are; 0 for a sequence.
+    num_global: Tokens before the others, which see all and are seen by all.
+    lengths, chunks: Of every row, how many tokens are real, the first ones, and its `chunk`. Empty if all are.
     """
 
-    tokens: int
     window: int
     chunk: int
     weighs_size: bool
     scaling: float
+    height: int = 0
+    width: int = 0
+    num_global: int = 0
+    lengths: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Sizes:
+        """From what an operator got."""
+        return cls._make([*values[:-2], tuple(values[-2]), tuple(values[-1])])
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of a summary, for every sort of summary."""
-        return [self.chunk, self.window] if self.chunk > self.window else [self.chunk]
+    def members(self) -> list[int]:
+        """Places of a summary, for every sort of summary."""
+        power = 2 if self.height else 1
+        return [size**power for size in ([self.chunk, self.window] if self.chunk > self.window else [self.chunk])]
+
+    @property
+    def places_of_window(self) -> int:
+        return self.window**2 if self.height else self.window
+
+    def count(self, tokens: int) -> int:
+        """Places of a row of so many tokens, global ones left out: whole windows and chunks."""
+        size = max(self.window, self.chunk)
+        if self.height:
+            return -(-self.height // size) * -(-self.width // size) * size**2
+        return -(-tokens // size) * size
 
 
 class Sort(NamedTuple):
     """Summaries of so many tokens each.
 
-    share: One over the number of members, `[chunks, 1, 1]` where it differs; 0 for no member.
-    member: `[chunks, members]`, False for a place without a token; `None` if all have one.
+    share: `[batch * chunks, 1, members]`, one over the number of real members; 0 for a place without a token.
+    ones: The same with ones.
+    absent: `[batch * chunks, members, 1]`, True for a place without a token; `None` if all have one.
     """
 
     length: int
-    share: Tensor | float
-    member: Tensor | None
+    share: Tensor
+    ones: Tensor
+    absent: Tensor | None
 
 
 class Places(NamedTuple):
-    """What does not depend on values. Summaries of all sorts are numbered one sort after the other.
+    """What does not depend on values. `rows` is 1 where all are alike, else the batch.
 
-    near: `[windows, 1, 1, window]`, `-inf` for a place without a token; `None` if all have one.
-    seen: `[windows, 1, window]`, 0 for such a place and 1 elsewhere.
-    far: `[windows, 1, 1, summaries]`: log-weights of the summaries that a window reads, `-inf` of the others.
-    read: `[windows, 1, summaries]`, 1 for those that it reads, 0 for the others.
-    log_weight: `[summaries]`, `-inf` for one without a token.
+    Summaries of all sorts are numbered one sort after the other, and behind them the global tokens.
+
+    total: Places of a row, `window` of them in a window. is_plain: Every token is at the place of its number.
+    token_of: `[places]`, the token of a place, 0 where there is none; `place_of`: `[tokens]`, its place. `None` where
+        places are tokens in their order.
+    near: `[batch * windows, 1, 1, window]`, `-inf` for a place without a token; `None` if all have one.
+    empty: `[places]`, True for a place without a token, where tokens are sorted and a place has none.
+    far: `[rows, 1, tokens, summaries]`: log-weights of the summaries that a token reads, `-inf` of the others.
+    read: `[rows, tokens, summaries]`: 1 for those that it reads, else 0.
+    alone: `[rows, tokens, 1]`, True where it reads none of them; `None` if no token is alone. In `shown` they read
+        all.
     """
 
+    total: int
+    window: int
+    is_plain: bool
     sorts: list[Sort]
+    token_of: Tensor | None
+    place_of: Tensor | None
     near: Tensor | None
-    seen: Tensor | None
+    empty: Tensor | None
     far: Tensor
     read: Tensor
-    log_weight: Tensor
+    alone: Tensor | None
+    shown: Tensor
 
 
 @functools.lru_cache(maxsize=64)
-def places(sizes: Sizes, length: int, dtype: torch.dtype) -> Places:
-    """The same for every call with these sizes and so many places, on the CPU."""
-    hidden = torch.full((), float("-inf"), dtype=dtype, device="cpu")
-    real = torch.arange(length, device="cpu") < sizes.tokens
-    first = torch.arange(0, length, sizes.window, device="cpu")[:, None]  # of every window
+def places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places:
+    """The same for every call with these sizes and so many tokens, global ones left out, on the CPU."""
+    with torch.device("cpu"):  # whatever the default is
+        return _places(sizes, batch, tokens, dtype)
+
+
+def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places:
+    hidden, count, window = torch.full((), float("-inf"), dtype=dtype), sizes.count(tokens), sizes.places_of_window
+    index = _order(sizes)
+    number = torch.arange(count) if index is None else index
+    lengths = torch.tensor(sizes.lengths or (tokens,))
+    real = number < lengths[:, None]  # [rows, places]
+    is_whole = bool(real.all())
+    first = torch.arange(0, count, window)[:, None]  # of every window
     sorts, weights, reads = [], [], []
-    for size in sizes.lengths:
-        members = real.view(-1, size).sum(-1).to(dtype)
+    for size in sizes.members:
+        members = real.view(len(real), -1, size).sum(-1).to(dtype)
         weights.append(members.log() if sizes.weighs_size else members.log().clamp_max_(0.0))
-        start = torch.arange(0, length, size, device="cpu")
-        own = first // size * size == start if size >= sizes.window else first == start // sizes.window * sizes.window
-        if size < sizes.chunk:  # windows, where their chunk is not read
-            own = own | (start // sizes.chunk != first // sizes.chunk)
+        start = torch.arange(0, count, size)
+        own = first // size * size == start if size >= window else first == start // window * window
+        if size < sizes.members[0]:  # windows, where their chunk is not read
+            own = own | (start // sizes.members[0] != first // sizes.members[0])
         reads.append(~own)
-        share: Tensor | float = 1 / size
-        if sizes.tokens < length:
-            share = (1 / members).masked_fill_(members == 0, 0.0).view(-1, 1, 1)
-        sorts.append(Sort(size, share, None if sizes.tokens == length else real.view(-1, size)))
-    weight, read = torch.cat(weights), torch.cat(reads, dim=-1)
-    far, near = torch.where(read, weight, hidden), None
-    if sizes.tokens < length:
+        summaries, is_member = batch * (count // size), real.view(len(real), -1, 1, size)
+        ones = torch.ones(1, 1, size, dtype=dtype).expand(summaries, 1, size)
+        if is_whole:
+            sorts.append(Sort(size, (ones[:1] / size).expand(summaries, 1, size), ones, None))
+            continue
+        is_member = is_member.expand(batch, -1, -1, -1).flatten(0, 1)
+        share = is_member.to(dtype)
+        share /= share.sum(-1, keepdim=True).clamp_min(1.0)
+        sorts.append(Sort(size, share, ones, ~is_member.mT))
+    place = torch.arange(tokens) if index is None else index.argsort(stable=True)[:tokens]
+    weight = torch.cat(weights, -1)[:, None]  # [rows, 1, summaries]
+    read = torch.cat(reads, -1)[place // window] & (weight > float("-inf"))  # [rows, tokens, summaries]
+    far = torch.where(read, weight, hidden)
+    far, read = F.pad(far, (0, sizes.num_global)), F.pad(read, (0, sizes.num_global), value=True)
+    alone, shown = ~read.any(-1, keepdim=True), far
+    if bool(alone.any()):
+        shown = far.masked_fill(alone, 0.0)
+    near = None
+    if not is_whole:
         # Windows without a token read something as well, so that no sum of weights is 0.
-        seen = real.view(-1, sizes.window)
+        seen = real.view(-1, window)
         seen = seen | ~seen.any(-1, keepdim=True)
-        near = torch.where(seen, torch.zeros_like(hidden), hidden)[:, None, None]
-    seen_there = None if near is None else seen.to(dtype).unsqueeze(1)
-    return Places(sorts, near, seen_there, far[:, None, None], read.to(dtype).unsqueeze(1), weight)
+        near = torch.where(seen, torch.zeros_like(hidden), hidden)[:, None, None].repeat(batch // len(real), 1, 1, 1)
+    return Places(
+        count,
+        window,
+        index is None and count == tokens and not sizes.num_global,
+        sorts,
+        None if index is None else torch.where(index < tokens, index, 0),
+        None if index is None else place,
+        near,
+        None if index is None or is_whole else ~real[0],
+        far.unsqueeze(1),
+        read.to(dtype),
+        None if shown is far else alone,
+        shown.unsqueeze(1),
+    )
+
+
+def _order(sizes: Sizes) -> Tensor | None:
+    """`[places]`: the patch at every place, or their number where there is none; `None` for a sequence."""
+    height, width = sizes.height, sizes.width
+    if not height:
+        return None
+    large, small = max(sizes.window, sizes.chunk), min(sizes.window, sizes.chunk)
+    rows, columns, inner = -(-height // large), -(-width // large), large // small
+    number = torch.full((rows * large, columns * large), height * width)
+    number[:height, :width] = torch.arange(height * width).view(height, width)
+    number = number.view(rows, inner, small, columns, inner, small)
+    return number.permute(0, 3, 1, 4, 2, 5).flatten()
+
+
+@functools.lru_cache(maxsize=64)
+def _of_rows(sizes: Sizes, tokens: int, batch: int) -> tuple[Tensor, Tensor]:
+    """`token_of` among the tokens of all rows, global ones included, and `place_of` among all places."""
+    fixed, row = places(sizes, batch, tokens, torch.float32), torch.arange(batch, device="cpu")[:, None]
+    assert fixed.token_of is not None
+    assert fixed.place_of is not None
+    index = row * (tokens + sizes.num_global) + sizes.num_global + fixed.token_of
+    return index.flatten(), (row * fixed.total + fixed.place_of).flatten()
+
+
+def to_places(x: Tensor, sizes: Sizes, count: int) -> Tensor:
+    """`[batch, tokens, heads(, dim)]`, global tokens included -> `[batch, count, heads(, dim)]`, without gaps."""
+    tokens = x.shape[1] - sizes.num_global
+    if sizes.height:
+        index, _ = _of_rows(sizes, tokens, len(x))
+        return x.reshape(-1, *x.shape[2:]).index_select(0, index).view(len(x), count, *x.shape[2:])
+    own = x[:, sizes.num_global :] if sizes.num_global else x
+    if count > tokens:
+        own = F.pad(own, (0, 0) * (x.ndim - 2) + (0, count - tokens))
+    return own.contiguous()
+
+
+def to_tokens(x: Tensor, sizes: Sizes, tokens: int) -> Tensor:
+    """Back to the tokens, global ones left out: `[batch, places, heads(, dim)]` -> `[batch, tokens, heads(, dim)]`."""
+    if sizes.height:
+        _, inverse = _of_rows(sizes, tokens, len(x))
+        return x.flatten(0, 1).index_select(0, inverse).view(len(x), tokens, *x.shape[2:])
+    return x if x.shape[1] == tokens else x[:, :tokens]

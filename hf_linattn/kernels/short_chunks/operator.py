@@ -27,13 +27,13 @@ def short_variates(
     """What queries read from the keys of their window, and from all chunks outside it, which are control variates.
 
     Args:
-        query, key, value: `[batch, places, heads, head_dim]` on the CPU; places are whole windows. Not scaled.
-        query_adapter, key_adapter: `[1, heads, head_dim, head_dim]`, residual maps of mean queries and keys.
+        query, key, value: `[batch, heads, tokens, head_dim]` on the CPU, global tokens first. Not scaled. Tokens that
+            are not real (`lengths` of `sizes`) are finite.
+        query_adapter, key_adapter: `[heads, head_dim, head_dim]`, residual maps of mean queries and keys.
         proposals: As in `eva_attention`.
-    Returns: output `[batch, places, heads, head_dim]` and log-sum-exp. Nothing that is of use for places without a
-        token.
-    Cost: O(places * (window + chunks) * head_dim); memory that of `windows * (window + chunks)` keys and values, for
-        some heads at a time.
+    Returns: output `[batch, heads, tokens, head_dim]` and log-sum-exp. Nothing that is of use for tokens that are not
+        real.
+    Cost: O(tokens * (window + chunks) * head_dim) time, O(tokens * (head_dim + chunks)) memory.
     """
     arguments = (query, key, value, query_adapter, key_adapter, proposals, *sizes, current_backend())
     return AttentionState(*_variates(*arguments)[:2])
@@ -42,33 +42,38 @@ def short_variates(
 def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tensor], sizes: Sizes) -> AttentionState:
     """The same with learned chunks.
 
-    Args: maps: `[1, heads, ...]` each, the tensors of a `LearnedSummariser` in their order.
+    Args: maps: `[heads, ...]` each, the tensors of a `LearnedSummariser` in their order.
     """
     arguments = (query, key, value, *maps, *sizes, current_backend())
     return AttentionState(*_pooled(*arguments)[:2])
 
 
-def _kept(key: Tensor, window: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(key: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """Like what is kept of control variates (`summaries.py`)."""
-    batch, length, heads, dim = key.shape
-    lengths = [chunk, window] if chunk > window else [chunk]
+    batch, heads, length, dim = key.shape
     key = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
-    chunks = key.new_empty(batch, sum(length // size for size in lengths), heads, dim)
-    weight = key.new_empty(batch, length * sum(size > 1 for size in lengths), heads)
+    if sizes.lengths:
+        return key, torch.empty_like(key), torch.empty_like(key)
+    places = sizes.count(length - sizes.num_global)
+    chunks = key.new_empty(batch, sum(places // size for size in sizes.members), heads, dim)
+    weight = key.new_empty(batch, places * sum(size > 1 for size in sizes.members), heads)
     return chunks, torch.empty_like(chunks), weight
 
 
 def _kept_weight(*arguments: Any) -> tuple[Tensor, ...]:
-    return _kept(arguments[1], *arguments[7:9])
+    return _kept(arguments[1], Sizes.of(arguments[6:-1]))
 
 
 def _kept_keys(*arguments: Any) -> tuple[Tensor, ...]:
-    chunks, others, _ = _kept(arguments[1], *arguments[11:13])
+    chunks, others, _ = _kept(arguments[1], Sizes.of(arguments[10:-1]))
     return chunks, others, torch.empty_like(chunks)
 
 
 _TOKENS = "Tensor query, Tensor key, Tensor value"
-_SIZES = "int tokens, int window, int chunk, bool weighs_size, float scaling"
+_SIZES = (
+    "int window, int chunk, bool weighs_size, float scaling, int height, int width, int num_global, int[] lengths,"
+    " int[] chunks"
+)
 _RESULTS = "Tensor output, Tensor lse, Tensor chunk_key, Tensor chunk_value"
 _variates = register_pair(
     f"short_variates({_TOKENS}, Tensor? query_adapter, Tensor? key_adapter, str proposals, {_SIZES})"
@@ -76,6 +81,8 @@ _variates = register_pair(
     torch_kernel,
     record=torch_kernel.VariateInputs,
     kept=_kept_weight,
+    heads_first=3,
+    takes_no_grad_lse=True,
 )
 _pooled = register_pair(
     f"short_pooled({_TOKENS}, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter, Tensor query_adapter,"
@@ -83,4 +90,6 @@ _pooled = register_pair(
     torch_kernel,
     record=torch_kernel.PooledInputs,
     kept=_kept_keys,
+    heads_first=3,
+    takes_no_grad_lse=True,
 )

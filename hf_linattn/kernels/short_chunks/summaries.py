@@ -1,6 +1,7 @@
 """Chunks made of their tokens: what stands for each, and the way back from its gradients.
 
-Tokens are `[batch, chunks, members, heads, dim]` and not scaled, nor are the keys of chunks.
+Tokens are `[batch, places, heads, dim]` without gaps and not scaled, nor are the keys of chunks. Sums over the members
+of a chunk are products with a row of numbers, which are faster than torch's sums.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from .cutting import Sort
 
-# What is kept for the backward pass, `[batch, ..., heads(, dim)]`: `key` and `value` of the summaries, and one more.
+# What is kept for the backward pass. `[batch, ...]` each, contiguous.
 Kept = tuple[Tensor, Tensor, Tensor]
 
 
 class Summaries(Protocol):
-    """key, value: `[batch, chunks, heads, dim]`. bias: `[batch, heads, chunks]`, added to the logits, or `None`."""
+    """key, value: `[batch, heads, chunks, dim]`. bias: `[batch, heads, chunks]`, added to the logits, or `None`."""
 
     @property
     def key(self) -> Tensor: ...
@@ -30,8 +31,7 @@ class Summaries(Protocol):
     def bias(self) -> Tensor | None: ...
 
     @property
-    def kept(self) -> Kept:
-        """All contiguous."""
+    def kept(self) -> Kept: ...
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
@@ -40,29 +40,13 @@ class Summaries(Protocol):
         values, `[batch, places, heads, dim]`, which it adds to `grads`."""
 
 
-def _members(tokens: Sequence[Tensor], length: int) -> list[Tensor]:
-    """`[batch, chunks, members, heads, dim]`, views."""
-    batch, _, heads, dim = tokens[0].shape
-    return [z.view(batch, -1, length, heads, dim) for z in tokens]
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """`[batch, ..., heads, dim]` -> `[heads, batch * ..., dim]`."""
-    return x.flatten(0, -3).transpose(0, 1)
-
-
-def _like_tokens(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_by_head`."""
-    return x.transpose(0, 1).reshape(like.shape)
-
-
 class ControlVariates:
     """Mean keys, and values at a proposal.
 
     Args:
         sort: What kind of chunks these are.
-        query_adapter, key_adapter: `[heads, dim, dim]`, residual maps of the means, or `None`.
-        kept: In the backward pass; the last are the weights of the members, `[batch, tokens, heads]`.
+        parameters: `[heads, dim, dim]`, residual maps of mean queries and mean keys, or `None`.
+        kept: In the backward pass; the last are the weights of the members, `[batch, chunks * members, heads]`.
         proposals: As in `eva_attention`.
     """
 
@@ -78,180 +62,114 @@ class ControlVariates:
         proposals: str,
         scaling: float,
     ) -> None:
-        query, key, value = _members(tokens, sort.length)
+        self.batch, places, self.heads, dim = tokens[0].shape
+        self.chunks = places // sort.length
+        self.flat = (self.batch * self.chunks, sort.length, self.heads * dim)
+        self.sort, self.proposals, self.scaling = sort, proposals, scaling
         self.query_adapter, self.key_adapter = parameters
-        self.value_members, self.sort, self.proposals, self.scaling = value, sort, proposals, scaling
-        self.is_single = key.shape[2] == 1
+        query, key, self.members = [z.view(self.flat) for z in tokens]
+        self.is_single = sort.length == 1
         if kept is not None:
-            self.key, self.value, weight = kept
-            self.weight = weight.view(key.shape[:-1]) if weight.numel() else weight
+            shape = (len(key), 1, -1)
+            self.mean, self.content, self.weight = kept[0].reshape(shape), kept[1].reshape(shape), kept[2]
         residual = None
         if self.is_single:
-            self.centre = centre = key.squeeze(2)
+            self.centre = key
         elif kept is not None and self.key_adapter is None:
-            self.centre = centre = self.key
+            self.centre = self.mean
         else:
-            self.centre = centre = key.sum(2).mul_(sort.share)
+            self.centre = torch.bmm(sort.share, key)
         if self.key_adapter is not None:
-            residual = _like_tokens(_by_head(centre) @ self.key_adapter, centre)
+            residual = self._mapped(self.centre, self.key_adapter)
         if kept is None:
-            self.key = centre if residual is None else centre + residual
+            self.mean = self.centre if residual is None else self.centre + residual
         if self.is_single:
             if kept is None:
-                self.value, self.weight = value.squeeze(2), key.new_empty(len(key), 0, key.shape[3])
+                self.content, self.weight = self.members, key.new_empty(self.batch, 0, self.heads)
             return
         self.query_mean = None
         proposal = residual  # relative to the centre
         if proposals in ("sum", "mean"):
-            self.query_mean = mean = query.sum(2).mul_(sort.share)
+            self.query_mean = mean = torch.bmm(sort.share, query)
             if self.query_adapter is not None:
-                mean = mean + _like_tokens(_by_head(mean) @ self.query_adapter, mean)
+                mean = mean + self._mapped(mean, self.query_adapter)
             proposal = mean if proposal is None else proposal + mean
             if proposals == "mean":
-                proposal = (proposal - centre) / 2
+                proposal = (proposal - self.centre) / 2
         elif proposals == "none":
-            proposal = -centre
-        # `mu . y - |y|^2 / 2` relative to the chunk's centre, which all members have in common, as one product.
-        self.centred = key - centre.unsqueeze(2)
-        self.apart = -self.centred if proposal is None else proposal.unsqueeze(2) - self.centred
+            proposal = -self.centre
+        self.centred, self.proposal = key - self.centre, proposal
         if kept is not None:
             return
-        logits = torch.add(self.apart, self.centred, alpha=0.5).mul_(self.centred).sum(-1).mul_(scaling)
-        if sort.member is not None:  # a chunk without any has the mean of zeros
-            logits.masked_fill_(~sort.member.unsqueeze(-1), torch.finfo(logits.dtype).min)
-        self.weight = logits.softmax(2)
-        self.value = (self.weight.unsqueeze(-1) * value).sum(2)
+        # `mu . y - |y|^2 / 2` relative to the chunk's centre, which all members have in common, as one product.
+        by_head = (len(key), sort.length, self.heads, dim)
+        logits = self._apart(0.5).mul_(self.centred).view(by_head).sum(-1).mul_(scaling)
+        if sort.absent is not None:  # a chunk without any has the mean of zeros
+            logits.masked_fill_(sort.absent, torch.finfo(logits.dtype).min)
+        self.weight = weight = logits.softmax(1)
+        weighted = weight.unsqueeze(-1) * self.members.view(by_head)
+        self.content = torch.bmm(sort.ones, weighted.view(self.flat))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """`[batch * chunks, members, heads, dim]`."""
+        return x.view(len(x), -1, self.heads, x.shape[-1] // self.heads)
+
+    def _mapped(self, mean: Tensor, adapter: Tensor) -> Tensor:
+        return (self._heads_first(mean) @ adapter).transpose(0, 1).reshape(mean.shape)
+
+    def _heads_first(self, mean: Tensor) -> Tensor:
+        """`[heads, batch * chunks, dim]`."""
+        return self._by_head(mean).squeeze(1).transpose(0, 1)
+
+    def _apart(self, share: float) -> Tensor:
+        """The proposal less a share of the keys."""
+        if self.proposal is None:
+            return self.centred * -share
+        return torch.sub(self.proposal, self.centred, alpha=share)
+
+    @property
+    def key(self) -> Tensor:
+        return self.mean.view(self.batch, self.chunks, self.heads, -1).transpose(1, 2)
+
+    @property
+    def value(self) -> Tensor:
+        return self.content.view(self.batch, self.chunks, self.heads, -1).transpose(1, 2)
 
     @property
     def kept(self) -> Kept:
-        return self.key.contiguous(), self.value.contiguous(), self.weight.flatten(1, -2)
+        shape = (self.batch, self.chunks, self.heads, -1)
+        return self.mean.view(shape), self.content.view(shape), self.weight.view(self.batch, -1, self.heads)
 
     def backward(
         self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        to_query, to_key, to_value = _members(grads, self.sort.length)
-        of_mean, of_value = of_key, of_value.unsqueeze(2)
+        to_query, to_key, to_value = (z.view(self.flat) for z in grads)
+        of_mean, of_content = (z.transpose(1, 2).reshape(self.flat[0], 1, -1) for z in (of_key, of_value))
         of_query_adapter = of_key_adapter = None
         if self.is_single:
-            to_value.add_(of_value)
+            to_value.add_(of_content)
         else:
-            weight = self.weight
-            of_weight = (self.value_members * of_value).sum(-1)
-            of_logits = torch._softmax_backward_data(of_weight, weight, 2, weight.dtype)
+            weight = self.weight.reshape(*self.flat[:2], self.heads)
+            of_weight = self._by_head(self.members * of_content).sum(-1)
+            of_logits = torch._softmax_backward_data(of_weight, weight, 1, weight.dtype)
             of_logits = of_logits.mul_(self.scaling).unsqueeze(-1)
-            to_value.addcmul_(weight.unsqueeze(-1), of_value)
-            to_key.addcmul_(of_logits, self.apart)
+            self._by_head(to_value).addcmul_(weight.unsqueeze(-1), self._by_head(of_content))
+            self._by_head(to_key).addcmul_(of_logits, self._by_head(self._apart(1.0)))
             if self.proposals != "none":
-                of_proposal = (of_logits * self.centred).sum(2)
+                moved = (of_logits * self._by_head(self.centred)).view(self.flat)
+                of_proposal = torch.bmm(self.sort.ones, moved)
                 if self.proposals == "mean":
                     of_proposal.div_(2)
                 of_mean = of_mean + of_proposal
             if self.query_mean is not None:
                 of_query = of_proposal
                 if self.query_adapter is not None:
-                    upstream = _by_head(of_query)
-                    of_query_adapter = _by_head(self.query_mean).mT @ upstream
-                    of_query = of_query + _like_tokens(upstream @ self.query_adapter.mT, of_query)
-                to_query.add_((of_query * self.sort.share).unsqueeze(2))
+                    upstream = self._heads_first(of_query)
+                    of_query_adapter = self._heads_first(self.query_mean).mT @ upstream
+                    of_query = of_query + self._mapped(of_query, self.query_adapter.mT)
+                to_query.baddbmm_(self.sort.share.mT, of_query)
         if self.key_adapter is not None:
-            upstream = _by_head(of_mean)
-            of_key_adapter = _by_head(self.centre).mT @ upstream
-            of_mean = of_mean + _like_tokens(upstream @ self.key_adapter.mT, of_mean)
-        to_key.add_((of_mean * self.sort.share).unsqueeze(2))
+            of_key_adapter = self._heads_first(self.centre).mT @ self._heads_first(of_mean)
+            of_mean = of_mean + self._mapped(of_mean, self.key_adapter.mT)
+        to_key.baddbmm_(self.sort.share.mT, of_mean)
         return of_query_adapter, of_key_adapter
-
-
-class Pooled:
-    """Keys and values pooled with learned weights, residual maps and a mass (`ops/eva/learned.py`).
-
-    Args:
-        parameters: Tensors of a `LearnedSummariser`, in their order.
-        kept: In the backward pass; the last are the pooled keys.
-    """
-
-    def __init__(
-        self,
-        tokens: Sequence[Tensor],
-        sort: Sort,
-        parameters: Sequence[Tensor],
-        kept: Kept | None = None,
-        *,
-        scaling: float,
-    ) -> None:
-        _, key, value = self.members = _members(tokens, sort.length)
-        key_pooling, value_pooling, key_adapter, query_adapter, far_offset, far_slope, key_slope = parameters
-        self.sort, self.parameters, self.root = sort, parameters, scaling**0.5
-        self.is_single = key.shape[2] == 1
-        if kept is not None:
-            self.key, self.value, pooled = kept
-        elif self.is_single:
-            pooled, self.value = key.squeeze(2), value.squeeze(2)
-        else:
-            pooled, self.value = self._pooled(key_pooling, key), self._pooled(value_pooling, value)
-        self.pooled = pooled
-        self.mapped = torch.baddbmm(_by_head(pooled), _by_head(pooled), key_adapter)
-        if kept is None:
-            read = torch.baddbmm(self.mapped, self.mapped, query_adapter.mT)
-            read.add_(far_slope.unsqueeze(1), alpha=1 / self.root)
-            self.key = read.unflatten(1, key.shape[:2]).permute(1, 2, 0, 3)
-        bias = torch.baddbmm(far_offset.view(-1, 1, 1), self.mapped, key_slope.unsqueeze(-1), alpha=self.root)
-        self.bias = bias.view(-1, *key.shape[:2]).transpose(0, 1)
-
-    @property
-    def kept(self) -> Kept:
-        return self.key.contiguous(), self.value.contiguous(), self.pooled.contiguous()
-
-    def _pooled(self, weights: Tensor, tokens: Tensor) -> Tensor:
-        """A softmax over the members of a chunk, `[batch, chunks, heads, dim]`."""
-        key, mask = self.members[1].flatten(0, 1).transpose(1, 2), self.sort.member
-        if mask is not None:
-            mask = key.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(key.dtype).min)
-            mask = mask[:, None, None].repeat(len(key) // len(mask), 1, 1, 1).expand(*key.shape[:2], 1, -1)
-        pooled, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            weights.unsqueeze(1).expand(len(key), -1, 1, -1),
-            key,
-            tokens.flatten(0, 1).transpose(1, 2),
-            attn_mask=mask,
-            scale=self.root,
-        )
-        return pooled.transpose(1, 2).reshape(*tokens.shape[:2], *tokens.shape[3:])
-
-    def backward(
-        self, of_key: Tensor, of_value: Tensor, of_bias: Tensor | None, grads: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        assert of_bias is not None
-        _, to_key, to_value = _members(grads, self.sort.length)
-        key_pooling, value_pooling, key_adapter, query_adapter, _, _, key_slope = self.parameters
-        _, key, value = self.members
-        of_read, of_mass = _by_head(of_key), of_bias.transpose(0, 1).flatten(1).unsqueeze(-1)
-        of_mapped = torch.baddbmm(of_read, of_read, query_adapter)
-        of_mapped.addcmul_(of_mass, key_slope.unsqueeze(1), value=self.root)
-        of_maps = (
-            _by_head(self.pooled).mT @ of_mapped,
-            of_read.mT @ self.mapped,
-            of_mass.sum((1, 2)),
-            of_read.sum(1) / self.root,
-            torch.bmm(self.mapped.mT, of_mass).squeeze(-1) * self.root,
-        )
-        shape = (*key.shape[:2], 1, *key.shape[3:])
-        of_pooled = torch.baddbmm(of_mapped, of_mapped, key_adapter.mT).transpose(0, 1).reshape(shape)
-        of_value = of_value.unsqueeze(2)
-        if self.is_single:
-            to_key.add_(of_pooled)
-            to_value.add_(of_value)
-            none = torch.zeros_like(key_slope)
-            return none, none, *of_maps
-        pooling = torch.stack([key_pooling, value_pooling], -1)
-        keys = _by_head(key)
-        logits = torch.bmm(keys, pooling).mul_(self.root).unflatten(1, key.shape[:3])
-        if self.sort.member is not None:
-            logits.masked_fill_(~self.sort.member[..., None], torch.finfo(logits.dtype).min)
-        weights = logits.softmax(3)
-        of_weights = torch.stack([(key * of_pooled).sum(-1), (value * of_value).sum(-1)], -1).movedim(3, 0)
-        of_logits = torch._softmax_backward_data(of_weights, weights, 3, weights.dtype).mul_(self.root)
-        weights = weights.movedim(0, 3).unsqueeze(-1)
-        to_key.addcmul_(weights[..., 0, :], of_pooled)
-        to_value.addcmul_(weights[..., 1, :], of_value)
-        of_logits = of_logits.flatten(1, 3)
-        to_key.add_(torch.bmm(of_logits, pooling.mT).unflatten(1, key.shape[:3]).movedim(0, 3))
-        return *torch.bmm(keys.mT, of_logits).unbind(-1), *of_maps

@@ -1,12 +1,8 @@
-"""The kernels of `operator.py` in plain torch, for CPUs.
-
-Forward, windows and chunks are read by torch's flash kernel, from where they lie in memory. Backward their weights are
-computed again by the kernel of windows and chunks.
-"""
+"""The kernels of `operator.py` in plain torch, for CPUs: rows that are cut alike are read together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
-from ..window_chunks.torch_kernel import WindowChunkInputs, part_gradients
-from .cutting import Places, Sizes, places
-from .sorts import AllSummaries, Summarise
-from .summaries import ControlVariates, Pooled
+from .cutting import Sizes
+from .pooled import Pooled
+from .reading import Reading
+from .sorts import Summarise
+from .summaries import ControlVariates
 
 _HALVES = (torch.float16, torch.bfloat16)
-# Logits of a part of the backward pass.
-_PART = 1 << 20
+# Rounding of a log-sum-exp of float32 is that of all weights in the backward pass. Of larger ones it is computed in
+# float64.
+_LARGEST = 32.0
 
 
 class VariateInputs(NamedTuple):
@@ -51,7 +49,7 @@ class PooledInputs(NamedTuple):
 
 def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_variates` describes them, and what is kept of the chunks."""
-    return _forward(inputs, Sizes(*sizes), _variates(proposals, sizes))
+    return _forward(inputs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3]))
 
 
 def short_variates_backward(
@@ -63,29 +61,119 @@ def short_variates_backward(
     *sizes: Any,
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return _backward(grads, inputs, results, needs, Sizes(*sizes), _variates(proposals, sizes))
+    return _backward(
+        grads, inputs, results, needs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3])
+    )
 
 
 def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_pooled` describes them, and what is kept of the chunks."""
-    return _forward(inputs, Sizes(*sizes), partial(Pooled, scaling=sizes[-1]))
+    return _forward(inputs, Sizes.of(sizes), partial(Pooled, scaling=sizes[3]))
 
 
 def short_pooled_backward(
     grads: AttentionState, inputs: PooledInputs, results: Sequence[Tensor], needs: Sequence[bool], *sizes: Any
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return _backward(grads, inputs, results, needs, Sizes(*sizes), partial(Pooled, scaling=sizes[-1]))
+    return _backward(grads, inputs, results, needs, Sizes.of(sizes), partial(Pooled, scaling=sizes[3]))
 
 
-def _variates(proposals: str, sizes: Sequence[Any]) -> Callable[..., ControlVariates]:
-    return partial(ControlVariates, proposals=proposals, scaling=sizes[-1])
+class _Part(NamedTuple):
+    """Rows that are cut alike, and whose summaries have the same parameters.
+
+    rows: Their numbers, or a slice; `None` for all. models: Which heads of all parameters `parameters` are, alike.
+    tokens: `[batch, tokens, heads, dim]`.
+    """
+
+    rows: Any
+    models: slice | None
+    tokens: Sequence[Tensor]
+    parameters: Sequence[Tensor | None]
+    sizes: Sizes
+
+
+def _some(x: Any, rows: Any) -> Any:
+    return x if x is None or rows is None else x[rows]
+
+
+def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
+    """All rows, in float32 or wider, or those of each length of chunks. Under `vmap` there are parameters for parts of
+    the batch, one after the other."""
+    if inputs[0].dtype in _HALVES:
+        inputs = [None if z is None else z.float() for z in inputs]
+    tokens = [inputs[0].transpose(1, 2), inputs[1].transpose(1, 2), inputs[2].transpose(1, 2)]
+    parameters = inputs[3:]
+    batch, _, heads, _ = tokens[0].shape
+    given = heads
+    for z in parameters:
+        if z is not None:
+            given = len(z)
+            break
+    found: list[_Part] = []
+    if given != heads:
+        number = given // heads
+        each = batch // number
+        for i in range(number):
+            rows, models = slice(i * each, (i + 1) * each), slice(i * heads, (i + 1) * heads)
+            own = [z[rows] for z in inputs[:3]], [_some(z, models) for z in parameters]
+            for part in _parts([*own[0], *own[1]], sizes):
+                own_rows = rows if part.rows is None else part.rows + rows.start
+                found.append(part._replace(rows=own_rows, models=models))
+        return found
+    if len(sizes.lengths) not in (0, batch):  # under `vmap`
+        repeats = batch // len(sizes.lengths)
+        sizes = sizes._replace(lengths=sizes.lengths * repeats, chunks=sizes.chunks * repeats)
+    if len(set(sizes.chunks)) > 1:
+        for chunk in sorted(set(sizes.chunks)):
+            some = [row for row, own_chunk in enumerate(sizes.chunks) if own_chunk == chunk]
+            lengths = tuple(sizes.lengths[row] for row in some)
+            index = torch.tensor(some, device="cpu")
+            own_sizes = sizes._replace(chunk=chunk, lengths=lengths, chunks=())
+            found.append(_Part(index, None, [z[index] for z in tokens], parameters, own_sizes))
+        return found
+    if sizes.lengths:
+        sizes = sizes._replace(chunk=sizes.chunks[0], chunks=())
+    return [_Part(None, None, tokens, parameters, sizes)]
+
+
+def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Row by row, in float64."""
+    for part in parts:
+        count = len(part.tokens[0])
+        rows = (
+            part.rows.tolist()
+            if isinstance(part.rows, Tensor)
+            else range(part.rows.start, part.rows.stop)
+            if part.rows
+            else range(count)
+        )
+        parameters = [None if z is None else z.double() for z in part.parameters]
+        for place, row in enumerate(rows):
+            some = slice(place, place + 1)
+            sizes = part.sizes._replace(lengths=part.sizes.lengths[some])
+            tokens = [z[some].double() for z in part.tokens]
+            yield _Part(slice(row, row + 1), part.models, tokens, parameters, sizes)
 
 
 def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
-    parts = [_read_forward(*part, sizes, summarise) for part in _parts(inputs)]
-    output, *rest = parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
-    return output.to(inputs[0].dtype), *rest
+    parts = _parts(inputs, sizes)
+    found: list[Sequence[Tensor]] = []
+    for part in parts:
+        read = Reading(part.tokens, part.parameters, part.sizes, summarise)
+        kept: Sequence[Tensor] = read.summaries.kept if not sizes.lengths else ()
+        found.append((*read.forward(), *kept))
+    results = found[0]
+    if len(parts) > 1:
+        results = [z.new_empty(len(inputs[0]), *z.shape[1:]) for z in results]
+        for part, of_part in zip(parts, found, strict=True):
+            for whole, own in zip(results, of_part, strict=True):
+                whole[part.rows] = own
+    output, lse, *rest = results
+    if sizes.lengths:  # what is kept would have other sizes in every row
+        rest = [lse.new_empty(0) for _ in range(3)]
+    if output.dtype != inputs[0].dtype:
+        output = output.to(inputs[0].dtype)
+    return output.transpose(1, 2), lse.transpose(1, 2), *rest
 
 
 def _backward(
@@ -96,152 +184,45 @@ def _backward(
     sizes: Sizes,
     summarise: Summarise,
 ) -> list[Tensor | None]:
-    parts = _parts(inputs)
-    wide = [z.float() if z.dtype in _HALVES else z for z in (*grads, *results)]
-    some = zip(*(z.chunk(len(parts)) for z in wide), strict=True)
-    found = [
-        _read_backward(AttentionState(*given[:2]), given[2:], *part, sizes, summarise)
-        for part, given in zip(parts, some, strict=True)
-    ]
-    grads_of: list[Tensor | None] = []
-    for place, (like, needed, each) in enumerate(zip(inputs, needs, zip(*found, strict=True), strict=True)):
-        if not needed:
-            grads_of.append(None)
-        elif place < 3:
-            grads_of.append((each[0] if len(each) == 1 else torch.cat(each)).to(like.dtype))
+    wide = results[1].dtype
+    given = [None if z is None else z.transpose(1, 2) for z in (*grads, *results[:2])]
+    if grads.output.dtype != wide:
+        given = [None if z is None else z.to(wide) for z in given]
+    is_large = wide == torch.float32 and _is_large(results[1])
+    parts = _parts(inputs, sizes)
+    totals: list[Tensor | None] = []
+    for part in _single_rows(parts) if is_large else parts:
+        upstream: list[Any] = [_some(z, part.rows) for z in given]
+        if is_large:
+            read = Reading(part.tokens, part.parameters, part.sizes, summarise)
+            upstream = [None if z is None else z.double() for z in upstream[:2]]
+            output, lse = read.forward()
+            found = read.backward(upstream[0], upstream[1], output, lse)
         else:
-            grads_of.append(torch.stack(each).to(like.dtype))
-    return grads_of
+            kept = None if sizes.lengths else [_some(z, part.rows) for z in results[2:]]
+            found = Reading(part.tokens, part.parameters, part.sizes, summarise, kept).backward(*upstream)
+        if part.rows is None:
+            totals = found
+            break
+        if not totals:
+            like = [*given[:1] * 3, *inputs[3:]]
+            totals = [None if z is None else z.new_zeros(z.shape, dtype=wide) for z in like]
+        for number, (total, own) in enumerate(zip(totals, found, strict=True)):
+            if total is None or own is None:
+                continue
+            if number < 3:
+                total[part.rows] = own.to(wide)
+            else:
+                _some(total, part.models).add_(own)
+    totals[:3] = [z.transpose(1, 2) for z in totals[:3]]  # type: ignore[union-attr]
+    return [
+        (total if total.dtype == z.dtype else total.to(z.dtype)) if needed and total is not None else None
+        for total, z, needed in zip(totals, inputs, needs, strict=True)
+    ]
 
 
-def _parts(inputs: Sequence[Any]) -> list[tuple[Sequence[Tensor], list[Any]]]:
-    """Queries, keys and values, and their parameters, in float32 or wider. Under `vmap` parts of the batch may have
-    different ones."""
-    if inputs[0].dtype in _HALVES:
-        inputs = [None if z is None else z.float() for z in inputs]
-    number = next((len(z) for z in inputs[3:] if z is not None), 1)
-    if number == 1:
-        return [(inputs[:3], [None if z is None else z[0] for z in inputs[3:]])]
-    tokens = zip(*(z.chunk(number) for z in inputs[:3]), strict=True)
-    return [(each, [None if z is None else z[i] for z in inputs[3:]]) for i, each in enumerate(tokens)]
-
-
-def _summaries(
-    tokens: Sequence[Tensor],
-    fixed: Places,
-    parameters: Sequence[Tensor],
-    summarise: Summarise,
-    kept: Sequence[Tensor] | None = None,
-) -> Any:
-    if len(fixed.sorts) == 1:
-        return summarise(tokens, fixed.sorts[0], parameters, kept)
-    return AllSummaries(tokens, fixed, parameters, summarise, kept)
-
-
-def _read_forward(
-    tokens: Sequence[Tensor], parameters: Sequence[Tensor], sizes: Sizes, summarise: Summarise
-) -> tuple[Tensor, ...]:
-    """Output `[batch, places, heads, head_dim]`, log-sum-exp, and what to keep of the summaries.
-
-    Args:
-        tokens: Queries, keys and values `[batch, places, heads, head_dim]`.
-        parameters: `[heads, ...]`.
-    """
-    batch, length, heads, dim = tokens[0].shape
-    window, scaling = sizes.window, sizes.scaling
-    windows, fixed = length // window, places(sizes, length, tokens[0].dtype)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    tokens = [z if z.stride(-1) == 1 else z.contiguous() for z in tokens]
-    summaries = _summaries(tokens, fixed, parameters, summarise)
-    query, key, value = [z.reshape(batch * windows, window, heads, dim).transpose(1, 2) for z in tokens]
-    mask = fixed.near
-    if mask is not None:
-        mask = mask.repeat(batch, 1, 1, 1).expand(-1, heads, window, -1)
-    near, near_lse = flash(query, key, value, attn_mask=mask, scale=scaling)
-    chunk_key, chunk_value, rows = summaries.key.transpose(1, 2), summaries.value.transpose(1, 2), []
-    for row in range(batch):  # those of one row have the same chunks
-        mask = fixed.far if summaries.bias is None else fixed.far + summaries.bias[row].unsqueeze(1)
-        rows.append(
-            flash(
-                query[row * windows : (row + 1) * windows],
-                chunk_key[row : row + 1].expand(windows, -1, -1, -1),
-                chunk_value[row : row + 1].expand(windows, -1, -1, -1),
-                attn_mask=mask.expand(-1, heads, window, -1),
-                scale=scaling,
-            )
-        )
-    far, far_lse = rows[0] if batch == 1 else (torch.cat(parts) for parts in zip(*rows, strict=True))
-    # Every window has a key, and there is a chunk outside of it.
-    output = torch.lerp(near, far, torch.sigmoid(far_lse - near_lse).unsqueeze(-1))
-    lse = torch.logaddexp(near_lse, far_lse)
-    # In memory the results of the kernel have the order of tokens.
-    output = output.transpose(1, 2).reshape(batch, length, heads, dim)
-    return output, lse.transpose(1, 2).reshape(batch, length, heads), *summaries.kept
-
-
-def _read_backward(
-    grads: AttentionState,
-    results: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    sizes: Sizes,
-    summarise: Summarise,
-) -> list[Tensor | None]:
-    """Gradients of the tokens and the parameters."""
-    batch, length, heads, dim = tokens[0].shape
-    window, fixed = sizes.window, places(sizes, length, tokens[0].dtype)
-    windows = length // window
-    summaries = _summaries(tokens, fixed, parameters, summarise, results[2:])
-    count = summaries.key.shape[1]
-
-    def by_head(x: Tensor) -> Tensor:
-        """`[batch, places, heads, dim]` -> `[batch * heads, windows, window, dim]`."""
-        return x.transpose(1, 2).reshape(batch * heads, windows, window, x.shape[-1])
-
-    def of_chunks(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).reshape(batch * heads, count, dim)
-
-    bias = fixed.log_weight
-    if summaries.bias is not None:
-        bias = bias + summaries.bias.reshape(batch * heads, count)
-    scaled = torch.mul(tokens[0].transpose(1, 2), sizes.scaling, out=tokens[0].new_empty(batch, heads, length, dim))
-    given = WindowChunkInputs(
-        scaled.view(batch * heads, windows, window, dim),
-        by_head(tokens[1]),
-        by_head(tokens[2]),
-        None,
-        of_chunks(summaries.key),
-        bias.expand(batch * heads, count),
-        of_chunks(summaries.value),
-        fixed.read,
-        fixed.read,
-    )
-    upstream = AttentionState(by_head(grads.output), by_head(grads.lse.unsqueeze(-1)).squeeze(-1))
-    had = by_head(results[0]), by_head(results[1].unsqueeze(-1)).squeeze(-1)
-    has_bias = summaries.bias is not None
-    needs = [True] * 4 + [has_bias, True]
-    step = max(1, _PART // (length * (window + count)))
-    parts = []
-    for start in range(0, batch * heads, step):
-        some = slice(start, start + step)
-        of_some = AttentionState(*(z[some] for z in upstream)), given.part(some), [z[some] for z in had]
-        parts.append(part_gradients(*of_some, needs, fixed.seen, fixed.read))
-    of_query, of_key, of_value, of_chunk_key, of_bias, of_chunk_value = (
-        each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)
-    )
-    of_query.mul_(sizes.scaling)
-
-    def of_tokens(x: Tensor) -> Tensor:
-        return x.view(batch, heads, length, dim).transpose(1, 2)
-
-    def of_summaries(x: Tensor) -> Tensor:
-        return x.view(batch, heads, count, dim).transpose(1, 2)
-
-    found = [of_tokens(x) for x in (of_query, of_key, of_value)]
-    of_parameters = summaries.backward(
-        of_summaries(of_chunk_key),
-        of_summaries(of_chunk_value),
-        of_bias.view(batch, heads, count) if has_bias else None,
-        found,
-    )
-    return [*(z.contiguous() for z in found), *of_parameters]
+def _is_large(lse: Tensor) -> bool:
+    if not lse.numel():
+        return False
+    least, most = lse.aminmax()
+    return not (-_LARGEST <= float(least) and float(most) <= _LARGEST)

@@ -132,8 +132,19 @@ def eva_attention(
         summarise.check()
     if window_bias is None and in_one_window(query, key, key_mask, **chunk_options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    if key_mask is None and grid is window_bias is None and noise is False and not (num_global_tokens or slot_dropout):
-        output = short_eva(query, key, value, chunk_options, summarise, scaling)
+    if window_bias is None and noise is False and not slot_dropout:
+        output = short_eva(
+            query,
+            key,
+            value,
+            chunk_options,
+            summarise,
+            scaling,
+            key_mask=key_mask,
+            real_first=real_first,
+            grid=grid,
+            num_global_tokens=num_global_tokens,
+        )
         if output is not None:
             return output
     tokens = prepare_tokens(

@@ -71,8 +71,19 @@ def learned_eva_attention(
     scaling = factor_of(query, scaling)
     if window_bias is None and in_one_window(query, key, key_mask, **options.window(num_global_tokens, grid)):
         return ONE_WINDOW
-    if key_mask is None and grid is window_bias is None and not (num_global_tokens or slot_dropout):
-        output = short_eva(query, key, value, options, summarise, scaling)
+    if window_bias is None and not slot_dropout:
+        output = short_eva(
+            query,
+            key,
+            value,
+            options,
+            summarise,
+            scaling,
+            key_mask=key_mask,
+            real_first=real_first,
+            grid=grid,
+            num_global_tokens=num_global_tokens,
+        )
         if output is not None:
             return output
     tokens = prepare_tokens(
