@@ -18,6 +18,7 @@ from .defaults import resolve
 from .definition import C, KindDefinition
 from .exactness import exact_output, is_exact, with_exact_part
 from .grouped import by_groups
+from .in_graph import with_tensors
 from .recorded import record
 from .sharded import like_sharded
 from .training_place import TrainingPlace, row_noise, slot_dropout
@@ -194,7 +195,7 @@ class LinearAttention(KindDefinition[C]):
         """
         if not self._learned:
             return output
-        return output + sum(0.0 * getattr(self, name).sum().to(output.dtype) for name in self._learned)
+        return with_tensors(output, [getattr(self, name) for name in self._learned])
 
     def tensors(self, *, all_heads: bool = False) -> dict[str, Tensor]:
         """The tensors that `state_spec` names, each as the attribute it is.
