@@ -28,12 +28,12 @@ from .exact import ONE_WINDOW, in_one_window
 from .favor.features import FavorFeatureMap
 from .favor.statistics import FavorStatistics
 from .inputs import checked_attention, factor_of, prepare_tokens
+from .linear_weights import LinearSlotWeights, TokenRule
 from .noise import SlotDropout
 from .padding import Tokens
 from .recurrent.slots import SlotRecurrence
 from .short_attention import attention_with_slots, short_blocks
 from .slot_attention import SlotOptions, exact_attention
-from .slot_weights import LinearSlotWeights, TokenRule
 from .softmax import causal_visibility, mask_logits
 
 NORMALIZERS = ("slots", "kernel")

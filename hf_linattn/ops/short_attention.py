@@ -16,9 +16,10 @@ from ..kernels.short_slots import short_slot_attention, suits_short
 from ..kernels.short_slots.inputs import ShortInputs, ShortOptions
 from .ablation import ABLATED
 from .layout import Blocks, fit_window
+from .linear_weights import LinearSlotWeights
 from .padding import Tokens
 from .slot_attention import SlotOptions, exact_attention
-from .slot_weights import LinearSlotWeights, SlotWeights
+from .slot_weights import SlotWeights
 
 
 def attention_with_slots(

@@ -24,9 +24,9 @@ from hf_linattn.ops.lara.parts import (
     parts_of,
     segment_index,
 )
+from hf_linattn.ops.linear_weights import LinearSlotWeights
 from hf_linattn.ops.padding import Tokens
 from hf_linattn.ops.proposal_map import ResidualMap
-from hf_linattn.ops.slot_weights import LinearSlotWeights
 
 
 def tokens_of(mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tokens:

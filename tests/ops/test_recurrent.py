@@ -22,7 +22,7 @@ from hf_linattn.kernels.attention_state import AttentionState, merge_states
 from hf_linattn.ops.favor.features import favor_feature_map
 from hf_linattn.ops.inputs import scale_inputs
 from hf_linattn.ops.lara.features import proposal_feature_map
-from hf_linattn.ops.slot_weights import LinearSlotWeights
+from hf_linattn.ops.linear_weights import LinearSlotWeights
 
 HEADS, DIM = 2, 3
 PROJECTION = draw_projection(HEADS, 5, DIM, seed=0).double()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kernels.half_norm import length_bias
-from ..slot_weights import LinearSlotWeights, TokenRule
+from ..linear_weights import LinearSlotWeights, TokenRule
 from .statistics import FavorStatistics, transformed
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.functions import call
+from ..linear_weights import LinearSlotWeights
 from ..padding import Tokens
-from ..slot_weights import LinearSlotWeights
 from .fit import diagonal_fit
 from .statistics import DENSE_VARIANTS, FavorStatistics, check_variant, favor_statistics
 

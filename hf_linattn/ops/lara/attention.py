@@ -20,12 +20,12 @@ from torch import Tensor
 from ...errors import InputError, UnsupportedError
 from ..exact import ONE_WINDOW, in_one_window
 from ..inputs import LARGEST_FACTOR, check_counts, checked_attention, factor_of, prepare_tokens
+from ..linear_weights import LinearSlotWeights
 from ..noise import RowNoise, SlotDropout, noise_factor
 from ..padding import Tokens
 from ..proposal_map import ProposalMap
 from ..short_attention import attention_with_slots, corrects_mass
 from ..slot_attention import SlotOptions
-from ..slot_weights import LinearSlotWeights
 from .features import IMPORTANCE_WEIGHTINGS, importance_weights, proposal_feature_map
 from .landmarks import Landmarks, find_landmarks
 from .mass import masses, read_mass

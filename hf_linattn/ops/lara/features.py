@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kernels.half_norm import half_norm
+from ..linear_weights import LinearSlotWeights, TokenRule
 from ..padding import Tokens
-from ..slot_weights import LinearSlotWeights, TokenRule
 from .landmarks import Landmarks
 from .mixture import log_densities, log_mixture_at_means
 from .proposals import CalibratedProposals

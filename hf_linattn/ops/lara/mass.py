@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...kernels.attend import attend
 from ...kernels.attention_state import consumed_logsumexp
+from ..linear_weights import LinearSlotWeights
 from ..padding import Tokens
-from ..slot_weights import LinearSlotWeights
 
 # Logits that are formed at a time, few enough for the caches of a CPU core, and keys of a piece.
 _AT_A_TIME, _PIECE = 1 << 18, 1024

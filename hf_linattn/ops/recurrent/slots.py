@@ -17,10 +17,11 @@ from ...kernels.attention_state import AttentionState, merge_states
 from ...kernels.backends import current_backend
 from ...kernels.decode import decode_step
 from ..inputs import prepare_tokens
+from ..linear_weights import LinearSlotWeights
 from ..noise import with_noise
 from ..precision import compute_dtype
 from ..slot_attention import SlotOptions, exact_attention
-from ..slot_weights import FeatureMap, LinearSlotWeights, SlotWeights, dropped_from
+from ..slot_weights import FeatureMap, SlotWeights, dropped_from
 from ..softmax import softmax_with_lse, without_empty
 from .window_tokens import WindowShape, WindowTokens
 
