@@ -124,13 +124,14 @@ def register_pair(
         def backward(ctx: Any, *grads: Tensor) -> Any:
             is_unusual = torch.is_grad_enabled() or not is_plain(grads[:2])
             given: list[Tensor | None] = list(grads[:2])
-            for i, like in enumerate(ctx.saved_tensors[count : count + 2]):
+            saved = ctx.saved_tensors  # once: checkpointing computes them again for each time
+            for i, like in enumerate(saved[count : count + 2]):
                 if given[i] is None and (is_unusual or not (i and takes_no_grad_lse)):
                     given[i] = torch.zeros_like(like)
-            if is_unusual:
-                return Pair.backward(ctx, *given)  # type: ignore[arg-type]
             needs = [ctx.needs_input_grad[place] for place in places]
-            return in_their_places(ctx, backward_kernel(*given, *ctx.saved_tensors, needs, *ctx.options))
+            if is_unusual:
+                return in_their_places(ctx, backward_of(backward_operator, *given, *saved, needs, *ctx.options))
+            return in_their_places(ctx, backward_kernel(*given, *saved, needs, *ctx.options))
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         given = arguments[:count]
