@@ -188,7 +188,7 @@ def test_exported_attention(case: ModelCase, kind: str, mode: Callable[..., Any]
     program = exported(model, inputs_of(case)).module()
     for batch in (1, 2, 5):
         inputs = inputs_of(case, batch=batch)
-        assert largest(program(**inputs)[0] - model(**inputs)[0]) < 1e-6
+        assert largest(program(**inputs)[0] - model(**inputs)[0]) < 3e-6
     check_exported_gradients(model, program, inputs_of(case))
     assert not any(isinstance(z, torch._subclasses.FakeTensor) for z in model(**inputs_of(case))[:1])
 

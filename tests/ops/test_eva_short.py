@@ -129,7 +129,14 @@ def test_global_tokens_of_a_sequence(
     assert_all_same(*on_both_roads(monkeypatch, kind, inputs(tokens + 2), with_maps, **options))
 
 
-LENGTHS = {"alike": [13, 13, 13], "mixed": [17, 9, 5], "short": [17, 3, 1], "empty": [12, 0, 17], "chunks": [16, 8, 6]}
+LENGTHS = {
+    "alike": [13, 13, 13],
+    "mixed": [17, 9, 5],
+    "short": [17, 3, 1],
+    "empty": [12, 0, 17],
+    "chunks": [16, 8, 6],
+    "few": [3, 3, 3],
+}
 
 
 @SOME

@@ -215,10 +215,15 @@ def _backward(
             else:
                 _some(total, part.models).add_(own)
     totals[:3] = [z.transpose(1, 2) for z in totals[:3]]  # type: ignore[union-attr]
-    return [
-        (total if total.dtype == z.dtype else total.to(z.dtype)) if needed and total is not None else None
-        for total, z, needed in zip(totals, inputs, needs, strict=True)
-    ]
+    gradients: list[Tensor | None] = []
+    for total, z, needed in zip(totals, inputs, needs, strict=True):
+        if not needed or z is None:
+            gradients.append(None)
+        elif total is None:  # of a map that has no effect, where every key is its own chunk
+            gradients.append(torch.zeros_like(z))
+        else:
+            gradients.append(total if total.dtype == z.dtype else total.to(z.dtype))
+    return gradients
 
 
 def _is_large(lse: Tensor) -> bool:
