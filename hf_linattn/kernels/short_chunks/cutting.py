@@ -107,7 +107,7 @@ class Places(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places:
     """The same for every call with these sizes and so many tokens, global ones left out, on the CPU."""
-    with torch.device("cpu"):  # whatever the default is
+    with torch.device("cpu"), torch.inference_mode(False):  # whatever the defaults are
         return _places(sizes, batch, tokens, dtype)
 
 
@@ -183,11 +183,13 @@ def _order(sizes: Sizes) -> Tensor | None:
 @functools.lru_cache(maxsize=64)
 def _of_rows(sizes: Sizes, tokens: int, batch: int) -> tuple[Tensor, Tensor]:
     """`token_of` among the tokens of all rows, global ones included, and `place_of` among all places."""
-    fixed, row = places(sizes, batch, tokens, torch.float32), torch.arange(batch, device="cpu")[:, None]
+    fixed = places(sizes, batch, tokens, torch.float32)
     assert fixed.token_of is not None
     assert fixed.place_of is not None
-    index = row * (tokens + sizes.num_global) + sizes.num_global + fixed.token_of
-    return index.flatten(), (row * fixed.total + fixed.place_of).flatten()
+    with torch.inference_mode(False):
+        row = torch.arange(batch, device="cpu")[:, None]
+        index = row * (tokens + sizes.num_global) + sizes.num_global + fixed.token_of
+        return index.flatten(), (row * fixed.total + fixed.place_of).flatten()
 
 
 def to_places(x: Tensor, sizes: Sizes, count: int) -> Tensor:
