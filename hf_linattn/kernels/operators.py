@@ -138,7 +138,9 @@ def register_pair(
         if not is_plain(given):
             return Pair.apply(*_each_once(given), *arguments[count:])
         if torch.is_grad_enabled() and any([z is not None and z.requires_grad for z in given]):
-            return Plain.apply(*arguments)
+            if any([z is not None and z.is_inference() for z in given]):  # which no graph may keep
+                given = tuple([z.clone() if z is not None and z.is_inference() else z for z in given])
+            return Plain.apply(*given, *arguments[count:])
         return tuple(compute(*arguments))
 
     # `torch.compile` counts parameters to see whether the function takes a context.

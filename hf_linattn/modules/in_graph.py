@@ -27,10 +27,10 @@ class _InGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.tensors = tensors  # for their shapes alone
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        needed = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
         return grads[0], *(torch.zeros_like(z) if needs else None for z, needs in needed)
