@@ -205,6 +205,18 @@ def test_chunks_of_one_token_are_softmax(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not spy
 
 
+def test_chunks_that_no_query_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offset of -inf leaves one head with its windows alone."""
+    maps = [z.clone() for z in MAPS]
+    maps[4][0] = -float("inf")
+    options = {"window_size": 4, "num_chunks": 6}
+    found = []
+    for longest in (100, 0):
+        monkeypatch.setattr(short, "LONGEST", longest)
+        found.append(attend("learned", inputs(22), maps, **options))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("kind", ["sum", "learned"])
 def test_each_of_a_batch_of_models(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under `vmap` rows have parameters of their own."""

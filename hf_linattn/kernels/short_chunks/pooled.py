@@ -14,7 +14,7 @@ from .cutting import Sort
 from .summaries import Kept
 
 # In place of a sum that a product is not added to.
-_NONE = torch.empty(())
+_NONE = torch.empty((), device="cpu")
 
 
 def _by_head(x: Tensor) -> Tensor:

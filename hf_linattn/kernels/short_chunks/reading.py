@@ -142,6 +142,8 @@ class Reading:
                 parts.append(flash((query[some], self.key[some], self.value[some]), part, self.sizes.scaling))
             far, lse = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
         far, lse = far.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+        if bias is not None:  # torch gives a row without anything to see a finite one
+            lse.masked_fill_((bias == float("-inf")).all(-1).transpose(1, 2), float("-inf"))
         if self.fixed.alone is not None:
             lse.masked_fill_(self.fixed.alone, float("-inf"))
         return far, lse
