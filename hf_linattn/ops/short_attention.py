@@ -40,7 +40,7 @@ def attention_with_slots(
     """
     blocks = None
     if isinstance(query_weights, LinearSlotWeights) and isinstance(key_weights, LinearSlotWeights):
-        if query_weights.pair_bias is None is key_weights.pair_bias:
+        if query_weights.pair_bias is None and key_weights.pair_bias is None:
             blocks = short_blocks(tokens, options, query_weights.slots.shape[-2])
     if blocks is None:
         return exact_attention(tokens.scaled(), options).with_slots(query_weights, key_weights, slot_numbers)
