@@ -211,4 +211,5 @@ def run(main: Any) -> None:
         # with the last reference to it, and a trainer refers to itself: what is left of it is collected.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-            gc.collect()
+            if sys.exc_info()[0] is None:  # a launcher does not wait long for the others after one that failed
+                gc.collect()
