@@ -64,7 +64,7 @@ class BaseTask(ABC):
 
     def labelled_batches(self, seed: int) -> Iterator[Mapping[str, Tensor]]:
         """Inputs with labels, without end, of tasks whose models can be fine-tuned; the others leave this as it is."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__module__} has no labels: its models are not fine-tuned.")
 
 
 def load_task(name: str, files: Files) -> BaseTask:

@@ -153,13 +153,25 @@ def test_large_logits(scale: float, hidden: int) -> None:
     check(given, 5, torch.float32, 3e-7 * scale, hides=bool(hidden))
 
 
-def test_a_key_that_dwarfs_the_others() -> None:
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_a_key_that_dwarfs_the_others(hidden: int) -> None:
     """Others are read through slots although one key of the window weighs e^200 times as much in every slot."""
-    given = case()
+    given = case(hidden=hidden)
     assert given[6] is not None
     given[6][:, 2] += 200.0
     given[0][:, 2] = 0.0  # its own window sees it with an ordinary logit
-    check(given, 5, torch.float32, 1e-4, hides=False)
+    check(given, 5, torch.float32, 1e-4, hides=bool(hidden))
+
+
+def test_parts_that_are_large_and_cancel() -> None:
+    """The sum of a query's and a slot's logit is rounded by 1e-3 in float32, and the parts not at all."""
+    given = [None if z is None else z.float().double() for z in case()]
+    assert given[5] is not None
+    assert given[6] is not None
+    given[5], given[6] = given[5].mul(2**9).round() / 2**9 - 2**13, given[6].mul(2**9).round() / 2**9 + 2**13
+    options = ShortOptions(5)
+    found, _ = short_slot_attention(ShortInputs(*(z if z is None else z.float() for z in given)), options)
+    assert_same([found], [dense(options, *given)[0]], 1e-6)
 
 
 @pytest.mark.parametrize("own_slots", [False, True])
