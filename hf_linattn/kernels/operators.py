@@ -31,6 +31,7 @@ def register_pair(
     schema: str,
     kernels: ModuleType,
     *,
+    compiled: ModuleType | None = None,
     record: type | None = None,
     kept: Callable[..., tuple[Tensor, ...]] | None = None,
     differentiable: Sequence[int] | None = None,
@@ -46,6 +47,7 @@ def register_pair(
         kernels: The module `torch_kernel` of the operation; `triton_launch` beside it is imported when it is needed.
             Each has `<name>_forward(*tensors, *options)`, and `<name>_backward(grad_output, grad_lse, *tensors,
             *results, needs, *options)`, which returns the gradients that `needs` asks for, and None for the others.
+        compiled: A module with the same functions for tensors on a CPU, unless the backend is "torch".
         record: A NamedTuple of the tensors. With one the functions are `<name>_forward(inputs, *options)` and
             `<name>_backward(grads, inputs, results, needs, *options)`.
         kept: Empty tensors like the results after the log-sum-exp, from the arguments of the operator.
@@ -63,7 +65,7 @@ def register_pair(
     places = tuple(range(count)) if differentiable is None else tuple(differentiable)
     inputs = [] if record is None else [(record._make, count)]  # type: ignore[attr-defined]
     backward_inputs = [(AttentionState._make, 2), *inputs, (tuple, len(results))] if inputs else []
-    compute_gradients = dispatch(kernels, f"{name}_backward", records=backward_inputs, like=2)
+    compute_gradients = dispatch(kernels, f"{name}_backward", compiled=compiled, records=backward_inputs, like=2)
 
     def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         query, value = arguments[0], arguments[value_place]
@@ -79,7 +81,7 @@ def register_pair(
         wanted = [(given[place], place) for place, needed in zip(places, needs, strict=True) if needed]
         return [_empty(z, z.shape, place < heads_first) for z, place in wanted]
 
-    compute = dispatch(kernels, f"{name}_forward", records=inputs)
+    compute = dispatch(kernels, f"{name}_forward", compiled=compiled, records=inputs)
 
     def in_their_places(ctx: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments, from those of the differentiable ones that need them."""
@@ -191,11 +193,17 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def dispatch(
-    kernels: ModuleType, name: str, *, records: Sequence[tuple[Callable[[Any], Any], int]] = (), like: int = 0
+    kernels: ModuleType,
+    name: str,
+    *,
+    compiled: ModuleType | None = None,
+    records: Sequence[tuple[Callable[[Any], Any], int]] = (),
+    like: int = 0,
 ) -> Callable[..., Any]:
     """The kernel `name` of the module `kernels`, or that of `triton_launch` beside it: the last argument says which.
 
     Args:
+        compiled: As in `register_pair`.
         records: What the first arguments are packed into, and how many go into each.
         like: Which argument decides, by its device and dtype, whether Triton can be used.
     """
@@ -208,6 +216,8 @@ def dispatch(
                 return run(*arguments)
         if runs_on_triton(arguments[-1], tensor):
             module = importlib.import_module(".triton_launch", kernels.__package__)
+        elif compiled is not None and device == "cpu" and arguments[-1] != "torch":
+            module = compiled
         packed, start = [], 0
         for make, count in records:
             packed.append(make(arguments[start : start + count]))

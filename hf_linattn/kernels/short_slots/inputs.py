@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .workspace import SMALL, scratch
 
@@ -147,6 +149,19 @@ class Cut(NamedTuple):
         """The same for slots, added."""
         target = x if self.is_whole else x[self.slot_rows, self.heads]
         target += result.view(target.shape)
+
+
+@functools.lru_cache(maxsize=128)
+def token_of_place(tokens: int, places: int, grid: tuple[int, ...]) -> Tensor:
+    """`[windows, places]` (int64): the number of the token at every place of every window, -1 where there is none."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        number = torch.arange(tokens)
+        if not grid:
+            return F.pad(number, (0, -tokens % places), value=-1).view(-1, places)
+        height, width, side = grid
+        number = F.pad(number.view(height, width), (0, -width % side, 0, -height % side), value=-1)
+        columns = number.shape[1] // side
+        return number.view(-1, side, columns, side).transpose(1, 2).reshape(-1, places)
 
 
 def _stretches(length: int, side: int) -> Iterator[tuple[slice, int, slice]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..attention_state import AttentionState
 from ..backends import current_backend
 from ..operators import register_pair
-from . import torch_kernel
+from . import native_kernel, torch_kernel
 from .inputs import ShortInputs, ShortOptions
 
 
@@ -30,7 +30,7 @@ def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> Attentio
         has output 0 and log-sum-exp `-inf`.
     Cost: O(tokens * (places + slots) * head_dim + windows^2 * slots * head_dim) time.
     """
-    return AttentionState(*_short(*inputs, *options, "torch"))
+    return AttentionState(*_short(*inputs, *options, current_backend()))
 
 
 _short = register_pair(
@@ -39,5 +39,6 @@ _short = register_pair(
     " int places, int[] grid, float root, float query_norm, float key_norm, float shift, bool spreads,"
     " bool has_hidden, bool with_lse, int[] probes) -> (Tensor output, Tensor lse)",
     torch_kernel,
+    compiled=native_kernel,
     record=ShortInputs,
 )

@@ -1,0 +1,1 @@
+"""C kernels for CPUs: how they are compiled, and what they share."""
