@@ -82,7 +82,7 @@ static void plan(Work *work, const Call *call, Memory *memory, int is_backward) 
     work->others = part_of(memory, slots * value_dim);
     long probes = padded(call->probes);
     long rows = places + slots > count ? places + slots : count;
-    long of_probes = probes * (rows + slots + widest);
+    long of_probes = probes * (rows + 2 * widest);
     long of_window = (places + slots) * wide;
     work->weights = part_of(memory, of_window > of_probes ? of_window : of_probes);
     work->result = part_of(memory, places * widest);
@@ -143,3 +143,10 @@ static const float *slots_of(Slots x, const Work *work) {
     long row = work->batch / (work->call->batch / work->call->slot_rows);
     return x.at ? x.at + row * x.batch + work->head * x.head : NULL;
 }
+
+/* Where arrays by window, of `wide` numbers each, have a place. */
+INLINE long column_of(const Work *work, long place) {
+    return place / work->places * work->wide + place % work->places;
+}
+
+INLINE int is_real(const Work *work, long place) { return !work->is_hidden[column_of(work, place)]; }

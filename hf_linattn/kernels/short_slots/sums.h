@@ -1,7 +1,7 @@
 /* What the slots hold of the keys of every window, and of all others. `reading.py` has the mathematics. */
 #pragma once
 
-#include "call.h"
+#include "probes.h"
 
 #define LEAST_MASS 2.38e-26f /* e^-59, as in reading.py */
 #define LARGEST 512.0f
@@ -82,53 +82,6 @@ static void sum_behind(const float *parts, long windows, long size, float *behin
     memset(behind + (windows - 1) * size, 0, (size_t)size * sizeof(float));
     for (long i = windows - 2; i >= 0; i--)
         for (long n = 0; n < size; n++) behind[i * size + n] = behind[(i + 1) * size + n] + parts[(i + 1) * size + n];
-}
-
-static int is_real(const Work *work, long place) {
-    return !work->is_hidden[place / work->places * work->wide + place % work->places];
-}
-
-/* Mean over probes of the log-sum-exp over all keys less that through slots; see probes.py. */
-static float mass_shift(const Work *work, const float *total, const float *query_slot_bias) {
-    const Call *call = work->call;
-    long probes = call->probes, wide = padded(probes), slots = work->slots;
-    float *columns = work->weights, *bias = columns + wide * (work->dim > work->query_dim ? work->dim : work->query_dim);
-    float *logits = bias + wide;
-    vec exact[wide / LANES];
-    float mean = 0;
-    for (int through_slots = 0; through_slots < 2; through_slots++) {
-        const float *rows = through_slots ? work->query_tokens : work->query;
-        long dim = through_slots ? call->query_dim : call->dim, width = through_slots ? work->query_dim : work->dim;
-        for (long d = 0; d < dim; d++)
-            for (long p = 0; p < wide; p++)
-                columns[d * wide + p] = p < probes ? rows[call->probe[p] * width + d] : 0;
-        for (long p = 0; p < wide; p++) {
-            long place = p < probes ? call->probe[p] : 0;
-            bias[p] = through_slots ? work->query_bias[place / work->places * work->wide + place % work->places] : 0;
-        }
-        long count = through_slots ? slots : work->count;
-        const float *left = through_slots ? slots_of(call->inputs.query_slots, work) : work->key;
-        Left a = rows_of(left, through_slots ? call->inputs.query_slots.slot : work->dim);
-        product(count, wide, dim, a, columns, wide, logits, wide);
-        for (long p = 0; p < wide; p += LANES) {
-            vec most = all(-INFINITY), sum = {0};
-            for (long n = 0; n < count; n++) {
-                vec logit = load(logits + n * wide + p) + load(bias + p);
-                if (through_slots)
-                    logit += logf(total[n]) + work->reference[n] + (query_slot_bias ? query_slot_bias[n] : 0);
-                else if (!is_real(work, n))
-                    logit = all(-INFINITY);
-                store(logits + n * wide + p, logit);
-                most = larger(most, logit);
-            }
-            for (long n = 0; n < count; n++) sum += exponential(load(logits + n * wide + p) - most);
-            for (int i = 0; i < LANES; i++) most[i] += logf(sum[i]);
-            if (!through_slots) exact[p / LANES] = most;
-            else
-                for (int i = 0; i < LANES && p + i < probes; i++) mean += exact[p / LANES][i] - most[i];
-        }
-    }
-    return mean / (float)probes;
 }
 
 /* Log-masses of what every window sees of the others, and their inverse. Returns as `sum_windows`. */
