@@ -3,25 +3,24 @@
 
 #include "windows.h"
 
-/* From weights and what comes from above, those of the logits, in `of_weights`. */
-static void softmax_back(Work *work, long window) {
+/* From weights and what comes from above, those of the logits, in `of_weights`. sum: As `weigh_window` found it. */
+static void softmax_back(Work *work, long window, const float *sum) {
     long places = work->places, wide = work->wide, count = places + work->slots;
-    const float *grad_lse = NULL;
     float of_lse[wide];
-    if (work->call->grad_lse.at) {
-        for (long t = 0; t < wide; t++) {
-            long token = t < places ? work->call->token_of[window * places + t] : -1;
-            of_lse[t] = token < 0 ? 0 : *token_at(work->call->grad_lse, work->batch, work->head, token);
+    memset(of_lse, 0, sizeof of_lse);
+    if (work->call->grad_lse.at)
+        for (long t = 0; t < places; t++) {
+            long token = work->call->token_of[window * places + t];
+            if (token < 0 || sum[t] == 0) continue; /* of a query that sees nothing it may be no number */
+            of_lse[t] = *token_at(work->call->grad_lse, work->batch, work->head, token);
         }
-        grad_lse = of_lse;
-    }
     for (long t = 0; t < wide; t += LANES) {
-        vec dot = {0};
+        vec dot = {0}, extra = load(of_lse + t);
         for (long s = 0; s < count; s++) dot += load(work->weights + s * wide + t) * load(work->of_weights + s * wide + t);
-        if (grad_lse) dot -= load(grad_lse + t);
         for (long s = 0; s < count; s++) {
             vec weight = load(work->weights + s * wide + t);
-            store(work->of_weights + s * wide + t, weight * (load(work->of_weights + s * wide + t) - dot));
+            /* Not with the sum in one number, beside which a small `extra` would be rounded away. */
+            store(work->of_weights + s * wide + t, weight * (load(work->of_weights + s * wide + t) - dot + extra));
         }
     }
 }
@@ -85,7 +84,7 @@ static void window_back(Work *work, long window) {
     for (long j = 0; j < slots; j++)
         for (long t = 0; t < wide; t += LANES)
             store(of_far + j * wide + t, load(of_far + j * wide + t) * inverse_mass[j]);
-    softmax_back(work, window);
+    softmax_back(work, window, sum);
 
     product(places, width, places, rows_of(near, wide), upstream, width, work->of_value + start * width, width);
     float *of_others = work->of_others + window * slots * width, *of_mass = work->of_mass + window * slots;

@@ -15,7 +15,7 @@ from ..attention_state import AttentionState
 from ..native.build import library
 from ..native.calls import addresses, in_parts
 from . import torch_kernel
-from .inputs import ShortInputs, ShortOptions, token_of_place
+from .inputs import OF_TOKENS, ShortInputs, ShortOptions, token_of_place
 
 _SOURCE = Path(__file__).with_name("native.c")
 # `Call` of native.c: sizes, factors, indices, and tensors with three strides each.
@@ -44,7 +44,7 @@ def short_backward(
     """Gradients of the tensors of `inputs`, where `needs` says so."""
     plain, of_call = _plain(inputs), ShortOptions._make(options)
     if plain is not None:
-        upstream = [grads.output.float(), grads.lse.float() if of_call.with_lse else None]
+        upstream = [_without_gaps(grads.output.float()), grads.lse.float() if of_call.with_lse else None]
         found: list[Any] = [
             z.new_empty(z.shape) if needed and z is not None else None for z, needed in zip(plain, needs, strict=True)
         ]
@@ -62,13 +62,19 @@ def _plain(inputs: ShortInputs) -> ShortInputs | None:
     if inputs.query.dtype == torch.float64 or not inputs.query.numel() or library(_SOURCE) is None:
         return None
     found: list[Any] = []
-    for z in inputs:
-        if z is not None and z.dtype != torch.float32:
-            z = z.float()
-        if z is not None and z.stride(-1) != 1 and z.ndim == 4:
-            z = z.contiguous()
+    for place, z in enumerate(inputs):
+        if z is not None:
+            if z.dtype != torch.float32:
+                z = z.float()
+            if z.ndim == 4 or place >= OF_TOKENS:  # the bias of tokens has a stride for each of its dimensions
+                z = _without_gaps(z)
         found.append(z)
     return ShortInputs._make(found)
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """With the numbers of a vector next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _run(
