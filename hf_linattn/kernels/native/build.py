@@ -6,6 +6,7 @@ Without a C compiler, and where one fails, the same kernels run in plain torch. 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -52,16 +53,17 @@ def _load(source: Path) -> ctypes.CDLL | None:
     command += ["-std=gnu11", "-O3", "-fPIC", "-shared"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         command += _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    name = f"{source.parent.name}-{_fingerprint(source, command)}.so"
-    for folder in _folders():
+    name = f"{source.parent.name}-{_fingerprint(source, command)}"
+    for folder_of in (_user_folder, _own_folder):
         try:
-            found = folder / name
-            if not found.exists():
-                _compile(source, command, found)
-            return ctypes.CDLL(str(found))
-        except (OSError, subprocess.SubprocessError) as error:
+            with folder_of() as folder:
+                found = _whole(folder, name) or _compile(source, command, folder, name)
+                return ctypes.CDLL(str(found))
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             told = getattr(error, "stderr", None) or error
-            logger.info("%s could not be compiled into %s: %s", source.name, folder, told)
+            logger.info("%s could not be compiled into the %s: %s", source.name, folder_of.__doc__, told)
+            if isinstance(error, subprocess.TimeoutExpired):  # which it would be again
+                break
     return None
 
 
@@ -70,7 +72,10 @@ def _compiler() -> list[str] | None:
     if os.environ.get("HF_LINATTN_COMPILE", "1") == "0" or sys.platform == "win32":
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        command = shlex.split(name or "")
+        try:
+            command = shlex.split(name or "")
+        except ValueError:  # a quote that does not end
+            continue
         if command and shutil.which(command[0]):
             return command
     logger.info(
@@ -87,21 +92,40 @@ def _fingerprint(source: Path, command: list[str]) -> str:
     return found.hexdigest()[:16]
 
 
-def _folders() -> Iterator[Path]:
-    """Where compiled files may be kept: that of the user, and one of this process if it cannot be written."""
+@contextlib.contextmanager
+def _user_folder() -> Iterator[Path]:
+    """folder of the user"""
     own = os.environ.get("HF_LINATTN_CACHE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    yield Path(own) if own else cache / "hf_linattn"
-    yield Path(tempfile.mkdtemp(prefix="hf_linattn-"))
+    yield Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_linattn"
 
 
-def _compile(source: Path, command: list[str], target: Path) -> None:
-    """Other processes may do the same: a file gets its name when it is whole."""
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """folder of this process"""
+    with tempfile.TemporaryDirectory(prefix="hf_linattn-") as folder:  # what is loaded needs no file
+        yield Path(folder)
+
+
+def _digest(compiled: Path) -> str:
+    return hashlib.sha256(compiled.read_bytes()).hexdigest()[:16]
+
+
+def _whole(folder: Path, name: str) -> Path | None:
+    """What was compiled before; loading a file that was cut off (by a power failure, say) would end the process."""
+    for found in folder.glob(f"{name}-*.so"):
+        if found.stem == f"{name}-{_digest(found)}":
+            return found
+    return None
+
+
+def _compile(source: Path, command: list[str], target: Path, name: str) -> Path:
+    """Into the folder `target`. Other processes may do the same: a file gets its name when it is whole."""
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        part = Path(folder) / target.name
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        part = Path(folder) / "part.so"
         whole = [*command, f"-I{_HEADERS}", str(source), "-o", str(part), "-lm"]
-        subprocess.run(whole, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        part.replace(target)
-    logger.info("Compiled %s in %.1f s: %s", source.name, time.perf_counter() - begun, target)
+        subprocess.run(whole, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+        found = part.replace(target / f"{name}-{_digest(part)}.so")
+    logger.info("Compiled %s in %.1f s: %s", source.name, time.perf_counter() - begun, found)
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_long
 from typing import Any
 
@@ -35,22 +35,38 @@ def addresses(tensors: Sequence[Tensor | None], strides: int) -> list[int]:
     return found
 
 
-def in_parts(function: Any, call: bytes, count: int, cost: float) -> bool:
+def in_parts(function: Any, call: bytes, count: int, cost: float, tensors: Any) -> bool:
     """Whether `function` could do all its work, of `count` things and `cost` arithmetic operations.
 
+    tensors: Those whose addresses are in `call`. Threads hold them: after a KeyboardInterrupt here they go on.
     Raises: MemoryError.
     """
     threads = min(torch.get_num_threads(), count, int(cost / _LEAST) + 1)
     if threads == 1:
         status = function(call, c_long(0), c_long(count))
     else:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads - 1, "hf_linattn")
         borders = [c_long(count * i // threads) for i in range(threads + 1)]
-        others = [
-            _pools[threads].submit(function, call, *part) for part in zip(borders[1:], borders[2:], strict=False)
-        ]
-        status = max(function(call, *borders[:2]), *[other.result() for other in others])
+        parts = list(zip(borders, borders[1:], strict=False))
+        others = _started(threads, parts[1:], function, call, tensors)
+        here = [parts[0], *parts[1 + len(others) :]]
+        status = max([*[function(call, *part) for part in here], *[other.result() for other in others]])
     if status == 2:
         raise MemoryError("There is no memory for attention in C.")
     return status == 0
+
+
+def _started(threads: int, parts: Sequence[Any], function: Any, call: bytes, tensors: Any) -> list[Future[int]]:
+    """The first parts, as many as there are threads for: none where the interpreter ends or the system has no more."""
+    found = []
+    try:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads - 1, "hf_linattn")
+        for part in parts:
+            found.append(_pools[threads].submit(_part, function, call, part, tensors))
+    except RuntimeError:
+        pass
+    return found
+
+
+def _part(function: Any, call: bytes, part: Any, tensors: Any) -> int:
+    return int(function(call, *part))

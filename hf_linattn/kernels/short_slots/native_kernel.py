@@ -99,7 +99,7 @@ def _run(
     function = getattr(library(_SOURCE), name)
     count = (slot_rows if is_backward else batch) * heads
     cost = 4.0 * batch * heads * tokens * (2 * slots + options.places) * (dim + value_dim)
-    return in_parts(function, packed, count, cost)
+    return in_parts(function, packed, count, cost, (tensors, places, probes))
 
 
 @functools.lru_cache(maxsize=128)
