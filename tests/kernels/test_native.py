@@ -14,12 +14,15 @@ import torch
 from forked import in_processes
 from hypothesis import given
 from hypothesis import strategies as st
+from references import assert_same
 from torch import Tensor
 
 from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.native import build
+from hf_linattn.kernels.row_fit import fits_in_c
 from hf_linattn.kernels.short_slots import native_kernel, short_slot_attention, torch_kernel
 from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
+from hf_linattn.ops.favor import fitted
 
 needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C compiler")
 OPTIONS = ShortOptions(8, (), 0.5, 1.0, 1.0)
@@ -231,6 +234,24 @@ def test_any_strides() -> None:
         for z in (gradient.movedim(0, -1), gradient.movedim(0, -1).contiguous())
     )
     assert torch.equal(first, second)
+
+
+@needs_compiler
+@pytest.mark.parametrize("centring", [True, False])
+@pytest.mark.parametrize("variant", ["saderf", "gerf"])
+@pytest.mark.parametrize(("shape", "offset"), [((2, 3, 45, 20), 0.0), ((1, 2, 130, 17), 5.0), ((2, 2, 1, 5), 0.0)])
+def test_fit_to_rows(shape: tuple[int, ...], offset: float, variant: str, centring: bool) -> None:
+    """FAVOR#'s constants and tokens in their coordinates, against torch in float64; equal keys, and one of zeros."""
+    torch.manual_seed(0)
+    fit, (query, key) = fitted.RowFit(variant, centring), (torch.randn(2, *shape) + offset).unbind(0)
+    key[:, 0] = 3.1
+    key[..., 1] = 0.0
+    assert fits_in_c(query, key)
+    found = fitted._forward(query, key, None, None, fit)
+    expected = fitted._forward(query.double(), key.double(), None, None, fit)
+    for own, other in zip(found, expected, strict=True):
+        assert own.shape == other.shape
+        assert_same([own], [other], 2e-5)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
