@@ -1,0 +1,138 @@
+"""The kernels of `operator.py` in C (`native.c`). Float64 goes to `torch_kernel.py`."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention_state import AttentionState
+from ..native.build import library
+from ..native.threads import in_parts
+from . import torch_kernel
+from .cutting import Sizes, tables
+from .torch_kernel import Part, PooledInputs, Read, VariateInputs
+
+_SOURCE = Path(__file__).with_name("native.c")
+# `Call` of native.c: sizes, a factor, indices, tensors of tokens with three strides each, maps and their gradients.
+_CALL = struct.Struct("=11qd2q40q14q")
+_NONE = (0, 0, 0, 0)
+_LEARNED = 4
+_KINDS = {"sum": 0, "mean": 1, "key": 2, "none": 3}
+
+
+def computes(dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Whether tokens like these are computed in C, and nothing is kept for the backward pass."""
+    return dtype != torch.float64 and sizes.scaling > 0 and library(_SOURCE) is not None
+
+
+def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp, as `short_variates` describes them."""
+    cut = Sizes.of(sizes)
+    if computes(inputs.key.dtype, cut):
+        return torch_kernel.forward(inputs, cut, _reading(_KINDS[proposals]))
+    return torch_kernel.short_variates_forward(inputs, proposals, *sizes)
+
+
+def short_variates_backward(
+    grads: AttentionState,
+    inputs: VariateInputs,
+    results: Sequence[Tensor],
+    needs: Sequence[bool],
+    proposals: str,
+    *sizes: Any,
+) -> list[Tensor | None]:
+    """Gradients of the inputs, where `needs` says so."""
+    cut = Sizes.of(sizes)
+    if computes(inputs.key.dtype, cut):
+        return torch_kernel.backward(grads, inputs, results, needs, cut, _reading(_KINDS[proposals]), widens=False)
+    return torch_kernel.short_variates_backward(grads, inputs, results, needs, proposals, *sizes)
+
+
+def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp, as `short_pooled` describes them."""
+    cut = Sizes.of(sizes)
+    if computes(inputs.key.dtype, cut):
+        return torch_kernel.forward(inputs, cut, _reading(_LEARNED))
+    return torch_kernel.short_pooled_forward(inputs, *sizes)
+
+
+def short_pooled_backward(
+    grads: AttentionState, inputs: PooledInputs, results: Sequence[Tensor], needs: Sequence[bool], *sizes: Any
+) -> list[Tensor | None]:
+    """Gradients of the inputs, where `needs` says so."""
+    cut = Sizes.of(sizes)
+    if computes(inputs.key.dtype, cut):
+        return torch_kernel.backward(grads, inputs, results, needs, cut, _reading(_LEARNED), widens=False)
+    return torch_kernel.short_pooled_backward(grads, inputs, results, needs, *sizes)
+
+
+def _reading(kind: int) -> Read:
+    return lambda part, kept: NativeReading(part, kind)
+
+
+class NativeReading:
+    """Some rows that are cut alike; as `Reading`. kind: As in work.h."""
+
+    kept: Sequence[Tensor] = ()
+
+    def __init__(self, part: Part, kind: int) -> None:
+        self.tokens = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in part.tokens]
+        self.parameters = [None if z is None else z.contiguous() for z in part.parameters]
+        self.sizes, self.kind = part.sizes, kind
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output `[batch, tokens, heads, dim]` and log-sum-exp; zeros for tokens that are not real."""
+        query = self.tokens[0]
+        new = query.new_zeros if self.sizes.lengths else query.new_empty
+        output, lse = new(query.shape), new(query.shape[:-1])
+        self._run("short_forward", [*_described(output), *_described(lse), *_NONE * 5])
+        return output, lse
+
+    def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]:
+        """Gradients of the tokens and the parameters, from those of the results (`None` for none)."""
+        if grad.stride(-1) != 1 and grad.shape[-1] != 1:
+            grad = grad.contiguous()
+        new = torch.zeros_like if self.sizes.lengths else torch.empty_like
+        found = [new(z, memory_format=torch.contiguous_format) for z in self.tokens]
+        of_parameters = [None if z is None else torch.empty_like(z) for z in self.parameters]
+        others = [*_NONE * 2, *_described(grad), *_described(grad_lse)]
+        for z in found:
+            others += _described(z)
+        self._run("short_backward", others, of_parameters)
+        return [*found, *of_parameters]
+
+    def _run(self, name: str, others: Sequence[int], grads: Sequence[Tensor | None] = ()) -> None:
+        sizes, tokens = self.sizes, self.tokens
+        batch, length, heads, dim = tokens[0].shape
+        own = length - sizes.num_global
+        fixed, members, places = tables(sizes, own), sizes.members, sizes.count(own)
+        is_together = len(grads) > 0 and any([z is not None for z in grads])
+        maps = [0 if z is None else z.data_ptr() for z in self.parameters]
+        of_maps = [0 if z is None else z.data_ptr() for z in grads]
+        packed = _CALL.pack(
+            *(batch, heads, batch if is_together else 1, len(fixed.token_of), dim, places, sizes.places_of_window),
+            *(sizes.num_global, self.kind, members[0], members[1] if len(members) > 1 else 0),
+            sizes.scaling**0.5,
+            *(fixed.token_of.data_ptr(), fixed.far.data_ptr()),
+            *(*_described(tokens[0]), *_described(tokens[1]), *_described(tokens[2]), *others),
+            *(*maps, *[0] * (7 - len(maps)), *of_maps, *[0] * (7 - len(of_maps))),
+        )
+        function = getattr(library(_SOURCE), name)
+
+        def part(first: int, last: int) -> int:
+            return function(packed, ctypes.c_long(first), ctypes.c_long(last))
+
+        cost = 8.0 * batch * heads * length * (sizes.places_of_window + fixed.far.shape[-1]) * dim
+        if in_parts(part, heads if is_together else batch * heads, cost):
+            raise MemoryError(f"{name} of {length} tokens")
+
+
+def _described(z: Tensor | None) -> tuple[int, ...]:
+    """Address and strides in numbers of rows, tokens and heads; zeros for none."""
+    return _NONE if z is None else (z.data_ptr(), *z.stride()[:3])
