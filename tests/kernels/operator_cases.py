@@ -20,7 +20,7 @@ from hf_linattn.kernels.short_slots import short_slot_attention
 
 # Attention functions define an operator when they are first called; here all are wanted, whatever ran before.
 for package in pkgutil.iter_modules(kernels.__path__):
-    if package.ispkg:
+    if package.ispkg and package.name != "native":
         importlib.import_module(f"hf_linattn.kernels.{package.name}.operator")
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")

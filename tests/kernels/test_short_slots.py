@@ -1,4 +1,7 @@
-"""Windows and slots of short inputs: against one dense softmax in float64, with gradients."""
+"""Windows and slots of short inputs: against one dense softmax in float64, with gradients.
+
+Float32 goes both roads: C and torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from references import INF, assert_same, differentiated, logsumexp, random, softmax
 from torch import Tensor
 
+from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.short_slots import inputs as parts
 from hf_linattn.kernels.short_slots import reading, short_slot_attention
 from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
@@ -89,8 +93,11 @@ def check(
     given: list[Tensor | None], options: ShortOptions | int, dtype: torch.dtype, limit: float, *, hides: bool = False
 ) -> None:
     options = ShortOptions(options, has_hidden=hides) if isinstance(options, int) else options
-    found = differentiated(lambda *z: short_slot_attention(ShortInputs(*z), options), given, dtype)
-    assert_same(found, differentiated(lambda *z: dense(options, *z), given), limit)
+    expected = differentiated(lambda *z: dense(options, *z), given)
+    for backend in ["torch", *(["auto"] if dtype == torch.float32 else [])]:
+        with use_backend(backend):
+            found = differentiated(lambda *z: short_slot_attention(ShortInputs(*z), options), given, dtype)
+        assert_same(found, expected, limit)
 
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -139,7 +146,8 @@ def test_options(options: ShortOptions, tokens: int, others: bool, own_slots: bo
 def test_images(grid: tuple[int, int, int], own_slots: bool) -> None:
     """Windows are squares, at the edges parts of squares."""
     given = case(grid[0] * grid[1], own_slots=own_slots, hidden=2)
-    check(given, ShortOptions(grid[2] ** 2, grid, has_hidden=True), torch.float64, 1e-12)
+    for dtype, limit in LIMITS.items():
+        check(given, ShortOptions(grid[2] ** 2, grid, has_hidden=True), dtype, limit)
     for absent in (5, 6, 8, 10):
         given[absent] = None
     check(given, ShortOptions(grid[2] ** 2, grid, query_norm=1.0, key_norm=1.0), torch.float64, 1e-12)

@@ -157,12 +157,42 @@ static void add_product(
     product_of(1, count, columns, depth, a, b, width_b, c, width_c);
 }
 
-/* `[count][width]` -> `[width][width_to]`; zeros behind the last. */
-static void transpose(long count, long width, const float *from, long width_from, float *to, long width_to) {
-    for (long d = 0; d < width; d++) {
-        for (long t = 0; t < count; t++) to[d * width_to + t] = from[t * width_from + d];
-        for (long t = count; t < width_to; t++) to[d * width_to + t] = 0;
+/* A square of vectors, in place. */
+INLINE void transpose_square(vec x[LANES]) {
+#if defined(__clang__)
+    float at[LANES][LANES];
+    for (int i = 0; i < LANES; i++) store(at[i], x[i]);
+    for (int i = 0; i < LANES; i++)
+        for (int k = 0; k < LANES; k++) x[i][k] = at[k][i];
+#else
+    ivec low, high; /* of two vectors, in turn */
+    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        vec mixed[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            mixed[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+            mixed[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = mixed[i];
     }
+#endif
+}
+
+/* `[count][width_from]` -> `[width][width_to]`, of whole vectors; zeros behind the last row. */
+static void transpose(long count, long width, const float *from, long width_from, float *to, long width_to) {
+    for (long t = 0; t < width_to; t += LANES)
+        for (long d = 0; d < width; d += LANES) {
+            vec square[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) square[i] = t + i < count ? load(from + (t + i) * width_from + d) : (vec){0};
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                if (d + i < width) store(to + (d + i) * width_to + t, square[i]);
+        }
 }
 
 /* Memory that the calls of a thread use again: taken anew, its pages cost as much as the arithmetic. */
