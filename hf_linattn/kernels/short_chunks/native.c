@@ -5,9 +5,9 @@
 /* Tokens and summaries of a row and head. */
 static void gather_row(Work *work) {
     const Call *call = work->call;
-    gather(work, call->query, (float)call->root, work->query);
-    gather(work, call->key, (float)call->root, work->key);
-    gather(work, call->value, 1, work->value);
+    gather_tokens(work, call->query, (float)call->root, work->query);
+    gather_tokens(work, call->key, (float)call->root, work->key);
+    gather_tokens(work, call->value, 1, work->value);
     memset(work->mass, 0, (size_t)(work->rows - work->tokens) * sizeof(float));
     for (long i = 0; i < work->sorts; i++)
         if (call->kind == LEARNED) make_pooled(work, &work->sort[i]);
@@ -38,7 +38,7 @@ static void row_back(Work *work) {
     long width = work->wide_dim, windows = count_windows(work);
     float root = (float)call->root;
     gather_row(work);
-    gather(work, call->grad_output, 1, work->upstream);
+    gather_tokens(work, call->grad_output, 1, work->upstream);
     memset(work->of_query, 0, (size_t)(work->tokens * width) * sizeof(float));
     memset(work->of_key, 0, (size_t)(work->rows * width) * sizeof(float));
     memset(work->of_value, 0, (size_t)(work->rows * width) * sizeof(float));
@@ -47,9 +47,9 @@ static void row_back(Work *work) {
     for (long i = 0; i < work->sorts; i++)
         if (call->kind == LEARNED) pooled_back(work, &work->sort[i]);
         else variates_back(work, &work->sort[i]);
-    scatter(work, 0, work->tokens, call->of_query, root, work->of_query);
-    scatter(work, 0, work->tokens, call->of_key, root, work->of_key);
-    scatter(work, 0, work->tokens, call->of_value, 1, work->of_value);
+    scatter_tokens(work, 0, work->tokens, call->of_query, root, work->of_query);
+    scatter_tokens(work, 0, work->tokens, call->of_key, root, work->of_key);
+    scatter_tokens(work, 0, work->tokens, call->of_value, 1, work->of_value);
 }
 
 /* Gradients of all inputs of the groups (which have the same maps) from `first` to before `last`; as above. */

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..attention_state import AttentionState
 from ..native.build import library
-from ..native.threads import in_parts
+from ..native.calls import addresses, in_parts
 from . import torch_kernel
 from .cutting import Sizes, tables
 from .torch_kernel import Part, PooledInputs, Read, VariateInputs
@@ -21,7 +20,7 @@ from .torch_kernel import Part, PooledInputs, Read, VariateInputs
 _SOURCE = Path(__file__).with_name("native.c")
 # `Call` of native.c: sizes, a factor, indices, tensors of tokens with three strides each, maps and their gradients.
 _CALL = struct.Struct("=11qd2q40q14q")
-_NONE = (0, 0, 0, 0)
+_STRIDES = 3
 _LEARNED = 4
 _KINDS = {"sum": 0, "mean": 1, "key": 2, "none": 3}
 
@@ -91,7 +90,7 @@ class NativeReading:
         query = self.tokens[0]
         new = query.new_zeros if self.sizes.lengths else query.new_empty
         output, lse = new(query.shape), new(query.shape[:-1])
-        self._run("short_forward", [*_described(output), *_described(lse), *_NONE * 5])
+        self._run("short_forward", [output, lse, None, None, None, None, None])
         return output, lse
 
     def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]:
@@ -101,13 +100,10 @@ class NativeReading:
         new = torch.zeros_like if self.sizes.lengths else torch.empty_like
         found = [new(z, memory_format=torch.contiguous_format) for z in self.tokens]
         of_parameters = [None if z is None else torch.empty_like(z) for z in self.parameters]
-        others = [*_NONE * 2, *_described(grad), *_described(grad_lse)]
-        for z in found:
-            others += _described(z)
-        self._run("short_backward", others, of_parameters)
+        self._run("short_backward", [None, None, grad, grad_lse, *found], of_parameters)
         return [*found, *of_parameters]
 
-    def _run(self, name: str, others: Sequence[int], grads: Sequence[Tensor | None] = ()) -> None:
+    def _run(self, name: str, others: Sequence[Tensor | None], grads: Sequence[Tensor | None] = ()) -> None:
         sizes, tokens = self.sizes, self.tokens
         batch, length, heads, dim = tokens[0].shape
         own = length - sizes.num_global
@@ -120,19 +116,8 @@ class NativeReading:
             *(sizes.num_global, self.kind, members[0], members[1] if len(members) > 1 else 0),
             sizes.scaling**0.5,
             *(fixed.token_of.data_ptr(), fixed.far.data_ptr()),
-            *(*_described(tokens[0]), *_described(tokens[1]), *_described(tokens[2]), *others),
+            *addresses([*tokens, *others], _STRIDES),
             *(*maps, *[0] * (7 - len(maps)), *of_maps, *[0] * (7 - len(of_maps))),
         )
-        function = getattr(library(_SOURCE), name)
-
-        def part(first: int, last: int) -> int:
-            return function(packed, ctypes.c_long(first), ctypes.c_long(last))
-
         cost = 8.0 * batch * heads * length * (sizes.places_of_window + fixed.far.shape[-1]) * dim
-        if in_parts(part, heads if is_together else batch * heads, cost):
-            raise MemoryError(f"{name} of {length} tokens")
-
-
-def _described(z: Tensor | None) -> tuple[int, ...]:
-    """Address and strides in numbers of rows, tokens and heads; zeros for none."""
-    return _NONE if z is None else (z.data_ptr(), *z.stride()[:3])
+        in_parts(getattr(library(_SOURCE), name), packed, heads if is_together else batch * heads, cost)

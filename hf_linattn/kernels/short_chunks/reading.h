@@ -79,9 +79,9 @@ static void write_read(Work *work, long window) {
     for (long t = 0; t < count; t++) {
         float *row = work->result + t * wide_dim, inverse = 1 / sum[t];
         for (long d = 0; d < wide_dim; d += LANES) store(row + d, load(row + d) * inverse);
-        if (is_real(work, first + t)) *token_at(work, call->lse, work->token_of[first + t]) = most[t] + logf(sum[t]);
+        if (is_real(work, first + t)) *number_at(work, call->lse, first + t) = most[t] + logf(sum[t]);
     }
-    scatter(work, first, count, call->output, 1, work->result);
+    scatter_tokens(work, first, count, call->output, 1, work->result);
 }
 
 /* From weights and what comes from above, those of the logits, in `of_weights`. */
@@ -89,8 +89,7 @@ static void softmax_back(Work *work, long first, long count, long wide) {
     Tokens grad_lse = work->call->grad_lse;
     float of_lse[wide];
     for (long t = 0; t < wide; t++)
-        of_lse[t] = grad_lse.at && t < count && is_real(work, first + t)
-            ? *token_at(work, grad_lse, work->token_of[first + t]) : 0;
+        of_lse[t] = grad_lse.at && t < count && is_real(work, first + t) ? *number_at(work, grad_lse, first + t) : 0;
     for (long t = 0; t < wide; t += LANES) {
         vec dot = -load(of_lse + t);
         for (long r = 0; r < work->read_count; r++)

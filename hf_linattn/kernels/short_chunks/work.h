@@ -6,7 +6,7 @@ are scaled by the root of the factor of the dot product, and so are the keys of 
 */
 #pragma once
 
-#include "arithmetic.h"
+#include "tokens.h"
 
 #define MOST_SORTS 2
 #define MOST_MAPS 7
@@ -16,12 +16,6 @@ enum { SUM, MEAN, KEY, NONE, LEARNED };
 /* Maps of control variates, and of learned summaries. */
 enum { QUERY_MAP, KEY_MAP };
 enum { KEY_POOLING, VALUE_POOLING, KEY_ADAPTER, QUERY_ADAPTER, FAR_OFFSET, FAR_SLOPE, KEY_SLOPE };
-
-/* `[batch, tokens, heads(, dim)]`, with strides in numbers; NULL for none. */
-typedef struct {
-    float *at;
-    long batch, token, head;
-} Tokens;
 
 /* together: Rows of the batch that one call adds up the gradients of maps of. tables: 1, or a table for each row.
 members: Places of a summary of each sort, 0 if there is no second sort. token_of: `[tables][places + globals]`, -1 for
@@ -138,33 +132,18 @@ static void choose_pair(Work *work, long group, long row) {
 /* -- tokens -------------------------------------------------------------------------------------------------------- */
 INLINE int is_real(const Work *work, long place) { return work->token_of[place] >= 0; }
 
-INLINE float *token_at(const Work *work, Tokens x, long token) {
-    return x.at + work->batch * x.batch + work->head * x.head + token * x.token;
+/* Of the token at a place: its number in `x`. */
+INLINE float *number_at(const Work *work, Tokens x, long place) {
+    return token_at(x, work->batch, work->head, work->token_of[place]);
 }
 
-/* Rows of whole vectors, times `factor`; zeros for places without a token. */
-static void gather(const Work *work, Tokens x, float factor, float *rows) {
-    long dim = work->dim, width = work->wide_dim, whole = dim / LANES * LANES;
-    for (long place = 0; place < work->tokens; place++, rows += width) {
-        if (!is_real(work, place)) {
-            memset(rows, 0, (size_t)width * sizeof(float));
-            continue;
-        }
-        const float *from = token_at(work, x, work->token_of[place]);
-        for (long d = 0; d < whole; d += LANES) store(rows + d, load(from + d) * factor);
-        for (long d = whole; d < width; d++) rows[d] = d < dim ? from[d] * factor : 0;
-    }
+static void gather_tokens(const Work *work, Tokens x, float factor, float *rows) {
+    gather(work->token_of, work->tokens, x, work->batch, work->head, work->dim, factor, rows);
 }
 
-/* To the tokens of `count` places, from `first` on, times `factor`. */
-static void scatter(const Work *work, long first, long count, Tokens x, float factor, const float *rows) {
-    long dim = work->dim, whole = dim / LANES * LANES;
-    for (long place = first; place < first + count; place++, rows += work->wide_dim) {
-        if (!is_real(work, place)) continue;
-        float *to = token_at(work, x, work->token_of[place]);
-        for (long d = 0; d < whole; d += LANES) store(to + d, load(rows + d) * factor);
-        for (long d = whole; d < dim; d++) to[d] = rows[d] * factor;
-    }
+/* To the tokens of `count` places, from `first` on. */
+static void scatter_tokens(const Work *work, long first, long count, Tokens x, float factor, const float *rows) {
+    scatter(work->token_of + first, count, x, work->batch, work->head, work->dim, factor, rows);
 }
 
 /* -- maps ---------------------------------------------------------------------------------------------------------- */
