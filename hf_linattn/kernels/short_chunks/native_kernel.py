@@ -1,4 +1,4 @@
-"""The kernels of `operator.py` in C (`native.c`). Float64 goes to `torch_kernel.py`."""
+"""The kernels of `operator.py` in C (`native.c`). Float64 and tiny windows go to `torch_kernel.py`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ _SOURCE = Path(__file__).with_name("native.c")
 _CALL = struct.Struct("=11qd2q40q14q")
 _STRIDES = 3
 _LEARNED = 4
+# Tokens of a window, which are the lanes of vectors: with fewer, most lanes are idle.
+_FEWEST = 4
 _KINDS = {"sum": 0, "mean": 1, "key": 2, "none": 3}
 
 
 def computes(dtype: torch.dtype, sizes: Sizes) -> bool:
     """Whether tokens like these are computed in C, and nothing is kept for the backward pass."""
-    return dtype != torch.float64 and sizes.scaling > 0 and library(_SOURCE) is not None
+    is_fast = sizes.places_of_window >= _FEWEST
+    return is_fast and dtype != torch.float64 and sizes.scaling > 0 and library(_SOURCE) is not None
 
 
 def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:

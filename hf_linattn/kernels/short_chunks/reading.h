@@ -26,14 +26,17 @@ static void choose_rows(Work *work, long first, long count, const float *far) {
     }
 }
 
-/* Of window `window`: its places; of the one behind the last: global tokens, which read all tokens. */
+/* Of window `window`: its places; of the one behind the last: global tokens, which read all tokens. Returns how many
+queries there are to the last token, `first` the row of the first. */
 static long choose_queries(Work *work, long window, long *first) {
     const Call *call = work->call;
-    long windows = work->places / call->window;
+    int is_global = window == work->places / call->window;
+    long count = is_global ? call->globals : call->window;
     *first = window * call->window;
-    if (window == windows) choose_rows(work, 0, work->places, NULL);
-    else choose_rows(work, *first, call->window, work->far + window * (work->rows - work->places));
-    return window == windows ? call->globals : call->window;
+    if (is_global) choose_rows(work, 0, work->places, NULL);
+    else choose_rows(work, *first, count, work->far + window * (work->rows - work->places));
+    while (count && !is_real(work, *first + count - 1)) count--;
+    return count;
 }
 
 /* `work->weights` of `count` queries, unscaled, and what they sum to and are relative to: `[wide]` each. */
@@ -68,7 +71,7 @@ static void write_read(Work *work, long window) {
     const Call *call = work->call;
     long first, count = choose_queries(work, window, &first), wide = padded(count), wide_dim = work->wide_dim;
     float sum[wide], most[wide];
-    if (!work->read_count) return; /* a window without a token */
+    if (!count) return;
     weigh(work, first, count, wide, sum, most);
     memset(work->result, 0, (size_t)(count * wide_dim) * sizeof(float));
     for (long i = 0, at = 0; i < work->run_count; at += work->runs[i++].count)
@@ -107,7 +110,7 @@ static void read_back(Work *work, long window) {
     long dim = work->dim, wide_dim = work->wide_dim;
     float sum[wide], most[wide];
     const float *upstream = work->upstream + first * wide_dim, *query = work->query + first * wide_dim;
-    if (!work->read_count) return;
+    if (!count) return;
     weigh(work, first, count, wide, sum, most);
     for (long t = 0; t < wide; t += LANES) {
         vec inverse = 1 / load(sum + t);
