@@ -99,9 +99,7 @@ class Reader(Protocol):
 
     def forward(self) -> tuple[Tensor, Tensor]: ...
 
-    def backward(
-        self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor
-    ) -> list[Tensor | None]: ...
+    def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]: ...
 
 
 # From a part, and in the backward pass what was kept of it.
