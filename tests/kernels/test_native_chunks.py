@@ -234,3 +234,14 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_loaded", {})
     step(*case("learned", 45, Sizes(8, 4, True, 0.2)))
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"), [("sum", 1), ("sum", 2), ("sum", 4), *(("learned", i) for i in range(3, 10))]
+)
+def test_tensors_of_other_shapes(kind: str, wrong: int) -> None:
+    """C would read what is not theirs; torch raises."""
+    tensors, *rest = case(kind, 45, Sizes(8, 4, True, 0.2))
+    tensors[wrong] = tensors[wrong][:, :, 1:] if wrong < 3 else tensors[wrong].repeat_interleave(2, -1)
+    with pytest.raises(RuntimeError):
+        step(tensors, *rest)

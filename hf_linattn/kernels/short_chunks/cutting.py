@@ -159,7 +159,7 @@ def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places
 def _real(sizes: Sizes, tokens: int, index: Tensor | None) -> Tensor:
     """`[rows, places]`, True where there is a token. index: As `_order` gives it."""
     number = torch.arange(sizes.count(tokens)) if index is None else index
-    return number < torch.tensor(sizes.lengths or (tokens,))[:, None]
+    return number < torch.tensor(sizes.lengths or (tokens,)).clamp_max_(tokens)[:, None]
 
 
 def _far(sizes: Sizes, real: Tensor, dtype: torch.dtype) -> Tensor:

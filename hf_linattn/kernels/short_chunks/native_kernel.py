@@ -36,7 +36,7 @@ def computes(dtype: torch.dtype, sizes: Sizes) -> bool:
 def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_variates` describes them."""
     cut = Sizes.of(sizes)
-    if computes(inputs.key.dtype, cut):
+    if computes(inputs.key.dtype, cut) and _fits(inputs):
         return torch_kernel.forward(inputs, cut, _reading(_KINDS[proposals]))
     return torch_kernel.short_variates_forward(inputs, proposals, *sizes)
 
@@ -51,7 +51,7 @@ def short_variates_backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
     cut = Sizes.of(sizes)
-    if computes(inputs.key.dtype, cut):
+    if computes(inputs.key.dtype, cut) and _fits(inputs):
         return torch_kernel.backward(grads, inputs, results, needs, cut, _reading(_KINDS[proposals]), widens=False)
     return torch_kernel.short_variates_backward(grads, inputs, results, needs, proposals, *sizes)
 
@@ -59,7 +59,7 @@ def short_variates_backward(
 def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_pooled` describes them."""
     cut = Sizes.of(sizes)
-    if computes(inputs.key.dtype, cut):
+    if computes(inputs.key.dtype, cut) and _fits(inputs):
         return torch_kernel.forward(inputs, cut, _reading(_LEARNED))
     return torch_kernel.short_pooled_forward(inputs, *sizes)
 
@@ -69,9 +69,22 @@ def short_pooled_backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
     cut = Sizes.of(sizes)
-    if computes(inputs.key.dtype, cut):
+    if computes(inputs.key.dtype, cut) and _fits(inputs):
         return torch_kernel.backward(grads, inputs, results, needs, cut, _reading(_LEARNED), widens=False)
     return torch_kernel.short_pooled_backward(grads, inputs, results, needs, *sizes)
+
+
+def _fits(inputs: VariateInputs | PooledInputs) -> bool:
+    """Whether the tensors have the shapes that C takes for granted; torch says what is wrong with others."""
+    query, key, value, *maps = inputs
+    batch, heads, _, dim = query.shape
+    if not query.numel() or not query.shape == key.shape == value.shape:
+        return False
+    square, row = (dim, dim), (dim,)
+    shapes = (square, square) if len(maps) == 2 else (row, row, square, square, (), row, row)
+    groups = {len(z) for z in maps if z is not None}  # more than heads under `vmap`
+    fit = all([z is None or z.shape[1:] == shape for z, shape in zip(maps, shapes, strict=True)])
+    return fit and len(groups) < 2 and not any([n == 0 or n % heads or batch % (n // heads) for n in groups])
 
 
 def _reading(kind: int) -> Read:
@@ -84,8 +97,8 @@ class NativeReading:
     kept: Sequence[Tensor] = ()
 
     def __init__(self, part: Part, kind: int) -> None:
-        self.tokens = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in part.tokens]
-        self.parameters = [None if z is None else z.contiguous() for z in part.parameters]
+        self.tokens = [_plain(z) for z in part.tokens]
+        self.parameters = [None if z is None else z.float().contiguous() for z in part.parameters]
         self.sizes, self.kind = part.sizes, kind
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -98,8 +111,7 @@ class NativeReading:
 
     def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]:
         """Gradients of the tokens and the parameters, from those of the results (`None` for none)."""
-        if grad.stride(-1) != 1 and grad.shape[-1] != 1:
-            grad = grad.contiguous()
+        grad = _plain(grad)
         new = torch.zeros_like if self.sizes.lengths else torch.empty_like
         found = [new(z, memory_format=torch.contiguous_format) for z in self.tokens]
         of_parameters = [None if z is None else torch.empty_like(z) for z in self.parameters]
@@ -124,3 +136,9 @@ class NativeReading:
         )
         cost = 8.0 * batch * heads * length * (sizes.places_of_window + fixed.far.shape[-1]) * dim
         in_parts(getattr(library(_SOURCE), name), packed, heads if is_together else batch * heads, cost)
+
+
+def _plain(z: Tensor) -> Tensor:
+    """In float32, the numbers of a vector next to each other."""
+    z = z.float()
+    return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
