@@ -57,6 +57,12 @@ def short_backward(
     return torch_kernel.short_backward(grads, inputs, results, needs, *options)
 
 
+@torch.compiler.assume_constant_result
+def is_compiled() -> bool:
+    """Whether C computes float32 on this machine."""
+    return library(_SOURCE) is not None
+
+
 def _plain(inputs: ShortInputs) -> ShortInputs | None:
     """In float32, vectors without gaps; `None` for what C does not compute."""
     if inputs.query.dtype == torch.float64 or not inputs.query.numel() or library(_SOURCE) is None:
