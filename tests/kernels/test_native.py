@@ -205,6 +205,34 @@ def test_who_computes(torch_calls: list[str]) -> None:
     assert torch_calls == ["short_forward", "short_backward"] * 3
 
 
+def test_any_strides() -> None:
+    """Gaps, other orders of dimensions, and dimensions that are expanded."""
+
+    def stretched(z: Tensor | None, number: int) -> Tensor | None:
+        if z is None:
+            return None
+        wide = z.new_full((*z.shape[:-1], 2 * z.shape[-1]), torch.nan)
+        wide[..., ::2] = z
+        return wide[..., ::2] if number % 2 else z.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    plain = inputs()._replace(query_slot_bias=torch.randn(1, 3, 18), key_slot_bias=torch.randn(1, 3, 18))
+    plain = plain._replace(
+        query_bias=torch.randn(2, 45, 1).expand(-1, -1, 3), key_bias=torch.randn(45, 3).expand(2, -1, -1)
+    )
+    given = ShortInputs(*[stretched(z, number) for number, z in enumerate(plain)])
+    for found, expected in zip(
+        short_slot_attention(given, OPTIONS), short_slot_attention(plain, OPTIONS), strict=True
+    ):
+        assert torch.equal(found, expected)
+    value = plain.value.clone().requires_grad_()
+    output, gradient = short_slot_attention(plain._replace(value=value), OPTIONS).output, torch.randn(20, 2, 45, 3)
+    first, second = (
+        torch.autograd.grad(output, value, z, retain_graph=True)[0]
+        for z in (gradient.movedim(0, -1), gradient.movedim(0, -1).contiguous())
+    )
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_what_is_no_number_is_seen(name: str) -> None:
     broken = inputs()

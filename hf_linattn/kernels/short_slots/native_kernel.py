@@ -15,7 +15,7 @@ from ..attention_state import AttentionState
 from ..native.build import library
 from ..native.calls import addresses, in_parts
 from . import torch_kernel
-from .inputs import ShortInputs, ShortOptions, token_of_place
+from .inputs import OF_TOKENS, ShortInputs, ShortOptions, token_of_place
 
 _SOURCE = Path(__file__).with_name("native.c")
 # `Call` of native.c: sizes, factors, indices, and tensors with three strides each.
@@ -44,7 +44,10 @@ def short_backward(
     """Gradients of the tensors of `inputs`, where `needs` says so."""
     plain, of_call = _plain(inputs), ShortOptions._make(options)
     if plain is not None:
-        upstream = [grads.output.float(), grads.lse.float() if of_call.with_lse else None]
+        grad_output = grads.output.float()
+        if grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        upstream = [grad_output, grads.lse.float() if of_call.with_lse else None]
         found: list[Any] = [
             z.new_empty(z.shape) if needed and z is not None else None for z, needed in zip(plain, needs, strict=True)
         ]
@@ -64,14 +67,14 @@ def is_compiled() -> bool:
 
 
 def _plain(inputs: ShortInputs) -> ShortInputs | None:
-    """In float32, vectors without gaps; `None` for what C does not compute."""
+    """In float32, vectors and biases of slots without gaps; `None` for what C does not compute."""
     if inputs.query.dtype == torch.float64 or not inputs.query.numel() or library(_SOURCE) is None:
         return None
     found: list[Any] = []
-    for z in inputs:
+    for place, z in enumerate(inputs):
         if z is not None and z.dtype != torch.float32:
             z = z.float()
-        if z is not None and z.stride(-1) != 1 and z.ndim == 4:
+        if z is not None and z.stride(-1) != 1 and (z.ndim == 4 or place >= OF_TOKENS):
             z = z.contiguous()
         found.append(z)
     return ShortInputs._make(found)
