@@ -20,7 +20,7 @@ from hf_linattn.kernels.short_slots import short_slot_attention
 
 # Attention functions define an operator when they are first called; here all are wanted, whatever ran before.
 for package in pkgutil.iter_modules(kernels.__path__):
-    if package.ispkg and package.name != "native":
+    if package.ispkg and importlib.util.find_spec(f"hf_linattn.kernels.{package.name}.operator"):
         importlib.import_module(f"hf_linattn.kernels.{package.name}.operator")
 OPERATORS = torch.ops.hf_linattn
 INF = float("inf")
@@ -137,9 +137,16 @@ def short_case(
 
 
 def short_chunks_case(
-    tokens: int, dtype: torch.dtype, *, learned: bool = False, chunk: int = 2, **others: Any
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    learned: bool = False,
+    window: int = 2,
+    chunk: int = 2,
+    backend: str = "torch",
+    **others: Any,
 ) -> tuple[Any, ...]:
-    """Windows of two tokens, of which the last is not whole. others: Of `Sizes`."""
+    """Windows of which the last is not whole. others: Of `Sizes`."""
     assert short_pooled  # its operator is defined where it is imported
     count = others["height"] * others["width"] + 1 if others.get("height") else 2 * tokens - 1
     # Tokens come before heads in memory.
@@ -147,8 +154,8 @@ def short_chunks_case(
     square, row = (3, 4, 4), (3, 4)
     shapes = [row, row, square, square, (3,), row, row] if learned else [square, square]
     maps = [random(*shape, seed=3 + i, dtype=dtype) / 2 for i, shape in enumerate(shapes)]
-    sizes = [list(z) if isinstance(z, tuple) else z for z in Sizes(2, chunk, True, 0.7, **others)]
-    return (*given, *maps, *(() if learned else ("sum",)), *sizes, "torch")
+    sizes = [list(z) if isinstance(z, tuple) else z for z in Sizes(window, chunk, True, 0.7, **others)]
+    return (*given, *maps, *(() if learned else ("sum",)), *sizes, backend)
 
 
 def decode_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -195,6 +202,11 @@ CASES: dict[str, tuple[str, Callable[[int, torch.dtype], tuple[Any, ...]]]] = {
         lambda n, d: short_chunks_case(n, d, learned=True, height=3, width=4, num_global=1),
     ),
     "short chunks, lengths": ("short_variates", lambda n, d: short_chunks_case(4, d, lengths=(7, 4), chunks=(2, 1))),
+    "short chunks, in C": ("short_variates", lambda n, d: short_chunks_case(4 * n, d, window=4, backend="auto")),
+    "short chunks, learned, in C": (
+        "short_pooled",
+        lambda n, d: short_chunks_case(4 * n, d, learned=True, window=4, backend="auto"),
+    ),
     "decode": ("decode_step", decode_case),
     "half_norm": ("half_norm", half_norm_case),
 }

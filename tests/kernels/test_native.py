@@ -14,12 +14,15 @@ import torch
 from forked import in_processes
 from hypothesis import given
 from hypothesis import strategies as st
+from references import assert_same
 from torch import Tensor
 
 from hf_linattn.kernels.backends import use_backend
 from hf_linattn.kernels.native import build
+from hf_linattn.kernels.row_fit import fits_in_c
 from hf_linattn.kernels.short_slots import native_kernel, short_slot_attention, torch_kernel
 from hf_linattn.kernels.short_slots.inputs import ShortInputs, ShortOptions
+from hf_linattn.ops.favor import fitted
 
 needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C compiler")
 OPTIONS = ShortOptions(8, (), 0.5, 1.0, 1.0)
@@ -203,6 +206,52 @@ def test_who_computes(torch_calls: list[str]) -> None:
     large = inputs()
     step(large._replace(key=large.key * 3000))
     assert torch_calls == ["short_forward", "short_backward"] * 3
+
+
+def test_any_strides() -> None:
+    """Gaps, other orders of dimensions, and dimensions that are expanded."""
+
+    def stretched(z: Tensor | None, number: int) -> Tensor | None:
+        if z is None:
+            return None
+        wide = z.new_full((*z.shape[:-1], 2 * z.shape[-1]), torch.nan)
+        wide[..., ::2] = z
+        return wide[..., ::2] if number % 2 else z.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    plain = inputs()._replace(query_slot_bias=torch.randn(1, 3, 18), key_slot_bias=torch.randn(1, 3, 18))
+    plain = plain._replace(
+        query_bias=torch.randn(2, 45, 1).expand(-1, -1, 3), key_bias=torch.randn(45, 3).expand(2, -1, -1)
+    )
+    given = ShortInputs(*[stretched(z, number) for number, z in enumerate(plain)])
+    for found, expected in zip(
+        short_slot_attention(given, OPTIONS), short_slot_attention(plain, OPTIONS), strict=True
+    ):
+        assert torch.equal(found, expected)
+    value = plain.value.clone().requires_grad_()
+    output, gradient = short_slot_attention(plain._replace(value=value), OPTIONS).output, torch.randn(20, 2, 45, 3)
+    first, second = (
+        torch.autograd.grad(output, value, z, retain_graph=True)[0]
+        for z in (gradient.movedim(0, -1), gradient.movedim(0, -1).contiguous())
+    )
+    assert torch.equal(first, second)
+
+
+@needs_compiler
+@pytest.mark.parametrize("centring", [True, False])
+@pytest.mark.parametrize("variant", ["saderf", "gerf"])
+@pytest.mark.parametrize(("shape", "offset"), [((2, 3, 45, 20), 0.0), ((1, 2, 130, 17), 5.0), ((2, 2, 1, 5), 0.0)])
+def test_fit_to_rows(shape: tuple[int, ...], offset: float, variant: str, centring: bool) -> None:
+    """FAVOR#'s constants and tokens in their coordinates, against torch in float64; equal keys, and one of zeros."""
+    torch.manual_seed(0)
+    fit, (query, key) = fitted.RowFit(variant, centring), (torch.randn(2, *shape) + offset).unbind(0)
+    key[:, 0] = 3.1
+    key[..., 1] = 0.0
+    assert fits_in_c(query, key)
+    found = fitted._forward(query, key, None, None, fit)
+    expected = fitted._forward(query.double(), key.double(), None, None, fit)
+    for own, other in zip(found, expected, strict=True):
+        assert own.shape == other.shape
+        assert_same([own], [other], 2e-5)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])

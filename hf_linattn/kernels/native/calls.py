@@ -35,7 +35,7 @@ def addresses(tensors: Sequence[Tensor | None], strides: int) -> list[int]:
     return found
 
 
-def in_parts(function: Any, call: bytes, count: int, cost: float, tensors: Any) -> bool:
+def in_parts(function: Any, call: bytes, count: int, cost: float, tensors: Any = None) -> bool:
     """Whether `function` could do all its work, of `count` things and `cost` arithmetic operations.
 
     tensors: Those whose addresses are in `call`. Threads hold them: after a KeyboardInterrupt here they go on.

@@ -1,7 +1,7 @@
 /* Tokens and slots of one row and head: from tensors into rows of whole vectors, and back.
 
 Places are the tokens of all windows, one window after the other; some have no token (behind the end of a row, or of an
-image). `token_of` has the number of the token at every place, -1 for none.
+image). `token_of` has the number of the token at every place, -1 for none; without it a place has the token of its number.
 */
 #pragma once
 
@@ -29,11 +29,12 @@ static void gather(
 ) {
     long width = padded(dim), whole = dim / LANES * LANES;
     for (long place = 0; place < count; place++, rows += width) {
-        if (token_of[place] < 0) {
+        long token = token_of ? token_of[place] : place;
+        if (token < 0) {
             memset(rows, 0, (size_t)width * sizeof(float));
             continue;
         }
-        const float *from = token_at(x, batch, head, token_of[place]);
+        const float *from = token_at(x, batch, head, token);
         for (long d = 0; d < whole; d += LANES) store(rows + d, load(from + d) * factor);
         for (long d = whole; d < width; d++) rows[d] = d < dim ? from[d] * factor : 0;
     }
@@ -46,8 +47,9 @@ static void scatter(
     long width = padded(dim), whole = dim / LANES * LANES;
     if (!x.at) return;
     for (long place = 0; place < count; place++, rows += width) {
-        if (token_of[place] < 0) continue;
-        float *to = token_at(x, batch, head, token_of[place]);
+        long token = token_of ? token_of[place] : place;
+        if (token < 0) continue;
+        float *to = token_at(x, batch, head, token);
         for (long d = 0; d < whole; d += LANES) store(to + d, load(rows + d) * factor);
         for (long d = whole; d < dim; d++) to[d] = rows[d] * factor;
     }

@@ -114,20 +114,10 @@ def places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places:
 def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places:
     hidden, count, window = torch.full((), float("-inf"), dtype=dtype), sizes.count(tokens), sizes.places_of_window
     index = _order(sizes)
-    number = torch.arange(count) if index is None else index
-    lengths = torch.tensor(sizes.lengths or (tokens,))
-    real = number < lengths[:, None]  # [rows, places]
+    real = _real(sizes, tokens, index)
     is_whole = bool(real.all())
-    first = torch.arange(0, count, window)[:, None]  # of every window
-    sorts, weights, reads = [], [], []
+    sorts = []
     for size in sizes.members:
-        members = real.view(len(real), -1, size).sum(-1).to(dtype)
-        weights.append(members.log() if sizes.weighs_size else members.log().clamp_max_(0.0))
-        start = torch.arange(0, count, size)
-        own = first // size * size == start if size >= window else first == start // window * window
-        if size < sizes.members[0]:  # windows, where their chunk is not read
-            own = own | (start // sizes.members[0] != first // sizes.members[0])
-        reads.append(~own)
         summaries, is_member = batch * (count // size), real.view(len(real), -1, 1, size)
         ones = torch.ones(1, 1, size, dtype=dtype).expand(summaries, 1, size)
         if is_whole:
@@ -138,10 +128,9 @@ def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places
         share /= share.sum(-1, keepdim=True).clamp_min(1.0)
         sorts.append(Sort(size, share, ones, ~is_member.mT))
     place = torch.arange(tokens) if index is None else index.argsort(stable=True)[:tokens]
-    weight = torch.cat(weights, -1)[:, None]  # [rows, 1, summaries]
-    read = torch.cat(reads, -1)[place // window] & (weight > float("-inf"))  # [rows, tokens, summaries]
-    far = torch.where(read, weight, hidden)
-    far, read = F.pad(far, (0, sizes.num_global)), F.pad(read, (0, sizes.num_global), value=True)
+    far = _far(sizes, real, dtype)[:, place // window]  # [rows, tokens, summaries]
+    far = F.pad(far, (0, sizes.num_global))
+    read = far > float("-inf")
     alone, shown = ~read.any(-1, keepdim=True), far
     if bool(alone.any()):
         shown = far.masked_fill(alone, 0.0)
@@ -165,6 +154,53 @@ def _places(sizes: Sizes, batch: int, tokens: int, dtype: torch.dtype) -> Places
         None if shown is far else alone,
         shown.unsqueeze(1),
     )
+
+
+def _real(sizes: Sizes, tokens: int, index: Tensor | None) -> Tensor:
+    """`[rows, places]`, True where there is a token. index: As `_order` gives it."""
+    number = torch.arange(sizes.count(tokens)) if index is None else index
+    return number < torch.tensor(sizes.lengths or (tokens,)).clamp_max_(tokens)[:, None]
+
+
+def _far(sizes: Sizes, real: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[rows, windows, summaries]`: log-weights of the summaries that a window reads, `-inf` of the others."""
+    first = torch.arange(0, real.shape[1], sizes.places_of_window)[:, None]  # of every window
+    weights, reads = [], []
+    for size in sizes.members:
+        members = real.view(len(real), -1, size).sum(-1).to(dtype)
+        weights.append(members.log() if sizes.weighs_size else members.log().clamp_max_(0.0))
+        start = torch.arange(0, real.shape[1], size)
+        if size >= sizes.places_of_window:
+            own = first // size * size == start
+        else:
+            own = first == start // sizes.places_of_window * sizes.places_of_window
+        if size < sizes.members[0]:  # windows, where their chunk is not read
+            own = own | (start // sizes.members[0] != first // sizes.members[0])
+        reads.append(~own)
+    return torch.cat(weights, -1)[:, None].masked_fill(~torch.cat(reads, -1), float("-inf"))
+
+
+class Tables(NamedTuple):
+    """The same for C; `rows` is 1 where all are alike. Global tokens are behind all places, and before all summaries.
+
+    token_of: `[rows, places + num_global]` (int64), the number of a token among all; -1 for a place without one.
+    far: `[rows, windows, num_global + summaries]` (float32), log-weights; `-inf` of what a window does not read.
+    """
+
+    token_of: Tensor
+    far: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def tables(sizes: Sizes, tokens: int) -> Tables:
+    """For so many tokens, global ones left out."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        index = _order(sizes)
+        real, number = _real(sizes, tokens, index), torch.arange(sizes.count(tokens)) if index is None else index
+        token_of = torch.where(real, number + sizes.num_global, -1)
+        every = torch.arange(sizes.num_global).expand(len(real), -1)
+        far = F.pad(_far(sizes, real, torch.float32), (sizes.num_global, 0))
+        return Tables(torch.cat([token_of, every], -1), far.contiguous())
 
 
 def _order(sizes: Sizes) -> Tensor | None:

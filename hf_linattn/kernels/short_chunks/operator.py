@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention_state import AttentionState
 from ..backends import current_backend
 from ..operators import register_pair
-from . import torch_kernel
+from . import native_kernel, torch_kernel
 from .cutting import Sizes
 
 
@@ -48,11 +48,12 @@ def short_pooled(query: Tensor, key: Tensor, value: Tensor, maps: Sequence[Tenso
     return AttentionState(*_pooled(*arguments)[:2])
 
 
-def _kept(key: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Like what is kept of control variates (`summaries.py`)."""
+def _kept(key: Tensor, sizes: Sizes, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Like what is kept of control variates (`summaries.py`); C keeps nothing."""
     batch, heads, length, dim = key.shape
+    dtype = key.dtype
     key = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
-    if sizes.lengths:
+    if sizes.lengths or (backend != "torch" and native_kernel.computes(dtype, sizes)):
         return key, torch.empty_like(key), torch.empty_like(key)
     places = sizes.count(length - sizes.num_global)
     chunks = key.new_empty(batch, sum(places // size for size in sizes.members), heads, dim)
@@ -61,11 +62,11 @@ def _kept(key: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kept_weight(*arguments: Any) -> tuple[Tensor, ...]:
-    return _kept(arguments[1], Sizes.of(arguments[6:-1]))
+    return _kept(arguments[1], Sizes.of(arguments[6:-1]), arguments[-1])
 
 
 def _kept_keys(*arguments: Any) -> tuple[Tensor, ...]:
-    chunks, others, _ = _kept(arguments[1], Sizes.of(arguments[10:-1]))
+    chunks, others, _ = _kept(arguments[1], Sizes.of(arguments[10:-1]), arguments[-1])
     return chunks, others, torch.empty_like(chunks)
 
 
@@ -79,6 +80,7 @@ _variates = register_pair(
     f"short_variates({_TOKENS}, Tensor? query_adapter, Tensor? key_adapter, str proposals, {_SIZES})"
     f" -> ({_RESULTS}, Tensor weight)",
     torch_kernel,
+    compiled=native_kernel,
     record=torch_kernel.VariateInputs,
     kept=_kept_weight,
     heads_first=3,
@@ -88,6 +90,7 @@ _pooled = register_pair(
     f"short_pooled({_TOKENS}, Tensor key_pooling, Tensor value_pooling, Tensor key_adapter, Tensor query_adapter,"
     f" Tensor far_offset, Tensor far_slope, Tensor key_slope, {_SIZES}) -> ({_RESULTS}, Tensor pooled)",
     torch_kernel,
+    compiled=native_kernel,
     record=torch_kernel.PooledInputs,
     kept=_kept_keys,
     heads_first=3,

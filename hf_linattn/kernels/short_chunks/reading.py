@@ -87,6 +87,10 @@ class Reading:
             of_all = [z[:, : sizes.num_global].transpose(1, 2) for z in self.tokens[1:]]
             self.key, self.value = torch.cat([self.key, of_all[0]], 2), torch.cat([self.value, of_all[1]], 2)
 
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        return self.summaries.kept
+
     def _windows(self, x: Tensor) -> Tensor:
         """`[batch, places, heads(, dim)]` -> `[batch * windows, heads, window(, dim)]`."""
         return x.view(-1, self.fixed.window, *x.shape[2:]).transpose(1, 2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class PooledInputs(NamedTuple):
 
 def short_variates_forward(inputs: VariateInputs, proposals: str, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_variates` describes them, and what is kept of the chunks."""
-    return _forward(inputs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3]))
+    return forward(inputs, Sizes.of(sizes), _reading(partial(ControlVariates, proposals=proposals, scaling=sizes[3])))
 
 
 def short_variates_backward(
@@ -61,24 +61,23 @@ def short_variates_backward(
     *sizes: Any,
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return _backward(
-        grads, inputs, results, needs, Sizes.of(sizes), partial(ControlVariates, proposals=proposals, scaling=sizes[3])
-    )
+    read = _reading(partial(ControlVariates, proposals=proposals, scaling=sizes[3]))
+    return backward(grads, inputs, results, needs, Sizes.of(sizes), read)
 
 
 def short_pooled_forward(inputs: PooledInputs, *sizes: Any) -> tuple[Tensor, ...]:
     """Output and log-sum-exp, as `short_pooled` describes them, and what is kept of the chunks."""
-    return _forward(inputs, Sizes.of(sizes), partial(Pooled, scaling=sizes[3]))
+    return forward(inputs, Sizes.of(sizes), _reading(partial(Pooled, scaling=sizes[3])))
 
 
 def short_pooled_backward(
     grads: AttentionState, inputs: PooledInputs, results: Sequence[Tensor], needs: Sequence[bool], *sizes: Any
 ) -> list[Tensor | None]:
     """Gradients of the inputs, where `needs` says so."""
-    return _backward(grads, inputs, results, needs, Sizes.of(sizes), partial(Pooled, scaling=sizes[3]))
+    return backward(grads, inputs, results, needs, Sizes.of(sizes), _reading(partial(Pooled, scaling=sizes[3])))
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Rows that are cut alike, and whose summaries have the same parameters.
 
     rows: Their numbers, or a slice; `None` for all. models: Which heads of all parameters `parameters` are, alike.
@@ -92,11 +91,30 @@ class _Part(NamedTuple):
     sizes: Sizes
 
 
+class Reader(Protocol):
+    """Of a part. kept: Of its summaries, for the backward pass; of it, `forward` may keep nothing."""
+
+    @property
+    def kept(self) -> Sequence[Tensor]: ...
+
+    def forward(self) -> tuple[Tensor, Tensor]: ...
+
+    def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]: ...
+
+
+# From a part, and in the backward pass what was kept of it.
+Read = Callable[[Part, Sequence[Tensor] | None], Reader]
+
+
+def _reading(summarise: Summarise) -> Read:
+    return lambda part, kept: Reading(part.tokens, part.parameters, part.sizes, summarise, kept)
+
+
 def _some(x: Any, rows: Any) -> Any:
     return x if x is None or rows is None else x[rows]
 
 
-def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
+def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[Part]:
     """All rows, in float32 or wider, or those of each length of chunks. Under `vmap` there are parameters for parts of
     the batch, one after the other."""
     if inputs[0].dtype in _HALVES:
@@ -109,7 +127,7 @@ def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
         if z is not None:
             given = len(z)
             break
-    found: list[_Part] = []
+    found: list[Part] = []
     if given != heads:
         number = given // heads
         each = batch // number
@@ -129,14 +147,14 @@ def _parts(inputs: Sequence[Any], sizes: Sizes) -> list[_Part]:
             lengths = tuple(sizes.lengths[row] for row in some)
             index = torch.tensor(some, device="cpu")
             own_sizes = sizes._replace(chunk=chunk, lengths=lengths, chunks=())
-            found.append(_Part(index, None, [z[index] for z in tokens], parameters, own_sizes))
+            found.append(Part(index, None, [z[index] for z in tokens], parameters, own_sizes))
         return found
     if sizes.lengths:
         sizes = sizes._replace(chunk=sizes.chunks[0], chunks=())
-    return [_Part(None, None, tokens, parameters, sizes)]
+    return [Part(None, None, tokens, parameters, sizes)]
 
 
-def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
+def _single_rows(parts: Sequence[Part]) -> Iterator[Part]:
     """Row by row, in float64."""
     for part in parts:
         count = len(part.tokens[0])
@@ -152,16 +170,17 @@ def _single_rows(parts: Sequence[_Part]) -> Iterator[_Part]:
             some = slice(place, place + 1)
             sizes = part.sizes._replace(lengths=part.sizes.lengths[some])
             tokens = [z[some].double() for z in part.tokens]
-            yield _Part(slice(row, row + 1), part.models, tokens, parameters, sizes)
+            yield Part(slice(row, row + 1), part.models, tokens, parameters, sizes)
 
 
-def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple[Tensor, ...]:
+def forward(inputs: Sequence[Any], sizes: Sizes, read: Read) -> tuple[Tensor, ...]:
+    """Output and log-sum-exp of all rows, and what is kept."""
     parts = _parts(inputs, sizes)
     found: list[Sequence[Tensor]] = []
     for part in parts:
-        read = Reading(part.tokens, part.parameters, part.sizes, summarise)
-        kept: Sequence[Tensor] = read.summaries.kept if not sizes.lengths else ()
-        found.append((*read.forward(), *kept))
+        reader = read(part, None)
+        kept: Sequence[Tensor] = reader.kept if not sizes.lengths else ()
+        found.append((*reader.forward(), *kept))
     results = found[0]
     if len(parts) > 1:
         results = [z.new_empty(len(inputs[0]), *z.shape[1:]) for z in results]
@@ -169,38 +188,44 @@ def _forward(inputs: Sequence[Any], sizes: Sizes, summarise: Summarise) -> tuple
             for whole, own in zip(results, of_part, strict=True):
                 whole[part.rows] = own
     output, lse, *rest = results
-    if sizes.lengths:  # what is kept would have other sizes in every row
+    if not rest:  # with lengths, what is kept would have other sizes in every row
         rest = [lse.new_empty(0) for _ in range(3)]
     if output.dtype != inputs[0].dtype:
         output = output.to(inputs[0].dtype)
     return output.transpose(1, 2), lse.transpose(1, 2), *rest
 
 
-def _backward(
+def backward(
     grads: AttentionState,
     inputs: Sequence[Any],
     results: Sequence[Tensor],
     needs: Sequence[bool],
     sizes: Sizes,
-    summarise: Summarise,
+    read: Read,
+    *,
+    widens: bool = True,
 ) -> list[Tensor | None]:
+    """Gradients of all inputs that need them.
+
+    widens: Rows with a large log-sum-exp are read in float64.
+    """
     wide = results[1].dtype
     given = [None if z is None else z.transpose(1, 2) for z in (*grads, *results[:2])]
     if grads.output.dtype != wide:
         given = [None if z is None else z.to(wide) for z in given]
-    is_large = wide == torch.float32 and _is_large(results[1])
+    is_large = widens and wide == torch.float32 and _is_large(results[1])
     parts = _parts(inputs, sizes)
     totals: list[Tensor | None] = []
     for part in _single_rows(parts) if is_large else parts:
         upstream: list[Any] = [_some(z, part.rows) for z in given]
         if is_large:
-            read = Reading(part.tokens, part.parameters, part.sizes, summarise)
+            reader = read(part, None)
             upstream = [None if z is None else z.double() for z in upstream[:2]]
-            output, lse = read.forward()
-            found = read.backward(upstream[0], upstream[1], output, lse)
+            output, lse = reader.forward()
+            found = reader.backward(upstream[0], upstream[1], output, lse)
         else:
-            kept = None if sizes.lengths else [_some(z, part.rows) for z in results[2:]]
-            found = Reading(part.tokens, part.parameters, part.sizes, summarise, kept).backward(*upstream)
+            kept = [_some(z, part.rows) for z in results[2:]] if results[2].numel() else None
+            found = read(part, kept).backward(*upstream)
         if part.rows is None:
             totals = found
             break

@@ -44,7 +44,10 @@ def short_backward(
     """Gradients of the tensors of `inputs`, where `needs` says so."""
     plain, of_call = _plain(inputs), ShortOptions._make(options)
     if plain is not None:
-        upstream = [_without_gaps(grads.output.float()), grads.lse.float() if of_call.with_lse else None]
+        grad_output = grads.output.float()
+        if grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        upstream = [grad_output, grads.lse.float() if of_call.with_lse else None]
         found: list[Any] = [
             z.new_empty(z.shape) if needed and z is not None else None for z, needed in zip(plain, needs, strict=True)
         ]
@@ -57,24 +60,24 @@ def short_backward(
     return torch_kernel.short_backward(grads, inputs, results, needs, *options)
 
 
+@torch.compiler.assume_constant_result
+def is_compiled() -> bool:
+    """Whether C computes float32 on this machine."""
+    return library(_SOURCE) is not None
+
+
 def _plain(inputs: ShortInputs) -> ShortInputs | None:
-    """In float32, vectors without gaps; `None` for what C does not compute."""
+    """In float32, vectors and biases of slots without gaps; `None` for what C does not compute."""
     if inputs.query.dtype == torch.float64 or not inputs.query.numel() or library(_SOURCE) is None:
         return None
     found: list[Any] = []
     for place, z in enumerate(inputs):
-        if z is not None:
-            if z.dtype != torch.float32:
-                z = z.float()
-            if z.ndim == 4 or place >= OF_TOKENS:  # the bias of tokens has a stride for each of its dimensions
-                z = _without_gaps(z)
+        if z is not None and z.dtype != torch.float32:
+            z = z.float()
+        if z is not None and z.stride(-1) != 1 and (z.ndim == 4 or place >= OF_TOKENS):
+            z = z.contiguous()
         found.append(z)
     return ShortInputs._make(found)
-
-
-def _without_gaps(x: Tensor) -> Tensor:
-    """With the numbers of a vector next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..attention_state import AttentionState
@@ -9,16 +10,21 @@ from ..backends import current_backend
 from ..operators import register_pair
 from . import native_kernel, torch_kernel
 from .inputs import ShortInputs, ShortOptions
+from .native_kernel import is_compiled
 
 
 def suits_short(like: Tensor, windows: int, places: int, slots: int) -> bool:
     """Whether tensors like this one, cut into so many windows of so many places, take the short road.
 
-    It does where that is faster than states of windows and a scan (measured on a CPU core: up to three times). Sums
-    over other windows cost as much as `windows / places` more slots, and are kept for every window.
+    It does where that is faster than states of windows and a scan (measured on a CPU core: two to four times). In
+    torch, sums over other windows cost as much as `windows / places` more slots; in C they are a scan. Both keep sums
+    for every window, of a few heads at a time.
     """
-    pays = windows <= 256 and windows <= 32 * places and slots <= 64 * places
-    return pays and like.device.type == "cpu" and current_backend() != "triton"
+    if like.device.type != "cpu" or current_backend() == "triton" or slots > 64 * places:
+        return False
+    if current_backend() == "auto" and like.dtype != torch.float64 and is_compiled():
+        return windows * slots <= 1 << 17
+    return windows <= min(256, 32 * places)
 
 
 def short_slot_attention(inputs: ShortInputs, options: ShortOptions) -> AttentionState:

@@ -32,6 +32,8 @@ from .workspace import OWN, SMALL, Workspace, workspace
 # The least mass of the other windows, relative to the largest weight of all: e^-28 of it, below the rounding of
 # float32, is still above the smallest number.
 _LEAST_MASS = math.exp(-59)
+# Of windows whose sums are a product with a square of them.
+_MOST_WINDOWS = 256
 # Logits of float32 up to this size are rounded by 3e-5 at most.
 _LARGEST = 512.0
 
@@ -92,7 +94,7 @@ def read_tile(tile: Tile) -> Read:
     wide = torch.promote_types(dtype, torch.float32)
     if dtype != wide or inputs.value.dtype != wide:
         tile = tile._replace(inputs=_converted(inputs, wide))
-    read = _attempt(tile, _row_references)
+    read = _attempt(tile, _row_references) if tile.windows <= _MOST_WINDOWS else None
     if read is None:
         tile = tile._replace(inputs=_converted(inputs, torch.float64))
         read = _attempt(tile, _own_references)
@@ -232,16 +234,34 @@ def _row_references(log_features: Tensor, tile: Tile) -> References:
 def _own_references(log_features: Tensor, tile: Tile) -> References:
     """The largest of every window, and the largest of all the others."""
     all_rows, _, slots = log_features.shape
-    windows, lowest = tile.windows, torch.finfo(log_features.dtype).min
-    own = log_features.view(all_rows, windows, -1, slots).amax(2).clamp_min_(lowest)
-    is_other = _others(windows, 1.0, own.dtype).bool()[..., None]
-    others = own.unsqueeze(1).masked_fill(~is_other, lowest).amax(2)  # [all rows, windows, slots]
-    shares = (own.unsqueeze(1) - others.unsqueeze(2) + tile.options.shift).exp().masked_fill(~is_other, 0.0)
-
-    def summed(sums: Tensor, rule: str) -> Tensor:
-        return torch.einsum(rule, shares, sums.unflatten(2, (slots, -1))).flatten(2).contiguous()
+    lowest = torch.finfo(log_features.dtype).min
+    own = log_features.view(all_rows, tile.windows, -1, slots).amax(2).clamp_min_(lowest)
+    none = own.new_full((all_rows, 1, slots), lowest)
+    before = torch.cat([none, own[:, :-1].cummax(1).values], 1)
+    behind = torch.cat([own[:, 1:].flip(1).cummax(1).values.flip(1), none], 1)
+    others, shift = torch.maximum(before, behind), tile.options.shift
 
     def merge(sums: Tensor, memory: Tensor | None = None) -> Tensor:
-        return summed(sums, "gikm,gkmd->gimd")
+        return _sums_of_others(sums, own, others - shift)
 
-    return References(own, others, merge, lambda grads: summed(grads, "gikm,gimd->gkmd"))
+    return References(own, others, merge, lambda grads: _sums_of_others(grads, shift - others, -own))
+
+
+def _sums_of_others(sums: Tensor, of: Tensor, to: Tensor) -> Tensor:
+    """For every window the sum of the others, `sum_{k != i} exp(of_k - to_i) sums_k`: a scan in either direction.
+
+    Args:
+        sums: `[all rows, windows, slots * n]`. of, to: `[all rows, windows, slots]`, `of_k <= to_i` but for the shift.
+    """
+    windows, slots = of.shape[1:]
+    sums = sums.unflatten(2, (slots, -1))
+    result = torch.zeros_like(sums)
+    of, to = of.unsqueeze(-1), to.unsqueeze(-1)
+    for order in (range(windows), range(windows - 1, -1, -1)):
+        total, top = torch.zeros_like(sums[:, 0]), torch.full_like(of[:, 0], torch.finfo(of.dtype).min)
+        for i in order:
+            result[:, i].addcmul_(total, (top - to[:, i]).exp_())
+            above = torch.maximum(top, of[:, i])
+            total = total * (top - above).exp_() + sums[:, i] * (of[:, i] - above).exp_()
+            top = above
+    return result.flatten(2)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.functions import call
+from ...kernels.row_fit import fit_rows, fits_in_c
 from ..linear_weights import LinearSlotWeights
 from ..padding import Tokens
 from .fit import diagonal_fit
@@ -76,6 +77,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Moved queries and keys, their biases, `a` `[batch, heads, 1]`, and what the backward pass needs of both sides:
     `s t`, `t^2` and the mean of the other side."""
+    if visible is None and fits_in_c(query, key):
+        return fit_rows(query, key, balances=fit.variant == "saderf", centres=fit.centring)
     count = query.shape[2] if lengths is None else lengths.clamp_min(1).to(query)[:, None, None, None]
     # What follows is written for sides that are one tensor, and done for each where they are two.
     is_short = query.shape[2] <= _STACKED
