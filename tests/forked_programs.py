@@ -1,7 +1,7 @@
 """Run Python programs without their imports: forked from a process that has Transformers and this package in it.
 
-A program of `hub_server.run` spends most of its time importing them. Whether a program imports all that it needs is not
-seen here: `hub_server.run` shows that, once for each kind of program.
+A program of `hub_server.run` spends most of its time importing them. Whether a program imports all that it needs is
+not seen here: `hub_server.run` shows that, once for each kind of program.
 """
 
 from __future__ import annotations
