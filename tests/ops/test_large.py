@@ -5,8 +5,6 @@ The references are the formulas without any stabilisation, in float64 on small n
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +22,8 @@ from hf_linattn.functional import (
 )
 from hf_linattn.ops.lara.features import mixture_log_ratio
 
+both_roads = pytest.mark.usefixtures("road")
+
 HEADS, DIM, SLOTS = 2, 16, 32
 PROJECTION = draw_projection(HEADS, SLOTS, DIM, seed=1).double()
 # Two proposals with as many samples as there are slots.
@@ -36,30 +36,14 @@ def draw(tokens: int, value_dim: int = DIM, batch: int = 1) -> list[Tensor]:
     return [torch.randn(batch, HEADS, tokens, d, generator=generator, dtype=torch.float64) for d in dims]
 
 
-def differentiated(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    weight = torch.randn(*inputs[2].shape, generator=torch.Generator().manual_seed(0), dtype=inputs[2].dtype)
-    tensors = [z.clone().requires_grad_() for z in inputs]
-    output = function(*tensors)
-    return [output.detach(), *torch.autograd.grad(output, tensors, weight)]
-
-
-EXPECTED: dict[str, list[Tensor]] = {}  # by test, whichever road it asks for
-
-
-@pytest.fixture
-def same(request: pytest.FixtureRequest, road: str) -> Callable[..., None]:
-    """`assert_same` of this test; both roads are compared with one reference."""
-    name = re.sub(rf"\b{road}\b", "", request.node.name)
-    return functools.partial(assert_same, name)
-
-
-def assert_same(
-    name: str, ours: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]
-) -> None:
+def assert_same(ours: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     """Outputs and the gradients of all inputs."""
-    if name not in EXPECTED:
-        EXPECTED[name] = differentiated(reference, inputs)
-    found = differentiated(ours, inputs), EXPECTED[name]
+    weight = torch.randn(*inputs[2].shape, generator=torch.Generator().manual_seed(0), dtype=inputs[2].dtype)
+    found = []
+    for function in (ours, reference):
+        tensors = [z.clone().requires_grad_() for z in inputs]
+        out = function(*tensors)
+        found.append([out, *torch.autograd.grad(out, tensors, weight)])
     for name, left, right in zip(("output", "query", "key", "value"), *found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -113,9 +97,10 @@ LARGE = [
 ]
 
 
+@both_roads
 @pytest.mark.parametrize(("kind", "value_dim", "is_causal", "window", "overlap"), LARGE)
 def test_slots_of_large_inputs(
-    same: Callable[..., None], kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool
+    kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool
 ) -> None:
     tokens = 2113  # 34 causal chunks, which are three segments; 133 windows of 16
 
@@ -128,46 +113,44 @@ def test_slots_of_large_inputs(
         exact = near(tokens, window, overlap, is_causal)
         return averaged(torch.where(exact, (x @ y.mT).exp(), kernel), v, is_causal)
 
-    same(ours, reference, draw(tokens, value_dim))
+    assert_same(ours, reference, draw(tokens, value_dim))
 
 
 @pytest.mark.parametrize("value_dim", [DIM, 9])
-def test_many_slots(same: Callable[..., None], value_dim: int) -> None:
+def test_many_slots(value_dim: int) -> None:
     projection = draw_projection(HEADS, 1200, DIM, seed=1).double()  # 2.5 million logits per head
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return averaged(favor_kernel(*scaled(q, k), projection), v, False)
 
-    same(lambda q, k, v: favor_attention(q, k, v, projection), reference, draw(2113, value_dim))
+    assert_same(lambda q, k, v: favor_attention(q, k, v, projection), reference, draw(2113, value_dim))
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 256])
-def test_causal_chunks_and_many_groups(same: Callable[..., None], chunk: int) -> None:
+def test_causal_chunks_and_many_groups(chunk: int) -> None:
     tokens, batch = 700, 9
     inputs = [z[:, :1].expand(-1, HEADS, -1, -1) for z in draw(tokens, batch=batch)]
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return averaged(favor_kernel(*scaled(q, k)), v, True)
 
-    same(lambda q, k, v: favor(q, k, v, is_causal=True, chunk_size=chunk), reference, inputs)
+    assert_same(lambda q, k, v: favor(q, k, v, is_causal=True, chunk_size=chunk), reference, inputs)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("value_dim", [DIM, 9])
-def test_exact_tiles(same: Callable[..., None], is_causal: bool, value_dim: int) -> None:
+def test_exact_tiles(is_causal: bool, value_dim: int) -> None:
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x, y = scaled(q, k)
         return averaged((x @ y.mT).exp(), v, is_causal)
 
     inputs = draw(1729, value_dim)  # 3 million logits per head
-    same(lambda q, k, v: softmax_attention(q, k, v, is_causal=is_causal), reference, inputs)
+    assert_same(lambda q, k, v: softmax_attention(q, k, v, is_causal=is_causal), reference, inputs)
 
 
 @pytest.mark.parametrize("lengths", [None, (2113, 901)])
 @pytest.mark.parametrize(("is_causal", "overlap"), [(False, False), (False, True), (True, False), (True, True)])
-def test_windows_and_chunks(
-    same: Callable[..., None], is_causal: bool, overlap: bool, lengths: tuple[int, ...] | None
-) -> None:
+def test_windows_and_chunks(is_causal: bool, overlap: bool, lengths: tuple[int, ...] | None) -> None:
     tokens, window, chunk = 2113, 64, 8  # 34 windows; the last one and the last chunk have a single token
     place = torch.arange(tokens)
     mask = None if lengths is None else place < torch.tensor(lengths)[:, None]
@@ -197,4 +180,4 @@ def test_windows_and_chunks(
         total = (seen.sum(-1) + far.sum(-1)).unsqueeze(-1)
         return ((seen @ v + far @ chunk_value) / total).masked_fill(~real[:, None, :, None], 0.0)
 
-    same(ours, reference, draw(tokens, batch=len(lengths or (1,))))
+    assert_same(ours, reference, draw(tokens, batch=len(lengths or (1,))))
