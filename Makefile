@@ -38,7 +38,7 @@ quickstart: $(VENV)/.stamp-quickstart  ## swap, fine-tune, evaluate, save, push 
 	@$(PY) recipes/quickstart.py
 
 test: $(VENV)/.stamp-dev  ## all tests that need no GPU and are not slow
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 
 test-newest:  ## the same tests in an environment of its own, with the newest release of everything
 	@rm -rf $(VENV)-newest
@@ -48,7 +48,7 @@ quickstart-newest:  ## the quickstart in that environment
 	@$(MAKE) quickstart $(NEWEST)
 
 test-slow: $(VENV)/.stamp-dev  ## the slow tests
-	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not gpu"
 
 test-gpu: $(VENV)/.stamp-dev  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

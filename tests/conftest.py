@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -26,6 +27,9 @@ settings.register_profile("thorough", deadline=None, max_examples=100)
 settings.load_profile("brief")
 
 
+gc.disable()  # while modules are imported and tests collected, of which nothing is garbage
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     compatibility.add_option(parser)
 
@@ -36,6 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     compatibility.mark_topics(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """What is imported and collected stays to the end: no collection need look at all of it again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

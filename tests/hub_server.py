@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_programs import run_forked
+
 from recipes.local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,5 +42,5 @@ def run(
 def run_with_hub(code: str, home: Path) -> LocalHub:
     """Run `code` with the real client talking to a fresh local Hub. Returns the Hub, stopped, for a look inside."""
     with LocalHub() as hub:
-        run(["-c", code], environment(**hub.environment(home), HF_HUB_OFFLINE="0"))
+        run_forked(["-c", code], environment(**hub.environment(home), HF_HUB_OFFLINE="0"))
     return hub

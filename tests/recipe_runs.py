@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 from forked import in_processes
-from hub_server import environment, run
+from forked_programs import run_forked
+from hub_server import environment
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -103,7 +105,7 @@ def train(
 def two_processes(main: Callable[..., Any], argv: Sequence[str], folder: Path) -> None:
     """Run a recipe's `main` in two forked processes, with the variables of a launcher.
 
-    What `accelerate launch` itself does to a recipe is seen in tests/recipes/test_recipes.py.
+    What `accelerate launch` itself does to a recipe is seen in tests/recipes/test_slurm.py.
     """
     in_processes(folder, 2, _run, main, argv, launched=True)
 
@@ -114,10 +116,17 @@ def _run(main: Callable[..., Any], argv: Sequence[str]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def forked_measurements() -> Iterator[None]:
-    """`evaluate_checkpoint.py` forks the processes that it measures in, instead of starting new interpreters."""
+def forked_measurements(after: int = 0) -> Iterator[None]:
+    """`evaluate_checkpoint.py` forks the processes that it measures in, instead of starting new interpreters.
+
+    Args:
+        after: So many it starts as it does.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        fork = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+        started = itertools.count()
+        fork = SimpleNamespace(
+            get_context=lambda method: multiprocessing.get_context(method if next(started) < after else "fork")
+        )
         patch.setattr(evaluate_checkpoint, "multiprocessing", fork)
         yield
 
@@ -130,7 +139,7 @@ def pushed(recipe: str, argv: Sequence[str], home: Path, code: str) -> tuple[set
     with LocalHub() as hub:
         env = environment(**hub.environment(home), HF_HUB_OFFLINE="0")
         program = [recipe, *argv, "--push_to_hub", "--hub_model_id", "local/it"]
-        run(["-c", RUN + code, *program], env)
+        run_forked(["-c", RUN + code, *program], env)
     repo = hub.repos["local/it"]
     files = repo.commits[repo.branches["main"]]
     return set(files), hub.blobs[files["README.md"]].decode()

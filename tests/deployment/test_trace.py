@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import GPT2, VIT, ModelCase, converted, native
+from forked_programs import run_forked
+from hub_server import environment
 from roads import CLASSIFIER, Road, check, check_gradients, padded, road, roads
 
 pytestmark = [
@@ -51,7 +51,7 @@ def test_checks_of_transformers_run_outside_of_the_trace() -> None:
     )
     here = Path(__file__).resolve().parent
     path = ":".join(map(str, (here, here.parent, here.parents[1])))
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path}, capture_output=True)
+    run_forked(["-c", code], environment(PYTHONPATH=path))
 
 
 @pytest.mark.parametrize(("case", "kind", "mode"), [(CLASSIFIER, "eva", native), (GPT2, "favor_plus", converted)])

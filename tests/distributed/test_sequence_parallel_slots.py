@@ -93,8 +93,14 @@ def cases(count: int, blocks: list[int], masks: tuple[str, ...]) -> dict[str, Ca
     return found
 
 
-# So that all numbers of blocks come up: with one the first is the last, with two none is between these.
-FEW = {2: cases(2, [3], ("ragged",)), 3: cases(3, [1], ("whole",)), 4: cases(4, [2], ("ragged",))}
+# So that all numbers of blocks come up: with one the first is the last, with two none is between these. By default the
+# numbers of processes go round, so that every one meets every layer, direction and window.
+EACH = {2: cases(2, [3], ("ragged",)), 3: cases(3, [1], ("whole",)), 4: cases(4, [2], ("ragged",))}
+FEW: dict[int, list[str]] = {count: [] for count in EACH}
+for number, layer in enumerate(LAYERS):
+    for place, (count, named) in enumerate(EACH.items()):
+        own = [name for name in named if name.startswith((f"{layer}-bidirectional", f"{layer}-causal"))]
+        FEW[count] += own[(place + number) % 3 :: 3] or own[:1]
 ALL = {count: cases(count, [1, 2, 3], MASKS) for count in FEW}
 IDS = [(count, name) for count, named in FEW.items() for name in named]
 SLOW_IDS = [(count, name) for count, named in ALL.items() for name in named if name not in FEW[count]]

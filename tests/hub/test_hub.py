@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from cases import KINDS
-from hub_server import environment, run, run_with_hub
+from forked_programs import run_forked
+from hub_server import environment, run_with_hub
 from huggingface_hub import ModelCard
 
 from recipes.local_hub import LocalHub
@@ -135,7 +136,7 @@ def test_a_repository_of_somebody_else(tmp_path: Path) -> None:
     content = b"x" * 100
     with LocalHub() as hub:
         hub.add("other/model", {"config.json": b"{}", "model.safetensors": content})
-        run(
+        run_forked(
             [
                 "-c",
                 "from huggingface_hub import snapshot_download; import pathlib;"
@@ -246,7 +247,9 @@ def test_files_of_others_in_the_repository_stay(tmp_path: Path) -> None:
     with LocalHub() as hub:
         for name in ("me/push", "me/save", "me/variant"):
             hub.add(name, dict.fromkeys(there, b"theirs"))
-        run(["-c", OTHER_FILES, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
+        run_forked(
+            ["-c", OTHER_FILES, str(tmp_path / "out")], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0")
+        )
     for name, variant in (("me/push", ""), ("me/save", ""), ("me/variant", "fp16")):
         files = hub.repos[name].commits[hub.repos[name].branches["main"]]
         weights = f"model.{variant}.safetensors" if variant else "model.safetensors"
@@ -277,7 +280,9 @@ def test_a_broken_card_does_not_lose_the_upload(tmp_path: Path) -> None:
     broken = b"---\nlicense: [mit\n---\n# Mine\n"
     with LocalHub() as hub:
         hub.add("me/hub", {"README.md": broken})
-        done = run(["-c", BROKEN_CARDS, str(tmp_path)], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0"))
+        done = run_forked(
+            ["-c", BROKEN_CARDS, str(tmp_path)], environment(**hub.environment(tmp_path), HF_HUB_OFFLINE="0")
+        )
     assert "Traceback" not in done.stderr
     for said in ("License and language of the base model are not in the card", "No model card is uploaded"):
         assert f"{said}: '{tmp_path}" in done.stderr

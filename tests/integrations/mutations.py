@@ -65,9 +65,9 @@ TABLES = ("DYNAMIC_LAYER_TYPE_MAPPING", "LAYER_TYPE_CACHE_MAPPING", "STATIC_LAYE
 # Seam -> ways in which a release may change it, each with a use that meets it.
 MUTATIONS: dict[str, list[tuple[Change, Use]]] = {
     "names": [
-        (nothing, lambda: importing_without("transformers.masking_utils", "causal_mask_function")),
-        (nothing, lambda: importing_without("transformers.cache_utils", "CacheLayerMixin")),
-        (nothing, lambda: importing_without("transformers.models.gpt2.modeling_gpt2", "GPT2DoubleHeadsModel")),
+        (nothing, lambda: importing_without("causal_mask_function")),
+        (nothing, lambda: importing_without("CacheLayerMixin")),
+        (nothing, lambda: importing_without("GPT2DoubleHeadsModel")),
     ],
     "attention functions": [
         (dropped(transformers.AttentionInterface, "get_interface"), converting()),

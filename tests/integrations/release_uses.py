@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,11 +77,39 @@ def other_buffers() -> Callable[[], Any]:
     return lambda: hf_linattn.extend_positions(model, 128)
 
 
-def importing_without(module: str, name: str) -> Callable[[], Any]:
-    code = f"import {module} as m; del m.{name}; import hf_linattn"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
-    kind, _, message = run.stderr.strip().splitlines()[-1].partition(": ")
-    assert kind == "hf_linattn.errors.UnsupportedTransformersError", run.stderr
+# Names of Transformers without which the package cannot be imported.
+IMPORTED = [
+    ("transformers.masking_utils", "causal_mask_function"),
+    ("transformers.cache_utils", "CacheLayerMixin"),
+    ("transformers.models.gpt2.modeling_gpt2", "GPT2DoubleHeadsModel"),
+]
+# One process imports Transformers, and forks one for each name.
+IMPORT = """
+import importlib, json, os
+modules = [importlib.import_module(module) for module, _ in NAMES]
+for module, (_, name) in zip(modules, NAMES):
+    if os.fork() == 0:
+        delattr(module, name)
+        try:
+            import hf_linattn
+        except Exception as error:
+            print(json.dumps([name, type(error).__name__, str(error)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@functools.cache
+def _import_errors() -> dict[str, tuple[str, str]]:
+    code = f"NAMES = {IMPORTED!r}{IMPORT}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    return {name: (kind, message) for name, kind, message in map(json.loads, run.stdout.splitlines())}
+
+
+def importing_without(name: str) -> Callable[[], Any]:
+    """Raise what importing the package without one of `IMPORTED` raises, in a process of its own."""
+    kind, message = _import_errors()[name]
+    assert kind == UnsupportedTransformersError.__name__, message
 
     def use() -> None:
         raise UnsupportedTransformersError(message)

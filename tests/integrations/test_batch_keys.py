@@ -200,9 +200,23 @@ class GivesToAll(modeling_gpt2.GPT2Block):
         return dict(tilt_of_2027=0.5, **kwargs)
 
 
-@pytest.mark.parametrize("build", MODES)
-@pytest.mark.parametrize("kind", ["favor_plus", "eva"])
-@pytest.mark.parametrize("compiled", [False, True])
+# What is compiled takes seconds: by default each mode and each kind once.
+COMPILED = [
+    pytest.param(build, kind, id=f"{kind}-{mode.id}", marks=[] if place == number else pytest.mark.slow)
+    for place, mode in enumerate(MODES)
+    for build in mode.values
+    for number, kind in enumerate(("favor_plus", "eva"))
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "compiled"),
+    [
+        pytest.param(*each.values, compiled, id=f"{each.id}-{compiled}", marks=each.marks if compiled else [])
+        for compiled in (False, True)
+        for each in COMPILED
+    ],
+)
 def test_what_a_module_gives_by_itself_raises(build: Any, kind: str, compiled: bool) -> None:
     model = build(GPT2, kind)
     for block in model.transformer.h:
@@ -238,8 +252,7 @@ def test_a_class_made_on_the_way_is_read_like_its_base() -> None:
     assert given_by_the_model(type("FSDPGPT2Attention", (base,), {})) == given_by_the_model(base)
 
 
-@pytest.mark.parametrize("build", MODES)
-@pytest.mark.parametrize("kind", ["favor_plus", "eva"])
+@pytest.mark.parametrize(("build", "kind"), COMPILED)
 def test_compiled_in_one_graph(build: Any, kind: str) -> None:
     model = build(BERT, kind)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -140,7 +140,7 @@ def test_default_compiler(case: ModelCase, kind: str) -> None:
     check_compiled(case, kind, True, converted, "inductor")
 
 
-@pytest.mark.parametrize("kind", SOME_KINDS)
+@pytest.mark.parametrize("kind", ["eva", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "eva")])
 def test_another_batch_size_is_compiled_once(kind: str) -> None:
     torch._dynamo.reset()
     model = one_layer(CLASSIFIER, kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+from types import FunctionType
 
 import torch
 
@@ -25,5 +27,38 @@ def round_to_nearest() -> None:
     InterpreterBuilder.cast_impl = cast
 
 
+def patch_once() -> None:
+    """Triton replaces `triton.language` anew for every function that a kernel calls: here once per launch.
+
+    Nor are sums of int32 computed in int64 as well, to see whether they overflow: a GPU does not look, and indices of
+    inputs that the interpreter can take are small. Both together are half of the time of these tests.
+    """
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton
+        return
+    patch = interpreter._patch_lang
+    scopes: dict[frozenset[str], interpreter._LangPatchScope] = {}  # of the launch under way, the launch itself first
+
+    class Scope:
+        def restore(self) -> None:
+            for scope in reversed(scopes.values()):
+                scope.restore()
+            scopes.clear()
+
+    def patched(function: FunctionType) -> Scope:
+        modules = (interpreter.tl, interpreter.tl.core)
+        named = frozenset(z.__name__ for z in modules if any(z is known for known in function.__globals__.values()))
+        if named not in scopes:
+            scopes[named] = patch(function)
+        return Scope()
+
+    interpreter._patch_lang = patched
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     round_to_nearest()
+    patch_once()

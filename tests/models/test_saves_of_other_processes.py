@@ -12,7 +12,8 @@ import pytest
 import torch
 from cases import BERT
 from cut_saves import DISK, SHARDS, name, old_and_new, same, state, whole
-from hub_server import environment, run
+from forked_programs import run_forked
+from hub_server import environment
 from transformers import AutoModelForMaskedLM
 
 import hf_linattn
@@ -52,7 +53,7 @@ print("killed", total)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_operation(tmp_path: Path) -> None:
-    assert "killed" in run(["-c", KILLED, str(tmp_path)], environment()).stdout
+    assert "killed" in run_forked(["-c", KILLED, str(tmp_path)], environment()).stdout
 
 
 @pytest.mark.parametrize("layout", [{}, SHARDS], ids=name)

@@ -6,11 +6,10 @@ In processes of their own: a kind that is registered stays.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_programs import run_forked
 
 TESTS = Path(__file__).resolve().parents[1]
 NAME = "own_directions"
@@ -29,16 +28,7 @@ FOLDERS = ["modules", "integrations", "conversion", "models", "hub", "generation
 def run(*arguments: str) -> str:
     """The output of Python with this kind's file at hand."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        timeout=590,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout
+    return run_forked(list(arguments), {**os.environ, "PYTHONPATH": path}, timeout=590).stdout
 
 
 def run_tests(*options: str, files: list[str]) -> str:

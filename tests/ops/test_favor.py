@@ -22,7 +22,7 @@ from hf_linattn.ops import dense_slots
 from hf_linattn.ops.favor.statistics import FAVOR_VARIANTS
 from hf_linattn.ops.reference import favor_reference
 
-pytestmark = pytest.mark.usefixtures("road")
+both_roads = pytest.mark.usefixtures("road")
 
 
 def directions(features: int = 10, dim: int = 4, heads: int = 2, seed: int = 0) -> Tensor:
@@ -36,6 +36,7 @@ def statistics(kind: str, q: Tensor, k: Tensor, mask: Tensor | None, centring: b
     return FavorStatistics(*favor_statistics(q, k, key_mask=mask, variant=kind, centring=centring))
 
 
+@both_roads
 @pytest.mark.parametrize("kind", ["none", "gerf", "saderf", "dense"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -79,6 +80,7 @@ def test_global_tokens(kind: str, window: int, count: int, mask: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
+@both_roads
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 1)])
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1])
@@ -94,6 +96,7 @@ def test_favor_on_images(grid: tuple[int, int], window: int, count: int) -> None
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
+@both_roads
 @pytest.mark.parametrize("variant", FAVOR_VARIANTS)
 @pytest.mark.parametrize("centring", [False, True])
 def test_every_variant_with_and_without_centring(variant: str, centring: bool) -> None:
@@ -170,6 +173,7 @@ def test_a_window_over_everything_is_softmax(is_causal: bool) -> None:
         torch.testing.assert_close(ours, softmax_attention(q, k, v, is_causal=is_causal), rtol=0, atol=1e-12)
 
 
+@both_roads
 def test_scaling_projection_and_value_shapes() -> None:
     q, k, _ = inputs()
     v = torch.randn(2, 2, 23, 7, dtype=torch.float64)
@@ -207,6 +211,7 @@ def test_wrong_inputs_are_refused(change: dict, error: type[Exception]) -> None:
         favor_attention(**{"query": q, "key": k, "value": v, "projection": directions(), **change})
 
 
+@both_roads
 def test_a_masked_grid_is_refused() -> None:
     q, k, v = inputs()
     mask = torch.ones(2, 23, dtype=torch.bool)
@@ -217,6 +222,7 @@ def test_a_masked_grid_is_refused() -> None:
         favor_attention(q, k, v, directions(), key_mask=mask, **options)
 
 
+@both_roads
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("chunk_size", [None, 1, 8, 64])

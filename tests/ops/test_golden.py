@@ -16,8 +16,6 @@ from hf_linattn.modules.base import LayerShape
 from hf_linattn.modules.kinds.eva import EvaAttention, EvaConfig
 from hf_linattn.modules.kinds.lara import LaraAttention, LaraConfig
 
-pytestmark = pytest.mark.usefixtures("road")
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text())
 ANSWERS = ("out", "dq", "dk", "dv")

@@ -12,7 +12,7 @@ from hf_linattn.errors import InputError, UnsupportedError
 from hf_linattn.functional import lara_attention, softmax_attention
 from hf_linattn.ops.lara.attention import IMPORTANCE_WEIGHTINGS
 
-pytestmark = pytest.mark.usefixtures("road")
+both_roads = pytest.mark.usefixtures("road")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -24,6 +24,7 @@ def test_lara_on_sequences(mask: str, weighting: str, landmarks: int) -> None:
     assert_same(ours, naive.per_row(naive.lara, q, k, v, MASKS[mask], landmarks=landmarks, weighting=weighting))
 
 
+@both_roads
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)
 @pytest.mark.parametrize(("window", "count"), [(3, 0), (8, 0), (64, 0), (0, 2), (3, 2), (0, 23), (4, 23)])
@@ -37,6 +38,7 @@ def test_windows_and_global_tokens(mask: str, weighting: str, window: int, count
     assert_same(ours, expected)
 
 
+@both_roads
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7), (7, 2)])
 @pytest.mark.parametrize("landmarks", [1, 4, 10, 36])
 @pytest.mark.parametrize(("window", "count"), [(0, 0), (2, 0), (3, 1), (9, 0)])
@@ -49,6 +51,7 @@ def test_lara_on_images(grid: tuple[int, int], landmarks: int, window: int, coun
         assert_same(ours, expected)
 
 
+@both_roads
 @pytest.mark.parametrize("mask", ["none", "right", "left"])
 @pytest.mark.parametrize("window", [0, 8])
 @pytest.mark.parametrize("weighting", IMPORTANCE_WEIGHTINGS)
@@ -97,6 +100,7 @@ def exact_of(tokens: int) -> Tensor:
     return softmax_attention(q, k, v)
 
 
+@both_roads
 def test_the_slots_are_on_the_scale_of_the_window() -> None:
     # Evaluated at the means, the slots' mass would be many nats too small; the correction makes it right on average.
     q, k, v = inputs(64, 8, scale=0.5)

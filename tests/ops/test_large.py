@@ -22,7 +22,7 @@ from hf_linattn.functional import (
 )
 from hf_linattn.ops.lara.features import mixture_log_ratio
 
-pytestmark = pytest.mark.usefixtures("road")
+both_roads = pytest.mark.usefixtures("road")
 
 HEADS, DIM, SLOTS = 2, 16, 32
 PROJECTION = draw_projection(HEADS, SLOTS, DIM, seed=1).double()
@@ -97,6 +97,7 @@ LARGE = [
 ]
 
 
+@both_roads
 @pytest.mark.parametrize(("kind", "value_dim", "is_causal", "window", "overlap"), LARGE)
 def test_slots_of_large_inputs(
     kind: Callable[..., Tensor], value_dim: int, is_causal: bool, window: int, overlap: bool

@@ -23,8 +23,6 @@ from hf_linattn.ops.dense_slots import states_around
 from hf_linattn.ops.heavy_keys import key_importance
 from hf_linattn.ops.inputs import prepare_tokens
 
-pytestmark = pytest.mark.usefixtures("road")
-
 DIM = 4
 PROJECTION = draw_projection(2, 5, DIM, seed=1).double()
 

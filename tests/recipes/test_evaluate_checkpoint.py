@@ -37,7 +37,8 @@ def flags(folder: Path, *changes: str) -> list[str]:
 def test_one_process_measures_all(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     changes = ["--repeats", "2", "--timed_batches", "2", "--batch_size", "5", "--output", str(report)]
-    evaluate_checkpoint.main(flags(folder, *changes))
+    with forked_measurements(after=1):
+        evaluate_checkpoint.main(flags(folder, *changes))
     found = json.loads(report.read_text())
     assert found["checkpoint"]["attention"] == "lara"
     assert found["original"]["attention"] == "softmax"

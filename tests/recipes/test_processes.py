@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import ROOT, environment, run
+from forked_programs import run_forked
+from hub_server import ROOT, environment
 
 from parts.processes import COUNTS, Progress, describe_processes, missing_processes, strategy, tell_missing_processes
 
@@ -192,7 +193,7 @@ def test_no_thread_of_a_group_is_left(tmp_path: Path) -> None:
     In a process of its own: groups that earlier tests left would count too.
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes")])
-    done = run(["-c", GROUP, str(tmp_path / "meeting")], environment(PYTHONPATH=paths))
+    done = run_forked(["-c", GROUP, str(tmp_path / "meeting")], environment(PYTHONPATH=paths))
     at_work, at_end = (int(line.split()[0]) for line in done.stdout.splitlines())
     assert at_work > 0
     assert at_end == 0

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+from forked_programs import run_forked
 from hub_server import environment, run
 from huggingface_hub import ModelCard
+from recipe_runs import text_classification, two_processes
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -121,7 +123,7 @@ def test_converted_run_and_resume(
     # Cut short after the first step, the run goes on by itself and ends with the same weights.
     whole = load_file(output / "model.safetensors")
     shutil.rmtree(output / "checkpoint-2")
-    done = run(recipe(folder, output, *kind, "--bf16"), child(folder))
+    done = run_forked(recipe(folder, output, *kind, "--bf16"), child(folder))
     assert "Resuming from" in done.stderr
     assert [entry["step"] for entry in results(output)["log"]][-1] == 2
     again = load_file(output / "model.safetensors")
@@ -139,11 +141,18 @@ def test_converted_run_and_resume(
     assert kept["metrics"]["eval"]["eval_accuracy"] == results(output)["metrics"]["eval"]["eval_accuracy"]
 
 
-def test_accelerate_launch_on_two_processes(folder: Path, tmp_path: Path, run_here: Callable[..., None]) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    env = child(folder) | {"ACCELERATE_USE_CPU": "true"}
-    run([*launch, *recipe(folder, tmp_path / "two", "--attention", "eva", "--learning_rate", "0")], env)
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_text_classification_on_two_processes(
+    folder: Path, tmp_path: Path, launcher: str, run_here: Callable[..., None]
+) -> None:
+    """Both give the same; in tests/recipes/test_slurm.py Accelerate's launcher runs by default."""
+    argv = recipe(folder, tmp_path / "two", "--attention", "eva", "--learning_rate", "0")
+    if launcher == "forked":
+        two_processes(text_classification.main, argv[1:], tmp_path)
+    else:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        run([*launch, *argv], child(folder) | {"ACCELERATE_USE_CPU": "true"})
     run_here(recipe(folder, tmp_path / "one", "--attention", "eva", "--learning_rate", "0"))
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -311,7 +320,7 @@ def test_nothing_but_the_model_is_uploaded(strategy: str, attention: str, folder
     arguments = recipe(folder, output, *kind, *hub_options)
     with LocalHub() as hub:
         env = environment(**hub.environment(folder / "home"), HF_HUB_OFFLINE="0")
-        run(["-c", PUSH, str(output), str(tmp_path / "outside"), *arguments], env)
+        run_forked(["-c", PUSH, str(output), str(tmp_path / "outside"), *arguments], env)
     repo = hub.repos["local/it"]
     everything = {path for files in repo.commits.values() for path in files}
     expected = MODEL | {"README.md"}

@@ -158,7 +158,9 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
 
 def test_queued_again_at_the_time_limit(folder: Path, tmp_path: Path) -> None:
     """Only then: a mistake in the flags ends the job."""
-    log = folder / "scontrol.log"
+    log, accelerate = folder / "scontrol.log", folder / "bin" / "accelerate"
+    accelerate.write_text("#!/bin/bash\necho error: as such a recipe >&2; exit 1\n")
+    accelerate.chmod(0o755)
     for seconds, again in ((3600, False), (200, True)):
         end = {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": str(int(time.time()) + seconds)}
         flags = ["--accelerate", "single_gpu", "--output", str(tmp_path / "none"), "--", "--no_such_flag"]
@@ -166,6 +168,7 @@ def test_queued_again_at_the_time_limit(folder: Path, tmp_path: Path) -> None:
         assert done.returncode != 0
         assert "error: " in done.stderr
         assert (log.exists() and "scontrol requeue 77" in log.read_text()) == again
+        accelerate.unlink(missing_ok=True)  # the recipe itself in the other case
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ import hf_linattn
 from hf_linattn.modules.registry import get_kind
 from parts.common import RecipeError
 from parts.unlabelled import UnlabelledArguments, read_rows
+from scripts.kill_parts.groups import run_group
 
 STOCK = {**{name: case.stock for name, case in BY_NAME.items()}, "bert": BertModel}
 CONVERTED = {name: getattr(hf_linattn, f"LinAttn{stock.__name__}") for name, stock in STOCK.items()}
@@ -194,16 +195,28 @@ def test_images_go_on_too(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("_damaged-*"))
 
 
-@pytest.mark.parametrize("changes", [[], pytest.param(["--streaming"], marks=pytest.mark.slow)])
-def test_two_processes(folder: Path, tmp_path: Path, changes: list[str]) -> None:
-    """As a program: two processes of two rows each are one of four."""
+@pytest.mark.parametrize(
+    ("launcher", "changes"),
+    [
+        ("forked", []),
+        pytest.param("forked", ["--streaming"], marks=pytest.mark.slow),
+        pytest.param("accelerate", [], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes(folder: Path, tmp_path: Path, launcher: str, changes: list[str]) -> None:
+    """Two processes of two rows each are one of four."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = environment(HF_HOME=str(folder / "home"), ACCELERATE_USE_CPU="true")
     flags = [*STAGES, *changes]
     two = arguments(folder, tmp_path / "two", "gpt2", "favor_plus", *flags, "--per_device_train_batch_size", "2")
-    done = run([*launch, RECIPE, *two], env)
-    assert done.stderr.count("Wrote") == 1
+    if launcher == "forked":
+        ended = run_group("attention_transfer", two, tmp_path / "logs", tmp_path / "two")
+        assert ended.statuses == [0, 0], ended.logs
+        said = "".join(ended.logs)
+    else:
+        said = run([*launch, RECIPE, *two], env).stderr
+    assert said.count("Wrote") == 1
     one = transfer(arguments(folder, tmp_path / "one", "gpt2", "favor_plus", *flags))
     found = results(tmp_path / "two")
     assert (one["processes"], found["processes"]) == (1, 2)
