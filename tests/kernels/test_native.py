@@ -6,6 +6,7 @@ import ctypes
 import logging
 import platform
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,39 @@ def test_a_compiled_kernel_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert build.library(native_kernel._SOURCE) is not None
     assert list(fresh.iterdir()) == [kept]
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [0, 100, 20_000])
+def test_a_damaged_file_is_compiled_again(left: int, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading what a power failure has cut off would end the process."""
+    build.library(native_kernel._SOURCE)
+    (kept,) = fresh.iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # it is loaded: not to be changed
+    kept.write_bytes(whole[:left])
+    monkeypatch.setattr(build, "_loaded", {})
+    assert build.library(native_kernel._SOURCE) is not None
+    assert kept.read_bytes() == whole
+
+
+@needs_compiler
+def test_a_compiler_that_cannot_be_read_or_found(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ('gcc "', "no-such-compiler -O1", " "):
+        monkeypatch.setenv("CC", command)
+        assert build._compiler() is not None
+
+
+@needs_compiler
+def test_nobody_has_a_home(fresh: Path, torch_calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("HF_LINATTN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    step(inputs())
+    assert not torch_calls
 
 
 @needs_compiler
@@ -261,6 +295,37 @@ def test_what_is_no_number_is_seen(name: str) -> None:
     output = short_slot_attention(broken, OPTIONS).output
     assert output[0, 11, 1].isnan().any()
     assert not output[1].isnan().any()
+
+
+def test_the_gradient_of_a_log_sum_exp_beside_a_large_one() -> None:
+    """It has its own digits: it is not added to a sum that is large."""
+    given = inputs()
+    query = given.query.clone().requires_grad_()
+    found = short_slot_attention(given._replace(query=query, value=given.value * 1e4), OPTIONS)
+    both, alone = (
+        torch.autograd.grad(loss, query, retain_graph=True)[0]
+        for loss in (found.lse.sum() + found.output.mul(0.0).sum(), found.lse.sum())
+    )
+    torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.system() != "Linux", reason="memory is read from /proc")
+def test_memory_of_threads_that_end() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def work() -> None:
+        short_slot_attention(given, OPTIONS._replace(places=32))
+
+    given = inputs(2000, 64, 64)
+    sizes = []
+    for _ in range(25):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        sizes.append(resident())
+    assert sizes[-1] - sizes[4] < 40 << 20  # 20 threads keep some 10 MiB each while they live
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -6,6 +6,7 @@ matrix has rows of whole vectors (`padded`); what stands behind its last column 
 #pragma once
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -204,6 +205,10 @@ typedef struct {
 
 static _Thread_local float *kept_memory;
 static _Thread_local long kept_bytes;
+static pthread_key_t kept_key; /* frees it when its thread ends */
+static pthread_once_t kept_once = PTHREAD_ONCE_INIT;
+
+static void make_key(void) { pthread_key_create(&kept_key, free); }
 
 static float *aligned_memory(long bytes) {
     void *found = NULL;
@@ -221,6 +226,8 @@ static Memory take_memory(long numbers) {
         free(kept_memory);
         kept_memory = aligned_memory(bytes);
         kept_bytes = kept_memory ? bytes : 0;
+        pthread_once(&kept_once, make_key);
+        pthread_setspecific(kept_key, kept_memory);
     }
     return (Memory){kept_memory, NULL};
 }

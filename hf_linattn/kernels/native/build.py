@@ -50,7 +50,7 @@ def _load(source: Path) -> ctypes.CDLL | None:
     command = _compiler()
     if command is None:
         return None
-    command += ["-std=gnu11", "-O3", "-fPIC", "-shared"]
+    command += ["-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         command += _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     name = f"{source.parent.name}-{_fingerprint(source, command)}"

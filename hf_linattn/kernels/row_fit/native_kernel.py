@@ -51,6 +51,6 @@ def fit_rows(query: Tensor, key: Tensor, *, balances: bool, centres: bool) -> tu
     )
     functions = library(_SOURCE)
     assert functions is not None
-    in_parts(functions.fit_rows, packed, batch * heads, 16.0 * query.numel())
+    in_parts(functions.fit_rows, packed, batch * heads, 16.0 * query.numel(), (sides, shape, factor, square, other))
     moved, biases = [z.transpose(1, 2) for z in moved], [z.transpose(1, 2).unsqueeze(-1) for z in biases]
     return *moved, *biases, shape, factor, square, other

@@ -135,7 +135,8 @@ class NativeReading:
             *(*maps, *[0] * (7 - len(maps)), *of_maps, *[0] * (7 - len(of_maps))),
         )
         cost = 8.0 * batch * heads * length * (sizes.places_of_window + fixed.far.shape[-1]) * dim
-        in_parts(getattr(library(_SOURCE), name), packed, heads if is_together else batch * heads, cost)
+        count = heads if is_together else batch * heads
+        in_parts(getattr(library(_SOURCE), name), packed, count, cost, (tokens, self.parameters, others, grads, fixed))
 
 
 def _plain(z: Tensor) -> Tensor:

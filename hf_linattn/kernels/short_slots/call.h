@@ -35,6 +35,7 @@ typedef struct {
     float *query_columns, *query_token_columns, *key_token_columns, *value_columns, *upstream_columns;
     float *query_bias, *key_bias, *is_hidden;         /* by window, `wide` numbers */
     float *features, *spread;                         /* [windows][slots][wide] */
+    float *largest;                                   /* [slots][LANES] */
     float *reference, *mass, *inverse_mass, *log_mass; /* [slots], [windows][slots] each */
     float *sums, *behind;                             /* [windows][slots][value_dim], of later windows */
     float *before, *others;                           /* [slots][value_dim]: of earlier windows, of all others */
@@ -72,6 +73,7 @@ static void plan(Work *work, const Call *call, Memory *memory, int is_backward) 
     work->is_hidden = part_of(memory, across);
     work->features = part_of(memory, slots * across);
     work->spread = call->spreads ? part_of(memory, slots * across) : NULL;
+    work->largest = part_of(memory, slots * LANES);
     work->reference = part_of(memory, slots);
     work->mass = part_of(memory, windows * slots);
     work->inverse_mass = part_of(memory, windows * slots);

@@ -37,8 +37,8 @@ static int sum_windows(Work *work) {
     long slots = work->slots, wide = work->wide, places = work->places, size = slots * wide;
     const float *maps = slots_of(call->inputs.key_slots, work);
     const float *slot_bias = slots_of(call->inputs.key_slot_bias, work);
-    vec largest[slots];
-    for (long j = 0; j < slots; j++) largest[j] = all(-INFINITY);
+    float *largest = work->largest;
+    for (long n = 0; n < slots * LANES; n++) largest[n] = -INFINITY;
     for (long window = 0; window < work->windows; window++) {
         float *logits = work->features + window * size;
         const float *columns = work->key_token_columns + window * call->key_dim * wide;
@@ -49,11 +49,11 @@ static int sum_windows(Work *work) {
             for (long t = 0; t < wide; t += LANES) {
                 vec logit = load(logits + j * wide + t) + load(bias + t);
                 store(logits + j * wide + t, logit);
-                largest[j] = larger(largest[j], logit);
+                store(largest + j * LANES, larger(load(largest + j * LANES), logit));
             }
     }
     for (long j = 0; j < slots; j++) {
-        float most = largest_of(largest[j]);
+        float most = largest_of(load(largest + j * LANES));
         if (most == -INFINITY) most = 0;
         if (!(fabsf(most) <= LARGEST)) return 0;
         work->reference[j] = most;
