@@ -1,13 +1,28 @@
-"""What a GPU does and Triton's interpreter does not."""
+"""What a GPU does and Triton's interpreter does not, and a user who has compiled nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from types import FunctionType
 
+import pytest
 import torch
+
+from hf_linattn.kernels.native import build
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a user who has compiled nothing yet."""
+    build.library.cache_clear()
+    monkeypatch.setenv("HF_LINATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_LINATTN_COMPILE", raising=False)
+    yield tmp_path / "cache"
+    build.library.cache_clear()
 
 
 def round_to_nearest() -> None:

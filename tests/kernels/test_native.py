@@ -45,14 +45,6 @@ def step(given: ShortInputs, options: ShortOptions = OPTIONS) -> list[Tensor]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a user who has compiled nothing yet."""
-    monkeypatch.setattr(build, "_loaded", {})
-    monkeypatch.setenv("HF_LINATTN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def torch_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What runs in torch."""
     found: list[str] = []
@@ -89,7 +81,7 @@ def test_a_compiled_kernel_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch)
     build.library(native_kernel._SOURCE)
     (kept,) = fresh.iterdir()
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
-    monkeypatch.setattr(build, "_loaded", {})
+    build.library.cache_clear()
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert build.library(native_kernel._SOURCE) is not None
     assert list(fresh.iterdir()) == [kept]
@@ -104,7 +96,7 @@ def test_a_damaged_file_is_compiled_again(left: int, fresh: Path, monkeypatch: p
     whole = kept.read_bytes()
     kept.unlink()  # it is loaded: not to be changed
     kept.write_bytes(whole[:left])
-    monkeypatch.setattr(build, "_loaded", {})
+    build.library.cache_clear()
     assert build.library(native_kernel._SOURCE) is not None
     assert kept.read_bytes() == whole
 
@@ -331,6 +323,7 @@ def test_memory_of_threads_that_end() -> None:
     assert sizes[-1] - sizes[4] < 40 << 20  # 20 threads keep some 10 MiB each while they live
 
 
+@needs_compiler
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every thread has whole rows and heads: the same to the last bit."""

@@ -200,19 +200,17 @@ def test_threads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
 @pytest.mark.usefixtures("only_c")
-def test_every_size_of_vectors(capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size_of_vectors(capability: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = torch.backends.cpu.get_cpu_capability()
     if own not in ("AVX512", "AVX2") and capability != "DEFAULT" or own == "AVX2" and capability == "AVX512":
         pytest.skip(f"this processor has {own}")
-    monkeypatch.setattr(build, "_loaded", {})
-    monkeypatch.setenv("HF_LINATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for kind in ("mean", "learned"):
         assert_right(*case(kind, 47, Sizes(6, 3, True, 0.2, num_global=2)))
-    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert len(list(fresh.glob("*.so"))) == 1
 
 
-def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_computes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64, windows that leave most of a vector idle, and what is asked to be torch are torch's."""
     calls: list[torch.dtype] = []
     own = native_kernel.NativeReading._run
@@ -231,7 +229,7 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("torch"):
         step(*case("sum", 45, Sizes(8, 4, True, 0.2)))
     monkeypatch.setenv("HF_LINATTN_COMPILE", "0")
-    monkeypatch.setattr(build, "_loaded", {})
+    build.library.cache_clear()
     step(*case("learned", 45, Sizes(8, 4, True, 0.2)))
     assert not calls
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 
 from count_calls import count_calls, main
+from hf_linattn.kernels.short_slots.native_kernel import is_compiled
 
-# Calls of functions of the package in one attention call.
+# Calls of functions of the package in one attention call. Without a C compiler some find that out.
+MORE_CALLS = 0 if is_compiled() else 8
 MOST_CALLS = {"eva": 60, "favor_plus": 60, "favor_sharp": 90, "lara": 80}
 # On the way of a query from the function that Transformers calls to the first product of matrices, which for short
 # inputs is in the one operator at its end.
-MOST_FILES, MOST_MOVES = 20, 40
+MOST_FILES, MOST_MOVES = 20 if is_compiled() else 22, 40
 
 
 @pytest.mark.parametrize("kind", MOST_CALLS)
 def test_calls_of_one_attention_call(kind: str) -> None:
-    assert len(count_calls(kind).whole.calls) <= MOST_CALLS[kind]
+    assert len(count_calls(kind).whole.calls) <= MOST_CALLS[kind] + MORE_CALLS
 
 
 @pytest.mark.parametrize("kind", MOST_CALLS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,20 +33,11 @@ _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
 }
-_lock = threading.Lock()
-_loaded: dict[Path, ctypes.CDLL | None] = {}
 
 
+@functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
     """The compiled C file `source`, `None` where that is not possible."""
-    if source not in _loaded:
-        with _lock:
-            if source not in _loaded:
-                _loaded[source] = _load(source)
-    return _loaded[source]
-
-
-def _load(source: Path) -> ctypes.CDLL | None:
     command = _compiler()
     if command is None:
         return None

@@ -97,8 +97,7 @@ class NativeReading:
     kept: Sequence[Tensor] = ()
 
     def __init__(self, part: Part, kind: int) -> None:
-        self.tokens = [_plain(z) for z in part.tokens]
-        self.parameters = [None if z is None else z.float().contiguous() for z in part.parameters]
+        self.tokens, self.parameters = _plain(part.tokens), _plain(part.parameters)
         self.sizes, self.kind = part.sizes, kind
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ class NativeReading:
 
     def backward(self, grad: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> list[Tensor | None]:
         """Gradients of the tokens and the parameters, from those of the results (`None` for none)."""
-        grad = _plain(grad)
+        (grad,) = _plain([grad])
         new = torch.zeros_like if self.sizes.lengths else torch.empty_like
         found = [new(z, memory_format=torch.contiguous_format) for z in self.tokens]
         of_parameters = [None if z is None else torch.empty_like(z) for z in self.parameters]
@@ -123,23 +122,29 @@ class NativeReading:
         batch, length, heads, dim = tokens[0].shape
         own = length - sizes.num_global
         fixed, members, places = tables(sizes, own), sizes.members, sizes.count(own)
-        is_together = len(grads) > 0 and any([z is not None for z in grads])
-        maps = [0 if z is None else z.data_ptr() for z in self.parameters]
-        of_maps = [0 if z is None else z.data_ptr() for z in grads]
+        window = sizes.places_of_window
+        is_together = list(grads).count(None) < len(grads)
+        maps = [*self.parameters, *[None] * (7 - len(self.parameters)), *grads, *[None] * (7 - len(grads))]
         packed = _CALL.pack(
-            *(batch, heads, batch if is_together else 1, len(fixed.token_of), dim, places, sizes.places_of_window),
+            *(batch, heads, batch if is_together else 1, len(fixed.token_of), dim, places, window),
             *(sizes.num_global, self.kind, members[0], members[1] if len(members) > 1 else 0),
             sizes.scaling**0.5,
             *(fixed.token_of.data_ptr(), fixed.far.data_ptr()),
             *addresses([*tokens, *others], _STRIDES),
-            *(*maps, *[0] * (7 - len(maps)), *of_maps, *[0] * (7 - len(of_maps))),
+            *addresses(maps, 0),
         )
-        cost = 8.0 * batch * heads * length * (sizes.places_of_window + fixed.far.shape[-1]) * dim
+        cost = 8.0 * batch * heads * length * (window + fixed.far.shape[-1]) * dim
         count = heads if is_together else batch * heads
         in_parts(getattr(library(_SOURCE), name), packed, count, cost, (tokens, self.parameters, others, grads, fixed))
 
 
-def _plain(z: Tensor) -> Tensor:
-    """In float32, the numbers of a vector next to each other."""
-    z = z.float()
-    return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
+def _plain(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """In float32; vectors of tokens without gaps, maps without any."""
+    found: list[Any] = []
+    for z in tensors:
+        if z is not None:
+            z = z.float()
+            if z.ndim < 4 or (z.stride(-1) != 1 and z.shape[-1] != 1):
+                z = z.contiguous()
+        found.append(z)
+    return found
