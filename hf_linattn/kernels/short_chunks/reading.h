@@ -94,12 +94,12 @@ static void softmax_back(Work *work, long first, long count, long wide) {
     for (long t = 0; t < wide; t++)
         of_lse[t] = grad_lse.at && t < count && is_real(work, first + t) ? *number_at(work, grad_lse, first + t) : 0;
     for (long t = 0; t < wide; t += LANES) {
-        vec dot = -load(of_lse + t);
+        vec dot = {0}, extra = load(of_lse + t); /* apart: beside a large sum its digits would go */
         for (long r = 0; r < work->read_count; r++)
             dot += load(work->weights + r * wide + t) * load(work->of_weights + r * wide + t);
         for (long r = 0; r < work->read_count; r++) {
             vec weight = load(work->weights + r * wide + t);
-            store(work->of_weights + r * wide + t, weight * (load(work->of_weights + r * wide + t) - dot));
+            store(work->of_weights + r * wide + t, weight * (load(work->of_weights + r * wide + t) - dot + extra));
         }
     }
 }
